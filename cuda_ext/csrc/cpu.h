@@ -1,0 +1,62 @@
+// What the CPU kernels share: loops over rows that use every thread only when there is enough to do, and blocks of
+// float32 that fit in the first-level cache.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "checks.h"
+#include "isa.h"
+
+namespace whipstaff {
+
+constexpr int64_t BLOCK = 512;             // floats in one block: 2 KiB
+constexpr int64_t MIN_PER_THREAD = 32768;  // elements below which a second thread costs more than it saves
+
+// body(begin, end) over disjoint ranges of rows, each compiled for the widest vectors.
+template <class Body>
+void for_rows(int64_t num_rows, int64_t row_size, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, MIN_PER_THREAD / std::max<int64_t>(1, row_size));
+  if (num_rows <= grain) return with_widest_vectors([&] { body(0, num_rows); });
+  torch::stable::parallel_for(0, num_rows, grain,
+                              [&](int64_t begin, int64_t end) { with_widest_vectors([&] { body(begin, end); }); });
+}
+
+// body(type{}) for the C++ type behind a torch dtype; the door has refused all others.
+template <class Body>
+void with_float_type(ScalarType type, const Body& body) {
+  if (type == ScalarType::BFloat16) return body(c10::BFloat16{});
+  if (type == ScalarType::Half) return body(c10::Half{});
+  body(float{});
+}
+
+// Whether any token is edited at all: one look at each slot.
+inline bool any_edited(const Slots& slots) {
+  if (is_checked_mode()) check_slots(slots);
+  for (int64_t token = 0; token < slots.num_tokens; ++token)
+    if (slots.raw(token) >= 0) return true;
+  return false;
+}
+
+template <class T>
+void load(float* __restrict block, const T* __restrict source, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) block[i] = static_cast<float>(source[i]);
+}
+
+template <class T>
+void store(T* __restrict target, const float* __restrict block, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) target[i] = static_cast<T>(block[i]);
+}
+
+inline double sum_of_squares(const float* block, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += block[i] * block[i];
+  return sum;
+}
+
+}  // namespace whipstaff

@@ -1,0 +1,73 @@
+"""The operators' schemas and what implements them: the compiled libraries, or the reference when asked for by name."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import reference
+
+
+class Operator(NamedTuple):
+    name: str
+    schema: str
+    reference: Callable[..., object]
+    fake: Callable[..., object]  # shapes and dtypes of the result, for torch.compile
+
+
+def _changes_in_place(x: Tensor, *others: object) -> None:
+    """The fake kernel of an operator that changes x and returns nothing."""
+    for other in others:
+        if isinstance(other, Tensor) and other.device != x.device:
+            raise RuntimeError(f"a tensor is on {other.device}, x on {x.device}")
+
+
+OPERATORS = [
+    Operator(
+        "whipstaff::diag_edit_",
+        "(Tensor(a!) x, Tensor? mul, Tensor? add, Tensor slot, Tensor? gain=None, "
+        "Tensor(b!)? residual=None, bool renorm=False) -> ()",
+        reference.diag_edit_,
+        _changes_in_place,
+    ),
+]
+
+
+class LibraryMissing(ImportError):
+    """A compiled library is not there; the message says how to build it."""
+
+
+def load() -> str:
+    """Registers every operator and returns which code runs behind them."""
+    for operator in OPERATORS:
+        torch.library.define(operator.name, operator.schema)
+        torch.library.register_fake(operator.name, operator.fake)
+    choice = os.environ.get("WHIPSTAFF_CUDA_EXT", "compiled")
+    if choice == "reference":
+        return _register_reference()
+    if choice != "compiled":
+        raise ImportError(f"WHIPSTAFF_CUDA_EXT is {choice!r}; it must be 'compiled' (the default) or 'reference'")
+    _load_library("_cpu")
+    if torch.version.cuda is None:
+        return "cpu"
+    _load_library("_cuda")
+    return "cpu+cuda"
+
+
+def _register_reference() -> str:
+    for operator in OPERATORS:
+        torch.library.impl(operator.name, "CompositeExplicitAutograd", operator.reference)
+    return "reference"
+
+
+def _load_library(name: str) -> None:
+    found = sorted(Path(__file__).parent.glob(f"{name}.*.so"))
+    if not found:
+        raise LibraryMissing(
+            f"whipstaff.cuda_ext{name} is not built: run `pip install --no-build-isolation --no-deps -e .` in the "
+            "repository (with nvcc on PATH for CUDA), or set WHIPSTAFF_CUDA_EXT=reference to run plain torch instead"
+        )
+    torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]

@@ -1,0 +1,61 @@
+"""Builds the two kernel libraries: `_cpu` always, `_cuda` wherever nvcc is found."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils import cpp_extension
+
+CSRC = Path("cuda_ext/csrc")
+HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted(CSRC.glob(pattern))]
+# torch's stable ABI of 2.11: one binary serves every later torch.
+ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def find_cuda() -> str | None:
+    """The CUDA toolkit's folder; nvcc itself is asked, since the one on PATH may be a wrapper script."""
+    if os.environ.get("WHIPSTAFF_BUILD_CUDA", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
+    if home or not shutil.which("nvcc"):
+        return home
+    plan = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return os.path.realpath(top.group(1)) if top else None
+
+
+def library(name: str, suffix: str, **options: object) -> cpp_extension.CppExtension:
+    sources = [str(path) for path in sorted(CSRC.glob(f"*{suffix}"))]
+    return cpp_extension.CppExtension(
+        f"whipstaff.cuda_ext.{name}", sources, depends=HEADERS, py_limited_api=True, **options
+    )
+
+
+def libraries() -> list[cpp_extension.CppExtension]:
+    found = [library("_cpu", ".cpp", extra_compile_args=["-O3", "-fopenmp-simd", "-fvisibility=hidden", *ABI])]
+    cuda = find_cuda()
+    if cuda:
+        cpp_extension.CUDA_HOME = cuda  # a CPU build of torch leaves it unset
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        found.append(
+            library(
+                "_cuda",
+                ".cu",
+                include_dirs=[f"{cuda}/include"],
+                library_dirs=[f"{cuda}/lib64"],
+                libraries=["cudart"],
+                extra_compile_args={"cxx": ["-O3", "-DUSE_CUDA", *ABI], "nvcc": ["-O3", "-DUSE_CUDA", *ABI]},
+            )
+        )
+    return found
+
+
+setup(
+    ext_modules=libraries(),
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

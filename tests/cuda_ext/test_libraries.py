@@ -1,0 +1,52 @@
+"""Which code runs behind the operators is decided once, aloud."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from whipstaff import cuda_ext
+from whipstaff.cuda_ext import libraries
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, cwd="/"
+    )
+
+
+def test_the_compiled_libraries_run_by_default():
+    built_for = "cpu" if torch.version.cuda is None else "cpu+cuda"
+    assert built_for == cuda_ext.IMPLEMENTATION
+
+
+def test_the_reference_runs_when_named():
+    done = run_python(
+        "import torch; from whipstaff import cuda_ext; x = torch.ones(1, 4);"
+        "cuda_ext.diag_edit_(x, None, x.clone(), torch.tensor([0])); print(cuda_ext.IMPLEMENTATION, x.tolist())",
+        WHIPSTAFF_CUDA_EXT="reference",
+    )
+    assert done.stdout.split(maxsplit=1) == ["reference", "[[2.0, 2.0, 2.0, 2.0]]\n"], done.stderr
+
+
+def test_an_unknown_implementation_is_refused():
+    done = run_python("import whipstaff.cuda_ext", WHIPSTAFF_CUDA_EXT="fast")
+    assert "'fast'; it must be 'compiled' (the default) or 'reference'" in done.stderr
+
+
+def test_a_missing_library_says_how_to_build_it():
+    with pytest.raises(libraries.LibraryMissing, match="_absent is not built: run `pip install"):
+        libraries._load_library("_absent")
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+def test_checked_mode_refuses_slots_outside_the_table(implementation):
+    done = run_python(
+        "import torch; from whipstaff import cuda_ext;"
+        "cuda_ext.diag_edit_(torch.ones(2, 4), None, torch.ones(3, 4), torch.tensor([-1, 3]))",
+        WHIPSTAFF_CUDA_EXT=implementation,
+        WHIPSTAFF_CUDA_EXT_CHECKED="1",
+    )
+    assert "slot[1] is 3, the tables have 3 rows" in done.stderr
