@@ -1,0 +1,1 @@
+"""What happens to logits: the methods, the streams they read and how rows of different requests are mixed."""

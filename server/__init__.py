@@ -1,0 +1,1 @@
+"""HTTP in, tokens out: the FastAPI service around a stock vLLM engine."""

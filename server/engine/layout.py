@@ -1,0 +1,35 @@
+"""Layout: what of Whipstaff's set-up shapes the compiled model. It rides in vLLM's `additional_config`, which enters the
+compile-cache key, so a graph with our hooks is never loaded into an engine without them, nor the other way round."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+KEY = "whipstaff"
+
+
+class AuxiliarySpec(BaseModel):
+    """An auxiliary model to load beside the base."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model: str
+    max_len: int  # positions the model knows; longer requests that need it are refused
+
+
+class Layout(BaseModel):
+    """Everything a worker needs to know before it loads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str  # of Whipstaff
+    num_slots: int
+    auxiliaries: tuple[AuxiliarySpec, ...] = ()
+
+    def to_config(self) -> dict[str, Any]:
+        return {KEY: self.model_dump(mode="json")}
+
+    @staticmethod
+    def from_config(additional_config: Any) -> "Layout":
+        return Layout.model_validate(additional_config[KEY])

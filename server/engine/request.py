@@ -1,0 +1,61 @@
+"""What a request carries into the engine: its compiled plan, as plain JSON under one key of SamplingParams.extra_args."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from whipstaff.decoding.method import Mix
+from whipstaff.steering.plan import Row, Segment, SteeringPlan
+
+KEY = "whipstaff"
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """Everything the engine does differently for one request."""
+
+    steering: SteeringPlan | None = None
+    mix: Mix | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "steering": self.steering.to_wire() if self.steering else None,
+            "mix": dict(self.mix.weights) if self.mix else None,
+        }
+
+    @staticmethod
+    def from_wire(extra_args: Mapping[str, Any] | None) -> "RequestPlan | None":
+        wire = (extra_args or {}).get(KEY)
+        if wire is None:
+            return None
+        return RequestPlan(
+            SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
+            Mix(wire["mix"]) if wire["mix"] else None,
+        )
+
+
+@dataclass(frozen=True)
+class PlacedPlan:
+    """A plan whose prompt length is known, so that its positions are absolute."""
+
+    plan: RequestPlan
+    prompt_len: int
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        return self.plan.steering.segments(self.prompt_len) if self.plan.steering else []
+
+    @cached_property
+    def rows(self) -> frozenset[Row]:
+        """The distinct rows of edits that the request may need at once."""
+        return frozenset(row for _, _, row in self.segments)
+
+    @property
+    def first_edited(self) -> int | None:
+        """The first position whose activations differ from a plain request's; None when none does."""
+        return self.segments[0][0] if self.segments else None
+
+    @property
+    def auxiliaries(self) -> list[str]:
+        return self.plan.mix.auxiliaries if self.plan.mix else []

@@ -1,0 +1,56 @@
+"""The legacy model runner (vllm/v1/worker/gpu_model_runner.py; what the CPU wheel runs) -> BatchView."""
+
+from typing import Any
+
+import numpy as np
+
+from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.steerer import NOBODY, Steerer
+
+
+def attach(runner: Any, steerer: Steerer) -> None:
+    """Make `runner` tell `steerer` of every real step."""
+    cls: Any = type(runner)
+    on_cpu = runner.device.type == "cpu"
+
+    class SteeredRunner(cls):  # type: ignore[misc]
+        def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+            steerer.begin_step(view(self, steerer))  # real steps only: dummy runs call the model itself
+            try:
+                return super()._model_forward(*args, **kwargs)
+            finally:
+                steerer.end_step()
+
+        def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+            # vLLM 0.32 rewinds the generator of a seeded request whose prefill is still incomplete, and CPU generators
+            # cannot be rewound: it kills the engine. Such a row's sample is thrown away, so let it draw from the
+            # default generator and leave the request's own untouched.
+            held = unfinished_generators(self) if on_cpu else {}
+            try:
+                return super().sample_tokens(*args, **kwargs)
+            finally:
+                self.input_batch.generators.update(held)
+
+    SteeredRunner.__name__ = cls.__name__
+    runner.__class__ = SteeredRunner
+
+
+def view(runner: Any, steerer: Steerer) -> BatchView:
+    """The rows of the persistent batch, in its order."""
+    if not steerer.has_plans:
+        return NOBODY
+    batch = runner.input_batch
+    return BatchView(
+        plans=[steerer.plan_of(request_id) for request_id in batch.req_ids],
+        starts=runner.query_start_loc.np[: batch.num_reqs + 1],
+        positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
+    )
+
+
+def unfinished_generators(runner: Any) -> dict[int, Any]:
+    """Take the generators of rows whose sample will be discarded out of the batch."""
+    generators = runner.input_batch.generators
+    if not generators:
+        return {}
+    rows = np.nonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs])[0]
+    return {int(row): generators.pop(int(row)) for row in rows if int(row) in generators}

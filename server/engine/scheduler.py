@@ -1,0 +1,122 @@
+"""The scheduler hook: steered KV blocks get keys of their own, and no more rows run at once than there are slots.
+
+Prefix cache. A block's key must hold whatever changed the KV in it. An edit changes KV from its first position on, in
+later layers there and everywhere after through attention; a request that needs auxiliary models must not take blocks
+that were filled while those were skipped. So blocks from a request's first affected position on are keyed with a digest
+of its plan, and blocks before it are shared with plain traffic.
+
+Slots. Requests whose rows of edits would not fit the tables beside those already admitted wait here, in order.
+"""
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.steering.plan import Row
+
+Hasher = Callable[[Request], list[bytes]]
+
+
+class SteeredScheduling:
+    """Mixed into vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        vllm_config = kwargs.get("vllm_config") or args[0]
+        self._num_slots = Layout.from_config(vllm_config.additional_config).num_slots
+        self._rows_in_use: Counter[Row] = Counter()  # how many admitted requests may need each row
+        self._placed: dict[str, PlacedPlan] = {}  # admitted and held requests with rows
+        self._held: deque[Request] = deque()  # waiting for slots
+
+    def add_request(self, request: Request) -> None:
+        parameters = request.sampling_params
+        plan = RequestPlan.from_wire(parameters.extra_args if parameters else None)
+        if plan is None or request.request_id in self.requests:  # type: ignore[attr-defined]
+            super().add_request(request)  # type: ignore[misc]
+            return
+        placed = PlacedPlan(plan, request.num_prompt_tokens)
+        key_blocks(request, placed, self.hash_block_size)  # type: ignore[attr-defined]
+        if not placed.rows:
+            super().add_request(request)  # type: ignore[misc]
+            return
+        self._placed[request.request_id] = placed
+        self._held.append(request)
+        self._admit()
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        wanted = [request_ids] if isinstance(request_ids, str) else request_ids
+        wanted = None if wanted is None else set(wanted)
+        dropped = [request for request in self._held if wanted is None or request.request_id in wanted]
+        for request in dropped:
+            self._held.remove(request)
+            del self._placed[request.request_id]
+            request.status = finished_status
+        finished: list[Request] = super().finish_requests(wanted, finished_status)  # type: ignore[misc]
+        return [*dropped, *finished]
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()  # type: ignore[misc]
+        return running, waiting + len(self._held)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        placed = self._placed.pop(request.request_id, None)
+        if placed is not None:
+            self._rows_in_use -= Counter(placed.rows)
+            self._admit()
+        return freed
+
+    def _admit(self) -> None:
+        """Hand held requests to vLLM, first come first served, while their rows fit."""
+        while self._held:
+            rows = self._placed[self._held[0].request_id].rows
+            if len(self._rows_in_use.keys() | rows) > self._num_slots:
+                return
+            self._rows_in_use.update(rows)
+            super().add_request(self._held.popleft())  # type: ignore[misc]
+
+
+class SteeredScheduler(SteeredScheduling, Scheduler):
+    """For synchronous scheduling."""
+
+
+class AsyncSteeredScheduler(SteeredScheduling, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
+    """Give `request`'s KV blocks keys that hold its plan, from the first position on whose KV the plan changes."""
+    hasher: Hasher | None = request._block_hasher
+    if hasher is None:  # prefix caching is off
+        return
+    first = 0 if placed.auxiliaries else placed.first_edited
+    if first is None:
+        return
+    digest = _digest(placed)
+
+    def keyed(request: Request) -> list[bytes]:
+        known = len(request.block_hashes)
+        return [
+            hashlib.sha256(key + digest).digest() if (known + offset + 1) * block_size > first else key
+            for offset, key in enumerate(hasher(request))
+        ]
+
+    request._block_hasher = keyed
+    request.block_hashes = []
+    request.update_block_hashes()
+
+
+def _digest(placed: PlacedPlan) -> bytes:
+    """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
+    said = json.dumps([placed.segments, placed.auxiliaries], separators=(",", ":"))
+    return hashlib.sha256(said.encode()).digest()

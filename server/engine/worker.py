@@ -1,0 +1,119 @@
+"""The worker: vLLM's own, plus a steerer, sites and auxiliary models attached to what it loads."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from whipstaff.server.engine import runner_v1, runner_v2
+from whipstaff.server.engine.auxiliary import Auxiliary, compose
+from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.sites import install_sites
+from whipstaff.server.engine.steerer import Steerer
+from whipstaff.steering.artifacts import ModelShape, Vector, read
+
+
+class SteeredWorker:
+    """Mixed into a platform's worker class. Methods named whipstaff_* are called over `collective_rpc`."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        config = self.vllm_config
+        layout = Layout.from_config(config.additional_config)
+        runner, hidden_size = self.model_runner, int(config.model_config.get_hidden_size())
+        model = runner.get_model()
+        auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
+        self._vectors: dict[str, Vector] = {}
+        self._steerer = Steerer(_max_tokens(config), runner.device, [auxiliary.name for auxiliary in auxiliaries])
+        self._steerer.tables = install_sites(
+            model, hidden_size, layout.num_slots, self._steerer.slots, self._vectors.__getitem__
+        )
+        if auxiliaries:
+            compose(model, auxiliaries, self._steerer, hidden_size)
+        (runner_v2 if _is_v2(runner) else runner_v1).attach(runner, self._steerer)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._steerer.note_requests(
+            scheduler_output.finished_req_ids,
+            ((new.req_id, _placed(new)) for new in scheduler_output.scheduled_new_reqs),
+        )
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def whipstaff_load_vector(self, path: str, digest: str) -> None:
+        """Read a vector file so that requests may name its digest. Raises: RuntimeError if the file has changed."""
+        vector = read(Path(path))
+        if vector.digest != digest:
+            raise RuntimeError(f"{path} changed while it was being loaded")
+        self._vectors[digest] = vector
+
+    def whipstaff_add_vector(self, data: bytes) -> str:
+        """Take a vector from the bytes of its file, and say its digest."""
+        from whipstaff.steering.artifacts import parse
+
+        vector = parse(data)
+        self._vectors[vector.digest] = vector
+        return vector.digest
+
+    def whipstaff_describe(self) -> dict[str, Any]:
+        """The model's shape, its sites and the way it runs."""
+        model_config, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        tables = self._steerer.tables
+        assert tables is not None
+        whole = type(parallel)()  # one rank: head counts of the whole model
+        shape = ModelShape(
+            architecture=model_config.architectures[0],
+            hidden_size=model_config.get_hidden_size(),
+            num_layers=model_config.get_total_num_hidden_layers(),
+            num_heads=model_config.get_num_attention_heads(whole),
+            head_dim=model_config.get_head_size(),
+        )
+        return {
+            "model": shape.model_dump(),
+            "sites": [[site, layer] for site, layer in tables.tables],
+            "runner": "v2" if _is_v2(self.model_runner) else "v1",
+        }
+
+    def whipstaff_counters(self) -> dict[str, Any]:
+        """What happened since the start, and what is held now."""
+        steerer = self._steerer
+        assert steerer.tables is not None
+        return {
+            "steps": steerer.counters.steps,
+            "auxiliary_steps_run": dict(steerer.counters.auxiliary_steps_run),
+            "auxiliary_steps_skipped": dict(steerer.counters.auxiliary_steps_skipped),
+            "table_uploads": steerer.tables.num_uploads,
+            "slots_used": steerer.tables.num_used,
+            "requests_held": steerer.num_requests,
+        }
+
+
+class CpuWorker(SteeredWorker, CPUWorker):
+    """On CPUs."""
+
+
+class CudaWorker(SteeredWorker, Worker):
+    """On CUDA devices."""
+
+
+def _is_v2(runner: Any) -> bool:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    return isinstance(runner, GPUModelRunner)
+
+
+def _max_tokens(config: Any) -> int:
+    """The most tokens that one forward pass can have, padding for graph capture included."""
+    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))
+
+
+def _placed(new: Any) -> PlacedPlan | None:
+    plan = RequestPlan.from_wire(new.sampling_params.extra_args if new.sampling_params else None)
+    return None if plan is None else PlacedPlan(plan, int(new.prompt_len))
+
+

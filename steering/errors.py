@@ -1,0 +1,13 @@
+"""The one exception of this room: a request's steering that cannot be applied, and which field says so."""
+
+
+class SteeringError(ValueError):
+    """Bad steering. `param` is the path below the steering entry, such as "where.prompt"; "" is the entry itself."""
+
+    def __init__(self, message: str, param: str = "") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class VectorMismatch(SteeringError):
+    """A sound vector that does not fit the served model."""

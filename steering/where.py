@@ -1,0 +1,132 @@
+"""Where clauses: which token positions of a request an edit touches.
+
+A clause is written relative to the prompt's end, so one clause serves prompts of every length; `Where.intervals`
+turns it into absolute positions once the prompt length is known. Position p is the p-th token fed to the model
+(0-based); the output at the last prompt position predicts the first generated token. Positions are absolute, never
+"prefill or decode": after a preemption generated tokens are recomputed as prefill and must be edited as before.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from whipstaff.steering.errors import SteeringError
+
+Window = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)] | None]
+Windows = Literal["all", "none"] | Annotated[list[Window], Field(max_length=64)]
+Interval = tuple[int, int | None]  # [start, end) in absolute positions; None = no end
+
+SHORTHANDS: dict[str, tuple[Windows, Windows]] = {
+    "all": ("all", "all"),
+    "prompt": ("all", "none"),
+    "generation": ("none", "all"),
+    "last_prompt": ([(-1, None)], "none"),
+    "each_last": ([(-1, None)], "all"),
+}
+Shorthand = Literal["all", "prompt", "generation", "last_prompt", "each_last"]
+
+
+class Region(BaseModel):
+    """Half-open windows over the prompt and over the generated tokens, counted apart.
+
+    `prompt` windows count from the prompt's start, or from its end when negative; `generation` windows count generated
+    tokens from 0. An end of null is the end of that part.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Windows = "none"
+    generation: Windows = "none"
+
+    @model_validator(mode="after")
+    def _windows_make_sense(self) -> "Region":
+        for start, end in _listed(self.prompt):
+            if end is not None and end <= start and (end < 0) == (start < 0):
+                raise ValueError(f"prompt window [{start}, {end}] is empty: windows are half-open, end > start")
+        for start, end in _listed(self.generation):
+            if start < 0 or (end is not None and end < 0):
+                raise ValueError(f"generation window [{start}, {end}]: generated tokens are counted from 0 upwards")
+            if end is not None and end <= start:
+                raise ValueError(f"generation window [{start}, {end}] is empty: windows are half-open, end > start")
+        return self
+
+    def intervals(self, prompt_len: int) -> list[Interval]:
+        """The windows as absolute positions, merged and in order."""
+        found: list[Interval] = []
+        for start, end in _listed(self.prompt):
+            first = _from_start(start, prompt_len)
+            last = prompt_len if end is None else _from_start(end, prompt_len)
+            if first < last:
+                found.append((first, last))
+        for start, end in _listed(self.generation):
+            found.append((prompt_len + start, None if end is None else prompt_len + end))
+        return _merged(found)
+
+
+class Where(Region):
+    """A region less an excluded region (excludes win)."""
+
+    exclude: Region | None = None
+
+    @staticmethod
+    def of(clause: "Where | Shorthand") -> "Where":
+        """A clause or one of the shorthands, as a clause."""
+        if isinstance(clause, Where):
+            return clause
+        prompt, generation = SHORTHANDS[clause]
+        return Where(prompt=prompt, generation=generation)
+
+    def intervals(self, prompt_len: int) -> list[Interval]:
+        """Absolute [start, end) positions, disjoint and in order; empty when the clause selects nothing."""
+        chosen = super().intervals(prompt_len)
+        for hole in self.exclude.intervals(prompt_len) if self.exclude else []:
+            chosen = [piece for interval in chosen for piece in _without(interval, hole)]
+        return chosen
+
+    def check(self, prompt_len: int, max_tokens: int) -> None:
+        """Refuse a clause that cannot touch any token of this request.
+
+        The last generated token is never fed back, so a request feeds prompt_len + max_tokens - 1 positions.
+
+        Raises:
+            SteeringError: no position below that is selected.
+        """
+        fed = prompt_len + max_tokens - 1
+        if not any(start < fed for start, _ in self.intervals(prompt_len)):
+            raise SteeringError(
+                f"the clause selects no token: the prompt has {prompt_len} tokens and max_tokens is {max_tokens}"
+                " (the last generated token is never fed back to the model)",
+                "where",
+            )
+
+
+def _listed(windows: Windows) -> list[Window]:
+    if isinstance(windows, str):
+        return [(0, None)] if windows == "all" else []
+    return windows
+
+
+def _from_start(index: int, length: int) -> int:
+    return min(max(index + length if index < 0 else index, 0), length)
+
+
+def _merged(intervals: list[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for start, end in sorted(intervals, key=lambda interval: interval[0]):
+        if merged and (merged[-1][1] is None or start <= merged[-1][1]):
+            last_start, last_end = merged[-1]
+            merged[-1] = (last_start, None if end is None or last_end is None else max(end, last_end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _without(interval: Interval, hole: Interval) -> list[Interval]:
+    """`interval` less `hole`: up to two pieces."""
+    (start, end), (hole_start, hole_end) = interval, hole
+    pieces: list[Interval] = []
+    if start < hole_start:
+        pieces.append((start, hole_start if end is None else min(end, hole_start)))
+    if hole_end is not None and (end is None or hole_end < end):
+        pieces.append((max(start, hole_end), end))
+    return pieces
