@@ -13,6 +13,8 @@ CSRC = Path("cuda_ext/csrc")
 HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted(CSRC.glob(pattern))]
 # torch's stable ABI of 2.11: one binary serves every later torch.
 ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# Without contraction a product is rounded before it is added, on every processor, as in torch.
+CPU_FLAGS = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
@@ -36,7 +38,7 @@ def library(name: str, suffix: str, **options: object) -> cpp_extension.CppExten
 
 
 def libraries() -> list[cpp_extension.CppExtension]:
-    found = [library("_cpu", ".cpp", extra_compile_args=["-O3", "-fopenmp-simd", "-fvisibility=hidden", *ABI])]
+    found = [library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI])]
     cuda = find_cuda()
     if cuda:
         cpp_extension.CUDA_HOME = cuda  # a CPU build of torch leaves it unset

@@ -1,8 +1,9 @@
-// diag_edit_ on the CPU: rows pass through the cache in blocks of float32.
+// diag_edit_ on the CPU: one pass over each edited row, in blocks that fit in the first-level cache.
 #include "diag_edit.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -11,30 +12,46 @@
 namespace whipstaff {
 namespace {
 
-template <class Table>
-void scale(float* __restrict y, const Table* __restrict mul, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) y[i] *= static_cast<float>(mul[i]);
-}
-
-template <class Table>
-void shift(float* __restrict y, const Table* __restrict add, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) y[i] += static_cast<float>(add[i]);
-}
-
-// One scale for each group of `width` columns; the block begins at column `begin`.
-template <class Table>
-void scale_groups(float* y, const Table* mul, int64_t width, int64_t begin, int64_t size) {
-  for (int64_t i = 0; i < size;) {
-    const int64_t group = (begin + i) / width;
-    const int64_t stop = std::min(size, (group + 1) * width - begin);
-    const float factor = static_cast<float>(mul[group]);
-    for (; i < stop; ++i) y[i] *= factor;
+// What an absent table reads as, so that one loop serves both: h * 1 and h + -0 are h, bit for bit.
+template <class T>
+struct Neutral {
+  T ones[BLOCK], negative_zeros[BLOCK];
+  Neutral() {
+    std::fill_n(ones, BLOCK, T(1.0f));
+    std::fill_n(negative_zeros, BLOCK, T(-0.0f));
   }
-}
+  static const Neutral& get() {
+    static const Neutral values;
+    return values;
+  }
+};
 
-inline void blend(float* __restrict y, const float* __restrict h, float gain, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) y[i] = h[i] + gain * (y[i] - h[i]);
-}
+// A block of one token's columns with the operands of its edit.
+template <class X, class Table>
+struct Block {
+  const X *x, *residual;
+  const Table *mul, *add;
+  float gain;
+  int64_t begin, size;
+
+  // use(i, h, y): the stream before and after the edit.
+  template <bool HAS_RESIDUAL, bool HAS_GAIN, class Use>
+  void for_columns(const Use& use) const {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < size; ++i) {
+      float h = static_cast<float>(x[i]);
+      if constexpr (HAS_RESIDUAL) h += static_cast<float>(residual[i]);
+      float y = h * static_cast<float>(mul[i]) + static_cast<float>(add[i]);
+      if constexpr (HAS_GAIN) y = gain == 1.0f ? y : h + gain * (y - h);
+      use(i, h, y);
+    }
+  }
+
+  template <bool HAS_GAIN, class Use>
+  void for_columns(const Use& use) const {
+    residual ? for_columns<true, HAS_GAIN>(use) : for_columns<false, HAS_GAIN>(use);
+  }
+};
 
 // One token's row and the table rows that edit it.
 template <class X, class Table>
@@ -54,44 +71,55 @@ struct Row {
         hidden(edit.hidden),
         num_scales(edit.num_scales) {}
 
-  // h: the stream before the edit; y: after it; columns begin..begin + size.
-  void edit_block(float* h, float* y, int64_t begin, int64_t size) const {
-    load(h, x + begin, size);
-    if (residual) shift(h, residual + begin, size);
-    std::memcpy(y, h, size * sizeof(float));
-    if (mul && num_scales == hidden) scale(y, mul + begin, size);
-    if (mul && num_scales != hidden) scale_groups(y, mul, hidden / num_scales, begin, size);
-    if (add) shift(y, add + begin, size);
-    if (gain != 1.0f) blend(y, h, gain, size);
+  // The factors of columns begin..begin + size; one factor per group of columns is spread over `scratch`.
+  const Table* factors(Table* scratch, int64_t begin, int64_t size) const {
+    if (!mul) return Neutral<Table>::get().ones;
+    if (num_scales == hidden) return mul + begin;
+    const int64_t width = hidden / num_scales;
+    for (int64_t i = 0; i < size;) {
+      const int64_t group = (begin + i) / width, stop = std::min(size, (group + 1) * width - begin);
+      std::fill(scratch + i, scratch + stop, mul[group]);
+      i = stop;
+    }
+    return scratch;
   }
 
   template <class Use>
   void for_blocks(const Use& use) const {
-    alignas(64) float h[BLOCK], y[BLOCK];
+    Table scratch[BLOCK];
     for (int64_t begin = 0; begin < hidden; begin += BLOCK) {
       const int64_t size = std::min(BLOCK, hidden - begin);
-      edit_block(h, y, begin, size);
-      use(h, y, begin, size);
+      use(Block<X, Table>{.x = x + begin,
+                          .residual = residual ? residual + begin : nullptr,
+                          .mul = factors(scratch, begin, size),
+                          .add = add ? add + begin : Neutral<Table>::get().negative_zeros,
+                          .gain = gain,
+                          .begin = begin,
+                          .size = size});
     }
   }
 
   // The factor that gives the edited row the length it had before.
   float length_ratio() const {
-    double before = 0, after = 0;
-    for_blocks([&](const float* h, const float* y, int64_t, int64_t size) {
-      before += sum_of_squares(h, size);
-      after += sum_of_squares(y, size);
+    float before[BLOCK], after[BLOCK];
+    double before_squared = 0, after_squared = 0;
+    for_blocks([&](const Block<X, Table>& block) {
+      block.template for_columns<true>([&](int64_t i, float h, float y) { before[i] = h, after[i] = y; });
+      before_squared += sum_of_squares(before, block.size);
+      after_squared += sum_of_squares(after, block.size);
     });
-    return after > 0 ? static_cast<float>(std::sqrt(before / after)) : 1.0f;
+    return after_squared > 0 ? static_cast<float>(std::sqrt(before_squared / after_squared)) : 1.0f;
   }
 
   void run(bool renorm) const {
     const float ratio = renorm ? length_ratio() : 1.0f;
-    for_blocks([&](const float*, float* y, int64_t begin, int64_t size) {
-      if (ratio != 1.0f)
-        for (int64_t i = 0; i < size; ++i) y[i] *= ratio;
-      store(x + begin, y, size);
-      if (residual) std::memset(residual + begin, 0, size * sizeof(X));
+    const bool is_plain = gain == 1.0f && ratio == 1.0f;
+    for_blocks([&](const Block<X, Table>& block) {
+      X* target = x + block.begin;
+      const auto put = [=](int64_t i, float, float y) { target[i] = static_cast<X>(y); };
+      const auto put_scaled = [=](int64_t i, float, float y) { target[i] = static_cast<X>(y * ratio); };
+      is_plain ? block.template for_columns<false>(put) : block.template for_columns<true>(put_scaled);
+      if (residual) std::memset(residual + block.begin, 0, block.size * sizeof(X));
     });
   }
 };
