@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError, VectorMismatch
-from whipstaff.steering.where import Shorthand, Where
+from whipstaff.steering.where import Clause
 
 Site = Literal["resid_post", "attn_head"]
 SITES: tuple[Site, ...] = ("resid_post", "attn_head")
@@ -61,7 +61,7 @@ class Header(BaseModel):
     method: str = Field(max_length=64, description="what the numbers are: caa, iti, lofit ...")
     model: ModelShape
     scale: float = Field(1.0, allow_inf_nan=False, description="strength when a request names none")
-    where: Where | Shorthand = "each_last"
+    where: Clause = "each_last"
     description: str = Field("", max_length=4096)
     provenance: dict[str, Any] = {}
     licence: str = Field("", max_length=128)

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.where import Interval, Shorthand, Where
+from whipstaff.steering.where import Clause, Interval, Where
 
 MAX_SCALE = 1e4
 MAX_EDITS = 32
@@ -37,7 +37,7 @@ class SteeringParams(BaseModel):
     layers: list[int] | None = Field(
         None, min_length=1, max_length=1024, description="0-based block indices, a subset of the vector's own"
     )
-    where: Where | Shorthand | None = Field(None, description="which tokens; the vector's own default when absent")
+    where: Clause | None = Field(None, description="which tokens; the vector's own default when absent")
 
 
 class RowEdit(NamedTuple):
@@ -131,4 +131,3 @@ def plan_edit(params: SteeringParams, vector: Vector) -> PlannedEdit:
 
 def _inside(position: int, intervals: list[Interval]) -> bool:
     return any(start <= position and (end is None or position < end) for start, end in intervals)
-

@@ -84,5 +84,7 @@ def _output_projection(
 def _holders(block: nn.Module, is_attention: Callable[[nn.Module], bool]) -> list[nn.Module]:
     """Modules that hold an attention operator, innermost first."""
     holding = [module for module in block.modules() if any(map(is_attention, module.children()))]
-    around = [module for module in block.modules() if any(map(is_attention, module.modules())) and module not in holding]
+    around = [
+        module for module in block.modules() if any(map(is_attention, module.modules())) and module not in holding
+    ]
     return holding + around[::-1]

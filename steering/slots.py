@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from whipstaff.steering.artifacts import Site, Vector
 from whipstaff.steering.edits import compose
@@ -31,7 +30,7 @@ class SiteSpec:
 
 
 class SiteTable:
-    """The two tables of one site, float32 (num_slots, width), on the model's device; replaced never, written in place."""
+    """The two tables of one site, float32 (num_slots, width): written in place, never replaced."""
 
     def __init__(self, spec: SiteSpec, num_slots: int, device: torch.device) -> None:
         self.spec = spec
@@ -92,5 +91,3 @@ class SlotTables:
         if victim is None:
             raise RuntimeError("a step uses more steering rows than there are slots; the scheduler let too many in")
         return self._slots.pop(victim)
-
-

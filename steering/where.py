@@ -8,7 +8,7 @@ turns it into absolute positions once the prompt length is known. Position p is 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from whipstaff.steering.errors import SteeringError
 
@@ -24,6 +24,14 @@ SHORTHANDS: dict[str, tuple[Windows, Windows]] = {
     "each_last": ([(-1, None)], "all"),
 }
 Shorthand = Literal["all", "prompt", "generation", "last_prompt", "each_last"]
+
+
+def _known_shorthand(value: object) -> object:
+    if isinstance(value, str) and value not in SHORTHANDS:
+        raise ValueError(
+            f"{value!r} is none of {', '.join(SHORTHANDS)}, nor an object with prompt, generation, exclude"
+        )
+    return value
 
 
 class Region(BaseModel):
@@ -98,6 +106,9 @@ class Where(Region):
                 " (the last generated token is never fed back to the model)",
                 "where",
             )
+
+
+Clause = Annotated[Where | Shorthand, BeforeValidator(_known_shorthand)]  # what users write
 
 
 def _listed(windows: Windows) -> list[Window]:

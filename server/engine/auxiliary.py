@@ -57,7 +57,8 @@ class Auxiliary:
 
     def __init__(self, spec: AuxiliarySpec, config: VllmConfig) -> None:
         self.name = spec.name
-        self.model, model_config = load_auxiliary(spec, config)
+        model, model_config = load_auxiliary(spec, config)
+        self.model: Any = model
         self.hidden_size = int(model_config.get_hidden_size())
         self._last_position = spec.max_len - 1
         self._last_id = int(model_config.get_vocab_size()) - 1
@@ -73,13 +74,18 @@ class Auxiliary:
         )
         return hidden
 
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(rows, vocabulary)."""
+        logits: Tensor = self.model.compute_logits(hidden)
+        return logits
+
 
 def compose(base: nn.Module, auxiliaries: list[Auxiliary], steerer: Steerer, hidden_size: int) -> None:
     """Teach the base model to run auxiliary models where a step needs them, and to mix their logits."""
     cls: Any = type(base)
     by_name = {auxiliary.name: auxiliary for auxiliary in auxiliaries}
 
-    class Composite(cls):  # type: ignore[misc]
+    class Composite(cls):
         def forward(
             self,
             input_ids: Tensor | None,
@@ -109,8 +115,7 @@ def compose(base: nn.Module, auxiliaries: list[Auxiliary], steerer: Steerer, hid
             own, *others, tags = torch.split(hidden, widths, dim=-1)
             logits = cls.compute_logits(self, own.contiguous(), *args, **kwargs)
             streams = {
-                name: by_name[name].model.compute_logits(part.contiguous())
-                for name, part in zip(names, others, strict=True)
+                name: by_name[name].compute_logits(part.contiguous()) for name, part in zip(names, others, strict=True)
             }
             if logits is None:  # tensor parallel: another rank samples
                 return None

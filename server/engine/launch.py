@@ -1,10 +1,13 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
-from collections.abc import AsyncGenerator, Iterable
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
 from importlib import metadata
 from typing import Any
 
-from vllm.config import VllmConfig
+from transformers import AutoTokenizer
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
@@ -24,48 +27,65 @@ MAX_SLOTS = 256
 
 
 class PlanDict(dict[str, Any]):
-    """A plan in wire form that our own code made. A client can put JSON into `vllm_xargs`, but never one of these."""
+    """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
+
+    `label` names its methods for metrics; `note` is called with each of the request's outputs.
+    """
+
+    def __init__(self, wire: dict[str, Any], label: str = "", note: Callable[[Any], None] | None = None) -> None:
+        super().__init__(wire)
+        self.label, self.note = label, note
+
+
+Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]
 
 
 class Engine(AsyncLLM):
-    """AsyncLLM that takes plans from our front end only."""
+    """AsyncLLM that takes plans from our front end only, and lets it watch every generation."""
+
+    layout: Layout
+    watch: Watch | None = None
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        extra = sampling_params.extra_args or {}
-        if request.KEY in extra and not isinstance(extra[request.KEY], PlanDict):
+        plan = (sampling_params.extra_args or {}).get(request.KEY)
+        if plan is not None and not isinstance(plan, PlanDict):
             raise ValueError(f"vllm_xargs.{request.KEY} is reserved; send `steering` and `decoding` instead")
-        async for output in super().generate(prompt, sampling_params, *args, **kwargs):
-            yield output
+        outputs = super().generate(prompt, sampling_params, *args, **kwargs)
+        async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
+            async for output in watched:
+                yield output
 
 
 def start(
-    engine_args: AsyncEngineArgs, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None
+    args: Namespace | AsyncEngineArgs, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
     Args:
+        args: parsed command-line flags, or vLLM's engine arguments.
         auxiliaries: (name, model) of further models to load beside the base.
         num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, at most MAX_SLOTS.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
     """
+    engine_args = AsyncEngineArgs.from_cli_args(args) if isinstance(args, Namespace) else args
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    configure(config, auxiliaries, num_slots)
-    return Engine.from_vllm_config(
+    layout = configure(config, auxiliaries, num_slots)
+    engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
     )
+    engine.layout = layout
+    return engine
 
 
-def configure(
-    config: VllmConfig, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None
-) -> Layout:
+def configure(config: VllmConfig, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
@@ -89,18 +109,36 @@ def _auxiliary_spec(config: VllmConfig, name: str, model: str) -> AuxiliarySpec:
     auxiliary = auxiliary_config(base, model)
     if base.is_multimodal_model or base.enable_prompt_embeds:
         raise UnsupportedEngine("--aux: auxiliary models need token ids; this base takes embeddings")
-    if base.skip_tokenizer_init and auxiliary.get_vocab_size() < base.get_vocab_size():
-        raise UnsupportedEngine(
-            f"--aux {name}={model}: its vocabulary has {auxiliary.get_vocab_size()} entries, the base's "
-            f"{base.get_vocab_size()}, and without tokenizers nothing says that the rest is padding"
-        )
+    if difference := _vocabulary_difference(base, auxiliary):
+        raise UnsupportedEngine(f"--aux {name}={model}: {difference}; auxiliary models must share the base's tokens")
     return AuxiliarySpec(name=name, model=model, max_len=min(auxiliary.max_model_len, base.max_model_len))
+
+
+def _vocabulary_difference(base: ModelConfig, auxiliary: ModelConfig) -> str | None:
+    """How an auxiliary model's tokens differ from the base's, beyond padding; None if they do not."""
+    if base.skip_tokenizer_init:
+        if auxiliary.get_vocab_size() >= base.get_vocab_size():
+            return None
+        return (
+            f"its vocabulary has {auxiliary.get_vocab_size()} entries, the base's {base.get_vocab_size()}, and "
+            "without tokenizers nothing says that the rest is padding"
+        )
+    theirs = AutoTokenizer.from_pretrained(auxiliary.model, trust_remote_code=base.trust_remote_code).get_vocab()
+    ours = AutoTokenizer.from_pretrained(base.tokenizer, trust_remote_code=base.trust_remote_code).get_vocab()
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != index:
+            return f"token {token!r} is {index} in the base's vocabulary and {theirs.get(token, 'absent')} in its own"
+    if auxiliary.get_vocab_size() < len(ours):
+        return f"it has logits for {auxiliary.get_vocab_size()} tokens, the base's tokenizer {len(ours)}"
+    return None
 
 
 def _refuse_unsupported(config: VllmConfig) -> None:
     """Settings under which edits or mixes would be wrong or silently lost."""
     if config.parallel_config.worker_cls not in _WORKERS:
-        raise UnsupportedEngine(f"no steered worker for {config.parallel_config.worker_cls}; CPU and CUDA are supported")
+        raise UnsupportedEngine(
+            f"no steered worker for {config.parallel_config.worker_cls}; CPU and CUDA are supported"
+        )
     refused = {
         "--speculative-config": config.speculative_config is not None,
         "--runner pooling": config.model_config.runner_type != "generate",

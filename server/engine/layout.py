@@ -1,5 +1,8 @@
-"""Layout: what of Whipstaff's set-up shapes the compiled model. It rides in vLLM's `additional_config`, which enters the
-compile-cache key, so a graph with our hooks is never loaded into an engine without them, nor the other way round."""
+"""Layout: what of Whipstaff's set-up shapes the compiled model.
+
+It rides in vLLM's `additional_config`, which enters the compile-cache key, so a graph with our hooks is never loaded
+into an engine without them, nor the other way round.
+"""
 
 from typing import Any
 
@@ -26,6 +29,11 @@ class Layout(BaseModel):
     version: str  # of Whipstaff
     num_slots: int
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The longest sequence that each auxiliary model can follow, by name."""
+        return {spec.name: spec.max_len for spec in self.auxiliaries}
 
     def to_config(self) -> dict[str, Any]:
         return {KEY: self.model_dump(mode="json")}

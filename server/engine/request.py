@@ -1,4 +1,4 @@
-"""What a request carries into the engine: its compiled plan, as plain JSON under one key of SamplingParams.extra_args."""
+"""What a request carries into the engine: its compiled plan, as JSON under one key of SamplingParams.extra_args."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
     cls: Any = type(runner)
     on_cpu = runner.device.type == "cpu"
 
-    class SteeredRunner(cls):  # type: ignore[misc]
+    class SteeredRunner(cls):
         def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
             steerer.begin_step(view(self, steerer))  # real steps only: dummy runs call the model itself
             try:

@@ -10,7 +10,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
     """Make `runner` tell `steerer` of every real step."""
     cls: Any = type(runner)
 
-    class SteeredRunner(cls):  # type: ignore[misc]
+    class SteeredRunner(cls):
         def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
             input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
             steerer.begin_step(view(input_batch, steerer))

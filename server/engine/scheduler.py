@@ -51,9 +51,7 @@ class SteeredScheduling:
         self._held.append(request)
         self._admit()
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         wanted = [request_ids] if isinstance(request_ids, str) else request_ids
         wanted = None if wanted is None else set(wanted)
         dropped = [request for request in self._held if wanted is None or request.request_id in wanted]

@@ -51,7 +51,8 @@ def install_sites(
 
 def _specs(layer: DecoderLayer, hidden_size: int) -> list[SiteSpec]:
     """Where this process's tables for one block begin and end: heads are sharded with the projection's input."""
-    width = int(layer.output_projection.input_size_per_partition)
+    projection: Any = layer.output_projection
+    width = int(projection.input_size_per_partition)
     ranks = get_tensor_model_parallel_world_size()
     first = get_tensor_model_parallel_rank() * width
     return [
@@ -76,7 +77,7 @@ def _edit_output(cls: Any) -> type:
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
     """
 
-    class EditedBlock(cls):  # type: ignore[misc]
+    class EditedBlock(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = cls.forward(self, *args, **kwargs)
             if isinstance(output, torch.Tensor):
@@ -92,7 +93,7 @@ def _edit_output(cls: Any) -> type:
 def _edit_input(cls: Any) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
 
-    class EditedProjection(cls):  # type: ignore[misc]
+    class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
             diag_edit_(heads, self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
             return cls.forward(self, heads, *args, **kwargs)

@@ -1,10 +1,10 @@
 """The steerer: one per worker, it turns each step's BatchView into slots per token and weights per row.
 
-    worker.execute_model  -> note_requests    who came and went, with what plan
-    runner adapter        -> begin_step       slots of this step's tokens, auxiliary models needed
-    model (sites.py)      -> diag_edit_       edits activations by the slots
-    model (auxiliary.py)  -> row_weights      mixes the streams' logits
-    runner adapter        -> end_step
+worker.execute_model  -> note_requests    who came and went, with what plan
+runner adapter        -> begin_step       slots of this step's tokens, auxiliary models needed
+model (sites.py)      -> diag_edit_       edits activations by the slots
+model (auxiliary.py)  -> row_weights      mixes the streams' logits
+runner adapter        -> end_step
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,6 @@ from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan
 from whipstaff.steering.plan import Row
 from whipstaff.steering.slots import NO_SLOT, SlotTables
-
 
 NOBODY = BatchView((), np.zeros(1, np.int32), np.zeros(0, np.int32))  # a step in which every row is plain
 

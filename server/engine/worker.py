@@ -12,7 +12,7 @@ from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.sites import install_sites
 from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import ModelShape, Vector, read
+from whipstaff.steering.artifacts import ModelShape, Vector, parse, read
 
 
 class SteeredWorker:
@@ -53,11 +53,13 @@ class SteeredWorker:
 
     def whipstaff_add_vector(self, data: bytes) -> str:
         """Take a vector from the bytes of its file, and say its digest."""
-        from whipstaff.steering.artifacts import parse
-
         vector = parse(data)
         self._vectors[vector.digest] = vector
         return vector.digest
+
+    def whipstaff_drop_vector(self, digest: str) -> None:
+        """Forget a vector. No running request may name it."""
+        del self._vectors[digest]
 
     def whipstaff_describe(self) -> dict[str, Any]:
         """The model's shape, its sites and the way it runs."""
@@ -115,5 +117,3 @@ def _max_tokens(config: Any) -> int:
 def _placed(new: Any) -> PlacedPlan | None:
     plan = RequestPlan.from_wire(new.sampling_params.extra_args if new.sampling_params else None)
     return None if plan is None else PlacedPlan(plan, int(new.prompt_len))
-
-

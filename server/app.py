@@ -1,0 +1,94 @@
+"""The application: a steerable engine, self-tested, behind vLLM's OpenAI server with our routes."""
+
+import logging
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.dependencies.utils import get_parameterless_sub_dependant
+from fastapi.routing import APIRoute
+
+from whipstaff import cuda_ext
+from whipstaff.server import metrics, routes
+from whipstaff.server.engine import UnsupportedEngine, openai
+from whipstaff.server.engine.launch import Engine, PlanDict, start
+from whipstaff.server.engine.selftest import Finding, describe, self_test
+from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.registry import Registry
+from whipstaff.server.schema import PLAIN, Catalogue
+from whipstaff.server.settings import Settings
+from whipstaff.steering.artifacts import ModelShape
+
+logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
+
+# vLLM's other generating routes: they know nothing of the extra fields and would silently drop them.
+_WITHOUT_EXTRAS = ("/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/inference/v1/generate")
+
+
+async def serve(args: Namespace, settings: Settings) -> None:
+    """Run the server until it is told to stop."""
+    _, sock = openai.listen(args)
+    engine = start(args, settings.aux.items(), settings.steering_slots)
+    try:
+        have = await load(engine, settings)
+        await prove(engine, have)
+        app = extend(await openai.build(engine, args), engine, have)
+        stopped = await openai.serve(app, args, sock)
+    finally:
+        engine.shutdown()
+        sock.close()
+    await stopped
+
+
+async def load(engine: Engine, settings: Settings) -> Catalogue:
+    """Read the vectors and give the workers those that fit. Raises: BadVectorFile."""
+    facts = await describe(engine)
+    registry = Registry(settings.vectors, ModelShape.model_validate(facts["model"]))
+    for entry in registry:
+        if entry.problem is None:
+            await engine.collective_rpc("whipstaff_load_vector", args=(str(entry.path), entry.vector.digest))
+        else:
+            logger.warning("vector %r cannot be used: %s", entry.name, entry.problem)
+    metrics.VECTORS.set(len(registry.names))
+    logger.info(
+        "kernels: %s; model runner: %s; vectors: %s; auxiliary models: %s",
+        cuda_ext.IMPLEMENTATION,
+        facts["runner"],
+        registry.names,
+        list(engine.layout.limits),
+    )
+    return Catalogue(registry, engine.layout.limits)
+
+
+async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
+    """Run the self-test. Raises: UnsupportedEngine, naming what did not obey."""
+    findings = [finding async for finding in self_test(engine, list(have.auxiliaries))]
+    bad = [finding.what for finding in findings if not finding.is_good]
+    if bad:
+        raise UnsupportedEngine(
+            f"the self-test failed: {', '.join(bad)} did not obey an edit, or scale 0 was not off; `whipstaff doctor` "
+            "shows each finding"
+        )
+    logger.info("self-test: %d of %d sites and auxiliary models obey", len(findings), len(findings))
+    return findings
+
+
+def extend(app: FastAPI, engine: Engine, have: Catalogue) -> FastAPI:
+    """Put our routes, errors and metrics into vLLM's application."""
+    app.state.whipstaff = have
+    engine.watch = _watch
+    ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
+    for route in app.router.routes:
+        if isinstance(route, APIRoute) and route.path in _WITHOUT_EXTRAS:
+            refuse = get_parameterless_sub_dependant(depends=Depends(routes.refuse_extras), path=route.path_format)
+            route.dependant.dependencies.insert(0, refuse)
+    app.include_router(routes.router)
+    app.add_exception_handler(WhipstaffError, routes.answer_refusal)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
+    return app
+
+
+def _watch(plan: PlanDict | None, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    return metrics.watch(plan.label if plan else PLAIN, outputs, plan.note if plan else None)

@@ -1,0 +1,94 @@
+"""The command line: `whipstaff serve [MODEL] [flags]` and `whipstaff doctor [MODEL] [flags]`."""
+
+import asyncio
+import os
+import sys
+from argparse import Namespace
+
+from pydantic import ValidationError
+
+from whipstaff.server import demo
+from whipstaff.server.engine import UnsupportedEngine, vllm_version
+from whipstaff.server.settings import Settings
+
+USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
+       whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
+
+Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
+"""
+
+# The demo is small: no need for vLLM's share of all memory, nor for the minute that compilation takes.
+DEMO_FLAGS = (
+    *("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "256M"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with the reason on stderr."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] not in ("serve", "doctor"):
+        is_help = words[:1] in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
+        sys.exit(0 if is_help else 2)
+    try:
+        args, settings = parse(words[0], words[1:])
+        asyncio.run(_serve(args, settings) if words[0] == "serve" else _doctor(args, settings))
+    except (UnsupportedEngine, ValidationError, RuntimeError) as error:
+        sys.exit(f"whipstaff: {_said(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
+    """vLLM's flags and ours."""
+    from whipstaff.server.engine import flags
+
+    parser = flags.parser(f"whipstaff {command}")
+    Settings.add_flags(parser)
+    args = parser.parse_args(words)
+    if args.model_tag is None and not flags.names_model(args):
+        demo_words = [str(demo.MODELS / "demo"), *DEMO_FLAGS]
+        args = parser.parse_args([*demo_words, *words])
+        args.whipstaff_aux = args.whipstaff_aux or [f"{name}={demo.MODELS / name}" for name in ("tuned", "untuned")]
+        args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
+    flags.finish(args)
+    return args, Settings.from_args(args)
+
+
+async def _serve(args: Namespace, settings: Settings) -> None:
+    from whipstaff.server import app
+
+    await app.serve(args, settings)
+
+
+async def _doctor(args: Namespace, settings: Settings) -> None:
+    """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
+    from whipstaff.server import app
+    from whipstaff.server.engine.launch import start
+    from whipstaff.server.engine.selftest import describe, self_test
+
+    engine = start(args, settings.aux.items(), settings.steering_slots)
+    try:
+        have = await app.load(engine, settings)
+        facts = await describe(engine)
+        findings = [finding async for finding in self_test(engine, list(have.auxiliaries))]
+    finally:
+        engine.shutdown()
+    print(f"vLLM {vllm_version()}, model runner {facts['runner']}, {facts['model']['architecture']}, pid {os.getpid()}")
+    for finding in findings:
+        changes = "edit changes the output" if finding.changes else "EDIT DOES NOT CHANGE THE OUTPUT"
+        off = "scale 0 does not" if finding.off_is_off else "SCALE 0 CHANGES IT"
+        print(f"{'ok  ' if finding.is_good else 'FAIL'} {finding.what}: {changes}, {off}")
+    num_good = sum(finding.is_good for finding in findings)
+    print(f"{num_good} of {len(findings)} obey")
+    if num_good < len(findings):
+        sys.exit(1)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
+        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
+    return str(error)

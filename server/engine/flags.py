@@ -1,0 +1,31 @@
+"""vLLM's own command-line flags."""
+
+from argparse import Namespace
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+def parser(program: str) -> Any:
+    """A parser of every flag that `vllm serve` takes."""
+    cli_env_setup()
+    return make_arg_parser(FlexibleArgumentParser(prog=program))
+
+
+def names_model(args: Namespace) -> bool:
+    """Whether --model or a config file named a model."""
+    return bool(args.model != AsyncEngineArgs.model)
+
+
+def finish(args: Namespace) -> None:
+    """What `vllm serve` does between parsing and starting. Raises: UnsupportedEngine."""
+    from whipstaff.server.engine import UnsupportedEngine
+
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    if (args.api_server_count or 1) > 1 or args.headless or args.data_parallel_size > 1 or args.grpc:
+        raise UnsupportedEngine("several API servers, data parallelism, --headless and --grpc are not supported yet")
+    validate_parsed_serve_args(args)

@@ -1,0 +1,216 @@
+"""vLLM's OpenAI server with the extra fields: its request models and serving classes, extended, and its launcher.
+
+A request model carries what `prepare` made of its extras. Serving then does two things more than vLLM's: once the
+prompt is tokenised and before anything is scheduled it calls `check`, and its sampling parameters carry the plan.
+"""
+
+import asyncio
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
+
+import vllm.envs as envs
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils import api_utils as vllm_routes
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.sampling_params import SamplingParams
+
+from whipstaff.server.engine import request as plans
+from whipstaff.server.engine.launch import Engine, PlanDict
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+validate_json_request = vllm_routes.validate_json_request  # a dependency: the content type is JSON
+
+
+def cancellable(handler: Handler) -> Handler:
+    """Cancel a route's work when its client disconnects, and count it in vLLM's server load."""
+    return cast(Handler, vllm_routes.with_cancellation(vllm_routes.load_aware_call(handler)))
+
+
+class Prepared(Protocol):
+    """What a request's extras came to."""
+
+    wire: PlanDict
+
+    def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
+        """What may be generated at most, or an exception that answers the client."""
+
+
+class Extras(BaseModel):
+    """The fields that Whipstaff adds. They are checked by `prepare`, which knows what this server has."""
+
+    steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
+    decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
+    on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
+    _prepared: Prepared | None = PrivateAttr(None)
+
+    def attach(self, prepared: Prepared | None) -> None:
+        self._prepared = prepared
+
+    def check(self, prompt_lens: list[int], serving: Any, max_tokens: int | None, cap: Callable[[int], None]) -> None:
+        """Check the plan against every prompt of the request; `cap` lowers the request's own limit if need be."""
+        if self._prepared is None:
+            return
+        allowed = []
+        for length in prompt_lens:
+            room = vllm_routes.get_max_tokens(
+                serving.model_config.max_model_len,
+                max_tokens,
+                length,
+                serving.default_sampling_params,
+                serving.override_max_tokens,
+            )
+            allowed.append((room, self._prepared.check(length, room, max_tokens is not None)))
+        if any(capped < room for room, capped in allowed):
+            cap(min(capped for _, capped in allowed))
+
+    def add_plan(self, params: SamplingParams) -> SamplingParams:
+        if self._prepared is not None:
+            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._prepared.wire}
+        return params
+
+
+class ChatRequest(ChatCompletionRequest, Extras):
+    """A chat completion with the extra fields."""
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        return self.add_plan(super().to_sampling_params(*args, **kwargs))
+
+
+class TextRequest(CompletionRequest, Extras):
+    """A text completion with the extra fields."""
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        return self.add_plan(super().to_sampling_params(*args, **kwargs))
+
+
+class ServingChat(OpenAIServingChat):
+    """Checks plans between tokenising and scheduling."""
+
+    async def render_chat_request(self, request: Any) -> Any:
+        result = await super().render_chat_request(request)
+        if isinstance(request, ChatRequest) and not isinstance(result, ErrorResponse):
+
+            def cap(limit: int) -> None:
+                request.max_completion_tokens = limit
+
+            explicit = (
+                request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+            )
+            request.check([self._extract_prompt_len(one) for one in result[1]], self, explicit, cap)
+        return result
+
+
+class ServingCompletion(OpenAIServingCompletion):
+    """Checks plans between tokenising and scheduling."""
+
+    async def render_completion_request(self, request: Any) -> Any:
+        result = await super().render_completion_request(request)
+        if isinstance(request, TextRequest) and not isinstance(result, ErrorResponse):
+
+            def cap(limit: int) -> None:
+                request.max_tokens = limit
+
+            request.check([self._extract_prompt_len(one) for one in result], self, request.max_tokens, cap)
+        return result
+
+
+def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> ChatRequest | TextRequest:
+    """A request from its JSON. Raises: what a route with this request model would."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+def _serving(app: FastAPI, request: ChatRequest | TextRequest) -> Any:
+    is_chat = isinstance(request, ChatRequest)
+    return app.state.openai_serving_chat if is_chat else app.state.openai_serving_completion
+
+
+async def answer(request: ChatRequest | TextRequest, raw: Request) -> Any:
+    """vLLM's answer: an error Response, a response model, or an async generator of server-sent events."""
+    serving = _serving(raw.app, request)
+    if isinstance(request, ChatRequest):
+        result = await serving.create_chat_completion(request, raw)
+    else:
+        result = await serving.create_completion(request, raw)
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), status_code=result.error.code)
+    return result
+
+
+async def render(request: ChatRequest | TextRequest, app: FastAPI) -> Response | None:
+    """Tokenise and check a request without scheduling it; a Response if vLLM refuses it."""
+    serving = _serving(app, request)
+    if isinstance(request, ChatRequest):
+        result = await serving.render_chat_request(request)
+    else:
+        result = await serving.render_completion_request(request)
+    return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
+
+
+def event_stream(events: Any, raw: Request) -> StreamingResponse:
+    """Server-sent events with vLLM's keep-alive comments."""
+    interval = float(getattr(raw.app.state.args, "sse_keep_alive_interval", 0))
+    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+
+
+async def build(engine: Engine, args: Namespace) -> FastAPI:
+    """vLLM's application around `engine`, its serving classes replaced by ours."""
+    tasks = await engine.get_supported_tasks()
+    app: FastAPI = build_app(args, tasks, engine.model_config)
+    await init_app_state(engine, app.state, args, tasks)
+    app.state.openai_serving_chat.__class__ = ServingChat
+    app.state.openai_serving_completion.__class__ = ServingCompletion
+    return app
+
+
+def listen(args: Namespace) -> tuple[str, Any]:
+    """Bind the port before the engine loads, as vLLM does, so that a port in use is known at once."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    signal.signal(signal.SIGTERM, interrupt)  # until uvicorn runs and takes over
+    return cast("tuple[str, Any]", setup_server(args, reuse_port=False))
+
+
+async def serve(app: FastAPI, args: Namespace, sock: Any) -> asyncio.Task[None]:
+    """Serve until told to stop; await the returned task after shutting the engine down."""
+    log_config = get_uvicorn_log_config(args)
+    task: asyncio.Task[None] = await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({} if log_config is None else {"log_config": log_config}),
+    )
+    return task

@@ -1,0 +1,65 @@
+"""What can be wrong with a request, and the HTTP answer to each.
+
+WhipstaffError
+ |- BadRequest      400  a value that no server would take
+ |- NotFound        404  a name that this server does not have
+ |- VectorUnfit     409  a vector made for another model
+ |- Unavailable     422  a method that this server could run, were it started otherwise
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+
+
+class WhipstaffError(Exception):
+    """A refusal. `param` is the exact JSON path of the field, such as "steering[0].vector"."""
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param = message, param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that OpenAI's clients understand."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.status}}
+
+
+class BadRequest(WhipstaffError):
+    status, type = 400, "BadRequestError"
+
+
+class NotFound(WhipstaffError):
+    status, type = 404, "NotFoundError"
+
+
+class VectorUnfit(WhipstaffError):
+    status, type = 409, "ConflictError"
+
+
+class Unavailable(WhipstaffError):
+    status, type = 422, "UnprocessableEntityError"
+
+
+def bad_field(error: ValidationError, data: Any, prefix: str) -> BadRequest:
+    """The first of pydantic's complaints about `data`, as a path below `prefix` and a sentence."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    return BadRequest(message, prefix + json_path(first["loc"], data))
+
+
+def json_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """Pydantic's location as a JSON path: only the steps that exist in `data`, and a last one that it lacks."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int) and isinstance(data, list) and step < len(data):
+            path, data = f"{path}[{step}]", data[step]
+        elif isinstance(step, str) and isinstance(data, dict) and step in data:
+            path, data = f"{path}.{step}", data[step]
+        elif isinstance(step, str) and isinstance(data, dict) and step == loc[-1] and step.isidentifier():
+            path, data = f"{path}.{step}", None
+    return path

@@ -1,0 +1,163 @@
+"""One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from whipstaff.server import metrics, schema
+from whipstaff.server.engine import openai
+from whipstaff.server.engine.launch import PlanDict
+from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.receipts import FIELD, Tally, with_receipt
+from whipstaff.server.registry import Entry
+from whipstaff.server.schema import Catalogue, Compiled, compile_extras
+
+router = APIRouter()
+
+
+@dataclass
+class PreparedRequest:
+    """What one request's extras came to, handed to the engine's front end."""
+
+    compiled: Compiled
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
+
+    def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
+        return self.compiled.check(prompt_len, max_tokens, is_explicit)
+
+
+def catalogue(request: Request) -> Catalogue:
+    found: Catalogue = request.app.state.whipstaff
+    return found
+
+
+def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> PreparedRequest | None:
+    """Compile a request's extras, wherever they came in, and attach them to it."""
+    compiled = compile_extras(_fields(request), have)
+    if compiled is None:
+        return None
+    if request.use_beam_search:
+        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    prepared = PreparedRequest(compiled)
+    request.attach(prepared)
+    return prepared
+
+
+def _fields(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
+    """The extra fields, from the top level of the request and, as JSON strings, from vllm_xargs."""
+    fields = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
+    if request.vllm_xargs and FIELD in request.vllm_xargs:
+        raise BadRequest("reserved: send `steering` and `decoding` instead", f"vllm_xargs.{FIELD}")
+    for name in schema.FIELDS:
+        if request.vllm_xargs and name in request.vllm_xargs:
+            if fields[name] is not None:
+                raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
+            fields[name] = request.vllm_xargs.pop(name)
+    return fields
+
+
+@router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request)])
+@openai.cancellable
+async def create_chat_completion(request: openai.ChatRequest, raw_request: Request) -> Response:
+    """OpenAI's chat completions, with `steering` and `decoding`."""
+    return await _generate(request, raw_request)
+
+
+@router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request)])
+@openai.cancellable
+async def create_completion(request: openai.TextRequest, raw_request: Request) -> Response:
+    """OpenAI's completions, with `steering` and `decoding`."""
+    return await _generate(request, raw_request)
+
+
+async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> Response:
+    prepared = prepare(request, catalogue(raw))
+    result = await openai.answer(request, raw)
+    if isinstance(result, Response):
+        return result
+    if hasattr(result, "__aiter__"):
+        events = result if prepared is None else with_receipt(result, prepared.compiled, prepared.tally)
+        return openai.event_stream(events, raw)
+    body = result.model_dump()
+    if prepared is not None:
+        body[FIELD] = prepared.compiled.receipt(prepared.tally.fed())
+    return JSONResponse(body)
+
+
+@router.get("/v1/steering/methods")
+async def methods(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
+    return {"object": "list", "data": schema.method_table(have)}
+
+
+@router.get("/v1/steering/vectors")
+async def vectors(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """Every vector that was loaded."""
+    return {"object": "list", "data": [_vector(entry) for entry in have.registry]}
+
+
+@router.get("/v1/steering/vectors/{name}")
+async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """One vector, with the norm of each of its tensors."""
+    entry = have.registry.entry(name)
+    return {**_vector(entry), "norms": entry.vector.norms()}
+
+
+@router.post("/v1/steering/validate")
+async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
+    """Compile a request without running it: its plan, or the error that the request would get.
+
+    With `messages` or `prompt` the body is a whole request, and what depends on the prompt is checked too.
+    """
+    started = time.perf_counter()
+    have = catalogue(raw)
+    if "messages" not in body and "prompt" not in body:
+        compiled = compile_extras(body, have)
+    else:
+        model = openai.ChatRequest if "messages" in body else openai.TextRequest
+        request = openai.parse(model, body)
+        prepared = prepare(request, have)
+        refused = await openai.render(request, raw.app)
+        if refused is not None:
+            return refused
+        compiled = prepared.compiled if prepared else None
+    plan = compiled.receipt([]) if compiled else {"steering": [], "decoding": [], "warnings": []}
+    return JSONResponse({"valid": True, "plan": plan, "milliseconds": (time.perf_counter() - started) * 1e3})
+
+
+def _vector(entry: Entry) -> dict[str, Any]:
+    header, vector = entry.vector.header, entry.vector
+    return {
+        "id": entry.name,
+        "object": "steering.vector",
+        "fits": entry.problem is None,
+        "problem": entry.problem,
+        "digest": vector.digest,
+        "layers": vector.layers,
+        "sites": vector.sites,
+        **header.model_dump(exclude={"format"}),
+    }
+
+
+async def refuse_extras(raw: Request) -> None:
+    """A dependency of vLLM's other generating routes: they would silently ignore the extra fields."""
+    body = await raw.json()
+    if not isinstance(body, dict):
+        return
+    xargs = body.get("vllm_xargs")
+    fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
+    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
+        raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
+
+
+async def answer_refusal(raw: Request, error: Exception) -> Response:
+    """The exception handler for our own errors."""
+    assert isinstance(error, WhipstaffError)
+    metrics.REFUSALS.labels(error.status).inc()
+    return JSONResponse(error.body(), status_code=error.status)

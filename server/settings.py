@@ -1,0 +1,63 @@
+"""Whipstaff's own settings: flags before environment (WHIPSTAFF_*) before defaults. vLLM's flags are vLLM's."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What `whipstaff serve` and `whipstaff doctor` take beside vLLM's flags."""
+
+    model_config = SettingsConfigDict(env_prefix="WHIPSTAFF_", extra="forbid", frozen=True)
+
+    aux: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="NAME=MODEL, repeatable (comma-separated in WHIPSTAFF_AUX): an auxiliary model to load"
+    )
+    vectors: Annotated[list[Path], NoDecode] = Field(
+        [], description="a vector file or a folder of them, repeatable (comma-separated in WHIPSTAFF_VECTORS)"
+    )
+    steering_slots: int | None = Field(
+        None, gt=0, description="distinct steering configurations in use at once; more wait (default: --max-num-seqs)"
+    )
+
+    @field_validator("aux", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        entries = value.split(",") if isinstance(value, str) else value
+        if not isinstance(entries, list):
+            return entries
+        pairs: dict[str, str] = {}
+        for entry in filter(None, entries):
+            name, separator, model = entry.partition("=")
+            if not separator or not name.replace("-", "_").isidentifier() or not model:
+                raise ValueError(f"{entry!r} is not NAME=MODEL, with a name of letters, digits, - and _")
+            if name in pairs:
+                raise ValueError(f"two auxiliary models are called {name!r}")
+            pairs[name] = model
+        return pairs
+
+    @field_validator("vectors", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @staticmethod
+    def add_flags(parser: ArgumentParser) -> None:
+        group = parser.add_argument_group("whipstaff", "Whipstaff's own flags")
+        for name, action, metavar in (
+            ("aux", "append", "NAME=MODEL"),
+            ("vectors", "append", "PATH"),
+            ("steering_slots", "store", "N"),
+        ):
+            flag = "--" + name.replace("_", "-")
+            help_text = Settings.model_fields[name].description
+            group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
+
+    @staticmethod
+    def from_args(args: Namespace) -> "Settings":
+        """Flags that were given win over the environment. Raises: ValidationError."""
+        given = {name: getattr(args, f"whipstaff_{name}") for name in Settings.model_fields}
+        return Settings(**{name: value for name, value in given.items() if value is not None})
