@@ -14,7 +14,14 @@ HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted(CSRC.glo
 # torch's stable ABI of 2.11: one binary serves every later torch.
 ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Without contraction a product is rounded before it is added, on every processor, as in torch.
-CPU_FLAGS = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CPU_FLAGS = [
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 

@@ -13,6 +13,7 @@ IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
 
 _diag_edit_ = torch.ops.whipstaff.diag_edit_.default
+_mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 
 
 def diag_edit_(
@@ -37,3 +38,33 @@ def diag_edit_(
     gain          (>= T,) float32, or None
     """
     _diag_edit_(x, mul, add, slot, gain, residual, renorm)
+
+
+def mix_logits_(
+    out: Tensor,
+    streams: list[Tensor],
+    rows: Tensor,
+    weights: Tensor,
+    temperatures: Tensor | None = None,
+    log_softmax: Tensor | None = None,
+    alphas: Tensor | None = None,
+    top_ps: Tensor | None = None,
+    num_allowed: Tensor | None = None,
+) -> None:
+    """out[r] <- sum over k of weights[r, k] * f(streams[k][rows[r, k]])   where rows[r, 0] names a row.
+
+    f(x) = x / temperatures[r, k], or log_softmax(x / temperatures[r, k]) where log_softmax[r, k]. A token is allowed
+    if no stream that row r uses holds -inf there and each stream k with a mask admits it: its logit is at least
+    log(alphas[r, k]) + the row's best, and the mass of the tokens above it is at most top_ps[r, k]. Masks look at the
+    untempered stream; all other tokens become -inf. Where the masks leave nothing, the best token of stream 0, the
+    main one, stays. Rows with rows[r, 0] = -1 are left alone. A stream is not used where rows[r, k] is -1, or where
+    its weight is 0 and it has no mask; the main stream's own -inf count always.
+
+    out           (R, V) float32, bfloat16 or float16, changed in place; may be streams[0] with rows[r, 0] = r
+    streams       1 to 8 of (R_k, >= V) each of any such type; columns from V on are not read
+    rows          (>= R, K) int32 or int64
+    weights, temperatures, alphas, top_ps   (>= R, K) float32; None = temperature 1, alpha 0 (off), top-p 1 (off)
+    log_softmax   (>= R, K) bool; None = raw logits
+    num_allowed   (>= R,) int32, set for mixed rows: how many tokens the masks and bans left, or None
+    """
+    _mix_logits_(out, streams, rows, weights, temperatures, log_softmax, alphas, top_ps, num_allowed)

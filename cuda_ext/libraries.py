@@ -33,6 +33,13 @@ OPERATORS = [
         reference.diag_edit_,
         _changes_in_place,
     ),
+    Operator(
+        "whipstaff::mix_logits_",
+        "(Tensor(a!) out, Tensor[] streams, Tensor rows, Tensor weights, Tensor? temperatures=None, "
+        "Tensor? log_softmax=None, Tensor? alphas=None, Tensor? top_ps=None, Tensor(b!)? num_allowed=None) -> ()",
+        reference.mix_logits_,
+        _changes_in_place,
+    ),
 ]
 
 

@@ -58,3 +58,75 @@ def diag_edit_(
     x[tokens] = after.to(x.dtype)
     if residual is not None:
         residual[tokens] = 0
+
+
+def mix_logits_(
+    out: Tensor,
+    streams: list[Tensor],
+    rows: Tensor,
+    weights: Tensor,
+    temperatures: Tensor | None = None,
+    log_softmax: Tensor | None = None,
+    alphas: Tensor | None = None,
+    top_ps: Tensor | None = None,
+    num_allowed: Tensor | None = None,
+) -> None:
+    num_rows, vocab = out.shape
+    if IS_CHECKED:
+        _check_stream_rows(rows[:num_rows], streams)
+    names_row = (rows[:num_rows] >= 0) & (rows[:num_rows] < torch.tensor([len(s) for s in streams], device=out.device))
+    mixed = names_row[:, 0].nonzero().flatten()  # (M,) the rows that are concerned
+    total = torch.zeros(len(mixed), vocab, dtype=_compute_type(out), device=out.device)
+    banned = torch.zeros_like(total, dtype=torch.bool)
+    is_masked = torch.zeros_like(mixed, dtype=torch.bool)
+    for k, stream in enumerate(streams):
+        weight, temperature = weights[mixed, k], _column(temperatures, mixed, k, 1.0)
+        alpha, top_p = _column(alphas, mixed, k, 0.0), _column(top_ps, mixed, k, 1.0)
+        has_mask = (alpha > 0) | (top_p < 1)
+        is_used = names_row[mixed, k] & ((weight != 0) | has_mask | (k == 0))
+        logits = stream[rows[mixed, k].long().clamp(0, len(stream) - 1), :vocab].to(total.dtype)
+        banned |= is_used[:, None] & (logits == -torch.inf)
+        if alphas is not None or top_ps is not None:
+            banned |= (is_used & has_mask)[:, None] & ~_plausible(logits, alpha, top_p)
+            is_masked |= is_used & has_mask
+        total += torch.where(is_used[:, None], weight[:, None] * _term(logits, temperature, log_softmax, mixed, k), 0)
+    total[banned] = -torch.inf
+    if num_allowed is not None:
+        num_allowed[mixed] = (~banned).sum(1, dtype=torch.int32)
+    _rescue(total, streams[0][rows[mixed, 0].long(), :vocab], is_masked & banned.all(1))
+    out[mixed] = total.to(out.dtype)
+
+
+def _column(table: Tensor | None, mixed: Tensor, k: int, default: float) -> Tensor:
+    """(M,) a parameter of stream k; absent tables hold the value that changes nothing."""
+    return torch.full_like(mixed, default, dtype=torch.float32) if table is None else table[mixed, k]
+
+
+def _term(logits: Tensor, temperature: Tensor, log_softmax: Tensor | None, mixed: Tensor, k: int) -> Tensor:
+    """(M, V) one stream as it enters the mix; what it bans reads 0, so that -inf never meets -inf."""
+    tempered = logits / temperature[:, None]
+    if log_softmax is not None:
+        tempered = torch.where(log_softmax[mixed, k, None], tempered.log_softmax(1), tempered)
+    return torch.where(logits == -torch.inf, 0, tempered)
+
+
+def _plausible(logits: Tensor, alpha: Tensor, top_p: Tensor) -> Tensor:
+    """(M, V) whether a token is within log alpha of the row's best one, and among the top p of the mass."""
+    close = logits >= logits.amax(1, keepdim=True) + alpha.to(logits.dtype).log()[:, None]
+    best_first, order = logits.softmax(1).sort(dim=1, descending=True)
+    kept = (best_first.cumsum(1) - best_first <= top_p[:, None]) | (top_p[:, None] >= 1)
+    cut = logits.gather(1, order).masked_fill(~kept, torch.inf).amin(1, keepdim=True)  # equal logits stay together
+    return close & (logits >= cut)
+
+
+def _rescue(total: Tensor, main: Tensor, is_empty: Tensor) -> None:
+    """Where the masks exclude each other, the main stream's best token is left."""
+    best = main.argmax(1)
+    lost = (is_empty & (main.amax(1) > -torch.inf)).nonzero().flatten()
+    total[lost, best[lost]] = main[lost, best[lost]].to(total.dtype)
+
+
+def _check_stream_rows(rows: Tensor, streams: list[Tensor]) -> None:
+    for k, stream in enumerate(streams):
+        for row in (rows[:, k] >= len(stream)).nonzero().flatten().tolist():
+            raise RuntimeError(f"rows[{row}, {k}] is {int(rows[row, k])}, streams[{k}] has {len(stream)} rows")

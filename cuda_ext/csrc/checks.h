@@ -44,9 +44,9 @@ inline std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
 }
 
-inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& x) {
+inline void check_same_device(const Tensor& tensor, const char* name, const char* x_name, const Tensor& x) {
   const bool is_same = tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index();
-  STD_TORCH_CHECK(is_same, name, " is on ", device_of(tensor), ", x on ", device_of(x));
+  STD_TORCH_CHECK(is_same, name, " is on ", device_of(tensor), ", ", x_name, " on ", device_of(x));
 }
 
 // (rows, columns) with neighbouring columns next to each other in memory; rows may be any distance apart.
@@ -59,7 +59,7 @@ inline void check_rows(const Tensor& tensor, const char* name) {
 // A persistent per-token buffer: at least `needed` long, its first entries are used.
 inline void check_per_token(const Tensor& tensor, const char* name, int64_t needed) {
   STD_TORCH_CHECK(tensor.dim() == 1, name, " must have 1 dimension, not shape ", shape_of(tensor));
-  STD_TORCH_CHECK(tensor.size(0) >= needed, name, " has ", tensor.size(0), " entries for ", needed, " tokens");
+  STD_TORCH_CHECK(tensor.size(0) >= needed, name, " has ", tensor.size(0), " entries for ", needed, " rows");
   STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) == 1, name, " must be contiguous, not stride ", tensor.stride(0));
 }
 
@@ -83,11 +83,11 @@ inline void check_slots(const Slots& slots) {
 inline Slots slots_of(const Tensor& slot, const MaybeTensor& gain, const Tensor& x, int64_t num_slots) {
   STD_TORCH_CHECK(is_index_type(slot.scalar_type()), "slot must be int32 or int64, not ", toString(slot.scalar_type()));
   check_per_token(slot, "slot", x.size(0));
-  check_same_device(slot, "slot", x);
+  check_same_device(slot, "slot", "x", x);
   if (gain) {
     check_type(*gain, "gain", ScalarType::Float);
     check_per_token(*gain, "gain", x.size(0));
-    check_same_device(*gain, "gain", x);
+    check_same_device(*gain, "gain", "x", x);
   }
   return {.slot = slot.data_ptr(),
           .gain = gain ? static_cast<const float*>(gain->data_ptr()) : nullptr,

@@ -8,7 +8,7 @@ namespace whipstaff {
 
 inline void check_table(const Tensor& table, const char* name, const Tensor& x) {
   check_rows(table, name);
-  check_same_device(table, name, x);
+  check_same_device(table, name, "x", x);
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == x.scalar_type(), name,
                   " must be float32 or of x's type ", toString(x.scalar_type()), ", not ", toString(table.scalar_type()));
 }
@@ -42,7 +42,7 @@ inline DiagEdit diag_edit(const Tensor& x, const MaybeTensor& mul, const MaybeTe
   if (residual) {
     check_rows(*residual, "residual");
     check_type(*residual, "residual", x.scalar_type());
-    check_same_device(*residual, "residual", x);
+    check_same_device(*residual, "residual", "x", x);
     STD_TORCH_CHECK(residual->size(0) == x.size(0) && residual->size(1) == x.size(1), "residual has shape ",
                     shape_of(*residual), ", x has ", shape_of(x));
     edit.residual = residual->data_ptr();

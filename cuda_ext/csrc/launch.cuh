@@ -32,12 +32,19 @@ inline bool has_aligned_rows(const void* data, int64_t stride, size_t element_si
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_size % 16 == 0;
 }
 
-// Checked mode only: brings the slots to the host, waiting for the stream, and refuses those that name no row.
+// What `bytes` of device memory hold once the stream has come this far. It waits, so only checked mode may call it.
+inline std::vector<char> host_copy(const void* data, size_t bytes, cudaStream_t stream) {
+  std::vector<char> copy(bytes);
+  STD_CUDA_CHECK(cudaMemcpyAsync(copy.data(), data, bytes, cudaMemcpyDeviceToHost, stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return copy;
+}
+
+inline size_t index_size(bool is_int64) { return is_int64 ? sizeof(int64_t) : sizeof(int32_t); }
+
 inline void check_slots_on_device(Slots slots, cudaStream_t stream) {
   if (!is_checked_mode()) return;
-  std::vector<char> copy(slots.num_tokens * (slots.is_int64 ? sizeof(int64_t) : sizeof(int32_t)));
-  STD_CUDA_CHECK(cudaMemcpyAsync(copy.data(), slots.slot, copy.size(), cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  const std::vector<char> copy = host_copy(slots.slot, slots.num_tokens * index_size(slots.is_int64), stream);
   slots.slot = copy.data();
   check_slots(slots);
 }

@@ -1,13 +1,9 @@
 // The persistent index buffer of a batch: which table row each token uses.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
-#ifdef __CUDACC__
-#define WHIPSTAFF_HOST_DEVICE __host__ __device__
-#else
-#define WHIPSTAFF_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace whipstaff {
 
