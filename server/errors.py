@@ -44,8 +44,13 @@ class Unavailable(WhipstaffError):
 
 
 def bad_field(error: ValidationError, data: Any, prefix: str) -> BadRequest:
-    """The first of pydantic's complaints about `data`, as a path below `prefix` and a sentence."""
-    first = error.errors(include_url=False)[0]
+    """The first of pydantic's complaints about `data`, as a path below `prefix` and a sentence.
+
+    A union complains once per alternative; the complaint that got furthest into the data is the one meant.
+    """
+    complaints = error.errors(include_url=False)
+    same_field = [one for one in complaints if one["loc"][:1] == complaints[0]["loc"][:1]]
+    first = max(same_field, key=lambda one: len(json_path(one["loc"], data)))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key"

@@ -12,6 +12,7 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.request import RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, WhipstaffError, bad_field
 from whipstaff.server.registry import Registry
+from whipstaff.steering.edits import MAX_GROWTH, Edit, growth
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import MAX_EDITS, PlannedEdit, SteeringParams, SteeringPlan, plan_edit
 
@@ -49,6 +50,7 @@ class Compiled:
     limits: Mapping[str, int]  # of the auxiliary models it needs
     edit_paths: list[str]  # where each planned edit stands in the request
     warnings: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -113,6 +115,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
         for index, entry in enumerate(_entries(fields.get("decoding"), "decoding", MAX_DECODING))
         if (mix := _decoding(entry, f"decoding[{index}]", catalogue, compiled, is_lenient)) is not None
     ]
+    _check_growth(compiled)
     mix = _sum(mixes)
     compiled.plan = RequestPlan(SteeringPlan(tuple(edits)) if edits else None, mix)
     compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
@@ -153,7 +156,7 @@ def _described(name: str, kind: str, schema: dict[str, Any], paper: str, availab
 
 def _on_unavailable(value: Any) -> OnUnavailable:
     try:
-        return TypeAdapter(OnUnavailable).validate_python(value or "error")
+        return TypeAdapter(OnUnavailable).validate_python("error" if value is None else value)
     except ValidationError as error:
         raise bad_field(error, value, "on_unavailable") from None
 
@@ -163,7 +166,7 @@ def _entries(value: Any, name: str, most: int) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"not JSON: {error}", name) from None
     if value is None:
         return []
@@ -185,6 +188,7 @@ def _steering(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, i
     except SteeringError as error:
         raise BadRequest(str(error), f"{path}.{error.param}") from None
     compiled.edit_paths.append(path)
+    compiled.edits.append((vector, planned.edit.scale, planned.edit.layers))
     compiled.steering.append(
         {
             "vector": params.vector,
@@ -197,6 +201,18 @@ def _steering(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, i
         }
     )
     return planned
+
+
+def _check_growth(compiled: Compiled) -> None:
+    """Refuse edits that would overflow the model's activations, naming the first entry that takes them too far."""
+    if growth(compiled.edits) <= MAX_GROWTH:
+        return
+    first = next(index for index in range(len(compiled.edits)) if not growth(compiled.edits[: index + 1]) <= MAX_GROWTH)
+    raise BadRequest(
+        f"the edits can make activations grow {growth(compiled.edits[: first + 1]):.0e} times, and float32 would "
+        f"overflow; at most {MAX_GROWTH:.0e} is taken",
+        f"{compiled.edit_paths[first]}.scale",
+    )
 
 
 def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,13 @@ class Vector:
             for part, tensor in parts.items()
         }
 
+    @cached_property
+    def peaks(self) -> Mapping[tuple[Site, int], tuple[float, float]]:
+        """The largest |gain| and |add| at every site and layer, at scale 1."""
+        return {
+            place: (_peak(parts.get("gain")), _peak(parts.get("add"))) for place, parts in sorted(self.tensors.items())
+        }
+
     def check_fits(self, model: ModelShape) -> None:
         """Raises: VectorMismatch, with both shapes."""
         if not self.header.model.fits(model):
@@ -120,7 +128,7 @@ def parse(data: bytes) -> Vector:
     try:
         metadata = _metadata(data)
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise SteeringError(f"not a sound safetensors file: {error}") from error
     if "whipstaff" not in metadata:
         raise SteeringError('the file has no "whipstaff" metadata; it is not a Whipstaff vector')
@@ -164,6 +172,10 @@ def _checked(name: str, tensor: Tensor, model: ModelShape) -> tuple[Site, int, P
     if not math.isfinite(tensor.to(torch.float32).abs().sum().item()):
         raise SteeringError(f"tensor {name!r} holds numbers that are not finite, or too large for float32")
     return site, layer, "add" if part == "add" else "gain"
+
+
+def _peak(tensor: Tensor | None) -> float:
+    return 0.0 if tensor is None else float(tensor.abs().max())
 
 
 def _said(model: ModelShape) -> str:

@@ -7,10 +7,30 @@ from torch import Tensor
 
 from whipstaff.steering.artifacts import Site, Vector
 
+MAX_GROWTH = 1e15  # squared, and times a large activation squared, it is still a float32
+Edit = tuple[Vector, float, tuple[int, ...] | None]  # a vector, its scale and on which of its layers (None: all)
 
-def compose(
-    edits: Iterable[tuple[Vector, float, tuple[int, ...] | None]], site: Site, layer: int, width: int
-) -> tuple[Tensor, Tensor] | None:
+
+def growth(edits: Iterable[Edit]) -> float:
+    """How large the edits can make an activation of size one on its way through all layers, at most.
+
+    Beyond MAX_GROWTH activations overflow: what a request then leaves in the KV cache is not finite, and attention
+    kernels that multiply masked entries by zero carry that into the next request which gets the block.
+    """
+    places: dict[tuple[int, Site], tuple[float, float]] = {}  # bounds on |mul| and |add|, in the order of the layers
+    for vector, scale, layers in edits:
+        for (site, layer), (gain, add) in vector.peaks.items():
+            if layers is None or layer in layers:
+                mul_bound, add_bound = places.get((layer, site), (1.0, 0.0))
+                factor = 1 + abs(scale) * gain
+                places[layer, site] = mul_bound * factor, add_bound * factor + abs(scale) * add
+    size = 1.0
+    for (_, site), (mul_bound, add_bound) in sorted(places.items()):
+        size = size * mul_bound + add_bound if site == "resid_post" else size + mul_bound + add_bound
+    return size
+
+
+def compose(edits: Iterable[Edit], site: Site, layer: int, width: int) -> tuple[Tensor, Tensor] | None:
     """One (mul, add) pair, each float32 (width,), equal to the edits applied in the order given.
 
     Each edit is  x <- x + s * (gain * x + add). Composing x * m1 + a1 with (m2, a2) gives x * m1 * m2 + a1 * m2 + a2.

@@ -8,6 +8,7 @@ active together at some position; equal rows share one slot of the engine's tabl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
@@ -69,9 +70,9 @@ class SteeringPlan:
         spans = [(planned.edit, planned.where.intervals(prompt_len)) for planned in self.edits]
         starts = {start for _, intervals in spans for start, _ in intervals}
         ends = {end for _, intervals in spans for _, end in intervals if end is not None}
-        cuts = sorted(starts | ends)
+        cuts: list[int] = sorted(starts | ends)
         found: list[Segment] = []
-        for start, end in zip(cuts, [*cuts[1:], None], strict=True):
+        for start, end in zip_longest(cuts, cuts[1:]):
             row = tuple(edit for edit, intervals in spans if _inside(start, intervals))
             if row:
                 found.append((start, end, row))

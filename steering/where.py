@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from whipstaff.steering.errors import SteeringError
 
-Window = tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)] | None]
+Index = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]  # the wire to the engine takes 64 bits
+Window = tuple[Index, Index | None]
 Windows = Literal["all", "none"] | Annotated[list[Window], Field(max_length=64)]
 Interval = tuple[int, int | None]  # [start, end) in absolute positions; None = no end
 
