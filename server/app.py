@@ -22,8 +22,9 @@ from whipstaff.steering.artifacts import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 
-# vLLM's other generating routes: they know nothing of the extra fields and would silently drop them.
-_WITHOUT_EXTRAS = ("/v1/chat/completions/batch", "/v1/responses", "/v1/messages", "/inference/v1/generate")
+# vLLM's other routes that take JSON know nothing of the extra fields and would silently drop them: /v1/responses,
+# /v1/messages, /invocations and whatever else there is. Where nothing is generated, dropping them does no harm.
+_NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 
 async def serve(args: Namespace, settings: Settings) -> None:
@@ -81,7 +82,7 @@ def extend(app: FastAPI, engine: Engine, have: Catalogue) -> FastAPI:
     ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
-        if isinstance(route, APIRoute) and route.path in _WITHOUT_EXTRAS:
+        if isinstance(route, APIRoute) and "POST" in route.methods and route.path not in _NOT_GENERATING:
             refuse = get_parameterless_sub_dependant(depends=Depends(routes.refuse_extras), path=route.path_format)
             route.dependant.dependencies.insert(0, refuse)
     app.include_router(routes.router)

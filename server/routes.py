@@ -39,7 +39,8 @@ def catalogue(request: Request) -> Catalogue:
 
 def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> PreparedRequest | None:
     """Compile a request's extras, wherever they came in, and attach them to it."""
-    compiled = compile_extras(_fields(request), have)
+    present = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
+    compiled = compile_extras(_with_xargs(present, request.vllm_xargs), have)
     if compiled is None:
         return None
     if request.use_beam_search:
@@ -49,17 +50,16 @@ def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -
     return prepared
 
 
-def _fields(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
-    """The extra fields, from the top level of the request and, as JSON strings, from vllm_xargs."""
-    fields = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
-    if request.vllm_xargs and FIELD in request.vllm_xargs:
+def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
+    """The extra fields, from the top level of a request and, as JSON strings, out of its vllm_xargs."""
+    if not isinstance(xargs, dict):
+        return fields
+    if FIELD in xargs:
         raise BadRequest("reserved: send `steering` and `decoding` instead", f"vllm_xargs.{FIELD}")
     for name in schema.FIELDS:
-        if request.vllm_xargs and name in request.vllm_xargs:
-            if fields[name] is not None:
-                raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
-            fields[name] = request.vllm_xargs.pop(name)
-    return fields
+        if name in xargs and fields.get(name) is not None:
+            raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
+    return fields | {name: xargs.pop(name) for name in schema.FIELDS if name in xargs}
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request)])
@@ -118,7 +118,7 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     started = time.perf_counter()
     have = catalogue(raw)
     if "messages" not in body and "prompt" not in body:
-        compiled = compile_extras(body, have)
+        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), have)
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
@@ -146,13 +146,17 @@ def _vector(entry: Entry) -> dict[str, Any]:
 
 
 async def refuse_extras(raw: Request) -> None:
-    """A dependency of vLLM's other generating routes: they would silently ignore the extra fields."""
-    body = await raw.json()
+    """A dependency of vLLM's other routes: they would silently ignore the extra fields."""
+    try:
+        body = await raw.json()
+    except (ValueError, RecursionError):
+        return  # no JSON, or none at all: the route's own business
     if not isinstance(body, dict):
         return
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
+    names = (*schema.FIELDS, *schema.NOT_BUILT, FIELD)
+    if present := [name for name in names if fields.get(name) is not None]:
         raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
 
 
