@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext.libraries import load
+from whipstaff.cuda_ext.phi import Phi
+
+__all__ = ["IMPLEMENTATION", "Phi", "diag_edit_", "lowrank_edit_", "mix_logits_"]
 
 IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
 
 _diag_edit_ = torch.ops.whipstaff.diag_edit_.default
+_lowrank_edit_ = torch.ops.whipstaff.lowrank_edit_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 
 
@@ -38,6 +42,33 @@ def diag_edit_(
     gain          (>= T,) float32, or None
     """
     _diag_edit_(x, mul, add, slot, gain, residual, renorm)
+
+
+def lowrank_edit_(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    phi: Tensor,
+    phi_args: Tensor,
+    slot: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """x[t] += gain[t] * sum over r of phi_r(read[s, r] . h + bias[s, r]) * write[s, r]   where s = slot[t] names a row.
+
+    h = x[t], or x[t] + residual[t]; other tokens are left alone, bit for bit, as are those with gain 0.
+
+    x             (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
+    read, write   (S, R, H) with R up to 64; float32 or x's type, both the same
+    phi           (S, R) int32: one `Phi` per direction; the halves of a pair carry the same, the first at an even r
+    phi_args      (S, R, 4) float32: the arguments a, b, c, d of each direction; a pair reads those of its first half
+    slot          (>= T,) int32 or int64, the first T are used; outside [0, S) = leave alone
+    bias          (S, R) float32, or None
+    gain          (>= T,) float32, or None
+    residual      as x, read only: what is added to x reaches the sum of the two
+    """
+    _lowrank_edit_(x, read, write, phi, phi_args, slot, bias, gain, residual)
 
 
 def mix_logits_(

@@ -34,6 +34,13 @@ OPERATORS = [
         _changes_in_place,
     ),
     Operator(
+        "whipstaff::lowrank_edit_",
+        "(Tensor(a!) x, Tensor read, Tensor write, Tensor phi, Tensor phi_args, Tensor slot, "
+        "Tensor? bias=None, Tensor? gain=None, Tensor? residual=None) -> ()",
+        reference.lowrank_edit_,
+        _changes_in_place,
+    ),
+    Operator(
         "whipstaff::mix_logits_",
         "(Tensor(a!) out, Tensor[] streams, Tensor rows, Tensor weights, Tensor? temperatures=None, "
         "Tensor? log_softmax=None, Tensor? alphas=None, Tensor? top_ps=None, Tensor(b!)? num_allowed=None) -> ()",

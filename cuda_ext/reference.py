@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from whipstaff.cuda_ext.phi import Phi
+
 IS_CHECKED = os.environ.get("WHIPSTAFF_CUDA_EXT_CHECKED") == "1"
 
 
@@ -58,6 +60,63 @@ def diag_edit_(
     x[tokens] = after.to(x.dtype)
     if residual is not None:
         residual[tokens] = 0
+
+
+def lowrank_edit_(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    phi: Tensor,
+    phi_args: Tensor,
+    slot: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    tokens, rows = _edited(slot, gain, len(x), len(read))
+    before = x[tokens].to(_compute_type(x))  # (E, H) the edited tokens only
+    stream = before if residual is None else before + residual[tokens]
+    z = torch.einsum("erh,eh->er", read[rows].to(before.dtype), stream)
+    if bias is not None:
+        z = z + bias[rows]
+    change = torch.einsum("erh,er->eh", write[rows].to(before.dtype), _apply_phi(phi[rows], phi_args[rows], z))
+    if gain is not None:
+        change = gain[tokens].to(before.dtype)[:, None] * change
+    x[tokens] = (before + change).to(x.dtype)
+
+
+def _apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor) -> Tensor:
+    """(E, R) what each reading becomes."""
+    a, b, c, d = phi_args.to(z.dtype).unbind(2)
+    first, second, angle = z[:, :-1:2], z[:, 1::2], a[:, :-1:2]  # pairs begin at even directions
+    length = (first.square() + second.square()).sqrt()
+    turned_to = _pairs(z, length * angle.cos() - first, length * angle.sin() - second)
+    is_turned = _pairs(z, *2 * [(first > b[:, :-1:2]).to(z.dtype)])
+    turned_by = _pairs(
+        z, first * angle.cos() - second * angle.sin() - first, first * angle.sin() + second * angle.cos() - second
+    )
+    results = {
+        Phi.AFFINE: a * z + b,
+        Phi.SET: a - z,
+        Phi.CLAMP: z.maximum(a).minimum(b) - z,
+        Phi.GATED: torch.where(z > a, b * z + c, d),
+        Phi.TANH: a * z.tanh(),
+        Phi.SILU: a * z * z.sigmoid(),
+        Phi.SIGN: a * z.sign(),
+        Phi.ANGLE: turned_to * is_turned,
+        Phi.ROTATE: turned_by,
+    }
+    delta = torch.zeros_like(z)
+    for kind, result in results.items():
+        delta = torch.where(phi == kind, result, delta)
+    return delta
+
+
+def _pairs(z: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(E, R) with the halves of each pair next to each other; an odd last direction has no partner and reads 0."""
+    joined = torch.zeros_like(z)
+    joined[:, : 2 * first.shape[1]] = torch.stack([first, second], 2).flatten(1)
+    return joined
 
 
 def mix_logits_(

@@ -63,6 +63,21 @@ inline void check_per_token(const Tensor& tensor, const char* name, int64_t need
   STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) == 1, name, " must be contiguous, not stride ", tensor.stride(0));
 }
 
+inline void check_table_type(const Tensor& table, const char* name, const Tensor& x) {
+  check_same_device(table, name, "x", x);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == x.scalar_type(), name,
+                  " must be float32 or of x's type ", toString(x.scalar_type()), ", not ", toString(table.scalar_type()));
+}
+
+// The second half of a stream that the engine carries as a sum.
+inline void check_residual(const Tensor& residual, const Tensor& x) {
+  check_rows(residual, "residual");
+  check_type(residual, "residual", x.scalar_type());
+  check_same_device(residual, "residual", "x", x);
+  STD_TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == x.size(1), "residual has shape ", shape_of(residual),
+                  ", x has ", shape_of(x));
+}
+
 // Checked mode looks at every slot and refuses those that name no row; otherwise such tokens are left alone.
 inline bool is_checked_mode() {
   static const bool on = [] {

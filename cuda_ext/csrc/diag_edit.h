@@ -6,13 +6,6 @@
 
 namespace whipstaff {
 
-inline void check_table(const Tensor& table, const char* name, const Tensor& x) {
-  check_rows(table, name);
-  check_same_device(table, name, "x", x);
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == x.scalar_type(), name,
-                  " must be float32 or of x's type ", toString(x.scalar_type()), ", not ", toString(table.scalar_type()));
-}
-
 inline DiagEdit diag_edit(const Tensor& x, const MaybeTensor& mul, const MaybeTensor& add, const Tensor& slot,
                           const MaybeTensor& gain, const MaybeTensor& residual, bool renorm) {
   check_float(x, "x");
@@ -22,7 +15,8 @@ inline DiagEdit diag_edit(const Tensor& x, const MaybeTensor& mul, const MaybeTe
   DiagEdit edit{.x = x.data_ptr(), .hidden = x.size(1), .x_stride = x.stride(0), .renorm = renorm};
   edit.slots = slots_of(slot, gain, x, table.size(0));
   if (mul) {
-    check_table(*mul, "mul", x);
+    check_rows(*mul, "mul");
+    check_table_type(*mul, "mul", x);
     edit.num_scales = mul->size(1);
     STD_TORCH_CHECK(edit.num_scales > 0 && edit.hidden % edit.num_scales == 0, "mul has ", edit.num_scales,
                     " scales per row, which does not divide x's ", edit.hidden, " columns");
@@ -30,7 +24,8 @@ inline DiagEdit diag_edit(const Tensor& x, const MaybeTensor& mul, const MaybeTe
     edit.mul_stride = mul->stride(0);
   }
   if (add) {
-    check_table(*add, "add", x);
+    check_rows(*add, "add");
+    check_table_type(*add, "add", x);
     STD_TORCH_CHECK(add->size(1) == edit.hidden, "add has ", add->size(1), " columns, x has ", edit.hidden);
     edit.add = add->data_ptr();
     edit.add_stride = add->stride(0);
@@ -40,11 +35,7 @@ inline DiagEdit diag_edit(const Tensor& x, const MaybeTensor& mul, const MaybeTe
     check_type(*add, "add", mul->scalar_type());
   }
   if (residual) {
-    check_rows(*residual, "residual");
-    check_type(*residual, "residual", x.scalar_type());
-    check_same_device(*residual, "residual", "x", x);
-    STD_TORCH_CHECK(residual->size(0) == x.size(0) && residual->size(1) == x.size(1), "residual has shape ",
-                    shape_of(*residual), ", x has ", shape_of(x));
+    check_residual(*residual, x);
     edit.residual = residual->data_ptr();
     edit.residual_stride = residual->stride(0);
   }
