@@ -81,7 +81,7 @@ def _edit_output(cls: Any) -> type:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = cls.forward(self, *args, **kwargs)
             if isinstance(output, torch.Tensor):
-                diag_edit_(output, self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
+                diag_edit_(_rows(output), self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
             else:
                 hidden, residual = output
                 diag_edit_(hidden, self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots, residual=residual)
@@ -95,7 +95,12 @@ def _edit_input(cls: Any) -> type:
 
     class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
-            diag_edit_(heads, self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
+            diag_edit_(_rows(heads), self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
             return cls.forward(self, heads, *args, **kwargs)
 
     return EditedProjection
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(T, width), sharing memory: models that vLLM runs through transformers' own code put a batch of one in front."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])

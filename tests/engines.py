@@ -1,0 +1,101 @@
+"""A steerable engine for tests: started in this process, driven from a loop in its own thread."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import uuid4
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from whipstaff.decoding.method import Mix
+from whipstaff.server.engine.launch import Engine, PlanDict, start
+from whipstaff.server.engine.request import KEY, RequestPlan
+from whipstaff.server.engine.selftest import describe
+from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
+from whipstaff.steering.plan import SteeringPlan
+
+R = TypeVar("R")
+PATIENCE = 300  # seconds; every wait on an engine is bounded
+
+
+@dataclass
+class Ask:
+    """One request: a prompt, what to do to it, and how much to generate."""
+
+    prompt: list[int]
+    plan: RequestPlan | None = None
+    max_tokens: int = 16
+    sampling: dict[str, Any] = field(default_factory=dict)
+    abort_after: int | None = None  # outputs after which the client goes away
+
+
+def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = None) -> RequestPlan | None:
+    return RequestPlan(steering, Mix(mix) if mix else None) if steering or mix else None
+
+
+class EngineUnderTest:
+    """An engine with greedy defaults. `close` it."""
+
+    def __init__(self, model: str, aux: Iterable[tuple[str, str]] = (), num_slots: int | None = None, **flags: Any):
+        defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.engine: Engine = self.run(self._start(AsyncEngineArgs(model=model, **defaults | flags), aux, num_slots))
+        self.facts = self.run(describe(self.engine))
+        self.shape = ModelShape.model_validate(self.facts["model"])
+
+    async def _start(self, args: AsyncEngineArgs, aux: Iterable[tuple[str, str]], num_slots: int | None) -> Engine:
+        return start(args, aux, num_slots)
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    def close(self) -> None:
+        self.engine.shutdown(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def add_vector(self, tensors: dict[str, Any], method: str = "test") -> Vector:
+        """Make a vector of tensors named as in a vector file, and give it to the workers."""
+        from safetensors.torch import save
+
+        header = Header(method=method, model=self.shape)
+        data = save({k: v.contiguous().float() for k, v in tensors.items()}, {"whipstaff": header.model_dump_json()})
+        (digest, *_) = self.run(self.engine.collective_rpc("whipstaff_add_vector", args=(data,)))
+        vector = parse(data)
+        assert vector.digest == digest
+        return vector
+
+    def counters(self) -> dict[str, Any]:
+        return self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
+
+    def generate(self, *asks: Ask) -> list[Any]:
+        """Run all at once; each one's final output, None where the client went away."""
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*map(self._generate, asks))
+
+        return self.run(all_of_them())
+
+    def tokens(self, *asks: Ask) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in self.generate(*asks)]
+
+    async def _generate(self, ask: Ask) -> Any:
+        extra = {KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
+        settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
+        params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
+        outputs = self.engine.generate({"prompt_token_ids": ask.prompt}, params, f"test-{uuid4()}")
+        seen: list[Any] = []
+        async for output in outputs:
+            seen.append(output)
+            if len(seen) == ask.abort_after:
+                await outputs.aclose()
+                return None
+        return seen[-1]

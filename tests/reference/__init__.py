@@ -1,0 +1,1 @@
+"""Plain implementations, straight from the papers. Nothing here imports the project."""

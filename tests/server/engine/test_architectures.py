@@ -1,0 +1,108 @@
+"""Sites are found by structure: every architecture obeys edits exactly where a transformers hook would make them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import goldens
+import pytest
+import tiny
+import torch
+from engines import Ask, EngineUnderTest, plan
+from reference import steered
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.where import Where
+
+TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 or float32 references (goldens' README)
+GOLDEN = ("llama_a", "gpt2_a", "gemma2_a", "qwen2_a")
+RANDOM = ("qwen3", "mistral", "phi3", "gpt_neox")
+
+pytestmark = pytest.mark.engine
+
+
+@dataclass
+class Served:
+    name: str
+    path: str
+    engine: EngineUnderTest
+
+    def add(self, tensors: dict[str, Tensor]) -> Vector:
+        """Give the engine a vector; head-level tensors may come flat."""
+        heads = (self.engine.shape.num_heads, self.engine.shape.head_dim)
+        return self.engine.add_vector(
+            {name: value.reshape(heads) if name.startswith("attn_head") else value for name, value in tensors.items()}
+        )
+
+
+@pytest.fixture(scope="module", params=GOLDEN + RANDOM)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    name = request.param
+    if name in GOLDEN:
+        path = str(goldens.ROOT / "models" / name)
+    else:
+        path = tiny.save(name, Path(tmp_path_factory.mktemp(name)))
+    engine = EngineUnderTest(path, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=16)
+    try:
+        yield Served(name, path, engine)
+    finally:
+        engine.close()
+
+
+def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
+    """One site of one layer at a time, both a gain and an addition, at all positions from the third on."""
+    engine, shape = served.engine, served.engine.shape
+    model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32, attn_implementation="eager").eval()
+    assert len(steered.places(model)) == shape.num_layers
+    assert {(site, layer) for site, layer in engine.facts["sites"]} == {
+        (site, layer) for site in ("resid_post", "attn_head") for layer in range(shape.num_layers)
+    }
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(3, tiny.VOCABULARY, (11,), generator=generator).tolist()
+    where = Where(prompt=[(2, None)], generation="all")
+    asks, expected = [], []
+    for site, layer in engine.facts["sites"]:
+        width = shape.width(site)
+        gain, add = (0.5 * torch.randn(width, generator=generator) for _ in range(2))
+        vector = served.add({f"{site}.{layer}.gain": gain, f"{site}.{layer}.add": add})
+        asks.append(
+            Ask(prompt, plan(SteeringPlan((PlannedEdit(RowEdit(vector.digest, 1.5, None), where),))), max_tokens=6)
+        )
+        edit = steered.Edit(site, layer, 1.5, gain, add, lambda position, prompt_len: position >= 2)
+        expected.append(steered.greedy(model, prompt, 6, [edit]))
+    plain = steered.greedy(model, prompt, 6)
+    assert engine.tokens(*asks, Ask(prompt, max_tokens=6)) == [*expected, plain]
+    assert any(tokens != plain for tokens in expected)
+
+
+def test_golden_cases(served: Served) -> None:
+    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits."""
+    cases = goldens.cases(served.name)
+    if served.name in RANDOM:
+        assert not cases
+        return
+    assert cases
+    asks = []
+    for case in cases:
+        edits = [
+            PlannedEdit(RowEdit(served.add(piece.tensors).digest, piece.scale, None), piece.where)
+            for piece in case.pieces
+        ]
+        num = len(case.io["greedy_ids_f64"]) if "greedy_ids_f64" in case.io else 1
+        sampling = {"logprobs": 5, "prompt_logprobs": 5}
+        asks.append(Ask(case.io["input_ids"].tolist(), plan(SteeringPlan(tuple(edits))), num, sampling))
+    for case, output in zip(cases, served.engine.generate(*asks), strict=True):
+        prompt_rows = case.io["logits_f64"].log_softmax(-1)
+        for position, said in enumerate(output.prompt_logprobs[1:]):
+            for token, entry in said.items():
+                assert entry.logprob == pytest.approx(prompt_rows[position, token].item(), abs=TOLERANCE), case.name
+        if "greedy_ids_f64" not in case.io:
+            continue
+        assert list(output.outputs[0].token_ids) == case.io["greedy_ids_f64"].tolist(), case.name
+        steps = case.io["step_logits_f64"].log_softmax(-1)
+        for step, said in zip(steps, output.outputs[0].logprobs, strict=True):
+            for token, entry in said.items():
+                assert entry.logprob == pytest.approx(step[token].item(), abs=TOLERANCE), case.name

@@ -1,0 +1,38 @@
+"""Model Runner V2 on a machine without a GPU, for tests: Triton's interpreter, and a back end that says it is there.
+
+Python imports this at start-up wherever this folder is on PYTHONPATH, so the engine's processes get it too; it does
+nothing unless WHIPSTAFF_TEST_TRITON_CPU is set. vLLM takes Triton for usable when a back end's driver is active.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+
+class _PlantBackend(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads triton.backends as usual, then adds a "cpu" entry."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "triton.backends":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        self._loader.exec_module(module)
+        driver = type("InterpreterDriver", (), {"is_active": staticmethod(lambda: True)})
+        module.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+if os.environ.get("WHIPSTAFF_TEST_TRITON_CPU"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.meta_path.insert(0, _PlantBackend())
