@@ -17,13 +17,15 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, VectorUnfit, WhipstaffError, json_path
 from whipstaff.server.registry import BadVectorFile, Registry
-from whipstaff.server.schema import FIELDS, NOT_BUILT, Catalogue, Compiled, compile_extras, method_table
+from whipstaff.server.schema import NOT_BUILT, Catalogue, Compiled, compile_extras, method_table
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
 from whipstaff.steering.edits import compose, growth
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import MAX_SCALE, PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.where import SHORTHANDS, Region, Where
+
+from .anyjson import EXTRAS
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
 TENSORS = {
@@ -282,28 +284,13 @@ def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None
         assert caught.value.param == "decoding"
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-KNOWN = st.sampled_from(
-    ["vector", "scale", "strength", "layers", "where", "prompt", "generation", "exclude", "method", "expert", "alpha"]
-)
-VALUES = st.sampled_from(
-    ["calm", "late", "wide", "all", "none", "each_last", "proxy_tuning", "expert", "anti", [[0, 2]]]
-)
-NEARLY_RIGHT = st.recursive(
-    VALUES | JSON, lambda inner: st.dictionaries(KNOWN, inner, max_size=6) | st.lists(inner, max_size=3), max_leaves=12
-)
-
-
 @settings(max_examples=400, deadline=None)
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), NEARLY_RIGHT, max_size=3))
-def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
-    catalogue = Catalogue(Registry([], SHAPE), LIMITS)
+@given(fields=EXTRAS)
+def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
+    have: Catalogue, fields: dict[str, Any]
+) -> None:
     try:
-        made = compile_extras(fields, catalogue)
+        made = compile_extras(fields, have)
     except WhipstaffError as error:
         assert 400 <= error.status < 500
         assert error.param is not None

@@ -1,0 +1,193 @@
+"""A `whipstaff serve` process for tests: tiny random models with a tokenizer, vector files, a server of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header, ModelShape
+
+API_KEY = "test-key"
+MODEL = "tiny"
+VOCABULARY = 512
+MAX_LEN = 256
+SHORT_LEN = 96  # the context of the auxiliary model "short"
+STEP_TOKENS = 64  # --max-num-batched-tokens: longer prompts are chunked
+START_PATIENCE = 240  # seconds
+HIDDEN, LAYERS, HEADS = 128, 3, 4
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
+)
+CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def make_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the standard library, the same in every run of one Python."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    tokenizer.train([str(path) for path in sources], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast | None, seed: int, **changes: Any) -> str:
+    """Write a random Llama whose greedy output is not one token over and over; the folder as a string."""
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+    } | changes
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **shape, intermediate_size=2 * shape["hidden_size"], bos_token_id=0, eos_token_id=1, pad_token_id=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_models(folder: Path) -> dict[str, str]:
+    """The base, a pair for proxy-tuning and a model with a shorter context: name -> path."""
+    tokenizer = make_tokenizer()
+    base = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    return {
+        "base": save_llama(folder / "base", tokenizer, 0, **base),
+        "expert": save_llama(folder / "expert", tokenizer, 1),
+        "anti": save_llama(folder / "anti", tokenizer, 2),
+        "short": save_llama(folder / "short", tokenizer, 3, max_position_embeddings=SHORT_LEN),
+    }
+
+
+def save_vectors(folder: Path) -> Path:
+    """Vectors of every kind, and one made for another model; the folder."""
+    folder.mkdir()
+    torch.manual_seed(7)
+    heads = (HEADS, HIDDEN // HEADS)
+    residual = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
+    head_adds = {f"attn_head.{layer}.add": torch.randn(heads) for layer in range(LAYERS)}
+    head_gains = {f"attn_head.{layer}.gain": torch.randn(heads) for layer in range(LAYERS)}
+    for name, method, tensors, more in (
+        ("push", "caa", residual, {}),
+        ("iti", "iti", head_adds, {"scale": 15.0, "description": "head outputs, strong by default"}),
+        ("lofit", "lofit", head_adds | head_gains, {"where": "all"}),
+        ("late", "caa", {"resid_post.2.add": residual["resid_post.2.add"]}, {"where": "generation"}),
+    ):
+        artifacts.write(folder / f"{name}.safetensors", Header(method=method, model=SHAPE, **more), tensors)
+    other = SHAPE.model_copy(update={"hidden_size": 64, "head_dim": 16})
+    tensors = {"resid_post.0.add": torch.ones(64)}
+    artifacts.write(folder / "misfit.safetensors", Header(method="caa", model=other), tensors)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: no model hub, no tracking, no flags from outside."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WHIPSTAFF_", "VLLM_API"))}
+    return own | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def whipstaff(*words: str) -> list[str]:
+    """The installed command line, by this interpreter."""
+    return [sys.executable, "-c", "from whipstaff.server.cli import main; main()", *words]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it is, what it serves and what it has said so far."""
+
+    url: str
+    models: dict[str, str]
+    log: Path
+
+    def client(self, **settings: Any) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **settings)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Server]:
+    """Start a server on a free port, wait until it is healthy, and stop it with all of its processes at the end."""
+    made = save_models(folder)
+    vectors = save_vectors(folder / "vectors")
+    port, log = free_port(), folder / "server.log"
+    words = [
+        *("serve", made["base"], "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("--api-key", API_KEY, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_LEN)),
+        *("--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "16", "--block-size", "32"),
+        *("--kv-cache-memory-bytes", "64M", "--vectors", str(vectors)),
+        *(
+            "--structured-outputs-config",
+            '{"backend": "xgrammar", "disable_any_whitespace": true}',
+        ),  # random models love blanks
+        *(word for name in ("expert", "anti", "short") for word in ("--aux", f"{name}={made[name]}")),
+        *flags,
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            whipstaff(*words), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", made, log)
+    try:
+        wait_until_healthy(server, process)
+        yield server
+    finally:
+        stop(process)
+
+
+def wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_PATIENCE
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server stopped with {process.returncode}:\n{server.said()[-4000:]}")
+        try:
+            if httpx.get(f"{server.url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"the server was not healthy after {START_PATIENCE} s:\n{server.said()[-4000:]}")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ask nicely, then take down the process group, which is this process's own session."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
