@@ -1,5 +1,5 @@
 # Every target is what a person could type by hand. The environment is .venv; a second run reuses it.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 

@@ -17,6 +17,7 @@ import torch
 from engines import Ask, EngineUnderTest, plan
 from reference import steered
 from transformers import AutoModelForCausalLM
+from vllm.platforms.cpu import CpuPlatform
 
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.engine
 MODES: dict[str, dict[str, Any]] = {
     "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
-    "v1-compiled": {"async_scheduling": True},
+    "v1-compiled-sync": {"async_scheduling": False},
+    "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
 NUM_TOKENS = 14
@@ -120,7 +122,11 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     paths = {
         name: tiny.save("llama", folder / name, seed, **changes) for seed, (name, changes) in enumerate(shapes.items())
     }
-    with v2_on_cpu() if request.param.startswith("v2") else nullcontext():
+    mode = request.param
+    with (
+        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
+        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
+    ):
         engine = EngineUnderTest(
             paths["base"],
             [(name, path) for name, path in paths.items() if name != "base"],
@@ -130,14 +136,15 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             max_num_seqs=16,
             num_gpu_blocks_override=16,
             enable_prefix_caching=True,
-            **MODES[request.param],
+            **MODES[mode],
         )
         try:
-            assert engine.facts["runner"] == request.param[:2]
+            assert engine.facts["runner"] == mode[:2]
+            assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
             models = {
                 name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()
             }
-            yield Bench(request.param, engine, list(_vectors(engine)), models)
+            yield Bench(mode, engine, list(_vectors(engine)), models)
         finally:
             engine.close()
 
@@ -174,6 +181,20 @@ def v2_on_cpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def async_on_cpu() -> Iterator[None]:
+    """vLLM's CPU platform switches asynchronous scheduling off; the engine itself can do it here too."""
+    settle = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, config: Any) -> None:
+        settle(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
+        yield
+
+
 def mixed_asks(bench: Bench, num: int, seed: int) -> list[Ask]:
     """Plain, steered (none to three vectors, every kind of clause), proxy-tuned, and both, over shared prefixes."""
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +219,7 @@ def mixed_asks(bench: Bench, num: int, seed: int) -> list[Ask]:
 
 def test_mixed_batches(bench: Bench, nobody_left: None) -> None:
     """32 different requests at once, twice: the second time their prefixes are cached."""
-    num = 32 if bench.mode != "v2-eager-async" else 18
+    num = 18 if bench.mode.startswith("v2") else 32
     asks = mixed_asks(bench, num, seed=5)
     expected = [bench.reference(ask) for ask in asks]
     assert len({tuple(tokens) for tokens in expected}) > num // 2

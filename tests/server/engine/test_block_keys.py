@@ -1,0 +1,97 @@
+"""KV blocks are keyed by what changed the KV in them: shared with plain traffic before, never after."""
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whipstaff.decoding.method import Mix
+from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.scheduler import key_blocks
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.where import Where
+
+BLOCK = 16
+
+
+class FakeRequest(SimpleNamespace):
+    """A request as vLLM's block hasher sees it: keys are chained, and grow as tokens come."""
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes.extend(self._block_hasher(self))
+
+
+def chained(request: Any) -> list[bytes]:
+    keys = list(request.block_hashes)
+    known = len(keys)
+    while (len(keys) + 1) * BLOCK <= len(request.tokens):
+        block = bytes(request.tokens[len(keys) * BLOCK : (len(keys) + 1) * BLOCK])
+        keys.append(hashlib.sha256((keys[-1] if keys else b"") + block).digest())
+    return keys[known:]
+
+
+def keys(tokens: list[int], prompt_len: int, plan: RequestPlan | None, later: int = 0) -> list[bytes]:
+    """The keys of a request's blocks; `later` tokens arrive after the request was keyed."""
+    request = FakeRequest(tokens=tokens[: len(tokens) - later], block_hashes=[], _block_hasher=chained)
+    request.update_block_hashes()
+    if plan is not None:
+        key_blocks(request, PlacedPlan(plan, prompt_len), BLOCK)
+    request.tokens = tokens
+    request.update_block_hashes()
+    return list(request.block_hashes)
+
+
+def steering(where: Where, scale: float = 1.0, digest: str = "a") -> RequestPlan:
+    return RequestPlan(SteeringPlan((PlannedEdit(RowEdit(digest, scale, None), where),)))
+
+
+TOKENS = [(index * 7) % 251 for index in range(100)]
+
+
+@given(prompt_len=st.integers(1, 99), later=st.integers(0, 99))
+def test_only_blocks_from_the_first_edited_position_differ_from_plain(prompt_len: int, later: int) -> None:
+    plan = steering(Where.of("each_last"))
+    plain, steered = keys(TOKENS, prompt_len, None), keys(TOKENS, prompt_len, plan, later=later)
+    assert len(plain) == len(steered) == len(TOKENS) // BLOCK
+    for index, (before, after) in enumerate(zip(plain, steered, strict=True)):
+        is_tainted = (index + 1) * BLOCK > prompt_len - 1
+        assert (before != after) == is_tainted
+
+
+def test_generated_only_edits_share_the_whole_prompt() -> None:
+    plan = steering(Where.of("generation"))
+    assert keys(TOKENS, 64, plan)[:4] == keys(TOKENS, 64, None)[:4]
+    assert keys(TOKENS, 64, plan)[4] != keys(TOKENS, 64, None)[4]
+
+
+def test_equal_plans_share_and_different_plans_never_do() -> None:
+    everywhere = Where.of("all")
+    plans = [
+        None,
+        steering(everywhere),
+        steering(everywhere, scale=2.0),
+        steering(everywhere, digest="b"),
+        steering(Where(prompt=[(0, 40)])),
+        RequestPlan(mix=Mix({"expert": 1.0})),
+        RequestPlan(steering(everywhere).steering, Mix({"expert": 1.0})),
+        RequestPlan(mix=Mix({"expert": 1.0, "anti": -1.0})),
+    ]
+    found = [tuple(keys(TOKENS, 80, plan)) for plan in plans]
+    assert len(set(found)) == len(plans)
+    assert len({key for row in found for key in row}) == len(plans) * len(found[0])
+    assert found == [tuple(keys(TOKENS, 80, plan)) for plan in plans]
+
+
+def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
+    """How much an auxiliary model counts changes no KV; whether it ran changes everything."""
+    mild, strong = (RequestPlan(mix=Mix({"expert": weight})) for weight in (0.5, 2.0))
+    assert keys(TOKENS, 80, mild) == keys(TOKENS, 80, strong)
+    assert not set(keys(TOKENS, 80, mild)) & set(keys(TOKENS, 80, None))
+
+
+def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:
+    request = FakeRequest(tokens=TOKENS, block_hashes=[], _block_hasher=None)
+    key_blocks(request, PlacedPlan(steering(Where.of("all")), 10), BLOCK)
+    assert request.block_hashes == [] and request._block_hasher is None

@@ -1,0 +1,67 @@
+"""Settings are checked before anything is loaded, and the layout keeps compiled graphs apart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from whipstaff.server.engine import UnsupportedEngine, check_version
+from whipstaff.server.engine.launch import configure
+
+
+def config_of(model: str, **flags: Any) -> Any:
+    args = AsyncEngineArgs(model=model, dtype="float32", skip_tokenizer_init=True, max_model_len=128, **flags)
+    return args.create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save("llama", Path(tmp_path_factory.mktemp("base")))
+
+
+def test_the_layout_enters_the_compile_cache_key(model: str, tmp_path: Path) -> None:
+    other = tiny.save("llama", tmp_path, seed=1)
+    plain, steered, small, with_aux = (config_of(model) for _ in range(4))
+    configure(steered)
+    configure(small, num_slots=3)
+    configure(with_aux, [("other", other)])
+    assert len({config.compute_hash() for config in (plain, steered, small, with_aux)}) == 4
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_scheduler_follows_the_engines_choice(model: str, is_async: bool) -> None:
+    config = config_of(model)
+    config.scheduler_config.async_scheduling = is_async
+    configure(config)
+    name = config.scheduler_config.get_scheduler_cls().__name__
+    assert name == ("AsyncSteeredScheduler" if is_async else "SteeredScheduler")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size"),
+    ],
+)
+def test_settings_that_would_lose_edits_are_refused(model: str, flags: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=reason):
+        configure(config_of(model, **flags))
+
+
+def test_an_auxiliary_model_with_too_few_tokens_is_refused(model: str, tmp_path: Path) -> None:
+    small = tiny.save("llama", tmp_path, vocab_size=tiny.VOCABULARY - 1)
+    with pytest.raises(UnsupportedEngine, match=f"{tiny.VOCABULARY - 1} entries, the base's {tiny.VOCABULARY}"):
+        configure(config_of(model), [("small", small)])
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])
+def test_other_versions_of_vllm_are_refused(version: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=rf"vLLM {version} is installed"):
+        check_version(version)
+
+
+def test_this_version_of_vllm_is_taken() -> None:
+    check_version("0.32.4")

