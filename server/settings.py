@@ -44,6 +44,14 @@ class Settings(BaseSettings):
     def _paths(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
+    @field_validator("vectors")
+    @classmethod
+    def _exist(cls, paths: list[Path]) -> list[Path]:
+        for path in paths:  # said now, not after the minute that loading a model may take
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
+        return paths
+
     @staticmethod
     def add_flags(parser: ArgumentParser) -> None:
         group = parser.add_argument_group("whipstaff", "Whipstaff's own flags")
