@@ -4,13 +4,25 @@ CPU tensors go to the C++ library, CUDA tensors to the CUDA library. Nothing fal
 missing raises here, and the pure-torch reference runs only when WHIPSTAFF_CUDA_EXT=reference asks for it.
 """
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext.libraries import load
 from whipstaff.cuda_ext.phi import Phi
 
-__all__ = ["IMPLEMENTATION", "Phi", "diag_edit_", "lowrank_edit_", "mix_logits_"]
+__all__ = [
+    "IMPLEMENTATION",
+    "Explanation",
+    "Phi",
+    "apply_temperature_",
+    "attention_rows",
+    "diag_edit_",
+    "explain_rows",
+    "lowrank_edit_",
+    "mix_logits_",
+]
 
 IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
@@ -18,6 +30,9 @@ IMPLEMENTATION = load()
 _diag_edit_ = torch.ops.whipstaff.diag_edit_.default
 _lowrank_edit_ = torch.ops.whipstaff.lowrank_edit_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
+_apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
+_explain_rows = torch.ops.whipstaff.explain_rows.default
+_attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
 def diag_edit_(
@@ -99,3 +114,54 @@ def mix_logits_(
     num_allowed   (>= R,) int32, set for mixed rows: how many tokens the masks and bans left, or None
     """
     _mix_logits_(out, streams, rows, weights, temperatures, log_softmax, alphas, top_ps, num_allowed)
+
+
+def apply_temperature_(logits: Tensor, temperature: Tensor) -> None:
+    """logits[r] <- logits[r] / temperature[r];  at 0 the first best token keeps its logit and all others become -inf.
+
+    logits        (R, V) float32, bfloat16 or float16, changed in place; rows may be strided
+    temperature   (>= R,) float32; 1 and anything below 0 leave the row alone, bit for bit
+    """
+    _apply_temperature_(logits, temperature)
+
+
+class Explanation(NamedTuple):
+    """How rows of logits differ from others, as distributions."""
+
+    entropy: Tensor  # (R,) of softmax(final), in nats
+    divergence: Tensor  # (R,) KL(softmax(final) || softmax(base)) in nats, inf where base bans what final allows
+    tokens: Tensor  # (R, num_deltas) int64 the tokens whose probability changed most, the most changed first
+    deltas: Tensor  # (R, num_deltas) by how much: probability in final minus probability in base
+
+
+def explain_rows(final: Tensor, base: Tensor | None = None, num_deltas: int = 0) -> Explanation:
+    """Entropy of each row of `final`, and what sets it apart from the same row of `base`.
+
+    final   (R, V) float32, bfloat16 or float16
+    base    (R, >= V) likewise; without it the divergence reads 0 and num_deltas must be 0
+    """
+    return Explanation(*_explain_rows(final, base, num_deltas))
+
+
+def attention_rows(
+    query: Tensor,
+    keys: Tensor,
+    block_table: Tensor,
+    context: Tensor,
+    scale: float,
+    max_context: int,
+    head_max: bool = False,
+) -> Tensor:
+    """out[r, h, j] = softmax over j < context[r] of scale * query[r, h] . key(r, h, j);  0 from context[r] on.
+
+    key(r, h, j) = keys[block_table[r, j // block_size], j % block_size, h // (num_heads / num_kv_heads)]; a position
+    whose block is outside [0, num_blocks) has no key and gets probability 0.
+
+    query         (R, num_heads, D) float32, bfloat16 or float16, after rotary embedding
+    keys          (num_blocks, block_size, num_kv_heads, D) of query's type; the first three may have any strides, so
+                  other cache layouts are views, and plain keys are one block per row
+    block_table   (>= R, max_blocks) int32
+    context       (>= R,) int32: how many keys each row sees, its own included
+    returns       (R, num_heads, max_context) float32, or with `head_max` the (R, max_context) maximum over heads
+    """
+    return cast(Tensor, _attention_rows(query, keys, block_table, context, scale, max_context, head_max))

@@ -25,6 +25,29 @@ def _changes_in_place(x: Tensor, *others: object) -> None:
             raise RuntimeError(f"a tensor is on {other.device}, x on {x.device}")
 
 
+def _explanation(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    per_row, per_delta = (len(final),), (len(final), num_deltas)
+    return (
+        final.new_empty(per_row, dtype=torch.float32),
+        final.new_empty(per_row, dtype=torch.float32),
+        final.new_empty(per_delta, dtype=torch.int64),
+        final.new_empty(per_delta, dtype=torch.float32),
+    )
+
+
+def _probabilities(
+    query: Tensor,
+    keys: Tensor,
+    block_table: Tensor,
+    context: Tensor,
+    scale: float,
+    max_context: int,
+    head_max: bool = False,
+) -> Tensor:
+    heads = () if head_max else (query.shape[1],)
+    return query.new_empty((len(query), *heads, max_context), dtype=torch.float32)
+
+
 OPERATORS = [
     Operator(
         "whipstaff::diag_edit_",
@@ -46,6 +69,25 @@ OPERATORS = [
         "Tensor? log_softmax=None, Tensor? alphas=None, Tensor? top_ps=None, Tensor(b!)? num_allowed=None) -> ()",
         reference.mix_logits_,
         _changes_in_place,
+    ),
+    Operator(
+        "whipstaff::apply_temperature_",
+        "(Tensor(a!) logits, Tensor temperature) -> ()",
+        reference.apply_temperature_,
+        _changes_in_place,
+    ),
+    Operator(
+        "whipstaff::explain_rows",
+        "(Tensor final, Tensor? base, int num_deltas) -> (Tensor, Tensor, Tensor, Tensor)",
+        reference.explain_rows,
+        _explanation,
+    ),
+    Operator(
+        "whipstaff::attention_rows",
+        "(Tensor query, Tensor keys, Tensor block_table, Tensor context, float scale, int max_context, "
+        "bool head_max=False) -> Tensor",
+        reference.attention_rows,
+        _probabilities,
     ),
 ]
 

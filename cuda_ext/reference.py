@@ -189,3 +189,58 @@ def _check_stream_rows(rows: Tensor, streams: list[Tensor]) -> None:
     for k, stream in enumerate(streams):
         for row in (rows[:, k] >= len(stream)).nonzero().flatten().tolist():
             raise RuntimeError(f"rows[{row}, {k}] is {int(rows[row, k])}, streams[{k}] has {len(stream)} rows")
+
+
+def apply_temperature_(logits: Tensor, temperature: Tensor) -> None:
+    chosen = temperature[: len(logits)].to(_compute_type(logits))[:, None]
+    best = torch.arange(logits.shape[1], device=logits.device) == logits.argmax(1, keepdim=True)
+    greedy = logits.masked_fill(~best, -torch.inf)
+    tempered = torch.where(chosen > 0, logits / chosen, greedy).to(logits.dtype)
+    logits.copy_(torch.where((chosen < 0) | (chosen == 1), logits, tempered))
+
+
+def explain_rows(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_p = final.to(_compute_type(final)).log_softmax(1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0).sum(1)
+    if base is None:
+        none = final.new_zeros(len(final), 0, dtype=torch.float32)
+        return entropy.float(), torch.zeros_like(entropy).float(), none.long(), none
+    log_q = base[:, : final.shape[1]].to(log_p.dtype).log_softmax(1)
+    divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+    change = p - log_q.exp()
+    tokens = change.abs().argsort(dim=1, descending=True, stable=True)[:, :num_deltas]
+    return entropy.float(), divergence.float(), tokens, change.gather(1, tokens).float()
+
+
+def attention_rows(
+    query: Tensor,
+    keys: Tensor,
+    block_table: Tensor,
+    context: Tensor,
+    scale: float,
+    max_context: int,
+    head_max: bool = False,
+) -> Tensor:
+    num_rows, num_heads, _ = query.shape
+    num_blocks, block_size, num_kv_heads, _ = keys.shape
+    position = torch.arange(max_context, device=query.device)  # (C,)
+    has_room = (position < block_table.shape[1] * block_size) & (position < context[:num_rows, None])  # (Q, C)
+    column = (position // block_size).clamp(max=max(block_table.shape[1] - 1, 0))
+    block = block_table[:num_rows, column].long()  # (Q, C)
+    is_known = (block >= 0) & (block < num_blocks)
+    if IS_CHECKED:
+        _check_blocks(block, is_known | ~has_room, block_size, num_blocks)
+    compute = _compute_type(query)
+    chosen = keys[block.clamp(0, num_blocks - 1), position % block_size].to(compute)  # (Q, C, heads of keys, D)
+    chosen = chosen.repeat_interleave(num_heads // num_kv_heads, dim=2)
+    score = scale * torch.einsum("qhd,qchd->qhc", query.to(compute), chosen)
+    is_seen = (has_room & is_known)[:, None]
+    probability = score.masked_fill(~is_seen, -torch.inf).softmax(2).masked_fill(~is_seen, 0)
+    return (probability.amax(1) if head_max else probability).float()
+
+
+def _check_blocks(block: Tensor, is_fine: Tensor, block_size: int, num_blocks: int) -> None:
+    for row, position in (~is_fine).nonzero().tolist():
+        number, name = int(block[row, position]), f"block_table[{row}, {position // block_size}]"
+        raise RuntimeError(f"{name} is {number}, keys have {num_blocks} blocks")

@@ -7,55 +7,10 @@
 #include <array>
 #include <functional>
 
-#include "cpu.h"
-#include "softmax.h"
+#include "logit_row.h"
 
 namespace whipstaff {
 namespace {
-
-template <class Body>
-void with_float_type(FloatType type, const Body& body) {
-  if (type == FloatType::BFloat16) return body(c10::BFloat16{});
-  if (type == FloatType::Float16) return body(c10::Half{});
-  body(float{});
-}
-
-// One stream's logits for one row.
-struct LogitRow {
-  const LogitStream* stream;
-  int64_t row, vocab;
-
-  void load(float* block, int64_t begin, int64_t size) const {
-    with_float_type(stream->type, [&]<class T>(T) {
-      whipstaff::load(block, static_cast<const T*>(stream->data) + row * stream->stride + begin, size);
-    });
-  }
-
-  // use(block, begin, size) over the whole row, as float32.
-  template <class Use>
-  void for_blocks(const Use& use) const {
-    alignas(64) float block[BLOCK];
-    for (int64_t begin = 0; begin < vocab; begin += BLOCK) {
-      const int64_t size = std::min(BLOCK, vocab - begin);
-      load(block, begin, size);
-      use(block, begin, size);
-    }
-  }
-
-  float max() const {
-    float best = -INFINITY;
-    for_blocks([&](const float* block, int64_t, int64_t size) { best = std::max(best, max_of(block, size)); });
-    return best;
-  }
-
-  // log of the sum of e^(logit / temperature).
-  float log_sum_exp(float max, float temperature) const {
-    if (max == -INFINITY) return 0.0f;  // nothing is allowed here: there is no distribution to normalise
-    double sum = 0;
-    for_blocks([&](const float* block, int64_t, int64_t size) { sum += sum_of_exp(block, size, max, 1 / temperature); });
-    return max / temperature + static_cast<float>(std::log(sum));
-  }
-};
 
 // The lowest logit that top-p keeps: a token stays if the mass of those before it does not exceed p.
 class TopP {

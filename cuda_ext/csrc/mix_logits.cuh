@@ -1,27 +1,13 @@
 // The mixing of one batch of logit rows as pointers and sizes, and the CUDA kernels that perform it.
 #pragma once
 
-#include "host_device.h"
+#include "logits.cuh"
 
 #include <cfloat>
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#include "cuda.cuh"
-#endif
 
 namespace whipstaff {
 
 constexpr int MAX_STREAMS = 8;
-
-enum class FloatType : int32_t { Float32, BFloat16, Float16 };
-
-struct LogitStream {
-  const void* data;  // (num_rows, >= vocab)
-  int64_t num_rows, stride;
-  FloatType type;
-};
 
 // How one row uses one stream. `row` is -1 where it does not.
 struct StreamUse {
@@ -84,13 +70,6 @@ constexpr int MIX_COLUMNS = 4;    // columns per thread and step
 constexpr int NUM_SPLITS = 8;     // blocks that share one row's statistics
 constexpr int NUM_BUCKETS = 2048;  // of logits, by 11 bits of their order at a time
 
-// What a share of one row of one stream amounts to.
-struct Share {
-  float best;
-  int32_t best_token;
-  float sum_of_exp;  // of (logit - best) / temperature
-};
-
 // What one stream adds to a row: scale * logit where logit >= cut.
 struct MixTerm {
   int64_t row;  // -1: nothing
@@ -106,55 +85,6 @@ struct MixWorkspace {
   Share* main_best;   // (num_rows,)
 };
 
-template <class Use>
-__device__ void with_float_type(FloatType type, const Use& use) {
-  if (type == FloatType::BFloat16) return use(__nv_bfloat16{});
-  if (type == FloatType::Float16) return use(__half{});
-  use(float{});
-}
-
-// use(column, logit) for the columns [begin, end) of one row, shared among the block's threads.
-template <class Use>
-__device__ void for_logits(const LogitStream& stream, int64_t row, int64_t begin, int64_t end, const Use& use) {
-  with_float_type(stream.type, [&](auto type) {
-    const auto* logits = static_cast<const decltype(type)*>(stream.data) + row * stream.stride;
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) use(i, to_float(logits[i]));
-  });
-}
-
-__device__ inline Share better(const Share& a, const Share& b) {
-  return b.best > a.best || (b.best == a.best && b.best_token < a.best_token) ? b : a;
-}
-
-// Two shares as one, for a softmax at the given temperature.
-__device__ inline Share merge(const Share& a, const Share& b, float temperature) {
-  Share both = better(a, b);
-  if (both.best == -INFINITY) return both;
-  both.sum_of_exp = a.sum_of_exp * expf((a.best - both.best) / temperature) +
-                    b.sum_of_exp * expf((b.best - both.best) / temperature);
-  return both;
-}
-
-__device__ inline Share block_merge(Share share, float temperature) {
-  __shared__ Share of_warp[WARP];
-  const auto merge_warp = [&] {
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-      const Share other{__shfl_xor_sync(0xffffffff, share.best, distance),
-                        __shfl_xor_sync(0xffffffff, share.best_token, distance),
-                        __shfl_xor_sync(0xffffffff, share.sum_of_exp, distance)};
-      share = merge(share, other, temperature);
-    }
-  };
-  merge_warp();
-  __syncthreads();
-  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = share;
-  __syncthreads();
-  const int lane = threadIdx.x % WARP;
-  share = lane < blockDim.x / WARP ? of_warp[lane] : Share{-INFINITY, 0, 0.0f};
-  merge_warp();
-  return share;
-}
-
 __device__ inline bool needs_statistics(const StreamUse& use) {
   return use.row >= 0 && ((use.is_log_softmax && use.weight != 0.0f) || use.is_masked());
 }
@@ -167,15 +97,7 @@ __global__ void __launch_bounds__(THREADS) share_kernel(const MixLogits mix, con
   if (!needs_statistics(use) && !(k == 0 && mix.is_masked(row))) return;
   const int64_t size = (mix.vocab + NUM_SPLITS - 1) / NUM_SPLITS, begin = split * size;
   const int64_t end = begin + size < mix.vocab ? begin + size : mix.vocab;
-  Share share{-INFINITY, 0, 0.0f};
-  for_logits(mix.stream[k], use.row, begin, end, [&](int64_t i, float logit) {
-    if (logit == -INFINITY) return;
-    if (logit > share.best)
-      share = {logit, static_cast<int32_t>(i), 1.0f + share.sum_of_exp * expf((share.best - logit) / use.temperature)};
-    else
-      share.sum_of_exp += expf((logit - share.best) / use.temperature);
-  });
-  share = block_merge(share, use.temperature);
+  const Share share = block_share(mix.stream[k], use.row, begin, end, use.temperature);
   if (threadIdx.x == 0) work.shares[(row * mix.num_streams + k) * NUM_SPLITS + split] = share;
 }
 

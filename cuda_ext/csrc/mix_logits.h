@@ -3,18 +3,10 @@
 
 #include <vector>
 
-#include "checks.h"
+#include "logits.h"
 #include "mix_logits.cuh"
 
 namespace whipstaff {
-
-inline FloatType float_type(const Tensor& tensor, const char* name) {
-  check_float(tensor, name);
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::BFloat16 ? FloatType::BFloat16
-         : type == ScalarType::Half   ? FloatType::Float16
-                                      : FloatType::Float32;
-}
 
 // A contiguous (num_rows, num_streams) table of `type`; persistent buffers may hold more rows.
 inline const void* table_of(const MaybeTensor& table, const char* name, ScalarType type, const Tensor& out,
@@ -26,17 +18,6 @@ inline const void* table_of(const MaybeTensor& table, const char* name, ScalarTy
   STD_TORCH_CHECK(fits, name, " has shape ", shape_of(*table), " for ", out.size(0), " rows and ", num_streams, " streams");
   STD_TORCH_CHECK(table->is_contiguous(), name, " must be contiguous");
   return table->data_ptr();
-}
-
-inline LogitStream stream_of(const Tensor& stream, const std::string& name, const Tensor& out) {
-  check_rows(stream, name.c_str());
-  check_same_device(stream, name.c_str(), "out", out);
-  STD_TORCH_CHECK(stream.size(1) >= out.size(1), name, " has ", stream.size(1), " columns, fewer than out's vocabulary of ",
-                  out.size(1));
-  return {.data = stream.data_ptr(),
-          .num_rows = stream.size(0),
-          .stride = stream.stride(0),
-          .type = float_type(stream, name.c_str())};
 }
 
 inline MixLogits mix_logits(const Tensor& out, const std::vector<Tensor>& streams, const Tensor& rows,
@@ -64,7 +45,7 @@ inline MixLogits mix_logits(const Tensor& out, const std::vector<Tensor>& stream
                 .top_ps = table(top_ps, "top_ps")};
   mix.log_softmax =
       static_cast<const bool*>(table_of(log_softmax, "log_softmax", ScalarType::Bool, out, num_streams));
-  for (int k = 0; k < num_streams; ++k) mix.stream[k] = stream_of(streams[k], "streams[" + std::to_string(k) + "]", out);
+  for (int k = 0; k < num_streams; ++k) mix.stream[k] = stream_of(streams[k], "streams[" + std::to_string(k) + "]", out, "out");
   if (num_allowed) {
     check_type(*num_allowed, "num_allowed", ScalarType::Int);
     check_per_token(*num_allowed, "num_allowed", out.size(0));

@@ -1,0 +1,123 @@
+// apply_temperature_ and explain_rows on the CPU.
+#include "explain.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+
+#include "logit_row.h"
+
+namespace whipstaff {
+namespace {
+
+template <class T>
+void divide(T* logits, int64_t size, float temperature) {
+  for (int64_t i = 0; i < size; ++i) logits[i] = static_cast<T>(static_cast<float>(logits[i]) / temperature);
+}
+
+template <class T>
+void keep_best(T* logits, int64_t size) {
+  const auto less = [](T a, T b) { return static_cast<float>(a) < static_cast<float>(b); };
+  const int64_t best = std::max_element(logits, logits + size, less) - logits;  // the first on ties
+  std::fill(logits, logits + best, static_cast<T>(-INFINITY));
+  std::fill(logits + best + 1, logits + size, static_cast<T>(-INFINITY));
+}
+
+void apply_temperature_cpu(const Tensor& logits, const Tensor& temperature) {
+  check_rows(logits, "logits");
+  const Temper work = temper(logits, temperature);
+  if (work.vocab == 0) return;
+  with_float_type(work.logits.type, [&]<class T>(T) {
+    for_rows(logits.size(0), work.vocab, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* data = static_cast<T*>(logits.data_ptr()) + row * work.logits.stride;
+        const float t = work.temperature[row];
+        if (work.is_tempered(row)) t > 0.0f ? divide(data, work.vocab, t) : keep_best(data, work.vocab);
+      }
+    });
+  });
+}
+
+// The largest changes seen so far, largest first; of equal ones the lower token comes first.
+class LargestChanges {
+ public:
+  explicit LargestChanges(int64_t wanted) : wanted(wanted) {}
+
+  void look_at(const float* deltas, int64_t begin, int64_t size) {
+    for (int64_t i = 0; i < size; ++i)
+      if (num < wanted || std::abs(deltas[i]) > std::abs(entries[num - 1].delta)) insert({begin + i, deltas[i]});
+  }
+
+  void write(int64_t* tokens, float* deltas) const {
+    for (int64_t k = 0; k < num; ++k) tokens[k] = entries[k].token, deltas[k] = entries[k].delta;
+  }
+
+ private:
+  struct Entry {
+    int64_t token;
+    float delta;
+  };
+
+  void insert(Entry entry) {
+    int64_t k = num < wanted ? num++ : num - 1;
+    for (; k > 0 && std::abs(entry.delta) > std::abs(entries[k - 1].delta); --k) entries[k] = entries[k - 1];
+    entries[k] = entry;
+  }
+
+  int64_t wanted, num = 0;
+  std::array<Entry, MAX_DELTAS> entries;
+};
+
+// p: the probabilities of a block of logits.
+void probabilities(const float* __restrict logits, float* __restrict p, int64_t size, float log_sum) {
+  for (int64_t i = 0; i < size; ++i) p[i] = logits[i] == -INFINITY ? 0.0f : exp_of_negative(logits[i] - log_sum);
+}
+
+// Sum of p * (log p); what has no mass adds nothing, even where its logit is -inf.
+double sum_p_log_p(const float* p, const float* logits, int64_t size, float log_sum) {
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i)
+    if (p[i] > 0.0f) sum += p[i] * (logits[i] - log_sum);
+  return sum;
+}
+
+void explain_row(const Explain& work, int64_t row) {
+  const LogitRow final{&work.final, row, work.vocab}, base{&work.base, row, work.vocab};
+  const bool has_base = work.base.data != nullptr;
+  const float final_sum = final.log_sum_exp(final.max(), 1.0f);
+  const float base_sum = has_base ? base.log_sum_exp(base.max(), 1.0f) : 0.0f;
+  LargestChanges changes(work.num_deltas);
+  double of_final = 0, of_base = 0;  // sums of p log p and p log q
+  final.for_blocks([&](const float* logits, int64_t begin, int64_t size) {
+    float p[BLOCK], q[BLOCK], base_logits[BLOCK];
+    probabilities(logits, p, size, final_sum);
+    of_final += sum_p_log_p(p, logits, size, final_sum);
+    if (!has_base) return;
+    base.load(base_logits, begin, size);
+    of_base += sum_p_log_p(p, base_logits, size, base_sum);
+    probabilities(base_logits, q, size, base_sum);
+    for (int64_t i = 0; i < size; ++i) q[i] = p[i] - q[i];
+    if (work.num_deltas > 0) changes.look_at(q, begin, size);
+  });
+  work.entropy[row] = static_cast<float>(-of_final);
+  work.divergence[row] = has_base ? static_cast<float>(of_final - of_base) : 0.0f;
+  changes.write(work.tokens + row * work.num_deltas, work.deltas + row * work.num_deltas);
+}
+
+Explanation explain_rows_cpu(const Tensor& final, const MaybeTensor& base, int64_t num_deltas) {
+  const Explanation results = new_explanation(final, num_deltas);
+  const Explain work = explain(final, base, num_deltas, results);
+  for_rows(work.num_rows, work.vocab, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) explain_row(work, row);
+  });
+  return results;
+}
+
+}  // namespace
+}  // namespace whipstaff
+
+STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) {
+  library.impl("apply_temperature_", TORCH_BOX(&whipstaff::apply_temperature_cpu));
+  library.impl("explain_rows", TORCH_BOX(&whipstaff::explain_rows_cpu));
+}

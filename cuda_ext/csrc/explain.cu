@@ -1,0 +1,38 @@
+// apply_temperature_ and explain_rows on CUDA: one block per row.
+#include <torch/csrc/stable/library.h>
+
+#include "explain.h"
+#include "launch.cuh"
+
+namespace whipstaff {
+namespace {
+
+void apply_temperature_cuda(const Tensor& logits, const Tensor& temperature) {
+  check_rows(logits, "logits");
+  const Temper work = temper(logits, temperature);
+  const unsigned rows = logits.size(0);
+  if (rows == 0 || work.vocab == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  with_float_type(logits.scalar_type(), [&](auto type) {
+    temper_kernel<decltype(type)><<<rows, THREADS, 0, current_stream(logits)>>>(work);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Explanation explain_rows_cuda(const Tensor& final, const MaybeTensor& base, int64_t num_deltas) {
+  const torch::stable::accelerator::DeviceGuard guard(final.get_device_index());
+  const Explanation results = new_explanation(final, num_deltas);
+  const Explain work = explain(final, base, num_deltas, results);
+  if (work.num_rows == 0 || work.vocab == 0) return results;
+  explain_kernel<<<static_cast<unsigned>(work.num_rows), THREADS, 0, current_stream(final)>>>(work);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return results;
+}
+
+}  // namespace
+}  // namespace whipstaff
+
+STABLE_TORCH_LIBRARY_IMPL(whipstaff, CUDA, library) {
+  library.impl("apply_temperature_", TORCH_BOX(&whipstaff::apply_temperature_cuda));
+  library.impl("explain_rows", TORCH_BOX(&whipstaff::explain_rows_cuda));
+}

@@ -1,0 +1,104 @@
+// The temperature of logit rows, and how two rows differ: pointers, sizes and the CUDA kernels.
+#pragma once
+
+#include "logits.cuh"
+
+namespace whipstaff {
+
+constexpr int MAX_DELTAS = 64;
+
+struct Temper {
+  LogitStream logits;  // (num_rows, vocab), changed in place
+  int64_t vocab;
+  const float* temperature;  // (num_rows,)
+
+  // 1 and anything below 0 leave the row alone.
+  WHIPSTAFF_HOST_DEVICE bool is_tempered(int64_t row) const { return temperature[row] >= 0.0f && temperature[row] != 1.0f; }
+};
+
+struct Explain {
+  LogitStream final, base;  // base.data is null where there is nothing to compare with
+  int64_t num_rows, vocab;
+  float *entropy, *divergence;  // (num_rows,)
+  int64_t* tokens;              // (num_rows, num_deltas)
+  float* deltas;                // (num_rows, num_deltas)
+  int64_t num_deltas;
+};
+
+#ifdef __CUDACC__
+
+// Block r tempers row r: divided by its temperature, or at temperature 0 only the first best token left.
+template <class T>
+__global__ void __launch_bounds__(THREADS) temper_kernel(const Temper temper) {
+  const int64_t row = blockIdx.x;
+  if (!temper.is_tempered(row)) return;
+  const float temperature = temper.temperature[row];
+  T* logits = static_cast<T*>(const_cast<void*>(temper.logits.data)) + row * temper.logits.stride;
+  if (temperature > 0.0f) {
+    for (int64_t i = threadIdx.x; i < temper.vocab; i += THREADS) logits[i] = from_float<T>(to_float(logits[i]) / temperature);
+    return;
+  }
+  const Share best = block_share(temper.logits, row, 0, temper.vocab, 1.0f);
+  for (int64_t i = threadIdx.x; i < temper.vocab; i += THREADS)
+    if (i != best.best_token) logits[i] = from_float<T>(-INFINITY);
+}
+
+__device__ inline float logit_at(const LogitStream& stream, int64_t row, int64_t i) {
+  float logit = 0;
+  with_float_type(stream.type, [&](auto type) {
+    logit = to_float(static_cast<const decltype(type)*>(stream.data)[row * stream.stride + i]);
+  });
+  return logit;
+}
+
+struct Change {
+  float size;
+  int32_t token;
+
+  __device__ bool comes_before(const Change& other) const {
+    return size > other.size || (size == other.size && token < other.token);
+  }
+};
+
+__device__ inline Change block_first(Change change) {
+  const Share first = block_merge({change.size, change.token, 0.0f}, 1.0f);
+  return {first.best, first.best_token};
+}
+
+// Block r compares row r of the two; each round of the last loop finds the next largest change.
+__global__ inline void __launch_bounds__(THREADS) explain_kernel(const Explain explain) {
+  const int64_t row = blockIdx.x;
+  const auto log_sum = [](const Share& share) { return share.best + logf(share.sum_of_exp); };
+  const float final_sum = log_sum(block_share(explain.final, row, 0, explain.vocab, 1.0f));
+  const bool has_base = explain.base.data != nullptr;
+  const float base_sum = has_base ? log_sum(block_share(explain.base, row, 0, explain.vocab, 1.0f)) : 0.0f;
+  float entropy = 0, divergence = 0;
+  for_logits(explain.final, row, 0, explain.vocab, [&](int64_t i, float logit) {
+    const float log_p = logit - final_sum, p = expf(log_p);
+    if (p == 0.0f) return;
+    entropy -= p * log_p;
+    if (has_base) divergence += p * (log_p - (logit_at(explain.base, row, i) - base_sum));
+  });
+  entropy = block_sum(entropy);
+  divergence = block_sum(divergence);
+  if (threadIdx.x == 0) explain.entropy[row] = entropy, explain.divergence[row] = divergence;
+  Change last{INFINITY, -1};
+  for (int64_t k = 0; k < explain.num_deltas; ++k) {
+    Change next{-1.0f, 0};
+    for_logits(explain.final, row, 0, explain.vocab, [&](int64_t i, float logit) {
+      const float delta = expf(logit - final_sum) - expf(logit_at(explain.base, row, i) - base_sum);
+      const Change change{fabsf(delta), static_cast<int32_t>(i)};
+      if (last.comes_before(change) && change.comes_before(next)) next = change;
+    });
+    last = block_first(next);
+    if (threadIdx.x == 0) {
+      const float p = expf(logit_at(explain.final, row, last.token) - final_sum);
+      explain.tokens[row * explain.num_deltas + k] = last.token;
+      explain.deltas[row * explain.num_deltas + k] = p - expf(logit_at(explain.base, row, last.token) - base_sum);
+    }
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace whipstaff

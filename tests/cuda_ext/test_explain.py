@@ -1,0 +1,110 @@
+"""apply_temperature_ and explain_rows: rows of logits as distributions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whipstaff import cuda_ext
+from whipstaff.cuda_ext import reference
+
+from .batches import DTYPES, strided
+from .tolerances import TOLERANCE
+
+INF = float("inf")
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_temperature_matches_the_reference(data):
+    num_rows, vocab = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 1200))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    logits = strided(num_rows, vocab, data.draw(st.sampled_from(DTYPES)))
+    chosen = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.5]), min_size=num_rows, max_size=num_rows + 2))
+    want, got = logits.clone(), logits.clone()
+    reference.apply_temperature_(want, torch.tensor(chosen))
+    cuda_ext.apply_temperature_(got, torch.tensor(chosen))
+    assert torch.equal(got, want)
+
+
+def test_temperature_zero_keeps_the_first_best_token():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, -INF, 1.0], [1.0, 2.0, 3.0]])
+    cuda_ext.apply_temperature_(logits, torch.tensor([0.0, 0.0, -1.0]))
+    assert logits.tolist() == [[-INF, 3.0, -INF], [2.0, -INF, -INF], [1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperature_one_changes_nothing(dtype):
+    logits = strided(3, 777, dtype)
+    before = logits.clone()
+    cuda_ext.apply_temperature_(logits, torch.ones(5))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 64, 1111, 32000])
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+def test_an_explanation_matches_the_reference(num_rows, vocab, dtype):
+    final, base = strided(num_rows, vocab, dtype) * 3, strided(num_rows, vocab + 5, dtype) * 3
+    num_deltas = min(vocab, 5)
+    want = reference.explain_rows(final.double(), base.double(), num_deltas)
+    got = cuda_ext.explain_rows(final, base, num_deltas)
+    for value, wanted in ((got.entropy, want[0]), (got.divergence, want[1]), (got.deltas.abs(), want[3].abs())):
+        torch.testing.assert_close(value, wanted, **TOLERANCE[torch.float32])
+
+
+def test_hand_worked():
+    final, base = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    entropy, divergence, tokens, deltas = cuda_ext.explain_rows(final, base, 3)
+    assert entropy.item() == pytest.approx(math.log(2))
+    assert divergence.item() == pytest.approx(math.log(2))
+    assert tokens.tolist() == [[2, 0, 1]]
+    assert deltas[0].tolist() == pytest.approx([-0.5, 0.25, 0.25])
+
+
+def test_a_token_the_base_bans_makes_the_divergence_infinite():
+    explanation = cuda_ext.explain_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -INF]]), 1)
+    assert explanation.divergence.item() == INF
+    assert explanation.deltas.abs().item() == pytest.approx(0.5)
+
+
+def test_a_row_explains_itself_as_unchanged():
+    logits = torch.randn(4, 500)
+    explanation = cuda_ext.explain_rows(logits, logits, 3)
+    assert explanation.divergence.tolist() == [0.0] * 4
+    assert explanation.deltas.abs().max() == 0
+
+
+def test_without_base_only_the_entropy_is_told():
+    explanation = cuda_ext.explain_rows(torch.zeros(2, 8))
+    assert explanation.entropy.tolist() == pytest.approx([math.log(8)] * 2)
+    assert explanation.tokens.shape == explanation.deltas.shape == (2, 0)
+
+
+def test_registration():
+    final, base = torch.randn(3, 40), torch.randn(3, 41)
+    torch.library.opcheck(torch.ops.whipstaff.apply_temperature_.default, (final, torch.tensor([0.0, 1.0, 2.0])))
+    torch.library.opcheck(torch.ops.whipstaff.explain_rows.default, (final, base, 4))
+
+
+FINAL = torch.zeros(2, 8)
+REFUSED = {
+    "num_deltas is 1; it must be at most 0 without base": (FINAL, None, 1),
+    "num_deltas is 9; it must be at most 8": (FINAL, FINAL, 9),
+    "final has 2 rows, base has 1": (FINAL, FINAL[1:], 0),
+    "base has 7 columns, fewer than": (FINAL, FINAL[:, 1:], 0),
+    "final must be float32, bfloat16 or float16, not Double": (FINAL.double(), None, 0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refusal_names_the_tensor(message):
+    with pytest.raises(RuntimeError, match=message):
+        cuda_ext.explain_rows(*REFUSED[message])
+
+
+def test_a_missing_temperature_is_refused():
+    with pytest.raises(RuntimeError, match="temperature has 1 entries for 2 rows"):
+        cuda_ext.apply_temperature_(FINAL.clone(), torch.ones(1))
