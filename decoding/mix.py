@@ -1,28 +1,27 @@
 """Mixing streams: one row of weights per row of logits, rows of different methods side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from whipstaff.cuda_ext import mix_logits_
 
-def mix_rows(base: Tensor, others: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """New float32 logits: row i is base[i] + sum over streams k of weights[k][i] * others[k][i].
+
+def mix_rows(base: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """New float32 logits: row r is base[r] + sum over k of weights[r, k] * others[k][r].
 
     Args:
-        base: (B, V) the served model's logits, any floating dtype.
-        others: (B, V_k) by stream; columns beyond V are cut, and columns that a shorter stream lacks (vocabulary
-            padding, which has no token) keep the base's value.
-        weights: (B,) float32 by stream; a row of weight 0 is left exactly as it was, whatever the stream holds.
-
-    Where the base is -inf (a banned token) the result is -inf.
+        base: (R, V) the served model's logits, any floating dtype; -inf (a banned token) stays -inf.
+        others: (R, V_k) each. Columns beyond V are cut; columns that some stream lacks, which is vocabulary padding
+            and has no token, keep the base's value.
+        weights: (R, len(others)) float32. A row of zeros is left exactly as it was, whatever the streams hold.
     """
-    mixed = base.to(torch.float32)
-    if mixed is base:
-        mixed = base.clone()
-    for name, logits in others.items():
-        width = min(base.shape[-1], logits.shape[-1])
-        weight = weights[name][:, None]
-        moved = mixed[:, :width] + weight * logits[:, :width].to(torch.float32)
-        mixed[:, :width] = torch.where((weight == 0) | torch.isneginf(mixed[:, :width]), mixed[:, :width], moved)
+    num_rows, width = base.shape[0], min(logits.shape[-1] for logits in (base, *others))
+    mixed = base.to(torch.float32, copy=True)
+    shared = mixed[:, :width]
+    every = torch.arange(num_rows, dtype=torch.int32, device=base.device)
+    rows = every[:, None].repeat(1, 1 + len(others))
+    rows[:, 0] = torch.where((weights != 0).any(-1), every, -1)
+    mix_logits_(shared, [shared, *others], rows, torch.cat([weights.new_ones(num_rows, 1), weights], dim=1))
     return mixed

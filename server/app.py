@@ -59,7 +59,7 @@ async def load(engine: Engine, settings: Settings) -> Catalogue:
         registry.names,
         list(engine.layout.limits),
     )
-    return Catalogue(registry, engine.layout.limits)
+    return Catalogue(registry, engine.layout.limits, facts["dtype"])
 
 
 async def prove(engine: Engine, have: Catalogue) -> list[Finding]:

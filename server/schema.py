@@ -38,6 +38,7 @@ class Catalogue:
 
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
+    dtype: str = "float32"  # of the served model's activations
 
 
 @dataclass
@@ -115,7 +116,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
         for index, entry in enumerate(_entries(fields.get("decoding"), "decoding", MAX_DECODING))
         if (mix := _decoding(entry, f"decoding[{index}]", catalogue, compiled, is_lenient)) is not None
     ]
-    _check_growth(compiled)
+    _check_growth(compiled, catalogue.dtype)
     mix = _sum(mixes)
     compiled.plan = RequestPlan(SteeringPlan(tuple(edits)) if edits else None, mix)
     compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
@@ -203,16 +204,16 @@ def _steering(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, i
     return planned
 
 
-def _check_growth(compiled: Compiled) -> None:
+def _check_growth(compiled: Compiled, dtype: str) -> None:
     """Refuse edits that would overflow the model's activations, naming the first entry that takes them too far."""
-    if growth(compiled.edits) <= MAX_GROWTH:
-        return
-    first = next(index for index in range(len(compiled.edits)) if not growth(compiled.edits[: index + 1]) <= MAX_GROWTH)
-    raise BadRequest(
-        f"the edits can make activations grow {growth(compiled.edits[: first + 1]):.0e} times, and float32 would "
-        f"overflow; at most {MAX_GROWTH:.0e} is taken",
-        f"{compiled.edit_paths[first]}.scale",
-    )
+    most = MAX_GROWTH[dtype]
+    for num in range(1, len(compiled.edits) + 1):
+        if not (size := growth(compiled.edits[:num])) <= most:
+            raise BadRequest(
+                f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
+                "is taken",
+                f"{compiled.edit_paths[num - 1]}.scale",
+            )
 
 
 def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:

@@ -2,5 +2,8 @@
 
 import os
 
+import torch
+
+torch.set_num_threads(1)  # references are tiny, and the engine beside them wants the other core
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a model hub
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

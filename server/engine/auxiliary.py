@@ -114,13 +114,12 @@ def compose(base: nn.Module, auxiliaries: list[Auxiliary], steerer: Steerer, hid
             widths = [hidden_size, *(by_name[name].hidden_size for name in names), _NUM_TAGS]
             own, *others, tags = torch.split(hidden, widths, dim=-1)
             logits = cls.compute_logits(self, own.contiguous(), *args, **kwargs)
-            streams = {
-                name: by_name[name].compute_logits(part.contiguous()) for name, part in zip(names, others, strict=True)
-            }
+            streams = [
+                by_name[name].compute_logits(part.contiguous()) for name, part in zip(names, others, strict=True)
+            ]
             if logits is None:  # tensor parallel: another rank samples
                 return None
-            weights = row_weights.to(hidden.device)[_rows(tags)]  # (rows, streams)
-            return mix_rows(logits, streams, dict(zip(names, weights.unbind(-1), strict=True)))
+            return mix_rows(logits, streams, row_weights.to(hidden.device)[_rows(tags)])
 
     Composite.__name__, Composite.__qualname__ = cls.__name__, cls.__qualname__
     Composite.__module__ = cls.__module__

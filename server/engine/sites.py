@@ -37,7 +37,7 @@ def install_sites(
     layers = find_layers(
         model,
         is_attention=lambda module: isinstance(module, Attention),
-        is_projection=lambda module: isinstance(module, RowParallelLinear),
+        is_projection=lambda module: isinstance(_bare(module), RowParallelLinear),
         is_missing=lambda module: isinstance(module, PPMissingLayer),
     )
     tables = SlotTables(
@@ -51,7 +51,7 @@ def install_sites(
 
 def _specs(layer: DecoderLayer, hidden_size: int) -> list[SiteSpec]:
     """Where this process's tables for one block begin and end: heads are sharded with the projection's input."""
-    projection: Any = layer.output_projection
+    projection: Any = _bare(layer.output_projection)
     width = int(projection.input_size_per_partition)
     ranks = get_tensor_model_parallel_world_size()
     first = get_tensor_model_parallel_rank() * width
@@ -59,6 +59,11 @@ def _specs(layer: DecoderLayer, hidden_size: int) -> list[SiteSpec]:
         SiteSpec("resid_post", layer.index, hidden_size, 0, hidden_size),
         SiteSpec("attn_head", layer.index, width * ranks, first, width),
     ]
+
+
+def _bare(module: nn.Module) -> Any:
+    """The linear layer itself, where vLLM has wrapped it for LoRA; edits come before the wrapper, so before both."""
+    return getattr(module, "base_layer", module)
 
 
 def _adopt(module: nn.Module, editing: Callable[[type], type], table: SiteTable, slots: Tensor) -> None:
