@@ -7,8 +7,8 @@ from torch import Tensor
 
 from whipstaff.steering.artifacts import Site, Vector
 
-# What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and float32 models
-# have room for 1e15 and a large activation besides; float16 itself ends at 65504.
+# What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and
+# float32 models have room for 1e15 and a large activation besides; float16 itself ends at 65504.
 MAX_GROWTH = {"float16": 1e3, "bfloat16": 1e15, "float32": 1e15}
 Edit = tuple[Vector, float, tuple[int, ...] | None]  # a vector, its scale and on which of its layers (None: all)
 
