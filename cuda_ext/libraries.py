@@ -97,7 +97,11 @@ class LibraryMissing(ImportError):
 
 
 def load() -> str:
-    """Registers every operator and returns which code runs behind them."""
+    """Registers every operator and returns which code runs behind them.
+
+    WHIPSTAFF_CUDA_EXT chooses "compiled" or "reference"; WHIPSTAFF_CUDA_EXT_FOLDER names another place to take the
+    compiled libraries from, such as a build with sanitizers.
+    """
     for operator in OPERATORS:
         torch.library.define(operator.name, operator.schema)
         torch.library.register_fake(operator.name, operator.fake)
@@ -120,10 +124,11 @@ def _register_reference() -> str:
 
 
 def _load_library(name: str) -> None:
-    found = sorted(Path(__file__).parent.glob(f"{name}.*.so"))
+    folder = Path(os.environ.get("WHIPSTAFF_CUDA_EXT_FOLDER", Path(__file__).parent))
+    found = sorted(folder.glob(f"{name}.*so"))
     if not found:
         raise LibraryMissing(
-            f"whipstaff.cuda_ext{name} is not built: run `pip install --no-build-isolation --no-deps -e .` in the "
-            "repository (with nvcc on PATH for CUDA), or set WHIPSTAFF_CUDA_EXT=reference to run plain torch instead"
+            f"whipstaff.cuda_ext.{name} is not built in {folder}: run `pip install --no-build-isolation --no-deps -e .` "
+            "in the repository (with nvcc on PATH for CUDA), or set WHIPSTAFF_CUDA_EXT=reference to run plain torch"
         )
     torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
