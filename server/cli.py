@@ -1,10 +1,10 @@
 """The command line: `whipstaff serve [MODEL] [flags]` and `whipstaff doctor [MODEL] [flags]`."""
 
-import asyncio
 import os
 import sys
 from argparse import Namespace
 
+import uvloop
 from pydantic import ValidationError
 
 from whipstaff.server import demo
@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if is_help else 2)
     try:
         args, settings = parse(words[0], words[1:])
-        asyncio.run(_serve(args, settings) if words[0] == "serve" else _doctor(args, settings))
+        # the event loop that `vllm serve` runs on
+        uvloop.run(_serve(args, settings) if words[0] == "serve" else _doctor(args, settings))
     except (UnsupportedEngine, ValidationError, RuntimeError) as error:
         sys.exit(f"whipstaff: {_said(error)}")
     except KeyboardInterrupt:
