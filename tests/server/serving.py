@@ -24,10 +24,11 @@ from whipstaff.steering.artifacts import Header, ModelShape
 API_KEY = "test-key"
 MODEL = "tiny"
 VOCABULARY = 512
-MAX_LEN = 256
+MAX_LEN = 512
 SHORT_LEN = 96  # the context of the auxiliary model "short"
 STEP_TOKENS = 64  # --max-num-batched-tokens: longer prompts are chunked
-START_PATIENCE = 240  # seconds
+MAX_SEQS = 16  # sequences at once, and slots for configurations
+START_PATIENCE, STOP_PATIENCE = 240, 30  # seconds
 HIDDEN, LAYERS, HEADS = 128, 3, 4
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
@@ -142,7 +143,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     words = [
         *("serve", made["base"], "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
         *("--api-key", API_KEY, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_LEN)),
-        *("--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", "16", "--block-size", "32"),
+        *("--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", str(MAX_SEQS), "--block-size", "32"),
         *("--kv-cache-memory-bytes", "64M", "--vectors", str(vectors)),
         *(
             "--structured-outputs-config",
@@ -178,13 +179,19 @@ def wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> No
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ask nicely, then take down the process group, which is this process's own session."""
+    """Ask it to stop. Raises: RuntimeError, after killing its process group, if anything of it is left."""
     process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+    deadline = time.monotonic() + STOP_PATIENCE
+    while time.monotonic() < deadline:
+        process.poll()  # reaps it
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+    raise RuntimeError(f"the server, or a process it started, was still there {STOP_PATIENCE} s after SIGTERM")
 
 
 def free_port() -> int:

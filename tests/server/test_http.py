@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from whipstaff.server.schema import NOT_BUILT
 from whipstaff.steering import artifacts
 
 from .anyjson import EXTRAS
-from .serving import API_KEY, MAX_LEN, MODEL, SHORT_LEN, STEP_TOKENS, Server, serving
+from .serving import API_KEY, MAX_LEN, MAX_SEQS, MODEL, SHORT_LEN, STEP_TOKENS, Server, serving
 
 pytestmark = pytest.mark.engine
 
@@ -119,14 +120,17 @@ class Reference:
         self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
 
     @torch.inference_mode()
-    def log_probabilities(self, ids: list[int], prompt_len: int, push: float = 0.0, alpha: float = 0.0) -> Tensor:
-        """(T, V): every position's, the stream after each block pushed from the last prompt token on."""
+    def log_probabilities(
+        self, ids: list[int], prompt_len: int, push: float = 0.0, alpha: float = 0.0, start: int | None = None
+    ) -> Tensor:
+        """(T, V): every position's, the stream after each block pushed from `start`, or the last prompt token, on."""
         base, handles = self.models["base"], []
+        first = prompt_len - 1 if start is None else start
         for (_, layer), parts in self.push.tensors.items():
 
             def hook(module: Any, args: Any, output: Any, add: Tensor = push * parts["add"]) -> Any:
                 stream = output[0] if isinstance(output, tuple) else output
-                stream[:, prompt_len - 1 :] += add
+                stream[:, first:] += add
                 return output
 
             handles.append(base.model.layers[layer].register_forward_hook(hook))
@@ -174,19 +178,26 @@ def test_greedy_tokens_are_those_of_transformers(
     assert tokens(complete(**extras)) == reference.greedy(tokenizer.encode(PROMPT), 12, **how)
 
 
+LONG = [3 + (7 * index) % 500 for index in range(2 * STEP_TOKENS + 30)]  # a prompt that is chunked
+
+
+@pytest.mark.parametrize("max_tokens", [0, 4])
+@pytest.mark.parametrize("prompt", [LONG[:7], LONG], ids=["short", "chunked"])
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_log_probabilities_are_those_of_the_changed_model(
-    complete: Post, reference: Reference, tokenizer: PreTrainedTokenizerFast, case: str
+    complete: Post, reference: Reference, case: str, prompt: list[int], max_tokens: int
 ) -> None:
     extras, how = CASES[case]
-    response = complete(echo=True, logprobs=3, max_tokens=4, return_tokens_as_token_ids=True, **extras)
-    prompt = tokenizer.encode(PROMPT)
-    generated = tokens(response)[-4:]
-    want = reference.log_probabilities([*prompt, *generated], len(prompt), **how)
+    if "steering" in extras:  # the prompt too: by default only its last token, on which no prompt token depends
+        extras, how = extras | {"steering": PUSH | {"where": "all"}}, how | {"start": 0}
+    response = complete(prompt, echo=True, logprobs=3, max_tokens=max_tokens, return_tokens_as_token_ids=True, **extras)
+    assert response.status_code == 200, response.text
     got = response.json()["choices"][0]["logprobs"]
-    ids = [*prompt, *generated]
+    ids = [int(token.removeprefix("token_id:")) for token in got["tokens"]]
+    assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + max_tokens
+    want = reference.log_probabilities(ids, len(prompt), **how)
     assert got["token_logprobs"][0] is None
-    chosen = [float(want[position - 1, ids[position]]) for position in range(1, len(ids))]
+    chosen = [float(want[position - 1, token]) for position, token in enumerate(ids) if position]
     assert got["token_logprobs"][1:] == pytest.approx(chosen, abs=TOLERANCE)
     for step, row in zip(got["top_logprobs"][1:], want, strict=False):
         shown = {int(token.removeprefix("token_id:")): value for token, value in step.items()}
@@ -370,7 +381,7 @@ def test_a_seeded_request_whose_prompt_is_chunked_samples_as_in_one_piece(
     complete: Post, extras: dict[str, Any]
 ) -> None:
     """Stock vLLM 0.32 dies of this on CPU. The second time all but a few tokens of the prompt come from the cache."""
-    prompt = [3 + (7 * index) % 500 for index in range(2 * STEP_TOKENS + 30)]
+    prompt = [token + 1 for token in LONG]
     chunked, whole, other = (tokens(complete(prompt, seed=seed, temperature=1, **extras)) for seed in (5, 5, 6))
     assert chunked == whole != other
 
@@ -381,6 +392,14 @@ def test_neighbours_do_not_change_each_other(complete: Post) -> None:
     alone = [tokens(complete(prompt, **extras)) for prompt, extras in asks]
     with ThreadPoolExecutor(len(asks)) as pool:
         together = list(pool.map(lambda ask: tokens(complete(ask[0], **ask[1])), asks))
+    assert together == alone
+
+
+def test_more_configurations_than_slots_take_turns(complete: Post) -> None:
+    asks = [PUSH | {"scale": 0.5 + 0.1 * index} for index in range(2 * MAX_SEQS)]
+    alone = [tokens(complete(steering=ask, max_tokens=6)) for ask in asks]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        together = list(pool.map(lambda ask: tokens(complete(steering=ask, max_tokens=6)), asks))
     assert together == alone
 
 
@@ -630,24 +649,43 @@ def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: 
     assert ours <= labels.keys()
 
 
+@contextmanager
+def left_alone(server: Server, **fields: Any) -> Iterator[None]:
+    """A connection on which a completion was asked for, and which closes without reading the answer."""
+    data = json.dumps({"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True} | fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode() + data)
+        yield
+
+
+def is_free(now: Samples) -> bool:
+    return not any(vllm(now, f) for f in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+
+
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_everything(server: Server, http: httpx.Client, stream: bool) -> None:
     before = requests(metrics(http), "proxy_tuning+vector", "aborted")
-    fields = {"max_tokens": 250, "n": 16, "ignore_eos": True, "stream": stream} | BOTH
-    data = json.dumps({"model": MODEL, "prompt": [5, 6, 7]} | fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port)) as leaving:
-        leaving.sendall(head.encode() + data)
+    with left_alone(server, n=MAX_SEQS, stream=stream, **BOTH):
         poll(http, lambda now: vllm(now, "num_requests_running") > 0)
+    poll(http, lambda now: requests(now, "proxy_tuning+vector", "aborted") == before + 1 and is_free(now))
 
-    def is_free(now: Samples) -> bool:
-        held = [vllm(now, name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")]
-        return requests(now, "proxy_tuning+vector", "aborted") == before + 1 and held == [0, 0, 0]
 
-    poll(http, is_free)
+@pytest.mark.usefixtures("unharmed")
+def test_clients_that_go_away_while_they_wait_for_a_slot_free_it_too(
+    server: Server, http: httpx.Client, complete: Post
+) -> None:
+    before = requests(metrics(http), "vector", "aborted")
+    ways = [PUSH | {"scale": 1 + index / 100} for index in range(2 * MAX_SEQS)]
+    with ExitStack() as connections:
+        for steering in ways:
+            connections.enter_context(left_alone(server, stream=True, steering=steering))
+        poll(http, lambda now: vllm(now, "num_requests_running") > MAX_SEQS // 2)
+    poll(http, lambda now: requests(now, "vector", "aborted") > before + MAX_SEQS and is_free(now))
+    assert all(tokens(complete(steering=steering, max_tokens=1)) for steering in ways)
 
 
 def poll(http: httpx.Client, is_so: Callable[[Samples], bool]) -> None:
