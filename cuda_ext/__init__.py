@@ -106,7 +106,8 @@ def mix_logits_(
     main one, stays. Rows with rows[r, 0] = -1 are left alone. A stream is not used where rows[r, k] is -1, or where
     its weight is 0 and it has no mask; the main stream's own -inf count always.
 
-    out           (R, V) float32, bfloat16 or float16, changed in place; may be streams[0] with rows[r, 0] = r
+    out           (R, V) float32, bfloat16 or float16, changed in place; may be one of the streams, as long as a row
+                  that is written is read by no other row: streams[0] with rows[r, 0] = r
     streams       1 to 8 of (R_k, >= V) each of any such type; columns from V on are not read
     rows          (>= R, K) int32 or int64
     weights, temperatures, alphas, top_ps   (>= R, K) float32; None = temperature 1, alpha 0 (off), top-p 1 (off)

@@ -128,7 +128,7 @@ def _load_library(name: str) -> None:
     found = sorted(folder.glob(f"{name}.*so"))
     if not found:
         raise LibraryMissing(
-            f"whipstaff.cuda_ext.{name} is not built in {folder}: run `pip install --no-build-isolation --no-deps -e .` "
-            "in the repository (with nvcc on PATH for CUDA), or set WHIPSTAFF_CUDA_EXT=reference to run plain torch"
+            f"whipstaff.cuda_ext.{name} is not built in {folder}: run `pip install --no-build-isolation --no-deps -e .`"
+            " in the repository (with nvcc on PATH for CUDA), or set WHIPSTAFF_CUDA_EXT=reference to run plain torch"
         )
     torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]

@@ -146,7 +146,7 @@ def mix_logits_(
         logits = stream[rows[mixed, k].long().clamp(0, len(stream) - 1), :vocab].to(total.dtype)
         banned |= is_used[:, None] & (logits == -torch.inf)
         if alphas is not None or top_ps is not None:
-            banned |= (is_used & has_mask)[:, None] & ~_plausible(logits, alpha, top_p)
+            banned |= (is_used & has_mask)[:, None] & ~_plausible(logits, alpha, top_p if top_ps is not None else None)
             is_masked |= is_used & has_mask
         total += torch.where(is_used[:, None], weight[:, None] * _term(logits, temperature, log_softmax, mixed, k), 0)
     total[banned] = -torch.inf
@@ -169,9 +169,11 @@ def _term(logits: Tensor, temperature: Tensor, log_softmax: Tensor | None, mixed
     return torch.where(logits == -torch.inf, 0, tempered)
 
 
-def _plausible(logits: Tensor, alpha: Tensor, top_p: Tensor) -> Tensor:
+def _plausible(logits: Tensor, alpha: Tensor, top_p: Tensor | None) -> Tensor:
     """(M, V) whether a token is within log alpha of the row's best one, and among the top p of the mass."""
     close = logits >= logits.amax(1, keepdim=True) + alpha.to(logits.dtype).log()[:, None]
+    if top_p is None:
+        return close
     best_first, order = logits.softmax(1).sort(dim=1, descending=True)
     kept = (best_first.cumsum(1) - best_first <= top_p[:, None]) | (top_p[:, None] >= 1)
     cut = logits.gather(1, order).masked_fill(~kept, torch.inf).amin(1, keepdim=True)  # equal logits stay together

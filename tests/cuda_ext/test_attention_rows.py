@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from whipstaff import cuda_ext
 from whipstaff.cuda_ext import reference
 
-from .batches import DTYPES
+from .batches import DTYPES, PROPERTY
 from .tolerances import TOLERANCE
 
 
@@ -41,8 +41,8 @@ def test_matches_the_reference(head_size, dtype, head_max):
     check_against_reference(query, keys, table, lengths, 720, head_max)
 
 
+@PROPERTY
 @given(st.data())
-@settings(deadline=None, max_examples=60)
 def test_any_shape_matches_the_reference(data):
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     context = data.draw(st.lists(st.integers(-1, 90), max_size=5))

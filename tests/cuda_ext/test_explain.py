@@ -4,20 +4,20 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from whipstaff import cuda_ext
 from whipstaff.cuda_ext import reference
 
-from .batches import DTYPES, strided
+from .batches import DTYPES, PROPERTY, strided
 from .tolerances import TOLERANCE
 
 INF = float("inf")
 
 
+@PROPERTY
 @given(st.data())
-@settings(deadline=None, max_examples=60)
 def test_any_temperature_matches_the_reference(data):
     num_rows, vocab = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 1200))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))

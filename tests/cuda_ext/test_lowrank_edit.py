@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from whipstaff import cuda_ext
 from whipstaff.cuda_ext import Phi, reference
 
-from .batches import BATCHES, DTYPES, INDEX_TYPES, POPULARITY, slots, strided
+from .batches import BATCHES, DTYPES, INDEX_TYPES, POPULARITY, PROPERTY, slots, strided
 from .tolerances import TOLERANCE
 
 S = 5
@@ -65,8 +65,8 @@ def test_matches_the_reference(popularity, num_tokens, rank, hidden, dtype):
     )
 
 
+@PROPERTY
 @given(st.data())
-@settings(deadline=None, max_examples=80)
 def test_any_edit_matches_the_reference(data):
     num_tokens, hidden, rank = (
         data.draw(st.integers(0, 9)),

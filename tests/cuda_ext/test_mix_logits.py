@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from whipstaff import cuda_ext
 from whipstaff.cuda_ext import reference
 
-from .batches import DTYPES, INDEX_TYPES, POPULARITY, strided
+from .batches import DTYPES, INDEX_TYPES, POPULARITY, PROPERTY, strided
 from .tolerances import TOLERANCE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoding"
@@ -77,8 +77,8 @@ def test_matches_the_reference(popularity, num_rows, vocab, dtype):
     )
 
 
+@PROPERTY
 @given(st.data())
-@settings(deadline=None, max_examples=80)
 def test_any_mix_matches_the_reference(data):
     num_rows, num_streams = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 8))
     vocab = data.draw(st.integers(1, 1500))

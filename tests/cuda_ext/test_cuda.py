@@ -1,0 +1,150 @@
+"""The CUDA kernels do what the CPU kernels do, also inside a captured graph. Runs where a GPU is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from whipstaff import cuda_ext
+
+from .batches import DTYPES, POPULARITY, slots, strided
+from .test_attention_rows import paged
+from .test_lowrank_edit import directions, phis
+from .test_mix_logits import rows_for
+from .tolerances import TOLERANCE
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+S = 5
+Arguments = tuple[Tensor | list[Tensor] | float | bool | None, ...]
+
+
+def diag_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    x, residual = strided(133, hidden, dtype), strided(133, hidden, dtype)
+    gain = torch.rand(140).round(decimals=1)
+    return x, strided(S, hidden), strided(S, hidden), slots(popularity, 133, S), gain, residual, True
+
+
+def grouped_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    x = torch.randn(133, hidden).to(dtype)
+    return x, torch.randn(S, hidden // 8), None, slots(popularity, 133, S, torch.int32)
+
+
+def lowrank_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    x, slot = strided(133, hidden, dtype), slots(popularity, 133, S)
+    phi = torch.where(phis(20) == cuda_ext.Phi.GATED, cuda_ext.Phi.AFFINE, phis(20)).int()  # no thresholds to straddle
+    phi[(phi == cuda_ext.Phi.ANGLE) | (phi == cuda_ext.Phi.SIGN)] = cuda_ext.Phi.SET
+    return x, directions(20, hidden), directions(20, hidden), phi, torch.randn(S, 20, 4), slot, torch.randn(S, 20)
+
+
+def mix_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    vocab, shape = hidden * 8, (33, 3)
+    streams = [torch.randn(33, vocab + padding).to(dtype) * 4 for padding in (0, 8, 64)]
+    return (
+        torch.zeros(33, vocab),
+        streams,
+        rows_for(popularity, 33, 3),
+        torch.randn(shape),
+        torch.rand(shape) + 0.5,
+        torch.rand(shape) < 0.5,
+        torch.where(torch.rand(shape) < 0.3, 0.01, 0.0),
+        torch.where(torch.rand(shape) < 0.3, 0.9, 1.0),
+        torch.zeros(33, dtype=torch.int32),
+    )
+
+
+IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
+    "diag_edit_": (cuda_ext.diag_edit_, diag_arguments),
+    "diag_edit_ per head": (cuda_ext.diag_edit_, grouped_arguments),
+    "lowrank_edit_": (cuda_ext.lowrank_edit_, lowrank_arguments),
+    "mix_logits_": (cuda_ext.mix_logits_, mix_arguments),
+}
+
+
+def on(device: str, arguments: Arguments) -> Arguments:
+    """Copies; rows stay as far apart as they were."""
+    moved = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            copy = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
+            moved.append(copy.copy_(argument))
+        else:
+            moved.append([a.to(device, copy=True) for a in argument] if isinstance(argument, list) else argument)
+    return tuple(moved)
+
+
+def assert_same(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(got.cpu().double(), want.double(), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("hidden", [64, 133 * 8, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_matches_the_cpu_kernel(name, dtype, hidden, popularity):
+    run, make = IN_PLACE[name]
+    arguments = make(popularity, hidden, dtype)
+    cpu, cuda = on("cpu", arguments), on("cuda", arguments)
+    run(*cpu)
+    run(*cuda)
+    assert_same(cuda[0], cpu[0], dtype if name != "mix_logits_" else torch.float32)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_captured_graph_follows_its_buffers(name):
+    run, make = IN_PLACE[name]
+    first, second = make("nobody", 4096, torch.bfloat16), make("zipf", 4096, torch.bfloat16)
+    buffers = on("cuda", first)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(*buffers)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        run(*buffers)
+    for buffer, value in zip(buffers, second, strict=True):
+        if isinstance(buffer, Tensor):
+            buffer.copy_(value)
+        elif isinstance(buffer, list):
+            for part, new in zip(buffer, value, strict=True):
+                part.copy_(new)
+    graph.replay()
+    cpu = on("cpu", second)
+    run(*cpu)
+    assert_same(buffers[0], cpu[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_logits_match_the_cpu_kernels(dtype):
+    logits, base, chosen = (
+        strided(7, 5001, dtype) * 3,
+        strided(7, 5009, dtype) * 3,
+        torch.tensor([0, 1, -1, 0.3, 2, 0, 0.7]),
+    )
+    cpu, cuda = logits.clone(), logits.cuda()
+    cuda_ext.apply_temperature_(cpu, chosen)
+    cuda_ext.apply_temperature_(cuda, chosen.cuda())
+    assert_same(cuda, cpu, dtype)
+    for got, want in zip(
+        cuda_ext.explain_rows(logits.cuda(), base.cuda(), 5), cuda_ext.explain_rows(logits, base, 5), strict=True
+    ):
+        assert_same(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("head_max", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_rows_match_the_cpu_kernel(dtype, head_max):
+    keys, table, context = paged([1, 31, 32, 33, 700], 2, 128, 32, dtype)
+    arguments = torch.randn(5, 6, 128).to(dtype), keys, table, context, 0.1, 720, head_max
+    assert_same(cuda_ext.attention_rows(*on("cuda", arguments)), cuda_ext.attention_rows(*arguments), torch.float32)
+
+
+def test_empty_batches():
+    slot = torch.zeros(4, dtype=torch.int64, device="cuda")
+    cuda_ext.diag_edit_(torch.ones(0, 8, device="cuda"), torch.ones(1, 8, device="cuda"), None, slot)
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(RuntimeError, match="mul is on cpu, x on cuda:0"):
+        x, slot = torch.ones(2, 8, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
+        cuda_ext.diag_edit_(x, torch.ones(1, 8), None, slot)
