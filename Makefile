@@ -25,11 +25,12 @@ bench: .venv/.runtime      ## ratios against stock vLLM and transformers, as JSO
 clean:                     ## remove the environment and everything built
 	rm -rf .venv build whipstaff.egg-info cuda_ext/*.so
 
-# --no-deps: the lock is complete. torch comes from pip's own settings (PyTorch's CPU index, or a folder of wheels).
+# --no-deps: the lock is complete. torch comes from pip's own settings (PyTorch's CPU index, or a folder of wheels). A CPU
+# environment loads no CUDA library, so none is built here; cuda_ext/check_cuda_build.sh compiles it.
 .venv/.runtime: requirements/cpu.lock setup.py pyproject.toml $(wildcard cuda_ext/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	WHIPSTAFF_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 .venv/.dev: requirements/dev.lock .venv/.runtime

@@ -359,10 +359,11 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions))
 
     x = torch.randn(MAX_SEQS, HIDDEN)
+    buffers = [tables.at(site, layer) for site, layer in tables.places]
 
     def edit() -> None:
-        for table in tables.tables.values():
-            diag_edit_(x, table.mul, table.add, steerer.slots)
+        for mul, add in buffers:
+            diag_edit_(x, mul, add, steerer.slots)
 
     found = {"admission_ms": median_ms(admit, num), "new_row_upload_ms": median_ms(upload, num)}
     begin()

@@ -69,6 +69,15 @@ class Header(BaseModel):
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A vector's tensors at one site, layer upon layer, so that a few wide operations handle them all."""
+
+    layers: tuple[int, ...]
+    gain: Tensor | None  # (len(layers), width); None when no layer has a gain
+    add: Tensor | None
+
+
+@dataclass(frozen=True)
 class Vector:
     """A loaded vector. `tensors[site, layer][part]` is float32 of shape (width,)."""
 
@@ -91,6 +100,22 @@ class Vector:
             for (site, layer), parts in self.tensors.items()
             for part, tensor in parts.items()
         }
+
+    @cached_property
+    def stacks(self) -> Mapping[Site, Stack]:
+        """By site, what `tensors` holds."""
+        return {site: self._stack(site) for site in self.sites}
+
+    def _stack(self, site: Site) -> Stack:
+        places = sorted(place for place in self.tensors if place[0] == site)
+        empty = torch.zeros(self.header.model.width(site))
+
+        def pile(part: Part) -> Tensor | None:
+            if not any(part in self.tensors[place] for place in places):
+                return None
+            return torch.stack([self.tensors[place].get(part, empty) for place in places])
+
+        return Stack(tuple(layer for _, layer in places), pile("gain"), pile("add"))
 
     @cached_property
     def peaks(self) -> Mapping[tuple[Site, int], tuple[float, float]]:

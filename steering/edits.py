@@ -1,6 +1,6 @@
 """The diagonal edit  x <- x * mul + add  and how several of them become one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,21 +32,27 @@ def growth(edits: Iterable[Edit]) -> float:
     return size
 
 
-def compose(edits: Iterable[Edit], site: Site, layer: int, width: int) -> tuple[Tensor, Tensor] | None:
-    """One (mul, add) pair, each float32 (width,), equal to the edits applied in the order given.
+def compose(edits: Iterable[Edit], site: Site, layers: Sequence[int], width: int) -> tuple[Tensor, Tensor] | None:
+    """The edits of one site as one (mul, add) pair per layer, each float32 (len(layers), width), in the order given.
 
     Each edit is  x <- x + s * (gain * x + add). Composing x * m1 + a1 with (m2, a2) gives x * m1 * m2 + a1 * m2 + a2.
-    None when no edit touches this layer of this site.
+    None when no edit touches any of these layers.
     """
-    mul, add, touched = torch.ones(width), torch.zeros(width), False
-    for vector, scale, layers in edits:
-        parts = vector.tensors.get((site, layer))
-        if parts is None or (layers is not None and layer not in layers):
+    mul, add, is_touched = torch.ones(len(layers), width), torch.zeros(len(layers), width), False
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    for vector, scale, chosen in edits:
+        stack = vector.stacks.get(site)
+        if stack is None:
             continue
-        touched = True
-        if "gain" in parts:
-            factor = 1 + scale * parts["gain"]
-            mul, add = mul * factor, add * factor
-        if "add" in parts:
-            add = add + scale * parts["add"]
-    return (mul, add) if touched else None
+        wanted = [i for i, layer in enumerate(stack.layers) if layer in row_of and (chosen is None or layer in chosen)]
+        if not wanted:
+            continue
+        rows = torch.tensor([row_of[stack.layers[i]] for i in wanted])
+        is_touched = True
+        if stack.gain is not None:
+            factor = 1 + scale * stack.gain[wanted]
+            mul[rows] *= factor
+            add[rows] *= factor
+        if stack.add is not None:
+            add[rows] += scale * stack.add[wanted]
+    return (mul, add) if is_touched else None

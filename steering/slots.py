@@ -7,20 +7,20 @@ leak; the scheduler admits no more distinct rows at once than there are slots.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from whipstaff.steering.artifacts import Site, Vector
-from whipstaff.steering.edits import compose
+from whipstaff.steering.edits import Edit, compose
 from whipstaff.steering.plan import Row
 
 NO_SLOT = -1
 
 
-@dataclass(frozen=True)
-class SiteSpec:
-    """One place in one layer. `first` and `width` are this process's slice of the site (tensor parallelism)."""
+class SiteSpec(NamedTuple):
+    """One site in one layer. `first` and `width` are this process's slice of it (tensor parallelism)."""
 
     site: Site
     layer: int
@@ -29,38 +29,57 @@ class SiteSpec:
     width: int
 
 
-class SiteTable:
-    """The two tables of one site, float32 (num_slots, width): written in place, never replaced."""
+class SiteTables:
+    """The tables of one site in all layers, float32 (layers, num_slots, width): written in place, never replaced."""
 
-    def __init__(self, spec: SiteSpec, num_slots: int, device: torch.device) -> None:
-        self.spec = spec
-        self.mul = torch.ones(num_slots, spec.width, device=device)
-        self.add = torch.zeros(num_slots, spec.width, device=device)
+    def __init__(self, specs: Sequence[SiteSpec], num_slots: int, device: torch.device) -> None:
+        """`specs` are alike but for their layer."""
+        self._site, _, self._full_width, self._first, width = specs[0]
+        self._layers = [spec.layer for spec in specs]
+        self._mul = torch.ones(len(specs), num_slots, width, device=device)
+        self._add = torch.zeros(len(specs), num_slots, width, device=device)
+        self._mine = slice(self._first, self._first + width)
+        self._written: set[int] = set()  # slots that may hold more than the identity
 
-    def write(self, slot: int, edits: Sequence[tuple[Vector, float, tuple[int, ...] | None]]) -> None:
+    def layer(self, row: int) -> tuple[Tensor, Tensor]:
+        """(mul, add) of the row-th layer, each (num_slots, width), sharing memory."""
+        return self._mul[row], self._add[row]
+
+    def write(self, slot: int, edits: Sequence[Edit]) -> None:
         """Make `slot` hold the composed edits; the identity where none touches this site."""
-        spec = self.spec
-        pair = compose(edits, spec.site, spec.layer, spec.full_width)
-        if pair is None:
-            self.mul[slot].fill_(1.0)
-            self.add[slot].zero_()
-            return
-        mine = slice(spec.first, spec.first + spec.width)
-        self.mul[slot].copy_(pair[0][mine])
-        self.add[slot].copy_(pair[1][mine])
+        pair = compose(edits, self._site, self._layers, self._full_width)
+        if pair is not None:
+            self._mul[:, slot].copy_(pair[0][:, self._mine])
+            self._add[:, slot].copy_(pair[1][:, self._mine])
+            self._written.add(slot)
+        elif slot in self._written:
+            self._mul[:, slot] = 1.0
+            self._add[:, slot] = 0.0
+            self._written.remove(slot)
 
 
 class SlotTables:
     """All tables of a model and the map from rows to slots."""
 
     def __init__(
-        self, sites: Iterable[SiteSpec], num_slots: int, device: torch.device, vector_of: Callable[[str], Vector]
+        self, sites: Sequence[SiteSpec], num_slots: int, device: torch.device, vector_of: Callable[[str], Vector]
     ) -> None:
-        self.tables = {(spec.site, spec.layer): SiteTable(spec, num_slots, device) for spec in sites}
+        self.places = [(spec.site, spec.layer) for spec in sites]
+        alike: dict[tuple[Site, int, int, int], list[SiteSpec]] = {}
+        for spec in sites:
+            alike.setdefault((spec.site, spec.full_width, spec.first, spec.width), []).append(spec)
+        self._tables = [SiteTables(specs, num_slots, device) for specs in alike.values()]
+        self._at: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
+        for tables, specs in zip(self._tables, alike.values(), strict=True):
+            self._at |= {(spec.site, spec.layer): tables.layer(row) for row, spec in enumerate(specs)}
         self.num_uploads = 0
         self._vector_of = vector_of
         self._slots: OrderedDict[Row, int] = OrderedDict()  # least recently used first
         self._free = list(range(num_slots))
+
+    def at(self, site: Site, layer: int) -> tuple[Tensor, Tensor]:
+        """(mul, add) that a site reads, each float32 (num_slots, width)."""
+        return self._at[site, layer]
 
     @property
     def num_used(self) -> int:
@@ -80,8 +99,8 @@ class SlotTables:
     def _place(self, row: Row, in_use: dict[Row, None]) -> int:
         slot = self._free.pop() if self._free else self._evict(in_use)
         edits = [(self._vector_of(edit.digest), edit.scale, edit.layers) for edit in row]
-        for table in self.tables.values():
-            table.write(slot, edits)
+        for tables in self._tables:
+            tables.write(slot, edits)
         self.num_uploads += 1
         self._slots[row] = slot
         return slot

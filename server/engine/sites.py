@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from whipstaff.cuda_ext import diag_edit_
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.sites import DecoderLayer, find_layers
-from whipstaff.steering.slots import SiteSpec, SiteTable, SlotTables
+from whipstaff.steering.slots import SiteSpec, SlotTables
 
 
 def install_sites(
@@ -44,8 +44,8 @@ def install_sites(
         [spec for layer in layers for spec in _specs(layer, hidden_size)], num_slots, slots.device, vector_of
     )
     for layer in layers:
-        _adopt(layer.block, _edit_output, tables.tables["resid_post", layer.index], slots)
-        _adopt(layer.output_projection, _edit_input, tables.tables["attn_head", layer.index], slots)
+        _adopt(layer.block, _edit_output, tables.at("resid_post", layer.index), slots)
+        _adopt(layer.output_projection, _edit_input, tables.at("attn_head", layer.index), slots)
     return tables
 
 
@@ -66,12 +66,12 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Callable[[type], type], table: SiteTable, slots: Tensor) -> None:
+def _adopt(module: nn.Module, editing: Callable[[type], type], tables: tuple[Tensor, Tensor], slots: Tensor) -> None:
     cls = type(module)
     subclass = editing(cls)
     subclass.__name__, subclass.__qualname__, subclass.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    module.register_buffer("whipstaff_mul", table.mul, persistent=False)
-    module.register_buffer("whipstaff_add", table.add, persistent=False)
+    module.register_buffer("whipstaff_mul", tables[0], persistent=False)
+    module.register_buffer("whipstaff_add", tables[1], persistent=False)
     module.register_buffer("whipstaff_slots", slots, persistent=False)
     module.__class__ = subclass
 

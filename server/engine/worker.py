@@ -76,7 +76,7 @@ class SteeredWorker:
         )
         return {
             "model": shape.model_dump(),
-            "sites": [[site, layer] for site, layer in tables.tables],
+            "sites": [[site, layer] for site, layer in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }

@@ -506,7 +506,7 @@ def test_growth_is_an_upper_bound_of_what_the_edits_do(scales: list[float], seed
     edits = [(vector, scale, None if index % 2 else (0, 3)) for index, scale in enumerate(scales)]
     x = torch.rand(8, generator=generator, dtype=torch.float64) * 2 - 1
     for layer in range(4):
-        pair = compose(edits, "resid_post", layer, 8)
+        pair = compose(edits, "resid_post", [layer], 8)
         x = x if pair is None else x * pair[0].double() + pair[1].double()
     assert float(x.abs().max()) <= growth(edits) * (1 + 1e-5)
     assert growth([(vector, 0.0, None)] * 32) == 1.0
