@@ -1,0 +1,6 @@
+"""The embedded demo: three tiny language models of one invented world, and a mood vector for the largest of them."""
+
+from pathlib import Path
+
+MODELS = Path(__file__).parent / "models"  # demo (base), untuned (anti-expert), tuned (expert): Hugging Face folders
+VECTORS = Path(__file__).parent / "vectors"  # cheerful.safetensors
