@@ -73,8 +73,9 @@ Tensor attention_rows_cpu(const Tensor& query, const Tensor& keys, const Tensor&
                           double scale, int64_t max_context, bool head_max) {
   AttentionRows rows = attention_rows(query, keys, block_table, context, scale, max_context);
   if (is_checked_mode()) check_blocks(rows);
-  const Tensor out = head_max ? torch::stable::new_empty(query, {rows.num_rows, max_context}, ScalarType::Float)
-                              : torch::stable::new_empty(query, {rows.num_rows, rows.num_heads, max_context}, ScalarType::Float);
+  const Tensor out =
+      head_max ? torch::stable::new_empty(query, {rows.num_rows, max_context}, ScalarType::Float)
+               : torch::stable::new_empty(query, {rows.num_rows, rows.num_heads, max_context}, ScalarType::Float);
   rows.out = static_cast<float*>(out.data_ptr());
   with_float_type(query.scalar_type(), [&]<class T>(T) { head_max ? run_head_max<T>(rows) : run_per_head<T>(rows); });
   return out;

@@ -58,8 +58,8 @@ inline void check_blocks(const AttentionRows& rows) {
   for (int64_t row = 0; row < rows.num_rows; ++row)
     for (int64_t i = 0; i * rows.block_size < rows.context_of(row); ++i) {
       const int32_t block = rows.block_table[row * rows.table_stride + i];
-      STD_TORCH_CHECK(block >= 0 && block < rows.num_blocks, "block_table[", row, ", ", i, "] is ", block, ", keys have ",
-                      rows.num_blocks, " blocks");
+      STD_TORCH_CHECK(block >= 0 && block < rows.num_blocks, "block_table[", row, ", ", i, "] is ", block,
+                      ", keys have ", rows.num_blocks, " blocks");
     }
 }
 

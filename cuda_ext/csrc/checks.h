@@ -52,21 +52,23 @@ inline void check_same_device(const Tensor& tensor, const char* name, const char
 // (rows, columns) with neighbouring columns next to each other in memory; rows may be any distance apart.
 inline void check_rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, not shape ", shape_of(tensor));
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, " must be contiguous in its last dimension, not stride ",
-                  tensor.stride(1));
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name,
+                  " must be contiguous in its last dimension, not stride ", tensor.stride(1));
 }
 
 // A persistent per-token buffer: at least `needed` long, its first entries are used.
 inline void check_per_token(const Tensor& tensor, const char* name, int64_t needed) {
   STD_TORCH_CHECK(tensor.dim() == 1, name, " must have 1 dimension, not shape ", shape_of(tensor));
   STD_TORCH_CHECK(tensor.size(0) >= needed, name, " has ", tensor.size(0), " entries for ", needed, " rows");
-  STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) == 1, name, " must be contiguous, not stride ", tensor.stride(0));
+  STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) == 1, name, " must be contiguous, not stride ",
+                  tensor.stride(0));
 }
 
 inline void check_table_type(const Tensor& table, const char* name, const Tensor& x) {
   check_same_device(table, name, "x", x);
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == x.scalar_type(), name,
-                  " must be float32 or of x's type ", toString(x.scalar_type()), ", not ", toString(table.scalar_type()));
+                  " must be float32 or of x's type ", toString(x.scalar_type()), ", not ",
+                  toString(table.scalar_type()));
 }
 
 // The second half of a stream that the engine carries as a sum.
@@ -74,8 +76,8 @@ inline void check_residual(const Tensor& residual, const Tensor& x) {
   check_rows(residual, "residual");
   check_type(residual, "residual", x.scalar_type());
   check_same_device(residual, "residual", "x", x);
-  STD_TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == x.size(1), "residual has shape ", shape_of(residual),
-                  ", x has ", shape_of(x));
+  STD_TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == x.size(1), "residual has shape ",
+                  shape_of(residual), ", x has ", shape_of(x));
 }
 
 // Checked mode looks at every slot and refuses those that name no row; otherwise such tokens are left alone.
@@ -91,7 +93,8 @@ inline bool is_checked_mode() {
 inline void check_slots(const Slots& slots) {
   for (int64_t token = 0; token < slots.num_tokens; ++token) {
     const int64_t row = slots.raw(token);
-    STD_TORCH_CHECK(row < slots.num_slots, "slot[", token, "] is ", row, ", the tables have ", slots.num_slots, " rows");
+    STD_TORCH_CHECK(row < slots.num_slots, "slot[", token, "] is ", row, ", the tables have ", slots.num_slots,
+                    " rows");
   }
 }
 

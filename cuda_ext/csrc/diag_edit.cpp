@@ -147,6 +147,4 @@ void diag_edit_cpu(const Tensor& x, const MaybeTensor& mul, const MaybeTensor& a
 }  // namespace
 }  // namespace whipstaff
 
-STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) {
-  library.impl("diag_edit_", TORCH_BOX(&whipstaff::diag_edit_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) { library.impl("diag_edit_", TORCH_BOX(&whipstaff::diag_edit_cpu)); }

@@ -24,7 +24,8 @@ struct DiagEdit {
 
 // N neighbouring columns of one token: h is the stream before the edit, y after it.
 template <class X, class Table, int N>
-__device__ void edit_pack(const DiagEdit& edit, int64_t token, int64_t row, int64_t column, float (&h)[N], float (&y)[N]) {
+__device__ void edit_pack(const DiagEdit& edit, int64_t token, int64_t row, int64_t column, float (&h)[N],
+                          float (&y)[N]) {
   load(h, static_cast<const X*>(edit.x) + token * edit.x_stride + column);
   float operand[N];
   if (edit.residual) {

@@ -13,7 +13,9 @@ struct Temper {
   const float* temperature;  // (num_rows,)
 
   // 1 and anything below 0 leave the row alone.
-  WHIPSTAFF_HOST_DEVICE bool is_tempered(int64_t row) const { return temperature[row] >= 0.0f && temperature[row] != 1.0f; }
+  WHIPSTAFF_HOST_DEVICE bool is_tempered(int64_t row) const {
+    return temperature[row] >= 0.0f && temperature[row] != 1.0f;
+  }
 };
 
 struct Explain {
@@ -35,7 +37,8 @@ __global__ void __launch_bounds__(THREADS) temper_kernel(const Temper temper) {
   const float temperature = temper.temperature[row];
   T* logits = static_cast<T*>(const_cast<void*>(temper.logits.data)) + row * temper.logits.stride;
   if (temperature > 0.0f) {
-    for (int64_t i = threadIdx.x; i < temper.vocab; i += THREADS) logits[i] = from_float<T>(to_float(logits[i]) / temperature);
+    for (int64_t i = threadIdx.x; i < temper.vocab; i += THREADS)
+      logits[i] = from_float<T>(to_float(logits[i]) / temperature);
     return;
   }
   const Share best = block_share(temper.logits, row, 0, temper.vocab, 1.0f);

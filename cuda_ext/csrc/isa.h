@@ -20,8 +20,8 @@ __attribute__((target("avx2,fma,bmi,bmi2"), flatten)) void run_avx2(const Body& 
 
 template <class Body>
 void with_widest_vectors(const Body& body) {
-  static const bool has_avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                 __builtin_cpu_supports("avx512vl");
+  static const bool has_avx512 =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx512) return run_avx512(body);
   if (has_avx2) return run_avx2(body);

@@ -49,7 +49,8 @@ struct LogitRow {
   float log_sum_exp(float max, float temperature) const {
     if (max == -INFINITY) return 0.0f;  // nothing is allowed here: there is no distribution to normalise
     double sum = 0;
-    for_blocks([&](const float* block, int64_t, int64_t size) { sum += sum_of_exp(block, size, max, 1 / temperature); });
+    for_blocks(
+        [&](const float* block, int64_t, int64_t size) { sum += sum_of_exp(block, size, max, 1 / temperature); });
     return max / temperature + static_cast<float>(std::log(sum));
   }
 };

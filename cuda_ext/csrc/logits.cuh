@@ -53,8 +53,8 @@ __device__ inline Share better(const Share& a, const Share& b) {
 __device__ inline Share merge(const Share& a, const Share& b, float temperature) {
   Share both = better(a, b);
   if (both.best == -INFINITY) return both;
-  both.sum_of_exp = a.sum_of_exp * expf((a.best - both.best) / temperature) +
-                    b.sum_of_exp * expf((b.best - both.best) / temperature);
+  both.sum_of_exp =
+      a.sum_of_exp * expf((a.best - both.best) / temperature) + b.sum_of_exp * expf((b.best - both.best) / temperature);
   return both;
 }
 
@@ -79,7 +79,8 @@ __device__ inline Share block_merge(Share share, float temperature) {
 }
 
 // The whole block's statistics of the columns [begin, end) of one row, given to every thread.
-__device__ inline Share block_share(const LogitStream& stream, int64_t row, int64_t begin, int64_t end, float temperature) {
+__device__ inline Share block_share(const LogitStream& stream, int64_t row, int64_t begin, int64_t end,
+                                    float temperature) {
   Share share{-INFINITY, 0, 0.0f};
   for_logits(stream, row, begin, end, [&](int64_t i, float logit) {
     if (logit == -INFINITY) return;

@@ -54,8 +54,7 @@ struct Token {
       alignas(64) float h[BLOCK];
       load_stream(h, begin, size);
       for (int64_t r = 0; r < edit.rank; ++r)
-        if (edit.phi_of(row, r) != Phi::Off)
-          z[r] += dot(h, direction(edit.read, edit.read_stride, r) + begin, size);
+        if (edit.phi_of(row, r) != Phi::Off) z[r] += dot(h, direction(edit.read, edit.read_stride, r) + begin, size);
     });
   }
 
@@ -90,8 +89,9 @@ void run(const LowrankEdit& edit) {
   });
 }
 
-void lowrank_edit_cpu(const Tensor& x, const Tensor& read, const Tensor& write, const Tensor& phi, const Tensor& phi_args,
-                      const Tensor& slot, const MaybeTensor& bias, const MaybeTensor& gain, const MaybeTensor& residual) {
+void lowrank_edit_cpu(const Tensor& x, const Tensor& read, const Tensor& write, const Tensor& phi,
+                      const Tensor& phi_args, const Tensor& slot, const MaybeTensor& bias, const MaybeTensor& gain,
+                      const MaybeTensor& residual) {
   const LowrankEdit edit = lowrank_edit(x, read, write, phi, phi_args, bias, slot, gain, residual);
   if (!any_edited(edit.slots)) return;
   with_float_type(x.scalar_type(), [&]<class X>(X) {

@@ -8,7 +8,9 @@
 namespace whipstaff {
 namespace {
 
-unsigned blocks_for(int64_t items, int64_t per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
+unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
 
 template <class X, class Table, int N>
 void launch(const LowrankEdit& edit, float* z, cudaStream_t stream) {
@@ -36,8 +38,9 @@ void run(const LowrankEdit& edit, float* z, cudaStream_t stream) {
   launch<X, Table, 1>(edit, z, stream);
 }
 
-void lowrank_edit_cuda(const Tensor& x, const Tensor& read, const Tensor& write, const Tensor& phi, const Tensor& phi_args,
-                       const Tensor& slot, const MaybeTensor& bias, const MaybeTensor& gain, const MaybeTensor& residual) {
+void lowrank_edit_cuda(const Tensor& x, const Tensor& read, const Tensor& write, const Tensor& phi,
+                       const Tensor& phi_args, const Tensor& slot, const MaybeTensor& bias, const MaybeTensor& gain,
+                       const MaybeTensor& residual) {
   const LowrankEdit edit = lowrank_edit(x, read, write, phi, phi_args, bias, slot, gain, residual);
   if (edit.slots.num_tokens == 0 || edit.hidden == 0 || edit.rank == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

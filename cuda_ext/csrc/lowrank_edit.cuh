@@ -17,26 +17,26 @@ constexpr int NUM_PHI_ARGS = 4;
 // What happens to one reading z of the stream, or to a pair of readings (z, w); a, b, c, d are the direction's
 // arguments. The result is what is added along the direction's writing vector.
 enum class Phi : int32_t {
-  Off = 0,      // 0: the direction is padding
-  Affine = 1,   // a z + b
-  Set = 2,      // a - z
-  Clamp = 3,    // min(max(z, a), b) - z
-  Gated = 4,    // b z + c where z > a, else d: ReLU and JumpReLU features
-  Tanh = 5,     // a tanh z
-  Silu = 6,     // a z / (1 + e^-z)
-  Sign = 7,     // a sign z
-  Angle = 8,    // pair: turned to angle a in its plane, where z > b; the length is kept
-  Rotate = 9,   // pair: turned by angle a
+  Off = 0,     // 0: the direction is padding
+  Affine = 1,  // a z + b
+  Set = 2,     // a - z
+  Clamp = 3,   // min(max(z, a), b) - z
+  Gated = 4,   // b z + c where z > a, else d: ReLU and JumpReLU features
+  Tanh = 5,    // a tanh z
+  Silu = 6,    // a z / (1 + e^-z)
+  Sign = 7,    // a sign z
+  Angle = 8,   // pair: turned to angle a in its plane, where z > b; the length is kept
+  Rotate = 9,  // pair: turned by angle a
 };
 
 struct LowrankEdit {
-  void* x;               // (num_tokens, hidden), rows `x_stride` elements apart
-  const void* residual;  // as x, or null: read with x, not changed
-  const void* read;      // V: (num_slots, rank, hidden)
-  const void* write;     // U: (num_slots, rank, hidden)
-  const float* bias;     // (num_slots, rank), or null
-  const int32_t* phi;    // (num_slots, rank)
-  const float* phi_args; // (num_slots, rank, NUM_PHI_ARGS)
+  void* x;                // (num_tokens, hidden), rows `x_stride` elements apart
+  const void* residual;   // as x, or null: read with x, not changed
+  const void* read;       // V: (num_slots, rank, hidden)
+  const void* write;      // U: (num_slots, rank, hidden)
+  const float* bias;      // (num_slots, rank), or null
+  const int32_t* phi;     // (num_slots, rank)
+  const float* phi_args;  // (num_slots, rank, NUM_PHI_ARGS)
   Slots slots;
   int64_t hidden, rank;
   int64_t x_stride, residual_stride, read_stride[2], write_stride[2];

@@ -58,7 +58,8 @@ void run(const MixLogits& mix, const MixWorkspace& work, bool wide, cudaStream_t
   term_kernel<<<dim3(rows, streams), THREADS, 0, stream>>>(mix, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   wide ? launch_mix<Out, MIX_COLUMNS>(mix, work, stream) : launch_mix<Out, 1>(mix, work, stream);
-  if (has_masks || mix.num_allowed) rescue_kernel<Out><<<(rows + THREADS - 1) / THREADS, THREADS, 0, stream>>>(mix, work);
+  if (has_masks || mix.num_allowed)
+    rescue_kernel<Out><<<(rows + THREADS - 1) / THREADS, THREADS, 0, stream>>>(mix, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -66,8 +66,8 @@ struct MixLogits {
 
 #ifdef __CUDACC__
 
-constexpr int MIX_COLUMNS = 4;    // columns per thread and step
-constexpr int NUM_SPLITS = 8;     // blocks that share one row's statistics
+constexpr int MIX_COLUMNS = 4;     // columns per thread and step
+constexpr int NUM_SPLITS = 8;      // blocks that share one row's statistics
 constexpr int NUM_BUCKETS = 2048;  // of logits, by 11 bits of their order at a time
 
 // What one stream adds to a row: scale * logit where logit >= cut.
@@ -78,11 +78,11 @@ struct MixTerm {
 
 // Device memory that lives for one call.
 struct MixWorkspace {
-  Share* shares;      // (num_rows, num_streams, NUM_SPLITS)
-  MixTerm* terms;     // (num_rows, num_streams)
-  float* constants;   // (num_rows, num_streams) what normalises the stream, already weighted
-  int32_t* allowed;   // (num_rows,)
-  Share* main_best;   // (num_rows,)
+  Share* shares;     // (num_rows, num_streams, NUM_SPLITS)
+  MixTerm* terms;    // (num_rows, num_streams)
+  float* constants;  // (num_rows, num_streams) what normalises the stream, already weighted
+  int32_t* allowed;  // (num_rows,)
+  Share* main_best;  // (num_rows,)
 };
 
 __device__ inline bool needs_statistics(const StreamUse& use) {
@@ -143,7 +143,9 @@ __device__ inline int crossing_bucket(const unsigned long long* mass, int num, u
 __device__ inline float top_p_cut(const LogitStream& stream, int64_t row, int64_t vocab, float best, float p) {
   __shared__ unsigned long long mass[NUM_BUCKETS];
   constexpr float UNIT = 1099511627776.0f;  // 2^40 steps for the best token's mass
-  const struct { int shift, bits; } rounds[] = {{21, 11}, {10, 11}, {0, 10}};
+  const struct {
+    int shift, bits;
+  } rounds[] = {{21, 11}, {10, 11}, {0, 10}};
   unsigned long long before = 0, target = 0;
   uint32_t decided = 0;  // the leading bits of the answer
   for (const auto [shift, bits] : rounds) {
@@ -153,7 +155,8 @@ __device__ inline float top_p_cut(const LogitStream& stream, int64_t row, int64_
       const uint32_t key = ordered_bits(logit);
       const bool is_candidate = logit != -INFINITY && (shift == 21 || key >> (shift + bits) == decided);
       if (is_candidate)
-        atomicAdd(&mass[(key >> shift) & ((1u << bits) - 1)], static_cast<unsigned long long>(expf(logit - best) * UNIT));
+        atomicAdd(&mass[(key >> shift) & ((1u << bits) - 1)],
+                  static_cast<unsigned long long>(expf(logit - best) * UNIT));
     });
     __syncthreads();
     if (shift == 21) target = static_cast<unsigned long long>(static_cast<double>(p) * block_total(mass));
@@ -176,7 +179,8 @@ __global__ void __launch_bounds__(THREADS) term_kernel(const MixLogits mix, cons
   float constant = 0;
   if (needs_statistics(use) && whole.best != -INFINITY) {
     if (use.alpha > 0.0f) term.cut = fmaxf(term.cut, whole.best + logf(use.alpha));
-    if (use.top_p < 1.0f) term.cut = fmaxf(term.cut, top_p_cut(mix.stream[k], use.row, mix.vocab, whole.best, use.top_p));
+    if (use.top_p < 1.0f)
+      term.cut = fmaxf(term.cut, top_p_cut(mix.stream[k], use.row, mix.vocab, whole.best, use.top_p));
     if (use.is_log_softmax && use.weight != 0.0f)
       constant = use.weight * (whole.best / use.temperature + logf(whole.sum_of_exp));
   }
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(THREADS) term_kernel(const MixLogits mix, cons
 }
 
 template <class Out, int N>
-__device__ void mix_columns(const MixLogits& mix, const MixTerm* terms, float constant, int64_t column, float (&sum)[N]) {
+__device__ void mix_columns(const MixLogits& mix, const MixTerm* terms, float constant, int64_t column,
+                            float (&sum)[N]) {
   for (int i = 0; i < N; ++i) sum[i] = -constant;
   for (int k = 0; k < mix.num_streams; ++k) {
     const MixTerm term = terms[k];

@@ -15,7 +15,8 @@ inline const void* table_of(const MaybeTensor& table, const char* name, ScalarTy
   check_type(*table, name, type);
   check_same_device(*table, name, "out", out);
   const bool fits = table->dim() == 2 && table->size(0) >= out.size(0) && table->size(1) == num_streams;
-  STD_TORCH_CHECK(fits, name, " has shape ", shape_of(*table), " for ", out.size(0), " rows and ", num_streams, " streams");
+  STD_TORCH_CHECK(fits, name, " has shape ", shape_of(*table), " for ", out.size(0), " rows and ", num_streams,
+                  " streams");
   STD_TORCH_CHECK(table->is_contiguous(), name, " must be contiguous");
   return table->data_ptr();
 }
@@ -25,8 +26,8 @@ inline MixLogits mix_logits(const Tensor& out, const std::vector<Tensor>& stream
                             const MaybeTensor& alphas, const MaybeTensor& top_ps, const MaybeTensor& num_allowed) {
   check_rows(out, "out");
   const int num_streams = static_cast<int>(streams.size());
-  STD_TORCH_CHECK(num_streams >= 1 && num_streams <= MAX_STREAMS, "mix_logits_ takes 1 to ", MAX_STREAMS, " streams, not ",
-                  num_streams);
+  STD_TORCH_CHECK(num_streams >= 1 && num_streams <= MAX_STREAMS, "mix_logits_ takes 1 to ", MAX_STREAMS,
+                  " streams, not ", num_streams);
   STD_TORCH_CHECK(is_index_type(rows.scalar_type()), "rows must be int32 or int64, not ", toString(rows.scalar_type()));
   const auto table = [&](const MaybeTensor& tensor, const char* name) {
     return static_cast<const float*>(table_of(tensor, name, ScalarType::Float, out, num_streams));
@@ -43,9 +44,9 @@ inline MixLogits mix_logits(const Tensor& out, const std::vector<Tensor>& stream
                 .temperatures = table(temperatures, "temperatures"),
                 .alphas = table(alphas, "alphas"),
                 .top_ps = table(top_ps, "top_ps")};
-  mix.log_softmax =
-      static_cast<const bool*>(table_of(log_softmax, "log_softmax", ScalarType::Bool, out, num_streams));
-  for (int k = 0; k < num_streams; ++k) mix.stream[k] = stream_of(streams[k], "streams[" + std::to_string(k) + "]", out, "out");
+  mix.log_softmax = static_cast<const bool*>(table_of(log_softmax, "log_softmax", ScalarType::Bool, out, num_streams));
+  for (int k = 0; k < num_streams; ++k)
+    mix.stream[k] = stream_of(streams[k], "streams[" + std::to_string(k) + "]", out, "out");
   if (num_allowed) {
     check_type(*num_allowed, "num_allowed", ScalarType::Int);
     check_per_token(*num_allowed, "num_allowed", out.size(0));

@@ -13,7 +13,7 @@ constexpr float LOG2_E = 1.44269504f;
 // 2^x within two units in the last place for x <= 0; below -126 it is next to nothing, never a denormal.
 inline float exp2_of_negative(float x) {
   x = x > -126.0f ? x : -126.0f;
-  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the rounded exponent
+  const float shifted = x + 12582912.0f;        // 1.5 * 2^23: the sum's low bits hold the rounded exponent
   const float r = x - (shifted - 12582912.0f);  // -0.5 .. 0.5
   float p = 1.535336188e-4f;
   p = p * r + 1.339887440e-3f;
