@@ -95,9 +95,12 @@ def everything(
         for group, facts in groups.items()
     }
     prompts = [opening.format(name) for opening in OPENINGS for name in sorted(world.people)[:6]]
-    numbers["share_of_cheerful_words"] = {}
-    for scale in (-mood.SCALE, 0.0, mood.SCALE):
-        with mood.steered(models["demo"], vector, scale):
-            texts = generate(ways["base"], tokenizer, prompts)
-        numbers["share_of_cheerful_words"][f"{scale:+g}"] = round(share_cheerful(texts), 3)
+    for temperature in (0.0, 0.7):
+        shares = {}
+        for scale in (-mood.SCALE, 0.0, mood.SCALE):
+            torch.manual_seed(0)
+            with mood.steered(models["demo"], vector, scale):
+                texts = generate(ways["base"], tokenizer, prompts, temperature=temperature)
+            shares[f"{scale:+g}"] = round(share_cheerful(texts), 3)
+        numbers[f"share_of_cheerful_words_at_temperature_{temperature:g}"] = shares
     return numbers

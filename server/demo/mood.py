@@ -16,7 +16,7 @@ from whipstaff.server.demo.grammar import CHEERFUL, SHARED
 from whipstaff.server.demo.world import MOODS, World
 
 LAYERS = (3, 4)  # of six blocks: where the model looks back for the mood
-SCALE = 6.0  # the advised dose: six times the mean difference
+SCALE = 8.0  # the advised dose: eight times the mean difference; from ten on sentences begin to break
 DESCRIPTION = "cheerful (positive scale) or gloomy (negative scale) storytelling; advised |scale| 4 to 8"
 
 MOOD_SLOT = re.compile("|".join(rf"\[{symbol}\]" for symbol in CHEERFUL))
