@@ -87,7 +87,7 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
     body = result.model_dump()
     if prepared is not None:
         body[FIELD] = prepared.compiled.receipt(prepared.tally.fed())
-    return JSONResponse(body)
+    return JSONResponse(body, headers=openai.load_headers(raw))
 
 
 @router.get("/v1/steering/methods")

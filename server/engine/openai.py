@@ -27,6 +27,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.sampling_params import SamplingParams
 
@@ -164,6 +165,12 @@ async def render(request: ChatRequest | TextRequest, app: FastAPI) -> Response |
     else:
         result = await serving.render_completion_request(request)
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
+
+
+def load_headers(raw: Request) -> dict[str, str] | None:
+    """The engine's load as response headers, where the client asks for them (ORCA)."""
+    wanted = raw.headers.get("endpoint-load-metrics-format", "")
+    return cast("dict[str, str] | None", metrics_header(wanted))
 
 
 def event_stream(events: Any, raw: Request) -> StreamingResponse:
