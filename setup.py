@@ -16,6 +16,7 @@ ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Without contraction a product is rounded before it is added, on every processor, as in torch.
 CPU_FLAGS = [
     "-O3",
+    "-g0",
     "-fopenmp-simd",
     "-ffp-contract=off",
     "-fno-math-errno",

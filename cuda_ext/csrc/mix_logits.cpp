@@ -34,19 +34,28 @@ class TopP {
   double total = 0;
   std::array<double, NUM_BUCKETS> mass{};
 
-  TopP(const LogitRow& row, float max) : row(row), max(max) {
+  TopP(const LogitRow& logits, float best) : row(logits), max(best) {
     row.for_blocks([&](const float* block, int64_t, int64_t size) {
-      for (int64_t i = 0; i < size; ++i) mass[bucket_of(block[i])] += exp_of_negative(block[i] - max);
+      float masses[BLOCK];
+      int32_t buckets[BLOCK];
+      for (int64_t i = 0; i < size; ++i) {
+        masses[i] = exp_of_negative(block[i] - max);
+        buckets[i] = bucket_of(block[i], max);
+      }
+      for (int64_t i = 0; i < size; ++i) mass[buckets[i]] += masses[i];
     });
     for (const double part : mass) total += part;
   }
 
-  int bucket_of(float logit) const { return static_cast<int>(std::min((max - logit) * PER_NAT, NUM_BUCKETS - 1.0f)); }
+  static int32_t bucket_of(float logit, float max) {
+    const float distance = (max - logit) * PER_NAT, last = NUM_BUCKETS - 1;
+    return static_cast<int32_t>(distance < last ? distance : last);
+  }
 
   float cut_within(int bucket, double before, double target) const {
     std::vector<float> logits;
     row.for_blocks([&](const float* block, int64_t, int64_t size) {
-      std::copy_if(block, block + size, std::back_inserter(logits), [&](float x) { return bucket_of(x) == bucket; });
+      std::copy_if(block, block + size, std::back_inserter(logits), [&](float x) { return bucket_of(x, max) == bucket; });
     });
     std::sort(logits.begin(), logits.end(), std::greater<>());
     size_t kept = 0;
