@@ -19,6 +19,7 @@ from reference import steered
 from transformers import AutoModelForCausalLM
 from vllm.platforms.cpu import CpuPlatform
 
+from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.where import Region, Where
@@ -343,3 +344,14 @@ def test_seeded_request_with_a_chunked_prefill(bench: Bench, nobody_left: None) 
     assert bench.engine.tokens(ask)[0] == alone
     other = Ask(prompt, None, 8, {"temperature": 1.0, "seed": 99})
     assert bench.engine.tokens(other)[0] != alone
+
+
+def test_the_self_test_finds_every_site_and_auxiliary_model(bench: Bench, nobody_left: None) -> None:
+    """What the server does at every start, in this mode: an edit shows, scale 0 does not, nothing is left behind."""
+
+    async def findings() -> list[Finding]:
+        return [finding async for finding in self_test(bench.engine.engine, ["expert", "anti", "anti-2"])]
+
+    found = bench.engine.run(findings())
+    assert len(found) == 2 * bench.engine.shape.num_layers + 3
+    assert all(finding.is_good for finding in found), found
