@@ -30,6 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
     "v1-compiled-sync": {"async_scheduling": False},
+    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
     "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
@@ -127,6 +128,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with (
         v2_on_cpu() if mode.startswith("v2") else nullcontext(),
         async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
+        a_core_for_each_rank() if "tensor_parallel_size" in MODES[mode] else nullcontext(),
     ):
         engine = EngineUnderTest(
             paths["base"],
@@ -179,6 +181,13 @@ def v2_on_cpu() -> Iterator[None]:
         patch.setenv("WHIPSTAFF_TEST_TRITON_CPU", "1")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's own processes it really is there
+        yield
+
+
+@contextmanager
+def a_core_for_each_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         yield
 
 
