@@ -52,6 +52,7 @@ class Compiled:
     edit_paths: list[str]  # where each planned edit stands in the request
     warnings: list[str] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
+    stream_paths: dict[str, str] = field(default_factory=dict)  # auxiliary model -> the field that named it first
 
     @property
     def label(self) -> str:
@@ -65,10 +66,12 @@ class Compiled:
         Raises: BadRequest for a clause that selects nothing or a context that an auxiliary model does not have.
         """
         allowed = max_tokens
-        for name, limit in self.limits.items():
+        for name, limit in sorted(self.limits.items(), key=lambda item: item[1]):  # the tightest is the one to name
             if prompt_len >= limit or (is_explicit and prompt_len + max_tokens > limit):
                 wanted = f"{prompt_len} prompt tokens" + (f" and max_tokens {max_tokens}" if is_explicit else "")
-                raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", "decoding")
+                raise BadRequest(
+                    f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", self.stream_paths[name]
+                )
             allowed = min(allowed, limit - prompt_len)
         for path, planned in zip(self.edit_paths, self.plan.steering.edits if self.plan.steering else (), strict=True):
             try:
@@ -240,6 +243,8 @@ def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, i
         mix = method.mix(params)
     except DecodingError as error:
         raise BadRequest(str(error), f"{path}.{error.param}") from None
+    for stream in method.stream_fields:
+        compiled.stream_paths.setdefault(getattr(params, stream), f"{path}.{stream}")
     compiled.decoding.append(params.model_dump())
     return mix
 

@@ -409,8 +409,8 @@ def test_the_context_of_an_auxiliary_model_bounds_what_is_generated(complete: Po
     assert len(tokens(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 50, ignore_eos=True))) == SHORT_LEN - 50
     usage = chat("hi", decoding=short, max_tokens=None, ignore_eos=True).json()["usage"]
     assert usage["total_tokens"] == SHORT_LEN
-    assert_refused(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 49), 400, "decoding")
-    assert_refused(complete(list(range(10, 10 + SHORT_LEN)), decoding=short, max_tokens=1), 400, "decoding")
+    assert_refused(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 49), 400, "decoding[0].expert")
+    assert_refused(complete(list(range(10, 10 + SHORT_LEN)), decoding=short, max_tokens=1), 400, "decoding[0].expert")
 
 
 # ---- bad input
@@ -445,7 +445,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "model not loaded": ({"decoding": [PAIR | {"expert": "absent"}]}, 404, "decoding[0].expert"),
     "same model twice": ({"decoding": [PAIR | {"antiexpert": "expert"}]}, 400, "decoding[0].antiexpert"),
     "absurd alpha": ({"decoding": [PAIR | {"alpha": 1e9}]}, 400, "decoding[0].alpha"),
-    "too long for an auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding"),
+    "too long for an auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding[0].expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
     "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
     **{name: ({name: 1.5}, 422, name) for name in NOT_BUILT},

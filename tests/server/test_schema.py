@@ -281,7 +281,7 @@ def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None
     for prompt_len, max_tokens, is_explicit in ((4, 7, True), (10, 1, False), (99, 1, True)):
         with pytest.raises(BadRequest, match="follows at most") as caught:
             made.check(prompt_len, max_tokens, is_explicit)
-        assert caught.value.param == "decoding"
+        assert caught.value.param == "decoding[0].expert"
 
 
 @settings(max_examples=400, deadline=None)
