@@ -445,7 +445,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "model not loaded": ({"decoding": [PAIR | {"expert": "absent"}]}, 404, "decoding[0].expert"),
     "same model twice": ({"decoding": [PAIR | {"antiexpert": "expert"}]}, 400, "decoding[0].antiexpert"),
     "absurd alpha": ({"decoding": [PAIR | {"alpha": 1e9}]}, 400, "decoding[0].alpha"),
-    "too long for an auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding[0].expert"),
+    "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding[0].expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
     "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
     **{name: ({name: 1.5}, 422, name) for name in NOT_BUILT},
