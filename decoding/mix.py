@@ -7,6 +7,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import mix_logits_
 
+_MOST_OTHERS = 7  # streams beside the base that one pass of the kernel takes; a batch may need more models than that
+
 
 def mix_rows(base: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
     """New float32 logits: row r is base[r] + sum over k of weights[r, k] * others[k][r].
@@ -21,7 +23,9 @@ def mix_rows(base: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
     mixed = base.to(torch.float32, copy=True)
     shared = mixed[:, :width]
     every = torch.arange(num_rows, dtype=torch.int32, device=base.device)
-    rows = every[:, None].repeat(1, 1 + len(others))
-    rows[:, 0] = torch.where((weights != 0).any(-1), every, -1)
-    mix_logits_(shared, [shared, *others], rows, torch.cat([weights.new_ones(num_rows, 1), weights], dim=1))
+    for first in range(0, len(others), _MOST_OTHERS):
+        some, part = others[first : first + _MOST_OTHERS], weights[:, first : first + _MOST_OTHERS]
+        rows = every[:, None].repeat(1, 1 + len(some))
+        rows[:, 0] = torch.where((part != 0).any(-1), every, -1)
+        mix_logits_(shared, [shared, *some], rows, torch.cat([part.new_ones(num_rows, 1), part], dim=1))
     return mixed

@@ -59,7 +59,7 @@ async def load(engine: Engine, settings: Settings) -> Catalogue:
         registry.names,
         list(engine.layout.limits),
     )
-    return Catalogue(registry, engine.layout.limits, facts["dtype"])
+    return Catalogue(registry, engine.layout.limits, facts["dtype"], engine.layout.num_slots)
 
 
 async def prove(engine: Engine, have: Catalogue) -> list[Finding]:

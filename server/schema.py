@@ -9,7 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from whipstaff.decoding.method import DecodingError, Method, Mix, Params
 from whipstaff.decoding.methods import METHODS
-from whipstaff.server.engine.request import RequestPlan
+from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, WhipstaffError, bad_field
 from whipstaff.server.registry import Registry
 from whipstaff.steering.edits import MAX_GROWTH, Edit, growth
@@ -39,6 +39,7 @@ class Catalogue:
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
     dtype: str = "float32"  # of the served model's activations
+    num_slots: int = 256  # distinct rows of edits in use at once
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Compiled:
     edit_paths: list[str]  # where each planned edit stands in the request
     warnings: list[str] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
+    num_slots: int = 256  # what the server has; a request that needs more would wait for ever
     stream_paths: dict[str, str] = field(default_factory=dict)  # auxiliary model -> the field that named it first
 
     @property
@@ -78,6 +80,13 @@ class Compiled:
                 planned.where.check(prompt_len, allowed)
             except SteeringError as error:
                 raise BadRequest(str(error), f"{path}.{error.param}") from None
+        num_rows = len(PlacedPlan(self.plan, prompt_len).rows)
+        if num_rows > self.num_slots:
+            raise Unavailable(
+                f"the windows of these vectors overlap in {num_rows} different ways, each needs a slot, and this "
+                f"server has {self.num_slots}; start it with a larger --steering-slots",
+                "steering",
+            )
         return allowed
 
     def receipt(self, fed: list[tuple[int, int]]) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     if all(fields.get(name) is None for name in FIELDS):
         return None
     is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
-    compiled = Compiled(RequestPlan(), [], [], {}, [])
+    compiled = Compiled(RequestPlan(), [], [], {}, [], num_slots=catalogue.num_slots)
     edits = [
         edit
         for index, entry in enumerate(_entries(fields.get("steering"), "steering", MAX_EDITS))

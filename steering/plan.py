@@ -78,14 +78,6 @@ class SteeringPlan:
                 found.append((start, end, row))
         return found
 
-    def check(self, prompt_len: int, max_tokens: int) -> None:
-        """Raises: SteeringError when a clause selects no token of a request of this size."""
-        for index, planned in enumerate(self.edits):
-            try:
-                planned.where.check(prompt_len, max_tokens)
-            except SteeringError as error:
-                raise SteeringError(str(error), f"[{index}].{error.param}") from None
-
     def to_wire(self) -> list[dict[str, Any]]:
         return [
             {

@@ -8,6 +8,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from whipstaff.server.engine import UnsupportedEngine
+
 
 def parser(program: str) -> Any:
     """A parser of every flag that `vllm serve` takes."""
@@ -22,8 +24,6 @@ def names_model(args: Namespace) -> bool:
 
 def finish(args: Namespace) -> None:
     """What `vllm serve` does between parsing and starting. Raises: UnsupportedEngine."""
-    from whipstaff.server.engine import UnsupportedEngine
-
     if args.model_tag is not None:
         args.model = args.model_tag
     if (args.api_server_count or 1) > 1 or args.headless or args.data_parallel_size > 1 or args.grpc:

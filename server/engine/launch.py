@@ -23,7 +23,7 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.CudaWorker",
 }
 _SCHEDULERS = "whipstaff.server.engine.scheduler."
-MAX_SLOTS = 256
+MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 
 
 class PlanDict(dict[str, Any]):
@@ -66,7 +66,8 @@ def start(
     Args:
         args: parsed command-line flags, or vLLM's engine arguments.
         auxiliaries: (name, model) of further models to load beside the base.
-        num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, at most MAX_SLOTS.
+        num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, within
+            MIN_SLOTS and MAX_SLOTS.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
@@ -91,7 +92,7 @@ def configure(config: VllmConfig, auxiliaries: Iterable[tuple[str, str]] = (), n
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=num_slots or min(config.scheduler_config.max_num_seqs, MAX_SLOTS),
+        num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
         auxiliaries=specs,
     )
     config.additional_config = {**(config.additional_config or {}), **layout.to_config()}

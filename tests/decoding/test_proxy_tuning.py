@@ -59,3 +59,15 @@ def test_a_model_against_itself_is_refused() -> None:
     with pytest.raises(DecodingError, match="same model") as caught:
         METHOD.mix(ProxyTuningParams(expert="a", antiexpert="a"))
     assert caught.value.param == "antiexpert"
+
+
+def test_a_batch_may_need_more_models_than_one_pass_takes() -> None:
+    """Twenty auxiliary models at once: some rows use many of them, some one, some none."""
+    base, others = torch.randn(3, 40), [torch.randn(3, 40) for _ in range(20)]
+    weights = torch.randn(3, 20)
+    weights[1] = 0.0
+    weights[2, :19] = 0.0
+    expected = base + sum(weights[:, [k]] * other for k, other in enumerate(others))
+    result = mix_rows(base, others, weights)
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(result[1], base[1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
-from whipstaff.server.errors import BadRequest, NotFound, VectorUnfit, WhipstaffError, json_path
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, json_path
 from whipstaff.server.registry import BadVectorFile, Registry
 from whipstaff.server.schema import NOT_BUILT, Catalogue, Compiled, compile_extras, method_table
 from whipstaff.steering import artifacts
@@ -633,3 +634,13 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
         file.truncate(artifacts.MAX_BYTES + 1)  # sparse
     with pytest.raises(SteeringError, match="at most"):
         artifacts.read(path)
+
+
+def test_a_request_that_needs_more_slots_than_there_are_is_refused(have: Catalogue) -> None:
+    """It would otherwise wait for ever, and everybody steered behind it."""
+    windows = [{"vector": "calm", "where": {"prompt": [[start, None]]}} for start in range(4)]
+    few = replace(have, num_slots=3)
+    with pytest.raises(Unavailable, match="--steering-slots") as caught:
+        compiled(few, steering=windows).check(prompt_len=9, max_tokens=4, is_explicit=True)
+    assert caught.value.param == "steering"
+    assert compiled(few, steering=windows[:3]).check(prompt_len=9, max_tokens=4, is_explicit=True) == 4

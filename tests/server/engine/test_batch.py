@@ -1,0 +1,95 @@
+"""Both runner adapters give the same view of a step, and the steerer turns it into the right slot for every token."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whipstaff.server.engine import runner_v1, runner_v2
+from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.steerer import NOBODY, Steerer
+from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
+from whipstaff.steering.slots import NO_SLOT
+from whipstaff.steering.where import Region, Where
+
+CLAUSES = [
+    Where.of("each_last"),
+    Where.of("all"),
+    Where.of("generation"),
+    Where(prompt=[(1, -1)], generation=[(2, 5)], exclude=Region(prompt=[(3, 4)])),
+]
+
+
+class FakeTables:
+    """Numbers rows in the order they come."""
+
+    def __init__(self) -> None:
+        self.slots: dict[Row, int] = {}
+
+    def acquire(self, rows: Any) -> dict[Row, int]:
+        return {row: self.slots.setdefault(row, len(self.slots)) for row in rows}
+
+
+def placed(clauses: list[int], prompt_len: int) -> PlacedPlan:
+    edits = tuple(PlannedEdit(RowEdit(f"vector {c}", 1.0, None), CLAUSES[c]) for c in clauses)
+    return PlacedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
+
+
+def steerer(*plans: tuple[str, PlacedPlan | None]) -> Steerer:
+    made = Steerer(256, torch.device("cpu"), [])
+    made.tables = FakeTables()  # type: ignore[assignment]
+    made.note_requests([], plans)
+    return made
+
+
+def test_both_adapters_give_the_same_view() -> None:
+    """Three rows: a plain one, a chunk of a steered prompt, and a steered decode, in longer buffers."""
+    plans = {"plain": None, "prefill": placed([1], 50), "decode": placed([0], 7)}
+    made = steerer(*plans.items())
+    starts, positions = np.array([0, 1, 21, 22, 99, 99], np.int32), np.array([12, 30, 9, 77], np.int32)
+    v1 = SimpleNamespace(
+        input_batch=SimpleNamespace(req_ids=list(plans), num_reqs=3, num_computed_tokens_cpu=positions),
+        query_start_loc=SimpleNamespace(np=starts),
+    )
+    v2 = SimpleNamespace(req_ids=list(plans), num_reqs=3, query_start_loc_np=starts, num_computed_tokens_np=positions)
+    for view in (runner_v1.view(v1, made), runner_v2.view(v2, made)):
+        assert list(view.plans) == list(plans.values())
+        assert view.token_positions().tolist() == [12, *range(30, 50), 9]
+        assert [plan.prompt_len for _, plan in view.planned()] == [50, 7]
+
+
+def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
+    made = steerer(("plain", None))
+    assert runner_v1.view(None, made) is runner_v2.view(None, made) is NOBODY
+
+
+REQUESTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 3), max_size=3), st.integers(1, 12), st.integers(0, 15), st.integers(1, 9)),
+    max_size=6,
+)
+
+
+@given(steps=st.lists(REQUESTS, min_size=1, max_size=4))
+def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]) -> None:
+    """Several steps in a row, so that what one step leaves behind would show in the next."""
+    made = steerer()
+    for requests in steps:
+        plans = [placed(clauses, prompt_len) if clauses else None for clauses, prompt_len, _, _ in requests]
+        lengths = [length for *_, length in requests]
+        starts = np.cumsum([0, *lengths]).astype(np.int32)
+        view = BatchView(plans, starts, np.array([position for _, _, position, _ in requests], np.int32))
+        made.begin_step(view)
+        expected = []
+        for plan, (_, _, position, length) in zip(plans, requests, strict=True):
+            for p in range(position, position + length):
+                rows = (
+                    [row for start, end, row in plan.segments if start <= p and (end is None or p < end)]
+                    if plan
+                    else []
+                )
+                expected.append(made.tables.slots[rows[0]] if rows else NO_SLOT)  # type: ignore[union-attr]
+        assert made.slots.tolist() == expected + [NO_SLOT] * (256 - len(expected))
