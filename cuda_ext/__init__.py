@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext.libraries import load
+from whipstaff.cuda_ext.op import Op
 from whipstaff.cuda_ext.phi import Phi
 
 __all__ = [
     "IMPLEMENTATION",
     "Explanation",
+    "Op",
     "Phi",
     "apply_temperature_",
     "attention_rows",
@@ -22,6 +24,7 @@ __all__ = [
     "explain_rows",
     "lowrank_edit_",
     "mix_logits_",
+    "run_edits_",
 ]
 
 IMPLEMENTATION = load()
@@ -29,6 +32,7 @@ IMPLEMENTATION = load()
 
 _diag_edit_ = torch.ops.whipstaff.diag_edit_.default
 _lowrank_edit_ = torch.ops.whipstaff.lowrank_edit_.default
+_run_edits_ = torch.ops.whipstaff.run_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
@@ -84,6 +88,60 @@ def lowrank_edit_(
     residual      as x, read only: what is added to x reaches the sum of the two
     """
     _lowrank_edit_(x, read, write, phi, phi_args, slot, bias, gain, residual)
+
+
+def run_edits_(
+    x: Tensor,
+    lines: Tensor,
+    code: Tensor,
+    args: Tensor,
+    tokens: Tensor,
+    gains: Tensor,
+    history: Tensor,
+    residual: Tensor | None = None,
+    meter: Tensor | None = None,
+    encoder: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+) -> None:
+    """Runs on each row h = x[t] (+ residual[t]) the program that begins at code[tokens[t, 0]].
+
+    Where the program changes h: x[t] <- h, residual[t] <- 0; every other token is left alone, bit for bit. Registers:
+    h, kept in float32; g, u_in, u_out = 1; mean = 0; tau = -inf; saved = 0. With [op, i0, i1, i2, ..] from `code` and
+    a, b, c, d, bias, e from `args`, L = lines, H = history[tokens[t, 2 + j]] (NaN = not read), q = tokens[t, 1]:
+
+    END           stop; so does leaving the code, or running more instructions than it has
+    JUMP          go on at code[i0]
+    GAIN          g <- a * gains[t, i0], or a where i0 < 0
+    WHEN          g <- g * state, j = i0. i1 = 1: c * H[0] > a. Else hysteresis: c * H[q] above a is on, at most b or
+                  NaN is off, and between the two the state at q - 1 holds (before 0: off)
+    RAMP          g <- g * (c + (d - c) * clamp((H[q] - a) / (b - a), 0, 1)), j = i0; NaN counts as c
+    DIAG          h <- h + g * (h * L[i0] + L[i1] - h);  an index of -1: ones, zeros
+    CROSS         h[i] <- h[i] + g * (L[i0, i] * h[i] + L[i1, i] * h[i ^ i2] - h[i]);  i2 is a power of two
+    DIR           z = (L[i0] . h - mean * e) * u_in + bias;  h <- h + g * u_out * phi(z) * L[i1], phi = i2 with a..d.
+                  i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, up to one with i3 = 1 and at most
+                  64, read the same h; the halves of a pair lie at an even offset among them and the next
+    SAVE, RENORM  saved <- |h|;  h <- h * saved / |h|, where the program has changed h and |h| > 0
+    PROBE         H[q] <- L[i0] . h + bias, j = i1;  i2 = 1: into H[0];  i3 = 1: L[i0] . h / |h| + bias
+    METER         meter += [|h|, 1]
+    TOP_K         tau <- the i2-th largest encoder[r] . h * u_in + encoder_bias[r] of the i1 rows from i0 on
+    NORM_IN       i0 = 0: u_in, u_out, mean <- 1, 1, 0;  1: sqrt(W) / |h|, |h| / sqrt(W), 0;
+                  2: 1 / (std(h) + 1e-5), std(h), mean(h), with the unbiased std
+
+    Where g is 0, DIAG, CROSS and DIR change nothing. A token sees its own PROBEs; what it sees of other tokens' PROBEs
+    in the same call is not defined. Program positions outside `code`, history rows outside `history` and positions
+    outside its columns are harmless (not read, not written); the indices in `code` are trusted outside checked mode.
+
+    x, residual   (T, W) float32, bfloat16 or float16, changed in place; rows may be strided
+    lines         (N, W) float32, the rows that programs refer to
+    code, args    (P, 6) int32 and (P, 6) float32
+    tokens        (>= T, 2 + J) int32: where the program begins (negative = leave alone), the absolute position, and the
+                  history row of each condition j (-1 = none); the first T rows are used
+    gains         (>= T, K) float32
+    history       (R, M) float32, changed in place
+    meter         (2,) float32, changed in place, or None
+    encoder, encoder_bias   (E, W) and (E,) float32, or None
+    """
+    _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias)
 
 
 def mix_logits_(

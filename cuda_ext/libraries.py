@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext import reference
+from whipstaff.cuda_ext import interpreter, reference
 
 
 class Operator(NamedTuple):
@@ -64,6 +64,13 @@ OPERATORS = [
         _changes_in_place,
     ),
     Operator(
+        "whipstaff::run_edits_",
+        "(Tensor(a!) x, Tensor lines, Tensor code, Tensor args, Tensor tokens, Tensor gains, Tensor(b!) history, "
+        "Tensor(c!)? residual=None, Tensor(d!)? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None) -> ()",
+        interpreter.run_edits_,
+        _changes_in_place,
+    ),
+    Operator(
         "whipstaff::mix_logits_",
         "(Tensor(a!) out, Tensor[] streams, Tensor rows, Tensor weights, Tensor? temperatures=None, "
         "Tensor? log_softmax=None, Tensor? alphas=None, Tensor? top_ps=None, Tensor(b!)? num_allowed=None) -> ()",
@@ -111,6 +118,7 @@ def load() -> str:
     if choice != "compiled":
         raise ImportError(f"WHIPSTAFF_CUDA_EXT is {choice!r}; it must be 'compiled' (the default) or 'reference'")
     _load_library("_cpu")
+    torch.library.impl("whipstaff::run_edits_", "CompositeExplicitAutograd", interpreter.run_edits_)
     if torch.version.cuda is None:
         return "cpu"
     _load_library("_cuda")

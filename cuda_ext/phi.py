@@ -1,4 +1,4 @@
-"""What a low-rank edit does with its readings; the numbers are those of csrc/lowrank_edit.cuh."""
+"""What an edit does with its readings of a row; the numbers are those of csrc/phi.cuh."""
 
 from enum import IntEnum
 
@@ -16,3 +16,4 @@ class Phi(IntEnum):
     SIGN = 7  # a sign z
     ANGLE = 8  # pair: turned to angle a in its plane, where z > b; the length is kept
     ROTATE = 9  # pair: turned by angle a
+    TOP_K = 10  # GATED, but only where z is also among the readings that `run_edits_`'s TOP_K found to be the largest

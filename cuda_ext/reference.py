@@ -10,7 +10,7 @@ from whipstaff.cuda_ext.phi import Phi
 IS_CHECKED = os.environ.get("WHIPSTAFF_CUDA_EXT_CHECKED") == "1"
 
 
-def _compute_type(x: Tensor) -> torch.dtype:
+def compute_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -44,7 +44,7 @@ def diag_edit_(
     if table is None:
         raise RuntimeError("diag_edit_ needs mul, add or both")
     tokens, rows = _edited(slot, gain, len(x), len(table))
-    before = x[tokens].to(_compute_type(x))  # (E, H) the edited tokens only
+    before = x[tokens].to(compute_type(x))  # (E, H) the edited tokens only
     if residual is not None:
         before = before + residual[tokens]
     after = before
@@ -74,19 +74,19 @@ def lowrank_edit_(
     residual: Tensor | None = None,
 ) -> None:
     tokens, rows = _edited(slot, gain, len(x), len(read))
-    before = x[tokens].to(_compute_type(x))  # (E, H) the edited tokens only
+    before = x[tokens].to(compute_type(x))  # (E, H) the edited tokens only
     stream = before if residual is None else before + residual[tokens]
     z = torch.einsum("erh,eh->er", read[rows].to(before.dtype), stream)
     if bias is not None:
         z = z + bias[rows]
-    change = torch.einsum("erh,er->eh", write[rows].to(before.dtype), _apply_phi(phi[rows], phi_args[rows], z))
+    change = torch.einsum("erh,er->eh", write[rows].to(before.dtype), apply_phi(phi[rows], phi_args[rows], z))
     if gain is not None:
         change = gain[tokens].to(before.dtype)[:, None] * change
     x[tokens] = (before + change).to(x.dtype)
 
 
-def _apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor) -> Tensor:
-    """(E, R) what each reading becomes."""
+def apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor, tau: float = -torch.inf) -> Tensor:
+    """(E, R) what each reading becomes; readings below tau are not among the largest."""
     a, b, c, d = phi_args.to(z.dtype).unbind(2)
     first, second, angle = z[:, :-1:2], z[:, 1::2], a[:, :-1:2]  # pairs begin at even directions
     length = (first.square() + second.square()).sqrt()
@@ -105,6 +105,7 @@ def _apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor) -> Tensor:
         Phi.SIGN: a * z.sign(),
         Phi.ANGLE: turned_to * is_turned,
         Phi.ROTATE: turned_by,
+        Phi.TOP_K: torch.where((z > a) & (z >= tau), b * z + c, d),
     }
     delta = torch.zeros_like(z)
     for kind, result in results.items():
@@ -135,7 +136,7 @@ def mix_logits_(
         _check_stream_rows(rows[:num_rows], streams)
     names_row = (rows[:num_rows] >= 0) & (rows[:num_rows] < torch.tensor([len(s) for s in streams], device=out.device))
     mixed = names_row[:, 0].nonzero().flatten()  # (M,) the rows that are concerned
-    total = torch.zeros(len(mixed), vocab, dtype=_compute_type(out), device=out.device)
+    total = torch.zeros(len(mixed), vocab, dtype=compute_type(out), device=out.device)
     banned = torch.zeros_like(total, dtype=torch.bool)
     is_masked = torch.zeros_like(mixed, dtype=torch.bool)
     for k, stream in enumerate(streams):
@@ -194,7 +195,7 @@ def _check_stream_rows(rows: Tensor, streams: list[Tensor]) -> None:
 
 
 def apply_temperature_(logits: Tensor, temperature: Tensor) -> None:
-    chosen = temperature[: len(logits)].to(_compute_type(logits))[:, None]
+    chosen = temperature[: len(logits)].to(compute_type(logits))[:, None]
     best = torch.arange(logits.shape[1], device=logits.device) == logits.argmax(1, keepdim=True)
     greedy = logits.masked_fill(~best, -torch.inf)
     tempered = torch.where(chosen > 0, logits / chosen, greedy).to(logits.dtype)
@@ -202,7 +203,7 @@ def apply_temperature_(logits: Tensor, temperature: Tensor) -> None:
 
 
 def explain_rows(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    log_p = final.to(_compute_type(final)).log_softmax(1)
+    log_p = final.to(compute_type(final)).log_softmax(1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0).sum(1)
     if base is None:
@@ -233,7 +234,7 @@ def attention_rows(
     is_known = (block >= 0) & (block < num_blocks)
     if IS_CHECKED:
         _check_blocks(block, is_known | ~has_room, block_size, num_blocks)
-    compute = _compute_type(query)
+    compute = compute_type(query)
     chosen = keys[block.clamp(0, num_blocks - 1), position % block_size].to(compute)  # (Q, C, heads of keys, D)
     chosen = chosen.repeat_interleave(num_heads // num_kv_heads, dim=2)
     score = scale * torch.einsum("qhd,qchd->qhc", query.to(compute), chosen)

@@ -1,0 +1,298 @@
+"""run_edits_ in plain torch: one token after the other, one instruction after the other."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext.op import Op
+from whipstaff.cuda_ext.phi import Phi
+from whipstaff.cuda_ext.reference import IS_CHECKED, apply_phi, compute_type
+
+MAX_GROUP = 64  # directions that read the same h
+
+
+class Instruction(NamedTuple):
+    """One row of `code` and of `args`."""
+
+    op: int
+    i0: int
+    i1: int
+    i2: int
+    i3: int
+    i4: int
+    a: float
+    b: float
+    c: float
+    d: float
+    bias: float
+    e: float
+
+
+class Call(NamedTuple):
+    """The tensors of one call that programs may read and write."""
+
+    lines: Tensor
+    program: list[Instruction]
+    tokens: Tensor
+    gains: Tensor
+    history: Tensor
+    meter: Tensor | None
+    encoder: Tensor | None
+    encoder_bias: Tensor | None
+
+
+def run_edits_(
+    x: Tensor,
+    lines: Tensor,
+    code: Tensor,
+    args: Tensor,
+    tokens: Tensor,
+    gains: Tensor,
+    history: Tensor,
+    residual: Tensor | None = None,
+    meter: Tensor | None = None,
+    encoder: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+) -> None:
+    concerned = (tokens[: len(x), 0] >= 0).nonzero().flatten().tolist()
+    if not concerned:
+        return
+    program = [Instruction(*i, *a) for i, a in zip(code.tolist(), args.tolist(), strict=True)]
+    call = Call(lines, program, tokens, gains, history, meter, encoder, encoder_bias)
+    if IS_CHECKED:
+        for token in concerned:
+            check(call, token)
+    for token in concerned:
+        h = x[token].to(compute_type(x), copy=True)
+        if residual is not None:
+            h += residual[token]
+        machine = Machine(call, token, h)
+        machine.run()
+        if machine.is_changed:
+            x[token] = machine.h.to(x.dtype)
+            if residual is not None:
+                residual[token] = 0
+
+
+@dataclass
+class Machine:
+    """One token's registers, and what each instruction does to them."""
+
+    call: Call
+    token: int
+    h: Tensor  # (W,)
+    gain: float = 1.0
+    saved: float = 0.0
+    u_in: float = 1.0
+    u_out: float = 1.0
+    mean: float = 0.0
+    tau: float = -math.inf
+    is_changed: bool = False
+
+    def run(self) -> None:
+        program = self.call.program
+        pc, budget = int(self.call.tokens[self.token, 0]), len(program)  # a program that jumps in circles ends too
+        while 0 <= pc < len(program) and budget > 0:
+            i = program[pc]
+            if i.op == Op.JUMP:
+                length, pc = 1, i.i0
+            elif i.op == Op.DIR:
+                length = group_length(program, pc)
+                self.directions(program[pc : pc + length])
+                pc += length
+            elif i.op in self.STEPS:
+                self.STEPS[i.op](self, i)
+                length, pc = 1, pc + 1
+            else:
+                return
+            budget -= length
+
+    @property
+    def length(self) -> float:
+        return float(self.h.norm())
+
+    def reading(self, line: Tensor) -> Tensor:
+        """line . h. Always this sum, of one line at a time: TOP_K compares readings bit for bit."""
+        return (line.to(self.h.dtype) * self.h).sum()
+
+    def move_to(self, h: Tensor) -> None:
+        """h, as far as the gain goes."""
+        if self.gain != 0:
+            self.h = h if self.gain == 1 else self.h + self.gain * (h - self.h)
+            self.is_changed = True
+
+    def history_row(self, condition: int) -> Tensor | None:
+        """(M,) the readings that the token's condition reads and writes."""
+        row = int(self.call.tokens[self.token, 2 + condition])
+        return self.call.history[row] if 0 <= row < len(self.call.history) else None
+
+    def past(self, condition: int, position: int) -> float:
+        """What was read at a position, NaN where nothing was."""
+        row = self.history_row(condition)
+        return float(row[position]) if row is not None and 0 <= position < len(row) else math.nan
+
+    @property
+    def position(self) -> int:
+        return int(self.call.tokens[self.token, 1])
+
+    def set_gain(self, i: Instruction) -> None:
+        self.gain = i.a * (float(self.call.gains[self.token, i.i0]) if i.i0 >= 0 else 1.0)
+
+    def when(self, i: Instruction) -> None:
+        self.gain *= i.c * self.past(i.i0, 0) > i.a if i.i1 else self.is_on(i)
+
+    def is_on(self, i: Instruction) -> bool:
+        """Above `a` turns on, at or below `b` turns off, and between them the state before holds."""
+        for position in range(self.position, -1, -1):
+            value = i.c * self.past(i.i0, position)
+            if value > i.a:
+                return True
+            if not value > i.b:
+                return False
+        return False
+
+    def ramp(self, i: Instruction) -> None:
+        value = self.past(i.i0, self.position)
+        self.gain *= i.c if math.isnan(value) else i.c + (i.d - i.c) * min(max((value - i.a) / (i.b - i.a), 0.0), 1.0)
+
+    def diag(self, i: Instruction) -> None:
+        if i.i0 >= 0 or i.i1 >= 0:
+            mul = self.call.lines[i.i0].to(self.h.dtype) if i.i0 >= 0 else 1.0
+            add = self.call.lines[i.i1].to(self.h.dtype) if i.i1 >= 0 else 0.0
+            self.move_to(self.h * mul + add)
+
+    def cross(self, i: Instruction) -> None:
+        mul, cross = self.call.lines[i.i0].to(self.h.dtype), self.call.lines[i.i1].to(self.h.dtype)
+        partner = torch.arange(len(self.h), device=self.h.device) ^ i.i2
+        self.move_to(mul * self.h + cross * self.h[partner])
+
+    def directions(self, group: list[Instruction]) -> None:
+        if self.gain == 0:
+            return
+        z = self.h.new_tensor([i.bias for i in group])
+        for r, i in enumerate(group):
+            if i.i0 >= 0:
+                z[r] += (self.reading(self.call.lines[i.i0]) - self.mean * i.e) * self.u_in
+        phi = torch.tensor([[i.i2 for i in group]], device=z.device)
+        phi_args = z.new_tensor([[i[6:10] for i in group]])
+        delta = self.gain * self.u_out * apply_phi(phi, phi_args, z[None], self.tau)[0]
+        change = torch.zeros_like(self.h)
+        for i, scale in zip(group, delta.tolist(), strict=True):
+            if i.i1 >= 0 and scale != 0:
+                change += scale * self.call.lines[i.i1].to(self.h.dtype)
+                self.is_changed = True
+        self.h = self.h + change
+
+    def save(self, i: Instruction) -> None:
+        self.saved = self.length
+
+    def renorm(self, i: Instruction) -> None:
+        if self.is_changed and self.length > 0:
+            self.h = self.h * (self.saved / self.length)
+
+    def probe(self, i: Instruction) -> None:
+        row, position = self.history_row(i.i1), 0 if i.i2 else self.position
+        if row is not None and 0 <= position < len(row):
+            reading = self.reading(self.call.lines[i.i0])
+            row[position] = (reading / self.h.norm() if i.i3 else reading) + i.bias
+
+    def meter(self, i: Instruction) -> None:
+        if self.call.meter is not None:
+            self.call.meter.add_(self.call.meter.new_tensor([self.length, 1.0]))
+
+    def top_k(self, i: Instruction) -> None:
+        if self.call.encoder is None or i.i1 <= 0:
+            return
+        z = torch.stack([self.reading(row) for row in self.call.encoder[i.i0 : i.i0 + i.i1]]) * self.u_in
+        if self.call.encoder_bias is not None:
+            z = z + self.call.encoder_bias[i.i0 : i.i0 + i.i1]
+        self.tau = float(z.topk(min(max(i.i2, 1), len(z))).values[-1])
+
+    def norm_in(self, i: Instruction) -> None:
+        self.u_in, self.u_out, self.mean = 1.0, 1.0, 0.0
+        if i.i0 == 1:
+            self.u_out = self.length / math.sqrt(len(self.h))
+            self.u_in = 1 / self.u_out if self.u_out > 0 else 0.0  # a row of zeros reads as one
+        elif i.i0 == 2:
+            self.mean, self.u_out = float(self.h.mean()), float(self.h.std())
+            self.u_in = 1 / (self.u_out + 1e-5)
+
+    STEPS: ClassVar[dict[int, Callable[["Machine", Instruction], None]]] = {
+        Op.GAIN: set_gain,
+        Op.WHEN: when,
+        Op.RAMP: ramp,
+        Op.DIAG: diag,
+        Op.CROSS: cross,
+        Op.SAVE: save,
+        Op.RENORM: renorm,
+        Op.PROBE: probe,
+        Op.METER: meter,
+        Op.TOP_K: top_k,
+        Op.NORM_IN: norm_in,
+    }
+
+
+def group_length(program: list[Instruction], first: int) -> int:
+    """How many directions from `first` on read the same h."""
+    length = 1
+    for i in program[first + 1 : first + MAX_GROUP]:
+        if i.op != Op.DIR or i.i3 == 1:
+            break
+        length += 1
+    return length
+
+
+def check(call: Call, token: int) -> None:
+    """Walks the token's program, which no data can divert, and refuses what it names but is not there."""
+    num_instructions, pc = len(call.program), int(call.tokens[token, 0])
+    if pc >= num_instructions:
+        raise RuntimeError(f"tokens[{token}, 0] is {pc}, code has {num_instructions} instructions")
+    for _ in range(num_instructions):
+        i = call.program[pc]
+        for what, index, low, size in used_by(call, token, i):
+            if not low <= index < size:
+                raise RuntimeError(f"token {token}, instruction {pc}: {what} {index} is outside [{low}, {size})")
+        width = call.lines.shape[1]
+        if i.op == Op.CROSS and (i.i2 <= 0 or i.i2 & (i.i2 - 1) or width % (2 * i.i2)):
+            raise RuntimeError(f"token {token}, instruction {pc}: stride {i.i2} does not pair {width} columns")
+        if i.op == Op.TOP_K and call.encoder is None:
+            raise RuntimeError(f"token {token}, instruction {pc}: TOP_K needs an encoder")
+        if i.op == Op.END:
+            return
+        pc = i.i0 if i.op == Op.JUMP else pc + 1
+        if not 0 <= pc < num_instructions:
+            raise RuntimeError(f"token {token} leaves the code for {pc}, it has {num_instructions} instructions")
+    raise RuntimeError(f"token {token}: its program does not end")
+
+
+def used_by(call: Call, token: int, i: Instruction) -> list[tuple[str, int, int, int]]:
+    """What an instruction names: (what, index, lowest index, one past the highest)."""
+    line, condition = len(call.lines), call.tokens.shape[1] - 2
+
+    def history(j: int) -> tuple[str, int, int, int]:
+        row = int(call.tokens[token, 2 + j]) if 0 <= j < condition else -1
+        return ("history row", max(row, -1), -1, len(call.history))
+
+    found = [("op", i.op, 0, len(Op))]
+    if i.op == Op.GAIN:
+        found += [("gains column", max(i.i0, -1), -1, call.gains.shape[1])]
+    elif i.op in (Op.WHEN, Op.RAMP):
+        found += [("condition", i.i0, 0, condition), history(i.i0)]
+    elif i.op == Op.DIAG:
+        found += [("line", i.i0, -1, line), ("line", i.i1, -1, line)]
+    elif i.op == Op.CROSS:
+        found += [("line", i.i0, 0, line), ("line", i.i1, 0, line)]
+    elif i.op == Op.DIR:
+        found += [("line", i.i0, -1, line), ("line", i.i1, -1, line), ("phi", i.i2, 0, len(Phi))]
+    elif i.op == Op.PROBE:
+        found += [("line", i.i0, 0, line), ("condition", i.i1, 0, condition), history(i.i1)]
+    elif i.op == Op.TOP_K and call.encoder is not None:
+        found += [
+            ("encoder row", i.i0, 0, len(call.encoder)),
+            ("encoder row", i.i0 + i.i1 - 1, 0, len(call.encoder)),
+        ]
+    return found
