@@ -1,0 +1,174 @@
+"""Expert routing: the goldens through an engine, and every routing scheme against a token-by-token reference."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import goldens
+import pytest
+import torch
+from safetensors.torch import load_file
+from stepping import SteppingEngine, steps
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+from whipstaff.server.engine.routing import MODES, RoutingError, RoutingTables, Scheme, _adopt, _How, _reroute_all_
+
+TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
+EXPERTS, TOP_K = 16, 4
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["eager", "compiled"])
+def engine(request: pytest.FixtureRequest) -> Iterator[SteppingEngine]:
+    started = SteppingEngine(
+        str(goldens.ROOT / "models" / "mixtral_a"), "routing", enforce_eager=request.param, max_num_batched_tokens=48
+    )
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+@pytest.mark.engine
+def test_golden_cases(engine: SteppingEngine) -> None:
+    """All four modes and a plain request in one batch, prefills chunked."""
+    assert engine.rpc("routing_facts") == [[layer, 8, list(MODES)] for layer in range(4)]
+    cases, asks = [], []
+    for slot, mode in enumerate(MODES):
+        folder = goldens.ROOT / "cases" / f"mote_{mode}_mixtral"
+        edits = json.loads((folder / "case.json").read_text())["edits"]
+        engine.rpc("write_routing", slot, [(int(layer), edit | {"mode": mode}) for layer, edit in edits.items()])
+        cases.append(load_file(folder / "io.safetensors"))
+        asks.append((cases[-1]["input_ids"].tolist(), {"slot": slot}, 16))
+    *edited, plain = engine.generate(*asks, (cases[0]["input_ids"].tolist(), None, 1))
+    for case, output in zip(cases, edited, strict=True):
+        assert list(output.outputs[0].token_ids) == case["greedy_ids_f64"].tolist()
+        _assert_close(steps(output), case["step_logits_f64"])
+    _assert_close(steps(plain), cases[0]["base_last_logits_f64"][None])
+
+
+def _assert_close(said: list[dict[int, float]], logits: torch.Tensor) -> None:
+    for step, row in zip(said, logits.log_softmax(-1), strict=True):
+        for token, logprob in step.items():
+            assert logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "renormalised": {},
+    "as they are": {"renormalize": False},
+    "grouped": {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2, "renormalize": False},
+    "DeepSeek-V3": {
+        "use_grouped_topk": True,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+        "e_score_correction_bias": torch.linspace(-0.5, 0.5, EXPERTS),
+    },
+}
+EDITS = [
+    {"off": [1, 5, 6], "mode": "pre"},
+    {"off": [1, 5, 6, 9], "mode": "zero"},
+    {"off": [1, 5, 6, 9], "mode": "zero_renorm"},
+    {"on": [3, 14], "mode": "force"},
+    {"off": [0, 7], "on": [2], "mode": "zero_renorm"},
+]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_every_scheme(name: str, edit: dict[str, Any]) -> None:
+    own = SCHEMES[name]
+    router = CPURouter(TOP_K, EXPERTS, **own)
+    groups = own.get("num_expert_group", 1)
+    bias = own.get("e_score_correction_bias")
+    scheme = Scheme(EXPERTS, TOP_K, router.scoring_func, router.renormalize, groups, own.get("topk_group", 1), bias)
+    generator = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(64, EXPERTS, generator=generator)
+    plain = router._compute_routing(logits, logits, None)
+    slots = torch.tensor(
+        [-1, 0, 1, 2] * 16, dtype=torch.int32
+    )  # none, the edit, an empty slot, one that does not exist
+    tables = RoutingTables({0: scheme}, 2, torch.device("cpu"))
+    tables.write(0, {0: edit})
+    _adopt(router, scheme, tables.code(0), slots)
+    weights, ids = router._compute_routing(logits, logits, None)
+    same = plain[0].clone(), plain[1].clone()  # as on a device, without branches
+    how = _How(scheme.scoring, scheme.renormalize, scheme.num_groups, scheme.top_groups, bias)
+    _reroute_all_(*same, logits, tables.code(0), slots, how)
+    assert torch.equal(same[0], weights) and torch.equal(same[1], ids)
+    changed = 0
+    for token, slot in enumerate(slots):
+        said = dict(zip(ids[token].tolist(), weights[token].tolist(), strict=True))
+        before = dict(zip(plain[1][token].tolist(), plain[0][token].tolist(), strict=True))
+        expected = _rerouted(logits[token].double(), before, edit, own) if slot == 0 else before
+        assert said == (pytest.approx(expected, rel=1e-5) if slot == 0 else expected)
+        changed += said != before
+    assert changed
+
+
+def _rerouted(
+    logits: torch.Tensor, before: dict[int, float], edit: dict[str, Any], own: dict[str, Any]
+) -> dict[int, float]:
+    """One token's {expert: weight}, by the specification's words."""
+    off, on, mode = set(edit.get("off", ())), set(edit.get("on", ())), edit["mode"]
+    weights, total = dict(before), sum(before.values())
+    gone = off if mode == "pre" else set()
+    masked = logits.clone()
+    masked[list(gone)] = -torch.inf
+    scores = masked.sigmoid() if own.get("scoring_func") == "sigmoid" else masked.softmax(-1)
+    bias = own.get("e_score_correction_bias", torch.zeros(EXPERTS))
+    choice = {e: (scores[e] + bias[e]).item() for e in range(EXPERTS) if e not in gone}
+    factor = own.get("routed_scaling_factor", 1.0)
+    if gone:
+        if "num_expert_group" in own:
+            size = EXPERTS // own["num_expert_group"]
+            members = [[choice[e] for e in choice if e // size == group] for group in range(own["num_expert_group"])]
+            take = 2 if "e_score_correction_bias" in own else 1
+            merit = [sum(sorted(m)[-take:]) if len(m) >= take else -torch.inf for m in members]
+            best = sorted(range(len(merit)), key=lambda group: merit[group])[-own["topk_group"] :]
+            choice = {e: c for e, c in choice.items() if e // size in best}
+        selected = sorted(choice, key=lambda e: choice[e])[-TOP_K:]
+        norm = sum(scores[e].item() for e in selected) if own.get("renormalize", True) else 1.0
+        weights = {e: factor * scores[e].item() / norm for e in selected}
+        total = sum(weights.values())
+    missing = on - set(weights)
+    for expert in missing:
+        del weights[min(set(weights) - on, key=lambda e: weights[e])]
+        weights[expert] = factor * scores[expert].item()
+    if missing:
+        norm = sum(weights.values())
+        weights = {e: w * total / norm for e, w in weights.items()}
+    if mode.startswith("zero"):
+        was_hit = bool(off & set(weights))
+        weights = {e: 0.0 if e in off else w for e, w in weights.items()}
+        rest = sum(weights.values())
+        if mode == "zero_renorm" and was_hit and rest:
+            weights = {e: w * total / rest for e, w in weights.items()}
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"off": [16], "mode": "zero"}, "there is no expert 16"),
+        ({"off": [0], "mode": "off"}, "mode 'off' is not available"),
+        ({"off": [0], "on": [0], "mode": "zero"}, "both off and on"),
+        ({"off": [0], "mode": "force"}, "switches experts on"),
+        ({"on": [0, 1, 2, 3, 4], "mode": "force"}, "5 experts are on, and a token is given 4"),
+        ({"off": [*range(13)], "mode": "pre"}, "fewer than 4"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(edit: dict[str, Any], said: str) -> None:
+    tables = RoutingTables({2: Scheme(EXPERTS, TOP_K, "softmax", True, 1, 1, None)}, 2, torch.device("cpu"))
+    with pytest.raises(RoutingError, match=said):
+        tables.write(0, {2: edit})
+    with pytest.raises(RoutingError, match="layer 0 has no routed experts"):
+        tables.write(0, {0: edit})
+    assert not tables.code(2).any()
+
+
+def test_groups_must_keep_enough_experts() -> None:
+    scheme = Scheme(EXPERTS, TOP_K, "softmax", True, 4, 2, None)
+    scheme.check(range(4), (), "pre")  # two of the other groups always hold eight
+    with pytest.raises(RoutingError, match="fewer than 4"):
+        scheme.check([0, 1, 2, 4, 5, 6], (), "pre")  # groups 0 and 1 may win, with one expert each
