@@ -118,7 +118,6 @@ def load() -> str:
     if choice != "compiled":
         raise ImportError(f"WHIPSTAFF_CUDA_EXT is {choice!r}; it must be 'compiled' (the default) or 'reference'")
     _load_library("_cpu")
-    torch.library.impl("whipstaff::run_edits_", "CompositeExplicitAutograd", interpreter.run_edits_)
     if torch.version.cuda is None:
         return "cpu"
     _load_library("_cuda")

@@ -52,6 +52,11 @@ void store(T* __restrict target, const float* __restrict block, int64_t size) {
   for (int64_t i = 0; i < size; ++i) target[i] = static_cast<T>(block[i]);
 }
 
+template <class Table>
+void add_scaled(float* __restrict sum, float scale, const Table* __restrict direction, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) sum[i] += scale * static_cast<float>(direction[i]);
+}
+
 inline double sum_of_squares(const float* block, int64_t size) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)

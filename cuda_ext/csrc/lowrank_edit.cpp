@@ -18,11 +18,6 @@ float dot(const float* __restrict h, const Table* __restrict direction, int64_t 
   return sum;
 }
 
-template <class Table>
-void add_scaled(float* __restrict sum, float scale, const Table* __restrict direction, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) sum[i] += scale * static_cast<float>(direction[i]);
-}
-
 // One token and the low-rank block that edits it.
 template <class X, class Table>
 struct Token {

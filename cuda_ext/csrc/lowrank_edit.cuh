@@ -1,9 +1,8 @@
 // The low-rank edit of one batch as pointers and sizes, and the CUDA kernels that perform it.
 #pragma once
 
+#include "phi.cuh"
 #include "slots.cuh"
-
-#include <cmath>
 
 #ifdef __CUDACC__
 #include "cuda.cuh"
@@ -12,22 +11,6 @@
 namespace whipstaff {
 
 constexpr int MAX_RANK = 64;
-constexpr int NUM_PHI_ARGS = 4;
-
-// What happens to one reading z of the stream, or to a pair of readings (z, w); a, b, c, d are the direction's
-// arguments. The result is what is added along the direction's writing vector.
-enum class Phi : int32_t {
-  Off = 0,     // 0: the direction is padding
-  Affine = 1,  // a z + b
-  Set = 2,     // a - z
-  Clamp = 3,   // min(max(z, a), b) - z
-  Gated = 4,   // b z + c where z > a, else d: ReLU and JumpReLU features
-  Tanh = 5,    // a tanh z
-  Silu = 6,    // a z / (1 + e^-z)
-  Sign = 7,    // a sign z
-  Angle = 8,   // pair: turned to angle a in its plane, where z > b; the length is kept
-  Rotate = 9,  // pair: turned by angle a
-};
 
 struct LowrankEdit {
   void* x;                // (num_tokens, hidden), rows `x_stride` elements apart
@@ -44,35 +27,11 @@ struct LowrankEdit {
   WHIPSTAFF_HOST_DEVICE Phi phi_of(int64_t row, int64_t r) const { return static_cast<Phi>(phi[row * rank + r]); }
 };
 
-WHIPSTAFF_HOST_DEVICE inline float apply_to_one(Phi phi, const float* arg, float z) {
-  switch (phi) {
-    case Phi::Affine: return arg[0] * z + arg[1];
-    case Phi::Set: return arg[0] - z;
-    case Phi::Clamp: return fminf(fmaxf(z, arg[0]), arg[1]) - z;
-    case Phi::Gated: return z > arg[0] ? arg[1] * z + arg[2] : arg[3];
-    case Phi::Tanh: return arg[0] * tanhf(z);
-    case Phi::Silu: return arg[0] * z / (1.0f + expf(-z));
-    case Phi::Sign: return z > 0.0f ? arg[0] : z < 0.0f ? -arg[0] : 0.0f;
-    default: return 0.0f;
-  }
-}
-
-// One half of the pair (z[0], z[1]): half 0 or 1.
-WHIPSTAFF_HOST_DEVICE inline float apply_to_pair(Phi phi, const float* arg, const float* z, int half) {
-  const float cosine = cosf(arg[0]), sine = sinf(arg[0]);
-  if (phi == Phi::Rotate) return (half ? sine * z[0] + cosine * z[1] : cosine * z[0] - sine * z[1]) - z[half];
-  if (!(z[0] > arg[1])) return 0.0f;
-  return sqrtf(z[0] * z[0] + z[1] * z[1]) * (half ? sine : cosine) - z[half];
-}
-
-// What direction r adds along its writing vector. A pair's two halves carry the same phi, and the first its arguments.
+// What direction r adds along its writing vector.
 WHIPSTAFF_HOST_DEVICE inline float apply_phi(const LowrankEdit& edit, int64_t row, int64_t r, const float* z) {
   const Phi phi = edit.phi_of(row, r);
-  const bool is_pair = phi == Phi::Angle || phi == Phi::Rotate;
-  const int half = is_pair ? r % 2 : 0;
-  const float* arg = edit.phi_args + (row * edit.rank + r - half) * NUM_PHI_ARGS;
-  if (!is_pair) return apply_to_one(phi, arg, z[r]);
-  return r - half + 1 < edit.rank ? apply_to_pair(phi, arg, z + r - half, half) : 0.0f;
+  const float* arg = edit.phi_args + (row * edit.rank + first_of(phi, r)) * NUM_PHI_ARGS;
+  return apply_phi(phi, arg, z, r, edit.rank, -INFINITY);
 }
 
 #ifdef __CUDACC__

@@ -1,0 +1,66 @@
+// What an edit does with its readings of a row: the same for low-rank edits and for programs, on both devices.
+#pragma once
+
+#include "host_device.h"
+
+#include <cmath>
+#include <cstdint>
+
+namespace whipstaff {
+
+constexpr int NUM_PHIS = 11;
+constexpr int NUM_PHI_ARGS = 4;
+
+// What happens to one reading z of the stream, or to a pair of readings (z, w); a, b, c, d are the direction's
+// arguments. The result is what is added along the direction's writing vector.
+enum class Phi : int32_t {
+  Off = 0,     // 0: the direction is padding
+  Affine = 1,  // a z + b
+  Set = 2,     // a - z
+  Clamp = 3,   // min(max(z, a), b) - z
+  Gated = 4,   // b z + c where z > a, else d: ReLU and JumpReLU features
+  Tanh = 5,    // a tanh z
+  Silu = 6,    // a z / (1 + e^-z)
+  Sign = 7,    // a sign z
+  Angle = 8,   // pair: turned to angle a in its plane, where z > b; the length is kept
+  Rotate = 9,  // pair: turned by angle a
+  TopK = 10,   // as Gated, but only where also z >= tau
+};
+
+WHIPSTAFF_HOST_DEVICE inline bool is_pair(Phi phi) { return phi == Phi::Angle || phi == Phi::Rotate; }
+
+// A pair's two halves carry the same phi, the first at an even r and with the arguments of both.
+WHIPSTAFF_HOST_DEVICE inline int64_t first_of(Phi phi, int64_t r) { return is_pair(phi) ? r - r % 2 : r; }
+
+WHIPSTAFF_HOST_DEVICE inline float apply_to_one(Phi phi, const float* arg, float z, float tau) {
+  switch (phi) {
+    case Phi::Affine: return arg[0] * z + arg[1];
+    case Phi::Set: return arg[0] - z;
+    case Phi::Clamp: return fminf(fmaxf(z, arg[0]), arg[1]) - z;
+    case Phi::Gated: return z > arg[0] ? arg[1] * z + arg[2] : arg[3];
+    case Phi::TopK: return z > arg[0] && z >= tau ? arg[1] * z + arg[2] : arg[3];
+    case Phi::Tanh: return arg[0] * tanhf(z);
+    case Phi::Silu: return arg[0] * z / (1.0f + expf(-z));
+    case Phi::Sign: return z > 0.0f ? arg[0] : z < 0.0f ? -arg[0] : 0.0f;
+    default: return 0.0f;
+  }
+}
+
+// One half of the pair (z[0], z[1]): half 0 or 1.
+WHIPSTAFF_HOST_DEVICE inline float apply_to_pair(Phi phi, const float* arg, const float* z, int half) {
+  const float cosine = cosf(arg[0]), sine = sinf(arg[0]);
+  if (phi == Phi::Rotate) return (half ? sine * z[0] + cosine * z[1] : cosine * z[0] - sine * z[1]) - z[half];
+  if (!(z[0] > arg[1])) return 0.0f;
+  return sqrtf(z[0] * z[0] + z[1] * z[1]) * (half ? sine : cosine) - z[half];
+}
+
+// What direction r of `rank` adds along its writing vector; `arg` are the arguments of direction first_of(phi, r), and
+// readings below tau are not among the largest.
+WHIPSTAFF_HOST_DEVICE inline float apply_phi(Phi phi, const float* arg, const float* z, int64_t r, int64_t rank,
+                                             float tau) {
+  if (!is_pair(phi)) return apply_to_one(phi, arg, z[r], tau);
+  const int64_t first = first_of(phi, r);
+  return first + 1 < rank ? apply_to_pair(phi, arg, z + first, r - first) : 0.0f;
+}
+
+}  // namespace whipstaff

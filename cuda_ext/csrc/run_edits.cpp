@@ -1,0 +1,305 @@
+// run_edits_ on the CPU: one thread runs a token's program on its row, which stays in the cache.
+#include "run_edits.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "cpu.h"
+#include "diag_block.h"
+
+namespace whipstaff {
+namespace {
+
+constexpr int TOGETHER = 4;  // lines that are read or written in one pass over h
+
+// out[k] = h . line[k], summed in an order that depends on `size` alone, not on N or on where the numbers lie: TOP_K
+// compares readings of the same numbers made in two places.
+template <int N>
+void dot(float* out, const float* h, const float* const* line, int64_t size) {
+  typedef float Lanes __attribute__((vector_size(64)));
+  constexpr int NUM_LANES = 16;
+  Lanes sum[N] = {}, of_h, of_line;
+  int64_t i = 0;
+  for (; i + NUM_LANES <= size; i += NUM_LANES) {
+    std::memcpy(&of_h, h + i, sizeof(Lanes));
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+      std::memcpy(&of_line, line[k] + i, sizeof(Lanes));
+      sum[k] += of_h * of_line;
+    }
+  }
+  for (int k = 0; k < N; ++k) {
+    float lane[NUM_LANES];
+    std::memcpy(lane, &sum[k], sizeof(Lanes));
+    for (int half = NUM_LANES / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    for (int64_t rest = i; rest < size; ++rest) lane[0] += h[rest] * line[k][rest];
+    out[k] = lane[0];
+  }
+}
+
+void dots(float* out, const float* h, const float* const* line, int64_t num_lines, int64_t size) {
+  int64_t r = 0;
+  for (; r + TOGETHER <= num_lines; r += TOGETHER) dot<TOGETHER>(out + r, h, line + r, size);
+  for (; r < num_lines; ++r) dot<1>(out + r, h, line + r, size);
+}
+
+float dot(const float* h, const float* line, int64_t size) {
+  float result;
+  dot<1>(&result, h, &line, size);
+  return result;
+}
+
+// h += scale[0] * line[0] + ..
+template <int N>
+void add_lines(float* __restrict h, const float* scale, const float* const* line, int64_t size) {
+  float by[N];
+  const float* from[N];
+  std::copy_n(scale, N, by);
+  std::copy_n(line, N, from);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < size; ++i) {
+    float sum = by[0] * from[0][i];
+#pragma GCC unroll 4
+    for (int k = 1; k < N; ++k) sum += by[k] * from[k][i];
+    h[i] += sum;
+  }
+}
+
+// This thread's buffer of at least `size` floats, at the beginning of a cache line.
+float* row_buffer(int64_t size) {
+  constexpr int64_t LINE = 16;
+  thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < size + LINE) buffer.resize(size + LINE);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() +
+         (LINE * sizeof(float) - address % (LINE * sizeof(float))) % (LINE * sizeof(float)) / sizeof(float);
+}
+
+// One token's registers, and what each instruction does to them.
+template <class X>
+struct Machine {
+  const RunEdits& edits;
+  int64_t token;
+  float* h;  // (width,) filled when first asked for: a diagonal edit alone passes over the row just once
+  bool is_loaded = false, is_changed = false;
+  float gain = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
+
+  X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
+
+  X* residual() const {
+    return edits.residual ? static_cast<X*>(edits.residual) + token * edits.residual_stride : nullptr;
+  }
+
+  const float* row() {
+    if (is_loaded) return h;
+    is_loaded = true;
+    load(h, x(), edits.width);
+    if (edits.residual) add_scaled(h, 1.0f, residual(), edits.width);
+    return h;
+  }
+
+  float length() { return std::sqrt(dot(row(), h, edits.width)); }
+
+  void run() {
+    int64_t pc = edits.begin(token), left = edits.num_instructions;  // a program that jumps in circles ends too
+    while (pc >= 0 && pc < edits.num_instructions && left > 0) {
+      const Instruction& i = edits.code[pc];
+      const Arguments& arg = edits.args[pc];
+      int64_t length = 1;
+      switch (i.op) {
+        case Op::Jump: pc = i.i0 - 1; break;
+        case Op::Gain: gain = edits.gain_of(token, i, arg); break;
+        case Op::When: gain *= edits.is_on(token, i, arg) ? 1.0f : 0.0f; break;
+        case Op::Ramp: gain *= edits.ramp(token, i, arg); break;
+        case Op::Diag:
+          if (gain == 0.0f || (i.i0 < 0 && i.i1 < 0)) break;
+          if (!is_loaded && is_last(pc)) return diag(x(), residual(), i);
+          row();
+          diag<float>(h, nullptr, i);
+          is_changed = true;
+          break;
+        case Op::Cross: cross(i); break;
+        case Op::Dir: directions(pc, length = edits.group_length(pc)); break;
+        case Op::Save: saved = this->length(); break;
+        case Op::Renorm: renorm(); break;
+        case Op::Probe: probe(i, arg); break;
+        case Op::Meter: meter(); break;
+        case Op::TopK: top_k(i); break;
+        case Op::NormIn: norm_in(i); break;
+        default: left = 0; continue;
+      }
+      pc += length;
+      left -= length;
+    }
+    if (!is_changed) return;
+    store(x(), h, edits.width);
+    if (edits.residual) std::memset(residual(), 0, edits.width * sizeof(X));
+  }
+
+  bool is_last(int64_t pc) const { return pc + 1 == edits.num_instructions || edits.code[pc + 1].op == Op::End; }
+
+  // row <- row + rest, edited; rest <- 0.
+  template <class T>
+  void diag(T* row, T* rest, const Instruction& i) const {
+    const float *mul = edits.line(i.i0), *add = edits.line(i.i1);
+    for (int64_t begin = 0; begin < edits.width; begin += BLOCK) {
+      const Block<T, float> block{.x = row + begin,
+                                  .residual = rest ? rest + begin : nullptr,
+                                  .mul = mul ? mul + begin : Neutral<float>::get().ones,
+                                  .add = add ? add + begin : Neutral<float>::get().negative_zeros,
+                                  .gain = gain,
+                                  .begin = begin,
+                                  .size = std::min(BLOCK, edits.width - begin)};
+      const auto put = [target = row + begin](int64_t column, float, float y) { target[column] = static_cast<T>(y); };
+      gain == 1.0f ? block.template for_columns<false>(put) : block.template for_columns<true>(put);
+      if (rest) std::memset(rest + begin, 0, block.size * sizeof(T));
+    }
+  }
+
+  void cross(const Instruction& i) {
+    if (gain == 0.0f) return;
+    row();
+    is_changed = true;
+    const float *mul = edits.line(i.i0), *with = edits.line(i.i1);
+    const auto towards = [gain = gain](float from, float to) { return gain == 1.0f ? to : from + gain * (to - from); };
+    for (int64_t begin = 0; begin < edits.width; begin += 2 * int64_t(i.i2)) {
+#pragma GCC ivdep
+      for (int64_t a = begin; a < begin + i.i2; ++a) {
+        const int64_t b = a + i.i2;
+        const float at_a = h[a], at_b = h[b];
+        h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b);
+        h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a);
+      }
+    }
+  }
+
+  void directions(int64_t pc, int length) {
+    if (gain == 0.0f) return;
+    float z[MAX_GROUP], scale[MAX_GROUP];
+    const float* line[MAX_GROUP];
+    read(pc, length, z, line);
+    int num_targets = 0;
+    for (int r = 0; r < length; ++r) {
+      scale[num_targets] = gain * u_out * edits.change(pc, r, length, z, tau);
+      line[num_targets] = edits.line(edits.code[pc + r].i1);
+      num_targets += line[num_targets] && scale[num_targets] != 0.0f;
+    }
+    int r = 0;
+    for (; r + TOGETHER <= num_targets; r += TOGETHER) add_lines<TOGETHER>(h, scale + r, line + r, edits.width);
+    for (; r < num_targets; ++r) add_lines<1>(h, scale + r, line + r, edits.width);
+    is_changed |= num_targets > 0;
+  }
+
+  // z: what the directions at pc read; `line` is room for as many.
+  void read(int64_t pc, int length, float* z, const float** line) {
+    float reading[MAX_GROUP];
+    int num_lines = 0;
+    for (int r = 0; r < length; ++r)
+      if (edits.code[pc + r].i0 >= 0) line[num_lines++] = edits.line(edits.code[pc + r].i0);
+    dots(reading, row(), line, num_lines, edits.width);
+    for (int r = 0, next = 0; r < length; ++r) {
+      const Arguments& arg = edits.args[pc + r];
+      z[r] = edits.code[pc + r].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
+    }
+  }
+
+  void renorm() {
+    const float now = is_changed ? length() : 0.0f, ratio = saved / now;
+    if (now > 0.0f)
+      for (int64_t i = 0; i < edits.width; ++i) h[i] *= ratio;
+  }
+
+  void probe(const Instruction& i, const Arguments& arg) {
+    float* target = edits.probed(token, i);
+    if (!target) return;
+    const float reading = dot(row(), edits.line(i.i0), edits.width);
+    *target = (i.i3 ? reading / length() : reading) + arg.bias;
+  }
+
+  void meter() {
+    if (!edits.meter) return;
+    std::atomic_ref<float>(edits.meter[0]).fetch_add(length(), std::memory_order_relaxed);
+    std::atomic_ref<float>(edits.meter[1]).fetch_add(1.0f, std::memory_order_relaxed);
+  }
+
+  void top_k(const Instruction& i) {
+    if (!edits.encoder || i.i1 <= 0) return;
+    std::vector<float> z(i.i1);
+    std::vector<const float*> feature(i.i1);
+    for (int64_t r = 0; r < i.i1; ++r) feature[r] = edits.encoder + (i.i0 + r) * edits.encoder_stride;
+    dots(z.data(), row(), feature.data(), i.i1, edits.width);
+    for (int64_t r = 0; r < i.i1; ++r) {
+      z[r] = z[r] * u_in + (edits.encoder_bias ? edits.encoder_bias[i.i0 + r] : 0.0f);
+      if (std::isnan(z[r])) z[r] = -INFINITY;  // what cannot be ordered is not among the largest
+    }
+    const auto at = z.begin() + std::clamp(i.i2, 1, i.i1) - 1;
+    std::nth_element(z.begin(), at, z.end(), std::greater<float>());
+    tau = *at;
+  }
+
+  void norm_in(const Instruction& i) {
+    u_in = u_out = 1, mean = 0;
+    if (i.i0 == 1) {
+      u_out = length() / std::sqrt(static_cast<float>(edits.width));
+      u_in = u_out > 0 ? 1 / u_out : 0;  // a row of zeros reads as one
+    } else if (i.i0 == 2) {
+      row();
+      float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < edits.width; ++c) sum += h[c];
+      mean = sum / edits.width;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t c = 0; c < edits.width; ++c) squares += (h[c] - mean) * (h[c] - mean);
+      u_out = std::sqrt(squares / (edits.width - 1));
+      u_in = 1 / (u_out + 1e-5f);
+    }
+  }
+};
+
+// The first token that a program edits, or num_tokens: one look at each.
+int64_t first_edited(const RunEdits& edits) {
+  if (is_checked_mode()) check_programs(edits);
+  int64_t token = 0;
+  while (token < edits.num_tokens && edits.begin(token) < 0) ++token;
+  return token;
+}
+
+// About how many numbers a program touches, counted in passes over a row.
+int64_t num_passes(const RunEdits& edits, int64_t pc) {
+  int64_t passes = 0;
+  for (int64_t left = edits.num_instructions; left > 0 && pc >= 0 && pc < edits.num_instructions; --left) {
+    const Instruction& i = edits.code[pc];
+    if (i.op == Op::End) break;
+    pc = i.op == Op::Jump ? i.i0 : pc + 1;
+    if (i.op >= Op::Diag) passes += i.op == Op::TopK ? i.i1 : i.op == Op::Diag ? 1 : 2;
+  }
+  return std::max<int64_t>(passes, 1);
+}
+
+void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
+                   const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
+                   const MaybeTensor& encoder, const MaybeTensor& encoder_bias) {
+  const RunEdits edits =
+      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias);
+  const int64_t first = first_edited(edits);
+  if (first == edits.num_tokens) return;
+  with_float_type(x.scalar_type(), [&]<class X>(X) {
+    for_rows(edits.num_tokens, edits.width * num_passes(edits, edits.begin(first)), [&](int64_t begin, int64_t end) {
+      float* h = row_buffer(edits.width);
+      for (int64_t token = std::max(begin, first); token < end; ++token)
+        if (edits.begin(token) >= 0) Machine<X>{edits, token, h}.run();
+    });
+  });
+}
+
+}  // namespace
+}  // namespace whipstaff
+
+STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) { library.impl("run_edits_", TORCH_BOX(&whipstaff::run_edits_cpu)); }

@@ -1,0 +1,147 @@
+// The door of `run_edits_`: tensors are checked here once, for both devices, and become a RunEdits.
+#pragma once
+
+#include "checks.h"
+#include "run_edits.cuh"
+
+namespace whipstaff {
+
+// Rows of `type` beside x; `num_columns` or `num_rows` of -1: any.
+inline void* rows_of(const Tensor& tensor, const char* name, ScalarType type, const Tensor& x, int64_t num_rows,
+                     int64_t num_columns) {
+  check_rows(tensor, name);
+  check_type(tensor, name, type);
+  check_same_device(tensor, name, "x", x);
+  STD_TORCH_CHECK(tensor.size(0) >= num_rows, name, " has ", tensor.size(0), " rows, ", num_rows, " are needed");
+  STD_TORCH_CHECK(num_columns < 0 || tensor.size(1) == num_columns, name, " has ", tensor.size(1), " columns, not ",
+                  num_columns);
+  return tensor.data_ptr();
+}
+
+// One row for each instruction, without gaps: both devices read them as structs.
+inline const void* per_instruction(const Tensor& table, const char* name, ScalarType type, const Tensor& x) {
+  const void* data = rows_of(table, name, type, x, 0, 6);
+  STD_TORCH_CHECK(table.is_contiguous(), name, " must be contiguous");
+  return data;
+}
+
+inline RunEdits run_edits(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args,
+                          const Tensor& tokens, const Tensor& gains, const Tensor& history, const MaybeTensor& residual,
+                          const MaybeTensor& meter, const MaybeTensor& encoder, const MaybeTensor& encoder_bias) {
+  check_float(x, "x");
+  check_rows(x, "x");
+  const int64_t num_tokens = x.size(0), width = x.size(1);
+  RunEdits edits{
+      .x = x.data_ptr(),
+      .lines = static_cast<const float*>(rows_of(lines, "lines", ScalarType::Float, x, 0, width)),
+      .code = static_cast<const Instruction*>(per_instruction(code, "code", ScalarType::Int, x)),
+      .args = static_cast<const Arguments*>(per_instruction(args, "args", ScalarType::Float, x)),
+      .tokens = static_cast<const int32_t*>(rows_of(tokens, "tokens", ScalarType::Int, x, num_tokens, -1)),
+      .gains = static_cast<const float*>(rows_of(gains, "gains", ScalarType::Float, x, num_tokens, -1)),
+      .history = static_cast<float*>(rows_of(history, "history", ScalarType::Float, x, 0, -1)),
+      .num_tokens = num_tokens,
+      .width = width,
+      .num_lines = lines.size(0),
+      .num_instructions = code.size(0),
+      .num_conditions = tokens.size(1) - 2,
+      .num_gains = gains.size(1),
+      .num_histories = history.size(0),
+      .num_positions = history.size(1),
+      .x_stride = x.stride(0),
+      .line_stride = lines.stride(0),
+      .token_stride = tokens.stride(0),
+      .gain_stride = gains.stride(0),
+      .history_stride = history.stride(0),
+  };
+  STD_TORCH_CHECK(edits.num_conditions >= 0, "tokens has ", tokens.size(1), " columns, at least 2 are needed");
+  STD_TORCH_CHECK(args.size(0) == code.size(0), "code has ", code.size(0), " rows, args has ", args.size(0));
+  if (residual) {
+    check_residual(*residual, x);
+    edits.residual = residual->data_ptr();
+    edits.residual_stride = residual->stride(0);
+  }
+  if (meter) {
+    check_type(*meter, "meter", ScalarType::Float);
+    check_per_token(*meter, "meter", 2);
+    check_same_device(*meter, "meter", "x", x);
+    edits.meter = static_cast<float*>(meter->data_ptr());
+  }
+  if (encoder) {
+    edits.encoder = static_cast<const float*>(rows_of(*encoder, "encoder", ScalarType::Float, x, 0, width));
+    edits.encoder_stride = encoder->stride(0);
+    edits.num_features = encoder->size(0);
+  }
+  if (encoder_bias) {
+    STD_TORCH_CHECK(encoder, "encoder_bias comes without an encoder");
+    check_type(*encoder_bias, "encoder_bias", ScalarType::Float);
+    check_per_token(*encoder_bias, "encoder_bias", edits.num_features);
+    check_same_device(*encoder_bias, "encoder_bias", "x", x);
+    edits.encoder_bias = static_cast<const float*>(encoder_bias->data_ptr());
+  }
+  return edits;
+}
+
+// Walks one token's program, which no data can divert, and refuses what it names but is not there.
+struct ProgramCheck {
+  const RunEdits& edits;  // with tokens and code in host memory
+  int64_t token, pc;
+
+  void within(const char* what, int64_t index, int64_t low, int64_t size) const {
+    STD_TORCH_CHECK(low <= index && index < size, "token ", token, ", instruction ", pc, ": ", what, " ", index,
+                    " is outside [", low, ", ", size, ")");
+  }
+
+  void condition(int32_t j) const {
+    within("condition", j, 0, edits.num_conditions);
+    within("history row", std::max(edits.tokens[token * edits.token_stride + 2 + j], -1), -1, edits.num_histories);
+  }
+
+  void instruction(const Instruction& i) const {
+    within("op", static_cast<int32_t>(i.op), 0, NUM_OPS);
+    if (i.op == Op::Gain) within("gains column", std::max(i.i0, -1), -1, edits.num_gains);
+    if (i.op == Op::When || i.op == Op::Ramp) condition(i.i0);
+    if (i.op == Op::Diag || i.op == Op::Dir) {
+      within("line", i.i0, -1, edits.num_lines);
+      within("line", i.i1, -1, edits.num_lines);
+    }
+    if (i.op == Op::Dir) within("phi", i.i2, 0, NUM_PHIS);
+    if (i.op == Op::Cross) {
+      within("line", i.i0, 0, edits.num_lines);
+      within("line", i.i1, 0, edits.num_lines);
+      const bool is_paired = i.i2 > 0 && (i.i2 & (i.i2 - 1)) == 0 && edits.width % (2 * int64_t(i.i2)) == 0;
+      STD_TORCH_CHECK(is_paired, "token ", token, ", instruction ", pc, ": stride ", i.i2, " does not pair ",
+                      edits.width, " columns");
+    }
+    if (i.op == Op::Probe) {
+      within("line", i.i0, 0, edits.num_lines);
+      condition(i.i1);
+    }
+    if (i.op == Op::TopK) {
+      STD_TORCH_CHECK(edits.encoder, "token ", token, ", instruction ", pc, ": TOP_K needs an encoder");
+      within("encoder row", i.i0, 0, edits.num_features);
+      within("encoder row", int64_t(i.i0) + i.i1 - 1, 0, edits.num_features);
+    }
+  }
+
+  void run() {
+    pc = edits.tokens[token * edits.token_stride];
+    if (pc < 0) return;
+    const int64_t size = edits.num_instructions;
+    STD_TORCH_CHECK(pc < size, "tokens[", token, ", 0] is ", pc, ", code has ", size, " instructions");
+    for (int64_t left = size; left > 0; --left) {
+      const Instruction& i = edits.code[pc];
+      instruction(i);
+      if (i.op == Op::End) return;
+      pc = i.op == Op::Jump ? i.i0 : pc + 1;
+      STD_TORCH_CHECK(0 <= pc && pc < size, "token ", token, " leaves the code for ", pc, ", it has ", size,
+                      " instructions");
+    }
+    STD_TORCH_CHECK(false, "token ", token, ": its program does not end");
+  }
+};
+
+inline void check_programs(const RunEdits& edits) {
+  for (int64_t token = 0; token < edits.num_tokens; ++token) ProgramCheck{edits, token, 0}.run();
+}
+
+}  // namespace whipstaff

@@ -1,0 +1,534 @@
+"""run_edits_: every token runs its own small program of edits on its row."""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from whipstaff import cuda_ext
+from whipstaff.cuda_ext import Op, Phi, interpreter
+
+from .batches import BATCHES, DTYPES, HIDDEN, POPULARITY, PROPERTY, slots, strided
+from .test_libraries import run_python
+from .tolerances import TOLERANCE
+
+NAN = math.nan
+Rows = list[list[float]]
+Program = list[tuple[float, ...]]  # (op, i0, i1, i2, i3, i4, a, b, c, d, bias, e), the last ones may be left out
+
+
+class Edits(NamedTuple):
+    """The arguments of one call."""
+
+    x: Tensor
+    lines: Tensor
+    code: Tensor
+    args: Tensor
+    tokens: Tensor
+    gains: Tensor
+    history: Tensor
+    residual: Tensor | None = None
+    meter: Tensor | None = None
+    encoder: Tensor | None = None
+    encoder_bias: Tensor | None = None
+
+    def copies(self, dtype: torch.dtype | None = None) -> "Edits":
+        """Its own tensors, rows as far apart as before; the floating ones as `dtype`."""
+        return Edits(*(None if t is None else self._copy(t, dtype) for t in self))
+
+    @staticmethod
+    def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        chosen = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=chosen).copy_(tensor)
+
+
+def tables(program: Program) -> tuple[Tensor, Tensor]:
+    rows = [[*i, *[0] * (12 - len(i))] for i in program]
+    table = torch.tensor(rows, dtype=torch.float64).view(-1, 12)
+    return table[:, :6].int().contiguous(), table[:, 6:].float().contiguous()
+
+
+def direction(read: int, write: int, phi: Phi = Phi.AFFINE, first: int = 1, args=(0.0,), bias=0.0, e=0.0):
+    a, b, c, d = [*args, 0.0, 0.0, 0.0, 0.0][:4]
+    return (Op.DIR, read, write, phi, first, 0, a, b, c, d, bias, e)
+
+
+def check_against_reference(edits: Edits) -> None:
+    """Runs both on copies: what changes within tolerance, rows left alone equal bit for bit."""
+    want, got = edits.copies(torch.float64), edits.copies()
+    interpreter.run_edits_(*want)
+    cuda_ext.run_edits_(*got)
+    tolerance = TOLERANCE[edits.x.dtype]
+    torch.testing.assert_close(got.x.double(), want.x, **tolerance)
+    torch.testing.assert_close(got.history.double(), want.history, equal_nan=True, **TOLERANCE[torch.float32])
+    is_same = (want.x == edits.x.double()).all(1)
+    if edits.residual is not None:
+        torch.testing.assert_close(got.residual.double(), want.residual, **tolerance)
+        is_same &= (want.residual == edits.residual.double()).all(1)
+        assert torch.equal(got.residual[is_same], edits.residual[is_same])
+    assert torch.equal(got.x[is_same], edits.x[is_same])
+    begin = edits.tokens[: len(edits.x), 0]
+    assert is_same[(begin < 0) | (begin >= len(edits.code))].all()
+    if edits.meter is not None:
+        torch.testing.assert_close(got.meter.double(), want.meter, rtol=1e-5, atol=1e-5)
+
+
+NUM_LINES, NUM_FEATURES, NUM_CONDITIONS, NUM_GAINS, NUM_POSITIONS = 4, 6, 3, 2, 5
+
+
+def pool(width: int) -> Tensor:
+    """(14, width): scales about 1, directions of length about 1, and the directions that the encoder reads."""
+    directions = strided(NUM_LINES + NUM_FEATURES, width) / width**0.5
+    return torch.cat([1 + 0.3 * strided(NUM_LINES, width), directions])
+
+
+def any_program(data: st.DataObject, width: int) -> Program:
+    """Every instruction may follow every other."""
+    number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    real = lambda: torch.randn(()).item()  # noqa: E731
+    line = lambda: number(NUM_LINES, 2 * NUM_LINES - 1)  # noqa: E731
+    strides = [2**k for k in range(8) if width % 2 ** (k + 1) == 0]
+
+    def condition() -> Program:
+        on = real()
+        return [
+            (Op.WHEN, number(0, NUM_CONDITIONS - 1), number(0, 1), 0, 0, 0, on, on - abs(real()), number(0, 1) * 2 - 1)
+        ]
+
+    def ramp() -> Program:
+        return [(Op.RAMP, number(0, NUM_CONDITIONS - 1), 0, 0, 0, 0, -1.0, 1.0, number(0, 1), real())]
+
+    def directions() -> Program:
+        group: Program = []
+        for _ in range(number(1, 3)):
+            phi, first = data.draw(st.sampled_from(Phi)), 0 if group else number(0, 1)
+            size = 2 if phi in (Phi.ANGLE, Phi.ROTATE) else data.draw(st.sampled_from([1, 1, 2]))
+            if size == 2 and len(group) % 2:
+                group.append(direction(-1, line(), Phi.OFF, 0))
+            for half in range(size):
+                read, write = data.draw(st.sampled_from([-1, line()])), data.draw(st.sampled_from([-1, line(), line()]))
+                args = [real() for _ in range(4)]
+                group.append(direction(read, write, phi, first if not half else 0, args, real() * number(0, 1), real()))
+        return group
+
+    def features() -> Program:
+        first, size = number(0, 2), number(1, 4)
+        rows = range(first, first + size)
+        active = [direction(2 * NUM_LINES + r, line(), Phi.TOP_K, 0, [-1.0, 0.5, 0.1]) for r in rows]
+        return [(Op.TOP_K, first, size, number(1, 5)), *active]
+
+    kinds = {
+        Op.GAIN: lambda: [
+            (Op.GAIN, number(-1, NUM_GAINS - 1), 0, 0, 0, 0, data.draw(st.sampled_from([0.0, 1.0, 0.7])))
+        ],
+        Op.WHEN: condition,
+        Op.RAMP: ramp,
+        Op.DIAG: lambda: [(Op.DIAG, number(-1, NUM_LINES - 1), data.draw(st.sampled_from([-1, line()])))],
+        Op.CROSS: lambda: [(Op.CROSS, number(0, 3), line(), data.draw(st.sampled_from(strides)))] if strides else [],
+        Op.DIR: directions,
+        Op.SAVE: lambda: [(Op.SAVE,), *directions(), (Op.RENORM,)],
+        Op.PROBE: lambda: [
+            (Op.PROBE, line(), number(0, NUM_CONDITIONS - 1), number(0, 1), number(0, 1), 0, 0, 0, 0, 0, real())
+        ],
+        Op.METER: lambda: [(Op.METER,)],
+        Op.TOP_K: features,
+        Op.NORM_IN: lambda: [(Op.NORM_IN, number(0, 2 if width > 8 else 0)), *directions()],
+    }
+    chosen = data.draw(st.lists(st.sampled_from(list(kinds)), max_size=6))
+    return [instruction for kind in chosen for instruction in kinds[kind]()]
+
+
+def linked(programs: list[Program]) -> tuple[Program, list[int]]:
+    """One pool of code, in which every other program ends by a jump to the first END, and where each begins."""
+    code: Program = [(Op.END,)]
+    begins = []
+    for program in programs:
+        begins.append(len(code))
+        code += [*program, (Op.END,) if len(begins) % 2 else (Op.JUMP, 0)]
+    return code, begins
+
+
+@PROPERTY
+@given(st.data())
+def test_any_program_matches_the_reference(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    num_tokens, width = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([1, 2, 7, 64, 133, 192, 700, 1024]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    code, begins = linked([any_program(data, width) for _ in range(3)])
+    lines, num_histories = pool(width), num_tokens * NUM_CONDITIONS + 1
+    begin = torch.tensor(begins)[torch.randint(0, 3, (num_tokens + 2,))]
+    begin[torch.rand(len(begin)) < 0.2] = data.draw(st.sampled_from([-1, -(2**31), 2**31 - 1]))
+    rows = torch.randperm((num_tokens + 2) * NUM_CONDITIONS).view(-1, NUM_CONDITIONS)  # no token reads another's
+    rows[torch.rand(rows.shape) < 0.1] = -1
+    tokens = torch.cat([begin[:, None], torch.randint(-1, NUM_POSITIONS + 1, (len(begin), 1)), rows], 1).int()
+    history = torch.where(torch.rand(num_histories, NUM_POSITIONS) < 0.2, NAN, strided(num_histories, NUM_POSITIONS))
+    check_against_reference(
+        Edits(
+            strided(num_tokens, width, dtype),
+            lines,
+            *tables(code),
+            tokens,
+            torch.rand(len(begin), NUM_GAINS).round(decimals=1),
+            history,
+            data.draw(st.sampled_from([None, strided(num_tokens, width, dtype)])),
+            data.draw(st.sampled_from([None, torch.zeros(2)])),
+            lines[2 * NUM_LINES :].clone(),
+            torch.zeros(NUM_FEATURES),
+        )
+    )
+
+
+SPECIMENS: dict[str, Program] = {
+    "diag": [(Op.GAIN, 0, 0, 0, 0, 0, 0.5), (Op.DIAG, 0, 5), (Op.END,)],
+    "add only": [(Op.DIAG, -1, 5), (Op.END,)],
+    "low-rank": [*(direction(4 + r, 7 - r, Phi.AFFINE, r == 0, [0.5, 1.0]) for r in range(4)), (Op.END,)],
+    "renorm": [(Op.SAVE,), (Op.DIAG, 1, 6), (Op.RENORM,), (Op.END,)],
+    "probe": [(Op.PROBE, 4, 0), (Op.METER,), (Op.END,)],
+}
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("num_tokens", BATCHES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_the_reference(popularity, num_tokens, hidden, dtype):
+    check_against_reference(batch(popularity, num_tokens, hidden, dtype))
+
+
+def batch(popularity: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> Edits:
+    """The specimens, spread over the tokens; each token has its row of history."""
+    code = [instruction for program in SPECIMENS.values() for instruction in program]
+    begins = [sum(len(p) for p in list(SPECIMENS.values())[:k]) for k in range(len(SPECIMENS))]
+    chosen = slots(popularity, num_tokens, len(SPECIMENS))
+    begin = torch.where((chosen >= 0) & (chosen < len(begins)), torch.tensor(begins)[chosen.clamp(0, 4)], chosen)
+    tokens = torch.stack([begin, torch.arange(len(begin)) % 7, torch.arange(len(begin))], 1).int()
+    x, residual = strided(num_tokens, hidden, dtype), strided(num_tokens, hidden, dtype)
+    gains, history = torch.rand(len(begin), 1), torch.full((len(begin), 7), NAN)
+    return Edits(x, pool(hidden), *tables(code), tokens, gains, history, residual, torch.zeros(2))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_threads_share_the_tokens(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        check_against_reference(batch("zipf", 133, 4096, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(
+    program: Program,
+    x: Rows,
+    lines: Rows | None = None,
+    gains: Rows | None = None,
+    past: Rows | None = None,
+    position: int = 0,
+    encoder: Rows | None = None,
+    bias: list[float] | None = None,
+    meter: Tensor | None = None,
+) -> tuple[Rows, Rows]:
+    """All tokens run one program; condition j of each is row j of `past`. What x and `past` become."""
+    rows, table = torch.tensor(x), torch.tensor(lines or x)
+    history = torch.tensor(past if past is not None else [[NAN]])
+    tokens = torch.tensor([[0, position, *range(len(history))]] * len(x), dtype=torch.int32)
+    cuda_ext.run_edits_(
+        rows,
+        table,
+        *tables(program),
+        tokens,
+        torch.tensor(gains) if gains else torch.ones(len(x), 0),
+        history,
+        None,
+        meter,
+        None if encoder is None else torch.tensor(encoder),
+        None if bias is None else torch.tensor(bias),
+    )
+    return rows.tolist(), history.tolist()
+
+
+def test_hand_worked_diagonals():
+    x, lines = [[1.0, 2.0], [3.0, 4.0]], [[2.0, 0.5], [1.0, 1.0]]
+    assert run([(Op.DIAG, 0, 1)], x, lines)[0] == [[3.0, 2.0], [7.0, 3.0]]
+    assert run([(Op.DIAG, 0, -1)], x, lines)[0] == [[2.0, 1.0], [6.0, 2.0]]
+    assert run([(Op.DIAG, -1, 1)], x, lines)[0] == [[2.0, 3.0], [4.0, 5.0]]
+    assert run([(Op.GAIN, 0, 0, 0, 0, 0, 2.0), (Op.DIAG, -1, 1)], x, lines, [[0.5], [1.0]])[0] == [
+        [2.0, 3.0],
+        [5.0, 6.0],
+    ]
+    assert run([(Op.DIAG, 0, 1), (Op.DIAG, 0, 1)], x, lines)[0] == [[7.0, 2.0], [15.0, 2.5]]
+    assert run([(Op.JUMP, 2), (Op.END,), (Op.DIAG, -1, 1), (Op.END,), (Op.DIAG, -1, 1)], x, lines)[0][0] == [2.0, 3.0]
+
+
+def test_hand_worked_crossing():
+    quarter_turn = [(Op.CROSS, 0, 1, 2)]
+    lines = [[0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 1.0, 1.0]]
+    assert run(quarter_turn, [[1.0, 2.0, 3.0, 4.0]], lines)[0] == [[-3.0, -4.0, 1.0, 2.0]]
+    half = [(Op.GAIN, -1, 0, 0, 0, 0, 0.5), *quarter_turn]
+    assert run(half, [[1.0, 2.0, 3.0, 4.0]], lines)[0] == [[-1.0, -1.0, 2.0, 3.0]]
+
+
+AXES = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+
+
+def test_directions_of_a_group_read_the_same_row():
+    one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
+    assert run([one, other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
+    assert run([one, direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    assert run([one, (Op.GAIN, -1, 0, 0, 0, 0, 1.0), other], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    assert run([direction(-1, 0, args=[2.0], bias=3.0)], [[1.0, 2.0]], AXES)[0] == [[7.0, 2.0]]
+    assert run([direction(0, -1, args=[2.0])], [[1.0, 2.0]], AXES)[0] == [[1.0, 2.0]]
+
+
+def test_a_group_ends_after_64_directions():
+    many = [direction(0, 0, args=[1.0 / 64], first=0) for _ in range(128)]
+    assert run(many, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
+
+
+def test_pairs_begin_at_even_offsets():
+    turn = [direction(0, 0, Phi.ROTATE, 1, [math.pi / 2]), direction(1, 1, Phi.ROTATE, 0)]
+    assert run(turn, [[3.0, 4.0]], AXES)[0][0] == pytest.approx([-4.0, 3.0], abs=1e-6)
+    assert run([direction(-1, -1, Phi.OFF, 1), (Op.SAVE,), *turn], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
+        [-4.0, 3.0], abs=1e-6
+    )
+    assert run(turn[:1], [[3.0, 4.0]], AXES)[0] == [[3.0, 4.0]]  # half a pair does nothing
+
+
+def test_conditions_keep_their_state_between_two_thresholds():
+    past = [[0.0, 3.0, 1.5, 1.5, 0.5, 1.5, NAN, 1.5, 9.0]]
+    program = [(Op.WHEN, 0, 0, 0, 0, 0, 2.0, 1.0, 1.0), (Op.DIAG, -1, 0)]
+    on = [run(program, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(-1, 10)]
+    assert on == [0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0]
+    below = [(Op.WHEN, 0, 0, 0, 0, 0, -1.0, -1.0, -1.0), (Op.DIAG, -1, 0)]
+    assert [run(below, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(7)] == [1, 0, 0, 0, 1, 0, 0]
+
+
+def test_a_latched_condition_looks_at_the_first_reading():
+    latched = [(Op.WHEN, 0, 1, 0, 0, 0, 2.0, 1.0, 1.0), (Op.DIAG, -1, 0)]
+    for first, expected in ((3.0, 1.0), (1.5, 0.0), (NAN, 0.0)):
+        assert run(latched, [[0.0]], [[1.0]], past=[[first, 9.0]], position=1)[0] == [[expected]]
+
+
+def test_ramps():
+    program = [(Op.RAMP, 0, 0, 0, 0, 0, 1.0, 3.0, 0.5, 1.5), (Op.DIAG, -1, 0)]
+    gains = [run(program, [[0.0]], [[1.0]], past=[[v]])[0][0][0] for v in (0.0, 1.0, 2.0, 3.0, 9.0, NAN)]
+    assert gains == [0.5, 0.5, 1.0, 1.5, 1.5, 0.5]
+
+
+def test_a_probe_is_seen_by_the_same_program():
+    probe, when = (Op.PROBE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.5), (Op.WHEN, 0, 0, 0, 0, 0, 3.0, 3.0, 1.0)
+    got, past = run([probe, when, (Op.DIAG, -1, 1)], [[3.0, 4.0], [2.0, 4.0]], AXES, past=[[NAN]])
+    assert got[0] == [3.0, 5.0]
+    assert run([probe, when, (Op.DIAG, -1, 1)], [[2.0, 4.0]], AXES, past=[[NAN]]) == ([[2.0, 4.0]], [[2.5]])
+    cosine = (Op.PROBE, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1.0)
+    assert run([cosine], [[3.0, 4.0]], AXES, past=[[NAN, 7.0]], position=1)[1] == [[pytest.approx(1.6), 7.0]]
+    assert len(past) == 1
+
+
+def test_lengths():
+    program = [(Op.SAVE,), (Op.DIAG, 0, -1), (Op.METER,), (Op.RENORM,)]
+    meter = torch.tensor([1.0, 1.0])
+    assert run(program, [[3.0, 4.0]], [[0.0, 2.0]], meter=meter)[0] == [[0.0, 5.0]]
+    assert meter.tolist() == [9.0, 2.0]
+    assert run(program, [[3.0, 4.0]], [[0.0, 0.0]])[0] == [[0.0, 0.0]]
+
+
+def test_readings_of_a_normed_row():
+    read = direction(0, 1, args=[1.0], bias=0.5, e=2.0)
+    constant = run([(Op.NORM_IN, 1), read], [[3.0, 4.0]], AXES)[0][0]
+    assert constant == pytest.approx([3.0, 4.0 + 5 / 2**0.5 * (3.0 * 2**0.5 / 5 + 0.5)])
+    layer = run([(Op.NORM_IN, 2), read], [[3.0, 5.0]], AXES)[0][0]
+    assert layer == pytest.approx([3.0, 5.0 + 2**0.5 * ((3.0 - 4.0 * 2.0) / (2**0.5 + 1e-5) + 0.5)])
+    assert run([(Op.NORM_IN, 2), (Op.NORM_IN, 0), read], [[3.0, 5.0]], AXES)[0] == [[3.0, 8.5]]
+    assert run([(Op.NORM_IN, 1), read], [[0.0, 0.0]], AXES)[0] == [[0.0, 0.0]]
+
+
+def test_only_the_largest_features_are_active():
+    encoder = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    features = [direction(r, r, Phi.TOP_K, 0, [0.5, 1.0, 0.0, 0.0], bias=0.25) for r in range(3)]
+    x = [[1.0, 2.0]]
+    for k, expected in ((1, [4.25, 5.25]), (2, [4.25, 7.5]), (3, [5.5, 7.5])):
+        assert run([(Op.TOP_K, 0, 3, k), *features], x, AXES, encoder=encoder, bias=[0.25] * 3)[0] == [expected]
+    assert run([(Op.TOP_K, 0, 3, 1), *features], x, AXES)[0] == [[5.5, 7.5]]  # without an encoder all may be
+
+
+@pytest.mark.parametrize("width", [5, 64, 133, 1000, 4096])
+def test_the_kth_feature_is_among_the_largest_bit_for_bit(width):
+    for k in (1, 3, 16):
+        lines = strided(17, width)
+        features = [direction(r, 16, Phi.TOP_K, 0, [-math.inf, 0.0, 1.0]) for r in range(16)]
+        code, args = tables([(Op.TOP_K, 0, 16, k), *features])
+        x, tokens = strided(9, width), torch.zeros(9, 2, dtype=torch.int32)
+        want = x + k * lines[16]
+        cuda_ext.run_edits_(x, lines, code, args, tokens, torch.ones(9, 0), torch.ones(0, 0), encoder=lines.clone())
+        torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-4)
+
+
+UNCHANGING: dict[str, Program] = {
+    "readings": [(Op.PROBE, 4, 0), (Op.METER,), (Op.SAVE,), (Op.RENORM,), (Op.NORM_IN, 2), (Op.TOP_K, 0, 2, 1)],
+    "gain 0": [(Op.GAIN, -1), (Op.DIAG, 0, 4), (Op.CROSS, 0, 4, 1), direction(4, 5, args=[1.0])],
+    "a gain of 0": [(Op.GAIN, 0, 0, 0, 0, 0, 1.0), (Op.DIAG, 0, 4)],
+    "never met": [(Op.WHEN, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0), (Op.DIAG, 0, 4), (Op.SAVE,), (Op.RENORM,)],
+    "closed gates": [direction(4, 5, Phi.GATED, 0, [math.inf, 1.0, 1.0]), direction(4, 5, Phi.OFF)],
+    "nothing": [],
+    "neither mul nor add": [(Op.DIAG, -1, -1)],
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_changes_nothing_leaves_every_bit(name, dtype):
+    x, residual = strided(4, 132, dtype), strided(4, 132, dtype)
+    before, tokens = (x.clone(), residual.clone()), torch.tensor([[0, 0, 0]] * 4, dtype=torch.int32)
+    history, encoder = torch.full((1, 1), NAN), torch.randn(2, 132)
+    program = tables(UNCHANGING[name])
+    cuda_ext.run_edits_(
+        x, pool(132), *program, tokens, torch.zeros(4, 1), history, residual, torch.zeros(2), encoder, torch.ones(2)
+    )
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_diagonal_program_equals_diag_edit_bit_for_bit(dtype):
+    x, residual, lines = strided(50, 1029, dtype), strided(50, 1029, dtype), strided(2, 1029)
+    want, other = x.clone(), residual.clone()
+    cuda_ext.diag_edit_(want, lines[:1], lines[1:], torch.zeros(50, dtype=torch.int32), None, other)
+    tokens = torch.zeros(50, 2, dtype=torch.int32)
+    program = tables([(Op.DIAG, 0, 1)])
+    cuda_ext.run_edits_(x, lines, *program, tokens, torch.ones(50, 0), torch.ones(0, 0), residual)
+    assert torch.equal(x, want)
+    assert torch.equal(residual, other)
+
+
+def test_what_tokens_name_but_is_not_there_is_harmless():
+    x, history = torch.ones(4, 8), torch.full((2, 3), NAN)
+    tokens = torch.tensor([[9, 0, 0], [0, 99, 1], [0, 1, 2**31 - 1], [0, -(2**31), 0]], dtype=torch.int32)
+    program = tables([(Op.PROBE, 0, 0), (Op.WHEN, 0), (Op.DIAG, 0, 0)])
+    cuda_ext.run_edits_(x, torch.ones(1, 8), *program, tokens, torch.ones(4, 0), history)
+    assert torch.equal(x, torch.ones(4, 8))
+    assert history.isnan().all()
+
+
+def test_a_program_in_circles_ends():
+    assert run([(Op.DIAG, -1, 0), (Op.JUMP, 0)], [[0.0]], [[1.0]])[0] == [[1.0]]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_empty_batches(shape):
+    tokens, program = torch.zeros(4, 2, dtype=torch.int32), tables([(Op.SAVE,), (Op.DIAG, 0, 0), (Op.RENORM,)])
+    cuda_ext.run_edits_(
+        torch.ones(shape), torch.ones(1, shape[1]), *program, tokens, torch.ones(4, 0), torch.ones(0, 0)
+    )
+    none = tables([])
+    cuda_ext.run_edits_(torch.ones(shape), torch.ones(0, shape[1]), *none, tokens, torch.ones(4, 0), torch.ones(0, 0))
+
+
+def step(x: Tensor, *others: Tensor) -> Tensor:
+    x = x * 2
+    cuda_ext.run_edits_(x, *others)
+    return x + 1
+
+
+def test_under_torch_compile():
+    edits = batch("all_different", 6, 32, torch.float32)
+    copy = edits.copies()
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*edits), step(*copy))
+    torch.testing.assert_close(edits.history, copy.history, equal_nan=True)
+
+
+def test_registration():
+    edits = batch("all_different", 6, 32, torch.float32)._replace(
+        encoder=torch.randn(3, 32), encoder_bias=torch.ones(3)
+    )
+    edits = edits._replace(x=torch.randn(6, 32), residual=torch.randn(6, 32), history=torch.zeros(11, 7))
+    torch.library.opcheck(torch.ops.whipstaff.run_edits_.default, tuple(edits))
+
+
+FINE = Edits(
+    torch.ones(4, 8),
+    torch.ones(3, 8),
+    torch.zeros(2, 6, dtype=torch.int32),
+    torch.zeros(2, 6),
+    torch.zeros(4, 3, dtype=torch.int32),
+    torch.ones(4, 1),
+    torch.ones(2, 5),
+)
+REFUSED = {
+    "x must be float32, bfloat16 or float16, not Double": {"x": FINE.x.double()},
+    "x must be contiguous in its last dimension, not stride 2": {"x": torch.ones(4, 16)[:, ::2]},
+    "lines has 7 columns, not 8": {"lines": FINE.lines[:, 1:]},
+    "lines must be Float, not Half": {"lines": FINE.lines.half()},
+    "code must be Int, not Long": {"code": FINE.code.long()},
+    "code has 5 columns, not 6": {"code": FINE.code[:, 1:]},
+    "args must be contiguous": {"args": torch.zeros(2, 7)[:, 1:]},
+    "code has 2 rows, args has 1": {"args": FINE.args[1:]},
+    "tokens has 1 columns, at least 2 are needed": {"tokens": FINE.tokens[:, :1]},
+    "tokens has 3 rows, 4 are needed": {"tokens": FINE.tokens[1:]},
+    "gains has 3 rows, 4 are needed": {"gains": FINE.gains[1:]},
+    "history must be Float, not Double": {"history": FINE.history.double()},
+    r"residual has shape \[3, 8\], x has \[4, 8\]": {"residual": FINE.x[1:]},
+    "residual must be Float, not Half": {"residual": FINE.x.half()},
+    "meter has 1 entries for 2 rows": {"meter": torch.zeros(1)},
+    "encoder has 7 columns, not 8": {"encoder": FINE.lines[:, 1:]},
+    "encoder_bias has 2 entries for 3 rows": {"encoder": FINE.lines, "encoder_bias": torch.zeros(2)},
+    "encoder_bias comes without an encoder": {"encoder_bias": torch.zeros(2)},
+    "a tensor is on meta, x on cpu": {"lines": FINE.lines.to("meta")},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refusal_names_the_tensor(message):
+    with pytest.raises(RuntimeError, match=message):
+        cuda_ext.run_edits_(*FINE._replace(**REFUSED[message]))
+
+
+MISTAKES: dict[str, tuple[Program, str]] = {
+    "tokens[1, 0] is 7, code has 2 instructions": ([(Op.SAVE,), (Op.END,)], "tokens[1, 0] = 7"),
+    "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Op.DIAG, -1, 3), (Op.END,)], ""),
+    "token 1, instruction 0: line -1 is outside [0, 3)": ([(Op.CROSS, 0, -1, 1), (Op.END,)], ""),
+    "token 1, instruction 1: stride 8 does not pair 8 columns": ([(Op.SAVE,), (Op.CROSS, 0, 0, 8), (Op.END,)], ""),
+    "token 1, instruction 0: phi 99 is outside [0, 11)": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
+    "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Op.GAIN, 1), (Op.END,)], ""),
+    "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Op.WHEN, 1), (Op.END,)], ""),
+    "token 1, instruction 0: history row 2 is outside [-1, 2)": ([(Op.PROBE, 0, 0), (Op.END,)], "tokens[1, 2] = 2"),
+    "token 1, instruction 0: TOP_K needs an encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
+    "token 1, instruction 0: encoder row 3 is outside [0, 3)": ([(Op.TOP_K, 1, 3, 1), (Op.END,)], "encoder = lines"),
+    "token 1, instruction 0: op 14 is outside [0, 14)": ([(14,), (Op.END,)], ""),
+    "token 1 leaves the code for 1, it has 1 instructions": ([(Op.SAVE,)], ""),
+    "token 1 leaves the code for -3, it has 1 instructions": ([(Op.JUMP, -3)], ""),
+    "token 1: its program does not end": ([(Op.SAVE,), (Op.JUMP, 0)], ""),
+}
+
+ATTEMPT = """
+tokens = torch.tensor([[-1, 0, 0], [0, 0, 0]], dtype=torch.int32)
+x, lines, encoder = torch.ones(2, 8), torch.ones(3, 8), None
+{change}
+code, args = tables({program})
+try: cuda_ext.run_edits_(x, lines, code, args, tokens, torch.ones(2, 1), torch.ones(2, 5), encoder=encoder)
+except RuntimeError as error: print(error)
+else: print("accepted")
+"""
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+def test_checked_mode_names_the_token_and_the_instruction(implementation):
+    head = ["import torch; from whipstaff import cuda_ext", inspect.getsource(tables).replace(": Program", "")]
+    cases = [*MISTAKES.values(), ([(Op.SAVE,), (Op.PROBE, 0, 0), (Op.END,)], "")]
+    attempts = [
+        ATTEMPT.format(change=change, program=[[int(n) for n in i] for i in program]) for program, change in cases
+    ]
+    done = run_python(
+        "\n".join(head + attempts).replace(" -> tuple[Tensor, Tensor]", ""),
+        WHIPSTAFF_CUDA_EXT=implementation,
+        WHIPSTAFF_CUDA_EXT_CHECKED="1",
+    )
+    said = [line for line in done.stdout.splitlines() if "token" in line or line == "accepted"]
+    assert len(said) == len(cases), done.stderr
+    for line, message in zip(said, [*MISTAKES, "accepted"], strict=True):
+        assert line.endswith(message)  # the compiled one first says where it stands
