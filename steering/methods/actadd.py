@@ -1,0 +1,68 @@
+"""Activation addition: x[p_i] <- x[p_i] + scale * rows[i], the states of a short prompt added to one of ours.
+
+Rows go to consecutive prompt positions, one each: from the front, at the back, or from any position on. The release's
+`mid` starts at len(prompt) // 2 - n // 2; name that number. Prompts with fewer tokens than rows are refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.where import Where
+
+MAX_ROWS = 64
+_Start = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]
+
+
+class ActAddParams(Scaled):
+    location: Literal["front", "back"] | _Start = Field(
+        "front",
+        description="where row 0 goes: to the front, so that the last row meets the last token, or a position",
+    )
+    row: int | None = Field(None, ge=0, description="only this row; none: all of them")
+
+
+class ActAdd(ScaledMethod[ActAddParams]):
+    name, paper = "actadd", "Turner et al. 2023, arXiv:2308.10248"
+    params, sites, where = ActAddParams, ("resid_pre",), "prompt"
+    parts: ClassVar = {"rows": ("n", "width")}
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if not 1 <= len(tensors["rows"]) <= MAX_ROWS:
+            raise SteeringError(f"rows of layer {place.layer}: {len(tensors['rows'])} rows, wanted 1 to {MAX_ROWS}")
+
+    def check_params(self, params: ActAddParams, tensors: Mapping[Place, Tensors]) -> None:
+        num_rows = _num_rows(tensors)
+        if params.row is not None and params.row >= num_rows:
+            raise SteeringError(f"the file has rows 0 to {num_rows - 1}", "row")
+        if isinstance(params.location, int) and -num_rows < params.location < 0:
+            raise SteeringError(f"{num_rows} rows from {params.location} on would reach past the prompt", "location")
+
+    def edits(self, tensors: Tensors, params: ActAddParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        assert params.row is not None  # `spread` names it
+        return (diagonal(params.scale, tensors["rows"][params.row]),)
+
+    def spread(
+        self, params: ActAddParams, tensors: Mapping[Place, Tensors], where: Where
+    ) -> Iterator[tuple[ActAddParams, Where]]:
+        """One edit per row."""
+        if where != Where.of(self.where):
+            raise SteeringError("actadd's rows have positions of their own; say `location` instead", "where")
+        num_rows = _num_rows(tensors)
+        start = {"front": 0, "back": -num_rows}.get(params.location, params.location)  # type: ignore[arg-type]
+        for row in range(num_rows) if params.row is None else [params.row]:
+            first = start + row
+            window = (first, None if first == -1 else first + 1)
+            yield params.model_copy(update={"row": row}), Where(prompt=[window])
+
+
+def _num_rows(tensors: Mapping[Place, Tensors]) -> int:
+    counts = {len(parts["rows"]) for parts in tensors.values()}
+    if len(counts) != 1:
+        raise SteeringError(f"the file's layers have {sorted(counts)} rows; they must have equally many", "vector")
+    return counts.pop()

@@ -1,0 +1,110 @@
+"""Where heads look. These methods have parameters and no file; the engine serves them, there is nothing to edit.
+
+attention_override  at the last prompt token, a head's probabilities become the given weights on the given keys
+pasta               prompt keys outside the highlighted spans get log(alpha) on a head's scores, for every query
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import EditParams, Method, Place, Tensors
+from whipstaff.steering.ops import Op
+from whipstaff.steering.shape import ModelShape
+
+_Index = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+_Position = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]
+_Weight = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Pattern(BaseModel):
+    """One head's attention at the edited tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: _Index
+    head: _Index = Field(description="query head")
+    keys: list[_Position] = Field(min_length=1, max_length=256, description="prompt positions; negative from its end")
+    weights: list[_Weight] | None = Field(None, description="one per key, summing to 1; none: equal weights")
+
+    @model_validator(mode="after")
+    def _is_a_distribution(self) -> "Pattern":
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError("a key is named twice")
+        if self.weights is not None and len(self.weights) != len(self.keys):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.keys)} keys")
+        if self.weights is not None and abs(sum(self.weights) - 1) > 1e-3:
+            raise ValueError(f"the weights sum to {sum(self.weights):g}, not to 1")
+        return self
+
+
+class OverrideParams(EditParams):
+    edits: list[Pattern] = Field(min_length=1, max_length=1024, description="heads and what they attend to")
+
+    @model_validator(mode="after")
+    def _heads_differ(self) -> "OverrideParams":
+        heads = [(edit.layer, edit.head) for edit in self.edits]
+        if len(set(heads)) != len(heads):
+            raise ValueError("a head is named twice")
+        return self
+
+
+class AttentionOverride(Method[OverrideParams]):
+    name, paper = "attention_override", "Merullo et al. 2023, arXiv:2310.08744"
+    params, sites, where = OverrideParams, (), "last_prompt"
+    off: ClassVar = {}
+    parts: ClassVar = {}
+
+    def check_model(self, params: OverrideParams, model: ModelShape) -> None:
+        for index, edit in enumerate(params.edits):
+            _check_head(edit.layer, edit.head, model, f"edits.{index}.layer", f"edits.{index}.head")
+
+    def ops(self, tensors: Tensors, params: OverrideParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return ()
+
+
+class PastaParams(EditParams):
+    heads: dict[Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[list[_Index], Field(min_length=1)]] = Field(
+        min_length=1, description="layer -> query heads"
+    )
+    spans: list[tuple[_Position, _Position | None]] = Field(
+        min_length=1, max_length=64, description="highlighted prompt windows, half-open; negative from the prompt's end"
+    )
+    alpha: float = Field(0.01, gt=0, le=1e4, allow_inf_nan=False, description="factor on attention; 1 changes nothing")
+    scale_position: Literal["exclude", "include"] = Field(
+        "exclude", description="which prompt keys the factor is for: those outside all spans, or those inside"
+    )
+
+    @model_validator(mode="after")
+    def _spans_hold_tokens(self) -> "PastaParams":
+        for start, end in self.spans:
+            if end is not None and end <= start and (end < 0) == (start < 0):
+                raise ValueError(f"span [{start}, {end}] is empty: spans are half-open, end > start")
+        return self
+
+
+class Pasta(Method[PastaParams]):
+    """The release applies the factor once per span, so that with k spans tokens inside one get it k - 1 times; here a
+    key is outside when no span holds it, and gets it once."""
+
+    name, paper = "pasta", "Zhang et al. 2023, arXiv:2311.02262"
+    params, sites, where = PastaParams, (), "all"
+    off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
+    parts: ClassVar = {}
+
+    def check_model(self, params: PastaParams, model: ModelShape) -> None:
+        for layer, heads in params.heads.items():
+            for index, head in enumerate(heads):
+                _check_head(layer, head, model, f"heads.{layer}", f"heads.{layer}.{index}")
+
+    def ops(self, tensors: Tensors, params: PastaParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return ()
+
+
+def _check_head(layer: int, head: int, model: ModelShape, layer_path: str, head_path: str) -> None:
+    if layer >= model.num_layers:
+        raise SteeringError(f"the model has layers 0 to {model.num_layers - 1}", layer_path)
+    if head >= model.num_heads:
+        raise SteeringError(f"a layer has heads 0 to {model.num_heads - 1}", head_path)

@@ -1,0 +1,47 @@
+"""Inference-time intervention: z_h <- z_h + scale * sigma_h * theta_h with |theta_h| = 1, for the chosen heads.
+
+sigma_h is the standard deviation of z_h . theta_h over the fitting data; it is 0 for heads that were not chosen. A file
+may hold the product sigma * theta as `add` instead.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors, strength
+from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.shape import ModelShape
+
+
+class ITIParams(Scaled):
+    scale: float = strength(15.0)
+
+
+class ITI(ScaledMethod[ITIParams]):
+    name, paper = "iti", "Li et al. 2023, arXiv:2306.03341"
+    params, sites, where = ITIParams, ("attn_head",), "each_last"
+    parts: ClassVar = {
+        "direction?": ("heads", "head_dim"),
+        "sigma?": ("heads",),
+        "add?": ("heads", "head_dim"),
+    }
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if set(tensors) not in ({"add"}, {"direction", "sigma"}):
+            raise SteeringError(
+                f"iti needs direction and sigma, or add alone; layer {place.layer} has {sorted(tensors)}"
+            )
+        if "add" in tensors:
+            return
+        if (tensors["sigma"] < 0).any():
+            raise SteeringError(f"sigma of layer {place.layer} has negative entries; it is a standard deviation")
+        lost = (tensors["sigma"] > 0) & (tensors["direction"].norm(dim=1) == 0)
+        for head in lost.nonzero().flatten().tolist():
+            raise SteeringError(f"the direction of layer {place.layer}, head {head} has length 0")
+
+    def edits(self, tensors: Tensors, params: ITIParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        if "add" in tensors:
+            return (diagonal(params.scale, tensors["add"]),)
+        direction = tensors["direction"]  # (heads, head_dim)
+        length = direction.norm(dim=1).clamp_min(1e-30)
+        return (diagonal(params.scale, (tensors["sigma"] / length)[:, None] * direction),)

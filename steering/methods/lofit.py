@@ -1,0 +1,22 @@
+"""LoFiT: z <- (1 + scale * A) * z + scale * v on head outputs. Stage 1 learns A to select heads, stage 2 learns v."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.shape import ModelShape
+
+
+class LoFiT(ScaledMethod[Scaled]):
+    name, paper = "lofit", "Yin et al. 2024, arXiv:2406.01563"
+    params, sites, where = Scaled, ("attn_head",), "all"
+    parts: ClassVar = {"A?": ("heads", "head_dim"), "v?": ("heads", "head_dim")}
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if not tensors:
+            raise SteeringError(f"layer {place.layer} has neither A nor v")
+
+    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+        return (diagonal(params.scale, tensors.get("v"), tensors.get("A")),)

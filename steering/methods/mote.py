@@ -1,0 +1,115 @@
+"""MoTE: experts of a mixture-of-experts model switched off or forced on, per layer.
+
+    pre          an expert that is off is not selectable; the next best takes its place
+    zero         an expert that is off keeps its place with weight 0
+    zero_renorm  as zero, and the others' weights grow to the former sum
+    force        nothing is off
+An expert that is on, in any mode, takes the place of the weakest selected one. `pre` alone is an edit of the router's
+logits; what else is asked for is a `Routing`, which the engine applies behind the router. Experts are named by the
+request, by a file (masks `off` and `on`, 1 for the experts meant), or by both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import EditParams, Method, Place, Tensors
+from whipstaff.steering.ops import Diagonal, Op
+from whipstaff.steering.shape import ModelShape
+
+_NEVER = -1e30  # a router logit that no other is below; -inf would make NaN of half an edit
+_Index = Annotated[int, Field(strict=True, ge=0)]
+
+
+class Experts(BaseModel):
+    """Routed experts of one layer, by their logical index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    off: list[_Index] = Field([], max_length=4096)
+    on: list[_Index] = Field([], max_length=64)
+
+
+class MoTEParams(EditParams):
+    mode: Literal["pre", "zero", "zero_renorm", "force"] = Field("pre", description="what off means")
+    experts: dict[Annotated[int, Field(ge=0)], Experts] = Field({}, description="layer -> experts")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a layer's router does besides `MoTE.ops`."""
+
+    mode: Literal["zero", "zero_renorm", "force"]
+    off: tuple[int, ...]
+    on: tuple[int, ...]
+
+
+class MoTE(Method[MoTEParams]):
+    name, paper = "mote", "Dahlke et al. 2025, arXiv:2502.11096"
+    params, sites, where = MoTEParams, ("router",), "all"
+    off: ClassVar = {}
+    parts: ClassVar = {"off?": ("experts",), "on?": ("experts",)}
+
+    def places(self, model: ModelShape) -> list[Place]:
+        return [Place("router", layer) for layer in range(model.num_layers)] if model.num_experts else []
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        for part, mask in tensors.items():
+            if not ((mask == 0) | (mask == 1)).all():
+                raise SteeringError(f"{part} of layer {place.layer} holds numbers other than 0 and 1")
+
+    def check_params(self, params: MoTEParams, tensors: Mapping[Place, Tensors]) -> None:
+        layers = {place.layer for place in tensors} | set(params.experts)
+        chosen = {layer: _chosen(params, tensors.get(Place("router", layer), {}), layer) for layer in layers}
+        if not any(off or on for off, on in chosen.values()):
+            raise SteeringError("no expert is off or on", "experts")
+        for layer, (off, on) in chosen.items():
+            if both := sorted(set(off) & set(on)):
+                raise SteeringError(f"expert {both[0]} is both off and on", f"experts.{layer}")
+            if off and params.mode == "force":
+                raise SteeringError("force switches experts on; pre, zero and zero_renorm switch off", "mode")
+
+    def check_model(self, params: MoTEParams, model: ModelShape) -> None:
+        if not model.num_experts:
+            raise SteeringError("the model has no experts", "experts")
+        for layer, experts in params.experts.items():
+            if layer >= model.num_layers:
+                raise SteeringError(f"the model has layers 0 to {model.num_layers - 1}", f"experts.{layer}")
+            for part, named in (("off", experts.off), ("on", experts.on)):
+                for index, expert in enumerate(named):
+                    if expert >= model.num_experts:
+                        raise SteeringError(
+                            f"a layer has experts 0 to {model.num_experts - 1}", f"experts.{layer}.{part}.{index}"
+                        )
+
+    def ops(self, tensors: Tensors, params: MoTEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        self.check_model(params, model)
+        off, _ = _chosen(params, tensors, place.layer)
+        if params.mode != "pre" or not off:
+            return ()
+        if len(off) == model.num_experts:
+            raise SteeringError("every expert is off", f"experts.{place.layer}.off")
+        add = torch.zeros(model.num_experts)
+        add[list(off)] = _NEVER
+        return (Diagonal(add=add),)
+
+    def routing(self, params: MoTEParams, layer: int, tensors: Tensors | None = None) -> Routing | None:
+        """What is left to do behind the router of a layer; None: nothing."""
+        off, on = _chosen(params, tensors or {}, layer)
+        if params.mode == "pre":
+            return Routing("force", (), on) if on else None
+        return Routing(params.mode, off, on) if off or on else None
+
+
+def _chosen(params: MoTEParams, tensors: Tensors, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The experts of a layer that are off, and those that are on."""
+    named = params.experts.get(layer, Experts())
+    off, on = (
+        tuple(sorted({*experts, *(tensors[part].nonzero().flatten().tolist() if part in tensors else ())}))
+        for part, experts in (("off", named.off), ("on", named.on))
+    )
+    return off, on

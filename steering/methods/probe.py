@@ -1,0 +1,23 @@
+"""A probe reads a row and edits nothing: conditions of other edits ask for its reading, direction . x + bias."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import EditParams, Method, Place, Tensors
+from whipstaff.steering.ops import Op
+from whipstaff.steering.shape import SITES, ModelShape
+
+
+class Probe(Method[EditParams]):
+    name, paper = "probe", "Alain and Bengio 2016, arXiv:1610.01644; as a condition: Lee et al. 2024, arXiv:2409.05907"
+    params, sites, where = EditParams, tuple(SITES), "all"
+    off: ClassVar = {}
+    parts: ClassVar = {"direction": ("width",), "bias?": ()}
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if not tensors["direction"].any():
+            raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
+
+    def ops(self, tensors: Tensors, params: EditParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return ()

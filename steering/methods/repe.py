@@ -1,0 +1,33 @@
+"""Representation engineering: h <- h + c v, or with the piecewise operator h <- h + c v sign(h . c v).
+
+The paper's `normalize` is the request's `renorm`. Directions keep their length; the release's are unit vectors with
+the sign of their labels.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from whipstaff.cuda_ext import Phi
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Op, diagonal, directions
+from whipstaff.steering.shape import ModelShape
+
+
+class RepEParams(Scaled):
+    operator: Literal["linear", "piecewise_linear"] = Field(
+        "linear", description="add the vector, or push every token further along it in the direction it already leans"
+    )
+
+
+class RepE(ScaledMethod[RepEParams]):
+    name, paper = "repe", "Zou et al. 2023, arXiv:2310.01405"
+    params, sites, where = RepEParams, ("resid_post",), "all"
+    parts: ClassVar = {"add": ("width",)}
+
+    def edits(self, tensors: Tensors, params: RepEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        if params.operator == "linear":
+            return (diagonal(params.scale, tensors["add"]),)
+        add = tensors["add"][None]  # (1, width)
+        return (directions(add, add, Phi.SIGN, a=abs(params.scale)),)  # c sign(c s) = |c| sign(s)

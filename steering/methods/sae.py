@@ -1,0 +1,194 @@
+"""Features of a sparse autoencoder: set, scaled or added to, with all that the autoencoder misses left as it is.
+
+    a = act(encoder (norm(x) - [decoder_bias]) + encoder_bias)      x <- x + scale * norm^-1((a' - a) decoder)
+
+act is ReLU, JumpReLU (above a threshold per feature) or TopK (the k largest, then ReLU). Only the named features' rows
+are read, but for TopK, which needs all readings to know the k largest. Both matrices have a row per feature: SAELens'
+W_enc is transposed, W_dec is not. `input_scale` is SAELens' factor of `expected_average_only_in`.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from whipstaff.cuda_ext import Phi
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import Place, S, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Directions, Op, TopK
+from whipstaff.steering.shape import ModelShape
+
+MAX_FEATURES = 64  # the directions that read one row together
+_NORMS = {"none": "none", "constant_norm_rescale": "constant_norm", "layer_norm": "layer_norm"}
+_Feature = Annotated[int, Field(strict=True, ge=0)]
+_Value = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+
+
+class FeatureEdit(BaseModel):
+    """What happens to one feature's activation: exactly one of set, scale, add."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    feature: _Feature
+    set: _Value | None = Field(None, description="the activation becomes this")
+    scale: _Value | None = Field(None, description="the activation is multiplied by this; 0 ablates the feature")
+    add: _Value | None = Field(None, description="this is added to the activation")
+    only_if_active: bool = Field(False, description="only where the feature is active")
+
+    @model_validator(mode="after")
+    def _is_one_edit(self) -> "FeatureEdit":
+        if [self.set, self.scale, self.add].count(None) != 2:
+            raise ValueError("name one of set, scale, add")
+        return self
+
+
+class Autoencoder(Scaled):
+    """How the file's autoencoder computes; a file states these among its defaults."""
+
+    activation: Literal["relu", "jumprelu", "topk"] = Field("relu", description="what the encoder ends with")
+    k: int | None = Field(None, ge=1, description="how many features are active at most; for topk")
+    apply_b_dec_to_input: bool = Field(True, description="whether the decoder's bias is taken off before encoding")
+    normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm"] = Field(
+        "none", description="what is done to every row before encoding, and undone after decoding"
+    )
+
+    @model_validator(mode="after")
+    def _topk_has_k(self) -> "Autoencoder":
+        if (self.activation == "topk") != (self.k is not None):
+            raise ValueError("k goes with activation topk, and topk needs it")
+        return self
+
+
+class SAEParams(Autoencoder):
+    features: list[FeatureEdit] = Field(min_length=1, max_length=MAX_FEATURES, description="edits of single features")
+
+
+class Sparse(ScaledMethod[S]):
+    """What the methods below share."""
+
+    sites, where = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out"), "all"
+    parts: ClassVar = {
+        "encoder": ("features", "width"),
+        "encoder_bias?": ("features",),
+        "decoder": ("features", "width"),
+        "decoder_bias?": ("width",),
+        "threshold?": ("features",),
+        "input_scale?": (),
+    }
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if "input_scale" in tensors and not tensors["input_scale"] > 0:
+            raise SteeringError(f"input_scale of {place.site} {place.layer} is not positive")
+        if "threshold" in tensors and (tensors["threshold"] < 0).any():
+            raise SteeringError(f"threshold of {place.site} {place.layer} has negative entries")
+
+    def encoder_size(self, tensors: Tensors, defaults: Mapping[str, Any]) -> int:
+        default = self.params.model_fields["activation"].default
+        return len(tensors["encoder"]) if defaults.get("activation", default) == "topk" else 0
+
+
+class SAE(Sparse[SAEParams]):
+    name, params = "sae", SAEParams
+    paper = "Templeton et al. 2024; TopK: Gao et al. 2024, arXiv:2406.04093; JumpReLU: arXiv:2407.14435; as in SAELens"
+    off: ClassVar = {"scale": 0.0, "features": [{"feature": 0, "scale": 1.0}]}
+
+    def check_params(self, params: SAEParams, tensors: Mapping[Place, Tensors]) -> None:
+        _check_autoencoder(params, tensors)
+        paths = [f"features.{index}.feature" for index in range(len(params.features))]
+        _check_features([edit.feature for edit in params.features], paths, tensors)
+
+    def edits(self, tensors: Tensors, params: SAEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return (_edited(tensors, params, params.features, model.width(place.site)),)
+
+
+class LFParams(Autoencoder):
+    activation: Literal["relu", "jumprelu", "topk"] = Field("topk", description="what the encoder ends with")
+    features: list[_Feature] = Field(
+        min_length=1, max_length=MAX_FEATURES, description="the features that tell consistent from inconsistent answers"
+    )
+    bias: _Value = Field(1.0, description="put on those of them that are active, times scale")
+
+
+class LFSteering(Sparse[LFParams]):
+    """LF-Steering: a scaled bias on the active ones among the features that paraphrases were found to differ in."""
+
+    name, params, paper = "lf_steering", LFParams, "Yang et al. 2025, arXiv:2501.11036"
+    off: ClassVar = {"scale": 0.0, "features": [0], "k": 1}
+
+    def check_params(self, params: LFParams, tensors: Mapping[Place, Tensors]) -> None:
+        _check_autoencoder(params, tensors)
+        paths = [f"features.{index}" for index in range(len(params.features))]
+        _check_features(params.features, paths, tensors)
+
+    def edits(self, tensors: Tensors, params: LFParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        edits = [FeatureEdit(feature=feature, add=params.bias, only_if_active=True) for feature in params.features]
+        return (_edited(tensors, params, edits, model.width(place.site)),)
+
+
+def _check_autoencoder(params: Autoencoder, tensors: Mapping[Place, Tensors]) -> None:
+    for place, parts in tensors.items():
+        num_features = len(parts["encoder"])
+        if params.activation == "jumprelu" and "threshold" not in parts:
+            raise SteeringError(f"jumprelu needs a threshold; {place.site} {place.layer} has none", "activation")
+        if params.k is not None and params.k > num_features:
+            raise SteeringError(f"{params.k} of {num_features} features cannot be active", "k")
+        if params.normalize_activations != "none" and "input_scale" in parts:
+            raise SteeringError("the file has an input_scale; it goes with none", "normalize_activations")
+
+
+def _check_features(features: Sequence[int], paths: Sequence[str], tensors: Mapping[Place, Tensors]) -> None:
+    for index, (feature, path) in enumerate(zip(features, paths, strict=True)):
+        if feature in features[:index]:
+            raise SteeringError(f"feature {feature} is named twice", path)
+        for place, parts in tensors.items():
+            if feature >= len(parts["encoder"]):
+                raise SteeringError(f"{place.site} {place.layer} has features 0 to {len(parts['encoder']) - 1}", path)
+
+
+def _edited(tensors: Tensors, params: Autoencoder, edits: Sequence[FeatureEdit], width: int) -> Directions:
+    """Everything is divided by input_scale f: f z > threshold where z > threshold / f, and (a' - a) / f is written."""
+    factor = float(tensors.get("input_scale", 1.0))
+    encoder, decoder = tensors["encoder"].view(-1, width), tensors["decoder"].view(-1, width)
+    bias = _reading_bias(
+        tensors["encoder"],
+        tensors.get("encoder_bias"),
+        tensors.get("decoder_bias") if params.apply_b_dec_to_input else None,
+        factor,
+    )
+    rows = torch.tensor([edit.feature for edit in edits])
+    threshold = torch.zeros(len(edits))
+    if params.activation == "jumprelu":
+        threshold = tensors["threshold"][rows] / factor
+    args = torch.stack([torch.tensor([0.0, *_branches(edit, factor)]) for edit in edits])
+    args[:, 1:] *= params.scale
+    args[:, 0] = threshold
+    return Directions(
+        encoder[rows],
+        decoder[rows],
+        (Phi.GATED if params.k is None else Phi.TOP_K,) * len(edits),
+        args,
+        bias[rows],
+        _NORMS[params.normalize_activations],
+        None if params.k is None else TopK(encoder, bias, params.k),
+    )
+
+
+def _branches(edit: FeatureEdit, factor: float) -> tuple[float, float, float]:
+    """(b, c, d): the change is b z + c where the feature is active, else d."""
+    if edit.scale is not None:
+        return edit.scale - 1, 0.0, 0.0
+    slope, value = (-1.0, edit.set) if edit.set is not None else (0.0, edit.add)
+    assert value is not None
+    return slope, value / factor, 0.0 if edit.only_if_active else value / factor
+
+
+@lru_cache(maxsize=8)  # by identity: requests that use one autoencoder share its bias
+def _reading_bias(encoder: Tensor, bias: Tensor | None, decoder_bias: Tensor | None, factor: float) -> Tensor:
+    """(features,) encoder @ x + this is the pre-activation over the factor."""
+    found = torch.zeros(len(encoder)) if bias is None else bias
+    if decoder_bias is not None:
+        found = found - encoder.flatten(1) @ decoder_bias.flatten()
+    return found / factor

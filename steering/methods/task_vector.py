@@ -1,0 +1,20 @@
+"""Task vectors: x <- x + scale * (state - x) at the last prompt token; strength 1 replaces the state."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.shape import ModelShape
+
+
+class TaskVector(ScaledMethod[Scaled]):
+    name, paper = "task_vector", "Hendel et al. 2023, arXiv:2310.15916"
+    params, sites, where = Scaled, ("resid_post",), "last_prompt"
+    parts: ClassVar = {"state": ("width",)}
+
+    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+        state = tensors["state"]
+        return (diagonal(params.scale, state, -torch.ones_like(state)),)

@@ -1,0 +1,22 @@
+"""The generic edit: x <- x + scale * (gain * x + add). It serves files of methods that have no code of their own."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.shape import SITES, ModelShape
+
+
+class GenericVector(ScaledMethod[Scaled]):
+    name, paper = "vector", "the file's own"
+    params, sites, where = Scaled, tuple(SITES), "each_last"
+    parts: ClassVar = {"add?": ("width",), "gain?": ("width",)}
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if not tensors:
+            raise SteeringError(f"{place.site} {place.layer} has neither add nor gain")
+
+    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+        return (diagonal(params.scale, tensors.get("add"), tensors.get("gain")),)

@@ -1,0 +1,82 @@
+"""Learned tokens that stand in no vocabulary. The engine inserts them; there is nothing to edit.
+
+soft_prompt  rows of the embedding layer, inserted into the prompt
+prefix_kv    keys and values of every layer that stand before the prompt, in its KV cache
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import Field
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import EditParams, Method, Place, Tensors
+from whipstaff.steering.ops import Op
+from whipstaff.steering.shape import ModelShape
+
+MAX_TOKENS = 4096
+
+
+class SoftPromptParams(EditParams):
+    insert_at: int = Field(
+        0, ge=-(1 << 31), lt=1 << 31, description="index in the prompt that the rows come before; negative from its end"
+    )
+    num_rows: int | None = Field(None, ge=1, description="only the first so many rows; none: all of them")
+
+
+class SoftPrompt(Method[SoftPromptParams]):
+    """Rows are kept as the embedding layer gives them, before models such as Gemma scale them. Prompt tuning puts them
+    first, SPRING between the retrieved text and the question, DRO where the system prompt stands."""
+
+    name = "soft_prompt"
+    paper = (
+        "Lester et al. 2021, arXiv:2104.08691; Zheng et al. 2024, arXiv:2401.18018; Zhu et al. 2024, arXiv:2405.19670"
+    )
+    params, sites, where = SoftPromptParams, (), "prompt"
+    off: ClassVar = {}
+    parts: ClassVar = {"rows": ("num_rows", "hidden")}
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        raise SteeringError("the rows of a soft prompt stand in no layer; name the tensor rows")
+
+    def check_rows(self, params: SoftPromptParams, unplaced: Tensors) -> None:
+        """Check the parameters against the file. Raises: SteeringError naming the field."""
+        num_rows = len(unplaced["rows"])
+        if not 1 <= num_rows <= MAX_TOKENS:
+            raise SteeringError(f"the file has {num_rows} rows, wanted 1 to {MAX_TOKENS}", "vector")
+        if params.num_rows is not None and params.num_rows > num_rows:
+            raise SteeringError(f"the file has {num_rows} rows", "num_rows")
+
+    def ops(self, tensors: Tensors, params: SoftPromptParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return ()
+
+
+class PrefixKV(Method[EditParams]):
+    """Keys are kept as they stand in the cache, after any rotary embedding; the prompt's tokens begin at position P."""
+
+    name, paper = "prefix_kv", "Li and Liang 2021, arXiv:2101.00190; Liu et al. 2021, arXiv:2110.07602"
+    params, sites, where = EditParams, ("attn_head",), "all"
+    off: ClassVar = {}
+    parts: ClassVar = {
+        "key": ("num_tokens", "kv_heads", "head_dim"),
+        "value": ("num_tokens", "kv_heads", "head_dim"),
+    }
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        if not model.num_kv_heads:
+            raise SteeringError("a file with keys and values must state the model's num_kv_heads")
+        if not 1 <= len(tensors["key"]) <= MAX_TOKENS:
+            raise SteeringError(f"layer {place.layer} has {len(tensors['key'])} tokens, wanted 1 to {MAX_TOKENS}")
+
+    def check_params(self, params: EditParams, tensors: Mapping[Place, Tensors]) -> None:
+        lengths = {len(parts["key"]) for parts in tensors.values()}
+        if len(lengths) > 1:
+            raise SteeringError(
+                f"the file's layers have {sorted(lengths)} tokens; they must have equally many", "vector"
+            )
+        layers = sorted(place.layer for place in tensors)
+        if layers != list(range(len(layers))):
+            raise SteeringError(f"the file has layers {layers}; every layer needs its keys and values", "vector")
+
+    def ops(self, tensors: Tensors, params: EditParams, place: Place, model: ModelShape) -> Sequence[Op]:
+        return ()
