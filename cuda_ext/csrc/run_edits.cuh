@@ -119,4 +119,281 @@ struct RunEdits {
   }
 };
 
+#ifdef __CUDACC__
+
+// Floats in the same order as numbers without a sign.
+__device__ inline uint32_t key_of(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// One token's registers, and what a block does to them. All threads hold the same registers and take the same way; what
+// one writes into shared memory is there for all when an instruction ends.
+template <class X, int N>
+struct Machine {
+  const RunEdits& edits;
+  int64_t token;
+  float* h;         // (width,) in shared memory, filled when first asked for
+  float* z;         // (MAX_GROUP,) in shared memory: readings
+  float* scale;     // (MAX_GROUP,) in shared memory: what is written along each direction
+  float* features;  // (num_features,) in device memory, this block's own
+  bool is_loaded = false, is_changed = false;
+  float gain = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
+
+  __device__ X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
+
+  __device__ X* residual() const {
+    return edits.residual ? static_cast<X*>(edits.residual) + token * edits.residual_stride : nullptr;
+  }
+
+  // use(column) for this thread's packs of N columns.
+  template <class Use>
+  __device__ void for_columns(const Use& use) const {
+    for (int64_t column = int64_t(threadIdx.x) * N; column < edits.width; column += THREADS * N) use(column);
+  }
+
+  __device__ void load_row() {
+    if (is_loaded) return;
+    is_loaded = true;
+    for_columns([&](int64_t column) {
+      float row[N], rest[N];
+      load(row, x() + column);
+      if (edits.residual) {
+        load(rest, residual() + column);
+        for (int k = 0; k < N; ++k) row[k] += rest[k];
+      }
+      store(h + column, row);
+    });
+    __syncthreads();
+  }
+
+  __device__ void store_row() const {
+    for_columns([&](int64_t column) {
+      float row[N];
+      load(row, h + column);
+      store(x() + column, row);
+      if (!edits.residual) return;
+      for (int k = 0; k < N; ++k) row[k] = 0.0f;
+      store(residual() + column, row);
+    });
+  }
+
+  // The sum of of_value(h[i], i) over the row.
+  template <class Of>
+  __device__ float sum_of(const Of& of_value) {
+    load_row();
+    float sum = 0;
+    for_columns([&](int64_t column) {
+      for (int k = 0; k < N; ++k) sum += of_value(h[column + k], column + k);
+    });
+    return block_sum(sum);
+  }
+
+  __device__ float length() {
+    return sqrtf(sum_of([](float value, int64_t) { return value * value; }));
+  }
+
+  // line . h, by one warp, rounded the same wherever it is called: TOP_K compares readings made in two places.
+  __device__ float dot(const float* line) const {
+    float sum = 0;
+    for (int64_t column = threadIdx.x % WARP * N; column < edits.width; column += WARP * N) {
+      float row[N], along[N];
+      load(row, h + column);
+      load(along, line + column);
+      for (int k = 0; k < N; ++k) sum = __fmaf_rn(row[k], along[k], sum);
+    }
+    return warp_reduce(sum, [](float a, float b) { return __fadd_rn(a, b); });
+  }
+
+  __device__ float normed(float reading, float of_mean, float bias) const {
+    return __fmaf_rn(__fsub_rn(reading, of_mean), u_in, bias);
+  }
+
+  // What thread 0 finds. Other blocks may write history meanwhile, and all threads must go the same way.
+  template <class Find>
+  __device__ float agreed(const Find& find) {
+    if (threadIdx.x == 0) z[0] = find();
+    __syncthreads();
+    const float found = z[0];
+    __syncthreads();
+    return found;
+  }
+
+  __device__ void run() {
+    int64_t pc = edits.begin(token), left = edits.num_instructions;  // a program that jumps in circles ends too
+    while (pc >= 0 && pc < edits.num_instructions && left > 0) {
+      const Instruction i = edits.code[pc];
+      const Arguments arg = edits.args[pc];
+      int num_done = 1;
+      switch (i.op) {
+        case Op::Jump: pc = int64_t(i.i0) - 1; break;
+        case Op::Gain: gain = edits.gain_of(token, i, arg); break;
+        case Op::When: gain *= agreed([&] { return edits.is_on(token, i, arg) ? 1.0f : 0.0f; }); break;
+        case Op::Ramp: gain *= agreed([&] { return edits.ramp(token, i, arg); }); break;
+        case Op::Diag: diag(i); break;
+        case Op::Cross: cross(i); break;
+        case Op::Dir: directions(pc, num_done = edits.group_length(pc)); break;
+        case Op::Save: saved = length(); break;
+        case Op::Renorm: renorm(); break;
+        case Op::Probe: probe(i, arg); break;
+        case Op::Meter: meter(); break;
+        case Op::TopK: top_k(i); break;
+        case Op::NormIn: norm_in(i); break;
+        default: left = 0; continue;
+      }
+      pc += num_done;
+      left -= num_done;
+    }
+    if (is_changed) store_row();
+  }
+
+  __device__ float towards(float from, float to) const { return gain == 1.0f ? to : from + gain * (to - from); }
+
+  __device__ void diag(const Instruction& i) {
+    if (gain == 0.0f || (i.i0 < 0 && i.i1 < 0)) return;
+    load_row();
+    is_changed = true;
+    const float *mul = edits.line(i.i0), *add = edits.line(i.i1);
+    for_columns([&](int64_t column) {
+      float row[N], edited[N], operand[N];
+      load(row, h + column);
+      load(edited, h + column);
+      if (mul) {
+        load(operand, mul + column);
+        for (int k = 0; k < N; ++k) edited[k] *= operand[k];
+      }
+      if (add) {
+        load(operand, add + column);
+        for (int k = 0; k < N; ++k) edited[k] += operand[k];
+      }
+      for (int k = 0; k < N; ++k) edited[k] = towards(row[k], edited[k]);
+      store(h + column, edited);
+    });
+    __syncthreads();
+  }
+
+  __device__ void cross(const Instruction& i) {
+    if (gain == 0.0f) return;
+    load_row();
+    is_changed = true;
+    const float *mul = edits.line(i.i0), *with = edits.line(i.i1);
+    const int64_t stride = i.i2;
+    for (int64_t pair = threadIdx.x; pair < edits.width / 2; pair += THREADS) {
+      const int64_t a = ((pair & -stride) << 1) | (pair & (stride - 1)), b = a + stride;
+      const float at_a = h[a], at_b = h[b];
+      h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b);
+      h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a);
+    }
+    __syncthreads();
+  }
+
+  __device__ void directions(int64_t pc, int length) {
+    if (gain == 0.0f) return;
+    load_row();
+    for (int r = threadIdx.x / WARP; r < length; r += THREADS / WARP) {
+      const float *line = edits.line(edits.code[pc + r].i0), bias = edits.args[pc + r].bias;
+      const float reading = line ? normed(dot(line), mean * edits.args[pc + r].e, bias) : bias;
+      if (threadIdx.x % WARP == 0) z[r] = reading;
+    }
+    __syncthreads();
+    if (threadIdx.x < length) {
+      const bool writes = edits.code[pc + threadIdx.x].i1 >= 0;
+      scale[threadIdx.x] = writes ? gain * u_out * edits.change(pc, threadIdx.x, length, z, tau) : 0.0f;
+    }
+    __syncthreads();
+    for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f;
+    for_columns([&](int64_t column) {
+      float row[N], sum[N] = {}, along[N];
+      for (int r = 0; r < length; ++r) {
+        if (scale[r] == 0.0f) continue;
+        load(along, edits.line(edits.code[pc + r].i1) + column);
+        for (int k = 0; k < N; ++k) sum[k] += scale[r] * along[k];
+      }
+      load(row, h + column);
+      for (int k = 0; k < N; ++k) row[k] += sum[k];
+      store(h + column, row);
+    });
+    __syncthreads();
+  }
+
+  __device__ void renorm() {
+    if (!is_changed) return;
+    const float now = length(), ratio = saved / now;
+    if (!(now > 0.0f)) return;
+    for_columns([&](int64_t column) {
+      for (int k = 0; k < N; ++k) h[column + k] *= ratio;
+    });
+    __syncthreads();
+  }
+
+  __device__ void probe(const Instruction& i, const Arguments& arg) {
+    float* target = edits.probed(token, i);
+    if (!target) return;
+    const float* line = edits.line(i.i0);
+    float reading = sum_of([&](float value, int64_t column) { return value * line[column]; });
+    if (i.i3) reading /= length();
+    if (threadIdx.x == 0) *target = reading + arg.bias;  // thread 0 is also the one that reads history
+  }
+
+  __device__ void meter() {
+    if (!edits.meter) return;
+    const float now = length();
+    if (threadIdx.x != 0) return;
+    atomicAdd(edits.meter, now);
+    atomicAdd(edits.meter + 1, 1.0f);
+  }
+
+  __device__ void top_k(const Instruction& i) {
+    if (!edits.encoder || i.i1 <= 0) return;
+    load_row();
+    for (int64_t r = threadIdx.x / WARP; r < i.i1; r += THREADS / WARP) {
+      const float bias = edits.encoder_bias ? edits.encoder_bias[i.i0 + r] : 0.0f;
+      const float reading = normed(dot(edits.encoder + (i.i0 + r) * edits.encoder_stride), 0.0f, bias);
+      // What cannot be ordered is not among the largest.
+      if (threadIdx.x % WARP == 0) features[r] = reading == reading ? reading : -INFINITY;
+    }
+    __syncthreads();
+    const float wanted = i.i2 < 1 ? 1 : i.i2 < i.i1 ? i.i2 : i.i1;
+    uint32_t best = 0;  // the largest key that as many features as wanted reach, bit by bit
+    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+      float count = 0;
+      for (int64_t r = threadIdx.x; r < i.i1; r += THREADS) count += key_of(features[r]) >= (best | bit) ? 1.0f : 0.0f;
+      if (block_sum(count) >= wanted) best |= bit;
+    }
+    tau = value_of(best);
+    __syncthreads();
+  }
+
+  __device__ void norm_in(const Instruction& i) {
+    u_in = u_out = 1, mean = 0;
+    if (i.i0 == 1) {
+      u_out = length() / sqrtf(edits.width);
+      u_in = u_out > 0 ? 1 / u_out : 0;  // a row of zeros reads as one
+    } else if (i.i0 == 2) {
+      const float center = mean = sum_of([](float value, int64_t) { return value; }) / edits.width;
+      const float squares = sum_of([=](float value, int64_t) { return (value - center) * (value - center); });
+      u_out = sqrtf(squares / (edits.width - 1));
+      u_in = 1 / (u_out + 1e-5f);
+    }
+  }
+};
+
+// Block b runs the programs of the tokens b, b + gridDim.x, ..; `features` is (gridDim.x, num_features) room.
+template <class X, int N>
+__global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* features) {
+  extern __shared__ __align__(16) float shared[];  // shared_floats(edits)
+  float* h = shared + 2 * MAX_GROUP;
+  for (int64_t token = blockIdx.x; token < edits.num_tokens; token += gridDim.x) {
+    if (edits.begin(token) < 0) continue;
+    Machine<X, N>{edits, token, h, shared, shared + MAX_GROUP, features + blockIdx.x * edits.num_features}.run();
+    __syncthreads();
+  }
+}
+
+inline int64_t shared_floats(const RunEdits& edits) { return 2 * MAX_GROUP + edits.width; }
+
+#endif  // __CUDACC__
+
 }  // namespace whipstaff

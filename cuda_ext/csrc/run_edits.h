@@ -1,6 +1,9 @@
 // The door of `run_edits_`: tensors are checked here once, for both devices, and become a RunEdits.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "checks.h"
 #include "run_edits.cuh"
 

@@ -12,6 +12,7 @@ from .batches import DTYPES, POPULARITY, slots, strided
 from .test_attention_rows import paged
 from .test_lowrank_edit import directions, phis
 from .test_mix_logits import rows_for
+from .test_run_edits import WIDTHS, any_edits, batch
 from .tolerances import TOLERANCE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -38,6 +39,10 @@ def lowrank_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Argum
     return x, directions(20, hidden), directions(20, hidden), phi, torch.randn(S, 20, 4), slot, torch.randn(S, 20)
 
 
+def run_edits_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    return batch(popularity, 133, hidden, dtype)
+
+
 def mix_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
     vocab, shape = hidden * 8, (33, 3)
     streams = [torch.randn(33, vocab + padding).to(dtype) * 4 for padding in (0, 8, 64)]
@@ -58,6 +63,7 @@ IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
     "diag_edit_": (cuda_ext.diag_edit_, diag_arguments),
     "diag_edit_ per head": (cuda_ext.diag_edit_, grouped_arguments),
     "lowrank_edit_": (cuda_ext.lowrank_edit_, lowrank_arguments),
+    "run_edits_": (cuda_ext.run_edits_, run_edits_arguments),
     "mix_logits_": (cuda_ext.mix_logits_, mix_arguments),
 }
 
@@ -112,6 +118,28 @@ def test_a_captured_graph_follows_its_buffers(name):
     cpu = on("cpu", second)
     run(*cpu)
     assert_same(buffers[0], cpu[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_match_the_cpu_kernel(dtype, seed):
+    edits = any_edits(seed, 9, WIDTHS[seed % len(WIDTHS)], dtype)
+    edits = edits._replace(x=edits.x.clone()) if seed % 2 else edits  # rows that allow wide loads, and rows that do not
+    cpu, cuda = on("cpu", edits), on("cuda", edits)
+    cuda_ext.run_edits_(*cpu)
+    cuda_ext.run_edits_(*cuda)
+    for got, want in zip(cuda, cpu, strict=True):
+        if want is not None:
+            tolerance = TOLERANCE[dtype if want.dtype == dtype else torch.float32]
+            torch.testing.assert_close(got.cpu().double(), want.double(), equal_nan=True, **tolerance)
+
+
+def test_a_row_wider_than_a_block_has_unasked():
+    edits = batch("all_different", 3, 20480, torch.bfloat16)
+    cpu, cuda = on("cpu", edits), on("cuda", edits)
+    cuda_ext.run_edits_(*cpu)
+    cuda_ext.run_edits_(*cuda)
+    assert_same(cuda[0], cpu[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
