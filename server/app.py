@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -13,12 +13,14 @@ from whipstaff import cuda_ext
 from whipstaff.server import metrics, routes
 from whipstaff.server.engine import UnsupportedEngine, openai
 from whipstaff.server.engine.launch import Engine, PlanDict, start
-from whipstaff.server.engine.selftest import Finding, describe, self_test
+from whipstaff.server.engine.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.registry import Registry
-from whipstaff.server.schema import PLAIN, Catalogue
+from whipstaff.server.registry import Registry, VectorFile, read_vectors
+from whipstaff.server.schema import PLAIN, Catalogue, Limit
 from whipstaff.server.settings import Settings
-from whipstaff.steering.artifacts import ModelShape
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import Lengths
+from whipstaff.steering.shape import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 
@@ -30,9 +32,10 @@ _NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 async def serve(args: Namespace, settings: Settings) -> None:
     """Run the server until it is told to stop."""
     _, sock = openai.listen(args)
-    engine = start(args, settings.aux.items(), settings.steering_slots)
+    files = read_vectors(settings.vectors)
+    engine = launch(args, settings, files)
     try:
-        have = await load(engine, settings)
+        have = await load(engine, settings, files)
         await prove(engine, have)
         app = extend(await openai.build(engine, args), engine, have)
         stopped = await openai.serve(app, args, sock)
@@ -42,10 +45,16 @@ async def serve(args: Namespace, settings: Settings) -> None:
     await stopped
 
 
-async def load(engine: Engine, settings: Settings) -> Catalogue:
-    """Read the vectors and give the workers those that fit. Raises: BadVectorFile."""
+def launch(args: Namespace, settings: Settings, files: Mapping[str, VectorFile]) -> Engine:
+    """Start the engine with what the vectors will need."""
+    vectors = [file.vector for file in files.values()]
+    return start(args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites)
+
+
+async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile]) -> Catalogue:
+    """Give the workers the vectors that fit, and measure the model's activations."""
     facts = await describe(engine)
-    registry = Registry(settings.vectors, ModelShape.model_validate(facts["model"]))
+    registry = Registry(files, ModelShape.model_validate(facts["model"]))
     for entry in registry:
         if entry.problem is None:
             await engine.collective_rpc("whipstaff_load_vector", args=(str(entry.path), entry.vector.digest))
@@ -59,7 +68,17 @@ async def load(engine: Engine, settings: Settings) -> Catalogue:
         registry.names,
         list(engine.layout.limits),
     )
-    return Catalogue(registry, engine.layout.limits, facts["dtype"], engine.layout.num_slots)
+    return Catalogue(
+        registry,
+        engine.layout.limits,
+        facts["dtype"],
+        engine.layout.num_slots,
+        engine.layout.num_layers,
+        frozenset(Place(*place) for place in facts["sites"]),
+        Lengths(await calibrate(engine)),
+        Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
+        engine.vllm_config.parallel_config.tensor_parallel_size,
+    )
 
 
 async def prove(engine: Engine, have: Catalogue) -> list[Finding]:

@@ -66,12 +66,13 @@ async def _serve(args: Namespace, settings: Settings) -> None:
 async def _doctor(args: Namespace, settings: Settings) -> None:
     """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
     from whipstaff.server import app
-    from whipstaff.server.engine.launch import start
     from whipstaff.server.engine.selftest import describe, self_test
+    from whipstaff.server.registry import read_vectors
 
-    engine = start(args, settings.aux.items(), settings.steering_slots)
+    files = read_vectors(settings.vectors)
+    engine = app.launch(args, settings, files)
     try:
-        have = await app.load(engine, settings)
+        have = await app.load(engine, settings, files)
         facts = await describe(engine)
         findings = [finding async for finding in self_test(engine, list(have.auxiliaries))]
     finally:

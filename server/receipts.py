@@ -5,32 +5,38 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from whipstaff.server.schema import Compiled
+from whipstaff.server.schema import Compiled, Fed
 
 FIELD = "whipstaff"
 
 
 class Tally:
-    """Counts the tokens of a request's sequences as its outputs pass by."""
+    """Counts the tokens of a request's sequences as its outputs pass by, and keeps them where the plan needs them."""
 
-    def __init__(self) -> None:
-        self._prompts: dict[str, int] = {}
-        self._generated: dict[tuple[str, int], int] = {}
+    def __init__(self, keeps_tokens: bool = False) -> None:
+        self._keeps = keeps_tokens
+        self._prompts: dict[str, list[int]] = {}
+        self._generated: dict[tuple[str, int], list[int]] = {}
+        self._counts: dict[tuple[str, int], int] = {}
 
     def note(self, output: Any) -> None:
         """One vLLM RequestOutput; its token ids are what came since the last one."""
         if output.prompt_token_ids is not None:
-            self._prompts[output.request_id] = len(output.prompt_token_ids)
+            self._prompts[output.request_id] = output.prompt_token_ids
         for sequence in output.outputs:
             key = output.request_id, sequence.index
-            self._generated[key] = self._generated.get(key, 0) + len(sequence.token_ids)
+            self._counts[key] = self._counts.get(key, 0) + len(sequence.token_ids)
+            if self._keeps:
+                self._generated.setdefault(key, []).extend(sequence.token_ids)
 
-    def fed(self) -> list[tuple[int, int]]:
-        """(prompt length, positions fed to the model) of every sequence; the last token generated is not fed."""
-        return [
-            (self._prompts[request_id], self._prompts[request_id] + max(generated - 1, 0))
-            for (request_id, _), generated in self._generated.items()
-        ]
+    def fed(self) -> list[Fed]:
+        """Every sequence."""
+        found = []
+        for (request_id, index), generated in self._counts.items():
+            prompt = self._prompts[request_id]
+            ids = [*prompt, *self._generated[request_id, index]] if self._keeps else []
+            found.append(Fed(len(prompt), len(prompt) + max(generated - 1, 0), ids))
+        return found
 
 
 async def with_receipt(

@@ -1,16 +1,25 @@
 """The vectors a server has: names to verified files, read once at start-up."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from whipstaff.server.errors import NotFound, VectorUnfit
-from whipstaff.steering.artifacts import ModelShape, Vector, read
+from whipstaff.steering.artifacts import Vector, read
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.shape import ModelShape
 
 
 class BadVectorFile(RuntimeError):
     """A file given at start-up that is not a sound vector; the server does not start with it."""
+
+
+class VectorFile(NamedTuple):
+    """A sound vector file."""
+
+    path: Path
+    vector: Vector
 
 
 @dataclass(frozen=True)
@@ -24,19 +33,11 @@ class Entry:
 
 
 class Registry:
-    """Vectors by name. The name of a vector is its file's name without the ending."""
+    """Vectors by name."""
 
-    def __init__(self, paths: Iterable[Path], model: ModelShape) -> None:
-        """Read every vector under `paths`, each a file or a folder of `.safetensors` files.
-
-        Raises: BadVectorFile, naming the file and what is wrong with it.
-        """
-        self._entries: dict[str, Entry] = {}
-        for path in _files(paths):
-            name = path.name.removesuffix(".safetensors")
-            if name in self._entries:
-                raise BadVectorFile(f"two vectors are called {name!r}: {self._entries[name].path} and {path}")
-            self._entries[name] = _load(name, path, model)
+    def __init__(self, files: Mapping[str, VectorFile], model: ModelShape) -> None:
+        """What was read, as it is on the served model."""
+        self._entries = {name: _entry(name, file, model) for name, file in files.items()}
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -61,6 +62,25 @@ class Registry:
         return entry.vector
 
 
+def read_vectors(paths: Iterable[Path]) -> dict[str, VectorFile]:
+    """Read every vector under `paths`, each a file or a folder of `.safetensors` files, by name.
+
+    The name of a vector is its file's name without the ending.
+
+    Raises: BadVectorFile, naming the file and what is wrong with it.
+    """
+    found: dict[str, VectorFile] = {}
+    for path in _files(paths):
+        name = path.name.removesuffix(".safetensors")
+        if name in found:
+            raise BadVectorFile(f"two vectors are called {name!r}: {found[name].path} and {path}")
+        try:
+            found[name] = VectorFile(path, read(path))
+        except SteeringError as error:
+            raise BadVectorFile(f"{path}: {error}") from error
+    return found
+
+
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
@@ -71,13 +91,9 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
             raise BadVectorFile(f"{path}: no such file or folder")
 
 
-def _load(name: str, path: Path, model: ModelShape) -> Entry:
+def _entry(name: str, file: VectorFile, model: ModelShape) -> Entry:
     try:
-        vector = read(path)
+        file.vector.check_fits(model)
     except SteeringError as error:
-        raise BadVectorFile(f"{path}: {error}") from error
-    try:
-        vector.check_fits(model)
-    except SteeringError as error:
-        return Entry(name, path, vector, str(error))
-    return Entry(name, path, vector, None)
+        return Entry(name, file.path, file.vector, str(error))
+    return Entry(name, file.path, file.vector, None)

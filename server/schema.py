@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -12,9 +12,27 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, WhipstaffError, bad_field
 from whipstaff.server.registry import Registry
-from whipstaff.steering.edits import MAX_GROWTH, Edit, growth
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.dose import Dose
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import MAX_EDITS, PlannedEdit, SteeringParams, SteeringPlan, plan_edit
+from whipstaff.steering.growth import MAX_GROWTH, growth
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import (
+    MAX_EDITS,
+    OWN_FIELDS,
+    Lengths,
+    PlannedEdit,
+    Planner,
+    RowEdit,
+    SteeringParams,
+    SteeringPlan,
+    num_slots,
+    strongest,
+    weigh,
+)
+from whipstaff.steering.programs import OPEN
+from whipstaff.steering.sites import canonical
+from whipstaff.steering.where import Interval
 
 PLAIN = "plain"
 VECTOR = "vector"
@@ -32,6 +50,22 @@ OnUnavailable = Literal["error", "ignore"]
 P = TypeVar("P", bound=BaseModel)
 
 
+class Fed(NamedTuple):
+    """A finished sequence: what was fed to the model, which is all but the last token generated."""
+
+    prompt_len: int
+    num_fed: int
+    ids: list[int]  # of prompt and generation; empty unless the plan tells tokens apart
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an operator allows: edits beyond a relative dose are refused, or weakened until they keep to it."""
+
+    max_dose: float
+    policy: Literal["refuse", "clamp"] = "refuse"
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """What this server has for requests to name."""
@@ -39,7 +73,28 @@ class Catalogue:
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
     dtype: str = "float32"  # of the served model's activations
-    num_slots: int = 256  # distinct rows of edits in use at once
+    num_slots: int = 256  # rows of edits in use at once
+    num_layers: int = 1
+    places: frozenset[Place] = frozenset()  # where edits can be made
+    lengths: Lengths = field(default_factory=lambda: Lengths({}))
+    limit: Limit | None = None
+    tensor_parallel: int = 1
+
+
+@dataclass
+class Steered:
+    """One entry of a request's `steering`, resolved."""
+
+    path: str
+    name: str
+    vector: Vector
+    params: SteeringParams
+    edits: range  # which of the plan's edits it became
+
+    @property
+    def label(self) -> str:
+        """Its method's name: one of ours, or the general one for files of other methods."""
+        return self.vector.method.name
 
 
 @dataclass
@@ -47,13 +102,11 @@ class Compiled:
     """A request's extras, ready to run."""
 
     plan: RequestPlan
-    steering: list[dict[str, Any]]  # resolved entries, as the receipt shows them
     decoding: list[dict[str, Any]]
     limits: Mapping[str, int]  # of the auxiliary models it needs
-    edit_paths: list[str]  # where each planned edit stands in the request
+    have: Catalogue
+    steering: list[Steered] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    num_slots: int = 256  # what the server has; a request that needs more would wait for ever
     stream_paths: dict[str, str] = field(default_factory=dict)  # auxiliary model -> the field that named it first
 
     @property
@@ -75,35 +128,60 @@ class Compiled:
                     f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", self.stream_paths[name]
                 )
             allowed = min(allowed, limit - prompt_len)
-        for path, planned in zip(self.edit_paths, self.plan.steering.edits if self.plan.steering else (), strict=True):
-            try:
-                planned.where.check(prompt_len, allowed)
-            except SteeringError as error:
-                raise BadRequest(str(error), f"{path}.{error.param}") from None
-        num_rows = len(PlacedPlan(self.plan, prompt_len).rows)
-        if num_rows > self.num_slots:
-            raise Unavailable(
-                f"the windows of these vectors overlap in {num_rows} different ways, each needs a slot, and this "
-                f"server has {self.num_slots}; start it with a larger --steering-slots",
-                "steering",
-            )
+        if self.plan.steering is not None:
+            self._check_steering(self.plan.steering, prompt_len, allowed)
         return allowed
 
-    def receipt(self, fed: list[tuple[int, int]]) -> dict[str, Any]:
-        """What was done, for the response.
+    def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
+        for entry in self.steering:
+            for index in entry.edits:
+                try:
+                    plan.edits[index].where.check(prompt_len, allowed)
+                except SteeringError as error:
+                    raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
+        rows = PlacedPlan(self.plan, prompt_len).rows
+        wanted = sum(num_slots(row, self.have.num_layers) for row in rows)
+        if wanted > self.have.num_slots:
+            raise Unavailable(
+                f"these vectors overlap in {len(rows)} different ways that take {wanted} slots together, and this "
+                f"server has {self.have.num_slots}; start it with a larger --steering-slots",
+                "steering",
+            )
 
-        Args:
-            fed: (prompt length, positions fed to the model) of every finished sequence.
-        """
-        edited = [0] * len(self.steering)
-        for prompt_len, num_fed in fed:
-            for index, planned in enumerate(self.plan.steering.edits if self.plan.steering else ()):
-                edited[index] += _overlap(planned, prompt_len, num_fed)
+    def receipt(self, fed: list[Fed]) -> dict[str, Any]:
+        """What was done, for the response; `fed` are the finished sequences."""
         return {
-            "steering": [{**entry, "edited_tokens": count} for entry, count in zip(self.steering, edited, strict=True)],
+            "steering": [self._said(entry, fed) for entry in self.steering],
             "decoding": self.decoding,
             "warnings": self.warnings,
         }
+
+    def _said(self, entry: Steered, fed: list[Fed]) -> dict[str, Any]:
+        assert self.plan.steering is not None
+        planned = [self.plan.steering.edits[index] for index in entry.edits]
+        settings = json.loads(planned[0].edit.setting) if planned else {}
+        largest = max((found for one in planned if (found := self._dose(entry, one.edit))), default=None)
+        return {
+            "vector": entry.name,
+            "digest": entry.vector.digest,
+            "method": entry.vector.header.method,
+            **settings,
+            "layers": list(entry.params.layers or entry.vector.layers),
+            "sites": entry.vector.sites,
+            "where": [one.where.model_dump(exclude_none=True) for one in planned],
+            **entry.params.model_dump(
+                by_alias=True, exclude_defaults=True, include={"when", "schedule", "normalize", "renorm"}
+            ),
+            "dose": None
+            if largest is None
+            else {"relative": largest.relative, "at": f"{largest.place.site}.{largest.place.layer}"},
+            "edited_tokens": sum(_overlap(one, sequence) for one in planned for sequence in fed),
+        }
+
+    def _dose(self, entry: Steered, edit: RowEdit) -> Dose | None:
+        found = strongest(entry.vector, edit._replace(gate=OPEN), self.have.lengths)
+        most = entry.params.schedule.largest if entry.params.schedule else 1.0
+        return found and Dose(found.relative * most, found.place)
 
 
 def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled | None:
@@ -117,20 +195,17 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     if all(fields.get(name) is None for name in FIELDS):
         return None
     is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
-    compiled = Compiled(RequestPlan(), [], [], {}, [], num_slots=catalogue.num_slots)
-    edits = [
-        edit
-        for index, entry in enumerate(_entries(fields.get("steering"), "steering", MAX_EDITS))
-        if (edit := _steering(entry, f"steering[{index}]", catalogue, compiled, is_lenient)) is not None
-    ]
+    compiled = Compiled(RequestPlan(), [], {}, catalogue)
+    planner = Planner()
+    for index, entry in enumerate(_entries(fields.get("steering"), "steering", MAX_EDITS)):
+        _steering(entry, f"steering[{index}]", planner, compiled, is_lenient)
     mixes = [
         mix
         for index, entry in enumerate(_entries(fields.get("decoding"), "decoding", MAX_DECODING))
         if (mix := _decoding(entry, f"decoding[{index}]", catalogue, compiled, is_lenient)) is not None
     ]
-    _check_growth(compiled, catalogue.dtype)
     mix = _sum(mixes)
-    compiled.plan = RequestPlan(SteeringPlan(tuple(edits)) if edits else None, mix)
+    compiled.plan = RequestPlan(planner.plan if compiled.steering else None, mix)
     compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
     return compiled
 
@@ -189,43 +264,108 @@ def _entries(value: Any, name: str, most: int) -> list[Any]:
     return entries
 
 
-def _steering(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> PlannedEdit | None:
-    params = _parsed(SteeringParams, entry, path)
+def _steering(entry: Any, path: str, planner: Planner, compiled: Compiled, is_lenient: bool) -> None:
+    """Add one entry to the plan, or leave it out if the request allows that."""
+    have = compiled.have
+    params = _parsed(SteeringParams, _part(entry, path, own=False), path)
     try:
-        vector = catalogue.registry.usable(params.vector, f"{path}.vector")
+        vector = have.registry.usable(params.vector, f"{path}.vector")
+        probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
+        _check_sites(vector, params, path, have)
     except WhipstaffError as error:
         _skip(error, compiled, is_lenient)
-        return None
+        return
+    own = _part(entry, path, own=True)
+    before = len(planner.edits)
     try:
-        planned = plan_edit(params, vector)
+        edits = planner.add(params, own, vector, probe)
+        if have.limit is not None and (weaker := _kept_to(have.limit, params, vector, planner, edits, have)):
+            del planner.edits[before:]
+            compiled.warnings.append(f"{path}: weakened to scale {weaker:.4g}, the most this server allows")
+            edits = planner.add(params, {**_without_scale(own), "scale": weaker}, vector, probe)
+    except ValidationError as error:
+        raise bad_field(error, entry, path) from None
     except SteeringError as error:
-        raise BadRequest(str(error), f"{path}.{error.param}") from None
-    compiled.edit_paths.append(path)
-    compiled.edits.append((vector, planned.edit.scale, planned.edit.layers))
-    compiled.steering.append(
-        {
-            "vector": params.vector,
-            "digest": vector.digest,
-            "method": vector.header.method,
-            "scale": planned.edit.scale,
-            "layers": list(planned.edit.layers or vector.layers),
-            "sites": vector.sites,
-            "where": planned.where.model_dump(),
-        }
-    )
-    return planned
+        raise BadRequest(str(error), path + (f".{error.param}" if error.param else "")) from None
+    _check_growth(planner, have.dtype, path)
+    _note_order(compiled, planner, vector, edits, path)
+    compiled.steering.append(Steered(path, params.vector, vector, params, edits))
 
 
-def _check_growth(compiled: Compiled, dtype: str) -> None:
-    """Refuse edits that would overflow the model's activations, naming the first entry that takes them too far."""
-    most = MAX_GROWTH[dtype]
-    for num in range(1, len(compiled.edits) + 1):
-        if not (size := growth(compiled.edits[:num])) <= most:
-            raise BadRequest(
-                f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
-                "is taken",
-                f"{compiled.edit_paths[num - 1]}.scale",
+def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
+    """The fields that every entry may have, or its method's own."""
+    if not isinstance(entry, dict):
+        raise BadRequest("an entry is a JSON object", path)
+    return {name: value for name, value in entry.items() if (name not in OWN_FIELDS) == own}
+
+
+def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
+    """Every place that the vector edits must be hooked in this server's model."""
+    for place in vector.tensors:
+        if params.layers is not None and place.layer not in params.layers:
+            continue
+        if canonical(place) not in have.places:
+            raise Unavailable(
+                "the served model has no experts, so there is no router to edit"
+                if place.site == "router" and not any(hooked.site == "router" for hooked in have.places)
+                else f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
+                f"{place.site}",
+                f"{path}.vector",
             )
+
+
+def _kept_to(
+    limit: Limit,
+    params: SteeringParams,
+    own: dict[str, Any],
+    vector: Vector,
+    planner: Planner,
+    edits: range,
+    have: Catalogue,
+) -> float | None:
+    """The scale that keeps an edit to the operator's limit, if it needs another. Raises: SteeringError."""
+    most = params.schedule.largest if params.schedule else 1.0
+    found = [strongest(vector, planner.edits[i].edit._replace(gate=OPEN), have.lengths) for i in edits]
+    largest = max((dose.relative * most for dose in found if dose), default=0.0)
+    if largest <= limit.max_dose:
+        return None
+    scale = json.loads(planner.edits[edits[0]].edit.setting).get("scale")
+    if limit.policy == "refuse" or scale is None:
+        raise SteeringError(
+            f"the edit is {largest:.3g} times as long as what it edits; this server allows {limit.max_dose:.3g}",
+            "scale" if scale is not None else "",
+        )
+    return float(scale) * limit.max_dose / largest
+
+
+def _without_scale(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in own.items() if name not in ("scale", "strength", "coefficient")}
+
+
+def _check_growth(planner: Planner, dtype: str, path: str) -> None:
+    """Refuse edits that would overflow the model's activations, when the first entry takes them too far."""
+    most = MAX_GROWTH[dtype]
+    if not (size := growth(sorted(planner.bounds, key=lambda bound: bound[0].layer))) <= most:
+        raise BadRequest(
+            f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
+            "is taken",
+            f"{path}.scale",
+        )
+
+
+def _note_order(compiled: Compiled, planner: Planner, vector: Vector, edits: range, path: str) -> None:
+    """Say so where edits meet that do not commute."""
+    adds = all(weigh(vector, planner.edits[index].edit).only_adds for index in edits)
+    for other in compiled.steering:
+        both = {canonical(place) for place in vector.tensors} & {canonical(place) for place in other.vector.tensors}
+        others_add = all(weigh(other.vector, planner.edits[index].edit).only_adds for index in other.edits)
+        if both and not (adds and others_add):
+            place = min(both)
+            compiled.warnings.append(
+                f"{other.path} and {path} do not commute where they meet ({place.site} of layer {place.layer}, ...): "
+                "they are made in the order given"
+            )
+            return
 
 
 def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:
@@ -299,9 +439,20 @@ def _sum(mixes: list[Mix]) -> Mix | None:
     return Mix(weights) if weights else None
 
 
-def _overlap(planned: PlannedEdit, prompt_len: int, num_fed: int) -> int:
-    """How many of the first `num_fed` positions an edit touched."""
-    return sum(
-        max(0, min(num_fed, num_fed if end is None else end) - start)
-        for start, end in planned.where.intervals(prompt_len)
-    )
+def _overlap(planned: PlannedEdit, sequence: Fed) -> int:
+    """How many of a sequence's tokens an edit was meant for."""
+    where, num_fed = planned.where, sequence.num_fed
+    if where.token_ids:
+        apart = [index for index, token in enumerate(sequence.ids[:num_fed]) if token in where.token_ids]
+        at_tokens = where.intervals_at_tokens(sequence.prompt_len)
+        usual = where.intervals(sequence.prompt_len)
+        return _covered(usual, num_fed) + sum(_has(at_tokens, position) - _has(usual, position) for position in apart)
+    return _covered(where.intervals(sequence.prompt_len), num_fed)
+
+
+def _covered(intervals: list[Interval], num_fed: int) -> int:
+    return sum(max(0, min(num_fed, num_fed if end is None else end) - start) for start, end in intervals)
+
+
+def _has(intervals: list[Interval], position: int) -> bool:
+    return any(start <= position and (end is None or position < end) for start, end in intervals)

@@ -2,10 +2,12 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from whipstaff.steering.shape import Site
 
 
 class Settings(BaseSettings):
@@ -21,6 +23,16 @@ class Settings(BaseSettings):
     )
     steering_slots: int | None = Field(
         None, gt=0, description="distinct steering configurations in use at once; more wait (default: --max-num-seqs)"
+    )
+
+    steering_sites: Annotated[list[Site], NoDecode] = Field(
+        [], description="further sites to hook, repeatable; those that the vectors need are hooked anyway"
+    )
+    max_dose: float | None = Field(
+        None, gt=0, description="the largest edit allowed, relative to the activations that it edits"
+    )
+    dose_policy: Literal["refuse", "clamp"] = Field(
+        "refuse", description="what happens to a larger one: refuse the request, or weaken it to --max-dose"
     )
 
     @field_validator("aux", mode="before")
@@ -39,7 +51,7 @@ class Settings(BaseSettings):
             pairs[name] = model
         return pairs
 
-    @field_validator("vectors", mode="before")
+    @field_validator("vectors", "steering_sites", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
@@ -59,6 +71,9 @@ class Settings(BaseSettings):
             ("aux", "append", "NAME=MODEL"),
             ("vectors", "append", "PATH"),
             ("steering_slots", "store", "N"),
+            ("steering_sites", "append", "SITE"),
+            ("max_dose", "store", "RATIO"),
+            ("dose_policy", "store", "POLICY"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description

@@ -1,11 +1,7 @@
-"""Vector files: one safetensors file holds the edit of one vector, and a JSON header says what it is and fits.
+"""Vector files: one safetensors file holds the numbers of one vector, and a JSON header says what they are and fit.
 
-Tensors are named `{site}.{layer}.{part}`:
-    site   `resid_post` (the residual stream after a block; shape (hidden,)) or
-           `attn_head` (head outputs before the output projection; shape (heads, head_dim))
-    layer  0-based block index
-    part   `add` or `gain`: at strength s the edit is  x <- x + s * (gain * x + add),  so s = 0 is exactly off and
-           LoFiT's (1 + A) x + v is gain = A, add = v at s = 1; replacing x by v is gain = -1, add = v.
+Tensors are named `{site}.{layer}.{part}`, or `{part}` alone where the method uses the same numbers at all its places;
+the header's method says which parts there are and what they do (see `methods`).
 """
 
 import hashlib
@@ -13,8 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,32 +20,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError, VectorMismatch
+from whipstaff.steering.method import Method, Place, Tensors
+from whipstaff.steering.methods import METHODS
+from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.where import Clause
 
-Site = Literal["resid_post", "attn_head"]
-SITES: tuple[Site, ...] = ("resid_post", "attn_head")
-Part = Literal["add", "gain"]
 MAX_BYTES = 1 << 30
-_TENSOR_NAME = re.compile(r"(resid_post|attn_head)\.(0|[1-9]\d{0,3})\.(add|gain)")
-
-
-class ModelShape(BaseModel):
-    """What a vector must agree on with the model it is used on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    architecture: str = Field(description="informative; structure, not the name, decides whether a vector fits")
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-
-    def fits(self, other: "ModelShape") -> bool:
-        return self.model_dump(exclude={"architecture"}) == other.model_dump(exclude={"architecture"})
-
-    def width(self, site: Site) -> int:
-        """Numbers per token at a site."""
-        return self.hidden_size if site == "resid_post" else self.num_heads * self.head_dim
+GENERIC = "vector"  # the method of files whose header names none of ours
+_PLACED_NAME = re.compile(rf"({'|'.join(SITES)})\.(0|[1-9]\d{{0,3}})\.([A-Za-z]\w*)")
 
 
 class Header(BaseModel):
@@ -61,68 +38,46 @@ class Header(BaseModel):
     format: Literal[1] = 1
     method: str = Field(max_length=64, description="what the numbers are: caa, iti, lofit ...")
     model: ModelShape
-    scale: float = Field(1.0, allow_inf_nan=False, description="strength when a request names none")
-    where: Clause = "each_last"
+    scale: float | None = Field(None, allow_inf_nan=False, description="strength when a request names none")
+    defaults: dict[str, Any] = Field({}, description="the method's other parameters when a request names none")
+    where: Clause | None = Field(None, description="which tokens when a request says nothing; None: the method's own")
     description: str = Field("", max_length=4096)
     provenance: dict[str, Any] = {}
     licence: str = Field("", max_length=128)
 
-
-@dataclass(frozen=True)
-class Stack:
-    """A vector's tensors at one site, layer upon layer, so that a few wide operations handle them all."""
-
-    layers: tuple[int, ...]
-    gain: Tensor | None  # (len(layers), width); None when no layer has a gain
-    add: Tensor | None
+    @property
+    def known_defaults(self) -> dict[str, Any]:
+        """What a request's parameters are filled up with."""
+        return self.defaults if self.scale is None else {**self.defaults, "scale": self.scale}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vector:
-    """A loaded vector. `tensors[site, layer][part]` is float32 of shape (width,)."""
+    """A loaded vector. `tensors[place][part]` is float32 in the file's shape."""
 
     digest: str  # sha256 of the file
     header: Header
-    tensors: Mapping[tuple[Site, int], Mapping[Part, Tensor]]
+    tensors: Mapping[Place, Tensors]
+    unplaced: Tensors = field(default_factory=dict)  # parts of methods that edit no place, such as soft prompts
+
+    @property
+    def method(self) -> Method[Any]:
+        return method_of(self.header.method)
 
     @property
     def layers(self) -> list[int]:
-        return sorted({layer for _, layer in self.tensors})
+        return sorted({place.layer for place in self.tensors})
 
     @property
-    def sites(self) -> list[Site]:
-        return sorted({site for site, _ in self.tensors})
+    def sites(self) -> list[str]:
+        return sorted({place.site for place in self.tensors})
 
     def norms(self) -> dict[str, float]:
-        """L2 norm of every tensor at scale 1, by tensor name."""
-        return {
-            f"{site}.{layer}.{part}": float(tensor.norm())
-            for (site, layer), parts in self.tensors.items()
-            for part, tensor in parts.items()
-        }
-
-    @cached_property
-    def stacks(self) -> Mapping[Site, Stack]:
-        """By site, what `tensors` holds."""
-        return {site: self._stack(site) for site in self.sites}
-
-    def _stack(self, site: Site) -> Stack:
-        places = sorted(place for place in self.tensors if place[0] == site)
-        empty = torch.zeros(self.header.model.width(site))
-
-        def pile(part: Part) -> Tensor | None:
-            if not any(part in self.tensors[place] for place in places):
-                return None
-            return torch.stack([self.tensors[place].get(part, empty) for place in places])
-
-        return Stack(tuple(layer for _, layer in places), pile("gain"), pile("add"))
-
-    @cached_property
-    def peaks(self) -> Mapping[tuple[Site, int], tuple[float, float]]:
-        """The largest |gain| and |add| at every site and layer, at scale 1."""
-        return {
-            place: (_peak(parts.get("gain")), _peak(parts.get("add"))) for place, parts in sorted(self.tensors.items())
-        }
+        """L2 norm of every tensor, by tensor name."""
+        norms = {name: float(tensor.norm()) for name, tensor in self.unplaced.items()}
+        for (site, layer), parts in self.tensors.items():
+            norms |= {f"{site}.{layer}.{part}": float(t.norm()) for part, t in parts.items() if part not in norms}
+        return norms
 
     def check_fits(self, model: ModelShape) -> None:
         """Raises: VectorMismatch, with both shapes."""
@@ -130,6 +85,11 @@ class Vector:
             raise VectorMismatch(
                 f"the vector was made for {_said(self.header.model)}, the served model is {_said(model)}", "vector"
             )
+
+
+def method_of(name: str) -> Method[Any]:
+    """The method that a header names; vectors of methods without code of their own add their numbers."""
+    return METHODS.get(name) or METHODS[GENERIC]
 
 
 def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
@@ -150,25 +110,79 @@ def read(path: Path) -> Vector:
 
 def parse(data: bytes) -> Vector:
     """The vector that a file's bytes hold."""
+    header = _header(data)
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise SteeringError(f"not a sound safetensors file: {error}") from error
+    if not tensors:
+        raise SteeringError("the file holds no tensors")
+    method = method_of(header.method)
+    placed: dict[Place, dict[str, Tensor]] = {}
+    unplaced: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place, part = _split(name, method, header.model)
+        numbers = _checked(name, tensor)
+        (unplaced if place is None else placed.setdefault(place, {}))[part] = numbers
+    if unplaced:
+        for place in placed or method.places(header.model):
+            placed.setdefault(place, {}).update(unplaced)
+    for place in sorted(placed):
+        check_shapes(method, placed[place], place, header.model)
+        method.check(placed[place], place, header.model)
+    if not placed:
+        check_shapes(method, unplaced, None, header.model)
+    vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), unplaced)
+    _check_defaults(vector)
+    return vector
+
+
+def check_shapes(method: Method[Any], parts: Tensors, place: Place | None, model: ModelShape) -> None:
+    """Check the tensors of one place against the method's parts. Raises: SteeringError."""
+    known: dict[str, int] = {name: getattr(model, name) for name in ("num_layers", "head_dim")}
+    known |= {"hidden": model.hidden_size, "heads": model.num_heads, "experts": model.num_experts}
+    if model.num_kv_heads:
+        known["kv_heads"] = model.num_kv_heads
+    where = "" if place is None else f" of {place.site} {place.layer}"
+    for said, symbols in method.parts.items():
+        name = said.removesuffix("?")
+        if name not in parts:
+            if said == name:
+                raise SteeringError(f"{method.name} needs a tensor {name!r}{where}; the file has {sorted(parts)}")
+            continue
+        shape = _expanded(symbols, place)
+        actual = tuple(parts[name].shape)
+        if place is not None and "width" not in known:
+            known["width"] = model.width(place.site)
+        wanted = [known.get(symbol, symbol) for symbol in shape]
+        if len(actual) != len(shape) or any(isinstance(w, int) and w != a for w, a in zip(wanted, actual, strict=True)):
+            raise SteeringError(f"tensor {name!r}{where} has shape {list(actual)}, wanted {_listed(wanted)}")
+        known |= dict(zip(shape, actual, strict=True))
+
+
+def _expanded(symbols: tuple[str, ...], place: Place | None) -> tuple[str, ...]:
+    """At attn_head the file keeps heads apart."""
+    if place is None or place.site != "attn_head":
+        return symbols
+    return tuple(name for symbol in symbols for name in (("heads", "head_dim") if symbol == "width" else (symbol,)))
+
+
+def _listed(wanted: list[Any]) -> str:
+    return f"[{', '.join(map(str, wanted))}]"
+
+
+def _header(data: bytes) -> Header:
     try:
         metadata = _metadata(data)
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise SteeringError(f"not a sound safetensors file: {error}") from error
     if "whipstaff" not in metadata:
         raise SteeringError('the file has no "whipstaff" metadata; it is not a Whipstaff vector')
     try:
-        header = Header.model_validate_json(metadata["whipstaff"])
+        return Header.model_validate_json(metadata["whipstaff"])
     except ValidationError as error:
         first = error.errors()[0]
         raise SteeringError(f"header field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if not tensors:
-        raise SteeringError("the file holds no tensors")
-    grouped: dict[tuple[Site, int], dict[Part, Tensor]] = {}
-    for name, tensor in tensors.items():
-        site, layer, part = _checked(name, tensor, header.model)
-        grouped.setdefault((site, layer), {})[part] = tensor.to(torch.float32).flatten()
-    return Vector(hashlib.sha256(data).hexdigest(), header, grouped)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -180,27 +194,46 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _checked(name: str, tensor: Tensor, model: ModelShape) -> tuple[Site, int, Part]:
-    """What a tensor's name says, after checking its shape and values."""
-    match = _TENSOR_NAME.fullmatch(name)
+def _split(name: str, method: Method[Any], model: ModelShape) -> tuple[Place | None, str]:
+    """What a tensor's name says."""
+    match = _PLACED_NAME.fullmatch(name)
+    part = name if match is None else match[3]
+    known = [said.removesuffix("?") for said in method.parts]
+    if part not in known:
+        raise SteeringError(
+            f"tensor {name!r}: names are {{site}}.{{layer}}.{{part}} or {{part}}, and {method.name} has the parts "
+            + ", ".join(known)
+        )
     if match is None:
-        raise SteeringError(f"tensor {name!r}: names are {{resid_post|attn_head}}.{{layer}}.{{add|gain}}")
-    site: Site = "resid_post" if match[1] == "resid_post" else "attn_head"
-    layer, part = int(match[2]), match[3]
-    shape = (model.hidden_size,) if site == "resid_post" else (model.num_heads, model.head_dim)
+        return None, part
+    site, layer = next(site for site in SITES if site == match[1]), int(match[2])
+    if method.sites and site not in method.sites:
+        raise SteeringError(f"tensor {name!r}: {method.name} is made at {', '.join(method.sites)}")
     if layer >= model.num_layers:
         raise SteeringError(f"tensor {name!r}: the header's model has layers 0 to {model.num_layers - 1}")
-    if tuple(tensor.shape) != shape:
-        raise SteeringError(f"tensor {name!r} has shape {list(tensor.shape)}, the header's model wants {list(shape)}")
+    if site == "router" and not model.num_experts:
+        raise SteeringError(f"tensor {name!r}: the header's model has no experts")
+    return Place(site, layer), part
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
     if not tensor.dtype.is_floating_point:
         raise SteeringError(f"tensor {name!r} has dtype {tensor.dtype}, wanted a floating-point one")
-    if not math.isfinite(tensor.to(torch.float32).abs().sum().item()):
+    numbers = tensor.to(torch.float32)
+    if not math.isfinite(numbers.abs().sum().item()):
         raise SteeringError(f"tensor {name!r} holds numbers that are not finite, or too large for float32")
-    return site, layer, "add" if part == "add" else "gain"
+    return numbers
 
 
-def _peak(tensor: Tensor | None) -> float:
-    return 0.0 if tensor is None else float(tensor.abs().max())
+def _check_defaults(vector: Vector) -> None:
+    """The header's own parameters must be ones that a request could send."""
+    try:
+        vector.method.params.model_validate(vector.header.known_defaults)
+    except ValidationError as error:
+        missing = [one for one in error.errors() if one["type"] != "missing"]  # a request may have to say something
+        if missing:
+            where = ".".join(map(str, missing[0]["loc"]))
+            raise SteeringError(f"header field defaults.{where}: {missing[0]['msg']}") from error
 
 
 def _said(model: ModelShape) -> str:

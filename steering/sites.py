@@ -1,7 +1,8 @@
 """Finding the places to edit in any decoder model, by structure and never by the model's name.
 
-A decoder is a list of blocks, each holding an attention module. The residual stream after a block is the block's
-output; the head outputs are what the attention's output projection receives.
+A decoder is a list of blocks, each holding an attention module and, beside it, an MLP or a mixture of experts. The
+residual stream after a block is the block's output; the head outputs are what the attention's output projection
+receives.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,42 +10,81 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from whipstaff.steering.method import Place
+from whipstaff.steering.shape import Site
+
+CORE: tuple[Site, ...] = ("resid_post", "attn_head", "resid_pre")  # hooked in every server; others where wanted
+
+
+def canonical(place: Place) -> Place:
+    """The stream entering a block is the one that leaves the block before it."""
+    if place.site == "resid_pre" and place.layer > 0:
+        return Place("resid_post", place.layer - 1)
+    return place
+
+
+def pool_of(site: Site) -> str:
+    """Which of the engine's pools of lines a site reads: places of one pool are equally wide."""
+    return {"attn_head": "heads", "router": "experts"}.get(site, "hidden")
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One block (0-based `index` in the whole model) and the output projection of its attention."""
+    """One block (0-based `index` in the whole model) and its parts; None where the structure does not show them."""
 
     index: int
     block: nn.Module
+    attention: nn.Module
     output_projection: nn.Module
+    mlp_input: nn.Module | None  # receives the MLP's input
+    mlp_output: nn.Module | None  # returns the MLP's output; the same module unless the block has no MLP module
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """How to recognise modules: the engine's classes are not known here.
+
+    is_attention: the innermost attention operator (it has no projections of its own).
+    is_projection: layers that may be the output projection: those that take the concatenated heads.
+    is_linear: any linear layer.
+    is_missing: placeholders of blocks that live in another pipeline stage.
+    """
+
+    is_attention: Callable[[nn.Module], bool]
+    is_projection: Callable[[nn.Module], bool]
+    is_linear: Callable[[nn.Module], bool]
+    is_missing: Callable[[nn.Module], bool] = lambda module: False
 
 
 class SitesNotFound(RuntimeError):
     """The model is not a decoder of a shape known here."""
 
 
-def find_layers(
-    model: nn.Module,
-    is_attention: Callable[[nn.Module], bool],
-    is_projection: Callable[[nn.Module], bool],
-    is_missing: Callable[[nn.Module], bool] = lambda module: False,
-) -> list[DecoderLayer]:
-    """The decoder blocks of `model`, in order.
+def find_layers(model: nn.Module, kinds: Kinds) -> list[DecoderLayer]:
+    """The decoder blocks of `model`, in order. Raises: SitesNotFound, saying what was looked for and what there is."""
+    blocks = _block_list(model, kinds.is_attention)
+    return [_layer(block, index, kinds) for index, block in enumerate(blocks) if not kinds.is_missing(block)]
 
-    Args:
-        is_attention: recognises the innermost attention operator (it has no projections of its own).
-        is_projection: recognises layers that may be the output projection: those that take the concatenated heads.
-        is_missing: recognises placeholders of blocks that live in another pipeline stage.
 
-    Raises:
-        SitesNotFound: saying what was looked for and what the model has.
-    """
-    blocks = _block_list(model, is_attention)
-    return [
-        DecoderLayer(index, block, _output_projection(block, is_attention, is_projection, index))
-        for index, block in enumerate(blocks)
-        if not is_missing(block)
+def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:
+    attention = next(child for child in block.children() if any(map(kinds.is_attention, child.modules())))
+    first, last = _mlp(block, attention, kinds.is_linear)
+    projection = _output_projection(block, kinds.is_attention, kinds.is_projection, index)
+    return DecoderLayer(index, block, attention, projection, first, last)
+
+
+def _mlp(
+    block: nn.Module, attention: nn.Module, is_linear: Callable[[nn.Module], bool]
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """What holds the weights beside the attention: one module, or the two linear layers of a bare MLP."""
+    beside = [
+        child
+        for child in block.children()
+        if child is not attention and any(parameter.dim() > 1 for parameter in child.parameters())
     ]
+    if len(beside) == 1 or (len(beside) == 2 and all(map(is_linear, beside))):
+        return beside[0], beside[-1]
+    return None, None
 
 
 def _block_list(model: nn.Module, is_attention: Callable[[nn.Module], bool]) -> nn.ModuleList:

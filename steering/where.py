@@ -4,8 +4,12 @@ A clause is written relative to the prompt's end, so one clause serves prompts o
 turns it into absolute positions once the prompt length is known. Position p is the p-th token fed to the model
 (0-based); the output at the last prompt position predicts the first generated token. Positions are absolute, never
 "prefill or decode": after a preemption generated tokens are recomputed as prefill and must be edited as before.
+
+Messages of a chat and tokens written as text are resolved by the front end, which has the template and the tokenizer:
+`resolved` gives the clause that the engine gets, in windows and token ids only.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -25,6 +29,7 @@ SHORTHANDS: dict[str, tuple[Windows, Windows]] = {
     "each_last": ([(-1, None)], "all"),
 }
 Shorthand = Literal["all", "prompt", "generation", "last_prompt", "each_last"]
+Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] | Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def _known_shorthand(value: object) -> object:
@@ -35,17 +40,33 @@ def _known_shorthand(value: object) -> object:
     return value
 
 
+class Messages(BaseModel):
+    """Messages of a chat request: their content, or with `whole` their part of the template too.
+
+    Each named field narrows the choice; `index` counts messages from 0, or from the end when negative.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str | None = Field(None, min_length=1, max_length=64)
+    index: Index | None = None
+    whole: bool = False
+
+
 class Region(BaseModel):
-    """Half-open windows over the prompt and over the generated tokens, counted apart.
+    """Half-open windows over the prompt and over the generated tokens, counted apart; messages of a chat; single tokens
+    wherever they stand.
 
     `prompt` windows count from the prompt's start, or from its end when negative; `generation` windows count generated
-    tokens from 0. An end of null is the end of that part.
+    tokens from 0. An end of null is the end of that part. `tokens` are ids, or texts that are one token each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: Windows = "none"
     generation: Windows = "none"
+    messages: Annotated[list[Messages], Field(min_length=1, max_length=64)] | None = None
+    tokens: Annotated[list[Token], Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _windows_make_sense(self) -> "Region":
@@ -71,6 +92,16 @@ class Region(BaseModel):
             found.append((prompt_len + start, None if end is None else prompt_len + end))
         return _merged(found)
 
+    @property
+    def ids(self) -> frozenset[int]:
+        """The token ids of a resolved clause."""
+        return frozenset(token for token in self.tokens or () if isinstance(token, int))
+
+
+_LONG = 1 << 32  # a prompt longer than any window reaches
+Spans = Callable[[Messages], Sequence[tuple[int, int]]]
+Ids = Callable[[str], int]
+
 
 class Where(Region):
     """A region less an excluded region (excludes win)."""
@@ -92,6 +123,48 @@ class Where(Region):
             chosen = [piece for interval in chosen for piece in _without(interval, hole)]
         return chosen
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The ids that a resolved clause treats apart, chosen or excluded."""
+        return self.ids | (self.exclude.ids if self.exclude else frozenset())
+
+    def intervals_at_tokens(self, prompt_len: int) -> list[Interval]:
+        """As `intervals`, for tokens that are one of `token_ids`."""
+        if self.exclude is not None and self.exclude.tokens:
+            return []
+        if not self.tokens:
+            return self.intervals(prompt_len)
+        everywhere: list[Interval] = [(0, None)]
+        for hole in Region.intervals(self.exclude, prompt_len) if self.exclude else []:
+            everywhere = [piece for interval in everywhere for piece in _without(interval, hole)]
+        return everywhere
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it selects nothing before the last prompt token, whatever the prompt."""
+        if self.messages is not None or self.tokens:
+            return False
+        return all(start >= _LONG - 1 for start, _ in self.intervals(_LONG))
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether it names messages, or tokens by their text."""
+        return any(
+            region.messages is not None or any(isinstance(token, str) for token in region.tokens or ())
+            for region in (self, self.exclude)
+            if region is not None
+        )
+
+    def resolved(self, spans: Spans, id_of: Ids) -> "Where":
+        """The clause in windows and token ids only.
+
+        Args:
+            spans: the [start, end) positions of the messages that match. Raises: SteeringError.
+            id_of: the id of the token with that text. Raises: SteeringError.
+        """
+        exclude = None if self.exclude is None else Region(**_resolved(self.exclude, spans, id_of, "exclude."))
+        return Where(**_resolved(self, spans, id_of, ""), exclude=exclude)
+
     def check(self, prompt_len: int, max_tokens: int) -> None:
         """Refuse a clause that cannot touch any token of this request.
 
@@ -101,7 +174,7 @@ class Where(Region):
             SteeringError: no position below that is selected.
         """
         fed = prompt_len + max_tokens - 1
-        if not any(start < fed for start, _ in self.intervals(prompt_len)):
+        if not self.tokens and not any(start < fed for start, _ in self.intervals(prompt_len)):
             raise SteeringError(
                 f"the clause selects no token: the prompt has {prompt_len} tokens and max_tokens is {max_tokens}"
                 " (the last generated token is never fed back to the model)",
@@ -116,6 +189,23 @@ def _listed(windows: Windows) -> list[Window]:
     if isinstance(windows, str):
         return [(0, None)] if windows == "all" else []
     return windows
+
+
+def _resolved(region: Region, spans: Spans, id_of: Ids, path: str) -> dict[str, object]:
+    """The fields of a region whose messages have become windows and whose tokens have become ids."""
+    windows: Windows = region.prompt
+    if region.messages is not None and windows != "all":
+        found = [span for chosen in region.messages for span in spans(chosen)]
+        if not found:
+            raise SteeringError("no message of this request matches", f"where.{path}messages")
+        windows = [*_listed(windows), *((start, end) for start, end in found)]
+    tokens = None
+    if region.tokens is not None:
+        try:
+            tokens = [token if isinstance(token, int) else id_of(token) for token in region.tokens]
+        except SteeringError as error:
+            raise SteeringError(str(error), f"where.{path}tokens") from None
+    return {"prompt": windows, "generation": region.generation, "tokens": tokens}
 
 
 def _from_start(index: int, length: int) -> int:

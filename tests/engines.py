@@ -1,6 +1,7 @@
 """A steerable engine for tests: started in this process, driven from a loop in its own thread."""
 
 import asyncio
+import json
 import os
 import threading
 from collections.abc import Coroutine, Iterable
@@ -17,8 +18,10 @@ from whipstaff.decoding.method import Mix
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.server.engine.selftest import describe
-from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
-from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.artifacts import Header, Vector, parse
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan, weigh
+from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.where import Where
 
 R = TypeVar("R")
 PATIENCE = 300  # seconds; every wait on an engine is bounded
@@ -39,20 +42,36 @@ def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = No
     return RequestPlan(steering, Mix(mix) if mix else None) if steering or mix else None
 
 
+def edit(vector: Vector, scale: float, where: Where, layers: tuple[int, ...] | None = None) -> PlannedEdit:
+    """A vector at a strength, as the front end would plan it."""
+    bare = RowEdit(vector.digest, json.dumps({"scale": scale}), layers)
+    weight = weigh(vector, bare)
+    return PlannedEdit(bare._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions), where)
+
+
 class EngineUnderTest:
     """An engine with greedy defaults. `close` it."""
 
-    def __init__(self, model: str, aux: Iterable[tuple[str, str]] = (), num_slots: int | None = None, **flags: Any):
+    def __init__(
+        self,
+        model: str,
+        aux: Iterable[tuple[str, str]] = (),
+        num_slots: int | None = None,
+        sites: Iterable[Site] = (),
+        vectors: Iterable[Vector] = (),
+        **flags: Any,
+    ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.engine: Engine = self.run(self._start(AsyncEngineArgs(model=model, **defaults | flags), aux, num_slots))
+        args = AsyncEngineArgs(model=model, **defaults | flags)
+        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
-    async def _start(self, args: AsyncEngineArgs, aux: Iterable[tuple[str, str]], num_slots: int | None) -> Engine:
-        return start(args, aux, num_slots)
+    async def _start(self, *args: Any) -> Engine:
+        return start(*args)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
@@ -62,11 +81,11 @@ class EngineUnderTest:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    def add_vector(self, tensors: dict[str, Any], method: str = "test") -> Vector:
+    def add_vector(self, tensors: dict[str, Any], method: str = "vector", **defaults: Any) -> Vector:
         """Make a vector of tensors named as in a vector file, and give it to the workers."""
         from safetensors.torch import save
 
-        header = Header(method=method, model=self.shape)
+        header = Header(method=method, model=self.shape, defaults=defaults)
         data = save({k: v.contiguous().float() for k, v in tensors.items()}, {"whipstaff": header.model_dump_json()})
         (digest, *_) = self.run(self.engine.collective_rpc("whipstaff_add_vector", args=(data,)))
         vector = parse(data)

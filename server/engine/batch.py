@@ -22,6 +22,7 @@ class BatchView:
     plans: Sequence[PlacedPlan | None]  # (B,) what each row asks for; None = plain
     starts: Ints  # (B + 1,) first token of each row within the step
     positions: Ints  # (B,) absolute position of each row's first token
+    requests: Sequence[str] = ()  # (B,) whose row it is
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from transformers import AutoTokenizer
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
@@ -17,12 +17,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from whipstaff.server.engine import UnsupportedEngine, request
 from whipstaff.server.engine.auxiliary import auxiliary_config
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.needs import Needs
+from whipstaff.steering.shape import SITES, ModelShape, Site
+from whipstaff.steering.sites import CORE
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.CpuWorker",
     "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.CudaWorker",
 }
 _SCHEDULERS = "whipstaff.server.engine.scheduler."
+NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 
 
@@ -59,7 +64,11 @@ class Engine(AsyncLLM):
 
 
 def start(
-    args: Namespace | AsyncEngineArgs, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None
+    args: Namespace | AsyncEngineArgs,
+    auxiliaries: Iterable[tuple[str, str]] = (),
+    num_slots: int | None = None,
+    vectors: Iterable[Vector] = (),
+    sites: Iterable[Site] = (),
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
@@ -68,13 +77,15 @@ def start(
         auxiliaries: (name, model) of further models to load beside the base.
         num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, within
             MIN_SLOTS and MAX_SLOTS.
+        vectors: what will be served: the places that they edit are hooked.
+        sites: further sites to hook, beside the residual stream and the head outputs.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
     """
     engine_args = AsyncEngineArgs.from_cli_args(args) if isinstance(args, Namespace) else args
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots)
+    layout = configure(config, auxiliaries, num_slots, vectors, sites)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -86,13 +97,26 @@ def start(
     return engine
 
 
-def configure(config: VllmConfig, auxiliaries: Iterable[tuple[str, str]] = (), num_slots: int | None = None) -> Layout:
+def configure(
+    config: VllmConfig,
+    auxiliaries: Iterable[tuple[str, str]] = (),
+    num_slots: int | None = None,
+    vectors: Iterable[Vector] = (),
+    sites: Iterable[Site] = (),
+) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
+    shape = model_shape(config.model_config)
+    needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), sites)
     layout = Layout(
         version=metadata.version("whipstaff"),
         num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_layers=config.model_config.get_total_num_hidden_layers(),
+        num_histories=NUM_HISTORIES,
+        max_len=config.model_config.max_model_len,
+        sites=tuple(site for site in SITES if site in {*CORE, *needs.sites}),
+        encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
         auxiliaries=specs,
     )
     config.additional_config = {**(config.additional_config or {}), **layout.to_config()}
@@ -103,6 +127,20 @@ def configure(config: VllmConfig, auxiliaries: Iterable[tuple[str, str]] = (), n
         # A full graph would run every auxiliary model in every step.
         config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     return layout
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """The whole model's shape, whatever one rank holds of it."""
+    one_rank = ParallelConfig()
+    return ModelShape(
+        architecture=config.architectures[0],
+        hidden_size=config.get_hidden_size(),
+        num_layers=config.get_total_num_hidden_layers(),
+        num_heads=config.get_num_attention_heads(one_rank),
+        head_dim=config.get_head_size(),
+        num_kv_heads=config.get_total_num_kv_heads(),
+        num_experts=config.get_num_experts(),
+    )
 
 
 def _auxiliary_spec(config: VllmConfig, name: str, model: str) -> AuxiliarySpec:

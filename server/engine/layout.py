@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from whipstaff.steering.shape import Site
+from whipstaff.steering.sites import CORE
+
 KEY = "whipstaff"
 
 
@@ -27,7 +30,12 @@ class Layout(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str  # of Whipstaff
-    num_slots: int
+    num_slots: int  # rows of edits in use at once; see `steering.tables`
+    num_layers: int
+    num_histories: int = 0  # conditions in use at once
+    max_len: int = 0  # positions of a history
+    sites: tuple[Site, ...] = CORE  # where edits can be made
+    encoders: tuple[tuple[Site, int, int], ...] = ()  # (site, layer, features) of TopK autoencoders
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from whipstaff.decoding.method import Mix
-from whipstaff.steering.plan import Row, Segment, SteeringPlan
+from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
 
 KEY = "whipstaff"
 
@@ -49,12 +49,23 @@ class PlacedPlan:
     @cached_property
     def rows(self) -> frozenset[Row]:
         """The distinct rows of edits that the request may need at once."""
-        return frozenset(row for _, _, row in self.segments)
+        return frozenset(row for segment in self.segments for row in (segment.row, segment.row_at_tokens) if row)
 
     @property
     def first_edited(self) -> int | None:
-        """The first position whose activations differ from a plain request's; None when none does."""
-        return self.segments[0][0] if self.segments else None
+        """The first position whose activations may differ from a plain request's; None when none does."""
+        starts = [segment.start for segment in self.segments[:1]] + [insert.start for insert in self.inserts[:1]]
+        return min(starts, default=None)
+
+    @property
+    def inserts(self) -> tuple[Insert, ...]:
+        """Stretches of placeholder tokens and what stands in their place."""
+        return self.plan.steering.inserts if self.plan.steering else ()
+
+    @property
+    def num_columns(self) -> int:
+        """How many histories the request's conditions need."""
+        return self.plan.steering.num_columns if self.plan.steering else 0
 
     @property
     def auxiliaries(self) -> list[str]:

@@ -14,10 +14,10 @@ def attach(runner: Any, steerer: Steerer) -> None:
     on_cpu = runner.device.type == "cpu"
 
     class SteeredRunner(cls):
-        def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-            steerer.begin_step(view(self, steerer))  # real steps only: dummy runs call the model itself
+        def _model_forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+            steerer.begin_step(view(self, steerer), input_ids)  # real steps only: dummy runs call the model itself
             try:
-                return super()._model_forward(*args, **kwargs)
+                return super()._model_forward(input_ids, *args, **kwargs)
             finally:
                 steerer.end_step()
 
@@ -44,6 +44,7 @@ def view(runner: Any, steerer: Steerer) -> BatchView:
         plans=[steerer.plan_of(request_id) for request_id in batch.req_ids],
         starts=runner.query_start_loc.np[: batch.num_reqs + 1],
         positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
+        requests=batch.req_ids,
     )
 
 

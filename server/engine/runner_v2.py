@@ -13,7 +13,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
     class SteeredRunner(cls):
         def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
             input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
-            steerer.begin_step(view(input_batch, steerer))
+            steerer.begin_step(view(input_batch, steerer), input_batch.input_ids)
             return input_batch
 
         def execute_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,4 +34,5 @@ def view(input_batch: Any, steerer: Steerer) -> BatchView:
         plans=[steerer.plan_of(request_id) for request_id in input_batch.req_ids],
         starts=input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
         positions=input_batch.num_computed_tokens_np[: input_batch.num_reqs],
+        requests=input_batch.req_ids,
     )

@@ -5,11 +5,11 @@ later layers there and everywhere after through attention; a request that needs 
 that were filled while those were skipped. So blocks from a request's first affected position on are keyed with a digest
 of its plan, and blocks before it are shared with plain traffic.
 
-Slots. Requests whose rows of edits would not fit the tables beside those already admitted wait here, in order.
+Slots. Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in
+order.
 """
 
 import hashlib
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.steering.plan import Row
+from whipstaff.steering.plan import Row, num_slots
 
 Hasher = Callable[[Request], list[bytes]]
 
@@ -31,8 +31,9 @@ class SteeredScheduling:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
-        self._num_slots = Layout.from_config(vllm_config.additional_config).num_slots
+        self._layout = Layout.from_config(vllm_config.additional_config)
         self._rows_in_use: Counter[Row] = Counter()  # how many admitted requests may need each row
+        self._slots_in_use = self._histories_in_use = 0
         self._placed: dict[str, PlacedPlan] = {}  # admitted and held requests with rows
         self._held: deque[Request] = deque()  # waiting for slots
 
@@ -44,6 +45,8 @@ class SteeredScheduling:
             return
         placed = PlacedPlan(plan, request.num_prompt_tokens)
         key_blocks(request, placed, self.hash_block_size)  # type: ignore[attr-defined]
+        if plan.steering is not None and plan.steering.forgets_cached_steps:
+            request.skip_reading_prefix_cache = True
         if not placed.rows:
             super().add_request(request)  # type: ignore[misc]
             return
@@ -71,16 +74,26 @@ class SteeredScheduling:
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
             self._rows_in_use -= Counter(placed.rows)
+            self._slots_in_use -= self._slots_of(placed)
+            self._histories_in_use -= placed.num_columns
             self._admit()
         return freed
+
+    def _slots_of(self, placed: PlacedPlan) -> int:
+        """What a request's rows take beside those in use."""
+        num_layers = self._layout.num_layers
+        return sum(num_slots(row, num_layers) for row in placed.rows if row not in self._rows_in_use)
 
     def _admit(self) -> None:
         """Hand held requests to vLLM, first come first served, while their rows fit."""
         while self._held:
-            rows = self._placed[self._held[0].request_id].rows
-            if len(self._rows_in_use.keys() | rows) > self._num_slots:
+            placed = self._placed[self._held[0].request_id]
+            slots = self._slots_in_use + self._slots_of(placed)
+            histories = self._histories_in_use + placed.num_columns
+            if slots > self._layout.num_slots or histories > self._layout.num_histories:
                 return
-            self._rows_in_use.update(rows)
+            self._slots_in_use, self._histories_in_use = slots, histories
+            self._rows_in_use.update(placed.rows)
             super().add_request(self._held.popleft())  # type: ignore[misc]
 
 
@@ -116,5 +129,10 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
 
 def _digest(placed: PlacedPlan) -> bytes:
     """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
-    said = json.dumps([placed.segments, placed.auxiliaries], separators=(",", ":"))
-    return hashlib.sha256(said.encode()).digest()
+    steering = placed.plan.steering
+    said: list[object] = [placed.segments, placed.auxiliaries]
+    if steering is not None:
+        said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
+        if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
+            said.append(placed.plan.mix)
+    return hashlib.sha256(repr(said).encode()).digest()

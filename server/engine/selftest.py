@@ -1,6 +1,8 @@
 """The self-test: through the running engine, in the mode it will serve in, every site must obey an edit and every
 auxiliary model a weight; and an edit of scale 0 must change nothing. Shown by log-probabilities, not by counters."""
 
+import json
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +15,20 @@ from vllm import SamplingParams
 from whipstaff.decoding.method import Mix
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
-from whipstaff.steering.artifacts import SITES, Header, ModelShape, Site
+from whipstaff.steering.artifacts import Header
+from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Where
 
 _PROMPT_LEN = 6
+TEXT = (  # what activations are calibrated on
+    "The river had risen in the night, and by morning the lower road was under water. People stood on the bridge and "
+    "talked about other years. A letter to the council was read aloud: it asked for 12 new pumps, two boats and, above "
+    'all, an answer. Why had nobody cleaned the drains? "Because," said the engineer, "nobody was asked to." In '
+    "statistics, a mean is a sum divided by a count; in cooking, a pinch is what your fingers hold. def area(r): "
+    "return 3.14159 * r * r. She laughed, put on her coat and went out to look for the cat. "
+)
 _NUM_TOKENS = 3  # the first comes from a prefill, the others from decode steps: both kinds of graph are seen
 
 
@@ -40,14 +51,40 @@ async def describe(engine: Engine) -> dict[str, Any]:
     return described
 
 
+async def calibrate(engine: Engine) -> dict[Place, float]:
+    """The mean length of activations at every place, over all tokens of some plain text, tensor-parallel slices joined.
+
+    The prompts are longer than any captured graph, so nothing depends on which kernels a graph holds.
+    """
+    await engine.collective_rpc("whipstaff_norms")
+    await _log_probabilities(engine, RequestPlan(SteeringPlan((), is_metered=True)), _plain_text(engine))
+    ranks = await engine.collective_rpc("whipstaff_norms")
+    squares: dict[Place, list[float]] = {}
+    for rank in ranks:
+        for site, layer, total, num in rank:
+            squares.setdefault(Place(site, layer), []).append((total / max(num, 1)) ** 2)
+    is_sliced = {place: place.site == "attn_head" for place in squares}
+    return {place: math.sqrt(sum(each) if is_sliced[place] else each[0]) for place, each in squares.items()}
+
+
+def _plain_text(engine: Engine) -> list[int]:
+    """Token ids of ordinary sentences; without a tokenizer, of anything."""
+    room = max(1, engine.model_config.max_model_len - _NUM_TOKENS)
+    tokenizer = engine.get_tokenizer() if not engine.model_config.skip_tokenizer_init else None
+    ids: list[int] = tokenizer.encode(TEXT) if tokenizer is not None else []
+    vocabulary = engine.model_config.get_vocab_size()
+    return (ids or [(7 + 13 * index) % vocabulary for index in range(256)])[:room]
+
+
 async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Finding]:
-    """Try every site of every layer, then every auxiliary model."""
+    """Try every place, then every auxiliary model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
+    places = [Place(*place) for place in facts["sites"]]
     plain = await _log_probabilities(engine, None)
-    probes = {site: await _load_probe(engine, site, shape) for site in SITES}
+    probes = {site: await _load_probe(engine, site, places, shape) for site in dict.fromkeys(p.site for p in places)}
     try:
-        for site, layer in facts["sites"]:
+        for site, layer in places:
             shown = [await _log_probabilities(engine, _edit(probes[site], layer, scale)) for scale in (1.0, 0.0)]
             yield Finding(f"{site} of layer {layer}", shown[0] != plain, shown[1] == plain)
     finally:
@@ -59,23 +96,28 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
 
 
 def _edit(digest: str, layer: int, scale: float) -> RequestPlan:
-    return RequestPlan(SteeringPlan((PlannedEdit(RowEdit(digest, scale, (layer,)), Where.of("all")),)))
+    edit = RowEdit(digest, json.dumps({"scale": scale}), (layer,), num_lines=1, num_instructions=2)
+    return RequestPlan(SteeringPlan((PlannedEdit(edit, Where.of("all")),)))
 
 
-async def _load_probe(engine: Engine, site: Site, shape: ModelShape) -> str:
-    """Give the workers a random vector with a unit-variance edit at every layer; its digest."""
+async def _load_probe(engine: Engine, site: Site, places: list[Place], shape: ModelShape) -> str:
+    """Give the workers a random vector with a unit-variance edit wherever the model has the site; its digest."""
     generator = torch.Generator().manual_seed(0)
-    size = (shape.hidden_size,) if site == "resid_post" else (shape.num_heads, shape.head_dim)
-    tensors = {f"{site}.{layer}.add": torch.randn(size, generator=generator) for layer in range(shape.num_layers)}
-    data = save(tensors, metadata={"whipstaff": Header(method="self-test", model=shape).model_dump_json()})
+    size = (shape.num_heads, shape.head_dim) if site == "attn_head" else (shape.width(site),)
+    tensors = {
+        f"{site}.{place.layer}.add": torch.randn(size, generator=generator) for place in places if place.site == site
+    }
+    data = save(tensors, metadata={"whipstaff": Header(method="vector", model=shape).model_dump_json()})
     digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]
     return digest
 
 
-async def _log_probabilities(engine: Engine, plan: RequestPlan | None) -> list[dict[int, float]]:
-    """What the model says after a fixed prompt: per step, the likeliest tokens and their log-probabilities."""
+async def _log_probabilities(
+    engine: Engine, plan: RequestPlan | None, ids: list[int] | None = None
+) -> list[dict[int, float]]:
+    """What the model says after a prompt: per step, the likeliest tokens and their log-probabilities."""
     vocabulary = engine.model_config.get_vocab_size()
-    prompt = {"prompt_token_ids": [(7 + 13 * index) % vocabulary for index in range(_PROMPT_LEN)]}
+    prompt = {"prompt_token_ids": ids or [(7 + 13 * index) % vocabulary for index in range(_PROMPT_LEN)]}
     extra = None if plan is None else {KEY: PlanDict(plan.to_wire())}
     params = SamplingParams(
         temperature=0, max_tokens=_NUM_TOKENS, ignore_eos=True, logprobs=3, detokenize=False, extra_args=extra

@@ -1,4 +1,4 @@
-"""Installing the sites: vLLM's decoder blocks and attention output projections learn to edit what passes through them.
+"""Installing the sites: vLLM's decoder blocks and their parts learn to edit what passes through them.
 
 A module is changed by giving the instance a subclass of its own class under the same name, so that vLLM's interface
 checks, its weight loading and torch.compile see the module they expect. The edit itself is one opaque operator that
@@ -10,55 +10,118 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention.attention import Attention
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from whipstaff.cuda_ext import diag_edit_
+from whipstaff.cuda_ext import run_edits_
+from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import Vector
-from whipstaff.steering.sites import DecoderLayer, find_layers
-from whipstaff.steering.slots import SiteSpec, SlotTables
+from whipstaff.steering.method import Place
+from whipstaff.steering.shape import Site
+from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
+from whipstaff.steering.tables import SiteSpec, SiteTables, Tables
+
+KINDS = Kinds(
+    is_attention=lambda module: isinstance(module, Attention),
+    is_projection=lambda module: isinstance(_bare(module), RowParallelLinear),
+    is_linear=lambda module: isinstance(_bare(module), LinearBase),
+    is_missing=lambda module: isinstance(module, PPMissingLayer),
+)
 
 
 def install_sites(
-    model: nn.Module,
-    hidden_size: int,
-    num_slots: int,
-    slots: Tensor,
-    vector_of: Callable[[str], Vector],
-) -> SlotTables:
-    """Hook every site of `model` to freshly made tables.
+    model: nn.Module, hidden_size: int, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector]
+) -> Tables:
+    """Hook the sites of `model` that the layout asks for to freshly made tables.
 
     Args:
-        slots: (max_tokens,) int32, the slot of every token of the current step.
         vector_of: finds a loaded vector by digest.
+
+    Raises:
+        UnsupportedEngine: naming a site that this model does not show.
     """
-    layers = find_layers(
-        model,
-        is_attention=lambda module: isinstance(module, Attention),
-        is_projection=lambda module: isinstance(_bare(module), RowParallelLinear),
-        is_missing=lambda module: isinstance(module, PPMissingLayer),
+    hooks: dict[Place, tuple[SiteSpec, nn.Module, Editing]] = {}
+    for layer in find_layers(model, KINDS):
+        found = _places(layer, hidden_size)
+        for site in layout.sites:
+            if site in found:
+                spec, module, editing = found[site]
+                hooks[spec.place] = spec, module, editing
+            elif site != "resid_pre":
+                raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
+    encoders = {Place(site, layer): size for site, layer, size in layout.encoders}
+    tables = Tables(
+        [spec for spec, _, _ in hooks.values()],
+        layout.num_slots,
+        layout.num_layers,
+        steerer.tokens.device,
+        vector_of,
+        encoders,
     )
-    tables = SlotTables(
-        [spec for layer in layers for spec in _specs(layer, hidden_size)], num_slots, slots.device, vector_of
-    )
-    for layer in layers:
-        _adopt(layer.block, _edit_output, tables.at("resid_post", layer.index), slots)
-        _adopt(layer.output_projection, _edit_input, tables.at("attn_head", layer.index), slots)
+    steerer.meters = torch.zeros(len(hooks), 2, device=steerer.tokens.device)
+    for meter, (place, (_, module, editing)) in zip(steerer.meters, hooks.items(), strict=True):
+        _adopt(module, editing, place, _buffers(tables.at(place), steerer, meter))
     return tables
 
 
-def _specs(layer: DecoderLayer, hidden_size: int) -> list[SiteSpec]:
-    """Where this process's tables for one block begin and end: heads are sharded with the projection's input."""
+def watch_logits(model: nn.Module, steerer: Steerer) -> None:
+    """Let the steerer see the logits that tokens are drawn from."""
+    cls: Any = type(model)
+
+    class Watched(cls):
+        def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
+            logits: Tensor | None = cls.compute_logits(self, *args, **kwargs)
+            if logits is not None:
+                steerer.note_logits(logits)
+            return logits
+
+    _rename(Watched, cls)
+    model.__class__ = Watched
+
+
+def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, Tensor]:
+    """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
+    buffers = {
+        "lines": tables.lines,
+        "code": tables.code,
+        "args": tables.args,
+        "tokens": steerer.tokens,
+        "gains": steerer.gains,
+        "history": steerer.history,
+        "meter": meter,
+    }
+    if tables.encoders is not None:
+        buffers |= {"encoder": tables.encoders.weight, "encoder_bias": tables.encoders.bias}
+    return buffers
+
+
+Editing = Callable[[Any, Place], type]
+
+
+def _places(layer: DecoderLayer, hidden_size: int) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
+    """Where in one block each site is, how wide it is here, and which subclass edits it."""
     projection: Any = _bare(layer.output_projection)
-    width = int(projection.input_size_per_partition)
-    ranks = get_tensor_model_parallel_world_size()
+    width = int(projection.input_size_per_partition)  # heads are sharded with the projection's input
     first = get_tensor_model_parallel_rank() * width
-    return [
-        SiteSpec("resid_post", layer.index, hidden_size, 0, hidden_size),
-        SiteSpec("attn_head", layer.index, width * ranks, first, width),
-    ]
+    found: dict[Site, tuple[nn.Module, Editing]] = {
+        "attn_in": (layer.attention, _edit_input),
+        "attn_out": (layer.output_projection, _edit_output),
+        "resid_post": (layer.block, _edit_stream),
+    }
+    if layer.index == 0:
+        found["resid_pre"] = layer.block, _edit_input
+    if layer.mlp_input is not None and layer.mlp_output is not None:
+        found |= {"mlp_in": (layer.mlp_input, _edit_input), "mlp_out": (layer.mlp_output, _edit_output)}
+    places: dict[Site, tuple[SiteSpec, nn.Module, Editing]] = {
+        site: (SiteSpec(Place(site, layer.index), 0, hidden_size), module, editing)
+        for site, (module, editing) in found.items()
+    }
+    places["attn_head"] = SiteSpec(Place("attn_head", layer.index), first, width), layer.output_projection, _edit_heads
+    return places
 
 
 def _bare(module: nn.Module) -> Any:
@@ -66,44 +129,103 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Callable[[type], type], tables: tuple[Tensor, Tensor], slots: Tensor) -> None:
+def _adopt(module: nn.Module, editing: Editing, place: Place, buffers: dict[str, Tensor]) -> None:
     cls = type(module)
-    subclass = editing(cls)
-    subclass.__name__, subclass.__qualname__, subclass.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    module.register_buffer("whipstaff_mul", tables[0], persistent=False)
-    module.register_buffer("whipstaff_add", tables[1], persistent=False)
-    module.register_buffer("whipstaff_slots", slots, persistent=False)
+    subclass = editing(cls, place)
+    _rename(subclass, cls)
+    for name, buffer in buffers.items():
+        module.register_buffer(f"whipstaff_{place.site}_{name}", buffer, persistent=False)
     module.__class__ = subclass
 
 
-def _edit_output(cls: Any) -> type:
+def _rename(subclass: type, cls: type) -> None:
+    subclass.__name__, subclass.__qualname__, subclass.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+
+
+def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> None:
+    """Edit rows of activations in place by the buffers that the module has for a site."""
+
+    def own(name: str) -> Any:
+        return getattr(module, f"whipstaff_{site}_{name}", None)
+
+    run_edits_(
+        _rows(x),
+        own("lines"),
+        own("code"),
+        own("args"),
+        own("tokens"),
+        own("gains"),
+        own("history"),
+        residual if residual is None else _rows(residual),
+        own("meter"),
+        own("encoder"),
+        own("encoder_bias"),
+    )
+
+
+def _edit_stream(cls: Any, place: Place) -> type:
     """A decoder block whose output, the residual stream, is edited.
 
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
     """
+    site = place.site
 
     class EditedBlock(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = cls.forward(self, *args, **kwargs)
             if isinstance(output, torch.Tensor):
-                diag_edit_(_rows(output), self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
+                _run(self, site, output)
             else:
-                hidden, residual = output
-                diag_edit_(hidden, self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots, residual=residual)
+                _run(self, site, output[0], output[1])
             return output
 
     return EditedBlock
 
 
-def _edit_input(cls: Any) -> type:
+def _edit_heads(cls: Any, place: Place) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
+    site = place.site
 
     class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
-            diag_edit_(_rows(heads), self.whipstaff_mul, self.whipstaff_add, self.whipstaff_slots)
+            _run(self, site, heads)
             return cls.forward(self, heads, *args, **kwargs)
 
     return EditedProjection
+
+
+def _edit_input(cls: Any, place: Place) -> type:
+    """A module whose hidden states are edited before it sees them; a copy, since others may read them too."""
+    site = place.site
+
+    class EditedInput(cls):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if "hidden_states" in kwargs:
+                kwargs["hidden_states"] = kwargs["hidden_states"].clone()
+                _run(self, site, kwargs["hidden_states"])
+            else:
+                index = next(
+                    i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+                )
+                hidden = args[index].clone()
+                _run(self, site, hidden)
+                args = (*args[:index], hidden, *args[index + 1 :])
+            return cls.forward(self, *args, **kwargs)
+
+    return EditedInput
+
+
+def _edit_output(cls: Any, place: Place) -> type:
+    """A module whose output, or the first of its outputs, is edited."""
+    site = place.site
+
+    class EditedOutput(cls):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = cls.forward(self, *args, **kwargs)
+            _run(self, site, output if isinstance(output, torch.Tensor) else output[0])
+            return output
+
+    return EditedOutput
 
 
 def _rows(x: Tensor) -> Tensor:

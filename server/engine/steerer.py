@@ -1,25 +1,30 @@
-"""The steerer: one per worker, it turns each step's BatchView into slots per token and weights per row.
+"""The steerer: one per worker, it turns each step's BatchView into an address per token and weights per row.
 
 worker.execute_model  -> note_requests    who came and went, with what plan
-runner adapter        -> begin_step       slots of this step's tokens, auxiliary models needed
-model (sites.py)      -> diag_edit_       edits activations by the slots
+runner adapter        -> begin_step       what happens to this step's tokens, auxiliary models needed
+model (sites.py)      -> run_edits_       edits activations by the token table
 model (auxiliary.py)  -> row_weights      mixes the streams' logits
+model (sites.py)      -> note_logits      entropies, for schedules that follow them
 runner adapter        -> end_step
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan
+from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import Row
-from whipstaff.steering.slots import NO_SLOT, SlotTables
+from whipstaff.steering.tables import NOTHING, Tables
 
 NOBODY = BatchView((), np.zeros(1, np.int32), np.zeros(0, np.int32))  # a step in which every row is plain
+_ADDRESS, _POSITION, _COLUMNS = 0, 1, 2  # columns of the token table: see cuda_ext.run_edits_
 
 
 @dataclass
@@ -31,36 +36,73 @@ class Counters:
     auxiliary_steps_skipped: dict[str, int] = field(default_factory=dict)
 
 
+class Piece(NamedTuple):
+    """A stretch of the step's tokens that get the same row of edits."""
+
+    first: int
+    last: int  # exclusive
+    position: int  # of the first token, absolute
+    row: Row
+    row_at_tokens: Row
+    request: str
+    placed: PlacedPlan
+
+
 class Steerer:
     """Per-step state that the model's sites and the auxiliary models read.
 
-    `slots` is (max_tokens,) int32 on the model's device, NO_SLOT where a token is plain; its address never changes, so
-    captured graphs read it. `view` is None outside of real steps (profiling, warm-up, graph capture).
+    `tokens` (max_tokens, 2 + MAX_CONDITIONS) int32, `gains` (max_tokens, MAX_SCHEDULES) float32 and `history`
+    (num_histories, max_len) float32 are on the model's device; their addresses never change, so captured graphs read
+    them. `view` is None outside of real steps (profiling, warm-up, graph capture).
     """
 
-    def __init__(self, max_tokens: int, device: torch.device, auxiliaries: Iterable[str]) -> None:
-        self.slots = torch.full((max_tokens,), NO_SLOT, dtype=torch.int32, device=device)
+    def __init__(
+        self,
+        max_tokens: int,
+        device: torch.device,
+        auxiliaries: Iterable[str],
+        num_histories: int = 0,
+        max_len: int = 0,
+    ) -> None:
+        shape = (max_tokens, _COLUMNS + MAX_CONDITIONS)
+        self.tokens = torch.full(shape, NOTHING, dtype=torch.int32, device=device)
+        self.gains = torch.ones(max_tokens, MAX_SCHEDULES, device=device)
+        self.history = torch.full((num_histories, max_len), torch.nan, device=device)
+        self.meters = torch.zeros(0, 2, device=device)  # (places, 2): sum of lengths and number of rows measured
         self.view: BatchView | None = None
         self.counters = Counters()
-        self.tables: SlotTables | None = None
+        self.tables: Tables | None = None
         self._auxiliaries = tuple(auxiliaries)
         self._requests: dict[str, PlacedPlan] = {}
-        self._host = np.full(max_tokens, NO_SLOT, dtype=np.int32)
-        self._dirty = 0  # how many leading entries of `slots` may differ from NO_SLOT
+        self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions
+        self._free_histories = list(range(num_histories))
+        self._entropies: tuple[Tensor, Tensor, Tensor] | None = None  # logits row, history row and position to fill
+        self._host = np.full(shape, NOTHING, dtype=np.int32)
+        self._host_gains = np.ones((max_tokens, MAX_SCHEDULES), dtype=np.float32)
+        self._dirty = 0  # how many leading rows of `tokens` may differ from NOTHING
+        self._differs = False  # whether the device decided about tokens that the host does not know
 
     @property
     def num_requests(self) -> int:
         """Requests with a plan that the worker has not seen finish."""
         return len(self._requests)
 
+    @property
+    def num_histories_used(self) -> int:
+        return sum(map(len, self._histories.values()))
+
     def note_requests(self, finished: Iterable[str], new: Iterable[tuple[str, PlacedPlan | None]]) -> None:
         """Keep the plans of unfinished requests. `finished` comes first: an id may finish and come back in one step."""
         if self._requests:
             for request_id in finished:
                 self._requests.pop(request_id, None)
+                self._free_histories += self._histories.pop(request_id, ())
         for request_id, plan in new:
             if plan is not None:
                 self._requests[request_id] = plan
+                if plan.num_columns:
+                    self._histories[request_id] = rows = [self._free_histories.pop() for _ in range(plan.num_columns)]
+                    self.history[rows] = torch.nan
 
     def plan_of(self, request_id: str) -> PlacedPlan | None:
         return self._requests.get(request_id)
@@ -70,12 +112,13 @@ class Steerer:
         """Whether any unfinished request asks for anything; if not, the step may be given as NOBODY."""
         return bool(self._requests)
 
-    def begin_step(self, view: BatchView) -> None:
-        """Write the step's slots and remember who asks for auxiliary models."""
+    def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
+        """Write what happens to the step's tokens and remember who asks for auxiliary models."""
         self.view = view
         self.counters.steps += 1
+        self._entropies = None
         if view.plans or self._dirty:
-            self._write_slots(view)
+            self._write_tokens(view, input_ids)
 
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""
@@ -107,30 +150,87 @@ class Steerer:
         lengths = np.diff(self.view.starts)
         return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
 
-    def _write_slots(self, view: BatchView) -> None:
+    def note_logits(self, logits: Tensor) -> None:
+        """Keep the entropies that schedules follow. The first logits after a forward pass are those to sample from, a
+        row for each of the batch's."""
+        if self._entropies is None:
+            return
+        rows, histories, positions = self._entropies
+        self._entropies = None
+        self.history[histories, positions] = explain_rows(logits[rows].contiguous()).entropy
+
+    def _write_tokens(self, view: BatchView, input_ids: Tensor | None) -> None:
         pieces = self._pieces(view)
         if not pieces and not self._dirty:
             return
         num = max(view.num_tokens, self._dirty)
-        before = self._host[:num].copy()
-        self._host[:num] = NO_SLOT
+        before, gains_before = self._host[:num].copy(), self._host_gains[:num].copy()
+        self._host[:num] = NOTHING
+        addresses: dict[Row, int] = {}
         if pieces:
             assert self.tables is not None
-            slot_of = self.tables.acquire(row for _, _, row in pieces)
-            for first, last, row in pieces:
-                self._host[first:last] = slot_of[row]
-        if not np.array_equal(before, self._host[:num]):
-            self.slots[:num].copy_(torch.from_numpy(self._host[:num]), non_blocking=True)
+            addresses = self.tables.acquire(row for piece in pieces for row in (piece.row, piece.row_at_tokens) if row)
+            for piece in pieces:
+                self._write_piece(piece, addresses)
+        if self._differs or not np.array_equal(before, self._host[:num]):
+            self.tokens[:num].copy_(torch.from_numpy(self._host[:num]), non_blocking=True)
+        if not np.array_equal(gains_before, self._host_gains[:num]):
+            self.gains[:num].copy_(torch.from_numpy(self._host_gains[:num]), non_blocking=True)
+        self._differs = False
+        for piece in pieces:
+            if piece.row != piece.row_at_tokens:
+                assert input_ids is not None
+                self._tell_tokens_apart(piece, addresses, input_ids)
         self._dirty = view.num_tokens if pieces else 0
+        self._await_entropies(view)
 
-    def _pieces(self, view: BatchView) -> list[tuple[int, int, Row]]:
-        """Stretches of the step's tokens that get a row of edits, as (first token, last token + 1, row)."""
-        found: list[tuple[int, int, Row]] = []
+    def _write_piece(self, piece: Piece, addresses: dict[Row, int]) -> None:
+        plan = piece.placed.plan.steering
+        assert plan is not None
+        tokens = slice(piece.first, piece.last)
+        self._host[tokens, _ADDRESS] = addresses.get(piece.row, NOTHING)
+        if not plan.schedules and not plan.num_columns:
+            return
+        positions = np.arange(piece.position, piece.position + piece.last - piece.first)
+        for lane, schedule in enumerate(plan.schedules):
+            self._host_gains[tokens, lane] = schedule.gains(positions - piece.placed.prompt_len)
+        if plan.num_columns:
+            self._host[tokens, _POSITION] = positions
+            for column, row in enumerate(self._histories[piece.request]):
+                self._host[tokens, _COLUMNS + column] = row
+
+    def _tell_tokens_apart(self, piece: Piece, addresses: dict[Row, int], input_ids: Tensor) -> None:
+        """Ids of tokens just sampled are on the device only, so it is the device that looks at them."""
+        plan = piece.placed.plan.steering
+        assert plan is not None
+        ids = input_ids[piece.first : piece.last]
+        wanted = torch.tensor(sorted(plan.token_ids), device=ids.device, dtype=ids.dtype)
+        chosen = self.tokens[piece.first : piece.last, _ADDRESS]
+        chosen.copy_(torch.where(torch.isin(ids, wanted), addresses.get(piece.row_at_tokens, NOTHING), chosen))
+        self._differs = True
+
+    def _await_entropies(self, view: BatchView) -> None:
+        found: list[tuple[int, int, int]] = []
+        for index, placed in view.planned():
+            plan, following = (
+                placed.plan.steering,
+                int(view.positions[index] + view.starts[index + 1] - view.starts[index]),
+            )
+            if plan is not None and plan.entropy_column >= 0 and placed.prompt_len <= following < self.history.shape[1]:
+                histories = self._histories[view.requests[index]]
+                found.append((index, histories[plan.entropy_column], following))
+        if found:
+            rows, histories_, positions = torch.tensor(found, device=self.history.device).unbind(1)
+            self._entropies = rows, histories_, positions
+
+    def _pieces(self, view: BatchView) -> list[Piece]:
+        found: list[Piece] = []
         for index, placed in view.planned():
             token, position = int(view.starts[index]), int(view.positions[index])
             end = position + int(view.starts[index + 1]) - token
-            for start, stop, row in placed.segments:
+            for start, stop, row, row_at_tokens in placed.segments:
                 first, last = max(start, position), end if stop is None else min(stop, end)
                 if first < last:
-                    found.append((token + first - position, token + last - position, row))
+                    tokens = token + first - position, token + last - position
+                    found.append(Piece(*tokens, first, row, row_at_tokens, view.requests[index], placed))
         return found

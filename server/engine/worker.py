@@ -8,11 +8,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
 from whipstaff.server.engine.auxiliary import Auxiliary, compose
+from whipstaff.server.engine.launch import model_shape
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.sites import install_sites
+from whipstaff.server.engine.sites import install_sites, watch_logits
 from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import ModelShape, Vector, parse, read
+from whipstaff.steering.artifacts import Vector, parse, read
 
 
 class SteeredWorker:
@@ -29,12 +30,17 @@ class SteeredWorker:
         model = runner.get_model()
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
         self._vectors: dict[str, Vector] = {}
-        self._steerer = Steerer(_max_tokens(config), runner.device, [auxiliary.name for auxiliary in auxiliaries])
-        self._steerer.tables = install_sites(
-            model, hidden_size, layout.num_slots, self._steerer.slots, self._vectors.__getitem__
+        self._steerer = Steerer(
+            _max_tokens(config),
+            runner.device,
+            [auxiliary.name for auxiliary in auxiliaries],
+            layout.num_histories,
+            layout.max_len,
         )
+        self._steerer.tables = install_sites(model, hidden_size, layout, self._steerer, self._vectors.__getitem__)
         if auxiliaries:
             compose(model, auxiliaries, self._steerer, hidden_size)
+        watch_logits(model, self._steerer)
         (runner_v2 if _is_v2(runner) else runner_v1).attach(runner, self._steerer)
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -63,23 +69,22 @@ class SteeredWorker:
 
     def whipstaff_describe(self) -> dict[str, Any]:
         """The model's shape, its sites and the way it runs."""
-        model_config, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
-        tables = self._steerer.tables
+        model_config, tables = self.vllm_config.model_config, self._steerer.tables
         assert tables is not None
-        whole = type(parallel)()  # one rank: head counts of the whole model
-        shape = ModelShape(
-            architecture=model_config.architectures[0],
-            hidden_size=model_config.get_hidden_size(),
-            num_layers=model_config.get_total_num_hidden_layers(),
-            num_heads=model_config.get_num_attention_heads(whole),
-            head_dim=model_config.get_head_size(),
-        )
         return {
-            "model": shape.model_dump(),
-            "sites": [[site, layer] for site, layer in tables.places],
+            "model": model_shape(model_config).model_dump(),
+            "sites": [list(place) for place in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
+
+    def whipstaff_norms(self) -> list[tuple[str, int, float, int]]:
+        """(site, layer, sum of lengths, tokens) that were metered since the last call; this rank's part of them."""
+        steerer = self._steerer
+        assert steerer.tables is not None
+        measured = steerer.meters.tolist()
+        steerer.meters.zero_()
+        return [(*place, total, int(num)) for place, (total, num) in zip(steerer.tables.places, measured, strict=True)]
 
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
@@ -90,8 +95,9 @@ class SteeredWorker:
             "auxiliary_steps_run": dict(steerer.counters.auxiliary_steps_run),
             "auxiliary_steps_skipped": dict(steerer.counters.auxiliary_steps_skipped),
             "table_uploads": steerer.tables.num_uploads,
-            "slots_used": steerer.tables.num_used,
+            "rows_loaded": steerer.tables.num_used,
             "requests_held": steerer.num_requests,
+            "histories_used": steerer.num_histories_used,
         }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import goldens
 import pytest
 import torch
-from pydantic import ValidationError
 from reference import ops as reference
 from safetensors.torch import save
 from torch import Tensor
@@ -16,12 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from whipstaff.steering import methods
 from whipstaff.steering.artifacts import Header, Vector, parse
-from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Method, Place, Scaled
 from whipstaff.steering.methods import METHODS
-from whipstaff.steering.methods.mote import Routing
-from whipstaff.steering.methods.reft import where_of
-from whipstaff.steering.ops import Cross, Diagonal, Directions
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.where import Where
 

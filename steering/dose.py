@@ -1,0 +1,80 @@
+"""Doses: how large an edit is beside what it edits.
+
+The dose of an edit at a place is the root mean square length of the change that it makes to an activation of the
+place's usual length pointing anywhere, over that length. The usual lengths are measured on the served model at start.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import Phi
+from whipstaff.steering.method import Place
+from whipstaff.steering.ops import Cross, Diagonal, Directions, Op
+
+
+class Dose(NamedTuple):
+    """The largest of an edit's doses and where it is given."""
+
+    relative: float
+    place: Place
+
+
+def largest(doses: Mapping[Place, float]) -> Dose | None:
+    """The largest of some doses; None of none."""
+    if not doses:
+        return None
+    place = max(doses, key=lambda each: doses[each])
+    return Dose(doses[place], place)
+
+
+def dose(ops: Iterable[Op], length: float) -> float:
+    """Of some edits at one place where activations have this length; their changes are taken to be independent."""
+    if length <= 0:
+        return 0.0
+    return math.sqrt(sum(_mean_square(op, length) for op in ops)) / length
+
+
+def _mean_square(op: Op, length: float) -> float:
+    """The mean squared length of the change to a row of that length and random direction."""
+    if isinstance(op, Diagonal):
+        stretch = 0.0 if op.mul is None else float((op.mul - 1).square().mean())
+        return stretch * length**2 + (0.0 if op.add is None else float(op.add.square().sum()))
+    if isinstance(op, Cross):
+        return float(((op.mul - 1).square() + op.cross.square()).mean()) * length**2
+    return _mean_square_of_directions(op, length)
+
+
+def _mean_square_of_directions(op: Directions, length: float) -> float:
+    width = op.write.shape[1]
+    if op.norm == "constant_norm":  # readings are made at length sqrt(width), changes scaled back
+        return _mean_square_of_directions(_plain(op), math.sqrt(width)) * length**2 / width
+    spread = torch.zeros(len(op.phi)) if op.read is None else op.read.norm(dim=1) * length / math.sqrt(width)
+    bias = torch.zeros(len(op.phi)) if op.bias is None else op.bias
+    a, b, c, d = op.args.unbind(1)
+    changes = {
+        Phi.AFFINE: ((a * bias + b).square() + (a * spread).square()),
+        Phi.SET: (a - bias).square() + spread.square(),
+        Phi.CLAMP: _beyond(bias, spread, a, b),
+        Phi.GATED: ((b * bias + c).square() + (b * spread).square()).maximum(d.square()),
+        Phi.TOP_K: ((b * bias + c).square() + (b * spread).square()).maximum(d.square()),
+        Phi.TANH: a.square(),
+        Phi.SILU: a.square() * (bias.square() + spread.square()),
+        Phi.SIGN: a.square(),
+        Phi.ANGLE: 2 * spread.square(),
+        Phi.ROTATE: 2 * spread.square() * (1 - a.cos()),
+    }
+    per_direction = torch.stack([changes[phi][r] if phi in changes else a[r] * 0 for r, phi in enumerate(op.phi)])
+    return float((per_direction * op.write.square().sum(1)).sum())
+
+
+def _beyond(bias: Tensor, spread: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """About how far readings lie outside of [low, high], squared."""
+    return (bias + spread - high).clamp(min=0).square() + (low - (bias - spread)).clamp(min=0).square()
+
+
+def _plain(op: Directions) -> Directions:
+    return Directions(op.read, op.write, op.phi, op.args, op.bias)

@@ -1,0 +1,89 @@
+"""How large a request's edits can make activations: a bound at admission, so that nobody overflows the model.
+
+Beyond MAX_GROWTH activations overflow: what a request then leaves in the KV cache is not finite, and attention kernels
+that multiply masked entries by zero carry that into the next request which gets the block.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import Phi
+from whipstaff.steering.method import Place
+from whipstaff.steering.ops import Cross, Diagonal, Directions, Op
+
+# What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and
+# float32 models have room for 1e15 and a large activation besides; float16 itself ends at 65504.
+MAX_GROWTH = {"float16": 1e3, "bfloat16": 1e15, "float32": 1e15}
+Bound = tuple[float, float]  # (f, c): what is at most s becomes at most f * s + c
+_IN_STREAM = ("resid_pre", "resid_post")
+
+
+def growth(bounds: Iterable[tuple[Place, Bound]]) -> float:
+    """How large the edits can make an activation of size one on its way through all layers, at most.
+
+    Args:
+        bounds: of every edit, in the order in which the model meets them. Edits of the residual stream act on all that
+            came before; those elsewhere act on normalised activations and add what they make to the stream.
+    """
+    size = 1.0
+    for place, (factor, constant) in bounds:
+        size = size * factor + constant if place.site in _IN_STREAM else size + factor - 1.0 + constant
+    return size
+
+
+def bound(ops: Iterable[Op]) -> Bound:
+    """Of edits made one after the other."""
+    factor, constant = 1.0, 0.0
+    for op in ops:
+        by, plus = _bound(op)
+        factor, constant = factor * by, constant * by + plus
+    return factor, constant
+
+
+def _bound(op: Op) -> Bound:
+    if isinstance(op, Diagonal):
+        return 1.0 if op.mul is None else _peak(op.mul), 0.0 if op.add is None else _peak(op.add)
+    if isinstance(op, Cross):
+        return float((op.mul.square() + op.cross.square()).max().sqrt()), 0.0
+    return _bound_directions(op)
+
+
+def _bound_directions(op: Directions) -> Bound:
+    a, b, c, d = op.args.unbind(1)
+    kind = torch.tensor([int(phi) for phi in op.phi])
+    bias = torch.zeros(len(kind)) if op.bias is None else op.bias
+
+    def where(*phis: Phi) -> Tensor:
+        return torch.stack([kind == phi for phi in phis]).any(0)
+
+    slope = torch.zeros(len(kind))  # of the part that is linear in the reading
+    slope = torch.where(where(Phi.AFFINE), a, slope)
+    slope = torch.where(where(Phi.SET, Phi.CLAMP), -1.0, slope)
+    bent = torch.zeros(len(kind))  # a Lipschitz bound of the part that is not
+    bent = torch.where(where(Phi.GATED, Phi.TOP_K), b.abs(), bent)
+    bent = torch.where(where(Phi.SILU), 1.1 * a.abs(), bent)
+    bent = torch.where(where(Phi.ANGLE, Phi.ROTATE), 2.0, bent)
+    fixed = (slope.abs() + bent) * bias.abs()
+    fixed += torch.where(where(Phi.AFFINE), b.abs(), 0) + torch.where(where(Phi.SET, Phi.TANH, Phi.SIGN), a.abs(), 0)
+    fixed += torch.where(where(Phi.CLAMP), a.abs().maximum(b.abs()), 0)
+    fixed += torch.where(where(Phi.GATED, Phi.TOP_K), c.abs().maximum(d.abs()), 0)
+    constant = float((fixed[:, None] * op.write.abs()).sum(0).max())
+    if op.read is None:
+        return 1.0, constant
+    factor = _norm_of_linear(op.write, slope, op.read) if slope.any() else 1.0
+    if bent.any():
+        factor += float((bent * op.read.norm(dim=1) * op.write.norm(dim=1)).sum())
+    return factor, constant
+
+
+def _norm_of_linear(write: Tensor, slope: Tensor, read: Tensor) -> float:
+    """The spectral norm of  x -> x + sum over r of slope_r (read_r . x) write_r: 1 for projections."""
+    basis, _ = torch.linalg.qr(torch.cat([write, read]).T)
+    core = torch.eye(basis.shape[1]) + (basis.T @ write.T * slope) @ (read @ basis)
+    return max(1.0, float(torch.linalg.matrix_norm(core, 2)))
+
+
+def _peak(tensor: Tensor) -> float:
+    return float(tensor.abs().max())

@@ -1,0 +1,111 @@
+"""What a steering method is: a name, a paper, parameters, the tensors its files hold, and the edits they make."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from whipstaff.steering.ops import Op
+from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.where import Shorthand, Where
+
+MAX_SCALE = 1e4
+Tensors = Mapping[str, Tensor]  # part -> float32 tensor, in the shape of the file
+
+
+class EditParams(BaseModel):
+    """What a request may say about a vector, whatever its method. A method's own parameters extend this."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def strength(default: float) -> Any:
+    """The field `scale`, with the default of the method's paper."""
+    return Field(
+        default,
+        ge=-MAX_SCALE,
+        le=MAX_SCALE,
+        allow_inf_nan=False,
+        validation_alias=AliasChoices("scale", "strength", "coefficient"),
+        description="strength; 0 is exactly off",
+    )
+
+
+class Scaled(EditParams):
+    """Parameters of a method with a strength."""
+
+    scale: float = strength(1.0)
+
+
+class Place(NamedTuple):
+    """Where an edit is made."""
+
+    site: Site
+    layer: int  # 0-based block index
+
+
+P = TypeVar("P", bound=EditParams)
+
+
+class Method(ABC, Generic[P]):
+    """One way of steering. Adding a method is a file in `methods/` and a line in its table.
+
+    Files name their tensors `{site}.{layer}.{part}`, or `{part}` alone for what is the same at all of `places`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    params: ClassVar[type[EditParams]]
+    sites: ClassVar[tuple[Site, ...]]
+    where: ClassVar[Shorthand]  # the paper's own choice of tokens
+    off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Part -> its shape in symbols: `width` (of the site; `heads, head_dim` at attn_head), `hidden`, `heads`,
+    `head_dim`, `experts`, and free names such as `rank`, which agree within one place. A name that ends in `?` says
+    that the part may be absent."""
+
+    def places(self, model: ModelShape) -> list[Place]:
+        """Where parts without a place of their own apply."""
+        return []
+
+    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+        """Checks on a file beyond names, shapes and finite numbers. Raises: SteeringError."""
+        return None
+
+    def check_params(self, params: P, tensors: Mapping[Place, Tensors]) -> None:
+        """Checks of a request's parameters against a file. Raises: SteeringError naming the field."""
+        return None
+
+    def check_model(self, params: P, model: ModelShape) -> None:
+        """Checks of parameters that name layers, heads or experts. Raises: SteeringError naming the field."""
+        return None
+
+    def encoder_size(self, tensors: Tensors, defaults: Mapping[str, Any]) -> int:
+        """How many readings decide together which of them are active (see `ops.TopK`); 0 for most methods."""
+        return 0
+
+    @abstractmethod
+    def ops(self, tensors: Tensors, params: P, place: Place, model: ModelShape) -> Sequence[Op]:
+        """The edits at one place, applied in order; the same tensor objects wherever the numbers are the same."""
+
+    def spread(self, params: P, tensors: Mapping[Place, Tensors], where: Where) -> Iterator[tuple[P, Where]]:
+        """The edit as one or more, each with its own tokens; most methods make one."""
+        yield params, where
+
+
+S = TypeVar("S", bound=Scaled)
+
+
+class ScaledMethod(Method[S]):
+    """A method with a strength: at 0 it makes no edit at all."""
+
+    off: ClassVar = {"scale": 0.0}
+
+    def ops(self, tensors: Tensors, params: S, place: Place, model: ModelShape) -> Sequence[Op]:
+        return self.edits(tensors, params, place, model) if params.scale else ()
+
+    @abstractmethod
+    def edits(self, tensors: Tensors, params: S, place: Place, model: ModelShape) -> Sequence[Op]:
+        """The edits at one place at a strength that is not 0."""

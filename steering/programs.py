@@ -1,0 +1,190 @@
+"""Programs: a row of edits at one place as instructions for `cuda_ext.run_edits_` and the lines of numbers they use.
+
+A row's entries are made in the order given. Neighbouring diagonal edits that are always made together become one
+instruction, so that three vectors cost what one costs; everything else follows in order.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from torch import Tensor
+
+from whipstaff.cuda_ext import Op as Code
+from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op
+
+MAX_GROUP = 64  # directions that the kernel reads at once
+
+Instruction = tuple[list[int | Tensor | None], list[float]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How much of an edit a token gets: the product of a schedule's gain, a condition and a ramp over readings.
+
+    `lane` is a column of the request's gains, `column` one of its conditions; -1 is none.
+    """
+
+    lane: int = -1
+    column: int = -1
+    is_latched: bool = False
+    on: float = 0.0
+    off: float = 0.0
+    sign: int = 1
+    ramp: tuple[int, float, float, float, float] | None = None  # column, low, high, gain at low, gain at high
+
+    @property
+    def is_open(self) -> bool:
+        return self == OPEN
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it can be anything but 0 and 1."""
+        return self.lane >= 0 or self.ramp is not None
+
+
+OPEN = Gate()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a row at one place."""
+
+    ops: tuple[Op, ...]
+    gate: Gate = OPEN
+    renorm: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A probe read before a place's edits: `column` of the request's conditions gets direction . x + bias."""
+
+    direction: Tensor  # (width,)
+    bias: float
+    column: int
+    is_latched: bool
+    is_cosine: bool
+
+
+@dataclass
+class Program:
+    """Instructions whose operands are lines, not yet placed in a pool.
+
+    `operands[i]` holds for every instruction its five integers; a Tensor stands for the line that will hold it.
+    """
+
+    codes: list[int] = field(default_factory=list)
+    operands: list[list[int | Tensor]] = field(default_factory=list)
+    numbers: list[list[float]] = field(default_factory=list)
+    encoders: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # instruction, encoder, its bias
+
+    def add(self, code: Code, operands: Sequence[int | Tensor] = (), numbers: Sequence[float] = ()) -> None:
+        self.codes.append(int(code))
+        self.operands.append([*operands, *[0] * (5 - len(operands))])
+        self.numbers.append([*numbers, *[0.0] * (6 - len(numbers))])
+
+    @property
+    def lines(self) -> Iterator[Tensor]:
+        return (operand for operands in self.operands for operand in operands if isinstance(operand, Tensor))
+
+
+def assemble(readings: Iterable[Reading], steps: Sequence[Step]) -> Program:
+    """The program of one row at one place; empty when nothing happens there."""
+    program = Program()
+    for reading in readings:
+        flags = [reading.column, int(reading.is_latched), int(reading.is_cosine)]
+        program.add(Code.PROBE, [reading.direction, *flags], [0, 0, 0, 0, reading.bias])
+    gate = OPEN
+    for (wanted, renorm), together in _stages(steps):
+        if wanted != gate:
+            _emit_gate(program, wanted)
+            gate = wanted
+        if renorm:
+            program.add(Code.SAVE)
+        for op in merged([op for step in together for op in step.ops], is_partial=wanted.is_partial):
+            _emit(program, op)
+        if renorm:
+            program.add(Code.RENORM)
+    if program.codes:
+        program.add(Code.END)
+    return program
+
+
+def meter() -> Program:
+    """Measure the row and leave it alone."""
+    program = Program()
+    program.add(Code.METER)
+    program.add(Code.END)
+    return program
+
+
+def _stages(steps: Sequence[Step]) -> Iterator[tuple[tuple[Gate, bool], list[Step]]]:
+    """Runs of steps that share a gate; a step that keeps the norm stands alone."""
+    found = [step for step in steps if step.ops]
+    keyed = groupby(enumerate(found), key=lambda pair: (pair[1].gate, pair[0] if pair[1].renorm else -1))
+    for (gate, alone), pairs in keyed:
+        yield (gate, alone >= 0), [step for _, step in pairs]
+
+
+def merged(ops: Sequence[Op], is_partial: bool) -> Iterator[Op]:
+    """Neighbouring diagonal edits as one. Half of one edit after half of another is not half of both, unless both
+    only add."""
+    pending: Diagonal | None = None
+    for op in ops:
+        if isinstance(op, Diagonal):
+            if pending is None:
+                pending = op
+                continue
+            if not is_partial or (pending.mul is None and op.mul is None):
+                pending = _composed(pending, op)
+                continue
+        if pending is not None:
+            yield pending
+        pending = op if isinstance(op, Diagonal) else None
+        if pending is None:
+            yield op
+    if pending is not None:
+        yield pending
+
+
+def _composed(first: Diagonal, then: Diagonal) -> Diagonal:
+    """x * m1 + a1, then x * m2 + a2:  x * (m1 m2) + (a1 m2 + a2)."""
+    mul = then.mul if first.mul is None else first.mul if then.mul is None else first.mul * then.mul
+    carried = first.add if first.add is None or then.mul is None else first.add * then.mul
+    add = then.add if carried is None else carried if then.add is None else carried + then.add
+    return Diagonal(mul, add)
+
+
+def _emit_gate(program: Program, gate: Gate) -> None:
+    program.add(Code.GAIN, [gate.lane], [1.0])
+    if gate.column >= 0:
+        program.add(Code.WHEN, [gate.column, int(gate.is_latched)], [gate.on, gate.off, float(gate.sign)])
+    if gate.ramp is not None:
+        column, *numbers = gate.ramp
+        program.add(Code.RAMP, [column], numbers)
+
+
+def _emit(program: Program, op: Op) -> None:
+    if isinstance(op, Diagonal):
+        program.add(Code.DIAG, [-1 if op.mul is None else op.mul, -1 if op.add is None else op.add])
+    elif isinstance(op, Cross):
+        program.add(Code.CROSS, [op.mul, op.cross, op.stride])
+    else:
+        _emit_directions(program, op)
+
+
+def _emit_directions(program: Program, op: Directions) -> None:
+    if op.norm != "none":
+        program.add(Code.NORM_IN, [PER_TOKEN_NORMS.index(op.norm)])
+    if op.top_k is not None:
+        program.encoders.append((len(program.codes), op.top_k.encoder, op.top_k.bias))
+        program.add(Code.TOP_K, [0, len(op.top_k.encoder), op.top_k.k])
+    args = op.args.tolist()
+    biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()
+    sums = [0.0] * len(op.phi) if op.read is None or op.norm != "layer_norm" else op.read.sum(1).tolist()
+    for index, phi in enumerate(op.phi):
+        read = -1 if op.read is None else op.read[index]
+        starts = int(index % MAX_GROUP == 0)
+        program.add(Code.DIR, [read, op.write[index], int(phi), starts], [*args[index], biases[index], sums[index]])
+    if op.norm != "none":
+        program.add(Code.NORM_IN, [0])

@@ -1,0 +1,215 @@
+"""Tables: the programs of the rows in use, in persistent buffers that the model's sites read.
+
+Every place has its code; places that are equally wide share a pool of lines, the rows of numbers that code refers to.
+A row of edits has the same address in the code of every place, so a token needs one number to say what happens to it
+everywhere. Rows are a cache: one keeps its frames and lines until another needs them and no token of the current step
+uses it. Nothing is counted per request, so nothing can leak; the scheduler admits no more than fits.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import Op as Code
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, edits_of
+from whipstaff.steering.programs import Program, Reading, Step, assemble, meter
+from whipstaff.steering.sites import pool_of
+
+NOTHING = -1  # the address of tokens that are left alone
+
+
+class SiteSpec(NamedTuple):
+    """One place. `first` and `width` are this process's slice of it (tensor parallelism)."""
+
+    place: Place
+    first: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The readings of sparse autoencoders whose active features are the largest of all, at one place.
+
+    weight (features, width), bias (features,): persistent, filled as vectors are loaded.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+class SiteTables(NamedTuple):
+    """What one place reads."""
+
+    lines: Tensor  # (N, width) float32, shared by the places of one pool
+    code: Tensor  # (P, 6) int32
+    args: Tensor  # (P, 6) float32
+    encoders: Encoders | None
+
+
+@dataclass
+class Pool:
+    """Lines of one width."""
+
+    lines: Tensor
+    mine: slice  # of a full line
+    free: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = list(range(len(self.lines)))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a row takes."""
+
+    frames: list[int]
+    lines: dict[str, list[int]]
+
+
+class Tables:
+    """All tables of a model and the map from rows to addresses."""
+
+    def __init__(
+        self,
+        sites: Sequence[SiteSpec],
+        num_slots: int,
+        num_layers: int,
+        device: torch.device,
+        vector_of: Callable[[str], Vector],
+        encoder_sizes: dict[Place, int] | None = None,
+    ) -> None:
+        """A slot is room for one row: two lines per layer in each pool, and two frames of code."""
+        self.places = [spec.place for spec in sites]
+        self.num_uploads = 0
+        self._vector_of = vector_of
+        self._pools: dict[str, Pool] = {}
+        for place, first, width in sites:
+            lines = (
+                torch.zeros(0)
+                if pool_of(place.site) in self._pools
+                else torch.zeros(2 * num_layers * num_slots, width, device=device)
+            )
+            self._pools.setdefault(pool_of(place.site), Pool(lines, slice(first, first + width)))
+        num_frames = 2 * num_slots
+        self._code = torch.zeros(len(sites), num_frames * FRAME, 6, dtype=torch.int32, device=device)
+        self._args = torch.zeros(len(sites), num_frames * FRAME, 6, device=device)
+        self._encoders = {
+            place: Encoders(torch.zeros(size, width, device=device), torch.zeros(size, device=device))
+            for place, _, width in sites
+            if (size := (encoder_sizes or {}).get(place))
+        }
+        self._free_frames = list(range(num_frames))
+        self._held: OrderedDict[Row, _Held] = OrderedDict()  # least recently used first
+        self._index = {place: index for index, place in enumerate(self.places)}
+
+    def at(self, place: Place) -> SiteTables:
+        """What a place reads, sharing memory."""
+        index = self._index[place]
+        lines = self._pools[pool_of(place.site)].lines
+        return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(place))
+
+    @property
+    def num_used(self) -> int:
+        return len(self._held)
+
+    def acquire(self, rows: Iterable[Row]) -> dict[Row, int]:
+        """An address for every row of one step, written where the row is new.
+
+        Raises: RuntimeError when the step needs more than there is room for, which the scheduler must prevent.
+        """
+        wanted = dict.fromkeys(rows)
+        for row in wanted:
+            if row in self._held:
+                self._held.move_to_end(row)
+        return {
+            row: FRAME * (self._held[row] if row in self._held else self._load(row, wanted)).frames[0] for row in wanted
+        }
+
+    def _load(self, row: Row, in_use: dict[Row, None]) -> _Held:
+        programs = self._programs(row)
+        longest = max((len(program.codes) for program in programs.values()), default=1)
+        num_frames = max(1, -(-longest // FRAME_ROOM))
+        wanted: dict[str, dict[int, Tensor]] = {name: {} for name in self._pools}
+        for place, program in programs.items():
+            wanted[pool_of(place.site)].update((line.data_ptr(), line) for line in program.lines)
+        while len(self._free_frames) < num_frames or any(
+            len(self._pools[name].free) < len(lines) for name, lines in wanted.items()
+        ):
+            self._evict(in_use)
+        frames = [self._free_frames.pop() for _ in range(num_frames)]
+        addresses = {name: self._write_lines(self._pools[name], lines) for name, lines in wanted.items() if lines}
+        self._write_code(programs, frames, addresses)
+        self.num_uploads += 1
+        self._held[row] = held = _Held(frames, {name: list(found.values()) for name, found in addresses.items()})
+        return held
+
+    def _evict(self, in_use: dict[Row, None]) -> None:
+        victim = next((row for row in self._held if row not in in_use), None)
+        if victim is None:
+            raise RuntimeError("a step uses more steering rows than there is room for; the scheduler let too many in")
+        held = self._held.pop(victim)
+        self._free_frames += held.frames
+        for name, lines in held.lines.items():
+            self._pools[name].free += lines
+
+    def _programs(self, row: Row) -> dict[Place, Program]:
+        if RowMeter() in row:
+            return dict.fromkeys(self.places, meter())
+        readings: dict[Place, list[Reading]] = {}
+        steps: dict[Place, list[Step]] = {}
+        for item in row:
+            assert not isinstance(item, RowMeter)
+            vector = self._vector_of(item.digest)
+            if isinstance(item, RowProbe):
+                place = Place("resid_post", item.layer)
+                readings.setdefault(place, []).append(_reading(vector, item))
+                continue
+            for place, ops in edits_of(vector, item).items():
+                steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm))
+        touched = [place for place in self.places if place in readings or place in steps]
+        return {place: assemble(readings.get(place, ()), steps.get(place, ())) for place in touched}
+
+    @staticmethod
+    def _write_lines(pool: Pool, lines: dict[int, Tensor]) -> dict[int, int]:
+        """Where each line went, by the memory it came from."""
+        places = [pool.free.pop() for _ in lines]
+        stacked = torch.stack([line[pool.mine] for line in lines.values()])
+        pool.lines[torch.tensor(places, device=pool.lines.device)] = stacked.to(pool.lines.device)
+        return dict(zip(lines, places, strict=True))
+
+    def _write_code(
+        self, programs: dict[Place, Program], frames: list[int], addresses: dict[str, dict[int, int]]
+    ) -> None:
+        room = len(frames) * FRAME
+        code, args = torch.zeros(len(self.places), room, 6, dtype=torch.int32), torch.zeros(len(self.places), room, 6)
+        for frame, after in enumerate(frames[1:]):
+            code[:, frame * FRAME + FRAME_ROOM, :2] = torch.tensor([int(Code.JUMP), after * FRAME], dtype=torch.int32)
+        for place, program in programs.items():
+            if not program.codes:
+                continue
+            index, found = self._index[place], addresses.get(pool_of(place.site), {})
+            at = [FRAME * (i // FRAME_ROOM) + i % FRAME_ROOM for i in range(len(program.codes))]
+            said = [
+                [what, *(found[operand.data_ptr()] if isinstance(operand, Tensor) else operand for operand in operands)]
+                for what, operands in zip(program.codes, program.operands, strict=True)
+            ]
+            code[index, at] = torch.tensor(said, dtype=torch.int32)
+            args[index, at] = torch.tensor(program.numbers)
+        for number, frame in enumerate(frames):
+            here, there = slice(number * FRAME, (number + 1) * FRAME), slice(frame * FRAME, (frame + 1) * FRAME)
+            self._code[:, there].copy_(code[:, here])
+            self._args[:, there].copy_(args[:, here])
+
+
+def _reading(vector: Vector, probe: RowProbe) -> Reading:
+    parts = vector.tensors[Place("resid_post", probe.layer)]
+    bias = float(parts["bias"]) if "bias" in parts else 0.0
+    is_cosine = vector.header.defaults.get("metric", "dot") == "cosine"
+    direction = parts["direction"] / parts["direction"].norm() if is_cosine else parts["direction"]
+    return Reading(direction, bias, probe.column, probe.is_latched, is_cosine)

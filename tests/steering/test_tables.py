@@ -1,0 +1,138 @@
+"""Tables: what an address leads to is what its row's edits do, and room is reused without a trace."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from whipstaff.cuda_ext import run_edits_
+from whipstaff.steering.artifacts import Header, Vector, parse
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import Row, RowEdit, edits_of, num_slots, weigh
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.tables import SiteSpec, Tables
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=3, num_heads=2, head_dim=6)
+TOKEN_COLUMNS, NUM_GAINS = 6, 4
+
+
+def vector(method: str, tensors: dict[str, Tensor], **defaults: Any) -> Vector:
+    header = Header(method=method, model=SHAPE, defaults=defaults)
+    return parse(save(tensors, metadata={"whipstaff": header.model_dump_json()}))
+
+
+def _vectors() -> list[Vector]:
+    torch.manual_seed(0)
+    diagonal = {f"resid_post.{layer}.{part}": torch.randn(8) for layer in range(3) for part in ("add", "gain")}
+    heads = {f"attn_head.{layer}.add": torch.randn(2, 6) for layer in range(3)}
+    return [
+        vector("vector", diagonal),
+        vector("vector", heads),
+        vector("directional_ablation", {f"resid_pre.{layer}.direction": torch.randn(8) for layer in (1, 2)}),
+        vector("vector", {"resid_post.1.add": torch.randn(8)}),
+    ]
+
+
+VECTORS = _vectors()
+BY_DIGEST = {vector.digest: vector for vector in VECTORS}
+
+
+def entry(index: int, scale: float = 1.0, **more: Any) -> RowEdit:
+    bare = RowEdit(VECTORS[index].digest, json.dumps({"scale": scale}), None, **more)
+    weight = weigh(VECTORS[index], bare)
+    return bare._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
+
+
+ROWS: list[Row] = [
+    (entry(0), entry(1, 0.5)),
+    (entry(2), entry(0, -1.0), entry(3)),
+    (entry(3, 2.0, renorm=True), entry(2)),
+    (entry(1, 3.0),),
+    tuple(entry(2, 0.1 * index) for index in range(1, 30)),  # longer than a frame
+]
+
+
+def tables(num_slots: int, ranks: int = 1, rank: int = 0) -> Tables:
+    width = 12 // ranks
+    specs = [SiteSpec(Place("resid_post", layer), 0, 8) for layer in range(3)]
+    specs += [SiteSpec(Place("attn_head", layer), rank * width, width) for layer in range(3)]
+    return Tables(specs, num_slots, 3, CPU, BY_DIGEST.__getitem__)
+
+
+def run(held: Tables, place: Place, address: int, x: Tensor) -> Tensor:
+    """The row x after the program at an address."""
+    site, x = held.at(place), x[None].clone()
+    tokens = torch.full((1, TOKEN_COLUMNS), -1, dtype=torch.int32)
+    tokens[0, 0] = address
+    run_edits_(x, site.lines, site.code, site.args, tokens, torch.ones(1, NUM_GAINS), torch.zeros(1, 1))
+    return x[0]
+
+
+def by_hand(row: Row, place: Place, x: Tensor) -> Tensor:
+    """One entry after the other, from the ops alone."""
+    for item in row:
+        assert isinstance(item, RowEdit)
+        before = x
+        for op in edits_of(BY_DIGEST[item.digest], item).get(place, ()):
+            if hasattr(op, "phi"):
+                assert op.phi[0].name == "AFFINE" and op.read is not None
+                readings = op.read @ x + (0 if op.bias is None else op.bias)
+                x = x + (op.args[:, 0] * readings + op.args[:, 1]) @ op.write
+            else:
+                x = x * (1 if op.mul is None else op.mul) + (0 if op.add is None else op.add)
+        if item.renorm:
+            x = x * before.norm() / x.norm()
+    return x
+
+
+def check(held: Tables, addresses: dict[Row, int]) -> None:
+    for row, address in addresses.items():
+        for place in held.places:
+            x = torch.randn(held.at(place).lines.shape[1])
+            torch.testing.assert_close(run(held, place, address, x), by_hand(row, place, x))
+
+
+def test_an_address_does_what_its_edits_do_one_after_the_other() -> None:
+    held = tables(num_slots=64)
+    check(held, held.acquire(ROWS))
+
+
+def test_room_is_reused_without_a_trace() -> None:
+    """Rows in changing company, with room for a few: what was somewhere before never shows."""
+    rows = ROWS[:4]
+    held = tables(num_slots=max(num_slots(row, 3) for row in rows))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        wanted = [rows[int(torch.randint(len(rows), (), generator=generator))]]
+        check(held, held.acquire(wanted))
+    assert held.num_uploads > 2 * len(rows)
+
+
+def test_rows_keep_their_place_while_there_is_room() -> None:
+    held = tables(num_slots=64)
+    addresses = held.acquire(ROWS[:3])
+    assert held.acquire(ROWS) | addresses == held.acquire(ROWS)
+    assert held.num_uploads == len(ROWS)
+
+
+def test_a_step_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="more steering rows than there is room for"):
+        tables(num_slots=1).acquire(ROWS[:3])
+
+
+def test_what_a_row_takes_is_no_more_than_was_said() -> None:
+    """The scheduler counts in slots: rows that fit by its count must fit the tables."""
+    for row in ROWS:
+        tables(num_slots=num_slots(row, 3)).acquire([row])
+
+
+def test_ranks_hold_their_slice_of_the_heads() -> None:
+    whole, parts = tables(num_slots=8), [tables(num_slots=8, ranks=2, rank=rank) for rank in range(2)]
+    x, place, row = torch.randn(12), Place("attn_head", 1), ROWS[0]
+    expected = run(whole, place, whole.acquire([row])[row], x)
+    pieces = [run(part, place, part.acquire([row])[row], half) for part, half in zip(parts, x.chunk(2), strict=True)]
+    assert torch.equal(torch.cat(pieces), expected)
