@@ -31,6 +31,9 @@ OTHERS = (
 )
 
 
+_OF_THE_FILE = ("activation", "k", "apply_b_dec_to_input", "normalize_activations")  # what an autoencoder's file states
+
+
 class Piece(NamedTuple):
     """One file and one entry of a request's `steering`."""
 
@@ -40,7 +43,8 @@ class Piece(NamedTuple):
     where: Where | None = None  # None: the method's own
 
     def header(self, model: ModelShape) -> Header:
-        return Header(method=self.method, model=model)
+        stated = {name: self.params[name] for name in _OF_THE_FILE if name in self.params}
+        return Header(method=self.method, model=model, defaults=stated)
 
     def entry(self, vector: str) -> dict[str, Any]:
         """The request's entry, for a file of that name."""
@@ -276,7 +280,7 @@ def _site(said: dict[str, Any], params: dict[str, Tensor]) -> list[Piece]:
 
 def _soft_prompt(said: dict[str, Any], params: dict[str, Tensor]) -> list[Piece]:
     (rows,) = params.values()
-    return [Piece("soft_prompt", {"rows": rows}, {"insert_at": said["insert_at"]})]
+    return [Piece("soft_prompt", {"rows": rows}, {"insert": said["insert_at"]})]
 
 
 def _tarot(said: dict[str, Any], params: dict[str, Tensor]) -> list[Piece]:

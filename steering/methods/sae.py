@@ -9,7 +9,7 @@ W_enc is transposed, W_dec is not. `input_scale` is SAELens' factor of `expected
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, S, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
 from whipstaff.steering.ops import Directions, Op, TopK
 from whipstaff.steering.shape import ModelShape
 
@@ -49,24 +49,21 @@ class Autoencoder(Scaled):
     """How the file's autoencoder computes; a file states these among its defaults."""
 
     activation: Literal["relu", "jumprelu", "topk"] = Field("relu", description="what the encoder ends with")
-    k: int | None = Field(None, ge=1, description="how many features are active at most; for topk")
+    k: int | None = Field(None, ge=1, description="how many features are active at most; topk needs it")
     apply_b_dec_to_input: bool = Field(True, description="whether the decoder's bias is taken off before encoding")
     normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm"] = Field(
         "none", description="what is done to every row before encoding, and undone after decoding"
     )
-
-    @model_validator(mode="after")
-    def _topk_has_k(self) -> "Autoencoder":
-        if (self.activation == "topk") != (self.k is not None):
-            raise ValueError("k goes with activation topk, and topk needs it")
-        return self
 
 
 class SAEParams(Autoencoder):
     features: list[FeatureEdit] = Field(min_length=1, max_length=MAX_FEATURES, description="edits of single features")
 
 
-class Sparse(ScaledMethod[S]):
+A = TypeVar("A", bound=Autoencoder)
+
+
+class Sparse(ScaledMethod[A]):
     """What the methods below share."""
 
     sites, where = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out"), "all"
@@ -84,6 +81,13 @@ class Sparse(ScaledMethod[S]):
             raise SteeringError(f"input_scale of {place.site} {place.layer} is not positive")
         if "threshold" in tensors and (tensors["threshold"] < 0).any():
             raise SteeringError(f"threshold of {place.site} {place.layer} has negative entries")
+
+    def check_file(self, params: A, defaults: Mapping[str, Any]) -> None:
+        """Room for an encoder, and what it reads, is settled when the server starts."""
+        said: Any = self.params.model_construct(**defaults)
+        for name in ("activation", "apply_b_dec_to_input"):
+            if "topk" in (params.activation, said.activation) and getattr(params, name) != getattr(said, name):
+                raise SteeringError(f"the file says {getattr(said, name)!r}; with topk that cannot be changed", name)
 
     def encoder_size(self, tensors: Tensors, defaults: Mapping[str, Any]) -> int:
         default = self.params.model_fields["activation"].default
@@ -129,6 +133,8 @@ class LFSteering(Sparse[LFParams]):
 
 
 def _check_autoencoder(params: Autoencoder, tensors: Mapping[Place, Tensors]) -> None:
+    if (params.activation == "topk") != (params.k is not None):
+        raise SteeringError("k goes with the activation topk, and topk needs it", "k")
     for place, parts in tensors.items():
         num_features = len(parts["encoder"])
         if params.activation == "jumprelu" and "threshold" not in parts:

@@ -5,26 +5,44 @@ prefix_kv    keys and values of every layer that stand before the prompt, in its
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, Method, Place, Tensors
 from whipstaff.steering.ops import Op
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.where import Index
 
 MAX_TOKENS = 4096
 
 
-class SoftPromptParams(EditParams):
-    insert_at: int = Field(
-        0, ge=-(1 << 31), lt=1 << 31, description="index in the prompt that the rows come before; negative from its end"
+class MessageEdge(BaseModel):
+    """Where the content of one message of a chat begins or ends. `role` and `index` choose as in where clauses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class Chosen(BaseModel):
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        role: str | None = Field(None, min_length=1, max_length=64)
+        index: Index | None = None
+
+    message: Chosen
+    at: Literal["start", "end"] = "start"
+
+
+class InsertParams(EditParams):
+    insert: Index | MessageEdge = Field(
+        0,
+        description="the rows come before this token of the prompt as sent; negative counts from its end, and its "
+        "length puts them last; or an edge of a message's content",
     )
-    num_rows: int | None = Field(None, ge=1, description="only the first so many rows; none: all of them")
+    tokens: int | None = Field(None, ge=1, lt=1 << 31, description="only the first so many rows; none: all of them")
 
 
-class SoftPrompt(Method[SoftPromptParams]):
+class SoftPrompt(Method[InsertParams]):
     """Rows are kept as the embedding layer gives them, before models such as Gemma scale them. Prompt tuning puts them
     first, SPRING between the retrieved text and the question, DRO where the system prompt stands."""
 
@@ -32,22 +50,14 @@ class SoftPrompt(Method[SoftPromptParams]):
     paper = (
         "Lester et al. 2021, arXiv:2104.08691; Zheng et al. 2024, arXiv:2401.18018; Zhu et al. 2024, arXiv:2405.19670"
     )
-    params, sites, where = SoftPromptParams, (), "prompt"
+    params, sites, where = InsertParams, (), "prompt"
     off: ClassVar = {}
-    parts: ClassVar = {"rows": ("num_rows", "hidden")}
+    parts: ClassVar = {"rows": ("tokens", "hidden")}
 
     def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
         raise SteeringError("the rows of a soft prompt stand in no layer; name the tensor rows")
 
-    def check_rows(self, params: SoftPromptParams, unplaced: Tensors) -> None:
-        """Check the parameters against the file. Raises: SteeringError naming the field."""
-        num_rows = len(unplaced["rows"])
-        if not 1 <= num_rows <= MAX_TOKENS:
-            raise SteeringError(f"the file has {num_rows} rows, wanted 1 to {MAX_TOKENS}", "vector")
-        if params.num_rows is not None and params.num_rows > num_rows:
-            raise SteeringError(f"the file has {num_rows} rows", "num_rows")
-
-    def ops(self, tensors: Tensors, params: SoftPromptParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: InsertParams, place: Place, model: ModelShape) -> Sequence[Op]:
         return ()
 
 

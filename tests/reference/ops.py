@@ -154,6 +154,9 @@ def _module(model: Any, site: str, layer: int) -> nn.Module:
     if hasattr(model, "transformer"):  # GPT-2
         block = model.transformer.h[layer]
         attention, projection, mlp = block.attn, block.attn.c_proj, block.mlp
+    elif hasattr(model, "gpt_neox"):
+        block = model.gpt_neox.layers[layer]
+        attention, projection, mlp = block.attention, block.attention.dense, block.mlp
     else:
         block = model.model.layers[layer]
         attention, projection, mlp = block.self_attn, block.self_attn.o_proj, block.mlp
