@@ -1,15 +1,24 @@
 """A worker that installs routing and attention edits into a plain vLLM engine, and an engine that drives it.
 
 Until a request's plan carries such edits, tests name them in SamplingParams.extra_args: `slot` is the routing slot of
-all its tokens.
+all its tokens, `attention` a list of [name of an edit given before, first position, end of positions or None].
 """
 
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from whipstaff.server.engine.attention import (
+    AttentionEdit,
+    AttentionEdits,
+    RowOverride,
+    ScoreBias,
+    require_eager_attention,
+    stretches,
+)
 from whipstaff.server.engine.routing import install_routing
 
 
@@ -21,6 +30,10 @@ class SteppingWorker(CPUWorker):
         self._slots = torch.full((self.vllm_config.scheduler_config.max_num_batched_tokens,), -1, dtype=torch.int32)
         if "routing" in asked:
             self._routing = install_routing(runner.get_model(), self._slots, num_slots=8)
+        if "attention" in asked:
+            require_eager_attention(self.vllm_config.compilation_config)
+            self._attention = AttentionEdits(runner.get_model())
+            self._edits: dict[str, AttentionEdit] = {}
         worker, cls = self, type(runner)
 
         class SteppingRunner(cls):
@@ -30,6 +43,11 @@ class SteppingWorker(CPUWorker):
 
         runner.__class__ = SteppingRunner
 
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_from_config(*args, **kwargs)
+        if "attention" in self.vllm_config.additional_config["sites"]:
+            self._attention.learn_layouts()
+
     def execute_model(self, scheduler_output: Any) -> Any:
         for new in scheduler_output.scheduled_new_reqs:
             self._asks[new.req_id] = (new.sampling_params.extra_args or {}) | {"prompt_len": new.prompt_len}
@@ -37,8 +55,15 @@ class SteppingWorker(CPUWorker):
 
     def begin_step(self, batch: Any, starts: Any) -> None:
         self._slots.fill_(-1)
+        found = []
         for row, request_id in enumerate(batch.req_ids):
-            self._slots[int(starts[row]) : int(starts[row + 1])] = self._asks[request_id].get("slot", -1)
+            start, end, asked = int(starts[row]), int(starts[row + 1]), self._asks[request_id]
+            position = int(batch.num_computed_tokens_cpu[row])
+            self._slots[start:end] = asked.get("slot", -1)
+            for name, first, stop in asked.get("attention", ()):
+                found += stretches(row, start, end, position, self._edits[name], [(first, stop)])
+        if hasattr(self, "_attention"):
+            self._attention.begin_step(found)
 
     def write_routing(self, slot: int, edits: list[tuple[int, dict[str, Any]]]) -> None:
         self._routing.write(slot, dict(edits))
@@ -46,6 +71,32 @@ class SteppingWorker(CPUWorker):
     def routing_facts(self) -> list[Any]:
         tables = self._routing
         return [(layer, tables.num_experts(layer), list(tables.scheme(layer).modes)) for layer in tables.layers]
+
+    def attention_facts(self) -> dict[str, Any]:
+        return self._attention.facts()
+
+    def add_bias(self, name: str, layer: int, heads: list[int], spans: list[tuple[int, int, float]]) -> None:
+        self._add(name, ScoreBias(layer, tuple(heads), tuple((start, end, amount) for start, end, amount in spans)))
+
+    def add_override(self, name: str, layer: int, head: int, keys: list[int], weights: list[float]) -> None:
+        self._add(name, RowOverride(layer, head, tuple(keys), tuple(weights)))
+
+    def add_side(self, name: str, data: bytes) -> None:
+        """safetensors `{layer}.rows` (N, hidden_size) and `{layer}.gate`, a scalar or (heads,)."""
+        parts = load(data)
+        layers = [int(key.split(".")[0]) for key in parts if key.endswith("rows")]
+        rows, gates = ({layer: parts[f"{layer}.{part}"] for layer in layers} for part in ("rows", "gate"))
+        self._add(name, self._attention.side_attention(rows, gates))
+
+    def add_prefix(self, name: str, data: bytes) -> None:
+        """safetensors `rows` (P, 2 * layers, kv heads, D), keys and values by turns."""
+        rows = load(data)["rows"]
+        pairs = {layer: (rows[:, 2 * layer], rows[:, 2 * layer + 1]) for layer in range(rows.shape[1] // 2)}
+        self._add(name, self._attention.prefix_kv(pairs))
+
+    def _add(self, name: str, edit: AttentionEdit) -> None:
+        self._attention.check(edit)
+        self._edits[name] = edit
 
 
 class SteppingEngine:
@@ -62,16 +113,20 @@ class SteppingEngine:
             **defaults | flags,
         )
 
-    def generate(self, *asks: tuple[list[int], dict[str, Any] | None, int]) -> list[Any]:
-        """Every (prompt, extra_args, number of tokens) at once; their outputs with log-probabilities."""
+    def generate(self, *asks: tuple[list[int], dict[str, Any] | None, int, str]) -> list[Any]:
+        """Every (prompt, extra_args, number of tokens, cache salt) at once; their outputs with log-probabilities."""
         params = [
             SamplingParams(
                 temperature=0, max_tokens=num, ignore_eos=True, detokenize=False, logprobs=5, extra_args=extra
             )
-            for _, extra, num in asks
+            for _, extra, num, _ in asks
         ]
-        prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in asks]
+        prompts = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt, _, _, salt in asks]
         return self.llm.generate(prompts, params, use_tqdm=False)
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's counters."""
+        return {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
 
     def rpc(self, name: str, *args: Any) -> Any:
         return self.llm.collective_rpc(name, args=args)[0]

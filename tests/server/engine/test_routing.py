@@ -38,8 +38,8 @@ def test_golden_cases(engine: SteppingEngine) -> None:
         edits = json.loads((folder / "case.json").read_text())["edits"]
         engine.rpc("write_routing", slot, [(int(layer), edit | {"mode": mode}) for layer, edit in edits.items()])
         cases.append(load_file(folder / "io.safetensors"))
-        asks.append((cases[-1]["input_ids"].tolist(), {"slot": slot}, 16))
-    *edited, plain = engine.generate(*asks, (cases[0]["input_ids"].tolist(), None, 1))
+        asks.append((cases[-1]["input_ids"].tolist(), {"slot": slot}, 16, mode))
+    *edited, plain = engine.generate(*asks, (cases[0]["input_ids"].tolist(), None, 1, "plain"))
     for case, output in zip(cases, edited, strict=True):
         assert list(output.outputs[0].token_ids) == case["greedy_ids_f64"].tolist()
         _assert_close(steps(output), case["step_logits_f64"])

@@ -1,0 +1,485 @@
+"""Edits inside attention: a request's own, on chosen tokens, in chosen layers and heads.
+
+RowOverride    z_h <- sum_j w_j v_j                    a head's attention row is given (circuit repair)
+ScoreBias      score_h[., j] += b_j                    before the softmax (PASTA: ln(alpha) outside highlighted spans)
+SideAttention  z_h += g_h softmax(s q_h K_h^T) V_h     gated attention to learned rows (LLaMA-Adapter, Aligner)
+PrefixKV       k_p, v_p <- learned rows                the request's first positions hold no text (P-tuning v2)
+
+z_h is head h's output before the output projection. On one token biases come first, then overrides, then side
+attention.
+
+vLLM calls an attention backend's implementation from within two opaque operators, which it runs in Python and outside
+of compiled and captured code (`require_eager_attention` sees to that), so the implementation objects are what is
+changed. Where no request of a step asks for anything, the price is one look at an empty dict. What is asked for is
+computed again from the paged KV cache, for the rows, heads and tokens concerned and no others; so chunked prefill,
+cached prefixes and recomputation after a preemption need no thought: keys and values are where vLLM's kernels find
+them.
+
+Positions are absolute. With a PrefixKV the prompt begins with that many placeholder tokens, whatever their ids: their
+queries come to nothing, their keys and values are overwritten before they enter the cache.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionType
+
+from whipstaff.server.engine import UnsupportedEngine
+
+_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
+_SPLIT = {"vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"}
+_MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
+
+
+class AttentionError(ValueError):
+    """An edit that this model cannot be given."""
+
+
+@dataclass(frozen=True)
+class RowOverride:
+    """Head `head` of layer `layer` gives sum_j weights[j] * v[keys[j]]; keys are positions up to the token's own."""
+
+    layer: int
+    head: int
+    keys: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def layers(self) -> Iterable[int]:
+        return (self.layer,)
+
+
+@dataclass(frozen=True)
+class ScoreBias:
+    """Every (start, end, amount) adds to the scores of keys at positions [start, end)."""
+
+    layer: int
+    heads: tuple[int, ...]
+    spans: tuple[tuple[int, int, float], ...]
+
+    @property
+    def layers(self) -> Iterable[int]:
+        return (self.layer,)
+
+
+@dataclass(frozen=True, eq=False)
+class SideAttention:
+    """Per layer (N, kv_heads, D) keys, (N, kv_heads, Dv) values and (heads,) gates, this rank's."""
+
+    rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]
+    scale: float = 1.0
+
+    @property
+    def layers(self) -> Iterable[int]:
+        return self.rows
+
+    def scaled(self, factor: float) -> "SideAttention":
+        return replace(self, scale=self.scale * factor)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixKV:
+    """Per layer (P, kv_heads, D) keys as they are scored, never rotated, and (P, kv_heads, Dv) values, this rank's."""
+
+    rows: Mapping[int, tuple[Tensor, Tensor]]
+    length: int
+
+    @property
+    def layers(self) -> Iterable[int]:
+        return self.rows
+
+
+AttentionEdit = RowOverride | ScoreBias | SideAttention | PrefixKV
+_ORDER: tuple[type, ...] = (ScoreBias, RowOverride, SideAttention)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of one request to which one edit applies in this step."""
+
+    row: int  # of the batch
+    start: int  # tokens [start, end) of the step
+    end: int
+    position: int  # absolute, of the token at `start`
+    edit: AttentionEdit
+
+
+def stretches(
+    row: int, start: int, end: int, position: int, edit: AttentionEdit, intervals: Iterable[tuple[int, int | None]]
+) -> Iterator[Stretch]:
+    """What of the absolute `intervals` lies in a row's tokens [start, end), the first of them at `position`."""
+    for first, stop in intervals:
+        begin = max(first, position) - position + start
+        finish = end if stop is None else min(end, stop - position + start)
+        if begin < finish:
+            yield Stretch(row, begin, finish, position + begin - start, edit)
+
+
+def outside(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
+    """The windows of the prompt that no span covers, for PASTA's `exclude`."""
+    found, reached = [], 0
+    for start, end in [*sorted(spans), (prompt_len, prompt_len)]:
+        if reached < start:
+            found.append((reached, min(start, prompt_len)))
+        reached = max(reached, end)
+    return found
+
+
+def require_eager_attention(config: CompilationConfig) -> None:
+    """Keep attention out of captured graphs. Raises: UnsupportedEngine where this configuration does not allow it."""
+    if config.cudagraph_mode is None or config.cudagraph_mode == CUDAGraphMode.NONE:
+        return
+    if config.cudagraph_mode.has_full_cudagraphs():
+        config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if not set(config.splitting_ops or ()) >= _SPLIT:
+        raise UnsupportedEngine(
+            "edits inside attention need graphs that are split at attention; this compilation config splits at "
+            f"{config.splitting_ops}: leave out fuse_attn_quant and use_inductor_graph_partition, or --enforce-eager"
+        )
+
+
+class AttentionEdits:
+    """The edits of the current step, and the model's attention layers that obey them.
+
+    worker.load_model             -> AttentionEdits(model)
+    worker, once KV is allocated  -> learn_layouts
+    runner adapter                -> begin_step, end_step
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises: UnsupportedEngine when no layer can be edited, with each one's reason."""
+        self.lacking: dict[int, str] = {}  # why layers that have attention cannot be edited
+        self._sites: dict[int, _Site] = {}
+        self._queries: dict[int, list[Stretch]] = {}  # per layer, sorted by _ORDER
+        self._prefixes: dict[int, list[Stretch]] = {}
+        holders = {child: module for module in model.modules() for child in module.children()}
+        for attention in [module for module in model.modules() if isinstance(module, Attention)]:
+            layer = extract_layer_index(attention.layer_name)
+            if reason := _why_not(attention):
+                self.lacking[layer] = reason
+                continue
+            self._sites[layer] = _Site(attention, _projection(holders.get(attention)))
+            self._adopt(attention.impl, layer)
+        if not self._sites:
+            raise UnsupportedEngine(f"no attention layer of {type(model).__name__} can be edited: {self.lacking}")
+
+    @property
+    def layers(self) -> list[int]:
+        """0-based indices of the blocks whose attention obeys."""
+        return list(self._sites)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for admission: which layers obey, which of them take biases, and how far back each one sees."""
+        return {
+            "layers": self.layers,
+            "lacking": dict(self.lacking),
+            "bias": [layer for layer, site in self._sites.items() if not site.why_no_bias],
+            "windows": {layer: site.window for layer, site in self._sites.items() if site.window},
+        }
+
+    def check(self, edit: AttentionEdit) -> None:
+        """Raises: AttentionError when a layer cannot be given `edit`."""
+        for layer in edit.layers:
+            site = self._sites.get(layer)
+            if site is None:
+                reason = self.lacking.get(layer, f"it has no attention; layers that have: {self.layers}")
+                raise AttentionError(f"layer {layer}: {reason}")
+            if isinstance(edit, ScoreBias) and site.why_no_bias:
+                raise AttentionError(f"layer {layer}: {site.why_no_bias}")
+
+    def learn_layouts(self) -> None:
+        """Find out where each layer's cache keeps keys and values. Raises: UnsupportedEngine."""
+        for layer, site in self._sites.items():
+            site.layout = CacheLayout.learn(site.attention, f"layer {layer}")
+
+    def side_attention(self, rows: Mapping[int, Tensor], gates: Mapping[int, Tensor]) -> SideAttention:
+        """Learned rows, (N, hidden_size) per layer, through each layer's own key and value projections.
+
+        Args:
+            gates: per layer a scalar, or (heads,) of the whole model.
+
+        Raises:
+            AttentionError: naming a layer without such a site or without a fused projection.
+        """
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer, learned in rows.items():
+            site = self._site(layer)
+            made[layer] = *site.project(learned, layer), site.own_heads(gates[layer])
+        return SideAttention(made)
+
+    def prefix_kv(self, rows: Mapping[int, tuple[Tensor, Tensor]]) -> PrefixKV:
+        """Learned keys and values, (P, kv_heads, D) per layer, of the whole model. Raises: AttentionError."""
+        made = {}
+        for layer, (keys, values) in rows.items():
+            made[layer] = self._site(layer).own_rows(keys), self._site(layer).own_rows(values)
+        (length,) = {len(part) for pair in made.values() for part in pair}
+        return PrefixKV(made, length)
+
+    def begin_step(self, found: Iterable[Stretch]) -> None:
+        """Say what the step's tokens ask for."""
+        self.end_step()
+        queries: dict[int, list[Stretch]] = defaultdict(list)
+        prefixes: dict[int, list[Stretch]] = defaultdict(list)
+        for stretch in found:
+            for layer in stretch.edit.layers:
+                (prefixes if isinstance(stretch.edit, PrefixKV) else queries)[layer].append(stretch)
+        self._prefixes = dict(prefixes)
+        self._queries = {
+            layer: sorted(asked, key=lambda stretch: _ORDER.index(type(stretch.edit)))
+            for layer, asked in queries.items()
+        }
+
+    def end_step(self) -> None:
+        """Until the next step nobody asks for anything."""
+        if self._queries or self._prefixes:
+            self._queries, self._prefixes = {}, {}
+
+    def _site(self, layer: int) -> "_Site":
+        if layer not in self._sites:
+            raise AttentionError(f"layer {layer} has no attention that can be edited; layers that have: {self.layers}")
+        return self._sites[layer]
+
+    def _adopt(self, impl: Any, layer: int) -> None:
+        cls: Any = type(impl)
+        edits = self
+
+        class EditedAttention(cls):
+            def forward(
+                self, owner: Any, query: Tensor, key: Any, value: Any, kv_cache: Tensor, metadata: Any, output: Tensor,
+                *args: Any, **kwargs: Any,
+            ) -> Tensor:  # fmt: skip
+                result: Tensor = cls.forward(
+                    self, owner, query, key, value, kv_cache, metadata, output, *args, **kwargs
+                )
+                if edits._queries and metadata is not None:
+                    edits._edit(layer, query, kv_cache, metadata.block_table, output)
+                return result
+
+            def do_kv_cache_update(self, owner: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+                if edits._prefixes:
+                    key, value = edits._with_prefixes(layer, key, value)
+                cls.do_kv_cache_update(self, owner, key, value, *args, **kwargs)
+
+        EditedAttention.__name__, EditedAttention.__qualname__ = cls.__name__, cls.__qualname__
+        EditedAttention.__module__ = cls.__module__
+        impl.__class__ = EditedAttention
+
+    def _edit(self, layer: int, query: Tensor, cache: Tensor, block_table: Tensor, output: Tensor) -> None:
+        """Edit (T, heads, Dv) `output` in place, for the tokens that ask."""
+        asked = self._queries.get(layer)
+        if not asked:
+            return
+        site, biased = self._sites[layer], defaultdict(list)
+        for stretch in asked:
+            if isinstance(stretch.edit, ScoreBias):
+                biased[stretch.row].append(stretch)
+        for row, group in biased.items():
+            site.attend(query, cache, block_table[row], group, output)
+        for stretch in asked:
+            if isinstance(stretch.edit, RowOverride):
+                site.override(stretch.edit, cache, block_table[stretch.row], output[stretch.start : stretch.end])
+            elif isinstance(stretch.edit, SideAttention):
+                tokens = slice(stretch.start, stretch.end)
+                site.attend_beside(stretch.edit, layer, query[tokens], output[tokens])
+
+    def _with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of (T, kv_heads, D) keys and values in which the tokens of prefixes have the learned ones."""
+        asked = self._prefixes.get(layer)
+        if asked:
+            key, value = key.clone(), value.clone()
+            for stretch in asked:
+                assert isinstance(stretch.edit, PrefixKV)
+                keys, values = stretch.edit.rows[layer]
+                taken = slice(stretch.position, stretch.position + stretch.end - stretch.start)
+                key[stretch.start : stretch.end], value[stretch.start : stretch.end] = keys[taken], values[taken]
+        return key, value
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Where one layer's KV cache keeps what: flat indices into a block, as found by writing to a scratch cache.
+
+    CPU kernels keep keys transposed or in tiles, depending on the instruction set and the type, so the layout is seen
+    rather than known.
+    """
+
+    block_size: int
+    keys: Tensor  # (block_size, kv_heads, D) int64
+    values: Tensor  # (block_size, kv_heads, Dv) int64
+
+    @staticmethod
+    def learn(attention: Any, name: str) -> "CacheLayout":
+        """Raises: UnsupportedEngine unless a block holds each of its tokens' keys and values exactly once."""
+        cache, heads = attention.kv_cache, attention.num_kv_heads
+        width = heads * (attention.head_size + attention.head_size_v)
+        size = cache[0].numel() if cache.dim() > 1 else 0
+        block_size = size // width
+        if not size or block_size * width != size:
+            raise UnsupportedEngine(f"{name}: a KV cache of shape {tuple(cache.shape)} cannot be read")
+        scratch = torch.zeros((3, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
+        slots = torch.arange(block_size, 2 * block_size, device=cache.device)  # the whole of block 1
+        found = torch.zeros(size, dtype=torch.int64, device=cache.device)
+        names, num_keys = torch.arange(size, device=cache.device), block_size * heads * attention.head_size
+        for place in (1, 256, 256**2, 256**3):  # one digit at a time: bfloat16 is exact up to 256
+            digit = (names // place % 256).to(cache.dtype)
+            key = digit[:num_keys].view(block_size, heads, -1)
+            value = digit[num_keys:].view(block_size, heads, -1)
+            attention.impl.do_kv_cache_update(attention, key, value, scratch, slots)
+            found += scratch[1].flatten().long() * place
+        if scratch[0].any() or scratch[2].any() or not torch.equal(found.sort().values, names):
+            raise UnsupportedEngine(
+                f"{name}: {attention.attn_backend.get_name()} keeps keys or values in a form unknown"
+            )
+        at = found.argsort()
+        return CacheLayout(
+            block_size, at[:num_keys].view(block_size, heads, -1), at[num_keys:].view(block_size, heads, -1)
+        )
+
+    def read(self, cache: Tensor, blocks: Tensor, where: Tensor, heads: Sequence[int]) -> Tensor:
+        """(blocks * block_size, len(heads), D) float32: what `where` (keys or values) names in (n,) `blocks`."""
+        flat = cache[blocks.long()].flatten(1)
+        return flat[:, where[:, heads].flatten()].view(-1, len(heads), where.shape[-1]).float()
+
+
+class _Site:
+    """One layer's attention on this rank. Edits number heads in the whole model; `_here` makes them this rank's."""
+
+    def __init__(self, attention: Any, projection: Any) -> None:
+        self.attention = attention
+        self.window: int | None = attention.sliding_window
+        self.layout: CacheLayout | None = None
+        self._projection = projection  # of queries, keys and values together; None where a model has none
+        self._num_heads, self._num_kv_heads = int(attention.num_heads), int(attention.num_kv_heads)
+        self._all_heads = self._num_heads * get_tensor_model_parallel_world_size()
+        self._first_head = get_tensor_model_parallel_rank() * self._num_heads
+        self._group = self._num_heads // self._num_kv_heads  # query heads per kv head
+        self._scale = float(attention.impl.scale)
+        self._soft_cap = float(getattr(attention.impl, "logits_soft_cap", 0) or 0)
+
+    @property
+    def why_no_bias(self) -> str:
+        """Why scores cannot be computed here as the kernel computes them; "" if they can."""
+        if getattr(self.attention.impl, "alibi_slopes", None) is not None:
+            return "its scores have a slope (ALiBi)"
+        if self.attention.has_sink:
+            return "it has attention sinks"
+        return "some of its tokens see later ones" if self.attention.use_mm_prefix else ""
+
+    def own_heads(self, gates: Tensor) -> Tensor:
+        """(this rank's heads,) float32 of a scalar or (heads,)."""
+        mine = slice(self._first_head, self._first_head + self._num_heads)
+        return gates.float().expand(self._all_heads)[mine].to(self._device)
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """(P, this rank's kv heads, D), as the cache keeps them, of (P, kv heads, D)."""
+        first = self._first_head // (self._all_heads // rows.shape[1])
+        return rows[:, first : first + self._num_kv_heads].to(self._device, self.attention.kv_cache_torch_dtype)
+
+    def project(self, rows: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(N, kv heads, D) keys and (N, kv heads, Dv) values of (N, hidden_size) rows, float32, this rank's."""
+        if self._projection is None:
+            raise AttentionError(f"layer {layer} has no projection of queries, keys and values together")
+        made = self._projection(rows.to(self._device, self.attention.kv_cache_torch_dtype))[0].float()
+        sizes = [self.attention.head_size, self.attention.head_size_v]
+        queries = self._num_heads * sizes[0]
+        keys, values = made[:, queries:].split([self._num_kv_heads * size for size in sizes], dim=-1)
+        return keys.unflatten(1, (-1, sizes[0])), values.unflatten(1, (-1, sizes[1]))
+
+    def attend(self, query: Tensor, cache: Tensor, blocks: Tensor, asked: Sequence[Stretch], output: Tensor) -> None:
+        """Attend again with the biases that one request asks for; they add up. Writes heads and tokens concerned."""
+        edits = [(stretch, stretch.edit) for stretch in asked if isinstance(stretch.edit, ScoreBias)]
+        heads = sorted({head for _, edit in edits for head in self._here(edit.heads)})
+        if not heads:
+            return
+        start, end = min(stretch.start for stretch in asked), max(stretch.end for stretch in asked)
+        shift = asked[0].position - asked[0].start  # position of a token = token + shift
+        layout = self._layout
+        seen = 0 if self.window is None else max(0, start + shift - self.window + 1)
+        base = seen // layout.block_size * layout.block_size  # blocks before it may be gone
+        length = end + shift - base
+        blocks = blocks[base // layout.block_size : -(-(end + shift) // layout.block_size)]
+        kv_heads = [head // self._group for head in heads]
+        keys = layout.read(cache, blocks, layout.keys, kv_heads)[:length]
+        values = layout.read(cache, blocks, layout.values, kv_heads)[:length]
+        at = torch.arange(base, base + length, device=cache.device)
+        step = max(1, _MAX_SCORES // (len(heads) * length))
+        for first in range(start, end, step):
+            last = min(first + step, end)
+            scores = torch.einsum("nhd,lhd->hnl", query[first:last, heads].float(), keys) * self._scale
+            if self._soft_cap:
+                scores = self._soft_cap * torch.tanh(scores / self._soft_cap)
+            parts = [(edit, slice(max(s.start, first), min(s.end, last))) for s, edit in edits]
+            for edit, tokens in parts:
+                for head in self._here(edit.heads):
+                    for key, stop, amount in edit.spans:
+                        span = slice(max(key - base, 0), max(stop - base, 0))
+                        scores[heads.index(head), tokens.start - first : max(tokens.stop - first, 0), span] += amount
+            own = torch.arange(first + shift, last + shift, device=cache.device).unsqueeze(1)
+            hidden = at > own if self.window is None else (at > own) | (at <= own - self.window)
+            attended = torch.einsum("hnl,lhd->nhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+            for edit, tokens in parts:
+                mine = self._here(edit.heads)
+                if tokens.start < tokens.stop and mine:
+                    new = attended[tokens.start - first : tokens.stop - first, [heads.index(head) for head in mine]]
+                    output[tokens, mine] = new.to(output.dtype)
+
+    def override(self, edit: RowOverride, cache: Tensor, blocks: Tensor, output: Tensor) -> None:
+        """Give one head of (n, heads, Dv) `output` the row of attention that `edit` says."""
+        for head in self._here([edit.head]):
+            layout = self._layout
+            keys = torch.tensor(edit.keys, device=cache.device)
+            weights = torch.tensor(edit.weights, device=cache.device)
+            values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
+            places = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
+            output[:, head] = (weights @ values[places, 0]).to(output.dtype)
+
+    def attend_beside(self, edit: SideAttention, layer: int, query: Tensor, output: Tensor) -> None:
+        """Add gated attention to learned rows to (n, heads, Dv) `output`."""
+        keys, values, gates = edit.rows[layer]
+        scores = torch.einsum("nhd,lhd->hnl", query.float(), keys.repeat_interleave(self._group, 1)) * self._scale
+        attended = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values.repeat_interleave(self._group, 1))
+        output.copy_(output.float() + edit.scale * gates.unsqueeze(-1) * attended)
+
+    @property
+    def _layout(self) -> CacheLayout:
+        assert self.layout is not None, "learn_layouts comes first"
+        return self.layout
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.attention._k_scale.device
+        return device
+
+    def _here(self, heads: Iterable[int]) -> list[int]:
+        return [head - self._first_head for head in heads if 0 <= head - self._first_head < self._num_heads]
+
+
+def _why_not(attention: Any) -> str:
+    """Why an attention layer cannot be edited; "" if it can."""
+    backend = attention.attn_backend.get_name()
+    if type(attention) is not Attention or attention.attn_type != AttentionType.DECODER:
+        return f"attention of the kind {type(attention).__name__} ({attention.attn_type}) cannot be edited"
+    if backend not in _BACKENDS:
+        return f"the attention backend {backend} cannot be edited; choose one of {', '.join(_BACKENDS)}"
+    if attention.kv_sharing_target_layer_name is not None:
+        return "it shares the keys and values of another layer"
+    if is_quantized_kv_cache(attention.kv_cache_dtype) or attention.query_quant is not None:
+        return f"its keys and values are quantised ({attention.kv_cache_dtype})"
+    return ""
+
+
+def _projection(holder: nn.Module | None) -> Any:
+    """The one projection to queries, keys and values beside an attention layer, LoRA's wrapper left aside."""
+    found = [getattr(child, "base_layer", child) for child in holder.children()] if holder else []
+    found = [child for child in found if isinstance(child, QKVParallelLinear)]
+    return found[0] if len(found) == 1 else None

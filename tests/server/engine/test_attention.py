@@ -1,0 +1,233 @@
+"""Edits inside attention: the goldens, and token for token against transformers under all that a batch can suffer."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import goldens
+import pytest
+import torch
+from reference import attended
+from reference.attended import Bias, Override, Prefix, Side
+from safetensors.torch import load_file, save
+from stepping import SteppingEngine, steps
+from torch import Tensor, nn
+from vllm.config import CompilationConfig, CUDAGraphMode
+
+from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.attention import RowOverride, outside, require_eager_attention, stretches
+
+TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eager": ("llama_a", {"enforce_eager": True}),
+    "compiled": ("llama_a", {}),
+    "two ranks": ("llama_a", {"enforce_eager": True, "tensor_parallel_size": 2}),
+    "window and soft cap": ("gemma2_a", {"enforce_eager": True, "hf_overrides": {"sliding_window": 40}}),
+}
+NUM_TOKENS = 36
+PLACEHOLDERS = 5
+
+
+@dataclass
+class Bench:
+    model: str
+    engine: SteppingEngine
+    reference: nn.Module
+
+
+KNOWN: dict[str, list[int]] = {}  # references, by model and request: most modes serve the same model
+
+
+@pytest.fixture(scope="module", params=MODES)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    name, flags = MODES[request.param]
+    path = str(goldens.ROOT / "models" / name)
+    with _environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if "tensor_parallel_size" in flags else None):
+        engine = SteppingEngine(
+            path,
+            "attention",
+            max_num_batched_tokens=48,
+            max_num_seqs=8,
+            num_gpu_blocks_override=10,
+            enable_prefix_caching=True,
+            disable_log_stats=False,
+            **flags,
+        )
+    try:
+        yield Bench(name, engine, attended.load(path, **flags.get("hf_overrides", {})))
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@pytest.mark.engine
+def test_golden_cases(bench: Bench) -> None:
+    """All five and a plain request in one batch."""
+    if bench.model != "llama_a":
+        pytest.skip("the goldens are of another model")
+    engine, asks, cases = bench.engine, [], []
+    for name in ("attn_override", "pasta_exclude", "adaption_prompt", "aligner", "prefix_kv"):
+        folder = goldens.ROOT / "cases" / f"{name}_llama"
+        said, params, case = (
+            json.loads((folder / "case.json").read_text()),
+            load_file(folder / "params.safetensors"),
+            load_file(folder / "io.safetensors"),
+        )
+        prompt = case["input_ids"].tolist()
+        asked: list[list[Any]] = []
+        if name == "attn_override":
+            for number, edit in enumerate(said["edits"]):
+                engine.rpc("add_override", f"{name}{number}", *(edit[k] for k in ("layer", "head", "keys", "weights")))
+                asked.append([f"{name}{number}", len(prompt) - 1, len(prompt)])
+        elif name == "pasta_exclude":
+            spans = [(*window, math.log(said["alpha"])) for window in outside(said["spans"], len(prompt))]
+            for layer, heads in said["heads"].items():
+                engine.rpc("add_bias", f"{name}{layer}", int(layer), heads, spans)
+                asked.append([f"{name}{layer}", 0, None])
+        elif name == "prefix_kv":
+            rows = params["prompt_embeddings"]
+            engine.rpc("add_prefix", name, save({"rows": rows.view(len(rows), 8, 2, 32)}))
+            asked, prompt = [[name, 0, len(rows)]], [0] * len(rows) + prompt
+        else:
+            engine.rpc("add_side", name, save(_side_tensors(name, params)))
+            asked = [[name, 0, None]]
+        asks.append((prompt, {"attention": asked}, 16, name))
+        cases.append(case)
+    *edited, plain = engine.generate(*asks, (cases[0]["input_ids"].tolist(), None, 1, "plain"))
+    for case, output in zip(cases, edited, strict=True):
+        assert list(output.outputs[0].token_ids) == case["greedy_ids_f64"].tolist()
+        _assert_close(steps(output), case["step_logits_f64"])
+    _assert_close(steps(plain), cases[0]["base_last_logits_f64"][None])
+
+
+def _side_tensors(name: str, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    if name == "aligner":
+        rows = {f"{layer}.rows": params["tokens"].clone() for layer in range(4)}
+        return rows | {f"{layer}.gate": params["gates"][layer].clone() for layer in range(4)}
+    rows = {f"{layer}.rows": params[f"layer{layer}.adaption_prompt"] for layer in (2, 3)}
+    return rows | {f"{layer}.gate": params[f"layer{layer}.gate"] for layer in (2, 3)}
+
+
+def _assert_close(said: list[dict[int, float]], logits: Tensor) -> None:
+    for step, row in zip(said, logits.log_softmax(-1), strict=True):
+        for token, logprob in step.items():
+            assert logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+
+
+@pytest.mark.engine
+def test_under_pressure(bench: Bench) -> None:
+    """Chunked prefills and preemption, and prefixes that come from the cache."""
+    generator = torch.Generator().manual_seed(11)
+    edits = _edits(generator, bench.engine, 96 if bench.model == "gemma2_a" else 128)
+    common = torch.randint(3, 320, (64,), generator=generator).tolist()
+    requests = []
+    for number in range(18):
+        own = torch.randint(3, 320, (6 + 5 * (number % 9),), generator=generator).tolist()
+        prompt = common[: (0, 40, 64)[number % 3]] + own
+        which = ("", "bias", "override", "side", "prefix", "bias override side prefix")[number % 6].split()
+        if "prefix" in which:
+            prompt = [0] * PLACEHOLDERS + prompt
+        last = len(prompt) - 1
+        where = {
+            "bias": (0, None),
+            "override": (last, last + 1),
+            "side": (last if number % 2 else 0, None),
+            "prefix": (0, PLACEHOLDERS),
+        }
+        requests.append((prompt, [(name, *where[kind]) for kind in which for name in edits if name.startswith(kind)]))
+    expected = []
+    for prompt, asked in requests:
+        key = repr((bench.model, prompt, asked))
+        if key not in KNOWN:
+            said: attended.Asked = [(edits[name], first, end) for name, first, end in asked]
+            KNOWN[key] = attended.greedy(bench.reference, prompt, NUM_TOKENS, said)
+        expected.append(KNOWN[key])
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    asks = [(prompt, {"attention": asked}, NUM_TOKENS, repr(asked)) for prompt, asked in requests]
+    outputs = bench.engine.generate(*asks)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    for ask, tokens in zip(asks[-6:], expected[-6:], strict=True):
+        for _ in range(2):  # alone, then from the cache
+            assert list(bench.engine.generate(ask)[0].outputs[0].token_ids) == tokens
+    seen = bench.engine.metrics()
+    assert seen["vllm:num_preemptions"] > 0
+    assert seen["vllm:prefix_cache_hits"] > 0
+
+
+def _edits(
+    generator: torch.Generator, engine: SteppingEngine, hidden_size: int
+) -> dict[str, Bias | Override | Side | Prefix]:
+    """Some of every kind, given to the engine: biases that meet on one head, overrides of every kv group."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    made: dict[str, Bias | Override | Side | Prefix] = {
+        "bias 1": Bias(1, [0, 3], [(0, 4, -3.0), (2, 9, 2.0), (9, 70, -1.0)]),
+        "bias 2": Bias(1, [3], [(3, 12, 2.5)]),
+        "bias 3": Bias(2, [1, 2], [(0, 200, -4.0), (8, 30, 4.0)]),
+        "override 1": Override(0, 2, [6, 3, 1], [0.5, 0.3, 0.2]),
+        "override 2": Override(3, 1, [2], [1.5]),
+        "side": Side(
+            {layer: draw(3, hidden_size) for layer in (1, 3)}, {layer: draw(4, scale=0.7) for layer in (1, 3)}
+        ),
+        "prefix": Prefix(draw(PLACEHOLDERS, 8, 2, 32, scale=0.7)),
+    }
+    for name, edit in made.items():
+        if isinstance(edit, Bias):
+            engine.rpc("add_bias", name, edit.layer, edit.heads, edit.spans)
+        elif isinstance(edit, Override):
+            engine.rpc("add_override", name, edit.layer, edit.head, edit.keys, edit.weights)
+        elif isinstance(edit, Side):
+            tensors = {f"{layer}.rows": rows for layer, rows in edit.rows.items()}
+            engine.rpc("add_side", name, save(tensors | {f"{k}.gate": gate for k, gate in edit.gates.items()}))
+        else:
+            engine.rpc("add_prefix", name, save({"rows": edit.rows}))
+    return made
+
+
+def test_stretches_of_a_chunk() -> None:
+    """A row's tokens 10 to 20 of the step, at positions 100 to 110."""
+    edit = RowOverride(0, 0, (0,), (1.0,))
+    found = stretches(3, 10, 20, 100, edit, [(0, 50), (90, 102), (105, 106), (108, None), (110, None), (400, 500)])
+    assert [(s.row, s.start, s.end, s.position) for s in found] == [
+        (3, 10, 12, 100),
+        (3, 15, 16, 105),
+        (3, 18, 20, 108),
+    ]
+
+
+def test_outside_of_spans() -> None:
+    assert outside([(5, 9)], 20) == [(0, 5), (9, 20)]
+    assert outside([(12, 14), (0, 3), (2, 6), (13, 13)], 14) == [(6, 12)]
+    assert outside([], 4) == [(0, 4)]
+    assert outside([(0, 99)], 4) == []
+    assert outside([(8, 12)], 4) == [(0, 4)]
+
+
+def test_graphs_are_split_at_attention() -> None:
+    config = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"])
+    config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    require_eager_attention(config)
+    assert config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    config.splitting_ops = ["vllm::unified_attention_with_output"]
+    with pytest.raises(UnsupportedEngine, match="split at attention"):
+        require_eager_attention(config)
+    config.cudagraph_mode = CUDAGraphMode.NONE
+    require_eager_attention(config)
