@@ -16,7 +16,7 @@ from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
 MAX_ROWS = 64
-_Start = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]
+_Start = Annotated[int, Field(strict=True, ge=-(1 << 30), lt=1 << 30)]
 
 
 class ActAddParams(Scaled):
@@ -24,7 +24,7 @@ class ActAddParams(Scaled):
         "front",
         description="where row 0 goes: to the front, so that the last row meets the last token, or a position",
     )
-    row: int | None = Field(None, ge=0, description="only this row; none: all of them")
+    row: int | None = Field(None, strict=True, ge=0, description="only this row; none: all of them")
 
 
 class ActAdd(ScaledMethod[ActAddParams]):
@@ -54,7 +54,7 @@ class ActAdd(ScaledMethod[ActAddParams]):
         if where != Where.of(self.where):
             raise SteeringError("actadd's rows have positions of their own; say `location` instead", "where")
         num_rows = _num_rows(tensors)
-        start = {"front": 0, "back": -num_rows}.get(params.location, params.location)  # type: ignore[arg-type]
+        start = params.location if isinstance(params.location, int) else 0 if params.location == "front" else -num_rows
         for row in range(num_rows) if params.row is None else [params.row]:
             first = start + row
             window = (first, None if first == -1 else first + 1)

@@ -15,6 +15,7 @@ from whipstaff.steering.ops import Op
 from whipstaff.steering.shape import ModelShape
 
 _Index = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+_Layer = Annotated[int, Field(ge=0, lt=1 << 31)]  # a JSON key, so a string too
 _Position = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]
 _Weight = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -66,9 +67,9 @@ class AttentionOverride(Method[OverrideParams]):
 
 
 class PastaParams(EditParams):
-    heads: dict[Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[list[_Index], Field(min_length=1)]] = Field(
-        min_length=1, description="layer -> query heads"
-    )
+    heads: dict[
+        Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[list[_Index], Field(min_length=1, max_length=1024)]
+    ] = Field(min_length=1, max_length=1024, description="layer -> query heads")
     spans: list[tuple[_Position, _Position | None]] = Field(
         min_length=1, max_length=64, description="highlighted prompt windows, half-open; negative from the prompt's end"
     )

@@ -36,7 +36,7 @@ class Experts(BaseModel):
 
 class MoTEParams(EditParams):
     mode: Literal["pre", "zero", "zero_renorm", "force"] = Field("pre", description="what off means")
-    experts: dict[Annotated[int, Field(ge=0)], Experts] = Field({}, description="layer -> experts")
+    experts: dict[Annotated[int, Field(ge=0)], Experts] = Field({}, max_length=1024, description="layer -> experts")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Autoencoder(Scaled):
     """How the file's autoencoder computes; a file states these among its defaults."""
 
     activation: Literal["relu", "jumprelu", "topk"] = Field("relu", description="what the encoder ends with")
-    k: int | None = Field(None, ge=1, description="how many features are active at most; topk needs it")
+    k: int | None = Field(None, strict=True, ge=1, description="how many features are active at most; topk needs it")
     apply_b_dec_to_input: bool = Field(True, description="whether the decoder's bias is taken off before encoding")
     normalize_activations: Literal["none", "constant_norm_rescale", "layer_norm"] = Field(
         "none", description="what is done to every row before encoding, and undone after decoding"

@@ -39,7 +39,9 @@ class InsertParams(EditParams):
         description="the rows come before this token of the prompt as sent; negative counts from its end, and its "
         "length puts them last; or an edge of a message's content",
     )
-    tokens: int | None = Field(None, ge=1, lt=1 << 31, description="only the first so many rows; none: all of them")
+    tokens: int | None = Field(
+        None, strict=True, ge=1, lt=1 << 31, description="only the first so many rows; none: all of them"
+    )
 
 
 class SoftPrompt(Method[InsertParams]):

@@ -22,6 +22,7 @@ from whipstaff.steering.method import Method, Place, Scaled
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.mote import Routing
 from whipstaff.steering.methods.reft import where_of
+from whipstaff.steering.ops import diagonal
 from whipstaff.steering.programs import Step, assemble
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.where import Where
@@ -142,6 +143,21 @@ def test_every_method_says_what_it_is(method: Method[Any]) -> None:
         method.params.model_validate(method.off)
     assert bool(method.off) == (issubclass(method.params, Scaled) or method.name == "pasta")
     assert all(place in method.places(SHAPE) and place.site in method.sites for place in method.places(SHAPE))
+
+
+def test_the_reference_reaches_every_site(models: dict[str, Any]) -> None:
+    """An edit shows in the logits from its first token on; what leaves a block enters the next one."""
+    for name, model in models.items():
+        shape, prompt = goldens.shape_of(name), list(range(3, 15))
+        plain = reference.logits(model, prompt, len(prompt), [])
+        pushed: dict[tuple[str, int], Tensor] = {}
+        for site, layer in [(site, 1) for site in SITES if site != "router" or shape.num_experts] + [("resid_pre", 2)]:
+            push = 2.0 * torch.linspace(-1, 1, shape.width(site))  # type: ignore[arg-type]
+            edit = reference.Edit(site, layer, [diagonal(1.0, push)], lambda position, _: position >= 5)
+            pushed[site, layer] = reference.logits(model, prompt, len(prompt), [edit])
+            change = (pushed[site, layer] - plain).abs().amax(1)
+            assert change[:5].max() < 1e-4 and change[5] > 1e-3, f"{name} {site}"
+        torch.testing.assert_close(pushed["resid_post", 1], pushed["resid_pre", 2], rtol=0, atol=1e-4)
 
 
 # A file, a request and the op that together show what each method does, on a row of 16 numbers.
