@@ -87,6 +87,38 @@ def lowrank_cases(device: str) -> Iterator[Case]:
                 )
 
 
+def program_cases(device: str) -> Iterator[Case]:
+    from whipstaff import cuda_ext
+    from whipstaff.cuda_ext import Op, Phi, interpreter
+
+    hidden = 4096
+    lines = torch.randn(10, hidden, device=device) / hidden
+    diag = [[Op.DIAG, 0, 1, 0, 0, 0]]
+    rank_4 = [[Op.DIR, 2 + r, 6 + r, Phi.SET, 0, 0] for r in range(4)]
+    for program, form in ((diag, "diagonal"), (rank_4, "rank 4")):
+        code = torch.tensor([*program, [Op.END, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+        args = torch.zeros(code.shape, device=device)
+        for num_tokens in (1, 64, 256):
+            for popularity in (NOBODY, ALL_ONE):
+                x = torch.randn(num_tokens, hidden, device=device).bfloat16()
+                tokens = slots(popularity, num_tokens, device)[:, None].repeat(1, 2).int()
+                arguments = x, lines, code, args, tokens, torch.ones(num_tokens, 0, device=device), lines.new_ones(0, 0)
+                moved = 0 if popularity == NOBODY else 2 * x.nbytes + 2 * len(program) * hidden * 4
+                yield Case(
+                    "run_edits_",
+                    {
+                        "tokens": num_tokens,
+                        "hidden": hidden,
+                        "dtype": str(x.dtype),
+                        "program": form,
+                        "slots": popularity,
+                    },
+                    lambda arguments=arguments: cuda_ext.run_edits_(*arguments),
+                    lambda arguments=arguments: interpreter.run_edits_(*arguments),
+                    moved + tokens.nbytes,
+                )
+
+
 def mix_cases(device: str) -> Iterator[Case]:
     from whipstaff import cuda_ext
     from whipstaff.cuda_ext import reference
@@ -206,7 +238,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     for device in chosen.device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]):
         print(json.dumps(machine(device) | {"threads": chosen.threads, "python": platform.python_version()}))
-        for cases in (diag_cases, lowrank_cases, mix_cases):
+        for cases in (diag_cases, lowrank_cases, program_cases, mix_cases):
             for case in cases(device):
                 if not chosen.kernel or case.name in chosen.kernel:
                     print(json.dumps(measure(case, device, chosen.budget)), flush=True)

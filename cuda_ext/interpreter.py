@@ -210,6 +210,7 @@ class Machine:
         z = torch.stack([self.reading(row) for row in self.call.encoder[i.i0 : i.i0 + i.i1]]) * self.u_in
         if self.call.encoder_bias is not None:
             z = z + self.call.encoder_bias[i.i0 : i.i0 + i.i1]
+        z = torch.where(z.isnan(), -math.inf, z)  # what cannot be ordered is not among the largest
         self.tau = float(z.topk(min(max(i.i2, 1), len(z))).values[-1])
 
     def norm_in(self, i: Instruction) -> None:

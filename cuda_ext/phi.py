@@ -16,4 +16,4 @@ class Phi(IntEnum):
     SIGN = 7  # a sign z
     ANGLE = 8  # pair: turned to angle a in its plane, where z > b; the length is kept
     ROTATE = 9  # pair: turned by angle a
-    TOP_K = 10  # GATED, but only where z is also among the readings that `run_edits_`'s TOP_K found to be the largest
+    TOP_K = 10  # GATED, but in `run_edits_` only where z is also among the largest readings, which Op.TOP_K finds

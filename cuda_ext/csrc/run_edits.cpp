@@ -77,9 +77,7 @@ float* row_buffer(int64_t size) {
   constexpr int64_t LINE = 16;
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < size + LINE) buffer.resize(size + LINE);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return buffer.data() +
-         (LINE * sizeof(float) - address % (LINE * sizeof(float))) % (LINE * sizeof(float)) / sizeof(float);
+  return buffer.data() + -reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float) % LINE;
 }
 
 // One token's registers, and what each instruction does to them.
@@ -97,6 +95,7 @@ struct Machine {
     return edits.residual ? static_cast<X*>(edits.residual) + token * edits.residual_stride : nullptr;
   }
 
+  // h, with the row in it.
   const float* row() {
     if (is_loaded) return h;
     is_loaded = true;
@@ -114,7 +113,7 @@ struct Machine {
       const Arguments& arg = edits.args[pc];
       int64_t length = 1;
       switch (i.op) {
-        case Op::Jump: pc = i.i0 - 1; break;
+        case Op::Jump: pc = int64_t(i.i0) - 1; break;
         case Op::Gain: gain = edits.gain_of(token, i, arg); break;
         case Op::When: gain *= edits.is_on(token, i, arg) ? 1.0f : 0.0f; break;
         case Op::Ramp: gain *= edits.ramp(token, i, arg); break;
@@ -271,7 +270,7 @@ int64_t first_edited(const RunEdits& edits) {
   return token;
 }
 
-// About how many numbers a program touches, counted in passes over a row.
+// About how many passes over a row a program makes.
 int64_t num_passes(const RunEdits& edits, int64_t pc) {
   int64_t passes = 0;
   for (int64_t left = edits.num_instructions; left > 0 && pc >= 0 && pc < edits.num_instructions; --left) {

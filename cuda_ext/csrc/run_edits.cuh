@@ -80,8 +80,7 @@ struct RunEdits {
     return i.i0 < 0 ? arg.phi[0] : arg.phi[0] * gains[token * gain_stride + i.i0];
   }
 
-  // Latched: above the threshold. Else above `a` turns on, at or below `b` off, and between them the state before
-  // holds.
+  // Above `a` turns on, at or below `b` off, between them the state before holds. Latched: the first reading decides.
   WHIPSTAFF_HOST_DEVICE bool is_on(int64_t token, const Instruction& i, const Arguments& arg) const {
     const float on = arg.phi[0], off = arg.phi[1], sign = arg.phi[2];
     const int64_t last = i.i1 ? 0 : position(token);

@@ -107,6 +107,7 @@ def test_hand_worked_readings():
     assert edited([-3.0, 5.0], Phi.CLAMP, [-1.0, 2.0]) == [-1.0, 5.0]
     assert edited([3.0, 5.0], Phi.GATED, [2.0, -1.0, 10.0, 7.0]) == [10.0, 5.0]
     assert edited([2.0, 5.0], Phi.GATED, [2.0, -1.0, 10.0, 7.0]) == [9.0, 5.0]
+    assert edited([3.0, 5.0], Phi.TOP_K, [2.0, -1.0, 10.0, 7.0]) == [10.0, 5.0]  # as GATED: nothing is compared here
     assert edited([-3.0, 5.0], Phi.SIGN, [2.0]) == [-5.0, 5.0]
     assert edited([0.5, 5.0], Phi.TANH, [2.0])[0] == pytest.approx(0.5 + 2 * math.tanh(0.5))
     assert edited([0.5, 5.0], Phi.SILU, [2.0])[0] == pytest.approx(0.5 + 2 * 0.5 / (1 + math.exp(-0.5)))
