@@ -73,11 +73,12 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         engine.layout.limits,
         facts["dtype"],
         engine.layout.num_slots,
-        engine.layout.num_layers,
+        engine.layout.shape.num_layers,
         frozenset(Place(*place) for place in facts["sites"]),
         Lengths(await calibrate(engine)),
         Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         engine.vllm_config.parallel_config.tensor_parallel_size,
+        facts["takes_soft_prompts"],
     )
 
 

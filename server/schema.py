@@ -2,21 +2,24 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from whipstaff.decoding.method import DecodingError, Method, Mix, Params
 from whipstaff.decoding.methods import METHODS
+from whipstaff.server.chat import Prompt
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, WhipstaffError, bad_field
+from whipstaff.server.placing import SoftPrompt, place_plan
 from whipstaff.server.registry import Registry
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.dose import Dose
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.growth import MAX_GROWTH, growth
 from whipstaff.steering.method import Place
+from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.plan import (
     MAX_EDITS,
     OWN_FIELDS,
@@ -79,6 +82,7 @@ class Catalogue:
     lengths: Lengths = field(default_factory=lambda: Lengths({}))
     limit: Limit | None = None
     tensor_parallel: int = 1
+    takes_soft_prompts: bool = True
 
 
 @dataclass
@@ -90,6 +94,7 @@ class Steered:
     vector: Vector
     params: SteeringParams
     edits: range  # which of the plan's edits it became
+    soft: SoftPrompt | None = None
 
     @property
     def label(self) -> str:
@@ -132,6 +137,19 @@ class Compiled:
             self._check_steering(self.plan.steering, prompt_len, allowed)
         return allowed
 
+    def place(self, prompt: Prompt) -> list[int] | None:
+        """Place the plan in a prompt; the prompt with room for inserted rows, None if it stays as it is.
+
+        Raises: BadRequest for a field that does not go with this prompt.
+        """
+        if self.plan.steering is None:
+            return None
+        paths = [entry.path for entry in self.steering for _ in entry.edits]
+        soft = [entry.soft for entry in self.steering if entry.soft is not None]
+        steering, ids = place_plan(self.plan.steering, paths, soft, prompt)
+        self.plan = replace(self.plan, steering=steering)
+        return ids
+
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         for entry in self.steering:
             for index in entry.edits:
@@ -158,6 +176,14 @@ class Compiled:
 
     def _said(self, entry: Steered, fed: list[Fed]) -> dict[str, Any]:
         assert self.plan.steering is not None
+        if entry.soft is not None:
+            return {
+                "vector": entry.name,
+                "digest": entry.vector.digest,
+                "method": entry.vector.header.method,
+                **entry.soft.params.model_dump(exclude_none=True),
+                "prompt_tokens": entry.soft.num,  # which usage counts
+            }
         planned = [self.plan.steering.edits[index] for index in entry.edits]
         settings = json.loads(planned[0].edit.setting) if planned else {}
         largest = max((found for one in planned if (found := self._dose(entry, one.edit))), default=None)
@@ -205,6 +231,8 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
         if (mix := _decoding(entry, f"decoding[{index}]", catalogue, compiled, is_lenient)) is not None
     ]
     mix = _sum(mixes)
+    if mix and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
+        raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     compiled.plan = RequestPlan(planner.plan if compiled.steering else None, mix)
     compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
     return compiled
@@ -278,6 +306,10 @@ def _steering(entry: Any, path: str, planner: Planner, compiled: Compiled, is_le
     own = _part(entry, path, own=True)
     before = len(planner.edits)
     try:
+        if vector.method.name == SoftPromptMethod.name:
+            soft = SoftPrompt.of(params, own, vector, path)
+            compiled.steering.append(Steered(path, params.vector, vector, params, range(0), soft))
+            return
         edits = planner.add(params, own, vector, probe)
         if have.limit is not None and (weaker := _kept_to(have.limit, params, vector, planner, edits, have)):
             del planner.edits[before:]
@@ -301,6 +333,12 @@ def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
     """Every place that the vector edits must be hooked in this server's model."""
+    if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
+        raise Unavailable(
+            "the served model's tokens are embedded where rows cannot be inserted; start it without "
+            "--enable-prompt-embeds, or with a model of text only",
+            f"{path}.vector",
+        )
     for place in vector.tensors:
         if params.layers is not None and place.layer not in params.layers:
             continue
@@ -315,13 +353,7 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalo
 
 
 def _kept_to(
-    limit: Limit,
-    params: SteeringParams,
-    own: dict[str, Any],
-    vector: Vector,
-    planner: Planner,
-    edits: range,
-    have: Catalogue,
+    limit: Limit, params: SteeringParams, vector: Vector, planner: Planner, edits: range, have: Catalogue
 ) -> float | None:
     """The scale that keeps an edit to the operator's limit, if it needs another. Raises: SteeringError."""
     most = params.schedule.largest if params.schedule else 1.0

@@ -94,10 +94,15 @@ def method_of(name: str) -> Method[Any]:
 
 def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Write a vector file. Raises: SteeringError when `read` would not take it back."""
-    packed = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
-    data = save(packed, metadata={"whipstaff": header.model_dump_json()})
+    data = packed(header, tensors)
     parse(data)
     path.write_bytes(data)
+
+
+def packed(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of a vector file, unchecked."""
+    numbers = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    return save(numbers, metadata={"whipstaff": header.model_dump_json()})
 
 
 def read(path: Path) -> Vector:

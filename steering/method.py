@@ -78,6 +78,10 @@ class Method(ABC, Generic[P]):
         """Checks of a request's parameters against a file. Raises: SteeringError naming the field."""
         return None
 
+    def check_file(self, params: P, defaults: Mapping[str, Any]) -> None:
+        """Checks of a request's parameters against those that the file states. Raises: SteeringError."""
+        return None
+
     def check_model(self, params: P, model: ModelShape) -> None:
         """Checks of parameters that name layers, heads or experts. Raises: SteeringError naming the field."""
         return None

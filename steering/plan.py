@@ -254,6 +254,8 @@ class Planner:
         """
         settings = _settings(vector, own)
         vector.method.check_params(settings, vector.tensors)
+        vector.method.check_file(settings, vector.header.known_defaults)
+        vector.method.check_model(settings, vector.header.model)
         layers = _layers(params.layers, vector)
         where = Where.of(params.where or vector.header.where or vector.method.where)
         first = len(self.edits)

@@ -7,6 +7,7 @@ instruction, so that three vectors cost what one costs; everything else follows 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -53,6 +54,16 @@ class Step:
     ops: tuple[Op, ...]
     gate: Gate = OPEN
     renorm: bool = False
+    source: str = ""  # the digest of the vector, by which encoders are known
+
+
+class Encoding(NamedTuple):
+    """An encoder that an instruction of a program needs."""
+
+    instruction: int
+    source: str
+    weight: Tensor  # (features, width)
+    bias: Tensor  # (features,)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Program:
     codes: list[int] = field(default_factory=list)
     operands: list[list[int | Tensor]] = field(default_factory=list)
     numbers: list[list[float]] = field(default_factory=list)
-    encoders: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # instruction, encoder, its bias
+    encodings: list[Encoding] = field(default_factory=list)
 
     def add(self, code: Code, operands: Sequence[int | Tensor] = (), numbers: Sequence[float] = ()) -> None:
         self.codes.append(int(code))
@@ -101,8 +112,9 @@ def assemble(readings: Iterable[Reading], steps: Sequence[Step]) -> Program:
             gate = wanted
         if renorm:
             program.add(Code.SAVE)
+        sources = {id(op): step.source for step in together for op in step.ops}
         for op in merged([op for step in together for op in step.ops], is_partial=wanted.is_partial):
-            _emit(program, op)
+            _emit(program, op, sources.get(id(op), ""))
         if renorm:
             program.add(Code.RENORM)
     if program.codes:
@@ -164,20 +176,20 @@ def _emit_gate(program: Program, gate: Gate) -> None:
         program.add(Code.RAMP, [column], numbers)
 
 
-def _emit(program: Program, op: Op) -> None:
+def _emit(program: Program, op: Op, source: str) -> None:
     if isinstance(op, Diagonal):
         program.add(Code.DIAG, [-1 if op.mul is None else op.mul, -1 if op.add is None else op.add])
     elif isinstance(op, Cross):
         program.add(Code.CROSS, [op.mul, op.cross, op.stride])
     else:
-        _emit_directions(program, op)
+        _emit_directions(program, op, source)
 
 
-def _emit_directions(program: Program, op: Directions) -> None:
+def _emit_directions(program: Program, op: Directions, source: str) -> None:
     if op.norm != "none":
         program.add(Code.NORM_IN, [PER_TOKEN_NORMS.index(op.norm)])
     if op.top_k is not None:
-        program.encoders.append((len(program.codes), op.top_k.encoder, op.top_k.bias))
+        program.encodings.append(Encoding(len(program.codes), source, op.top_k.encoder, op.top_k.bias))
         program.add(Code.TOP_K, [0, len(op.top_k.encoder), op.top_k.k])
     args = op.args.tolist()
     biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()

@@ -76,12 +76,8 @@ def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:
 def _mlp(
     block: nn.Module, attention: nn.Module, is_linear: Callable[[nn.Module], bool]
 ) -> tuple[nn.Module | None, nn.Module | None]:
-    """What holds the weights beside the attention: one module, or the two linear layers of a bare MLP."""
-    beside = [
-        child
-        for child in block.children()
-        if child is not attention and any(parameter.dim() > 1 for parameter in child.parameters())
-    ]
+    """What holds linear layers beside the attention: one module, or the two layers of a bare MLP."""
+    beside = [child for child in block.children() if child is not attention and any(map(is_linear, child.modules()))]
     if len(beside) == 1 or (len(beside) == 2 and all(map(is_linear, beside))):
         return beside[0], beside[-1]
     return None, None

@@ -18,7 +18,7 @@ from whipstaff.cuda_ext import Op as Code
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, edits_of
-from whipstaff.steering.programs import Program, Reading, Step, assemble, meter
+from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
 from whipstaff.steering.sites import pool_of
 
 NOTHING = -1  # the address of tokens that are left alone
@@ -32,15 +32,29 @@ class SiteSpec(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoders:
     """The readings of sparse autoencoders whose active features are the largest of all, at one place.
 
-    weight (features, width), bias (features,): persistent, filled as vectors are loaded.
+    weight (features, width), bias (features,): persistent, with room for what the server was started with; an
+    autoencoder keeps the range it was given first.
     """
 
     weight: Tensor
     bias: Tensor
+    starts: dict[str, int] = field(default_factory=dict)  # by the vector's digest
+    num_used: int = 0
+
+    def start_of(self, encoding: Encoding) -> int:
+        """Where an encoder's features begin, after copying them there."""
+        if encoding.source not in self.starts:
+            start, end = self.num_used, self.num_used + len(encoding.weight)
+            if end > len(self.weight):
+                raise RuntimeError(f"no room for an encoder of {len(encoding.weight)} features; it was not announced")
+            self.weight[start:end].copy_(encoding.weight)
+            self.bias[start:end].copy_(encoding.bias)
+            self.starts[encoding.source], self.num_used = start, end
+        return self.starts[encoding.source]
 
 
 class SiteTables(NamedTuple):
@@ -171,7 +185,7 @@ class Tables:
                 readings.setdefault(place, []).append(_reading(vector, item))
                 continue
             for place, ops in edits_of(vector, item).items():
-                steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm))
+                steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm, item.digest))
         touched = [place for place in self.places if place in readings or place in steps]
         return {place: assemble(readings.get(place, ()), steps.get(place, ())) for place in touched}
 
@@ -199,6 +213,8 @@ class Tables:
                 [what, *(found[operand.data_ptr()] if isinstance(operand, Tensor) else operand for operand in operands)]
                 for what, operands in zip(program.codes, program.operands, strict=True)
             ]
+            for encoding in program.encodings:
+                said[encoding.instruction][1] = self._encoders[place].start_of(encoding)
             code[index, at] = torch.tensor(said, dtype=torch.int32)
             args[index, at] = torch.tensor(program.numbers)
         for number, frame in enumerate(frames):

@@ -18,7 +18,7 @@ from whipstaff.decoding.method import Mix
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.server.engine.selftest import describe
-from whipstaff.steering.artifacts import Header, Vector, parse
+from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan, weigh
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Where
@@ -81,12 +81,9 @@ class EngineUnderTest:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    def add_vector(self, tensors: dict[str, Any], method: str = "vector", **defaults: Any) -> Vector:
+    def add_vector(self, tensors: dict[str, Any], header: Header | None = None) -> Vector:
         """Make a vector of tensors named as in a vector file, and give it to the workers."""
-        from safetensors.torch import save
-
-        header = Header(method=method, model=self.shape, defaults=defaults)
-        data = save({k: v.contiguous().float() for k, v in tensors.items()}, {"whipstaff": header.model_dump_json()})
+        data = packed(header or Header(method="vector", model=self.shape), tensors)
         (digest, *_) = self.run(self.engine.collective_rpc("whipstaff_add_vector", args=(data,)))
         vector = parse(data)
         assert vector.digest == digest

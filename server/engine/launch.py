@@ -112,7 +112,7 @@ def configure(
     layout = Layout(
         version=metadata.version("whipstaff"),
         num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
-        num_layers=config.model_config.get_total_num_hidden_layers(),
+        shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
         sites=tuple(site for site in SITES if site in {*CORE, *needs.sites}),

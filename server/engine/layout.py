@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from whipstaff.steering.shape import Site
+from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import CORE
 
 KEY = "whipstaff"
@@ -31,7 +31,7 @@ class Layout(BaseModel):
 
     version: str  # of Whipstaff
     num_slots: int  # rows of edits in use at once; see `steering.tables`
-    num_layers: int
+    shape: ModelShape
     num_histories: int = 0  # conditions in use at once
     max_len: int = 0  # positions of a history
     sites: tuple[Site, ...] = CORE  # where edits can be made

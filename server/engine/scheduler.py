@@ -81,7 +81,7 @@ class SteeredScheduling:
 
     def _slots_of(self, placed: PlacedPlan) -> int:
         """What a request's rows take beside those in use."""
-        num_layers = self._layout.num_layers
+        num_layers = self._layout.shape.num_layers
         return sum(num_slots(row, num_layers) for row in placed.rows if row not in self._rows_in_use)
 
     def _admit(self) -> None:

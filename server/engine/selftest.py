@@ -9,13 +9,12 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors.torch import save
 from vllm import SamplingParams
 
 from whipstaff.decoding.method import Mix
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
-from whipstaff.steering.artifacts import Header
+from whipstaff.steering.artifacts import Header, packed
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
@@ -107,7 +106,7 @@ async def _load_probe(engine: Engine, site: Site, places: list[Place], shape: Mo
     tensors = {
         f"{site}.{place.layer}.add": torch.randn(size, generator=generator) for place in places if place.site == site
     }
-    data = save(tensors, metadata={"whipstaff": Header(method="vector", model=shape).model_dump_json()})
+    data = packed(Header(method="vector", model=shape), tensors)
     digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]
     return digest
 

@@ -21,7 +21,7 @@ from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.method import Place
-from whipstaff.steering.shape import Site
+from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
 from whipstaff.steering.tables import SiteSpec, SiteTables, Tables
 
@@ -33,9 +33,7 @@ KINDS = Kinds(
 )
 
 
-def install_sites(
-    model: nn.Module, hidden_size: int, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector]
-) -> Tables:
+def install_sites(model: nn.Module, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector]) -> Tables:
     """Hook the sites of `model` that the layout asks for to freshly made tables.
 
     Args:
@@ -46,7 +44,7 @@ def install_sites(
     """
     hooks: dict[Place, tuple[SiteSpec, nn.Module, Editing]] = {}
     for layer in find_layers(model, KINDS):
-        found = _places(layer, hidden_size)
+        found = _places(layer, layout.shape)
         for site in layout.sites:
             if site in found:
                 spec, module, editing = found[site]
@@ -57,7 +55,7 @@ def install_sites(
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
         layout.num_slots,
-        layout.num_layers,
+        layout.shape.num_layers,
         steerer.tokens.device,
         vector_of,
         encoders,
@@ -102,7 +100,7 @@ def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, T
 Editing = Callable[[Any, Place], type]
 
 
-def _places(layer: DecoderLayer, hidden_size: int) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
+def _places(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
     """Where in one block each site is, how wide it is here, and which subclass edits it."""
     projection: Any = _bare(layer.output_projection)
     width = int(projection.input_size_per_partition)  # heads are sharded with the projection's input
@@ -117,11 +115,20 @@ def _places(layer: DecoderLayer, hidden_size: int) -> dict[Site, tuple[SiteSpec,
     if layer.mlp_input is not None and layer.mlp_output is not None:
         found |= {"mlp_in": (layer.mlp_input, _edit_input), "mlp_out": (layer.mlp_output, _edit_output)}
     places: dict[Site, tuple[SiteSpec, nn.Module, Editing]] = {
-        site: (SiteSpec(Place(site, layer.index), 0, hidden_size), module, editing)
+        site: (SiteSpec(Place(site, layer.index), 0, shape.hidden_size), module, editing)
         for site, (module, editing) in found.items()
     }
     places["attn_head"] = SiteSpec(Place("attn_head", layer.index), first, width), layer.output_projection, _edit_heads
+    gates = [] if layer.mlp_input is None else _routers(layer.mlp_input, shape.num_experts)
+    if len(gates) == 1:
+        places["router"] = SiteSpec(Place("router", layer.index), 0, shape.num_experts), gates[0], _edit_output
     return places
+
+
+def _routers(mlp: nn.Module, num_experts: int) -> list[nn.Module]:
+    """The linear layers with an output for every expert, but for those inside of experts."""
+    linear = [module for module in mlp.modules() if isinstance(_bare(module), LinearBase)]
+    return [module for module in linear if num_experts and _bare(module).output_size == num_experts]
 
 
 def _bare(module: nn.Module) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan
+from whipstaff.server.engine.soft import SoftRows
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import Row
 from whipstaff.steering.tables import NOTHING, Tables
@@ -72,6 +73,7 @@ class Steerer:
         self.view: BatchView | None = None
         self.counters = Counters()
         self.tables: Tables | None = None
+        self.soft: SoftRows | None = None
         self._auxiliaries = tuple(auxiliaries)
         self._requests: dict[str, PlacedPlan] = {}
         self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions
@@ -119,6 +121,8 @@ class Steerer:
         self._entropies = None
         if view.plans or self._dirty:
             self._write_tokens(view, input_ids)
+        if self.soft is not None:
+            self.soft.begin_step(view)
 
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""

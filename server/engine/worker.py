@@ -8,10 +8,10 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
 from whipstaff.server.engine.auxiliary import Auxiliary, compose
-from whipstaff.server.engine.launch import model_shape
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.sites import install_sites, watch_logits
+from whipstaff.server.engine.soft import install_soft_rows
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import Vector, parse, read
 
@@ -37,7 +37,10 @@ class SteeredWorker:
             layout.num_histories,
             layout.max_len,
         )
-        self._steerer.tables = install_sites(model, hidden_size, layout, self._steerer, self._vectors.__getitem__)
+        self._steerer.tables = install_sites(model, layout, self._steerer, self._vectors.__getitem__)
+        self._steerer.soft = install_soft_rows(
+            model, config.model_config, _max_tokens(config), runner.device, self._vectors.__getitem__
+        )
         if auxiliaries:
             compose(model, auxiliaries, self._steerer, hidden_size)
         watch_logits(model, self._steerer)
@@ -72,9 +75,10 @@ class SteeredWorker:
         model_config, tables = self.vllm_config.model_config, self._steerer.tables
         assert tables is not None
         return {
-            "model": model_shape(model_config).model_dump(),
+            "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
             "sites": [list(place) for place in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
+            "takes_soft_prompts": self._steerer.soft is not None,
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
 

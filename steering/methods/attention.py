@@ -67,9 +67,9 @@ class AttentionOverride(Method[OverrideParams]):
 
 
 class PastaParams(EditParams):
-    heads: dict[
-        Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[list[_Index], Field(min_length=1, max_length=1024)]
-    ] = Field(min_length=1, max_length=1024, description="layer -> query heads")
+    heads: dict[_Layer, Annotated[list[_Index], Field(min_length=1, max_length=1024)]] = Field(
+        min_length=1, max_length=1024, description="layer -> query heads"
+    )
     spans: list[tuple[_Position, _Position | None]] = Field(
         min_length=1, max_length=64, description="highlighted prompt windows, half-open; negative from the prompt's end"
     )

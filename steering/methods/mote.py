@@ -64,7 +64,7 @@ class MoTE(Method[MoTEParams]):
 
     def check_params(self, params: MoTEParams, tensors: Mapping[Place, Tensors]) -> None:
         layers = {place.layer for place in tensors} | set(params.experts)
-        chosen = {layer: _chosen(params, tensors.get(Place("router", layer), {}), layer) for layer in layers}
+        chosen = {layer: self.chosen(params, layer, tensors.get(Place("router", layer), {})) for layer in layers}
         if not any(off or on for off, on in chosen.values()):
             raise SteeringError("no expert is off or on", "experts")
         for layer, (off, on) in chosen.items():
@@ -88,7 +88,7 @@ class MoTE(Method[MoTEParams]):
 
     def ops(self, tensors: Tensors, params: MoTEParams, place: Place, model: ModelShape) -> Sequence[Op]:
         self.check_model(params, model)
-        off, _ = _chosen(params, tensors, place.layer)
+        off, _ = self.chosen(params, place.layer, tensors)
         if params.mode != "pre" or not off:
             return ()
         if len(off) == model.num_experts:
@@ -97,19 +97,18 @@ class MoTE(Method[MoTEParams]):
         add[list(off)] = _NEVER
         return (Diagonal(add=add),)
 
+    def chosen(self, params: MoTEParams, layer: int, tensors: Tensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The experts of a layer that are off, and those that are on."""
+        named = params.experts.get(layer, Experts())
+        off, on = (
+            tuple(sorted({*experts, *(tensors[part].nonzero().flatten().tolist() if part in tensors else ())}))
+            for part, experts in (("off", named.off), ("on", named.on))
+        )
+        return off, on
+
     def routing(self, params: MoTEParams, layer: int, tensors: Tensors | None = None) -> Routing | None:
         """What is left to do behind the router of a layer; None: nothing."""
-        off, on = _chosen(params, tensors or {}, layer)
+        off, on = self.chosen(params, layer, tensors or {})
         if params.mode == "pre":
             return Routing("force", (), on) if on else None
         return Routing(params.mode, off, on) if off or on else None
-
-
-def _chosen(params: MoTEParams, tensors: Tensors, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The experts of a layer that are off, and those that are on."""
-    named = params.experts.get(layer, Experts())
-    off, on = (
-        tuple(sorted({*experts, *(tensors[part].nonzero().flatten().tolist() if part in tensors else ())}))
-        for part, experts in (("off", named.off), ("on", named.on))
-    )
-    return off, on

@@ -8,17 +8,20 @@ import goldens
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, plan
-from reference import steered
+from engines import Ask, EngineUnderTest, edit, plan
+from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Vector
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.ops import Diagonal
+from whipstaff.steering.plan import Planner, SteeringParams, SteeringPlan
+from whipstaff.steering.shape import SITES
 from whipstaff.steering.where import Where
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 or float32 references (goldens' README)
-GOLDEN = ("llama_a", "gpt2_a", "gemma2_a", "qwen2_a")
+GOLDEN = ("llama_a", "gpt2_a", "gemma2_a", "qwen2_a", "mixtral_a")
 RANDOM = ("qwen3", "mistral", "phi3", "gpt_neox")
 
 pytestmark = pytest.mark.engine
@@ -37,6 +40,18 @@ class Served:
             {name: value.reshape(heads) if name.startswith("attn_head") else value for name, value in tensors.items()}
         )
 
+    def ask(self, case: goldens.Case) -> Ask:
+        """A golden case as a request, by the way that requests take."""
+        planner = Planner()
+        for piece in case.pieces:
+            vector = self.engine.add_vector(piece.tensors, piece.header(self.engine.shape))
+            entry = piece.entry("golden")
+            own = {name: entry.pop(name) for name in [*entry] if name not in SteeringParams.model_fields}
+            planner.add(SteeringParams.model_validate(entry), own, vector, None)
+        num = len(case.io["greedy_ids_f64"]) if "greedy_ids_f64" in case.io else 1
+        sampling = {"logprobs": 5, "prompt_logprobs": 5}
+        return Ask(case.io["input_ids"].tolist(), plan(planner.plan), num, sampling)
+
 
 @pytest.fixture(scope="module", params=GOLDEN + RANDOM)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -45,7 +60,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         path = str(goldens.ROOT / "models" / name)
     else:
         path = tiny.save(name, Path(tmp_path_factory.mktemp(name)))
-    engine = EngineUnderTest(path, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=16)
+    vectors = [
+        artifacts.parse(artifacts.packed(piece.header(goldens.shape_of(name)), piece.tensors))
+        for case in (goldens.cases(name) if name in GOLDEN else ())
+        for piece in case.pieces
+    ]
+    sites = [site for site in SITES if site != "router" or name == "mixtral_a"]
+    engine = EngineUnderTest(
+        path, sites=sites, vectors=vectors, num_slots=64, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=64
+    )
     try:
         yield Served(name, path, engine)
     finally:
@@ -56,9 +79,9 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
     """One site of one layer at a time, both a gain and an addition, at all positions from the third on."""
     engine, shape = served.engine, served.engine.shape
     model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32, attn_implementation="eager").eval()
-    assert len(steered.places(model)) == shape.num_layers
+    everywhere = {site for site in SITES if site != "router" or shape.num_experts}
     assert {(site, layer) for site, layer in engine.facts["sites"]} == {
-        (site, layer) for site in ("resid_post", "attn_head") for layer in range(shape.num_layers)
+        (site, layer) for site in everywhere for layer in range(shape.num_layers) if site != "resid_pre" or layer == 0
     }
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(3, tiny.VOCABULARY, (11,), generator=generator).tolist()
@@ -68,12 +91,10 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
         width = shape.width(site)
         gain, add = (0.5 * torch.randn(width, generator=generator) for _ in range(2))
         vector = served.add({f"{site}.{layer}.gain": gain, f"{site}.{layer}.add": add})
-        asks.append(
-            Ask(prompt, plan(SteeringPlan((PlannedEdit(RowEdit(vector.digest, 1.5, None), where),))), max_tokens=6)
-        )
-        edit = steered.Edit(site, layer, 1.5, gain, add, lambda position, prompt_len: position >= 2)
-        expected.append(steered.greedy(model, prompt, 6, [edit]))
-    plain = steered.greedy(model, prompt, 6)
+        asks.append(Ask(prompt, plan(SteeringPlan((edit(vector, 1.5, where),))), max_tokens=6))
+        by_hand = reference.Edit(site, layer, [Diagonal(1 + 1.5 * gain, 1.5 * add)], lambda position, _: position >= 2)
+        expected.append(reference.greedy(model, prompt, 6, [by_hand])[0])
+    plain = reference.greedy(model, prompt, 6, [])[0]
     assert engine.tokens(*asks, Ask(prompt, max_tokens=6)) == [*expected, plain]
     assert any(tokens != plain for tokens in expected)
 
@@ -85,15 +106,7 @@ def test_golden_cases(served: Served) -> None:
         assert not cases
         return
     assert cases
-    asks = []
-    for case in cases:
-        edits = [
-            PlannedEdit(RowEdit(served.add(piece.tensors).digest, piece.scale, None), piece.where)
-            for piece in case.pieces
-        ]
-        num = len(case.io["greedy_ids_f64"]) if "greedy_ids_f64" in case.io else 1
-        sampling = {"logprobs": 5, "prompt_logprobs": 5}
-        asks.append(Ask(case.io["input_ids"].tolist(), plan(SteeringPlan(tuple(edits))), num, sampling))
+    asks = [served.ask(case) for case in cases]
     for case, output in zip(cases, served.engine.generate(*asks), strict=True):
         prompt_rows = case.io["logits_f64"].log_softmax(-1)
         for position, said in enumerate(output.prompt_logprobs[1:]):
