@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from whipstaff.server import metrics, schema
+from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
@@ -25,11 +26,24 @@ class PreparedRequest:
     compiled: Compiled
     tally: Tally = field(default_factory=Tally)
 
-    def __post_init__(self) -> None:
-        self.wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
+    def place(self, prompt: Prompt) -> "PlacedRequest":
+        ids = self.compiled.place(prompt)
+        num_tokens = prompt.num_tokens if ids is None else len(ids)
+        wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
+        return PlacedRequest(ids, wire, self.compiled, num_tokens)
 
-    def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
-        return self.compiled.check(prompt_len, max_tokens, is_explicit)
+
+@dataclass(frozen=True)
+class PlacedRequest:
+    """The same for one of its prompts."""
+
+    ids: list[int] | None
+    wire: PlanDict
+    compiled: Compiled
+    num_tokens: int
+
+    def check(self, max_tokens: int, is_explicit: bool) -> int:
+        return self.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
 def catalogue(request: Request) -> Catalogue:

@@ -1,13 +1,15 @@
 """vLLM's OpenAI server with the extra fields: its request models and serving classes, extended, and its launcher.
 
 A request model carries what `prepare` made of its extras. Serving then does two things more than vLLM's: once the
-prompt is tokenised and before anything is scheduled it calls `check`, and its sampling parameters carry the plan.
+prompt is tokenised and before anything is scheduled it places the plan in it, which may insert tokens and checks what
+depends on the prompt; and its sampling parameters carry the placed plan.
 """
 
 import asyncio
 import signal
 from argparse import Namespace
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import vllm.envs as envs
@@ -29,11 +31,14 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
 
+from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.launch import Engine, PlanDict
 
+ChatOf = Callable[[list[int]], Chat]  # of a prompt's token ids
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 validate_json_request = vllm_routes.validate_json_request  # a dependency: the content type is JSON
@@ -44,13 +49,26 @@ def cancellable(handler: Handler) -> Handler:
     return cast(Handler, vllm_routes.with_cancellation(vllm_routes.load_aware_call(handler)))
 
 
+class Placed(Protocol):
+    """What a request's extras came to for one of its prompts."""
+
+    @property
+    def ids(self) -> list[int] | None:
+        """The prompt with tokens inserted; None if it is as it was."""
+
+    @property
+    def wire(self) -> PlanDict:
+        """What the engine gets."""
+
+    def check(self, max_tokens: int, is_explicit: bool) -> int:
+        """What may be generated at most, or an exception that answers the client."""
+
+
 class Prepared(Protocol):
     """What a request's extras came to."""
 
-    wire: PlanDict
-
-    def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
-        """What may be generated at most, or an exception that answers the client."""
+    def place(self, prompt: Prompt) -> Placed:
+        """Find the plan's places in a prompt, or an exception that answers the client."""
 
 
 class Extras(BaseModel):
@@ -60,30 +78,42 @@ class Extras(BaseModel):
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     _prepared: Prepared | None = PrivateAttr(None)
+    _placed: deque[Placed] = PrivateAttr(default_factory=deque)  # of the prompts not yet scheduled, in order
 
     def attach(self, prepared: Prepared | None) -> None:
         self._prepared = prepared
 
-    def check(self, prompt_lens: list[int], serving: Any, max_tokens: int | None, cap: Callable[[int], None]) -> None:
-        """Check the plan against every prompt of the request; `cap` lowers the request's own limit if need be."""
+    def place(
+        self, inputs: list[Any], serving: Any, max_tokens: int | None, cap: Callable[[int], None], chat: ChatOf | None
+    ) -> None:
+        """Place the plan in every prompt of the request; `cap` lowers the request's own limit if need be."""
         if self._prepared is None:
             return
         allowed = []
-        for length in prompt_lens:
-            room = vllm_routes.get_max_tokens(
+        room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
+        for one in inputs:
+            ids = one["prompt_token_ids"] if one["type"] == "token" else None
+            num_tokens = serving._extract_prompt_len(one)
+            tokenizer = serving.renderer.tokenizer
+            placed = self._prepared.place(Prompt(num_tokens, ids, room, tokenizer, chat(ids) if chat and ids else None))
+            if placed.ids is not None:
+                one["prompt_token_ids"], num_tokens = placed.ids, len(placed.ids)
+            most = vllm_routes.get_max_tokens(
                 serving.model_config.max_model_len,
                 max_tokens,
-                length,
+                num_tokens,
                 serving.default_sampling_params,
                 serving.override_max_tokens,
             )
-            allowed.append((room, self._prepared.check(length, room, max_tokens is not None)))
-        if any(capped < room for room, capped in allowed):
+            allowed.append((most, placed.check(most, max_tokens is not None)))
+            self._placed.append(placed)
+        if any(capped < most for most, capped in allowed):
             cap(min(capped for _, capped in allowed))
 
     def add_plan(self, params: SamplingParams) -> SamplingParams:
-        if self._prepared is not None:
-            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._prepared.wire}
+        """vLLM asks for the sampling parameters of each prompt once, in order."""
+        if self._placed:
+            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire}
         return params
 
 
@@ -102,7 +132,7 @@ class TextRequest(CompletionRequest, Extras):
 
 
 class ServingChat(OpenAIServingChat):
-    """Checks plans between tokenising and scheduling."""
+    """Places plans between tokenising and scheduling."""
 
     async def render_chat_request(self, request: Any) -> Any:
         result = await super().render_chat_request(request)
@@ -114,12 +144,13 @@ class ServingChat(OpenAIServingChat):
             explicit = (
                 request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
             )
-            request.check([self._extract_prompt_len(one) for one in result[1]], self, explicit, cap)
+            conversation, inputs = result
+            request.place(inputs, self, explicit, cap, _chat_of(request, conversation, self))
         return result
 
 
 class ServingCompletion(OpenAIServingCompletion):
-    """Checks plans between tokenising and scheduling."""
+    """Places plans between tokenising and scheduling."""
 
     async def render_completion_request(self, request: Any) -> Any:
         result = await super().render_completion_request(request)
@@ -128,8 +159,29 @@ class ServingCompletion(OpenAIServingCompletion):
             def cap(limit: int) -> None:
                 request.max_tokens = limit
 
-            request.check([self._extract_prompt_len(one) for one in result], self, request.max_tokens, cap)
+            request.place(result, self, request.max_tokens, cap, None)
         return result
+
+
+def _chat_of(request: ChatRequest, conversation: list[Any], serving: ServingChat) -> ChatOf | None:
+    """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
+    renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
+    if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
+        return None
+    tools = None
+    if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
+        tools = [tool.model_dump() for tool in request.tools]
+    params = request.build_chat_params(renderer.chat_template, renderer.chat_template_content_format)
+    defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
+    settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
+
+    def render(messages: Sequence[Any], is_prompt: bool) -> str:
+        ends_here = {} if is_prompt else {"add_generation_prompt": False, "continue_final_message": False}
+        return str(
+            safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
+        )
+
+    return lambda ids: Chat(tokenizer, conversation, ids, render)
 
 
 def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> ChatRequest | TextRequest:

@@ -1,0 +1,95 @@
+"""Placing a request's steering in one of its prompts: messages become positions, soft prompts' rows get room."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from whipstaff.server.chat import Prompt, Span
+from whipstaff.server.errors import BadRequest
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
+from whipstaff.steering.methods.virtual_tokens import InsertParams
+from whipstaff.steering.plan import Insert, PlannedEdit, SteeringParams, SteeringPlan
+from whipstaff.steering.where import Messages
+
+ROWS = "rows"  # the part of a soft prompt's file
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """An entry that asks for learned rows in the prompt."""
+
+    path: str  # of the entry in the request
+    digest: str
+    params: InsertParams
+    num: int  # of rows
+
+    @staticmethod
+    def of(params: SteeringParams, own: Mapping[str, Any], vector: Vector, path: str) -> "SoftPrompt":
+        """What an entry asks for. Raises: BadRequest, SteeringError, pydantic.ValidationError."""
+        for name in sorted(params.model_fields_set - {"vector"}):
+            raise BadRequest(
+                "a soft prompt takes the place of tokens; there is nothing that this could mean", f"{path}.{name}"
+            )
+        said = InsertParams.model_validate({**vector.header.known_defaults, **own})
+        return SoftPrompt(path, vector.digest, said, num_rows(said, len(vector.unplaced[ROWS])))
+
+
+def place_plan(
+    plan: SteeringPlan, paths: Sequence[str], soft: Sequence[SoftPrompt], prompt: Prompt
+) -> tuple[SteeringPlan, list[int] | None]:
+    """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.
+
+    Args:
+        paths: where in the request each of the plan's edits stands.
+
+    Raises:
+        BadRequest: naming the field that does not go with this prompt.
+    """
+    if not soft:
+        return _resolved(plan, paths, prompt), None
+    if prompt.ids is None:
+        raise BadRequest("rows can only be inserted into a prompt of text or tokens", f"{soft[0].path}.vector")
+    wanted = [Wanted(one.digest, one.num, _index(one, prompt)) for one in soft]
+    room = prompt.room - prompt.num_tokens
+    if (rows := sum(one.num for one in soft)) > room:
+        raise BadRequest(
+            f"{rows} rows do not fit: beside this prompt and what is to be generated there is room for {max(room, 0)}",
+            f"{soft[-1].path}.vector",
+        )
+    _, inserts = place_inserts(prompt.ids, wanted)
+    placed = _resolved(plan, paths, prompt, inserts)
+    expanded, _ = place_inserts(prompt.ids, wanted, placed.token_ids)
+    return replace(placed, inserts=inserts), expanded
+
+
+def _index(soft: SoftPrompt, prompt: Prompt) -> int:
+    try:
+        return index_of(soft.params, prompt.num_tokens, prompt.bounds)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{soft.path}.{error.param or 'insert'}") from None
+
+
+def _resolved(plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, inserts: Sequence[Insert] = ()) -> SteeringPlan:
+    """The plan with clauses in windows and token ids only."""
+    if not any(planned.where.needs_prompt for planned in plan.edits):
+        return plan
+
+    def spans(chosen: Messages) -> list[Span]:
+        return [shift(span, inserts) for span in prompt.spans(chosen)]
+
+    edits: list[PlannedEdit] = []
+    for planned, path in zip(plan.edits, paths, strict=True):
+        try:
+            where = planned.where.resolved(spans, prompt.id_of) if planned.where.needs_prompt else planned.where
+        except SteeringError as error:
+            raise BadRequest(str(error), f"{path}.{error.param or 'where'}") from None
+        except ValidationError:  # the engine takes as many windows as a request may
+            raise BadRequest(
+                "these are more messages than a clause may have windows", f"{path}.where.messages"
+            ) from None
+        edits.append(replace(planned, where=where))
+    return replace(plan, edits=tuple(edits))
