@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whipstaff.server.errors import NotFound, VectorUnfit
-from whipstaff.steering.artifacts import Vector, read
+from whipstaff.steering.artifacts import Vector, read, without_file
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
 
@@ -37,6 +37,7 @@ class Registry:
 
     def __init__(self, files: Mapping[str, VectorFile], model: ModelShape) -> None:
         """What was read, as it is on the served model."""
+        self.without_file = without_file(model)
         self._entries = {name: _entry(name, file, model) for name, file in files.items()}
 
     def __iter__(self) -> Iterator[Entry]:

@@ -90,7 +90,6 @@ class Steered:
     """One entry of a request's `steering`, resolved."""
 
     path: str
-    name: str
     vector: Vector
     params: SteeringParams
     edits: range  # which of the plan's edits it became
@@ -178,7 +177,7 @@ class Compiled:
         assert self.plan.steering is not None
         if entry.soft is not None:
             return {
-                "vector": entry.name,
+                "vector": entry.params.vector,
                 "digest": entry.vector.digest,
                 "method": entry.vector.header.method,
                 **entry.soft.params.model_dump(exclude_none=True),
@@ -188,7 +187,7 @@ class Compiled:
         settings = json.loads(planned[0].edit.setting) if planned else {}
         largest = max((found for one in planned if (found := self._dose(entry, one.edit))), default=None)
         return {
-            "vector": entry.name,
+            "vector": entry.params.vector,
             "digest": entry.vector.digest,
             "method": entry.vector.header.method,
             **settings,
@@ -297,7 +296,7 @@ def _steering(entry: Any, path: str, planner: Planner, compiled: Compiled, is_le
     have = compiled.have
     params = _parsed(SteeringParams, _part(entry, path, own=False), path)
     try:
-        vector = have.registry.usable(params.vector, f"{path}.vector")
+        vector = _named(params, path, have)
         probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
         _check_sites(vector, params, path, have)
     except WhipstaffError as error:
@@ -321,7 +320,18 @@ def _steering(entry: Any, path: str, planner: Planner, compiled: Compiled, is_le
         raise BadRequest(str(error), path + (f".{error.param}" if error.param else "")) from None
     _check_growth(planner, have.dtype, path)
     _note_order(compiled, planner, vector, edits, path)
-    compiled.steering.append(Steered(path, params.vector, vector, params, edits))
+    compiled.steering.append(Steered(path, vector, params, edits))
+
+
+def _named(params: SteeringParams, path: str, have: Catalogue) -> Vector:
+    """The vector of an entry, or the stand-in of a method that needs none."""
+    if params.vector is not None:
+        return have.registry.usable(params.vector, f"{path}.vector")
+    found = have.registry.without_file.get(params.method or "")
+    if found is None:
+        known = ", ".join(have.registry.without_file)
+        raise BadRequest(f"only these methods need no vector: {known}; others come with theirs", f"{path}.method")
+    return found
 
 
 def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:

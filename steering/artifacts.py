@@ -26,6 +26,7 @@ from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.where import Clause
 
 MAX_BYTES = 1 << 30
+_NO_FILE = "method:"  # in place of a digest
 GENERIC = "vector"  # the method of files whose header names none of ours
 _PLACED_NAME = re.compile(rf"({'|'.join(SITES)})\.(0|[1-9]\d{{0,3}})\.([A-Za-z]\w*)")
 
@@ -92,6 +93,15 @@ def method_of(name: str) -> Method[Any]:
     return METHODS.get(name) or METHODS[GENERIC]
 
 
+def without_file(model: ModelShape) -> dict[str, Vector]:
+    """By name, the methods that need no numbers of their own, as vectors that requests may name by `method`."""
+    return {
+        name: Vector(_NO_FILE + name, Header(method=name, model=model), {place: {} for place in method.places(model)})
+        for name, method in METHODS.items()
+        if not method.needs_file
+    }
+
+
 def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Write a vector file. Raises: SteeringError when `read` would not take it back."""
     data = packed(header, tensors)
@@ -136,6 +146,8 @@ def parse(data: bytes) -> Vector:
         check_shapes(method, placed[place], place, header.model)
         method.check(placed[place], place, header.model)
     if not placed:
+        if method.sites:
+            raise SteeringError(f"name the layers: {method.name} has no places of its own")
         check_shapes(method, unplaced, None, header.model)
     vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), unplaced)
     _check_defaults(vector)

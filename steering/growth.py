@@ -29,6 +29,8 @@ def growth(bounds: Iterable[tuple[Place, Bound]]) -> float:
     """
     size = 1.0
     for place, (factor, constant) in bounds:
+        if place.site == "router":  # its logits choose and weigh experts; they reach no activation
+            continue
         size = size * factor + constant if place.site in _IN_STREAM else size + factor - 1.0 + constant
     return size
 

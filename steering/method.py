@@ -60,6 +60,7 @@ class Method(ABC, Generic[P]):
     params: ClassVar[type[EditParams]]
     sites: ClassVar[tuple[Site, ...]]
     where: ClassVar[Shorthand]  # the paper's own choice of tokens
+    needs_file: ClassVar[bool] = True  # if not, a request may name the method instead of a vector
     off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     """Part -> its shape in symbols: `width` (of the site; `heads, head_dim` at attn_head), `hidden`, `heads`,

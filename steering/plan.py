@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When
@@ -33,7 +33,8 @@ class SteeringParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    vector: str = Field(min_length=1, max_length=256, description="name of a loaded vector")
+    vector: str | None = Field(None, min_length=1, max_length=256, description="name of a loaded vector")
+    method: str | None = Field(None, min_length=1, max_length=64, description="a method that needs no file, instead")
     layers: list[int] | None = Field(
         None, min_length=1, max_length=1024, description="0-based block indices, a subset of the vector's own"
     )
@@ -42,6 +43,13 @@ class SteeringParams(BaseModel):
     schedule: Schedule | None = Field(None, description="how the edit's gain changes as tokens are generated")
     normalize: bool = Field(False, description="bring added vectors to length 1 first, so that scale is a length")
     renorm: bool = Field(False, description="rescale every edited row to the length it had before this edit")
+
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "SteeringParams":
+        if (self.vector is None) == (self.method is None):
+            raise ValueError("name a vector, or a method that needs none")
+        return self
 
 
 OWN_FIELDS = frozenset(SteeringParams.model_fields)

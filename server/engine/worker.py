@@ -13,7 +13,7 @@ from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.sites import install_sites, watch_logits
 from whipstaff.server.engine.soft import install_soft_rows
 from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import Vector, parse, read
+from whipstaff.steering.artifacts import parse, read, without_file
 
 
 class SteeredWorker:
@@ -29,7 +29,7 @@ class SteeredWorker:
         runner, hidden_size = self.model_runner, int(config.model_config.get_hidden_size())
         model = runner.get_model()
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
-        self._vectors: dict[str, Vector] = {}
+        self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
         self._steerer = Steerer(
             _max_tokens(config),
             runner.device,

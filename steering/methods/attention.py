@@ -55,6 +55,7 @@ class OverrideParams(EditParams):
 class AttentionOverride(Method[OverrideParams]):
     name, paper = "attention_override", "Merullo et al. 2023, arXiv:2310.08744"
     params, sites, where = OverrideParams, (), "last_prompt"
+    needs_file = False
     off: ClassVar = {}
     parts: ClassVar = {}
 
@@ -92,6 +93,7 @@ class Pasta(Method[PastaParams]):
 
     name, paper = "pasta", "Zhang et al. 2023, arXiv:2311.02262"
     params, sites, where = PastaParams, (), "all"
+    needs_file = False
     off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
     parts: ClassVar = {}
 

@@ -51,6 +51,7 @@ class Routing:
 class MoTE(Method[MoTEParams]):
     name, paper = "mote", "Dahlke et al. 2025, arXiv:2502.11096"
     params, sites, where = MoTEParams, ("router",), "all"
+    needs_file = False
     off: ClassVar = {}
     parts: ClassVar = {"off?": ("experts",), "on?": ("experts",)}
 
