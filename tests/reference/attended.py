@@ -55,16 +55,18 @@ def load(path: str, **changes: Any) -> nn.Module:
     return model
 
 
-def greedy(model: nn.Module, prompt: list[int], num_tokens: int, asked: Asked) -> list[int]:
-    ids = list(prompt)
+def greedy(model: nn.Module, prompt: list[int], num_tokens: int, asked: Asked) -> tuple[list[int], Tensor]:
+    """Greedy tokens, and the (num_tokens, V) log-probabilities that each was chosen from."""
+    ids, rows = list(prompt), []
     _asked[:] = asked
     try:
         with torch.no_grad():
             for _ in range(num_tokens):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+                rows.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1))
+                ids.append(int(rows[-1].argmax()))
     finally:
         _asked.clear()
-    return ids[len(prompt) :]
+    return ids[len(prompt) :], torch.stack(rows)
 
 
 def _attend(
