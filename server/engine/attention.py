@@ -231,8 +231,13 @@ class AttentionEdits:
         queries: dict[int, list[Stretch]] = defaultdict(list)
         prefixes: dict[int, list[Stretch]] = defaultdict(list)
         for stretch in found:
-            for layer in stretch.edit.layers:
-                (prefixes if isinstance(stretch.edit, PrefixKV) else queries)[layer].append(stretch)
+            if not isinstance(stretch.edit, PrefixKV):
+                for layer in stretch.edit.layers:
+                    queries[layer].append(stretch)
+            elif (num := stretch.edit.length - stretch.position) > 0:  # tokens after the placeholders are text
+                stretch = replace(stretch, end=min(stretch.end, stretch.start + num))
+                for layer in stretch.edit.layers:
+                    prefixes[layer].append(stretch)
         self._prefixes = dict(prefixes)
         self._queries = {
             layer: sorted(asked, key=lambda stretch: _ORDER.index(type(stretch.edit)))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import goldens
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save
 from stepping import SteppingEngine, steps
 from torch import Tensor, nn
 from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, _get_attn_isa
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.attention import RowOverride, outside, require_eager_attention, stretches
+from whipstaff.server.engine.attention import CacheLayout, RowOverride, outside, require_eager_attention, stretches
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,7 +108,7 @@ def test_golden_cases(bench: Bench) -> None:
         elif name == "prefix_kv":
             rows = params["prompt_embeddings"]
             engine.rpc("add_prefix", name, save({"rows": rows.view(len(rows), 8, 2, 32)}))
-            asked, prompt = [[name, 0, len(rows)]], [0] * len(rows) + prompt
+            asked, prompt = [[name, 0, None]], [0] * len(rows) + prompt
         else:
             engine.rpc("add_side", name, save(_side_tensors(name, params)))
             asked = [[name, 0, None]]
@@ -238,3 +241,45 @@ def test_graphs_are_split_at_attention() -> None:
         require_eager_attention(config)
     config.cudagraph_mode = CUDAGraphMode.NONE
     require_eager_attention(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("head_size", "block_size"), [(32, 32), (64, 96), (80, 32)])
+def test_layouts_are_learned(dtype: torch.dtype, head_size: int, block_size: int) -> None:
+    """What vLLM's own kernel wrote is what is read, whatever form this processor keeps keys in."""
+    attention: Any = SimpleNamespace(
+        impl=object.__new__(CPUAttentionBackendImpl),
+        attn_backend=CPUAttentionBackend,
+        isa=_get_attn_isa(dtype, block_size, head_size),
+        num_kv_heads=2,
+        head_size=head_size,
+        head_size_v=head_size,
+        kv_cache=torch.zeros(5, 2, block_size, 2 * head_size, dtype=dtype),
+        _k_scale_float=1.0,
+        _v_scale_float=1.0,
+    )
+    attention.impl.attn_type, attention.impl.kv_cache_dtype = AttentionType.DECODER, "auto"
+    layout = CacheLayout.learn(attention, "layer 0")
+    assert layout.block_size == block_size
+    key, value = torch.randn(2, block_size + 7, 2, head_size).to(dtype)
+    slots = torch.cat([torch.arange(block_size) + 3 * block_size, torch.arange(7) + block_size])  # blocks 3 and 1
+    attention.impl.do_kv_cache_update(attention, key, value, attention.kv_cache, slots)
+    for where, written in ((layout.keys, key), (layout.values, value)):
+        read = layout.read(attention.kv_cache, torch.tensor([3, 1]), where, [1, 0])
+        assert torch.equal(read[: block_size + 7], written.flip(1).float())
+
+
+def test_a_layout_that_is_not_understood_is_refused() -> None:
+    class Forgetful:
+        def do_kv_cache_update(self, *args: Any) -> None:
+            pass
+
+    attention: Any = SimpleNamespace(
+        impl=Forgetful(), attn_backend=CPUAttentionBackend, num_kv_heads=2, head_size=8, head_size_v=8,
+        kv_cache=torch.zeros(5, 2, 32, 16),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedEngine, match="layer 7: CPU_ATTN keeps keys or values in a form unknown"):
+        CacheLayout.learn(attention, "layer 7")
+    attention.kv_cache = torch.zeros(5, 2, 33, 15)
+    with pytest.raises(UnsupportedEngine, match="cannot be read"):
+        CacheLayout.learn(attention, "layer 7")
