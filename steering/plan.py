@@ -23,7 +23,7 @@ from whipstaff.steering.method import EditParams, Place, Scaled
 from whipstaff.steering.ops import Diagonal, Op
 from whipstaff.steering.programs import OPEN, Gate, Program, Step, assemble
 from whipstaff.steering.sites import canonical, pool_of
-from whipstaff.steering.where import Clause, Interval, Shorthand, Where
+from whipstaff.steering.where import Clause, Interval, Region, Shorthand, Where
 
 MAX_EDITS = 32
 
@@ -136,6 +136,11 @@ class SteeringPlan:
     def token_ids(self) -> frozenset[int]:
         """The tokens that some clause treats apart."""
         return frozenset().union(*(planned.where.token_ids for planned in self.edits))
+
+    @property
+    def counts_from_prompt_end(self) -> bool:
+        """Whether what happens to a generated token depends on how many were generated, and not only on its row."""
+        return bool(self.schedules) or self.entropy_column >= 0
 
     @property
     def forgets_cached_steps(self) -> bool:
@@ -269,6 +274,7 @@ class Planner:
         first = len(self.edits)
         gate = self._gate(params, vector, layers, probe, where)
         for each, its_where in vector.method.spread(settings, vector.tensors, where):
+            its_where = _since_decision(its_where) if gate.is_latched else its_where
             edit = RowEdit(vector.digest, each.model_dump_json(), layers, params.normalize, params.renorm, gate)
             weight = weigh(vector, edit)
             edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
@@ -292,10 +298,10 @@ class Planner:
             return Gate(lane=lane, ramp=ramp)
         assert probe is not None
         layer = _probe_layer(when, probe)
-        chosen = vector.layers if layers is None else layers
+        chosen = [canonical(place).layer for place in vector.tensors if layers is None or place.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
-                f"the probe is read after layer {layer}, and this edit begins at layer {early}: an edit can only "
+                f"the probe is read after layer {layer}, and this edit begins in layer {early}: an edit can only "
                 "depend on what the model has computed before it; restrict `layers`",
                 "when.probe",
             )
@@ -431,11 +437,25 @@ def _probe_layer(when: When, probe: Vector) -> int:
         raise SteeringError(
             f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
         )
-    if when.layer is not None and when.layer not in probe.layers:
-        raise SteeringError(f"the probe has no direction at layer {when.layer}; it has {probe.layers}", "when.layer")
-    if when.layer is None and len(probe.layers) != 1:
-        raise SteeringError(f"the probe has directions at layers {probe.layers}; name one", "when.layer")
-    return probe.layers[0] if when.layer is None else when.layer
+    layers = [place.layer for place in probe.tensors if place.site == "resid_post"]
+    if not layers:
+        raise SteeringError(f"the probe reads {', '.join(probe.sites)}; a condition reads resid_post", "when.probe")
+    if when.layer is not None and when.layer not in layers:
+        raise SteeringError(f"the probe has no direction at layer {when.layer}; it has {layers}", "when.layer")
+    if when.layer is None and len(layers) != 1:
+        raise SteeringError(f"the probe has directions at layers {layers}; name one", "when.layer")
+    return layers[0] if when.layer is None else when.layer
+
+
+def _since_decision(where: Where) -> Where:
+    """The clause less the prompt before its last token: a decision made there is for what follows."""
+    hole = where.exclude or Region()
+    if hole.prompt == "all":
+        return where
+    windows = [*(() if hole.prompt == "none" else hole.prompt), (0, -1)]
+    if len(windows) > 64:
+        raise SteeringError("too many excluded windows for an edit that is decided on the prompt", "where.exclude")
+    return where.model_copy(update={"exclude": hole.model_copy(update={"prompt": windows})})
 
 
 def _scaled(limits: Bound, gain: float) -> Bound:

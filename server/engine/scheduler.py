@@ -113,13 +113,17 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
     first = 0 if placed.auxiliaries else placed.first_edited
     if first is None:
         return
-    digest = _digest(placed)
+    digest, generated = _digest(placed), b""
+    if placed.plan.steering is not None and placed.plan.steering.counts_from_prompt_end:
+        generated = str(placed.prompt_len).encode()
 
     def keyed(request: Request) -> list[bytes]:
-        known = len(request.block_hashes)
+        ends = range(block_size * (len(request.block_hashes) + 1), 1 << 62, block_size)
         return [
-            hashlib.sha256(key + digest).digest() if (known + offset + 1) * block_size > first else key
-            for offset, key in enumerate(hasher(request))
+            hashlib.sha256(key + digest + (generated if end > placed.prompt_len else b"")).digest()
+            if end > first
+            else key
+            for key, end in zip(hasher(request), ends, strict=False)
         ]
 
     request._block_hasher = keyed
