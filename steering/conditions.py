@@ -7,11 +7,14 @@ where the model runs, without waiting for the host.
 """
 
 import math
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from whipstaff.steering.programs import Gate
 
 MAX_GAIN = 100.0
 MAX_CONDITIONS = 4  # probes and entropies that one request may read; columns of the engine's token table
@@ -86,13 +89,7 @@ class Schedule(BaseModel):
 
     @model_validator(mode="after")
     def _has_what_its_shape_needs(self) -> "Schedule":
-        needs = {
-            "linear": ("tokens",),
-            "cosine": ("tokens",),
-            "exponential": ("half_life",),
-            "entropy": ("low", "high"),
-        }
-        wanted = needs.get(self.shape, ())
+        wanted = _NEEDS.get(self.shape, ())
         for name in ("tokens", "half_life", "low", "high"):
             if name in wanted and getattr(self, name) is None:
                 raise ValueError(f"a schedule of shape {self.shape} has no end without `{name}`")
@@ -119,3 +116,53 @@ class Schedule(BaseModel):
             if self.shape == "cosine":
                 share = (1 - np.cos(math.pi * share)) / 2
         return (self.start + (self.to - self.start) * share).astype(np.float32)
+
+
+Readings = Sequence[float | None]  # by position, or the one reading that decided; None: not read
+
+
+class Fired(NamedTuple):
+    """On how many positions an edit was open, of those where that is known."""
+
+    num_open: int
+    num_known: int
+
+
+def fired(gate: Gate, columns: Sequence[Readings], positions: Iterable[int]) -> Fired:
+    """Count as `cuda_ext.run_edits_` decides; a schedule's gain by tokens counts as open.
+
+    A condition read at every token has no reading where a prompt's KV came from the cache: not known.
+
+    Args:
+        columns: the request's readings, by condition.
+        positions: where the edit is.
+    """
+    known = [is_open for is_open in _openings(gate, columns, positions) if is_open is not None]
+    return Fired(sum(known), len(known))
+
+
+def _openings(gate: Gate, columns: Sequence[Readings], positions: Iterable[int]) -> Iterable[bool | None]:
+    holds = [] if gate.column < 0 else _states(gate, columns[gate.column])
+    for position in positions:
+        is_open: bool | None = True
+        if gate.column >= 0:
+            index = 0 if gate.is_latched else position
+            is_open = holds[index] if index < len(holds) else None
+        if is_open and gate.ramp is not None:
+            column, low, high, at_low, at_high = gate.ramp
+            reading = columns[column][position] if position < len(columns[column]) else None
+            share = 0.0 if reading is None else min(max((reading - low) / (high - low), 0.0), 1.0)
+            is_open = at_low + (at_high - at_low) * share != 0
+        yield is_open
+
+
+def _states(gate: Gate, readings: Readings) -> list[bool | None]:
+    """Whether a condition holds at each reading; between the thresholds it keeps the state before."""
+    on, off = np.float32(gate.on), np.float32(gate.off)  # what the device compares with
+    states: list[bool | None] = []
+    before = False
+    for reading in readings:
+        signed = math.nan if reading is None else gate.sign * reading
+        before = bool(signed > on or (signed > off and before))
+        states.append(None if reading is None else before)
+    return states

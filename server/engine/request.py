@@ -17,11 +17,13 @@ class RequestPlan:
 
     steering: SteeringPlan | None = None
     mix: Mix | None = None
+    ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
             "mix": dict(self.mix.weights) if self.mix else None,
+            "ticket": self.ticket,
         }
 
     @staticmethod
@@ -32,6 +34,7 @@ class RequestPlan:
         return RequestPlan(
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
             Mix(wire["mix"]) if wire["mix"] else None,
+            str(wire["ticket"]),
         )
 
 
@@ -66,6 +69,13 @@ class PlacedPlan:
     def num_columns(self) -> int:
         """How many histories the request's conditions need."""
         return self.plan.steering.num_columns if self.plan.steering else 0
+
+    @property
+    def latched_columns(self) -> list[bool]:
+        """Of every condition, whether it is decided once."""
+        steering = self.plan.steering
+        latched = {p.probe.column for p in steering.probes if p.probe.is_latched} if steering else set()
+        return [column in latched for column in range(self.num_columns)]
 
     @property
     def auxiliaries(self) -> list[str]:

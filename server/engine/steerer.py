@@ -8,9 +8,11 @@ model (sites.py)      -> note_logits      entropies, for schedules that follow t
 runner adapter        -> end_step
 """
 
+import math
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from whipstaff.steering.plan import Row
 from whipstaff.steering.tables import NOTHING, Tables
 
 NOBODY = BatchView((), np.zeros(1, np.int32), np.zeros(0, np.int32))  # a step in which every row is plain
+MAX_KEPT, MAX_KEPT_NUMBERS = 256, 1 << 22  # sequences that are finished, and numbers, whose readings are kept
 _ADDRESS, _POSITION, _COLUMNS = 0, 1, 2  # columns of the token table: see cuda_ext.run_edits_
 
 
@@ -35,6 +38,14 @@ class Counters:
     steps: int = 0
     auxiliary_steps_run: dict[str, int] = field(default_factory=dict)
     auxiliary_steps_skipped: dict[str, int] = field(default_factory=dict)
+
+
+class Kept(NamedTuple):
+    """The readings of a finished sequence."""
+
+    ticket: str
+    placed: PlacedPlan
+    values: Tensor  # (conditions, positions) float32, on the device
 
 
 class Piece(NamedTuple):
@@ -78,6 +89,8 @@ class Steerer:
         self._requests: dict[str, PlacedPlan] = {}
         self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions
         self._free_histories = list(range(num_histories))
+        self._reached: dict[str, int] = {}  # by request with conditions, how many positions were fed
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
         self._entropies: tuple[Tensor, Tensor, Tensor] | None = None  # logits row, history row and position to fill
         self._host = np.full(shape, NOTHING, dtype=np.int32)
         self._host_gains = np.ones((max_tokens, MAX_SCHEDULES), dtype=np.float32)
@@ -97,14 +110,47 @@ class Steerer:
         """Keep the plans of unfinished requests. `finished` comes first: an id may finish and come back in one step."""
         if self._requests:
             for request_id in finished:
+                self._keep_readings(request_id)
                 self._requests.pop(request_id, None)
                 self._free_histories += self._histories.pop(request_id, ())
         for request_id, plan in new:
             if plan is not None:
                 self._requests[request_id] = plan
-                if plan.num_columns:
+                if plan.num_columns and request_id not in self._histories:  # V2 says again who was preempted
                     self._histories[request_id] = rows = [self._free_histories.pop() for _ in range(plan.num_columns)]
                     self.history[rows] = torch.nan
+
+    def readings_of(self, ticket: str) -> list[dict[str, Any]]:
+        """What the sequences with that ticket have read; see `worker.whipstaff_readings`. Waits for the device."""
+        kept = [kept for kept in self._kept.values() if kept.ticket == ticket]
+        kept += [self._read(name) for name in self._histories if self._requests[name].plan.ticket == ticket]
+        return [
+            {
+                "positions": one.values.shape[1],
+                "columns": [
+                    [None if math.isnan(value) else value for value in column[: 1 if is_latched else None]]
+                    for column, is_latched in zip(one.values.tolist(), one.placed.latched_columns, strict=True)
+                ],
+            }
+            for one in kept
+        ]
+
+    def _read(self, request_id: str) -> Kept:
+        """A copy on the device; nothing waits for it."""
+        placed, num = self._requests[request_id], self._reached.get(request_id, 0)
+        values = torch.stack([self.history[row, :num] for row in self._histories[request_id]])
+        return Kept(placed.plan.ticket, placed, values)
+
+    def _keep_readings(self, request_id: str) -> None:
+        if request_id in self._histories and self._requests[request_id].plan.ticket:
+            self._kept.pop(request_id, None)
+            self._kept[request_id] = self._read(request_id)
+            while (
+                len(self._kept) > MAX_KEPT
+                or sum(kept.values.numel() for kept in self._kept.values()) > MAX_KEPT_NUMBERS
+            ):
+                self._kept.popitem(last=False)
+        self._reached.pop(request_id, None)
 
     def plan_of(self, request_id: str) -> PlacedPlan | None:
         return self._requests.get(request_id)
@@ -199,6 +245,7 @@ class Steerer:
         for lane, schedule in enumerate(plan.schedules):
             self._host_gains[tokens, lane] = schedule.gains(positions - piece.placed.prompt_len)
         if plan.num_columns:
+            self._reached[piece.request] = max(self._reached.get(piece.request, 0), int(positions[-1]) + 1)
             self._host[tokens, _POSITION] = positions
             for column, row in enumerate(self._histories[piece.request]):
                 self._host[tokens, _COLUMNS + column] = row

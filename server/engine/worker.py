@@ -82,6 +82,12 @@ class SteeredWorker:
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
 
+    def whipstaff_readings(self, ticket: str) -> list[dict[str, Any]]:
+        """What the conditions of a request read: for each of its sequences, finished ones first,
+        {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
+        reading that decided}; None where nothing was read. Empty when nobody has that ticket, or not any more."""
+        return self._steerer.readings_of(ticket)
+
     def whipstaff_norms(self) -> list[tuple[str, int, float, int]]:
         """(site, layer, sum of lengths, tokens) that were metered since the last call; this rank's part of them."""
         steerer = self._steerer

@@ -1,7 +1,9 @@
 """A probe reads a row and edits nothing: conditions of other edits ask for its reading, direction . x + bias."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, Method, Place, Tensors
@@ -9,9 +11,13 @@ from whipstaff.steering.ops import Op
 from whipstaff.steering.shape import SITES, ModelShape
 
 
-class Probe(Method[EditParams]):
+class ProbeParams(EditParams):
+    metric: Literal["dot", "cosine"] = Field("dot", description="cosine: both are brought to length 1 first")
+
+
+class Probe(Method[ProbeParams]):
     name, paper = "probe", "Alain and Bengio 2016, arXiv:1610.01644; as a condition: Lee et al. 2024, arXiv:2409.05907"
-    params, sites, where = EditParams, tuple(SITES), "all"
+    params, sites, where = ProbeParams, tuple(SITES), "all"
     off: ClassVar = {}
     parts: ClassVar = {"direction": ("width",), "bias?": ()}
 
@@ -19,5 +25,5 @@ class Probe(Method[EditParams]):
         if not tensors["direction"].any():
             raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
 
-    def ops(self, tensors: Tensors, params: EditParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: ProbeParams, place: Place, model: ModelShape) -> Sequence[Op]:
         return ()
