@@ -18,6 +18,7 @@ from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.registry import Registry, VectorFile, read_vectors
 from whipstaff.server.schema import PLAIN, Catalogue, Limit
 from whipstaff.server.settings import Settings
+from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import Lengths
 from whipstaff.steering.shape import ModelShape
@@ -79,6 +80,8 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         engine.vllm_config.parallel_config.tensor_parallel_size,
         facts["takes_soft_prompts"],
+        facts["specials"]["attention"],
+        {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
 
 

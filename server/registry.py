@@ -37,6 +37,7 @@ class Registry:
 
     def __init__(self, files: Mapping[str, VectorFile], model: ModelShape) -> None:
         """What was read, as it is on the served model."""
+        self.model = model
         self.without_file = without_file(model)
         self._entries = {name: _entry(name, file, model) for name, file in files.items()}
 

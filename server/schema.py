@@ -17,14 +17,19 @@ from whipstaff.server.registry import Registry
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.dose import Dose
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.experts import RoutingError, Scheme
 from whipstaff.steering.growth import MAX_GROWTH, growth
 from whipstaff.steering.method import Place
+from whipstaff.steering.methods.attention import OverrideParams, PastaParams
+from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
+from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
 from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.plan import (
     MAX_EDITS,
     OWN_FIELDS,
     Lengths,
     PlannedEdit,
+    PlannedSpecial,
     Planner,
     RowEdit,
     SteeringParams,
@@ -83,6 +88,8 @@ class Catalogue:
     limit: Limit | None = None
     tensor_parallel: int = 1
     takes_soft_prompts: bool = True
+    attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
+    routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them
 
 
 @dataclass
@@ -94,6 +101,7 @@ class Steered:
     params: SteeringParams
     edits: range  # which of the plan's edits it became
     soft: SoftPrompt | None = None
+    special: PlannedSpecial | None = None
 
     @property
     def label(self) -> str:
@@ -145,6 +153,9 @@ class Compiled:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
         soft = [entry.soft for entry in self.steering if entry.soft is not None]
+        soft.sort(
+            key=lambda one: not any(entry.special and entry.soft is one for entry in self.steering)
+        )  # prefix first
         steering, ids = place_plan(self.plan.steering, paths, soft, prompt)
         self.plan = replace(self.plan, steering=steering)
         return ids
@@ -175,13 +186,22 @@ class Compiled:
 
     def _said(self, entry: Steered, fed: list[Fed]) -> dict[str, Any]:
         assert self.plan.steering is not None
-        if entry.soft is not None:
+        if entry.soft is not None and entry.special is None:
             return {
                 "vector": entry.params.vector,
                 "digest": entry.vector.digest,
                 "method": entry.vector.header.method,
                 **entry.soft.params.model_dump(exclude_none=True),
                 "prompt_tokens": entry.soft.num,  # which usage counts
+            }
+        if entry.special is not None:
+            return {
+                "vector": entry.params.vector,
+                "digest": entry.vector.digest,
+                "method": entry.vector.header.method,
+                **json.loads(entry.special.special.setting),
+                "where": [entry.special.where.model_dump(exclude_none=True)],
+                "edited_tokens": sum(_overlap(entry.special, sequence) for sequence in fed),
             }
         planned = [self.plan.steering.edits[index] for index in entry.edits]
         settings = json.loads(planned[0].edit.setting) if planned else {}
@@ -303,15 +323,21 @@ def _steering(entry: Any, path: str, planner: Planner, compiled: Compiled, is_le
         _skip(error, compiled, is_lenient)
         return
     own = _part(entry, path, own=True)
-    before = len(planner.edits)
+    before, bounds_before = len(planner.edits), len(planner.bounds)
     try:
         if vector.method.name == SoftPromptMethod.name:
             soft = SoftPrompt.of(params, own, vector, path)
-            compiled.steering.append(Steered(path, params.vector, vector, params, range(0), soft))
+            compiled.steering.append(Steered(path, vector, params, range(0), soft))
+            return
+        if vector.method.served_by in ("router", "attention"):
+            special = planner.add_special(params, own, vector)
+            _check_special(vector, special, compiled.steering, have)
+            prefix = _prefix(vector, params, path, compiled)
+            compiled.steering.append(Steered(path, vector, params, range(0), prefix, special))
             return
         edits = planner.add(params, own, vector, probe)
         if have.limit is not None and (weaker := _kept_to(have.limit, params, vector, planner, edits, have)):
-            del planner.edits[before:]
+            del planner.edits[before:], planner.bounds[bounds_before:]
             compiled.warnings.append(f"{path}: weakened to scale {weaker:.4g}, the most this server allows")
             edits = planner.add(params, {**_without_scale(own), "scale": weaker}, vector, probe)
     except ValidationError as error:
@@ -343,6 +369,21 @@ def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
     """Every place that the vector edits must be hooked in this server's model."""
+    if vector.method.served_by == "attention":
+        if have.attention is None:
+            raise Unavailable(
+                "edits inside attention are off; start the server with --steering-sites attention",
+                f"{path}.{'vector' if params.vector else 'method'}",
+            )
+        return
+    if vector.method.served_by == "router" and not have.routing:
+        has_experts = bool(have.registry.model.num_experts)
+        raise Unavailable(
+            "experts are left alone; start the server with --steering-sites router"
+            if has_experts
+            else "the served model has no experts, so there is no router to edit",
+            f"{path}.{'vector' if params.vector else 'method'}",
+        )
     if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
         raise Unavailable(
             "the served model's tokens are embedded where rows cannot be inserted; start it without "
@@ -355,11 +396,68 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalo
         if canonical(place) not in have.places:
             raise Unavailable(
                 "the served model has no experts, so there is no router to edit"
-                if place.site == "router" and not any(hooked.site == "router" for hooked in have.places)
+                if place.site == "router" and not have.registry.model.num_experts
                 else f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
                 f"{place.site}",
                 f"{path}.vector",
             )
+
+
+def _prefix(vector: Vector, params: SteeringParams, path: str, compiled: Compiled) -> SoftPrompt | None:
+    """The placeholders that a KV prefix needs in front of the prompt; None for other methods. Raises: SteeringError."""
+    if not isinstance(vector.method, PrefixKV):
+        return None
+    if params.where is not None:
+        raise SteeringError("a prefix stands before the prompt, and all that follows sees it", "where")
+    if any(isinstance(entry.vector.method, PrefixKV) for entry in compiled.steering):
+        raise SteeringError("a request has one prefix at most", "vector")
+    if not compiled.have.takes_soft_prompts:
+        raise SteeringError("this model's prompts cannot be given placeholders", "vector")
+    num = len(next(iter(vector.tensors.values()))["key"])
+    return SoftPrompt(path, vector.digest, InsertParams(), num)
+
+
+def _check_routing(params: MoTEParams, vector: Vector, others: list[Steered], have: Catalogue) -> None:
+    """Check what routers are asked for, alone and beside the request's other entries. Raises: SteeringError."""
+    asked = [(vector, params)]
+    for entry in others:
+        if entry.special is not None and isinstance(entry.vector.method, MoTE):
+            asked.append((entry.vector, MoTEParams.model_validate_json(entry.special.special.setting)))
+    together: dict[int, list[Routing]] = {}
+    for its_vector, its_params in asked:
+        for layer, routing in MoTE().routing(its_params, its_vector.tensors).items():
+            together.setdefault(layer, []).append(routing)
+    for layer, routings in together.items():
+        scheme = have.routing.get(layer)
+        if scheme is None:
+            raise SteeringError(f"layer {layer} has no routed experts; layers that have: {[*have.routing]}", "experts")
+        try:
+            scheme.check(routings[0])
+            never = [expert for routing in routings if routing.mode == "pre" for expert in routing.off]
+            scheme.check_sum(never, len({expert for routing in routings for expert in routing.on}))
+        except RoutingError as error:
+            raise SteeringError(str(error), f"experts.{layer}") from None
+
+
+def _check_special(vector: Vector, planned: PlannedSpecial, others: list[Steered], have: Catalogue) -> None:
+    """Check an edit of the router or of attention against the served model. Raises: SteeringError."""
+    params = vector.method.params.model_validate_json(planned.special.setting)
+    if isinstance(params, MoTEParams):
+        _check_routing(params, vector, others, have)
+        return
+    assert have.attention is not None
+    if isinstance(params, OverrideParams):
+        asked = {edit.layer: f"edits.{index}.layer" for index, edit in enumerate(params.edits)}
+        able = have.attention["layers"]
+    elif isinstance(params, PastaParams):
+        asked = {layer: f"heads.{layer}" for layer in params.heads}
+        able = have.attention["bias"]
+    else:
+        asked, able = dict.fromkeys(vector.layers, "vector"), have.attention["layers"]
+    for layer, path in asked.items():
+        if layer not in able:
+            reason = have.attention["lacking"].get(layer, f"layers that can be edited so: {able}")
+            raise SteeringError(f"the attention of layer {layer} cannot be edited so: {reason}", path)
 
 
 def _kept_to(
@@ -481,7 +579,7 @@ def _sum(mixes: list[Mix]) -> Mix | None:
     return Mix(weights) if weights else None
 
 
-def _overlap(planned: PlannedEdit, sequence: Fed) -> int:
+def _overlap(planned: PlannedEdit | PlannedSpecial, sequence: Fed) -> int:
     """How many of a sequence's tokens an edit was meant for."""
     where, num_fed = planned.where, sequence.num_fed
     if where.token_ids:

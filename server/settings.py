@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from whipstaff.steering.shape import Site
+from whipstaff.steering.needs import Hook
 
 
 class Settings(BaseSettings):
@@ -25,8 +25,8 @@ class Settings(BaseSettings):
         None, gt=0, description="distinct steering configurations in use at once; more wait (default: --max-num-seqs)"
     )
 
-    steering_sites: Annotated[list[Site], NoDecode] = Field(
-        [], description="further sites to hook, repeatable; those that the vectors need are hooked anyway"
+    steering_sites: Annotated[list[Hook], NoDecode] = Field(
+        [], description="a further site to hook, or attention, repeatable; what the vectors need is hooked anyway"
     )
     max_dose: float | None = Field(
         None, gt=0, description="the largest edit allowed, relative to the activations that it edits"

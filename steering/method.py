@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -60,6 +60,8 @@ class Method(ABC, Generic[P]):
     params: ClassVar[type[EditParams]]
     sites: ClassVar[tuple[Site, ...]]
     where: ClassVar[Shorthand]  # the paper's own choice of tokens
+    served_by: ClassVar[Literal["edits", "router", "attention", "rows"]] = "edits"
+    """What makes it happen: programs of edits; the expert router; the attention kernel's neighbour; inserted rows."""
     needs_file: ClassVar[bool] = True  # if not, a request may name the method instead of a vector
     off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
     parts: ClassVar[Mapping[str, tuple[str, ...]]]

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.method import Place
-from whipstaff.steering.shape import Site
+from whipstaff.steering.shape import SITES, Site
 from whipstaff.steering.sites import canonical
+
+Hook = Site | Literal["attention"]  # what an operator may ask for: a site, or the attention computation itself
 
 
 @dataclass(frozen=True)
@@ -14,16 +17,22 @@ class Needs:
     """Sites to hook, and room for the encoders of TopK autoencoders: features by place."""
 
     sites: frozenset[Site] = frozenset()
+    attention: bool = False
     encoders: dict[Place, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(vectors: Iterable[Vector], sites: Iterable[Site] = ()) -> "Needs":
-        """What `vectors` need, and `sites` besides."""
-        wanted, encoders = set(sites), dict[Place, int]()
+    def of(vectors: Iterable[Vector], hooks: Iterable[Hook] = ()) -> "Needs":
+        """What `vectors` need, and `hooks` besides."""
+        asked = set(hooks)
+        sites, attention = {site for site in SITES if site in asked}, "attention" in asked
+        encoders: dict[Place, int] = {}
         for vector in vectors:
+            if vector.method.served_by == "attention":
+                attention = True
+                continue
             for place, tensors in vector.tensors.items():
                 at = canonical(place)
-                wanted.add(at.site)
+                sites.add(at.site)
                 if size := vector.method.encoder_size(tensors, vector.header.defaults):
                     encoders[at] = encoders.get(at, 0) + size
-        return Needs(frozenset(wanted), encoders)
+        return Needs(frozenset(sites), attention, encoders)

@@ -6,7 +6,7 @@ active together at some position; equal rows share one program of the engine's t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
@@ -20,6 +20,7 @@ from whipstaff.steering.dose import Dose, dose, largest
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.growth import Bound, bound
 from whipstaff.steering.method import EditParams, Place, Scaled
+from whipstaff.steering.methods.virtual_tokens import PrefixKV
 from whipstaff.steering.ops import Diagonal, Op
 from whipstaff.steering.programs import OPEN, Gate, Program, Step, assemble
 from whipstaff.steering.sites import canonical, pool_of
@@ -43,7 +44,6 @@ class SteeringParams(BaseModel):
     schedule: Schedule | None = Field(None, description="how the edit's gain changes as tokens are generated")
     normalize: bool = Field(False, description="bring added vectors to length 1 first, so that scale is a length")
     renorm: bool = Field(False, description="rescale every edited row to the length it had before this edit")
-
 
     @model_validator(mode="after")
     def _names_one(self) -> "SteeringParams":
@@ -77,6 +77,13 @@ class RowProbe(NamedTuple):
     is_latched: bool
 
 
+class RowSpecial(NamedTuple):
+    """An edit that is no program: of the expert router or of attention."""
+
+    digest: str
+    setting: str  # the method's parameters as JSON, defaults filled in
+
+
 class RowMeter(NamedTuple):
     """Measure how long activations are, everywhere."""
 
@@ -91,7 +98,7 @@ class Insert(NamedTuple):
     num: int
 
 
-Row = tuple[RowEdit | RowProbe | RowMeter, ...]  # made in this order, probes before edits
+Row = tuple[RowEdit | RowProbe | RowSpecial | RowMeter, ...]  # made in this order, probes before edits
 _SMALL = 2  # lines and instructions of probes and meters, rounded up
 
 
@@ -117,6 +124,12 @@ class PlannedProbe:
 
 
 @dataclass(frozen=True)
+class PlannedSpecial:
+    special: RowSpecial
+    where: Where
+
+
+@dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
 
@@ -126,6 +139,7 @@ class SteeringPlan:
     entropy_column: int = -1  # the condition that holds entropies; -1: nobody asks for them
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
+    specials: tuple[PlannedSpecial, ...] = ()
 
     @property
     def num_columns(self) -> int:
@@ -164,9 +178,12 @@ class SteeringPlan:
                 found.append(Segment(start, end, row, at_tokens))
         return found
 
-    def _items(self) -> list[tuple[RowEdit | RowProbe | RowMeter, Where]]:
-        meters = [(RowMeter(), Where.of("all"))] if self.is_metered else []
-        return [*((p.probe, p.where) for p in self.probes), *((p.edit, p.where) for p in self.edits), *meters]
+    def _items(self) -> Iterator[tuple[RowEdit | RowProbe | RowSpecial | RowMeter, Where]]:
+        yield from ((planned.probe, planned.where) for planned in self.probes)
+        yield from ((planned.edit, planned.where) for planned in self.edits)
+        yield from ((planned.special, planned.where) for planned in self.specials)
+        if self.is_metered:
+            yield RowMeter(), Where.of("all")
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -176,6 +193,7 @@ class SteeringPlan:
             "entropy_column": self.entropy_column,
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
+            "specials": [[*planned.special, _where(planned.where)] for planned in self.specials],
         }
 
     @staticmethod
@@ -187,6 +205,9 @@ class SteeringPlan:
             int(wire["entropy_column"]),
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
+            tuple(
+                PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
+            ),
         )
 
 
@@ -204,6 +225,10 @@ def _gate(gate: Gate) -> list[Any] | None:
 
 def _where(where: Where) -> dict[str, Any]:
     return where.model_dump(exclude_none=True)
+
+
+def _special_from_wire(digest: str, setting: str, where: dict[str, Any]) -> PlannedSpecial:
+    return PlannedSpecial(RowSpecial(digest, setting), Where.model_validate(where))
 
 
 def _edit_from_wire(
@@ -253,22 +278,22 @@ class Planner:
     schedules: list[Schedule] = field(default_factory=list)
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
     bounds: list[tuple[Place, Bound]] = field(default_factory=list)
+    specials: list[PlannedSpecial] = field(default_factory=list)
 
     @property
     def plan(self) -> SteeringPlan:
         """What was added so far."""
         column = self.columns.index("entropy") if "entropy" in self.columns else -1
-        return SteeringPlan(tuple(self.edits), tuple(self.probes), tuple(self.schedules), column)
+        return SteeringPlan(
+            tuple(self.edits), tuple(self.probes), tuple(self.schedules), column, specials=tuple(self.specials)
+        )
 
     def add(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector, probe: Vector | None) -> range:
         """Add one entry; the numbers of the planned edits that it became, with `own` as its method's parameters.
 
         Raises: SteeringError naming the field.
         """
-        settings = _settings(vector, own)
-        vector.method.check_params(settings, vector.tensors)
-        vector.method.check_file(settings, vector.header.known_defaults)
-        vector.method.check_model(settings, vector.header.model)
+        settings = self._checked(vector, own)
         layers = _layers(params.layers, vector)
         where = Where.of(params.where or vector.header.where or vector.method.where)
         first = len(self.edits)
@@ -282,6 +307,31 @@ class Planner:
             most = max(1.0, params.schedule.largest if params.schedule else 1.0)
             self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
         return range(first, len(self.edits))
+
+    def add_special(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedSpecial:
+        """Add one entry whose method is served by the router or by attention.
+
+        Raises: SteeringError naming the field, pydantic.ValidationError.
+        """
+        settings = self._checked(vector, own)
+        for name in ("layers", "when", "schedule", "normalize", "renorm"):
+            if getattr(params, name):
+                raise SteeringError(f"{vector.method.name} is not an edit of activations and takes no {name}", name)
+        where = Where.of(params.where or vector.header.where or vector.method.where)
+        if isinstance(vector.method, PrefixKV):
+            where = Where(prompt=[(0, len(next(iter(vector.tensors.values()))["key"]))])
+        if where.tokens or (where.exclude and where.exclude.tokens):
+            raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
+        self.specials.append(PlannedSpecial(RowSpecial(vector.digest, settings.model_dump_json()), where))
+        return self.specials[-1]
+
+    @staticmethod
+    def _checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
+        settings = _settings(vector, own)
+        vector.method.check_params(settings, vector.tensors)
+        vector.method.check_file(settings, vector.header.known_defaults)
+        vector.method.check_model(settings, vector.header.model)
+        return settings
 
     def _gate(
         self, params: SteeringParams, vector: Vector, layers: tuple[int, ...] | None, probe: Vector | None, where: Where

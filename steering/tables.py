@@ -17,7 +17,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import Op as Code
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, edits_of
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, RowSpecial, edits_of
 from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
 from whipstaff.steering.sites import pool_of
 
@@ -178,7 +178,8 @@ class Tables:
         readings: dict[Place, list[Reading]] = {}
         steps: dict[Place, list[Step]] = {}
         for item in row:
-            assert not isinstance(item, RowMeter)
+            if isinstance(item, RowSpecial | RowMeter):
+                continue
             vector = self._vector_of(item.digest)
             if isinstance(item, RowProbe):
                 place = Place("resid_post", item.layer)

@@ -84,8 +84,7 @@ class Region(BaseModel):
         """The windows as absolute positions, merged and in order."""
         found: list[Interval] = []
         for start, end in _listed(self.prompt):
-            first = _from_start(start, prompt_len)
-            last = prompt_len if end is None else _from_start(end, prompt_len)
+            first, last = resolve_window(start, end, prompt_len)
             if first < last:
                 found.append((first, last))
         for start, end in _listed(self.generation):
@@ -210,6 +209,11 @@ def _resolved(region: Region, spans: Spans, id_of: Ids, path: str) -> dict[str, 
 
 def _from_start(index: int, length: int) -> int:
     return min(max(index + length if index < 0 else index, 0), length)
+
+
+def resolve_window(start: int, end: int | None, prompt_len: int) -> tuple[int, int]:
+    """A window of the prompt as absolute positions, cut to it."""
+    return _from_start(start, prompt_len), prompt_len if end is None else _from_start(end, prompt_len)
 
 
 def _merged(intervals: list[Interval]) -> list[Interval]:

@@ -19,8 +19,9 @@ from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.server.engine.selftest import describe
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.steering.needs import Hook
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan, weigh
-from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
 R = TypeVar("R")
@@ -57,7 +58,7 @@ class EngineUnderTest:
         model: str,
         aux: Iterable[tuple[str, str]] = (),
         num_slots: int | None = None,
-        sites: Iterable[Site] = (),
+        sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
         **flags: Any,
     ):

@@ -15,11 +15,12 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from whipstaff.server.engine import UnsupportedEngine, request
+from whipstaff.server.engine.attention import require_eager_attention
 from whipstaff.server.engine.auxiliary import auxiliary_config
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.steering.artifacts import Vector
-from whipstaff.steering.needs import Needs
-from whipstaff.steering.shape import SITES, ModelShape, Site
+from whipstaff.steering.needs import Hook, Needs
+from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import CORE
 
 _WORKERS = {
@@ -68,7 +69,7 @@ def start(
     auxiliaries: Iterable[tuple[str, str]] = (),
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
-    sites: Iterable[Site] = (),
+    sites: Iterable[Hook] = (),
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
@@ -78,7 +79,7 @@ def start(
         num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, within
             MIN_SLOTS and MAX_SLOTS.
         vectors: what will be served: the places that they edit are hooked.
-        sites: further sites to hook, beside the residual stream and the head outputs.
+        sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
@@ -102,7 +103,7 @@ def configure(
     auxiliaries: Iterable[tuple[str, str]] = (),
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
-    sites: Iterable[Site] = (),
+    sites: Iterable[Hook] = (),
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
@@ -116,9 +117,12 @@ def configure(
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
         sites=tuple(site for site in SITES if site in {*CORE, *needs.sites}),
+        edits_attention=needs.attention,
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
         auxiliaries=specs,
     )
+    if layout.edits_attention:
+        require_eager_attention(config.compilation_config)
     config.additional_config = {**(config.additional_config or {}), **layout.to_config()}
     config.parallel_config.worker_cls = _WORKERS[config.parallel_config.worker_cls]
     is_async = config.scheduler_config.async_scheduling

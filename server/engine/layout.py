@@ -35,6 +35,7 @@ class Layout(BaseModel):
     num_histories: int = 0  # conditions in use at once
     max_len: int = 0  # positions of a history
     sites: tuple[Site, ...] = CORE  # where edits can be made
+    edits_attention: bool = False
     encoders: tuple[tuple[Site, int, int], ...] = ()  # (site, layer, features) of TopK autoencoders
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
 

@@ -13,8 +13,7 @@ force        an expert that is on and was not selected takes the place of the we
 All of it is one opaque operator per layer that reads persistent buffers, `code[slot[token]]`; see `reroute_`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,52 +29,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.experts import FORCE, OFF, PRE, RENORM, ZERO, RoutingError, Scheme
+from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
+from whipstaff.steering.plan import RowSpecial
 
-PRE, ZERO, RENORM, FORCE = 1, 2, 4, 8  # bits of a code
-_OFF = {"pre": PRE, "zero": ZERO, "zero_renorm": ZERO | RENORM}
-MODES = (*_OFF, "force")
 _ROUTERS = (CPURouter, CustomRoutingRouter, FusedTopKBiasRouter, FusedTopKRouter, GroupedTopKRouter)
-
-
-class RoutingError(ValueError):
-    """Experts that a layer does not have, or so many off or on that it could not route."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a layer's router selects: all that is needed to select again."""
-
-    num_experts: int
-    top_k: int
-    scoring: str  # "softmax", "sigmoid", "sqrtsoftplus"; "" where the model brings a function of its own
-    renormalize: bool
-    num_groups: int  # 1: not grouped
-    top_groups: int
-    bias: Tensor | None  # (num_experts,) added to the scores that select, never to weights
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return MODES if self.scoring else ("zero", "zero_renorm")
-
-    def check(self, off: Collection[int], on: Collection[int], mode: str) -> None:
-        """Raises: RoutingError."""
-        if mode not in self.modes:
-            raise RoutingError(f"mode {mode!r} is not available here; available: {', '.join(self.modes)}")
-        if on and not self.scoring:
-            raise RoutingError("this model's routing function gives no scores by which experts could be forced")
-        if off and mode == "force":
-            raise RoutingError("mode 'force' switches experts on; name one of pre, zero, zero_renorm to switch off")
-        if bad := [expert for expert in (*off, *on) if not 0 <= expert < self.num_experts]:
-            raise RoutingError(f"there is no expert {bad[0]}; this layer has {self.num_experts}")
-        if both := set(off) & set(on):
-            raise RoutingError(f"expert {min(both)} is both off and on")
-        if len(set(on)) > self.top_k:
-            raise RoutingError(f"{len(set(on))} experts are on, and a token is given {self.top_k}")
-        if mode == "pre":
-            size = self.num_experts // self.num_groups
-            left = sorted(size - sum(e // size == group for e in set(off)) for group in range(self.num_groups))
-            if sum(left[: self.top_groups]) < self.top_k:
-                raise RoutingError(f"fewer than {self.top_k} experts would be left to select from")
 
 
 class RoutingTables:
@@ -104,25 +63,35 @@ class RoutingTables:
         """(num_slots, num_experts) int8, written in place and never replaced."""
         return self._codes[layer]
 
-    def write(self, slot: int, edits: Mapping[int, Mapping[str, Any]]) -> None:
-        """Make `slot` hold {layer: {"off": [...], "on": [...], "mode": one of MODES}}; {} clears it.
+    def write(self, slot: int, edits: Iterable[tuple[int, Routing]]) -> None:
+        """Make `slot` hold what each layer's router does; a layer may be named more than once, none clears the slot.
 
         Raises: RoutingError, with nothing written.
         """
-        for layer, edit in edits.items():
+        rows: dict[int, Tensor] = {}
+        for layer, edit in edits:
             if layer not in self._schemes:
                 raise RoutingError(f"layer {layer} has no routed experts; layers that have: {self.layers}")
-            self._schemes[layer].check(edit.get("off", ()), edit.get("on", ()), edit["mode"])
+            self._schemes[layer].check(edit)
+            row = rows.setdefault(layer, torch.zeros(self.num_experts(layer), dtype=torch.int8))
+            row[list(edit.off)] |= OFF.get(edit.mode, 0)
+            row[list(edit.on)] |= FORCE
         if slot in self._written:
             for code in self._codes.values():
                 code[slot] = 0
             self._written.remove(slot)
-        for layer, edit in edits.items():
-            row = torch.zeros(self.num_experts(layer), dtype=torch.int8)
-            row[list(edit.get("off", ()))] = _OFF.get(edit["mode"], 0)
-            row[list(edit.get("on", ()))] = FORCE
+        for layer, row in rows.items():
             self._codes[layer][slot].copy_(row)
             self._written.add(slot)
+
+
+def routing_of(specials: Iterable[RowSpecial], vector_of: Callable[[str], Vector]) -> Iterator[tuple[int, Routing]]:
+    """What entries of a request ask of the routers, for `RoutingTables.write`."""
+    for special in specials:
+        vector = vector_of(special.digest)
+        method, params = vector.method, MoTEParams.model_validate_json(special.setting)
+        assert isinstance(method, MoTE)
+        yield from method.routing(params, vector.tensors).items()
 
 
 def install_routing(model: nn.Module, slots: Tensor, num_slots: int) -> RoutingTables:

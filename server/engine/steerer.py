@@ -22,6 +22,7 @@ from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan
 from whipstaff.server.engine.soft import SoftRows
+from whipstaff.server.engine.specials import Specials
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import Row
 from whipstaff.steering.tables import NOTHING, Tables
@@ -51,6 +52,7 @@ class Kept(NamedTuple):
 class Piece(NamedTuple):
     """A stretch of the step's tokens that get the same row of edits."""
 
+    batch_row: int
     first: int
     last: int  # exclusive
     position: int  # of the first token, absolute
@@ -84,6 +86,7 @@ class Steerer:
         self.view: BatchView | None = None
         self.counters = Counters()
         self.tables: Tables | None = None
+        self.specials: Specials | None = None
         self.soft: SoftRows | None = None
         self._auxiliaries = tuple(auxiliaries)
         self._requests: dict[str, PlacedPlan] = {}
@@ -94,6 +97,7 @@ class Steerer:
         self._entropies: tuple[Tensor, Tensor, Tensor] | None = None  # logits row, history row and position to fill
         self._host = np.full(shape, NOTHING, dtype=np.int32)
         self._host_gains = np.ones((max_tokens, MAX_SCHEDULES), dtype=np.float32)
+        self._was_asked = False  # whether the last step may have left something behind
         self._dirty = 0  # how many leading rows of `tokens` may differ from NOTHING
         self._differs = False  # whether the device decided about tokens that the host does not know
 
@@ -165,14 +169,22 @@ class Steerer:
         self.view = view
         self.counters.steps += 1
         self._entropies = None
-        if view.plans or self._dirty:
-            self._write_tokens(view, input_ids)
+        if not view.plans and not self._was_asked:
+            return
+        self._was_asked = bool(view.plans)
+        pieces = self._pieces(view)
+        if pieces or self._dirty:
+            self._write_tokens(view, pieces, input_ids)
+        if self.specials is not None:
+            self.specials.begin_step(pieces, view.num_tokens)
         if self.soft is not None:
             self.soft.begin_step(view)
 
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""
         self.view = None
+        if self.specials is not None:
+            self.specials.end_step()
 
     def needed_auxiliaries(self) -> list[str]:
         """The auxiliary models this step must run: all of them outside of real steps, so that they are profiled,
@@ -209,10 +221,7 @@ class Steerer:
         self._entropies = None
         self.history[histories, positions] = explain_rows(logits[rows].contiguous()).entropy
 
-    def _write_tokens(self, view: BatchView, input_ids: Tensor | None) -> None:
-        pieces = self._pieces(view)
-        if not pieces and not self._dirty:
-            return
+    def _write_tokens(self, view: BatchView, pieces: list[Piece], input_ids: Tensor | None) -> None:
         num = max(view.num_tokens, self._dirty)
         before, gains_before = self._host[:num].copy(), self._host_gains[:num].copy()
         self._host[:num] = NOTHING
@@ -283,5 +292,5 @@ class Steerer:
                 first, last = max(start, position), end if stop is None else min(stop, end)
                 if first < last:
                     tokens = token + first - position, token + last - position
-                    found.append(Piece(*tokens, first, row, row_at_tokens, view.requests[index], placed))
+                    found.append(Piece(index, *tokens, first, row, row_at_tokens, view.requests[index], placed))
         return found

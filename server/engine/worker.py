@@ -12,6 +12,7 @@ from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.sites import install_sites, watch_logits
 from whipstaff.server.engine.soft import install_soft_rows
+from whipstaff.server.engine.specials import Specials
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import parse, read, without_file
 
@@ -41,10 +42,25 @@ class SteeredWorker:
         self._steerer.soft = install_soft_rows(
             model, config.model_config, _max_tokens(config), runner.device, self._vectors.__getitem__
         )
+        self._steerer.specials = Specials(
+            model,
+            _max_tokens(config),
+            runner.device,
+            self._vectors.__getitem__,
+            layout.num_slots,
+            edits_router="router" in layout.sites,
+            edits_attention=layout.edits_attention,
+        )
         if auxiliaries:
             compose(model, auxiliaries, self._steerer, hidden_size)
         watch_logits(model, self._steerer)
         (runner_v2 if _is_v2(runner) else runner_v1).attach(runner, self._steerer)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        assert self._steerer.specials is not None
+        if self._steerer.specials.attention is not None:
+            self._steerer.specials.attention.learn_layouts()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._steerer.note_requests(
@@ -79,6 +95,7 @@ class SteeredWorker:
             "sites": [list(place) for place in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
+            "specials": self._steerer.specials.facts() if self._steerer.specials else {},
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
 

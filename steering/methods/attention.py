@@ -55,7 +55,7 @@ class OverrideParams(EditParams):
 class AttentionOverride(Method[OverrideParams]):
     name, paper = "attention_override", "Merullo et al. 2023, arXiv:2310.08744"
     params, sites, where = OverrideParams, (), "last_prompt"
-    needs_file = False
+    served_by, needs_file = "attention", False
     off: ClassVar = {}
     parts: ClassVar = {}
 
@@ -88,12 +88,11 @@ class PastaParams(EditParams):
 
 
 class Pasta(Method[PastaParams]):
-    """The release applies the factor once per span, so that with k spans tokens inside one get it k - 1 times; here a
-    key is outside when no span holds it, and gets it once."""
+    """As the release does, the factor is applied once per span: of k spans, keys inside one get it k - 1 times."""
 
     name, paper = "pasta", "Zhang et al. 2023, arXiv:2311.02262"
     params, sites, where = PastaParams, (), "all"
-    needs_file = False
+    served_by, needs_file = "attention", False
     off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
     parts: ClassVar = {}
 

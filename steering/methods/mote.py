@@ -4,24 +4,21 @@
     zero         an expert that is off keeps its place with weight 0
     zero_renorm  as zero, and the others' weights grow to the former sum
     force        nothing is off
-An expert that is on, in any mode, takes the place of the weakest selected one. `pre` alone is an edit of the router's
-logits; what else is asked for is a `Routing`, which the engine applies behind the router. Experts are named by the
-request, by a file (masks `off` and `on`, 1 for the experts meant), or by both.
+An expert that is on, in any mode, takes the place of the weakest selected one. The engine does it behind the router.
+Experts are named by the request, by a file (masks `off` and `on`, 1 for the experts meant), or by both.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Diagonal, Op
+from whipstaff.steering.ops import Op
 from whipstaff.steering.shape import ModelShape
 
-_NEVER = -1e30  # a router logit that no other is below; -inf would make NaN of half an edit
 _Index = Annotated[int, Field(strict=True, ge=0)]
 
 
@@ -41,9 +38,9 @@ class MoTEParams(EditParams):
 
 @dataclass(frozen=True)
 class Routing:
-    """What a layer's router does besides `MoTE.ops`."""
+    """What one layer's router does."""
 
-    mode: Literal["zero", "zero_renorm", "force"]
+    mode: Literal["pre", "zero", "zero_renorm", "force"]
     off: tuple[int, ...]
     on: tuple[int, ...]
 
@@ -51,7 +48,7 @@ class Routing:
 class MoTE(Method[MoTEParams]):
     name, paper = "mote", "Dahlke et al. 2025, arXiv:2502.11096"
     params, sites, where = MoTEParams, ("router",), "all"
-    needs_file = False
+    served_by, needs_file = "router", False
     off: ClassVar = {}
     parts: ClassVar = {"off?": ("experts",), "on?": ("experts",)}
 
@@ -88,15 +85,7 @@ class MoTE(Method[MoTEParams]):
                         )
 
     def ops(self, tensors: Tensors, params: MoTEParams, place: Place, model: ModelShape) -> Sequence[Op]:
-        self.check_model(params, model)
-        off, _ = self.chosen(params, place.layer, tensors)
-        if params.mode != "pre" or not off:
-            return ()
-        if len(off) == model.num_experts:
-            raise SteeringError("every expert is off", f"experts.{place.layer}.off")
-        add = torch.zeros(model.num_experts)
-        add[list(off)] = _NEVER
-        return (Diagonal(add=add),)
+        return ()
 
     def chosen(self, params: MoTEParams, layer: int, tensors: Tensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The experts of a layer that are off, and those that are on."""
@@ -107,9 +96,8 @@ class MoTE(Method[MoTEParams]):
         )
         return off, on
 
-    def routing(self, params: MoTEParams, layer: int, tensors: Tensors | None = None) -> Routing | None:
-        """What is left to do behind the router of a layer; None: nothing."""
-        off, on = self.chosen(params, layer, tensors or {})
-        if params.mode == "pre":
-            return Routing("force", (), on) if on else None
-        return Routing(params.mode, off, on) if off or on else None
+    def routing(self, params: MoTEParams, tensors: Mapping[Place, Tensors]) -> dict[int, Routing]:
+        """What each layer's router does; layers without experts that are off or on are left out."""
+        layers = sorted({place.layer for place in tensors} | set(params.experts))
+        found = {layer: self.chosen(params, layer, tensors.get(Place("router", layer), {})) for layer in layers}
+        return {layer: Routing(params.mode, off, on) for layer, (off, on) in found.items() if off or on}

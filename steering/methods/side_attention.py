@@ -20,6 +20,7 @@ MAX_TOKENS = 64
 class SideAttention(ScaledMethod[Scaled]):
     name, paper = "side_attention", "Zhang et al. 2023, arXiv:2303.16199; Ziheng et al. 2023, arXiv:2312.05503"
     params, sites, where = Scaled, ("attn_head",), "all"
+    served_by = "attention"
     parts: ClassVar = {"tokens": ("num_tokens", "hidden"), "gate": ("num_gates",)}
 
     def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:

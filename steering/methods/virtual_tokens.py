@@ -54,6 +54,7 @@ class SoftPrompt(Method[InsertParams]):
     )
     params, sites, where = InsertParams, (), "prompt"
     off: ClassVar = {}
+    served_by = "rows"
     parts: ClassVar = {"rows": ("tokens", "hidden")}
 
     def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
@@ -69,6 +70,7 @@ class PrefixKV(Method[EditParams]):
     name, paper = "prefix_kv", "Li and Liang 2021, arXiv:2101.00190; Liu et al. 2021, arXiv:2110.07602"
     params, sites, where = EditParams, ("attn_head",), "all"
     off: ClassVar = {}
+    served_by = "attention"
     parts: ClassVar = {
         "key": ("num_tokens", "kv_heads", "head_dim"),
         "value": ("num_tokens", "kv_heads", "head_dim"),

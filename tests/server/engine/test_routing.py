@@ -1,55 +1,21 @@
-"""Expert routing: the goldens through an engine, and every routing scheme against a token-by-token reference."""
+"""Expert routing: every routing scheme against a token-by-token reference. (The goldens are in test_architectures.)"""
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
-import goldens
 import pytest
 import torch
-from safetensors.torch import load_file
-from stepping import SteppingEngine, steps
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-from whipstaff.server.engine.routing import MODES, RoutingError, RoutingTables, Scheme, _adopt, _How, _reroute_all_
+from whipstaff.server.engine.routing import RoutingTables, _adopt, _How, _reroute_all_
+from whipstaff.steering.experts import RoutingError, Scheme
+from whipstaff.steering.methods.mote import Routing
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 EXPERTS, TOP_K = 16, 4
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["eager", "compiled"])
-def engine(request: pytest.FixtureRequest) -> Iterator[SteppingEngine]:
-    started = SteppingEngine(
-        str(goldens.ROOT / "models" / "mixtral_a"), "routing", enforce_eager=request.param, max_num_batched_tokens=48
-    )
-    try:
-        yield started
-    finally:
-        started.close()
-
-
-@pytest.mark.engine
-def test_golden_cases(engine: SteppingEngine) -> None:
-    """All four modes and a plain request in one batch, prefills chunked."""
-    assert engine.rpc("routing_facts") == [[layer, 8, list(MODES)] for layer in range(4)]
-    cases, asks = [], []
-    for slot, mode in enumerate(MODES):
-        folder = goldens.ROOT / "cases" / f"mote_{mode}_mixtral"
-        edits = json.loads((folder / "case.json").read_text())["edits"]
-        engine.rpc("write_routing", slot, [(int(layer), edit | {"mode": mode}) for layer, edit in edits.items()])
-        cases.append(load_file(folder / "io.safetensors"))
-        asks.append((cases[-1]["input_ids"].tolist(), {"slot": slot}, 16, mode))
-    *edited, plain = engine.generate(*asks, (cases[0]["input_ids"].tolist(), None, 1, "plain"))
-    for case, output in zip(cases, edited, strict=True):
-        assert list(output.outputs[0].token_ids) == case["greedy_ids_f64"].tolist()
-        _assert_close(steps(output), case["step_logits_f64"])
-    _assert_close(steps(plain), cases[0]["base_last_logits_f64"][None])
-
-
-def _assert_close(said: list[dict[int, float]], logits: torch.Tensor) -> None:
-    for step, row in zip(said, logits.log_softmax(-1), strict=True):
-        for token, logprob in step.items():
-            assert logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+def routing(edit: dict[str, Any]) -> Routing:
+    return Routing(edit["mode"], tuple(edit.get("off", ())), tuple(edit.get("on", ())))
 
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -89,7 +55,7 @@ def test_every_scheme(name: str, edit: dict[str, Any]) -> None:
         [-1, 0, 1, 2] * 16, dtype=torch.int32
     )  # none, the edit, an empty slot, one that does not exist
     tables = RoutingTables({0: scheme}, 2, torch.device("cpu"))
-    tables.write(0, {0: edit})
+    tables.write(0, [(0, routing(edit))])
     _adopt(router, scheme, tables.code(0), slots)
     weights, ids = router._compute_routing(logits, logits, None)
     same = plain[0].clone(), plain[1].clone()  # as on a device, without branches
@@ -161,14 +127,14 @@ def _rerouted(
 def test_what_cannot_be_routed_is_refused(edit: dict[str, Any], said: str) -> None:
     tables = RoutingTables({2: Scheme(EXPERTS, TOP_K, "softmax", True, 1, 1, None)}, 2, torch.device("cpu"))
     with pytest.raises(RoutingError, match=said):
-        tables.write(0, {2: edit})
+        tables.write(0, [(2, routing(edit))])
     with pytest.raises(RoutingError, match="layer 0 has no routed experts"):
-        tables.write(0, {0: edit})
+        tables.write(0, [(0, routing(edit))])
     assert not tables.code(2).any()
 
 
 def test_groups_must_keep_enough_experts() -> None:
     scheme = Scheme(EXPERTS, TOP_K, "softmax", True, 4, 2, None)
-    scheme.check(range(4), (), "pre")  # two of the other groups always hold eight
+    scheme.check(Routing("pre", (0, 1, 2, 3), ()))  # two of the other groups always hold eight
     with pytest.raises(RoutingError, match="fewer than 4"):
-        scheme.check([0, 1, 2, 4, 5, 6], (), "pre")  # groups 0 and 1 may win, with one expert each
+        scheme.check(Routing("pre", (0, 1, 2, 4, 5, 6), ()))  # groups 0 and 1 may win, with one expert each
