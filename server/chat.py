@@ -5,6 +5,7 @@ what stands before and after that content; rendered with the first messages only
 tokens by the tokenizer's own offsets, and only where tokenising the rendered text again gives the prompt's very tokens.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,25 +119,21 @@ class Chat:
             return ""
 
     @cached_property
-    def _tokens(self) -> list[Span]:
-        """The characters of each token. Those that a tokenizer's offsets leave out, such as blanks before a word, are
-        of the token that follows."""
+    def _tokens(self) -> tuple[list[int], list[int]]:
+        """Where the characters of each token start and end, in order."""
         for with_special_tokens in (False, True):
             encoding = self._tokenizer(self._text, add_special_tokens=with_special_tokens, return_offsets_mapping=True)
             if encoding["input_ids"] == list(self._token_ids):
-                return _without_gaps(encoding["offset_mapping"])
+                return _edges(encoding["offset_mapping"])
         raise SteeringError(
             f"the prompt's {len(self._token_ids)} tokens are not those of the rendered template, which has "
             f"{len(encoding['input_ids'])}: it was truncated, or holds more than text; name positions instead"
         )
 
     def _in_tokens(self, span: Span) -> Span:
-        first, last = span
-        inside = [i for i, (start, end) in enumerate(self._tokens) if start < last and first < end]
-        if inside:
-            return inside[0], inside[-1] + 1
-        place = next((i for i, (_, end) in enumerate(self._tokens) if end > first), len(self._tokens))
-        return place, place
+        starts, ends = self._tokens
+        first = bisect_right(ends, span[0])
+        return first, max(first, bisect_left(starts, span[1])) if span[0] < span[1] else first
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ class Prompt:
 def id_of(tokenizer: Any, text: str) -> int:
     """The id of the one token whose text that is; its name in the vocabulary will do too. Raises: SteeringError."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or text == tokenizer.unk_token):
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return ids[0]
     named: int | None = tokenizer.get_vocab().get(text)
     if named is None:
@@ -181,10 +178,14 @@ def id_of(tokenizer: Any, text: str) -> int:
     return named
 
 
-def _without_gaps(offsets: Sequence[Span]) -> list[Span]:
-    spans: list[Span] = []
+def _edges(offsets: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """A tokenizer's offsets as starts and ends that never fall. What they leave out, such as blanks before a word, is
+    of the token that follows."""
+    starts: list[int] = []
+    ends: list[int] = []
     reached = 0
     for start, end in offsets:
-        spans.append((min(start, reached) if end > reached else start, end))
+        starts.append(reached if end <= start else min(start, reached))
         reached = max(reached, end)
-    return spans
+        ends.append(reached)
+    return starts, ends

@@ -145,7 +145,9 @@ class ServingChat(OpenAIServingChat):
                 request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
             )
             conversation, inputs = result
-            request.place(inputs, self, explicit, cap, _chat_of(request, conversation, self))
+            await asyncio.to_thread(  # a long chat takes a while to be told apart
+                request.place, inputs, self, explicit, cap, _chat_of(request, conversation, self)
+            )
         return result
 
 

@@ -5,6 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from whipstaff.server.chat import Chat, Message, id_of
 from whipstaff.steering.errors import SteeringError
@@ -188,10 +192,10 @@ def test_a_message_without_content_has_a_place(tokenizer: Any) -> None:
 
 def test_special_tokens_of_the_tokenizer_itself(tokenizer: Any) -> None:
     """Some prompts are tokenised with a beginning-of-sequence token besides the template's text."""
-    from tokenizers.processors import TemplateProcessing
-
     made = make_tokenizer()
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     messages = [{"role": "user", "content": "hello"}]
     text = renderer(made, CHATML)(messages, True)
     ids = made.encode(text)
@@ -199,6 +203,52 @@ def test_special_tokens_of_the_tokenizer_itself(tokenizer: Any) -> None:
     ((first, last),) = chat(made, CHATML, messages, ids).spans(Messages())
     ((first_without, last_without),) = chat(made, CHATML, messages).spans(Messages())
     assert (first, last) == (first_without + 1, last_without + 1)
+    ((first, last),) = chat(made, CHATML, messages, ids).spans(Messages(whole=True))
+    assert made.decode(ids[first:last]) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_offsets_that_leave_out_blanks(tokenizer: Any) -> None:
+    """As GPT-2's do: a token of blanks alone then seems to have no characters."""
+    made = make_tokenizer()
+    made.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    messages = [{"role": "user", "content": "  return\n\n   x  "}]
+    ids = made.encode(renderer(made, "[{{ messages[0]['content'] }}]")(messages, True))
+    asked = chat(made, "[{{ messages[0]['content'] }}]", messages)
+    ((first, last),) = asked.spans(Messages())
+    assert (first, last) == (1, len(ids) - 1) and made.decode(ids[1:-1]) == messages[0]["content"]
+
+
+def test_a_message_without_content_has_a_place_before_the_token_that_holds_it(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": ""}]
+    asked = chat(tokenizer, "import de{{ messages[0]['content'] }}f", messages)
+    expected, straddled = tokenizer.encode("import def")[:-1], tokenizer.encode(" def")
+    assert len(straddled) == 1 and asked.bounds(Messages()) == [(len(expected), len(expected))]
+
+
+def test_calls_of_tools_have_no_content(tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}<s>{{ m['role'] }}:{% if m['tool_calls'] %}{{ m['tool_calls'] }}{% else %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": "now()"}]
+    messages += [{"role": "tool", "content": "noon"}]
+    asked = chat(tokenizer, template, messages)
+    assert len(asked.spans(Messages())) == 2 and asked.spans(Messages(role="assistant")) == []
+    ids = tokenizer.encode(renderer(tokenizer, template)(messages, True), add_special_tokens=False)
+    said = [tokenizer.decode(ids[first:last]) for first, last in asked.spans(Messages(whole=True))]
+    assert said == ["<s>user:hi", "<s>assistant:now()", "<s>tool:noon"]
+    with pytest.raises(SteeringError, match="content of message 1, which has the role 'assistant'"):
+        asked.bounds(Messages(role="assistant"))
+
+
+def test_ends_that_the_template_hides(tokenizer: Any) -> None:
+    """Where only the last message ends as it does, nothing tells how the others would: they share what they have."""
+    template = "{% for m in messages %}<s>{{ m['content'] }}{{ '!' if loop.last else ';' }}{% endfor %}"
+    messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    asked = chat(tokenizer, template, messages)
+    ids = tokenizer.encode("<s>one;<s>two!", add_special_tokens=False)
+    assert asked.spans(Messages(whole=True)) == [(0, len(ids))] * 2
+    assert len(set(asked.spans(Messages()))) == 2
 
 
 def test_what_cannot_be_told_is_refused(tokenizer: Any) -> None:
@@ -209,7 +259,10 @@ def test_what_cannot_be_told_is_refused(tokenizer: Any) -> None:
     for template in (
         "{{ messages[0]['content'] | upper }}",
         "{{ messages | length }}",
-        "{{ messages[0].content }}" * 2,
+        "{{ messages[0]['content'] }}" * 2,
+        "{{ messages[0]['content'] }}{{ messages[0]['content'] | length }}",
+        "{{ messages[0]['content'] | length }}{{ messages[0]['content'] }}",
+        "{{ 'ab' if 'll' in messages[0]['content'] else 'ab' + messages[0]['content'] + 'ab' }}",
     ):
         with pytest.raises(SteeringError, match="does not show where it puts the content of message 0"):
             chat(tokenizer, template, messages).spans(Messages())
@@ -232,7 +285,11 @@ def test_ids(tokenizer: Any) -> None:
     for text in ("a", "\n", "def", " self"):
         assert tokenizer.decode([id_of(tokenizer, text)]) == text
     assert id_of(tokenizer, "Ġself") == id_of(tokenizer, " self")
-    with pytest.raises(SteeringError, match="is not one token but"):
-        id_of(tokenizer, "hippopotamus")
+    words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    known = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    assert (id_of(known, "a"), id_of(known, "[UNK]")) == (0, 1)
+    for each, text in ((tokenizer, "hippopotamus"), (known, "b")):
+        with pytest.raises(SteeringError, match="is not one token but"):
+            id_of(each, text)
     with pytest.raises(SteeringError, match="is not one token but 0"):
         id_of(tokenizer, "")
