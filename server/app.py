@@ -11,12 +11,13 @@ from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
 from whipstaff.server import metrics, routes
+from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.engine import UnsupportedEngine, openai
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.registry import Registry, VectorFile, read_vectors
-from whipstaff.server.schema import PLAIN, Catalogue, Limit
+from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place

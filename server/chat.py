@@ -133,7 +133,8 @@ class Chat:
     def _in_tokens(self, span: Span) -> Span:
         starts, ends = self._tokens
         first = bisect_right(ends, span[0])
-        return first, max(first, bisect_left(starts, span[1])) if span[0] < span[1] else first
+        num = bisect_left(starts, span[1], first) - first if span[0] < span[1] else 0
+        return first, first + num
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ WhipstaffError
  |- Unavailable     422  a method that this server could run, were it started otherwise
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+P = TypeVar("P", bound=BaseModel)
 
 
 class WhipstaffError(Exception):
@@ -68,3 +70,13 @@ def json_path(loc: tuple[int | str, ...], data: Any) -> str:
         elif isinstance(step, str) and isinstance(data, dict) and step == loc[-1] and step.isidentifier():
             path, data = f"{path}.{step}", None
     return path
+
+
+def parsed(model: type[P], entry: Any, path: str) -> P:
+    """An entry of a request as its model. Raises: BadRequest with the path of what is wrong."""
+    if not isinstance(entry, dict):
+        raise BadRequest("an entry is a JSON object", path)
+    try:
+        return model.model_validate(entry)
+    except ValidationError as error:
+        raise bad_field(error, entry, path) from None

@@ -1,11 +1,11 @@
 """Receipts: what was done to a request, for its response. Same request and same receipt mean same behaviour."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from whipstaff.server.schema import Compiled, Fed
+from whipstaff.server.steered import Fed
 
 FIELD = "whipstaff"
 
@@ -13,8 +13,8 @@ FIELD = "whipstaff"
 class Tally:
     """Counts the tokens of a request's sequences as its outputs pass by, and keeps them where the plan needs them."""
 
-    def __init__(self, keeps_tokens: bool = False) -> None:
-        self._keeps = keeps_tokens
+    def __init__(self) -> None:
+        self.keeps_tokens = False
         self._prompts: dict[str, list[int]] = {}
         self._generated: dict[tuple[str, int], list[int]] = {}
         self._counts: dict[tuple[str, int], int] = {}
@@ -26,7 +26,7 @@ class Tally:
         for sequence in output.outputs:
             key = output.request_id, sequence.index
             self._counts[key] = self._counts.get(key, 0) + len(sequence.token_ids)
-            if self._keeps:
+            if self.keeps_tokens:
                 self._generated.setdefault(key, []).extend(sequence.token_ids)
 
     def fed(self) -> list[Fed]:
@@ -34,20 +34,20 @@ class Tally:
         found = []
         for (request_id, index), generated in self._counts.items():
             prompt = self._prompts[request_id]
-            ids = [*prompt, *self._generated[request_id, index]] if self._keeps else []
+            ids = [*prompt, *self._generated[request_id, index]] if self.keeps_tokens else []
             found.append(Fed(len(prompt), len(prompt) + max(generated - 1, 0), ids))
         return found
 
 
 async def with_receipt(
-    chunks: AsyncGenerator[str, None], compiled: Compiled, tally: Tally
+    chunks: AsyncGenerator[str, None], receipt: Callable[[], Awaitable[dict[str, Any]]]
 ) -> AsyncGenerator[str, None]:
     """Server-sent events with the receipt in the last data event before [DONE]. Closing this closes `chunks`."""
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
             if chunk.startswith("data: [DONE]") and held is not None:
-                held = _with_field(held, compiled.receipt(tally.fed()))
+                held = _with_field(held, await receipt())
             if held is not None:
                 yield held
             held = chunk

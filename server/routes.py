@@ -1,20 +1,24 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from whipstaff.server import metrics, schema
+from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.methods import method_table
 from whipstaff.server.receipts import FIELD, Tally, with_receipt
 from whipstaff.server.registry import Entry
-from whipstaff.server.schema import Catalogue, Compiled, compile_extras
+from whipstaff.server.schema import Compiled, compile_extras
 
 router = APIRouter()
 
@@ -28,9 +32,28 @@ class PreparedRequest:
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
         ids = self.compiled.place(prompt)
+        if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
+            self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
         return PlacedRequest(ids, wire, self.compiled, num_tokens)
+
+    async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
+        """What was done. `readings` finds what a request's conditions read, by its ticket."""
+        fed, ticket = self.tally.fed(), self.compiled.plan.ticket
+        if ticket:
+            found = await readings(ticket)
+            fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
+        return self.compiled.receipt(fed)
+
+
+def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
+    """The readings of a sequence of that length, which no other sequence then gets; none if they are gone."""
+    for index, one in enumerate(found):
+        if one["positions"] >= num_fed:
+            columns: list[Any] = found.pop(index)["columns"]
+            return columns
+    return []
 
 
 @dataclass(frozen=True)
@@ -96,18 +119,18 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
     if isinstance(result, Response):
         return result
     if hasattr(result, "__aiter__"):
-        events = result if prepared is None else with_receipt(result, prepared.compiled, prepared.tally)
+        events = result if prepared is None else with_receipt(result, partial(prepared.receipt, openai.readings(raw)))
         return openai.event_stream(events, raw)
     body = result.model_dump()
     if prepared is not None:
-        body[FIELD] = prepared.compiled.receipt(prepared.tally.fed())
+        body[FIELD] = await prepared.receipt(openai.readings(raw))
     return JSONResponse(body, headers=openai.load_headers(raw))
 
 
 @router.get("/v1/steering/methods")
 async def methods(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
     """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
-    return {"object": "list", "data": schema.method_table(have)}
+    return {"object": "list", "data": method_table(have)}
 
 
 @router.get("/v1/steering/vectors")

@@ -9,7 +9,7 @@ import asyncio
 import signal
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import vllm.envs as envs
@@ -219,6 +219,18 @@ async def render(request: ChatRequest | TextRequest, app: FastAPI) -> Response |
     else:
         result = await serving.render_completion_request(request)
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
+
+
+def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+    """Asks the first worker what a request's conditions read, by its ticket."""
+
+    async def of(ticket: str) -> list[dict[str, Any]]:
+        found: list[list[dict[str, Any]]] = await raw.app.state.engine_client.collective_rpc(
+            "whipstaff_readings", args=(ticket,)
+        )
+        return found[0]
+
+    return of
 
 
 def load_headers(raw: Request) -> dict[str, str] | None:

@@ -1,0 +1,262 @@
+"""Admission of one entry of a request's `steering`: every check that needs no prompt."""
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from whipstaff.server.catalogue import Catalogue, Limit
+from whipstaff.server.errors import BadRequest, Unavailable, bad_field, parsed
+from whipstaff.server.placing import SoftPrompt
+from whipstaff.server.steered import Steered
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.experts import RoutingError
+from whipstaff.steering.growth import MAX_GROWTH, growth
+from whipstaff.steering.method import Place
+from whipstaff.steering.methods.attention import OverrideParams, PastaParams
+from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
+from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
+from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
+from whipstaff.steering.ops import Directions
+from whipstaff.steering.plan import OWN_FIELDS, PlannedSpecial, Planner, SteeringParams, edits_of, strongest, weigh
+from whipstaff.steering.programs import OPEN
+from whipstaff.steering.sites import canonical
+
+
+def admit(
+    entry: Any, path: str, planner: Planner, others: list[Steered], have: Catalogue, warnings: list[str]
+) -> Steered:
+    """Check one entry and add it to the plan.
+
+    Args:
+        others: the request's entries before this one.
+        warnings: for the receipt; added to.
+
+    Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
+    """
+    params = parsed(SteeringParams, _part(entry, path, own=False), path)
+    vector = _named(params, path, have)
+    probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
+    _check_sites(vector, params, path, have)
+    try:
+        admitted = _add(_part(entry, path, own=True), params, vector, probe, path, planner, others, have, warnings)
+    except ValidationError as error:
+        raise bad_field(error, entry, path) from None
+    except SteeringError as error:
+        raise BadRequest(str(error), path + (f".{error.param}" if error.param else "")) from None
+    _check_growth(planner, have.dtype, path)
+    _note_order(admitted, others, planner, warnings)
+    return admitted
+
+
+def _add(
+    own: dict[str, Any],
+    params: SteeringParams,
+    vector: Vector,
+    probe: Vector | None,
+    path: str,
+    planner: Planner,
+    others: list[Steered],
+    have: Catalogue,
+    warnings: list[str],
+) -> Steered:
+    """Raises: SteeringError, pydantic.ValidationError."""
+    if isinstance(vector.method, SoftPromptMethod):
+        return Steered(path, vector, params, range(0), SoftPrompt.of(params, own, vector, path))
+    if vector.method.served_by in ("router", "attention"):
+        special = planner.add_special(params, own, vector)
+        _check_special(vector, special, others, have)
+        return Steered(path, vector, params, range(0), _prefix(vector, params, path, others, have), special)
+    if vector.method.name == "probe":
+        raise SteeringError('a probe edits nothing; name it in another entry\'s "when"', "vector")
+    before, bounds_before = len(planner.edits), len(planner.bounds)
+    edits = planner.add(params, own, vector, probe)
+    _check_slices(vector, params, edits, planner, have)
+    if have.limit is not None and (weaker := _kept_to(have.limit, params, vector, planner, edits, have)):
+        del planner.edits[before:], planner.bounds[bounds_before:]
+        warnings.append(f"{path}: weakened to scale {weaker:.4g}, the most this server allows")
+        edits = planner.add(params, {**_without_scale(own), "scale": weaker}, vector, probe)
+    return Steered(path, vector, params, edits)
+
+
+def _check_slices(vector: Vector, params: SteeringParams, edits: range, planner: Planner, have: Catalogue) -> None:
+    """Heads are shared out over ranks: what reads all of them at once cannot be served so. Raises: SteeringError."""
+    if have.tensor_parallel == 1 or "attn_head" not in vector.sites:
+        return
+    for index in edits:
+        for place, ops in edits_of(vector, planner.edits[index].edit).items():
+            if place.site == "attn_head" and (params.renorm or any(isinstance(op, Directions) for op in ops)):
+                raise SteeringError(
+                    f"this edit reads all heads together, and they are shared out over {have.tensor_parallel} ranks; "
+                    "it needs --tensor-parallel-size 1",
+                    "vector",
+                )
+
+
+def _named(params: SteeringParams, path: str, have: Catalogue) -> Vector:
+    """The vector of an entry, or the stand-in of a method that needs none."""
+    if params.vector is not None:
+        return have.registry.usable(params.vector, f"{path}.vector")
+    found = have.registry.without_file.get(params.method or "")
+    if found is None:
+        known = ", ".join(have.registry.without_file)
+        raise BadRequest(f"only these methods need no vector: {known}; others come with theirs", f"{path}.method")
+    return found
+
+
+def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
+    """The fields that every entry may have, or its method's own."""
+    if not isinstance(entry, dict):
+        raise BadRequest("an entry is a JSON object", path)
+    return {name: value for name, value in entry.items() if (name not in OWN_FIELDS) == own}
+
+
+def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
+    """Every place that the vector edits must be hooked in this server's model."""
+    if vector.method.served_by == "attention":
+        if have.attention is None:
+            raise Unavailable(
+                "edits inside attention are off; start the server with --steering-sites attention",
+                f"{path}.{'vector' if params.vector else 'method'}",
+            )
+        return
+    if vector.method.served_by == "router" and not have.routing:
+        has_experts = bool(have.registry.model.num_experts)
+        raise Unavailable(
+            "experts are left alone; start the server with --steering-sites router"
+            if has_experts
+            else "the served model has no experts, so there is no router to edit",
+            f"{path}.{'vector' if params.vector else 'method'}",
+        )
+    if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
+        raise Unavailable(
+            "the served model's tokens are embedded where rows cannot be inserted; start it without "
+            "--enable-prompt-embeds, or with a model of text only",
+            f"{path}.vector",
+        )
+    for place in vector.tensors:
+        if params.layers is not None and place.layer not in params.layers:
+            continue
+        if canonical(place) not in have.places:
+            raise Unavailable(
+                "the served model has no experts, so there is no router to edit"
+                if place.site == "router" and not have.registry.model.num_experts
+                else f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
+                f"{place.site}",
+                f"{path}.vector",
+            )
+
+
+def _prefix(
+    vector: Vector, params: SteeringParams, path: str, others: list[Steered], have: Catalogue
+) -> SoftPrompt | None:
+    """The placeholders that a KV prefix needs in front of the prompt; None for other methods. Raises: SteeringError."""
+    if not isinstance(vector.method, PrefixKV):
+        return None
+    if params.where is not None:
+        raise SteeringError("a prefix stands before the prompt, and all that follows sees it", "where")
+    if any(isinstance(entry.vector.method, PrefixKV) for entry in others):
+        raise SteeringError("a request has one prefix at most", "vector")
+    if not have.takes_soft_prompts:
+        raise SteeringError("this model's prompts cannot be given placeholders", "vector")
+    num = len(next(iter(vector.tensors.values()))["key"])
+    return SoftPrompt(path, vector.digest, InsertParams(), num)
+
+
+def _check_routing(params: MoTEParams, vector: Vector, others: list[Steered], have: Catalogue) -> None:
+    """Check what routers are asked for, alone and beside the request's other entries. Raises: SteeringError."""
+    asked = [(vector, params)]
+    for entry in others:
+        if entry.special is not None and isinstance(entry.vector.method, MoTE):
+            asked.append((entry.vector, MoTEParams.model_validate_json(entry.special.special.setting)))
+    together: dict[int, list[Routing]] = {}
+    for its_vector, its_params in asked:
+        for layer, routing in MoTE().routing(its_params, its_vector.tensors).items():
+            together.setdefault(layer, []).append(routing)
+    for layer, routings in together.items():
+        scheme = have.routing.get(layer)
+        if scheme is None:
+            raise SteeringError(f"layer {layer} has no routed experts; layers that have: {[*have.routing]}", "experts")
+        try:
+            scheme.check(routings[0])
+            never = [expert for routing in routings if routing.mode == "pre" for expert in routing.off]
+            scheme.check_sum(never, len({expert for routing in routings for expert in routing.on}))
+        except RoutingError as error:
+            raise SteeringError(str(error), f"experts.{layer}") from None
+
+
+def _check_special(vector: Vector, planned: PlannedSpecial, others: list[Steered], have: Catalogue) -> None:
+    """Check an edit of the router or of attention against the served model. Raises: SteeringError."""
+    params = vector.method.params.model_validate_json(planned.special.setting)
+    if isinstance(params, MoTEParams):
+        _check_routing(params, vector, others, have)
+        return
+    assert have.attention is not None
+    if isinstance(params, OverrideParams):
+        asked = {edit.layer: f"edits.{index}.layer" for index, edit in enumerate(params.edits)}
+        able = have.attention["layers"]
+    elif isinstance(params, PastaParams):
+        asked = {layer: f"heads.{layer}" for layer in params.heads}
+        able = have.attention["bias"]
+    else:
+        asked, able = dict.fromkeys(vector.layers, "vector"), have.attention["layers"]
+    for layer, path in asked.items():
+        if layer not in able:
+            reason = have.attention["lacking"].get(layer, f"layers that can be edited so: {able}")
+            raise SteeringError(f"the attention of layer {layer} cannot be edited so: {reason}", path)
+
+
+def _kept_to(
+    limit: Limit, params: SteeringParams, vector: Vector, planner: Planner, edits: range, have: Catalogue
+) -> float | None:
+    """The scale that keeps an edit to the operator's limit, if it needs another. Raises: SteeringError."""
+    most = params.schedule.largest if params.schedule else 1.0
+    found = [strongest(vector, planner.edits[i].edit._replace(gate=OPEN), have.lengths) for i in edits]
+    largest = max((dose.relative * most for dose in found if dose), default=0.0)
+    if largest <= limit.max_dose:
+        return None
+    scale = json.loads(planner.edits[edits[0]].edit.setting).get("scale")
+    if limit.policy == "refuse" or scale is None:
+        raise SteeringError(
+            f"the edit is {largest:.3g} times as long as what it edits; this server allows {limit.max_dose:.3g}",
+            "scale" if scale is not None else "",
+        )
+    return float(scale) * limit.max_dose / largest  # the dose grows no faster than the scale
+
+
+def _without_scale(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in own.items() if name not in ("scale", "strength", "coefficient")}
+
+
+def _check_growth(planner: Planner, dtype: str, path: str) -> None:
+    """Refuse edits that would overflow the model's activations, when the first entry takes them too far."""
+    most = MAX_GROWTH[dtype]
+    if not (size := growth(sorted(planner.bounds, key=lambda bound: bound[0].layer))) <= most:
+        raise BadRequest(
+            f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
+            "is taken",
+            f"{path}.scale",
+        )
+
+
+def _note_order(admitted: Steered, others: list[Steered], planner: Planner, warnings: list[str]) -> None:
+    """Say so where edits meet that do not commute."""
+    for other in others:
+        both = _places(admitted) & _places(other)
+        if both and not (_only_adds(admitted, planner) and _only_adds(other, planner)):
+            place = min(both)
+            warnings.append(
+                f"{other.path} and {admitted.path} do not commute where they meet ({place.site} of layer "
+                f"{place.layer}, ...): they are made in the order given"
+            )
+            return
+
+
+def _places(entry: Steered) -> set[Place]:
+    layers = entry.params.layers
+    return {canonical(place) for place in entry.vector.tensors if layers is None or place.layer in layers}
+
+
+def _only_adds(entry: Steered, planner: Planner) -> bool:
+    return all(weigh(entry.vector, planner.edits[index].edit).only_adds for index in entry.edits)

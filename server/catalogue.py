@@ -1,0 +1,36 @@
+"""What a server has for requests to name, and what its operator allows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from whipstaff.server.registry import Registry
+from whipstaff.steering.experts import Scheme
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import Lengths
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an operator allows: edits beyond a relative dose are refused, or weakened until they keep to it."""
+
+    max_dose: float
+    policy: Literal["refuse", "clamp"] = "refuse"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What this server has for requests to name."""
+
+    registry: Registry
+    auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
+    dtype: str = "float32"  # of the served model's activations
+    num_slots: int = 256  # rows of edits in use at once
+    num_layers: int = 1
+    places: frozenset[Place] = frozenset()  # where edits can be made
+    lengths: Lengths = field(default_factory=lambda: Lengths({}))
+    limit: Limit | None = None
+    tensor_parallel: int = 1
+    takes_soft_prompts: bool = True
+    attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
+    routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them

@@ -1,0 +1,89 @@
+"""The table of every method for GET /v1/steering/methods: what it takes, and whether this server can run it."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from whipstaff.decoding.method import Method as DecodingMethod
+from whipstaff.decoding.methods import METHODS as DECODING
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.steering.method import Method
+from whipstaff.steering.methods import METHODS as STEERING
+from whipstaff.steering.plan import SteeringParams
+
+
+def method_table(have: Catalogue) -> list[dict[str, Any]]:
+    """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
+    return [
+        *(_steering(method, have) for method in STEERING.values()),
+        *(_decoding(method, have) for method in DECODING.values()),
+    ]
+
+
+def _steering(method: Method[Any], have: Catalogue) -> dict[str, Any]:
+    vectors = [entry.name for entry in have.registry if entry.problem is None and entry.vector.method is method]
+    schema = _merged(SteeringParams, method.params)
+    schema["properties"]["vector"]["enum"] = vectors
+    if method.needs_file:
+        del schema["properties"]["method"]
+    else:
+        schema["properties"]["method"]["enum"] = [method.name]
+    return {
+        "name": method.name,
+        "kind": "edit",
+        "schema": schema,
+        "defaults": _defaults(schema),
+        "paper": method.paper,
+        "sites": list(method.sites),
+        "where": method.where,
+        "off": dict(method.off) or None,
+        "parts": {part: list(shape) for part, shape in method.parts.items()},
+        **_available(_why_not(method, bool(vectors), have)),
+    }
+
+
+def _why_not(method: Method[Any], has_vectors: bool, have: Catalogue) -> str | None:
+    """Why no request can use a method on this server; None when one can."""
+    if method.served_by == "router" and not have.registry.model.num_experts:
+        return "the served model has no experts"
+    if method.served_by == "router" and not have.routing:
+        return "start the server with --steering-sites router"
+    if method.served_by == "attention" and have.attention is None:
+        return "start the server with --steering-sites attention"
+    if method.needs_file and not has_vectors:
+        return "no vector of this method is loaded; start the server with --vectors PATH"
+    return None
+
+
+def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
+    schema = method.params.model_json_schema()
+    for name in method.stream_fields:
+        schema["properties"][name]["enum"] = list(have.auxiliaries)
+    has_streams = len(have.auxiliaries) >= len(method.stream_fields)
+    return {
+        "name": method.name,
+        "kind": "mix",
+        "schema": schema,
+        "defaults": _defaults(schema),
+        "paper": method.paper,
+        **_available(None if has_streams else "start the server with --aux NAME=MODEL"),
+    }
+
+
+def _merged(entry: type[BaseModel], own: type[BaseModel]) -> dict[str, Any]:
+    """The schema of an entry of a method: what all may say, and the method's own parameters."""
+    general, special = entry.model_json_schema(), own.model_json_schema()
+    return {
+        **general,
+        "$defs": {**general.get("$defs", {}), **special.get("$defs", {})},
+        "properties": {**general["properties"], **special.get("properties", {})},
+        "required": special.get("required", []),
+    }
+
+
+def _defaults(schema: dict[str, Any]) -> dict[str, Any]:
+    return {name: field["default"] for name, field in schema["properties"].items() if "default" in field}
+
+
+def _available(reason: str | None) -> dict[str, Any]:
+    return {"available": reason is None, "reason": reason}
