@@ -509,21 +509,17 @@ def test_lf_steering_adds_to_active_features_only() -> None:
 
 def test_mote_routes_by_mode() -> None:
     mote: Any = METHODS["mote"]
-    vector = file_of(
+    tensors = file_of(
         "mote", {"router.1.off": torch.tensor([0.0, 1, 0, 0]), "router.1.on": torch.tensor([0.0, 0, 0, 1])}
-    )
-    tensors = vector.tensors[Place("router", 1)]
+    ).tensors
 
     def params(**said: Any) -> Any:
         return mote.params.model_validate(said)
 
-    (op,) = mote.ops(tensors, params(experts={"1": {"off": [2]}}), Place("router", 1), SHAPE)
-    assert op.add.tolist() == [0, torch.tensor(-1e30), torch.tensor(-1e30), 0]
-    assert mote.routing(params(), 1, tensors) == Routing("force", (), (3,))
-    assert mote.routing(params(mode="zero"), 1, tensors) == Routing("zero", (1,), (3,))
-    assert mote.routing(params(mode="force", experts={"0": {"on": [2]}}), 0) == Routing("force", (), (2,))
-    assert mote.routing(params(experts={"0": {"off": [2]}}), 0) is None
-    assert not mote.ops(tensors, params(mode="zero_renorm"), Place("router", 1), SHAPE)
+    assert mote.routing(params(), tensors) == {1: Routing("pre", (1,), (3,))}
+    assert mote.routing(params(mode="zero", experts={"1": {"off": [2]}}), tensors) == {1: Routing("zero", (1, 2), (3,))}
+    assert mote.routing(params(mode="force", experts={"0": {"on": [2]}}), {}) == {0: Routing("force", (), (2,))}
+    assert mote.routing(params(experts={"0": {}}), {}) == {}
     assert mote.places(SHAPE) == [Place("router", layer) for layer in range(3)]
     assert mote.places(SHAPE.model_copy(update={"num_experts": 0})) == []
 
