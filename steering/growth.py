@@ -48,7 +48,10 @@ def _bound(op: Op) -> Bound:
     if isinstance(op, Diagonal):
         return 1.0 if op.mul is None else _peak(op.mul), 0.0 if op.add is None else _peak(op.add)
     if isinstance(op, Cross):
-        return float((op.mul.square() + op.cross.square()).max().sqrt()), 0.0
+        first = torch.tensor([i for i in range(len(op.mul)) if not i & op.stride])
+        second = first ^ op.stride
+        pairs = torch.stack([op.mul[first], op.cross[first], op.cross[second], op.mul[second]], 1).view(-1, 2, 2)
+        return float(torch.linalg.matrix_norm(pairs, 2).max()), 0.0
     return _bound_directions(op)
 
 

@@ -1,5 +1,7 @@
 """Growth bounds what edits can make of activations, and lets through what only takes away."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,4 +67,4 @@ def test_merging_neighbours_changes_nothing(seed: int) -> None:
     together = list(merged(made, is_partial=False))
     torch.testing.assert_close(edited(x, together), edited(x, made), rtol=1e-5, atol=1e-5)
     kinds = [isinstance(op, Diagonal) for op in together]
-    assert not any(one and other for one, other in zip(kinds, kinds[1:], strict=False))
+    assert not any(one and other for one, other in pairwise(kinds))
