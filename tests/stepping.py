@@ -1,12 +1,11 @@
-"""A worker that installs routing and attention edits into a plain vLLM engine, and an engine that drives it.
+"""A worker that installs attention edits into a plain vLLM engine, and an engine that drives it without plans.
 
-Until a request's plan carries such edits, tests name them in SamplingParams.extra_args: `slot` is the routing slot of
-all its tokens, `attention` a list of [name of an edit given before, first position, end of positions or None].
+Requests name edits, given before over `rpc`, in SamplingParams.extra_args: `attention` is a list of [name, first
+position, end of positions or None]. What plans cannot say, such as any bias on any key, can be said here.
 """
 
 from typing import Any
 
-import torch
 from safetensors.torch import load
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -19,21 +18,16 @@ from whipstaff.server.engine.attention import (
     require_eager_attention,
     stretches,
 )
-from whipstaff.server.engine.routing import install_routing
 
 
 class SteppingWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        runner, asked = self.model_runner, self.vllm_config.additional_config["sites"]
+        runner = self.model_runner
         self._asks: dict[str, dict[str, Any]] = {}
-        self._slots = torch.full((self.vllm_config.scheduler_config.max_num_batched_tokens,), -1, dtype=torch.int32)
-        if "routing" in asked:
-            self._routing = install_routing(runner.get_model(), self._slots, num_slots=8)
-        if "attention" in asked:
-            require_eager_attention(self.vllm_config.compilation_config)
-            self._attention = AttentionEdits(runner.get_model())
-            self._edits: dict[str, AttentionEdit] = {}
+        require_eager_attention(self.vllm_config.compilation_config)
+        self._attention = AttentionEdits(runner.get_model())
+        self._edits: dict[str, AttentionEdit] = {}
         worker, cls = self, type(runner)
 
         class SteppingRunner(cls):
@@ -45,8 +39,7 @@ class SteppingWorker(CPUWorker):
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)
-        if "attention" in self.vllm_config.additional_config["sites"]:
-            self._attention.learn_layouts()
+        self._attention.learn_layouts()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         for new in scheduler_output.scheduled_new_reqs:
@@ -54,23 +47,13 @@ class SteppingWorker(CPUWorker):
         return super().execute_model(scheduler_output)
 
     def begin_step(self, batch: Any, starts: Any) -> None:
-        self._slots.fill_(-1)
         found = []
         for row, request_id in enumerate(batch.req_ids):
             start, end, asked = int(starts[row]), int(starts[row + 1]), self._asks[request_id]
             position = int(batch.num_computed_tokens_cpu[row])
-            self._slots[start:end] = asked.get("slot", -1)
             for name, first, stop in asked.get("attention", ()):
                 found += stretches(row, start, end, position, self._edits[name], [(first, stop)])
-        if hasattr(self, "_attention"):
-            self._attention.begin_step(found)
-
-    def write_routing(self, slot: int, edits: list[tuple[int, dict[str, Any]]]) -> None:
-        self._routing.write(slot, dict(edits))
-
-    def routing_facts(self) -> list[Any]:
-        tables = self._routing
-        return [(layer, tables.num_experts(layer), list(tables.scheme(layer).modes)) for layer in tables.layers]
+        self._attention.begin_step(found)
 
     def attention_facts(self) -> dict[str, Any]:
         return self._attention.facts()
@@ -102,12 +85,11 @@ class SteppingWorker(CPUWorker):
 class SteppingEngine:
     """A plain engine under SteppingWorker, float32 and greedy. `close` it."""
 
-    def __init__(self, model: str, *sites: str, **flags: Any) -> None:
+    def __init__(self, model: str, **flags: Any) -> None:
         defaults: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "seed": 0}
         self.llm = LLM(
             model=model,
             worker_cls="stepping.SteppingWorker",
-            additional_config={"sites": list(sites)},
             skip_tokenizer_init=True,
             kv_cache_memory_bytes=flags.pop("kv_cache_memory_bytes", 1 << 27),
             **defaults | flags,

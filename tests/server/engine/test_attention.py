@@ -55,7 +55,6 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with _environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if "tensor_parallel_size" in flags else None):
         engine = SteppingEngine(
             path,
-            "attention",
             max_num_batched_tokens=48,
             max_num_seqs=8,
             enable_prefix_caching=True,

@@ -1,14 +1,20 @@
-"""Expert routing: every routing scheme against a token-by-token reference. (The goldens are in test_architectures.)"""
+"""Expert routing against a token-by-token reference: every scheme; models. (The goldens are in test_architectures.)"""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import Ask, EngineUnderTest, plan
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from whipstaff.server.engine.routing import RoutingTables, _adopt, _How, _reroute_all_
+from whipstaff.steering.artifacts import without_file
 from whipstaff.steering.experts import RoutingError, Scheme
-from whipstaff.steering.methods.mote import Routing
+from whipstaff.steering.methods.mote import Experts, MoTEParams, Routing
+from whipstaff.steering.plan import PlannedSpecial, RowSpecial, SteeringPlan
+from whipstaff.steering.where import Where
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 EXPERTS, TOP_K = 16, 4
@@ -138,3 +144,70 @@ def test_groups_must_keep_enough_experts() -> None:
     scheme.check(Routing("pre", (0, 1, 2, 3), ()))  # two of the other groups always hold eight
     with pytest.raises(RoutingError, match="fewer than 4"):
         scheme.check(Routing("pre", (0, 1, 2, 4, 5, 6), ()))  # groups 0 and 1 may win, with one expert each
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "max_position_embeddings": 256, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
+    "initializer_range": 0.12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"head_dim": 32, "moe_intermediate_size": 64, "norm_topk_prob": False},
+    ),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"norm_topk_prob": False}),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", MODELS)
+def test_other_models(name: str, tmp_path: Path) -> None:
+    """Gates inside of the expert runner and outside, weights that do not sum to one: as in transformers."""
+    config, kind, own = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config(**SHAPE | own)).eval()
+    model.save_pretrained(tmp_path)
+    engine = EngineUnderTest(str(tmp_path), sites=("router",), enforce_eager=True, skip_tokenizer_init=True)
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(3, 320, (len(EDITS) + 1, 11), generator=generator).tolist()
+    digest, asks = without_file(engine.shape)["mote"].digest, []
+    for prompt, edit in zip(prompts, [*EDITS, None], strict=True):
+        steering = None
+        if edit is not None:
+            experts = Experts(off=edit.get("off", []), on=edit.get("on", []))
+            special = RowSpecial(digest, MoTEParams(mode=edit["mode"], experts={1: experts}).model_dump_json())
+            steering = SteeringPlan((), specials=(PlannedSpecial(special, Where.of("all")),))
+        asks.append(Ask(prompt, plan(steering), 6, {"logprobs": 5}))
+    try:
+        outputs = engine.generate(*asks)
+    finally:
+        engine.close()
+    for prompt, edit, output in zip(prompts, [*EDITS, None], outputs, strict=True):
+        rows, ids = [], list(prompt)
+        hook = model.model.layers[1].mlp.gate.register_forward_hook(_rerouting(edit, own)) if edit else None
+        for _ in range(6):
+            with torch.no_grad():
+                rows.append(model(torch.tensor([ids])).logits[0, -1])
+            ids.append(int(rows[-1].argmax()))
+        if hook:
+            hook.remove()
+        assert list(output.outputs[0].token_ids) == ids[len(prompt) :]
+        for row, said in zip(torch.stack(rows).log_softmax(-1), output.outputs[0].logprobs, strict=True):
+            for token, entry in said.items():
+                assert entry.logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+
+
+def _rerouting(edit: dict[str, Any], own: dict[str, Any]) -> Any:
+    def hook(gate: Any, given: tuple[torch.Tensor], said: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        _, weights, ids = said
+        logits = torch.nn.functional.linear(given[0].flatten(0, -2), gate.weight)
+        for token in range(len(ids)):
+            before = dict(zip(ids[token].tolist(), weights[token].tolist(), strict=True))
+            after = _rerouted(logits[token].double(), before, edit, {"renormalize": own["norm_topk_prob"]})
+            ids[token] = torch.tensor(list(after))
+            weights[token] = torch.tensor(list(after.values()))
+        return said
+
+    return hook
