@@ -179,11 +179,13 @@ class AttentionEdits:
         return list(self._sites)
 
     def facts(self) -> dict[str, Any]:
-        """Plain data for admission: which layers obey, which of them take biases, and how far back each one sees."""
+        """Plain data for admission: which layers obey, which take biases, which learned rows (they have the fused
+        projection that those go through), and how far back each one sees."""
         return {
             "layers": self.layers,
             "lacking": dict(self.lacking),
             "bias": [layer for layer, site in self._sites.items() if not site.why_no_bias],
+            "side": [layer for layer, site in self._sites.items() if site.can_project],
             "windows": {layer: site.window for layer, site in self._sites.items() if site.window},
         }
 
@@ -379,6 +381,10 @@ class _Site:
         if self.attention.has_sink:
             return "it has attention sinks"
         return "some of its tokens see later ones" if self.attention.use_mm_prefix else ""
+
+    @property
+    def can_project(self) -> bool:
+        return self._projection is not None
 
     def own_heads(self, gates: Tensor) -> Tensor:
         """(this rank's heads,) float32 of a scalar or (heads,)."""
