@@ -34,15 +34,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from whipstaff.cuda_ext import diag_edit_
+from whipstaff.cuda_ext import run_edits_
+from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan
 from whipstaff.server.engine.steerer import Steerer
-from whipstaff.server.registry import Registry
-from whipstaff.server.schema import Catalogue, compile_extras
+from whipstaff.server.registry import Registry, read_vectors
+from whipstaff.server.schema import compile_extras
 from whipstaff.steering import artifacts
-from whipstaff.steering.artifacts import Header, ModelShape
-from whipstaff.steering.slots import SiteSpec, SlotTables
+from whipstaff.steering.artifacts import Header
+from whipstaff.steering.method import Place
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.tables import SiteSpec, Tables
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 512, 8, 8
 SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -106,7 +109,7 @@ def make_models(folder: Path) -> dict[str, str]:
     tensors = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
     tensors |= {f"attn_head.{layer}.add": torch.randn(HEADS, HIDDEN // HEADS) for layer in range(LAYERS)}
     (folder / "vectors").mkdir()
-    artifacts.write(folder / "vectors" / "everywhere.safetensors", Header(method="caa", model=SHAPE), tensors)
+    artifacts.write(folder / "vectors" / "everywhere.safetensors", Header(method="vector", model=SHAPE), tensors)
     return {name: str(folder / name) for name in ("base", "expert", "anti", "vectors")}
 
 
@@ -343,22 +346,23 @@ def median_ms(work: Callable[[], Any], num: int) -> float:
 
 def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     """Milliseconds of each part of steering, timed alone in this process: where the time goes."""
-    have = Catalogue(Registry([Path(made["vectors"])], SHAPE), {})
+    specs = [SiteSpec(Place("resid_post", layer), 0, HIDDEN) for layer in range(LAYERS)]
+    specs += [SiteSpec(Place("attn_head", layer), 0, HIDDEN) for layer in range(LAYERS)]
+    registry = Registry(read_vectors([Path(made["vectors"])]), SHAPE)
+    have = Catalogue(registry, {}, num_layers=LAYERS, places=frozenset(spec.place for spec in specs))
     vector = have.registry.usable("everywhere", "")
     compiled = [compile_extras(steered(config), have) for config in range(64)]
     plans = [PlacedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
+    fresh = iter(range(10**9))
 
-    def admit() -> None:
-        one = compile_extras(steered(3), have)
+    def admit(config: int) -> None:
+        one = compile_extras(steered(config), have)
         assert one is not None
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
 
-    specs = [
-        SiteSpec(site, layer, HIDDEN, 0, HIDDEN) for layer in range(LAYERS) for site in artifacts.SITES
-    ]  # fmt: skip
     steerer = Steerer(2048, torch.device("cpu"), [])
-    steerer.tables = tables = SlotTables(specs, MAX_SEQS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+    steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))
 
@@ -366,22 +370,27 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         tables.acquire([rows[next(turn) % len(rows)]])  # more rows than slots: always a new one
 
     starts, positions = np.arange(MAX_SEQS + 1, dtype=np.int32), np.full(MAX_SEQS, PROMPT_LEN, dtype=np.int32)
+    names = [str(index) for index in range(MAX_SEQS)]
 
     def begin() -> None:
-        steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions))
+        steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions, names), None)
 
     x = torch.randn(MAX_SEQS, HIDDEN)
-    buffers = [tables.at(site, layer) for site, layer in tables.places]
+    sites = [tables.at(place) for place in tables.places]
 
     def edit() -> None:
-        for mul, add in buffers:
-            diag_edit_(x, mul, add, steerer.slots)
+        for lines, code, args, _ in sites:
+            run_edits_(x, lines, code, args, steerer.tokens, steerer.gains, steerer.history)
 
-    found = {"admission_ms": median_ms(admit, num), "new_row_upload_ms": median_ms(upload, num)}
+    found = {
+        "admission_ms": median_ms(lambda: admit(3), num),
+        "admission_of_a_new_scale_ms": median_ms(lambda: admit(100 + next(fresh)), num),
+        "new_row_upload_ms": median_ms(upload, num),
+    }
     begin()
     found |= {f"step_host_ms_{MAX_SEQS}_rows": median_ms(begin, num)}
     found |= {f"step_edits_ms_{len(specs)}_sites_{MAX_SEQS}_tokens": median_ms(edit, num)}
-    steerer.slots.fill_(-1)
+    steerer.tokens.fill_(-1)
     return found | {f"step_edits_ms_{len(specs)}_sites_nobody": median_ms(edit, num)}
 
 

@@ -111,7 +111,7 @@ def write(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
 
 def packed(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a vector file, unchecked."""
-    numbers = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    numbers = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     return save(numbers, metadata={"whipstaff": header.model_dump_json()})
 
 

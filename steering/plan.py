@@ -108,7 +108,7 @@ class Segment(NamedTuple):
     start: int
     end: int | None
     row: Row
-    row_at_tokens: Row  # instead, where the token is one of the plan's `token_ids`
+    row_at_tokens: Row  # instead, where the token is one of the plan's `token_ids`; the same object where it is equal
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class SteeringPlan:
             row = tuple(item for item, chosen, _ in spans if _inside(start, chosen))
             at_tokens = tuple(item for item, _, chosen in spans if _inside(start, chosen))
             if row or at_tokens:
-                found.append(Segment(start, end, row, at_tokens))
+                found.append(Segment(start, end, row, row if at_tokens == row else at_tokens))
         return found
 
     def _items(self) -> Iterator[tuple[RowEdit | RowProbe | RowSpecial | RowMeter, Where]]:
@@ -420,9 +420,9 @@ def weigh(vector: Vector, edit: RowEdit) -> Weight:
 
 @lru_cache(maxsize=1024)
 def _weigh(vector: Vector, edit: RowEdit) -> Weight:
-    made = edits_of(vector, edit)
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
+    made = edits_of(vector, edit)
     lines: dict[str, set[int]] = {}
     longest = 0
     for place, ops in made.items():

@@ -54,6 +54,12 @@ class PlacedPlan:
         """The distinct rows of edits that the request may need at once."""
         return frozenset(row for segment in self.segments for row in (segment.row, segment.row_at_tokens) if row)
 
+    @cached_property
+    def follows_positions(self) -> bool:
+        """Whether tokens of one row may differ in what happens to them: by schedules, or by what was read."""
+        steering = self.plan.steering
+        return steering is not None and (bool(steering.schedules) or steering.num_columns > 0)
+
     @property
     def first_edited(self) -> int | None:
         """The first position whose activations may differ from a plain request's; None when none does."""

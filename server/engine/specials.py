@@ -86,6 +86,11 @@ class Specials:
         )
         return {"attention": None if self.attention is None else self.attention.facts(), "routing": routing}
 
+    def forget(self, digest: str) -> None:
+        """Drop what was made of a vector."""
+        for key in [key for key in self._made if key[0].digest == digest]:
+            del self._made[key]
+
     def begin_step(self, asked: Iterable[Asked], num_tokens: int) -> None:
         """Say what the step's tokens ask for."""
         found = [one for one in asked if any(isinstance(item, RowSpecial) for item in one.row)]
@@ -123,8 +128,9 @@ class Specials:
                     yield Stretch(one.batch_row, one.first, one.last, one.position, edit)
 
     def _attention_edits(self, special: RowSpecial, prompt_len: int) -> tuple[AttentionEdit, ...]:
-        """What a special comes to for prompts of one length."""
-        key = special, prompt_len
+        """What a special comes to for prompts of one length; learned rows are the same for all."""
+        is_relative = isinstance(self._vector_of(special.digest).method, AttentionOverride | Pasta)
+        key = special, prompt_len if is_relative else 0
         if key not in self._made:
             if len(self._made) == MAX_HELD:
                 self._made.popitem(last=False)

@@ -98,6 +98,7 @@ class Steerer:
         self._host = np.full(shape, NOTHING, dtype=np.int32)
         self._host_gains = np.ones((max_tokens, MAX_SCHEDULES), dtype=np.float32)
         self._was_asked = False  # whether the last step may have left something behind
+        self._pieces_before: list[Piece] = []
         self._dirty = 0  # how many leading rows of `tokens` may differ from NOTHING
         self._differs = False  # whether the device decided about tokens that the host does not know
 
@@ -222,6 +223,8 @@ class Steerer:
         self.history[histories, positions] = explain_rows(logits[rows].contiguous()).entropy
 
     def _write_tokens(self, view: BatchView, pieces: list[Piece], input_ids: Tensor | None) -> None:
+        if self._is_as_before(pieces):
+            return
         num = max(view.num_tokens, self._dirty)
         before, gains_before = self._host[:num].copy(), self._host_gains[:num].copy()
         self._host[:num] = NOTHING
@@ -237,11 +240,23 @@ class Steerer:
             self.gains[:num].copy_(torch.from_numpy(self._host_gains[:num]), non_blocking=True)
         self._differs = False
         for piece in pieces:
-            if piece.row != piece.row_at_tokens:
+            if piece.row is not piece.row_at_tokens:
                 assert input_ids is not None
                 self._tell_tokens_apart(piece, addresses, input_ids)
         self._dirty = view.num_tokens if pieces else 0
         self._await_entropies(view)
+
+    def _is_as_before(self, pieces: list[Piece]) -> bool:
+        """Whether the tables on the device say already what this step needs: a batch that decodes, token by token."""
+        before, self._pieces_before = self._pieces_before, pieces
+        return len(before) == len(pieces) and all(
+            new.first == old.first
+            and new.last == old.last
+            and new.row is old.row
+            and new.row_at_tokens is new.row
+            and not new.placed.follows_positions
+            for new, old in zip(pieces, before, strict=True)
+        )
 
     def _write_piece(self, piece: Piece, addresses: dict[Row, int]) -> None:
         plan = piece.placed.plan.steering

@@ -85,6 +85,8 @@ class SteeredWorker:
     def whipstaff_drop_vector(self, digest: str) -> None:
         """Forget a vector. No running request may name it."""
         del self._vectors[digest]
+        if self._steerer.specials is not None:
+            self._steerer.specials.forget(digest)
 
     def whipstaff_describe(self) -> dict[str, Any]:
         """The model's shape, its sites and the way it runs."""
