@@ -30,7 +30,10 @@ class When(BaseModel):
     above: float | None = Field(None, allow_inf_nan=False)
     below: float | None = Field(None, allow_inf_nan=False)
     release: float | None = Field(
-        None, allow_inf_nan=False, description="hysteresis: once open, stay open until the reading passes this value"
+        None,
+        allow_inf_nan=False,
+        description="hysteresis: once open, stay open until the reading passes this value. It begins closed: at the "
+        "last prompt token for edits that touch nothing before it, else at the first",
     )
     decide: Literal["prompt", "step"] = Field(
         "prompt", description='"prompt": once, at the last prompt token, for all that follows; "step": every token'

@@ -49,18 +49,19 @@ def _mean_square(op: Op, length: float) -> float:
 
 
 def _mean_square_of_directions(op: Directions, length: float) -> float:
+    """Exact where the change is linear in the row; the other directions are taken to be independent."""
     width = op.write.shape[1]
-    if op.norm == "constant_norm":  # readings are made at length sqrt(width), changes scaled back
+    if op.norm != "none":  # readings are made at about length sqrt(width), changes scaled back
         return _mean_square_of_directions(_plain(op), math.sqrt(width)) * length**2 / width
-    spread = torch.zeros(len(op.phi)) if op.read is None else op.read.norm(dim=1) * length / math.sqrt(width)
+    read = torch.zeros(len(op.phi), width) if op.read is None else op.read
     bias = torch.zeros(len(op.phi)) if op.bias is None else op.bias
     a, b, c, d = op.args.unbind(1)
+    spread = read.norm(dim=1) * length / math.sqrt(width)  # of a reading about its bias
+    gated = ((b * bias + c).square() + (b * spread).square()).maximum(d.square())
     changes = {
-        Phi.AFFINE: ((a * bias + b).square() + (a * spread).square()),
-        Phi.SET: (a - bias).square() + spread.square(),
         Phi.CLAMP: _beyond(bias, spread, a, b),
-        Phi.GATED: ((b * bias + c).square() + (b * spread).square()).maximum(d.square()),
-        Phi.TOP_K: ((b * bias + c).square() + (b * spread).square()).maximum(d.square()),
+        Phi.GATED: gated,
+        Phi.TOP_K: gated,
         Phi.TANH: a.square(),
         Phi.SILU: a.square() * (bias.square() + spread.square()),
         Phi.SIGN: a.square(),
@@ -68,7 +69,16 @@ def _mean_square_of_directions(op: Directions, length: float) -> float:
         Phi.ROTATE: 2 * spread.square() * (1 - a.cos()),
     }
     per_direction = torch.stack([changes[phi][r] if phi in changes else a[r] * 0 for r, phi in enumerate(op.phi)])
-    return float((per_direction * op.write.square().sum(1)).sum())
+    apart = float((per_direction * op.write.square().sum(1)).sum())
+    slope, constant = torch.zeros_like(a), torch.zeros_like(a)  # of phi_r(z) = slope[r] z + constant[r]
+    for phi, its_slope, its_constant in ((Phi.AFFINE, a, b), (Phi.SET, -torch.ones_like(a), a)):
+        chosen = torch.tensor([each == phi for each in op.phi])
+        slope, constant = slope.where(~chosen, its_slope), constant.where(~chosen, its_constant)
+    shift = (slope * bias + constant) @ op.write  # (width,): what the mean row gets
+    which = slope.nonzero().flatten()
+    grams = (read[which] @ read[which].T) * (op.write[which] @ op.write[which].T)
+    turned = float(slope[which] @ grams @ slope[which]) * length**2 / width
+    return apart + float(shift.square().sum()) + max(turned, 0.0)
 
 
 def _beyond(bias: Tensor, spread: Tensor, low: Tensor, high: Tensor) -> Tensor:
