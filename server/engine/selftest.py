@@ -16,7 +16,7 @@ from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.steering.artifacts import Header, packed
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, RowEdit, RowSpecial, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Where
 
@@ -76,7 +76,7 @@ def _plain_text(engine: Engine) -> list[int]:
 
 
 async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Finding]:
-    """Try every place, then every auxiliary model."""
+    """Try every place, attention and experts where they are edited, then every auxiliary model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
     places = [Place(*place) for place in facts["sites"]]
@@ -89,9 +89,30 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     finally:
         for digest in probes.values():
             await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
+    async for finding in _try_specials(engine, facts["specials"], plain):
+        yield finding
     for name in auxiliaries:
         shown = [await _log_probabilities(engine, RequestPlan(mix=Mix({name: weight}))) for weight in (1.0, 0.0)]
         yield Finding(f"auxiliary model {name}", shown[0] != plain, shown[1] == plain)
+
+
+async def _try_specials(engine: Engine, facts: dict[str, Any], plain: list[dict[int, float]]) -> AsyncIterator[Finding]:
+    """Attention that looks away from most of the prompt, experts that are switched off, layer by layer; and the same
+    asked for on tokens that are never generated, which must change nothing."""
+    tries: list[tuple[str, str, dict[str, Any]]] = []
+    for layer in (facts["attention"] or {"bias": ()})["bias"]:
+        tries.append((f"attention of layer {layer}", "pasta", {"heads": {layer: [0]}, "spans": [[0, 2]]}))
+    for layer, scheme in facts["routing"].items():
+        off = list(range(scheme["num_experts"] - scheme["top_k"]))
+        experts = {layer: {"off": off}}
+        tries.append((f"experts of layer {layer}", "mote", {"mode": "zero", "experts": experts}))
+    for what, method, setting in tries:
+        special = RowSpecial(f"method:{method}", json.dumps(setting))
+        shown = [
+            await _log_probabilities(engine, RequestPlan(SteeringPlan((), specials=(PlannedSpecial(special, where),))))
+            for where in (Where.of("all"), Where(generation=[(_NUM_TOKENS, None)]))
+        ]
+        yield Finding(what, shown[0] != plain, shown[1] == plain)
 
 
 def _edit(digest: str, layer: int, scale: float) -> RequestPlan:

@@ -13,6 +13,7 @@ from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.inserts import Wanted, place_inserts
@@ -134,3 +135,15 @@ def test_golden_cases(served: Served) -> None:
         for step, said in zip(steps, output.outputs[0].logprobs, strict=True):
             for token, entry in said.items():
                 assert entry.logprob == pytest.approx(step[token].item(), abs=TOLERANCE), case.name
+
+
+def test_the_self_test_tries_everything_and_finds_it_good(served: Served) -> None:
+    async def findings() -> list[Finding]:
+        return [finding async for finding in self_test(served.engine.engine, [])]
+
+    found = served.engine.run(findings())
+    assert all(finding.is_good for finding in found), found
+    tried = {finding.what.split(" of ")[0] for finding in found}
+    assert tried >= {place[0] for place in served.engine.facts["sites"]}
+    assert ("attention" in tried) == (served.name != "gpt_neox")
+    assert ("experts" in tried) == (served.name == "mixtral_a")
