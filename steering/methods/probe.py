@@ -8,7 +8,7 @@ from pydantic import Field
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, Method, Place, Tensors
 from whipstaff.steering.ops import Op
-from whipstaff.steering.shape import SITES, ModelShape
+from whipstaff.steering.shape import ModelShape
 
 
 class ProbeParams(EditParams):
@@ -17,7 +17,7 @@ class ProbeParams(EditParams):
 
 class Probe(Method[ProbeParams]):
     name, paper = "probe", "Alain and Bengio 2016, arXiv:1610.01644; as a condition: Lee et al. 2024, arXiv:2409.05907"
-    params, sites, where = ProbeParams, tuple(SITES), "all"
+    params, sites, where = ProbeParams, ("resid_post",), "all"
     off: ClassVar = {}
     parts: ClassVar = {"direction": ("width",), "bias?": ()}
 
