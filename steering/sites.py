@@ -13,7 +13,7 @@ from torch import nn
 from whipstaff.steering.method import Place
 from whipstaff.steering.shape import Site
 
-CORE: tuple[Site, ...] = ("resid_post", "attn_head", "resid_pre")  # hooked in every server; others where wanted
+CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked in every server; others where wanted
 
 
 def canonical(place: Place) -> Place:

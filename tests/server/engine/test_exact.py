@@ -85,9 +85,7 @@ class Bench:
             for (site, layer), parts in vectors[planned.edit.digest].tensors.items():
                 if planned.edit.layers is None or layer in planned.edit.layers:
                     edits.append(
-                        steered.Edit(
-                            site, layer, scale, parts.get("gain"), parts.get("add"), touches(planned.where)
-                        )
+                        steered.Edit(site, layer, scale, parts.get("gain"), parts.get("add"), touches(planned.where))
                     )
         return edits
 
@@ -358,5 +356,5 @@ def test_the_self_test_finds_every_site_and_auxiliary_model(bench: Bench, nobody
         return [finding async for finding in self_test(bench.engine.engine, ["expert", "anti", "anti-2"])]
 
     found = bench.engine.run(findings())
-    assert len(found) == 2 * bench.engine.shape.num_layers + 1 + 3
+    assert len(found) == 2 * bench.engine.shape.num_layers + 3
     assert all(finding.is_good for finding in found), found
