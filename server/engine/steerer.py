@@ -109,7 +109,7 @@ class Steerer:
 
     @property
     def num_histories_used(self) -> int:
-        return sum(map(len, self._histories.values()))
+        return len(self.history) - len(self._free_histories)
 
     def note_requests(self, finished: Iterable[str], new: Iterable[tuple[str, PlacedPlan | None]]) -> None:
         """Keep the plans of unfinished requests. `finished` comes first: an id may finish and come back in one step."""

@@ -1,0 +1,42 @@
+"""Ways to run the engine that vLLM does not offer on a CPU by itself."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.platforms.cpu import CpuPlatform
+
+
+@contextmanager
+def v2_on_cpu() -> Iterator[None]:
+    """Run Model Runner V2 here: Triton's interpreter stands in for a GPU (tests/v2_on_cpu/sitecustomize.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "v2_on_cpu"), prepend=os.pathsep)
+        patch.setenv("WHIPSTAFF_TEST_TRITON_CPU", "1")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's own processes it really is there
+        yield
+
+
+@contextmanager
+def a_core_for_each_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        yield
+
+
+@contextmanager
+def async_on_cpu() -> Iterator[None]:
+    """vLLM's CPU platform switches asynchronous scheduling off; the engine itself can do it here too."""
+    settle = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, config: Any) -> None:
+        settle(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
+        yield
