@@ -5,20 +5,18 @@ only (preemption), prefix caching with prompts that share prefixes, and clients 
 """
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, plan
+from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
 from reference import steered
 from transformers import AutoModelForCausalLM
-from vllm.platforms.cpu import CpuPlatform
 
 from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering.artifacts import Vector
@@ -171,38 +169,6 @@ def nobody_left(bench: Bench) -> Iterator[None]:
     bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # one more step, so that the worker hears of the last to finish
     assert bench.engine.counters()["requests_held"] == 0
     assert bench.engine.counters()["histories_used"] == 0
-
-
-@contextmanager
-def v2_on_cpu() -> Iterator[None]:
-    """Run Model Runner V2 here: Triton's interpreter stands in for a GPU (tests/v2_on_cpu/sitecustomize.py)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "v2_on_cpu"), prepend=os.pathsep)
-        patch.setenv("WHIPSTAFF_TEST_TRITON_CPU", "1")
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's own processes it really is there
-        yield
-
-
-@contextmanager
-def a_core_for_each_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        yield
-
-
-@contextmanager
-def async_on_cpu() -> Iterator[None]:
-    """vLLM's CPU platform switches asynchronous scheduling off; the engine itself can do it here too."""
-    settle = CpuPlatform.check_and_update_config.__func__
-
-    def keep(cls: Any, config: Any) -> None:
-        settle(cls, config)
-        config.scheduler_config.async_scheduling = True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
-        yield
 
 
 def mixed_asks(bench: Bench, num: int, seed: int) -> list[Ask]:
