@@ -6,6 +6,7 @@ active together at some position; equal rows share one program of the engine's t
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -170,10 +171,11 @@ class SteeringPlan:
         ]
         intervals = [interval for _, *both in spans for some in both for interval in some]
         cuts = sorted({start for start, _ in intervals} | {end for _, end in intervals if end is not None})
+        active = [(item, _inside(cuts, chosen), _inside(cuts, at_tokens)) for item, chosen, at_tokens in spans]
         found: list[Segment] = []
-        for start, end in zip_longest(cuts, cuts[1:]):
-            row = tuple(item for item, chosen, _ in spans if _inside(start, chosen))
-            at_tokens = tuple(item for item, _, chosen in spans if _inside(start, chosen))
+        for index, (start, end) in enumerate(zip_longest(cuts, cuts[1:])):
+            row = tuple(item for item, chosen, _ in active if chosen[index])
+            at_tokens = tuple(item for item, _, chosen in active if chosen[index])
             if row or at_tokens:
                 found.append(Segment(start, end, row, row if at_tokens == row else at_tokens))
         return found
@@ -487,9 +489,7 @@ def _probe_layer(when: When, probe: Vector) -> int:
         raise SteeringError(
             f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
         )
-    layers = [place.layer for place in probe.tensors if place.site == "resid_post"]
-    if not layers:
-        raise SteeringError(f"the probe reads {', '.join(probe.sites)}; a condition reads resid_post", "when.probe")
+    layers = probe.layers
     if when.layer is not None and when.layer not in layers:
         raise SteeringError(f"the probe has no direction at layer {when.layer}; it has {layers}", "when.layer")
     if when.layer is None and len(layers) != 1:
@@ -513,5 +513,10 @@ def _scaled(limits: Bound, gain: float) -> Bound:
     return (factor, constant) if gain == 1 else (1 + gain * (1 + factor), gain * constant)
 
 
-def _inside(position: int, intervals: Sequence[Interval]) -> bool:
-    return any(start <= position and (end is None or position < end) for start, end in intervals)
+def _inside(positions: Sequence[int], intervals: Sequence[Interval]) -> list[bool]:
+    """Which of some positions, in order, lie inside."""
+    inside = [False] * len(positions)
+    for start, end in intervals:
+        first, last = bisect_left(positions, start), len(positions) if end is None else bisect_left(positions, end)
+        inside[first:last] = [True] * (last - first)
+    return inside

@@ -37,8 +37,8 @@ def adds(*layers: int, site: str = "resid_post") -> Vector:
     return vector(**{f"{site}__{layer}__add": torch.ones(8) for layer in layers})
 
 
-def probe(*layers: int, site: str = "resid_post", seed: int = 0) -> Vector:
-    return vector("probe", seed=seed, **{f"{site}__{layer}__direction": torch.ones(8) for layer in layers})
+def probe(*layers: int, seed: int = 0) -> Vector:
+    return vector("probe", seed=seed, **{f"resid_post__{layer}__direction": torch.ones(8) for layer in layers})
 
 
 # -- what users may say
@@ -206,7 +206,6 @@ def test_a_decision_on_the_prompt_is_for_what_follows() -> None:
         (adds(0, 3), probe(1), {}, "when.probe", "begins in layer 0.*restrict `layers`"),
         (adds(2, site="resid_pre"), probe(1), {}, "when.probe", "begins in layer 1"),  # the same rows
         (adds(3), adds(1), {}, "when.probe", "its method is vector"),
-        (adds(3), probe(1, site="attn_out"), {}, "when.probe", "the probe reads attn_out"),
         (adds(3), probe(0, 1), {}, "when.layer", r"directions at layers \[0, 1\]; name one"),
         (adds(3), probe(0, 1), {"layer": 2}, "when.layer", r"no direction at layer 2; it has \[0, 1\]"),
     ],
