@@ -6,22 +6,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from whipstaff.server.catalogue import Catalogue, Limit
-from whipstaff.server.errors import BadRequest, Unavailable, bad_field, parsed
+from whipstaff.server.errors import BadRequest, Unavailable, bad_field, field_path, parsed
 from whipstaff.server.placing import SoftPrompt
-from whipstaff.server.steered import Steered
+from whipstaff.server.steered import Steered, largest_dose
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.experts import RoutingError
 from whipstaff.steering.growth import MAX_GROWTH, growth
 from whipstaff.steering.method import Place
+from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.attention import OverrideParams, PastaParams
 from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
+from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
 from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.ops import Directions
-from whipstaff.steering.plan import OWN_FIELDS, PlannedSpecial, Planner, SteeringParams, edits_of, strongest, weigh
-from whipstaff.steering.programs import OPEN
+from whipstaff.steering.plan import OWN_FIELDS, PlannedEdit, PlannedSpecial, Planner, SteeringParams, edits_of, weigh
 from whipstaff.steering.sites import canonical
+
+_MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit
 
 
 def admit(
@@ -44,8 +47,8 @@ def admit(
     except ValidationError as error:
         raise bad_field(error, entry, path) from None
     except SteeringError as error:
-        raise BadRequest(str(error), path + (f".{error.param}" if error.param else "")) from None
-    _check_growth(planner, have.dtype, path)
+        raise BadRequest(str(error), field_path(path, error.param, entry)) from None
+    _check_growth(planner, have.dtype, field_path(path, "scale" if "scale" in vector.method.off else "", entry))
     _note_order(admitted, others, planner, warnings)
     return admitted
 
@@ -66,31 +69,38 @@ def _add(
         return Steered(path, vector, params, range(0), SoftPrompt.of(params, own, vector, path))
     if vector.method.served_by in ("router", "attention"):
         special = planner.add_special(params, own, vector)
-        _check_special(vector, special, others, have)
-        return Steered(path, vector, params, range(0), _prefix(vector, params, path, others, have), special)
+        _check_special(vector, special, others, planner, have)
+        soft = _prefix(vector, params, path, others, have)
+        return Steered(path, vector, params, range(0), soft, len(planner.specials) - 1)
     if vector.method.name == "probe":
         raise SteeringError('a probe edits nothing; name it in another entry\'s "when"', "vector")
-    before, bounds_before = len(planner.edits), len(planner.bounds)
-    edits = planner.add(params, own, vector, probe)
-    _check_slices(vector, params, edits, planner, have)
-    if have.limit is not None and (weaker := _kept_to(have.limit, params, vector, planner, edits, have)):
-        del planner.edits[before:], planner.bounds[bounds_before:]
-        warnings.append(f"{path}: weakened to scale {weaker:.4g}, the most this server allows")
-        edits = planner.add(params, {**_without_scale(own), "scale": weaker}, vector, probe)
-    return Steered(path, vector, params, edits)
+    if have.tensor_parallel > 1 and "attn_head" in vector.sites:
+        _check_slices(vector, params, _tried(params, own, vector, probe), path, have)
+    if have.limit is not None:
+        own, given = _kept_to(have.limit, params, own, vector, probe, have), own
+        if own is not given:
+            warnings.append(f"{path}: weakened to scale {own['scale']:.4g}, the most this server allows")
+    return Steered(path, vector, params, planner.add(params, own, vector, probe))
 
 
-def _check_slices(vector: Vector, params: SteeringParams, edits: range, planner: Planner, have: Catalogue) -> None:
-    """Heads are shared out over ranks: what reads all of them at once cannot be served so. Raises: SteeringError."""
-    if have.tensor_parallel == 1 or "attn_head" not in vector.sites:
-        return
-    for index in edits:
-        for place, ops in edits_of(vector, planner.edits[index].edit).items():
+def _tried(params: SteeringParams, own: dict[str, Any], vector: Vector, probe: Vector | None) -> list[PlannedEdit]:
+    """What an entry would become, in no plan yet."""
+    planner = Planner()
+    planner.add(params, own, vector, probe)
+    return planner.edits
+
+
+def _check_slices(
+    vector: Vector, params: SteeringParams, planned: list[PlannedEdit], path: str, have: Catalogue
+) -> None:
+    """Heads are shared out over ranks: what reads all of them at once cannot be served so."""
+    for one in planned:
+        for place, ops in edits_of(vector, one.edit).items():
             if place.site == "attn_head" and (params.renorm or any(isinstance(op, Directions) for op in ops)):
-                raise SteeringError(
+                raise Unavailable(
                     f"this edit reads all heads together, and they are shared out over {have.tensor_parallel} ranks; "
-                    "it needs --tensor-parallel-size 1",
-                    "vector",
+                    "start the server with --tensor-parallel-size 1",
+                    f"{path}.vector",
                 )
 
 
@@ -98,11 +108,13 @@ def _named(params: SteeringParams, path: str, have: Catalogue) -> Vector:
     """The vector of an entry, or the stand-in of a method that needs none."""
     if params.vector is not None:
         return have.registry.usable(params.vector, f"{path}.vector")
-    found = have.registry.without_file.get(params.method or "")
-    if found is None:
-        known = ", ".join(have.registry.without_file)
-        raise BadRequest(f"only these methods need no vector: {known}; others come with theirs", f"{path}.method")
-    return found
+    name, without_file = params.method or "", have.registry.without_file
+    if name in METHODS and name not in without_file:
+        raise BadRequest(f"{name} comes with a vector; name that, and not its method", f"{path}.method")
+    if name not in METHODS:
+        known = ", ".join(without_file)
+        raise Unavailable(f"there is no steering method {name!r}; these need no vector: {known}", f"{path}.method")
+    return without_file[name]
 
 
 def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
@@ -114,12 +126,10 @@ def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
     """Every place that the vector edits must be hooked in this server's model."""
+    named = f"{path}.{'vector' if params.vector else 'method'}"
     if vector.method.served_by == "attention":
         if have.attention is None:
-            raise Unavailable(
-                "edits inside attention are off; start the server with --steering-sites attention",
-                f"{path}.{'vector' if params.vector else 'method'}",
-            )
+            raise Unavailable("edits inside attention are off; start the server with --steering-sites attention", named)
         return
     if vector.method.served_by == "router" and not have.routing:
         has_experts = bool(have.registry.model.num_experts)
@@ -127,13 +137,13 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalo
             "experts are left alone; start the server with --steering-sites router"
             if has_experts
             else "the served model has no experts, so there is no router to edit",
-            f"{path}.{'vector' if params.vector else 'method'}",
+            named,
         )
     if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
         raise Unavailable(
             "the served model's tokens are embedded where rows cannot be inserted; start it without "
             "--enable-prompt-embeds, or with a model of text only",
-            f"{path}.vector",
+            named,
         )
     for place in vector.tensors:
         if params.layers is not None and place.layer not in params.layers:
@@ -144,7 +154,7 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalo
                 if place.site == "router" and not have.registry.model.num_experts
                 else f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
                 f"{place.site}",
-                f"{path}.vector",
+                named,
             )
 
 
@@ -164,12 +174,15 @@ def _prefix(
     return SoftPrompt(path, vector.digest, InsertParams(), num)
 
 
-def _check_routing(params: MoTEParams, vector: Vector, others: list[Steered], have: Catalogue) -> None:
+def _check_routing(
+    params: MoTEParams, vector: Vector, others: list[Steered], planner: Planner, have: Catalogue
+) -> None:
     """Check what routers are asked for, alone and beside the request's other entries. Raises: SteeringError."""
     asked = [(vector, params)]
     for entry in others:
         if entry.special is not None and isinstance(entry.vector.method, MoTE):
-            asked.append((entry.vector, MoTEParams.model_validate_json(entry.special.special.setting)))
+            setting = planner.specials[entry.special].special.setting
+            asked.append((entry.vector, MoTEParams.model_validate_json(setting)))
     together: dict[int, list[Routing]] = {}
     for its_vector, its_params in asked:
         for layer, routing in MoTE().routing(its_params, its_vector.tensors).items():
@@ -186,11 +199,13 @@ def _check_routing(params: MoTEParams, vector: Vector, others: list[Steered], ha
             raise SteeringError(str(error), f"experts.{layer}") from None
 
 
-def _check_special(vector: Vector, planned: PlannedSpecial, others: list[Steered], have: Catalogue) -> None:
+def _check_special(
+    vector: Vector, planned: PlannedSpecial, others: list[Steered], planner: Planner, have: Catalogue
+) -> None:
     """Check an edit of the router or of attention against the served model. Raises: SteeringError."""
     params = vector.method.params.model_validate_json(planned.special.setting)
     if isinstance(params, MoTEParams):
-        _check_routing(params, vector, others, have)
+        _check_routing(params, vector, others, planner, have)
         return
     assert have.attention is not None
     if isinstance(params, OverrideParams):
@@ -200,7 +215,8 @@ def _check_special(vector: Vector, planned: PlannedSpecial, others: list[Steered
         asked = {layer: f"heads.{layer}" for layer in params.heads}
         able = have.attention["bias"]
     else:
-        asked, able = dict.fromkeys(vector.layers, "vector"), have.attention["layers"]
+        able = have.attention["side" if isinstance(vector.method, SideAttention) else "layers"]
+        asked = dict.fromkeys(vector.layers, "vector")
     for layer, path in asked.items():
         if layer not in able:
             reason = have.attention["lacking"].get(layer, f"layers that can be edited so: {able}")
@@ -208,35 +224,43 @@ def _check_special(vector: Vector, planned: PlannedSpecial, others: list[Steered
 
 
 def _kept_to(
-    limit: Limit, params: SteeringParams, vector: Vector, planner: Planner, edits: range, have: Catalogue
-) -> float | None:
-    """The scale that keeps an edit to the operator's limit, if it needs another. Raises: SteeringError."""
-    most = params.schedule.largest if params.schedule else 1.0
-    found = [strongest(vector, planner.edits[i].edit._replace(gate=OPEN), have.lengths) for i in edits]
-    largest = max((dose.relative * most for dose in found if dose), default=0.0)
-    if largest <= limit.max_dose:
-        return None
-    scale = json.loads(planner.edits[edits[0]].edit.setting).get("scale")
-    if limit.policy == "refuse" or scale is None:
-        raise SteeringError(
-            f"the edit is {largest:.3g} times as long as what it edits; this server allows {limit.max_dose:.3g}",
-            "scale" if scale is not None else "",
-        )
-    return float(scale) * limit.max_dose / largest  # the dose grows no faster than the scale
+    limit: Limit,
+    params: SteeringParams,
+    own: dict[str, Any],
+    vector: Vector,
+    probe: Vector | None,
+    have: Catalogue,
+) -> dict[str, Any]:
+    """An entry's own parameters, weakened if the operator's limit asks for it and allows it. Raises: SteeringError."""
+    kept, gain = own, params.schedule.largest if params.schedule else 1.0
+    for _ in range(_MAX_TRIALS):
+        planned = _tried(params, kept, vector, probe)
+        found = largest_dose(vector, planned, have.lengths, gain)
+        if (dose := found.relative if found else 0.0) <= limit.max_dose:
+            return kept
+        scale = json.loads(planned[0].edit.setting).get("scale")
+        if limit.policy == "refuse" or scale is None:
+            break
+        # Exact at once where the dose is proportional to the scale; rotations take a few more.
+        kept = {**_without_scale(own), "scale": scale * min(limit.max_dose / dose, 0.999)}
+    raise SteeringError(
+        f"the edit is {dose:.3g} times as long as what it edits; this server allows {limit.max_dose:.3g}",
+        "scale" if scale is not None else "",
+    )
 
 
 def _without_scale(own: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in ("scale", "strength", "coefficient")}
 
 
-def _check_growth(planner: Planner, dtype: str, path: str) -> None:
+def _check_growth(planner: Planner, dtype: str, param: str) -> None:
     """Refuse edits that would overflow the model's activations, when the first entry takes them too far."""
     most = MAX_GROWTH[dtype]
     if not (size := growth(sorted(planner.bounds, key=lambda bound: bound[0].layer))) <= most:
         raise BadRequest(
             f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
             "is taken",
-            f"{path}.scale",
+            param,
         )
 
 
@@ -254,8 +278,13 @@ def _note_order(admitted: Steered, others: list[Steered], planner: Planner, warn
 
 
 def _places(entry: Steered) -> set[Place]:
+    """Where an entry edits activations."""
     layers = entry.params.layers
-    return {canonical(place) for place in entry.vector.tensors if layers is None or place.layer in layers}
+    return (
+        set()
+        if not entry.edits
+        else {canonical(place) for place in entry.vector.tensors if layers is None or place.layer in layers}
+    )
 
 
 def _only_adds(entry: Steered, planner: Planner) -> bool:

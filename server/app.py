@@ -2,10 +2,10 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
@@ -63,6 +63,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         else:
             logger.warning("vector %r cannot be used: %s", entry.name, entry.problem)
     metrics.VECTORS.set(len(registry.names))
+    metrics.SLOTS.set(engine.layout.num_slots)
     logger.info(
         "kernels: %s; model runner: %s; vectors: %s; auxiliary models: %s",
         cuda_ext.IMPLEMENTATION,
@@ -107,12 +108,20 @@ def extend(app: FastAPI, engine: Engine, have: Catalogue) -> FastAPI:
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods and route.path not in _NOT_GENERATING:
-            refuse = get_parameterless_sub_dependant(depends=Depends(routes.refuse_extras), path=route.path_format)
-            route.dependant.dependencies.insert(0, refuse)
+            _first(route, routes.refuse_extras)
+        elif isinstance(route, APIRoute) and route.path == "/metrics":
+            _first(route, routes.read_worker)
     app.include_router(routes.router)
     app.add_exception_handler(WhipstaffError, routes.answer_refusal)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
     return app
+
+
+def _first(route: APIRoute, what: Callable[[Request], Awaitable[None]]) -> None:
+    """Do something before everything else that a route of vLLM's does."""
+    route.dependant.dependencies.insert(
+        0, get_parameterless_sub_dependant(depends=Depends(what), path=route.path_format)
+    )
 
 
 def _watch(plan: PlanDict | None, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

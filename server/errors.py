@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ValidationError
 
 P = TypeVar("P", bound=BaseModel)
+_OTHER_NAMES = {"scale": ("strength", "coefficient")}
 
 
 class WhipstaffError(Exception):
@@ -69,6 +70,18 @@ def json_path(loc: tuple[int | str, ...], data: Any) -> str:
             path, data = f"{path}.{step}", data[step]
         elif isinstance(step, str) and isinstance(data, dict) and step == loc[-1] and step.isidentifier():
             path, data = f"{path}.{step}", None
+    return path
+
+
+def field_path(prefix: str, param: str, data: Any) -> str:
+    """The dotted path of a field as a JSON path below `prefix`, as far as `data` goes and one step beyond."""
+    path = prefix
+    for step in filter(None, param.split(".")):
+        if isinstance(data, dict):
+            name = next((name for name in (step, *_OTHER_NAMES.get(step, ())) if name in data), step)
+            path, data = f"{path}.{name}", data.get(name)
+        elif isinstance(data, list) and step.isdecimal() and int(step) < len(data):
+            path, data = f"{path}[{step}]", data[int(step)]
     return path
 
 

@@ -11,6 +11,9 @@ from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.plan import SteeringParams
 
+_OF_ACTIVATIONS = ("layers", "when", "schedule", "normalize", "renorm")
+_MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows": ("where", *_OF_ACTIVATIONS)}
+
 
 def method_table(have: Catalogue) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
@@ -23,9 +26,12 @@ def method_table(have: Catalogue) -> list[dict[str, Any]]:
 def _steering(method: Method[Any], have: Catalogue) -> dict[str, Any]:
     vectors = [entry.name for entry in have.registry if entry.problem is None and entry.vector.method is method]
     schema = _merged(SteeringParams, method.params)
+    for name in _MEANINGLESS.get(method.served_by, ()):
+        del schema["properties"][name]
     schema["properties"]["vector"]["enum"] = vectors
     if method.needs_file:
         del schema["properties"]["method"]
+        schema["required"] = ["vector", *schema["required"]]
     else:
         schema["properties"]["method"]["enum"] = [method.name]
     return {

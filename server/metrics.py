@@ -1,7 +1,7 @@
 """Every series of our own that /metrics exports, beside vLLM's; labels hold names of our own only, so they are few."""
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -9,6 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+DOSE_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 100)
 
 REQUESTS = Counter("whipstaff_requests", "Generations by method and outcome", ["method", "outcome"])
 FIRST_TOKEN = Histogram(
@@ -23,6 +24,43 @@ END_TO_END = Histogram(
 )  # fmt: skip
 REFUSALS = Counter("whipstaff_refusals", "Requests refused before scheduling, by HTTP status", ["status"])
 VECTORS = Gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
+SLOTS = Gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
+SLOTS_IN_USE = Gauge("whipstaff_slots_in_use", "Slots of running requests")
+WAITING = Gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
+UPLOADS = Counter("whipstaff_table_uploads", "Configurations written into the tables of edits")
+CONDITIONAL = Counter("whipstaff_conditional_tokens", "Tokens of conditional edits where the condition is known")
+FIRED = Counter("whipstaff_conditional_tokens_open", "Those of them that were edited")
+DOSE = Histogram(
+    "whipstaff_dose", "Largest edit of each steered request, relative to the activations that it edits",
+    buckets=DOSE_BUCKETS,
+)  # fmt: skip
+
+
+class WorkerSeries:
+    """Series that only a worker knows, read when somebody asks for metrics."""
+
+    def __init__(self) -> None:
+        self._uploads = 0
+
+    def note(self, counters: Mapping[str, Any]) -> None:
+        """What the worker has counted since it started."""
+        SLOTS_IN_USE.set(counters["slots_in_use"])
+        WAITING.set(counters["requests_waiting_for_slots"])
+        UPLOADS.inc(max(0, counters["table_uploads"] - self._uploads))
+        self._uploads = max(self._uploads, counters["table_uploads"])
+
+
+WORKER = WorkerSeries()
+
+
+def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:
+    """What the receipt of a finished request says of its steering."""
+    doses = [entry["dose"]["relative"] for entry in entries if entry.get("dose")]
+    if doses:
+        DOSE.observe(max(doses))
+    for fired in (entry["fired"] for entry in entries if "fired" in entry):
+        CONDITIONAL.inc(fired["of"])
+        FIRED.inc(fired["tokens"])
 
 
 async def watch(

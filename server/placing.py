@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -12,9 +12,10 @@ from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
 from whipstaff.steering.methods.virtual_tokens import InsertParams
-from whipstaff.steering.plan import Insert, PlannedEdit, SteeringParams, SteeringPlan
+from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringParams, SteeringPlan
 from whipstaff.steering.where import Messages
 
+Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)
 ROWS = "rows"  # the part of a soft prompt's file
 
 
@@ -44,7 +45,7 @@ def place_plan(
     """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.
 
     Args:
-        paths: where in the request each of the plan's edits stands.
+        paths: where in the request each of the plan's edits stands, then each of its specials.
 
     Raises:
         BadRequest: naming the field that does not go with this prompt.
@@ -75,21 +76,25 @@ def _index(soft: SoftPrompt, prompt: Prompt) -> int:
 
 def _resolved(plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, inserts: Sequence[Insert] = ()) -> SteeringPlan:
     """The plan with clauses in windows and token ids only."""
-    if not any(planned.where.needs_prompt for planned in plan.edits):
-        return plan
 
     def spans(chosen: Messages) -> list[Span]:
         return [shift(span, inserts) for span in prompt.spans(chosen)]
 
-    edits: list[PlannedEdit] = []
-    for planned, path in zip(plan.edits, paths, strict=True):
+    def resolved(planned: Planned, path: str) -> Planned:
+        if not planned.where.needs_prompt:
+            return planned
         try:
-            where = planned.where.resolved(spans, prompt.id_of) if planned.where.needs_prompt else planned.where
+            return replace(planned, where=planned.where.resolved(spans, prompt.id_of))
         except SteeringError as error:
             raise BadRequest(str(error), f"{path}.{error.param or 'where'}") from None
         except ValidationError:  # the engine takes as many windows as a request may
             raise BadRequest(
                 "these are more messages than a clause may have windows", f"{path}.where.messages"
             ) from None
-        edits.append(replace(planned, where=where))
-    return replace(plan, edits=tuple(edits))
+
+    num_edits = len(plan.edits)
+    return replace(
+        plan,
+        edits=tuple(map(resolved, plan.edits, paths[:num_edits])),
+        specials=tuple(map(resolved, plan.specials, paths[num_edits:])),
+    )

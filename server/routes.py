@@ -19,6 +19,7 @@ from whipstaff.server.methods import method_table
 from whipstaff.server.receipts import FIELD, Tally, with_receipt
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras
+from whipstaff.server.steered import doses
 
 router = APIRouter()
 
@@ -44,7 +45,9 @@ class PreparedRequest:
         if ticket:
             found = await readings(ticket)
             fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-        return self.compiled.receipt(fed)
+        said = self.compiled.receipt(fed)
+        metrics.note_steering(said["steering"])
+        return said
 
 
 def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
@@ -141,9 +144,13 @@ async def vectors(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
 
 @router.get("/v1/steering/vectors/{name}")
 async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
-    """One vector, with the norm of each of its tensors."""
+    """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = have.registry.entry(name)
-    return {**_vector(entry), "norms": entry.vector.norms()}
+    return {
+        **_vector(entry),
+        "norms": entry.vector.norms(),
+        "doses": doses(entry.vector, have) if entry.problem is None else [],
+    }
 
 
 @router.post("/v1/steering/validate")
@@ -195,6 +202,12 @@ async def refuse_extras(raw: Request) -> None:
     names = (*schema.FIELDS, *schema.NOT_BUILT, FIELD)
     if present := [name for name in names if fields.get(name) is not None]:
         raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
+
+
+async def read_worker(raw: Request) -> None:
+    """A dependency of vLLM's /metrics: what only the worker knows."""
+    if (counters := await openai.counters(raw)) is not None:
+        metrics.WORKER.note(counters)
 
 
 async def answer_refusal(raw: Request, error: Exception) -> Response:

@@ -55,9 +55,10 @@ class Compiled:
 
     @property
     def label(self) -> str:
-        """The methods in use, for metrics: bounded, since it only holds names of our own."""
-        names = {entry.label for entry in self.steering} | {entry["method"] for entry in self.decoding}
-        return SEVERAL if len(names) > 2 else "+".join(sorted(names)) or PLAIN
+        """The methods in use, for metrics: few, since it holds names of our own only, and one of each side."""
+        sides = {entry.label for entry in self.steering}, {str(entry["method"]) for entry in self.decoding}
+        names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
+        return "+".join(sorted(names)) or PLAIN
 
     def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
         """Check the plan against a prompt; what may be generated, at most.
@@ -84,19 +85,19 @@ class Compiled:
         if self.plan.steering is None:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
-        soft = [entry.soft for entry in self.steering if entry.soft is not None]
-        soft.sort(
-            key=lambda one: not any(entry.special and entry.soft is one for entry in self.steering)
-        )  # prefix first
+        paths += [entry.path for entry in self.steering if entry.special is not None]
+        prefix_first = sorted(self.steering, key=lambda entry: entry.special is None)
+        soft = [entry.soft for entry in prefix_first if entry.soft is not None]
         steering, ids = place_plan(self.plan.steering, paths, soft, prompt)
         self.plan = replace(self.plan, steering=steering)
         return ids
 
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
+        self._check_tokens(plan)
         for entry in self.steering:
-            for index in entry.edits:
+            for planned in entry.planned(plan):
                 try:
-                    plan.edits[index].where.check(prompt_len, allowed)
+                    planned.where.check(prompt_len, allowed)
                 except SteeringError as error:
                     raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
         rows = PlacedPlan(self.plan, prompt_len).rows
@@ -107,6 +108,22 @@ class Compiled:
                 f"server has {self.have.num_slots}; start it with a larger --steering-slots",
                 "steering",
             )
+
+    def _check_tokens(self, plan: SteeringPlan) -> None:
+        """The engine tells apart one set of tokens per request."""
+        first: frozenset[int] = frozenset()
+        for entry in self.steering:
+            for planned in entry.planned(plan):
+                where = planned.where
+                for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
+                    ids = region.ids if region else frozenset()
+                    first = first or ids
+                    if ids and ids != first:
+                        raise BadRequest(
+                            f"a request may tell one set of tokens apart; these are {sorted(ids)}, and before them "
+                            f"came {sorted(first)}",
+                            f"{entry.path}.where.{name}",
+                        )
 
     def receipt(self, fed: list[Fed]) -> dict[str, Any]:
         """What was done, for the response; `fed` are the finished sequences."""
@@ -131,17 +148,15 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
     compiled = Compiled(RequestPlan(), [], {}, catalogue)
     planner = Planner()
-    for index, entry in enumerate(_entries(fields.get("steering"), "steering", MAX_EDITS)):
+    for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
         try:
-            compiled.steering.append(
-                admit(entry, f"steering[{index}]", planner, compiled.steering, catalogue, compiled.warnings)
-            )
+            compiled.steering.append(admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings))
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     mixes = [
         mix
-        for index, entry in enumerate(_entries(fields.get("decoding"), "decoding", MAX_DECODING))
-        if (mix := _decoding(entry, f"decoding[{index}]", catalogue, compiled, is_lenient)) is not None
+        for path, entry in _entries(fields.get("decoding"), "decoding", MAX_DECODING)
+        if (mix := _decoding(entry, path, catalogue, compiled, is_lenient)) is not None
     ]
     mix = _sum(mixes)
     if mix and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
@@ -159,8 +174,8 @@ def _on_unavailable(value: Any) -> OnUnavailable:
         raise bad_field(error, value, "on_unavailable") from None
 
 
-def _entries(value: Any, name: str, most: int) -> list[Any]:
-    """A field's entries: a list, a single object, or either as a JSON string (which is what vllm_xargs can carry)."""
+def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
+    """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -168,10 +183,11 @@ def _entries(value: Any, name: str, most: int) -> list[Any]:
             raise BadRequest(f"not JSON: {error}", name) from None
     if value is None:
         return []
-    entries = value if isinstance(value, list) else [value]
-    if len(entries) > most:
-        raise BadRequest(f"{len(entries)} entries; at most {most} are taken", name)
-    return entries
+    if not isinstance(value, list):
+        return [(name, value)]
+    if len(value) > most:
+        raise BadRequest(f"{len(value)} entries; at most {most} are taken", name)
+    return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 
 
 def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:

@@ -4,10 +4,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from whipstaff.steering.needs import Hook
+from whipstaff.steering.shape import SITES
+
+HOOKS = (*SITES, "attention")
 
 
 class Settings(BaseSettings):
@@ -26,10 +29,15 @@ class Settings(BaseSettings):
     )
 
     steering_sites: Annotated[list[Hook], NoDecode] = Field(
-        [], description="a further site to hook, or attention, repeatable; what the vectors need is hooked anyway"
+        [],
+        description="a further site to hook, or attention, repeatable (comma-separated in WHIPSTAFF_STEERING_SITES); "
+        "what the vectors need is hooked anyway",
     )
     max_dose: float | None = Field(
-        None, gt=0, description="the largest edit allowed, relative to the activations that it edits"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="the largest edit allowed, relative to the activations that it edits",
     )
     dose_policy: Literal["refuse", "clamp"] = Field(
         "refuse", description="what happens to a larger one: refuse the request, or weaken it to --max-dose"
@@ -51,10 +59,18 @@ class Settings(BaseSettings):
             pairs[name] = model
         return pairs
 
-    @field_validator("vectors", "steering_sites", mode="before")
+    @field_validator("vectors", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @field_validator("steering_sites", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        names = cls._paths(value)
+        if isinstance(names, list) and (unknown := [name for name in names if name not in HOOKS]):
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(HOOKS)}")
+        return names
 
     @field_validator("vectors")
     @classmethod
@@ -63,6 +79,12 @@ class Settings(BaseSettings):
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
         return paths
+
+    @model_validator(mode="after")
+    def _policy_has_a_limit(self) -> "Settings":
+        if "dose_policy" in self.model_fields_set and self.max_dose is None:
+            raise ValueError("--dose-policy says what happens beyond --max-dose, which is not given")
+        return self
 
     @staticmethod
     def add_flags(parser: ArgumentParser) -> None:

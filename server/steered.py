@@ -1,15 +1,29 @@
 """The entries of a request's `steering`, resolved, and what the receipt says of them."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.errors import BadRequest
 from whipstaff.server.placing import SoftPrompt
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.conditions import Readings, fired
 from whipstaff.steering.dose import Dose
-from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, RowEdit, SteeringParams, SteeringPlan, strongest
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams
+from whipstaff.steering.plan import (
+    Lengths,
+    PlannedEdit,
+    PlannedSpecial,
+    Planner,
+    SteeringParams,
+    SteeringPlan,
+    strongest,
+)
 from whipstaff.steering.programs import OPEN
 from whipstaff.steering.where import Interval
 
@@ -32,12 +46,35 @@ class Steered:
     params: SteeringParams
     edits: range  # which of the plan's edits it became
     soft: SoftPrompt | None = None
-    special: PlannedSpecial | None = None
+    special: int | None = None  # which of the plan's edits of the router or of attention it became
 
     @property
     def label(self) -> str:
         """Its method's name: one of ours, or the general one for files of other methods."""
         return self.vector.method.name
+
+    def planned(self, plan: SteeringPlan) -> Sequence[PlannedEdit | PlannedSpecial]:
+        """What the entry became in its plan."""
+        return [plan.edits[i] for i in self.edits] if self.special is None else [plan.specials[self.special]]
+
+    def check_keys(self, plan: SteeringPlan, prompt_len: int, have: Catalogue) -> None:
+        """The keys that heads are told to look at must be there. Raises: BadRequest naming the key."""
+        if self.special is None or not isinstance(self.vector.method, AttentionOverride) or have.attention is None:
+            return
+        special, where = plan.specials[self.special].special, plan.specials[self.special].where
+        params, intervals = OverrideParams.model_validate_json(special.setting), where.intervals(prompt_len)
+        first = intervals[0][0] if intervals else prompt_len - 1
+        last = prompt_len - 1 if intervals and intervals[-1][1] is not None else None
+        for index, edit in enumerate(params.edits):
+            window = have.attention["windows"].get(edit.layer)
+            for number, key in enumerate(edit.keys):
+                position, path = key + prompt_len if key < 0 else key, f"{self.path}.edits[{index}].keys[{number}]"
+                if not 0 <= position <= min(first, prompt_len - 1):
+                    raise BadRequest(
+                        f"position {key} is not at or before token {first}, the first whose heads are told", path
+                    )
+                if window is not None and (last is None or last - position >= window):
+                    raise BadRequest(f"layer {edit.layer} sees {window} tokens back; position {key} is beyond", path)
 
     def said(self, plan: SteeringPlan, fed: list[Fed], have: Catalogue) -> dict[str, Any]:
         """The entry as the receipt shows it; `fed` are the finished sequences."""
@@ -50,39 +87,60 @@ class Steered:
                 "prompt_tokens": self.soft.num,  # which usage counts
             }
         if self.special is not None:
+            special = plan.specials[self.special]
             return {
                 "vector": self.params.vector,
                 "digest": self.vector.digest,
                 "method": self.vector.header.method,
-                **json.loads(self.special.special.setting),
-                "where": [self.special.where.model_dump(exclude_none=True)],
-                "edited_tokens": sum(_overlap(self.special, sequence) for sequence in fed),
+                **json.loads(special.special.setting),
+                "where": [special.where.model_dump(exclude_none=True)],
+                "edited_tokens": sum(_overlap(special, sequence) for sequence in fed),
             }
         planned = [plan.edits[index] for index in self.edits]
         settings = json.loads(planned[0].edit.setting) if planned else {}
-        largest = max((found for one in planned if (found := self._dose(one.edit, have))), default=None)
+        gain = self.params.schedule.largest if self.params.schedule else 1.0
+        largest = largest_dose(self.vector, planned, have.lengths, gain)
         return {
             "vector": self.params.vector,
             "digest": self.vector.digest,
             "method": self.vector.header.method,
             **settings,
-            "layers": list(self.params.layers or self.vector.layers),
+            "layers": sorted(set(self.params.layers or self.vector.layers)),
             "sites": self.vector.sites,
             "where": [one.where.model_dump(exclude_none=True) for one in planned],
             **self.params.model_dump(
                 by_alias=True, exclude_defaults=True, include={"when", "schedule", "normalize", "renorm"}
             ),
-            "dose": None
-            if largest is None
-            else {"relative": largest.relative, "at": f"{largest.place.site}.{largest.place.layer}"},
+            "dose": None if largest is None else dose_said(largest),
             "edited_tokens": sum(_overlap(one, sequence) for one in planned for sequence in fed),
             **_fired(planned, fed),
         }
 
-    def _dose(self, edit: RowEdit, have: Catalogue) -> Dose | None:
-        found = strongest(self.vector, edit._replace(gate=OPEN), have.lengths)
-        most = self.params.schedule.largest if self.params.schedule else 1.0
-        return found and Dose(found.relative * most, found.place)
+
+def largest_dose(vector: Vector, planned: Iterable[PlannedEdit], lengths: Lengths, gain: float = 1.0) -> Dose | None:
+    """The largest relative dose of an entry's edits, when a schedule multiplies them by `gain`; None if not known."""
+    doses = (strongest(vector, one.edit._replace(gate=OPEN), lengths) for one in planned)
+    found = max(filter(None, doses), default=None)
+    return found and found._replace(relative=found.relative * gain)
+
+
+def doses(vector: Vector, have: Catalogue) -> list[dict[str, Any]]:
+    """What a vector comes to at its own strength and at 1, beside the served model's activations, as far as known."""
+    found: dict[str, dict[str, Any]] = {}
+    for own in ({}, {"scale": 1.0}) if vector.method.served_by == "edits" else ():
+        planner = Planner()
+        try:
+            planner.add(SteeringParams(vector="it"), own, vector, None)
+        except (SteeringError, ValidationError):  # its parameters cannot be guessed, or it has no scale
+            continue
+        setting = planner.edits[0].edit.setting
+        if dose := largest_dose(vector, planner.edits, have.lengths):
+            found[setting] = {"scale": json.loads(setting).get("scale"), **dose_said(dose)}
+    return list(found.values())
+
+
+def dose_said(dose: Dose) -> dict[str, Any]:
+    return {"relative": dose.relative, "at": f"{dose.place.site}.{dose.place.layer}"}
 
 
 def _fired(planned: list[PlannedEdit], fed: list[Fed]) -> dict[str, Any]:

@@ -173,7 +173,8 @@ class Where(Region):
             SteeringError: no position below that is selected.
         """
         fed = prompt_len + max_tokens - 1
-        if not self.tokens and not any(start < fed for start, _ in self.intervals(prompt_len)):
+        chosen = [*self.intervals(prompt_len), *(self.intervals_at_tokens(prompt_len) if self.tokens else ())]
+        if not any(start < fed for start, _ in chosen):
             raise SteeringError(
                 f"the clause selects no token: the prompt has {prompt_len} tokens and max_tokens is {max_tokens}"
                 " (the last generated token is never fed back to the model)",

@@ -33,11 +33,13 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.launch import Engine, PlanDict
 
+COUNTERS_PATIENCE = 2.0  # seconds
 ChatOf = Callable[[list[int]], Chat]  # of a prompt's token ids
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -231,6 +233,16 @@ def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
         return found[0]
 
     return of
+
+
+async def counters(raw: Request) -> dict[str, Any] | None:
+    """What the first worker has counted; None if it does not answer soon: it may be in a long step, or gone."""
+    engine = raw.app.state.engine_client
+    try:
+        found = await asyncio.wait_for(engine.collective_rpc("whipstaff_counters"), COUNTERS_PATIENCE)
+    except (TimeoutError, EngineDeadError):
+        return None
+    return cast("dict[str, Any]", found[0])
 
 
 def load_headers(raw: Request) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ order.
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,6 +23,13 @@ from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import Row, num_slots
 
 Hasher = Callable[[Request], list[bytes]]
+
+
+class SlotUse(NamedTuple):
+    """Slots taken by admitted requests, and requests that wait for some."""
+
+    num_used: int = 0
+    num_waiting: int = 0
 
 
 class SteeredScheduling:
@@ -53,6 +60,11 @@ class SteeredScheduling:
         self._placed[request.request_id] = placed
         self._held.append(request)
         self._admit()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output.whipstaff_slots = SlotUse(self._slots_in_use, len(self._held))  # for metrics, by way of the worker
+        return output
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         wanted = [request_ids] if isinstance(request_ids, str) else request_ids

@@ -10,6 +10,7 @@ from whipstaff.server.engine import runner_v1, runner_v2
 from whipstaff.server.engine.auxiliary import Auxiliary, compose
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.scheduler import SlotUse
 from whipstaff.server.engine.sites import install_sites, watch_logits
 from whipstaff.server.engine.soft import install_soft_rows
 from whipstaff.server.engine.specials import Specials
@@ -22,6 +23,7 @@ class SteeredWorker:
 
     vllm_config: Any
     model_runner: Any
+    _slot_use = SlotUse()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -67,6 +69,7 @@ class SteeredWorker:
             scheduler_output.finished_req_ids,
             ((new.req_id, _placed(new)) for new in scheduler_output.scheduled_new_reqs),
         )
+        self._slot_use = getattr(scheduler_output, "whipstaff_slots", self._slot_use)  # warm-up schedules nothing
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def whipstaff_load_vector(self, path: str, digest: str) -> None:
@@ -126,6 +129,8 @@ class SteeredWorker:
             "table_uploads": steerer.tables.num_uploads,
             "rows_loaded": steerer.tables.num_used,
             "requests_held": steerer.num_requests,
+            "slots_in_use": self._slot_use.num_used,
+            "requests_waiting_for_slots": self._slot_use.num_waiting,
             "histories_used": steerer.num_histories_used,
         }
 

@@ -30,6 +30,7 @@ STEP_TOKENS = 64  # --max-num-batched-tokens: longer prompts are chunked
 MAX_SEQS = 16  # sequences at once, and slots for configurations
 START_PATIENCE, STOP_PATIENCE = 240, 30  # seconds
 HIDDEN, LAYERS, HEADS = 128, 3, 4
+FEATURES = 9  # of the sparse autoencoder
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
 )
@@ -87,18 +88,28 @@ def save_models(folder: Path) -> dict[str, str]:
 
 
 def save_vectors(folder: Path) -> Path:
-    """Vectors of every kind, and one made for another model; the folder."""
+    """Vectors of many methods, and one made for another model; the folder."""
     folder.mkdir()
     torch.manual_seed(7)
     heads = (HEADS, HIDDEN // HEADS)
     residual = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
-    head_adds = {f"attn_head.{layer}.add": torch.randn(heads) for layer in range(LAYERS)}
-    head_gains = {f"attn_head.{layer}.gain": torch.randn(heads) for layer in range(LAYERS)}
+    directions = {f"attn_head.{layer}.direction": torch.randn(heads) for layer in range(LAYERS)}
+    sigmas = {f"attn_head.{layer}.sigma": torch.rand(HEADS) for layer in range(LAYERS)}
+    gains = {f"attn_head.{layer}.{part}": torch.randn(heads) for layer in range(LAYERS) for part in ("A", "v")}
+    encoder, project = torch.randn(FEATURES, HIDDEN) / HIDDEN**0.5, torch.randn(2, HIDDEN) / HIDDEN**0.5
+    codes = {"encoder": encoder, "decoder": encoder * HIDDEN**0.5, "decoder_bias": torch.randn(HIDDEN)}
+    learned = {"weight": torch.randn(2, HIDDEN), "bias": torch.randn(2), "rotate": torch.linalg.qr(project.T)[0].T}
     for name, method, tensors, more in (
         ("push", "caa", residual, {}),
-        ("iti", "iti", head_adds, {"scale": 15.0, "description": "head outputs, strong by default"}),
-        ("lofit", "lofit", head_adds | head_gains, {"where": "all"}),
+        ("iti", "iti", directions | sigmas, {"scale": 15.0, "description": "head outputs, strong by default"}),
+        ("lofit", "lofit", gains, {}),
         ("late", "caa", {"resid_post.2.add": residual["resid_post.2.add"]}, {"where": "generation"}),
+        ("both", "vector", {"resid_post.0.gain": torch.full((HIDDEN,), 0.5), **residual}, {}),
+        ("ablate", "directional_ablation", {"direction": torch.randn(HIDDEN)}, {}),
+        ("sae", "sae", {f"resid_post.1.{part}": numbers for part, numbers in codes.items()}, {}),
+        ("loreft", "loreft", {f"resid_post.1.{part}": numbers for part, numbers in learned.items()}, {}),
+        ("probe", "probe", {"resid_post.0.direction": torch.randn(HIDDEN)}, {}),
+        ("soft", "soft_prompt", {"rows": torch.randn(3, HIDDEN)}, {}),
     ):
         artifacts.write(folder / f"{name}.safetensors", Header(method=method, model=SHAPE, **more), tensors)
     other = SHAPE.model_copy(update={"hidden_size": 64, "head_dim": 16})

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from whipstaff.server import app
+from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.selftest import Finding
 from whipstaff.server.registry import Registry
-from whipstaff.server.schema import Catalogue
 from whipstaff.steering.artifacts import ModelShape
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=1, num_heads=2, head_dim=4)
@@ -25,7 +25,7 @@ def prove(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> list[Finding]:
             yield finding
 
     monkeypatch.setattr(app, "self_test", fake)
-    return asyncio.run(app.prove(None, Catalogue(Registry([], SHAPE), {})))  # type: ignore[arg-type]
+    return asyncio.run(app.prove(None, Catalogue(Registry({}, SHAPE), {})))  # type: ignore[arg-type]
 
 
 def test_a_model_that_obeys_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

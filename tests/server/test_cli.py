@@ -72,6 +72,17 @@ def test_flags_win_over_the_environment_which_wins_over_defaults(
     assert (from_flags.vectors, from_flags.steering_slots) == (paths, 3)
 
 
+def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, own = cli.parse("doctor", ["some/model"])
+    assert (own.steering_sites, own.max_dose, own.dose_policy) == ([], None, "refuse")
+    monkeypatch.setenv("WHIPSTAFF_STEERING_SITES", "mlp_out,attention")
+    monkeypatch.setenv("WHIPSTAFF_MAX_DOSE", "0.5")
+    _, own = cli.parse("serve", ["some/model", "--dose-policy", "clamp"])
+    assert (own.steering_sites, own.max_dose, own.dose_policy) == (["mlp_out", "attention"], 0.5, "clamp")
+    _, own = cli.parse("serve", ["some/model", "--max-dose", "2", "--steering-sites", "router"])
+    assert (own.steering_sites, own.max_dose, own.dose_policy) == (["router"], 2.0, "refuse")
+
+
 def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
     args, settings = cli.parse("serve", ["--port", "8123", "--max-model-len", "77"])
     assert Path(args.model).name == "demo" and args.served_model_name == ["demo"]
@@ -91,6 +102,13 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
         (["--vectors", "/no/such/place"], "--vectors: /no/such/place: no such file or folder"),
         (["--steering-slots", "0"], "--steering-slots: Input should be greater than 0"),
         (["--steering-slots", "many"], "--steering-slots: Input should be a valid integer"),
+        (["--steering-sites", "nose"], "--steering-sites: 'nose' is none of resid_pre, "),
+        (["--steering-sites", "router", "--steering-sites", "mlp"], "--steering-sites: 'mlp' is none of resid_pre, "),
+        (["--max-dose", "0"], "--max-dose: Input should be greater than 0"),
+        (["--max-dose", "nan"], "--max-dose: Input should be a finite number"),
+        (["--max-dose", "all"], "--max-dose: Input should be a valid number"),
+        (["--max-dose", "1", "--dose-policy", "hope"], "--dose-policy: Input should be 'refuse' or 'clamp'"),
+        (["--dose-policy", "clamp"], "--dose-policy says what happens beyond --max-dose, which is not given"),
         (["--data-parallel-size", "2"], "data parallelism"),
         (["--api-server-count", "2"], "several API servers"),
     ],
@@ -128,14 +146,17 @@ def test_vocabularies_that_differ_are_refused_with_the_token_that_does(models: d
 def test_doctor_shows_that_every_site_and_auxiliary_model_obeys(models: dict[str, str], tmp_path: Path) -> None:
     vectors = save_vectors(tmp_path / "vectors")
     aux = ("--aux", f"expert={models['expert']}", "--aux", f"anti={models['anti']}")
-    answer = run("doctor", models["base"], *FLAGS, *aux, "--vectors", str(vectors))
+    hooks = ("--steering-sites", "mlp_in", "--steering-sites", "attention", "--max-dose", "0.5")
+    answer = run("doctor", models["base"], *FLAGS, *aux, *hooks, "--vectors", str(vectors))
     assert answer.returncode == 0, answer.stderr[-2000:]
     lines = answer.stdout.splitlines()  # vLLM logs to stdout too
     head, verdict = (next(line for line in lines if re.match(start, line)) for start in ("vLLM ", r"\d+ of "))
     findings = lines[lines.index(head) + 1 : lines.index(verdict)]
     assert head.startswith(f"vLLM {vllm_version()}, model runner v1, LlamaForCausalLM, pid ")
-    sites = [f"{site} of layer {layer}" for layer in range(LAYERS) for site in ("resid_post", "attn_head")]
-    wanted = [*sites, "auxiliary model expert", "auxiliary model anti"]
+    # those of every server, those that the vectors need, and those asked for; the stream between blocks is one place
+    hooked = ("resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in")
+    sites = [f"{site} of layer {layer}" for layer in range(LAYERS) for site in hooked]
+    wanted = ["resid_pre of layer 0", *sites, "auxiliary model expert", "auxiliary model anti"]
     assert sorted(findings) == sorted(f"ok   {what}: edit changes the output, scale 0 does not" for what in wanted)
     assert verdict == f"{len(wanted)} of {len(wanted)} obey"
     assert "vector 'misfit' cannot be used" in answer.stderr + answer.stdout

@@ -214,7 +214,7 @@ def test_what_cannot_be_placed_names_its_field(http: httpx.Client, steering: dic
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "why?"}]
     response = chat(http, messages, steering=steering)
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == f"steering[0].{param or 'where.exclude.messages'}"
+    assert response.json()["error"]["param"] == f"steering.{param or 'where.exclude.messages'}"
     validated = http.post("/v1/steering/validate", json={"messages": messages, "model": MODEL, "steering": steering})
     assert validated.json() == response.json()
 
@@ -226,12 +226,12 @@ def test_limits(http: httpx.Client) -> None:
         more = {} if max_tokens is None else {"max_tokens": max_tokens}
         response = http.post("/v1/completions", json={**body, "prompt": [5] * num, **more})
         assert response.status_code == status, response.text
-        assert status == 200 or response.json()["error"]["param"] == "steering[0].vector"
+        assert status == 200 or response.json()["error"]["param"] == "steering.vector"
     pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}
     response = http.post("/v1/completions", json={**body, "prompt": TEXT, "decoding": pair})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "steering[0].vector")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "steering.vector")
     where = {"messages": [{"role": "user"}]}
     response = http.post(
         "/v1/completions", json={**body, "prompt": TEXT, "steering": {"vector": "push", "where": where}}
     )
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "steering[0].where")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "steering.where")
