@@ -129,13 +129,19 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
     if placed.plan.steering is not None and placed.plan.steering.counts_from_prompt_end:
         generated = str(placed.prompt_len).encode()
 
+    plain: list[bytes] = []  # keys without the plan: each is made of the one before, however many come at once
+
     def keyed(request: Request) -> list[bytes]:
-        ends = range(block_size * (len(request.block_hashes) + 1), 1 << 62, block_size)
+        ends = range(block_size * (len(plain) + 1), 1 << 62, block_size)
+        mine, request.block_hashes = request.block_hashes, plain
+        found = hasher(request)
+        request.block_hashes = mine
+        plain.extend(found)
         return [
             hashlib.sha256(key + digest + (generated if end > placed.prompt_len else b"")).digest()
             if end > first
             else key
-            for key, end in zip(hasher(request), ends, strict=False)
+            for key, end in zip(found, ends, strict=False)
         ]
 
     request._block_hasher = keyed
