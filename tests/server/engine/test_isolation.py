@@ -77,7 +77,7 @@ def tools() -> dict[str, Tool]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    def everywhere(site: str, **parts: tuple[float, *tuple[int, ...]]) -> dict[str, Tensor]:
+    def everywhere(site: str, **parts: Any) -> dict[str, Tensor]:
         return {f"{site}.{layer}.{part}": a * normal(*n) for layer in range(3) for part, (a, *n) in parts.items()}
 
     scales = [{"scale": scale} for scale in (-1.0, 0.6, 1.5)]
@@ -162,7 +162,9 @@ def random_plans(vectors: dict[str, Vector], kit: dict[str, Tool]) -> list[Reque
             if chance.random() < 0.4:
                 said["schedule"] = chance.choice(SCHEDULES)
             params = SteeringParams.model_validate(said)
-            planner.add(params, chance.choice(kit[name].settings), vectors[name], params.when and vectors["probe"])
+            planner.add(
+                params, chance.choice(kit[name].settings), vectors[name], vectors["probe"] if params.when else None
+            )
         found.append(plan(planner.plan))
     return found
 
@@ -394,7 +396,9 @@ def happens(steering: SteeringPlan | None, tokens: list[int], prompt_len: int, p
         return any(start <= position and (end is None or position < end) for start, end in intervals)
 
     found: list[Any] = []
-    for edit, where in ((planned.edit, planned.where) for planned in steering.edits) if steering else ():
+    if steering is None:
+        return found
+    for edit, where in ((planned.edit, planned.where) for planned in steering.edits):
         gate, is_special = edit.gate, tokens[position] in where.token_ids
         if not inside((where.intervals_at_tokens if is_special else where.intervals)(prompt_len)):
             continue
@@ -446,3 +450,13 @@ def test_a_request_that_comes_back_keeps_what_was_read() -> None:
     assert steerer.history[:, 0].tolist() == [2.0] * 3
     steerer.note_requests(["one"], ())
     assert len(steerer._free_histories) == 3
+
+
+@given(steering=some_plans(), prompt_len=st.integers(1, 7 * KEYED), later=st.integers(1, 6 * KEYED))
+@settings(max_examples=100, deadline=None)
+def test_what_was_generated_has_the_keys_of_a_prompt(
+    steering: SteeringPlan | None, prompt_len: int, later: int
+) -> None:
+    """Keys do not depend on how many are made at once: a continuation finds what was generated before it."""
+    chosen = None if steering is None else RequestPlan(steering)
+    assert keys(TOKENS, prompt_len, chosen, later) == keys(TOKENS, prompt_len, chosen)

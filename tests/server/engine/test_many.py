@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, plan
+from modes import a_core_for_each_rank, v2_on_cpu
 from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,6 @@ from whipstaff.steering.plan import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Region, Where
 
-from .test_exact import a_core_for_each_rank, v2_on_cpu
 from .test_isolation import SCHEDULES, TOLERANCE, WHENS, WHERES, counters, difference
 
 pytestmark = pytest.mark.engine
@@ -59,10 +59,10 @@ def files() -> dict[str, File]:
     def normal(*shape: int, size: float = 1.0) -> Tensor:
         return size * torch.randn(shape, generator=generator)
 
-    def stream(**parts: tuple[float, *tuple[int, ...]]) -> dict[str, Tensor]:
+    def stream(**parts: Any) -> dict[str, Tensor]:
         return {f"resid_post.{i}.{p}": normal(*n, size=a) for i in range(LAYERS) for p, (a, *n) in parts.items()}
 
-    def heads(**parts: tuple[float, *tuple[int, ...]]) -> dict[str, Tensor]:
+    def heads(**parts: Any) -> dict[str, Tensor]:
         return {f"attn_head.{i}.{p}": normal(HEADS, *n, size=a) for i in range(LAYERS) for p, (a, *n) in parts.items()}
 
     def autoencoder(num: int = 24) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def ask(prompt: list[int], *entries: dict[str, Any]) -> Ask:
         vector = FILES[entry["vector"]].vector
         own = {name: value for name, value in entry.items() if name not in SteeringParams.model_fields}
         said = SteeringParams.model_validate({name: value for name, value in entry.items() if name not in own})
-        planner.add(said, own, vector, said.when and FILES["probe"].vector)
+        planner.add(said, own, vector, FILES["probe"].vector if said.when else None)
     return Ask(prompt, plan(planner.plan) if entries else None, NUM_TOKENS, {"logprobs": 0})
 
 
@@ -316,8 +316,9 @@ def test_model_runner_v2_says_the_same(answers: Answers, path: str) -> None:
     """Every second of the conditional, scheduled ones, some of low rank, some plain; with blocks for a few, so that
     requests are preempted and come back."""
     asks = [*configurations(), *plain()]
-    chosen = [i for i, one in enumerate(asks) if one.plan and one.plan.steering.num_columns][::2]
-    chosen += [i for i, one in enumerate(asks) if one.plan and len(one.plan.steering.edits) == 1][-12::3]
+    plans = [one.plan.steering if one.plan else None for one in asks]
+    chosen = [i for i, one in enumerate(plans) if one and one.num_columns][::2]
+    chosen += [i for i, one in enumerate(plans) if one and len(one.edits) == 1][-12::3]
     chosen += [len(asks) - 1]
     with v2_on_cpu():
         engine = start(path, max_num_seqs=len(chosen), num_gpu_blocks_override=9, served_model_name="v2")
