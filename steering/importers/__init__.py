@@ -1,0 +1,140 @@
+"""The table of foreign formats. Adding one is a class in a file here and a line below.
+
+`import_file` never runs what it reads; formats that are pickles are for `whipstaff vectors convert --unsafe-pickle`,
+which is `import_pickle`, in a process of its own, and never for a server.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from whipstaff.steering.artifacts import Header, packed, parse
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.added import CAAFiles, EasySteer, RefusalDirection, XLVLMs
+from whipstaff.steering.importers.function_vector import FunctionVectorFiles
+from whipstaff.steering.importers.gguf import Repeng
+from whipstaff.steering.importers.honest_llama import Baked, HonestLlama
+from whipstaff.steering.importers.importer import COMMON, Draft, Hints, Importer
+from whipstaff.steering.importers.lofit import LoFiTFiles
+from whipstaff.steering.importers.peft import PEFT
+from whipstaff.steering.importers.pickles import AngularFile, Pickle, TaRotFile, unpickled
+from whipstaff.steering.importers.pyvene import Projection, Pyvene
+from whipstaff.steering.importers.sae import GemmaScope, SAELens, Sparsify
+from whipstaff.steering.importers.site import SITEFiles
+from whipstaff.steering.importers.soft_prompt import DRO, SPRING
+from whipstaff.steering.importers.source import Source
+from whipstaff.steering.shape import ModelShape
+
+FORMATS: dict[str, Importer] = {
+    importer.name: importer
+    for importer in (
+        Repeng(),
+        HonestLlama(),
+        Baked(),
+        LoFiTFiles(),
+        SITEFiles(),
+        FunctionVectorFiles(),
+        CAAFiles(),
+        EasySteer(),
+        XLVLMs(),
+        RefusalDirection(),
+        Projection(),
+        Pyvene(),
+        SAELens(),
+        GemmaScope(),
+        Sparsify(),
+        PEFT(),
+        SPRING(),
+        DRO(),
+    )
+}
+PICKLES: dict[str, Pickle] = {pickle.name: pickle for pickle in (AngularFile(), TaRotFile())}
+
+
+def detect(path: Path) -> str:
+    """The name of the format of a file or folder. Raises: SteeringError if there is none, or more than one."""
+    return _detected(Source(path))
+
+
+def import_file(
+    path: Path, model: ModelShape, format: str | None = None, **hints: Any
+) -> tuple[Header, dict[str, Tensor]]:
+    """A foreign file or folder as a vector for `model`; `hints` are fields of `Hints`.
+
+    Raises: SteeringError; its `param` names the hint that is missing or wrong.
+    """
+    source = Source(path)
+    name = _detected(source) if format is None else format
+    if name not in FORMATS:
+        wanted = f"convert it with --unsafe-pickle: {PICKLES[name].files}" if name in PICKLES else ", ".join(FORMATS)
+        raise SteeringError(f"{name!r} is no format that is read here; {wanted}", "format")
+    said = _hints(FORMATS[name].takes, name, hints)
+    return _finished(name, source, FORMATS[name].draft(source, model, said), model, said)
+
+
+def import_pickle(
+    path: Path, model: ModelShape, format: str | None = None, **hints: Any
+) -> tuple[Header, dict[str, Tensor]]:
+    """As `import_file`, for formats that are pickles: the file is unpickled, restricted, in a process of its own."""
+    source = Source(path)
+    content = unpickled(source.file(source.name))
+    found = [name for name, pickle in PICKLES.items() if pickle.knows(content)] if format is None else [format]
+    if len(found) != 1 or found[0] not in PICKLES:
+        known = "; ".join(f"{pickle.name}: {pickle.files}" for pickle in PICKLES.values())
+        raise SteeringError(f"{source.name} is none of the pickles known here ({known})", "format")
+    pickle = PICKLES[found[0]]
+    said = _hints(pickle.takes, found[0], hints)
+    return _finished(found[0], source, pickle.draft(content, model, said), model, said)
+
+
+def _detected(source: Source) -> str:
+    found = [name for name, importer in FORMATS.items() if importer.claims(source)]
+    if len(found) > 1:
+        raise SteeringError(f"{source.name} may be {' or '.join(found)}; say which", "format")
+    if not found:
+        if not source.is_folder and source.name.endswith(".npy"):
+            raise SteeringError(f"{source.name} is {PICKLES['angular'].files}; convert it offline with --unsafe-pickle")
+        known = "; ".join(f"{name}: {importer.files}" for name, importer in FORMATS.items())
+        raise SteeringError(f"{source.name} has no format that is known here. Known are {known}", "format")
+    return found[0]
+
+
+def _hints(takes: frozenset[str], name: str, said: dict[str, Any]) -> Hints:
+    given = {key: value for key, value in said.items() if value is not None}
+    try:
+        hints = Hints.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise SteeringError(f"{path}: {first['msg']}", path) from error
+    for key in given:
+        if key not in takes | COMMON:
+            raise SteeringError(f"{name} has no use for {key}; it takes {', '.join(sorted(takes | COMMON))}", key)
+    return hints
+
+
+def _finished(
+    name: str, source: Source, draft: Draft, model: ModelShape, hints: Hints
+) -> tuple[Header, dict[str, Tensor]]:
+    """The header, checked with the tensors as a server would."""
+    said_name = source.name.encode(errors="replace").decode()
+    provenance: dict[str, Any] = {"format": name, "source": said_name, "sha256": source.digest}
+    if draft.notes:
+        provenance["warnings"] = list(draft.notes)[:64]
+    if said := hints.model_dump(exclude_defaults=True, exclude=set(COMMON)):
+        provenance["hints"] = {key: v.name if isinstance(v, Path) else v for key, v in said.items()}
+    header = Header(
+        method=draft.method,
+        model=draft.model or model,
+        scale=hints.scale,
+        defaults={**draft.defaults, **hints.defaults},
+        where=draft.where if hints.where is None else hints.where,
+        description=hints.description,
+        provenance=provenance,
+        licence=hints.licence,
+    )
+    tensors = dict(draft.tensors)
+    parse(packed(header, tensors))
+    return header, tensors

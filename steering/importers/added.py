@@ -1,0 +1,129 @@
+"""Torch files of single vectors that are added to the stream.
+
+caa        vec_layer_{l}_{model}.pt, one tensor each (nrimsky/CAA), or a folder of them
+easysteer  a bare vector whose layer is a request's business there (ZJU-REAL/EasySteer, `direct`)
+xl_vlms    a dict with steering_vector, or steering_vector_concept_{i}_to_{j} (mshukor/xl-vlms)
+refusal    direction.pt beside direction_metadata.json with its layer (andyrdt/refusal_direction)
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
+from whipstaff.steering.importers.source import Source, numbers
+from whipstaff.steering.shape import ModelShape
+
+_CAA = re.compile(r"vec_layer_(\d{1,4})_.*\.pt")
+_ADDING = {"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector"}
+_TURNING = {"add_direction", "directional_ablation", "directional_patch"}
+
+
+class CAAFiles(Importer):
+    name, files = "caa", "vec_layer_{l}_{model}.pt, or a folder of them"
+    takes = frozenset({"layer"})
+
+    def claims(self, source: Source) -> bool:
+        return any(_CAA.fullmatch(name) for name in source.names)
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        tensors: dict[str, Tensor] = {}
+        for name in source.names:
+            match = _CAA.fullmatch(name)
+            if match is None and source.is_folder:
+                continue
+            layer = layer_of(hints, model, int(match[1]) if match else None)
+            place = f"resid_post.{layer}.add"
+            if place in tensors:
+                raise SteeringError(f"two files hold the vector of layer {layer}; name one of them")
+            tensors[place] = numbers(name, _flat(source.torch(name)), model.hidden_size)
+        if not tensors:
+            raise SteeringError(f"{source.name} holds no files vec_layer_{{l}}_{{model}}.pt")
+        return Draft("caa", tensors)
+
+
+class EasySteer(Importer):
+    name, files = (
+        "easysteer",
+        "a bare vector [hidden] in a .pt file (EasySteer and others; EasySteer's .gguf is repeng)",
+    )
+    takes = frozenset({"layer", "site", "method"})
+
+    def claims(self, source: Source) -> bool:
+        tensor = bare_tensor(source)
+        named = ("vec_layer_", "direction.pt", "function_vector", "added_token_embeddings")
+        return tensor is not None and _flat(tensor).ndim == 1 and not any(name in source.name for name in named)
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        method = hints.method or ("control_vector" if hints.site in (None, "resid_post") else "vector")
+        if method not in _ADDING:
+            raise SteeringError(
+                f"the file is one vector; methods that add it are {', '.join(sorted(_ADDING))}", "method"
+            )
+        tensor = numbers(source.name, _flat(source.torch(source.name)), model.width(hints.site or "resid_post"))
+        if hints.site == "attn_head":
+            tensor = tensor.view(model.num_heads, model.head_dim)
+        place = f"{hints.site or 'resid_post'}.{layer_of(hints, model)}.add"
+        return Draft(method, {place: tensor}, where=None if hints.method else "all")
+
+
+class XLVLMs(Importer):
+    name, files = "xl_vlms", "a .pth dict with steering_vector, or steering_vector_concept_{i}_to_{j}"
+    takes = frozenset({"layer", "key"})
+
+    def claims(self, source: Source) -> bool:
+        found = None if source.is_folder or not is_torch(source.name) else source.torch(source.name)
+        return isinstance(found, Mapping) and any(str(key).startswith("steering_vector") for key in found)
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        found = dict(source.tensors(source.name))
+        vectors = {key: _flat(tensor) for key, tensor in found.items() if key.startswith("steering_vector")}
+        single = sorted(key for key, tensor in vectors.items() if tensor.ndim == 1)
+        key = hints.key or ("steering_vector" if "steering_vector" in single else None)
+        if key not in single:
+            raise SteeringError(f"say which of the file's vectors is meant: {', '.join(single)[:2000]}", "key")
+        tensor = numbers(key, vectors[key], model.hidden_size)
+        return Draft("shift_vector", {f"resid_post.{layer_of(hints, model)}.add": tensor})
+
+
+class RefusalDirection(Importer):
+    name, files = "refusal", "direction.pt, with its layer in direction_metadata.json"
+    takes = frozenset({"layer", "method"})
+
+    def claims(self, source: Source) -> bool:
+        return "direction.pt" in source.names
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        method = hints.method or "add_direction"
+        if method not in _TURNING:
+            raise SteeringError(f"methods of one direction are {', '.join(sorted(_TURNING))}", "method")
+        name = "direction.pt" if source.is_folder else source.name
+        tensor = numbers(name, _flat(source.torch(name)), model.hidden_size)
+        if method == "directional_ablation" and hints.layer is None:
+            return Draft(method, {"direction": tensor})
+        stated = None
+        if "direction_metadata.json" in source.names:
+            stated = source.json("direction_metadata.json").get("layer")
+        layer = layer_of(hints, model, stated if isinstance(stated, int) else None)
+        return Draft(method, {f"resid_pre.{layer}.direction": tensor})
+
+
+def is_torch(name: str) -> bool:
+    return name.endswith((".pt", ".pth", ".bin"))
+
+
+def bare_tensor(source: Source) -> Tensor | None:
+    """The tensor that is all that a torch file holds."""
+    if source.is_folder or not is_torch(source.name):
+        return None
+    found = source.torch(source.name)
+    return found if isinstance(found, Tensor) else None
+
+
+def _flat(tensor: object) -> Tensor:
+    """[1, hidden] as [hidden]."""
+    if not isinstance(tensor, Tensor):
+        raise SteeringError("the file holds no bare tensor")
+    return tensor[0] if tensor.ndim == 2 and len(tensor) == 1 else tensor

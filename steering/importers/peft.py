@@ -1,0 +1,74 @@
+"""PEFT's prompt-learning adapters (huggingface/peft): adapter_config.json and adapter_model.safetensors, or .bin.
+
+PROMPT_TUNING, P_TUNING  prompt_embeddings [tokens, hidden]                                      -> soft_prompt
+PREFIX_TUNING            prompt_embeddings [tokens, 2 * layers * kv_heads * head_dim], even K    -> prefix_kv
+ADAPTION_PROMPT          per layer adaption_prompt [1, tokens, hidden] and adaption_gate [1]     -> side_attention
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.importer import Draft, Hints, Importer
+from whipstaff.steering.importers.source import Source, numbers
+from whipstaff.steering.shape import ModelShape
+
+_ADAPTION = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.self_attn\.adaption_(prompt|gate)")
+
+
+class PEFT(Importer):
+    name, files = "peft", "a folder with adapter_config.json: prompt tuning, prefix tuning, LLaMA-Adapter"
+
+    def claims(self, source: Source) -> bool:
+        return "adapter_config.json" in source.names
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        config = source.json("adapter_config.json")
+        kind = config.get("peft_type")
+        name = next((n for n in ("adapter_model.safetensors", "adapter_model.bin") if n in source.names), None)
+        if name is None:
+            raise SteeringError(f"{source.name} has no adapter_model.safetensors")
+        if config.get("num_transformer_submodules") not in (None, 1):
+            raise SteeringError("the adapter is for an encoder-decoder model")
+        found = dict(source.tensors(name))
+        if kind in ("PROMPT_TUNING", "P_TUNING"):
+            return Draft(
+                "soft_prompt", {"rows": numbers(name, found.get("prompt_embeddings"), None, model.hidden_size)}
+            )
+        if kind == "PREFIX_TUNING":
+            return _prefix(found.get("prompt_embeddings"), model)
+        if kind == "ADAPTION_PROMPT":
+            return _adaption(found, model)
+        raise SteeringError(f"adapters of type {kind!r} change weights or are unknown; vLLM itself serves LoRA")
+
+
+def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:
+    rows = numbers("prompt_embeddings", stored, None, None)
+    num_kv_heads, rest = divmod(rows.shape[1], 2 * model.num_layers * model.head_dim)
+    if rest or not num_kv_heads or model.num_kv_heads not in (0, num_kv_heads):
+        raise SteeringError(
+            f"prompt_embeddings has {rows.shape[1]} columns, wanted 2 * {model.num_layers} layers * "
+            f"{model.num_kv_heads or 'some'} kv heads * {model.head_dim}"
+        )
+    states = rows.view(len(rows), model.num_layers, 2, num_kv_heads, model.head_dim)
+    tensors = {
+        f"attn_head.{layer}.{part}": states[:, layer, index].clone()
+        for layer in range(model.num_layers)
+        for index, part in enumerate(("key", "value"))
+    }
+    return Draft("prefix_kv", tensors, model=model.model_copy(update={"num_kv_heads": num_kv_heads}))
+
+
+def _adaption(found: Mapping[str, Tensor], model: ModelShape) -> Draft:
+    tensors = {}
+    for key, tensor in found.items():
+        match = _ADAPTION.fullmatch(key)
+        if match is None:
+            raise SteeringError(f"{key[:128]!r} is no adaption prompt of a layer's self_attn (GPT-2's form has no W_o)")
+        if match[2] == "gate":
+            tensors[f"attn_head.{match[1]}.gate"] = numbers(key, tensor, 1)
+        else:
+            tensors[f"attn_head.{match[1]}.tokens"] = numbers(key, tensor, 1, None, model.hidden_size)[0]
+    return Draft("side_attention", tensors)

@@ -1,0 +1,37 @@
+"""Soft prompts beyond PEFT's.
+
+spring  added_token_embeddings.pt, a bare tensor [tokens, hidden] (DaoD/SPRING)
+dro     soft_prompt in a safetensors file, or .pt (chujiezheng/LLM-Safeguard)
+"""
+
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.added import bare_tensor
+from whipstaff.steering.importers.importer import Draft, Hints, Importer
+from whipstaff.steering.importers.source import Source, numbers
+from whipstaff.steering.shape import ModelShape
+
+
+class SPRING(Importer):
+    name, files = "spring", "added_token_embeddings.pt, a bare tensor [tokens, hidden]"
+
+    def claims(self, source: Source) -> bool:
+        tensor = bare_tensor(source)
+        return tensor is not None and tensor.ndim == 2 and (len(tensor) > 1 or "embeddings" in source.name)
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        return Draft("soft_prompt", {"rows": numbers(source.name, source.torch(source.name), None, model.hidden_size)})
+
+
+class DRO(Importer):
+    name, files = "dro", "a safetensors file with soft_prompt [tokens, hidden]"
+
+    def claims(self, source: Source) -> bool:
+        if source.is_folder or not source.name.endswith(".safetensors"):
+            return False
+        return any(key == "soft_prompt" for key, _ in source.tensors(source.name))
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        for key, tensor in source.tensors(source.name):
+            if key == "soft_prompt":
+                return Draft("soft_prompt", {"rows": numbers(key, tensor, None, model.hidden_size)})
+        raise SteeringError(f"{source.name} has no tensor soft_prompt")

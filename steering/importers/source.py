@@ -1,0 +1,251 @@
+"""Reading foreign files: bounded, and nothing in them is executed.
+
+A `Source` is the file or folder that a user named. Names inside it are matched against its own listing, so that no file
+can point elsewhere. Torch files are loaded with weights_only and mapped, safetensors by their library, arrays of numpy
+without pickle. Whatever is wrong is a SteeringError.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from whipstaff.steering.artifacts import MAX_BYTES
+from whipstaff.steering.errors import SteeringError
+
+MAX_JSON = 16 << 20
+MAX_FILES = 4096  # of a folder
+MAX_TENSORS = 1 << 16  # named in one file
+_FORMAT: Any = np.lib.format  # not annotated
+_CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+class Source:
+    """A file or a folder. `file` and `names` answer for both: a file is the only name of itself."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise SteeringError(f"{path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
+            raise SteeringError(f"{path} is neither a file nor a folder")
+        self.path = path
+        self._torch: dict[str, Any] = {}
+        self._read: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the folder's files, without those of folders in it; or the file's own."""
+        if not self.is_folder:
+            return [self.name]
+        found = sorted(each.name for each in self.path.iterdir() if each.is_file())
+        if len(found) > MAX_FILES:
+            raise SteeringError(f"{self.name} has {len(found)} files; at most {MAX_FILES} are looked at")
+        return found
+
+    def file(self, name: str) -> Path:
+        """One of `names`."""
+        if name not in self.names:
+            raise SteeringError(f"{self.name} has no file {name!r}")
+        self._read.add(name)
+        return self.path / name if self.is_folder else self.path
+
+    def json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads(_bytes(self.file(name), MAX_JSON))
+        except (ValueError, RecursionError) as error:
+            raise SteeringError(f"{name} is not sound JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise SteeringError(f"{name} holds no JSON object")
+        return found
+
+    def torch(self, name: str) -> Any:
+        """What a torch file holds, read once."""
+        if name not in self._torch:
+            self._torch[name] = read_torch(self.file(name))
+        return self._torch[name]
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of a checkpoint file, safetensors or torch's, one at a time."""
+        if name.endswith(".safetensors"):
+            yield from read_safetensors(self.file(name))
+            return
+        found = self.torch(name)
+        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+            raise SteeringError(f"{name} holds no named tensors")
+        yield from ((key, value) for key, value in found.items() if isinstance(value, Tensor))
+
+    def checkpoints(self) -> list[str]:
+        """The names of files with weights, safetensors only where there are both."""
+        kinds = [[name for name in self.names if name.endswith(suffix)] for suffix in _CHECKPOINTS]
+        return next((names for names in kinds if names), [])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the files that were read; of their names and sizes where they are too large to be vectors."""
+        digest = hashlib.sha256()
+        for name in sorted(self._read):
+            path = self.file(name)
+            size = path.stat().st_size
+            digest.update(f"{name if self.is_folder else ''}\0{size}\0".encode(errors="surrogateescape"))
+            if size <= MAX_BYTES:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def read_torch(path: Path) -> Any:
+    """A torch file with tensors, dicts and lists only; the tensors are the mapped file.
+
+    Mapped, a tensor that claims more than its storage holds is refused instead of grown.
+    """
+    _check_zip(path, "torch file in the zip format (torch 1.6 or later); load and save it again with a newer torch")
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:  # torch's reader fails on bad bytes in any way it likes
+        raise SteeringError(f"{path.name} is refused by torch's safe loader: {_first_line(error)}") from error
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise SteeringError(f"{path.name} names {len(names)} tensors")
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if isinstance(error, SteeringError):
+            raise
+        raise SteeringError(f"{path.name} is not a sound safetensors file: {_first_line(error)}") from error
+
+
+def read_npy(path: Path) -> np.ndarray[Any, Any]:
+    """An array of numbers, mapped. Raises: SteeringError, also for arrays of objects, which are pickles."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        shape, dtype, fortran = _npy_header(file, path.name)
+        offset = file.tell()
+    _check_length(path.name, shape, dtype, size - offset)
+    if 0 in shape:
+        raise SteeringError(f"{path.name} is an empty array")
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def read_npz(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The arrays of an archive, one at a time."""
+    for info in _check_zip(path, "npz archive", are_stored=False):
+        name = info.filename.removesuffix(".npy")
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+                data = member.read(info.file_size + 1)
+        except Exception as error:  # zipfile fails on bad bytes in many ways
+            raise SteeringError(f"{path.name}: member {name!r} is damaged: {_first_line(error)}") from error
+        file = io.BytesIO(data)
+        shape, dtype, fortran = _npy_header(file, f"{path.name}: {name}")
+        _check_length(f"{path.name}: {name}", shape, dtype, len(data) - file.tell())
+        array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+        yield name, as_tensor(array)
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """A copy in the machine's byte order."""
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def numbers(name: str, tensor: object, *shape: int | None) -> Tensor:
+    """`tensor` as float32 of that shape, None for any size. Raises: SteeringError."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise SteeringError(f"{name} is no plain tensor")
+    if not tensor.dtype.is_floating_point:
+        raise SteeringError(f"{name} has dtype {tensor.dtype}, wanted a floating-point one")
+    if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise SteeringError(f"{name} has shape {list(tensor.shape)}, wanted [{wanted}]")
+    if tensor.numel() * 4 > MAX_BYTES:  # strides of 0 make little files large
+        raise SteeringError(f"{name} has {tensor.numel()} numbers; a vector file has at most {MAX_BYTES} bytes")
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def is_object_array(path: Path) -> bool:
+    """Whether a .npy file is a pickle of Python objects."""
+    try:
+        with path.open("rb") as file:
+            version = _FORMAT.read_magic(file)
+            return bool(_header_of(file, version)[2].hasobject)
+    except (ValueError, OSError):
+        return False
+
+
+def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    try:
+        shape, fortran, dtype = _header_of(file, _FORMAT.read_magic(file))
+    except Exception as error:  # numpy parses the header as a Python literal
+        raise SteeringError(f"{name} is not a sound .npy array: {_first_line(error)}") from error
+    if dtype.hasobject:
+        raise SteeringError(f"{name} is a pickle, which can run code when it is read; convert it offline")
+    if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype.shape:
+        raise SteeringError(f"{name} has dtype {dtype}, wanted numbers of at most 64 bits")
+    if len(shape) > 8 or any(size < 0 for size in shape):
+        raise SteeringError(f"{name} has shape {list(shape)}")
+    return shape, dtype, fortran
+
+
+def _header_of(file: Any, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format")
+    shape, fortran, dtype = getattr(_FORMAT, f"read_array_header_{version[0]}_0")(file)
+    return shape, fortran, dtype
+
+
+def _check_length(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], num_bytes: int) -> None:
+    wanted = dtype.itemsize
+    for size in shape:
+        wanted *= size
+    if wanted != num_bytes:
+        raise SteeringError(f"{name} says {list(shape)} of {dtype}, {wanted} bytes, and has {num_bytes}")
+
+
+def _check_zip(path: Path, what: str, are_stored: bool = True) -> list[zipfile.ZipInfo]:
+    """The members of an archive that does not blow up."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # see above
+        raise SteeringError(f"{path.name} is no {what}: {_first_line(error)}") from error
+    if len(members) > MAX_TENSORS:
+        raise SteeringError(f"{path.name} has {len(members)} members")
+    if are_stored and any(each.compress_type != zipfile.ZIP_STORED for each in members):
+        raise SteeringError(f"{path.name} is a compressed archive; torch writes none")
+    if not are_stored and sum(each.file_size for each in members) > MAX_BYTES:
+        raise SteeringError(f"{path.name} unpacks to more than {MAX_BYTES} bytes")
+    return members
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise SteeringError(f"{path.name} has more than {most} bytes")
+    return data
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
