@@ -31,7 +31,8 @@ from whipstaff.server import demo
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
-from whipstaff.steering.plan import Planner, SteeringParams, SteeringPlan
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 
 PROMPT_LEN, MAX_TOKENS, NUM_CONFIGS = 32, 48, 256

@@ -10,6 +10,7 @@ from whipstaff.server.errors import BadRequest, Unavailable, bad_field, field_pa
 from whipstaff.server.placing import SoftPrompt
 from whipstaff.server.steered import Steered, largest_dose
 from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.experts import RoutingError
 from whipstaff.steering.growth import MAX_GROWTH, growth
@@ -21,7 +22,8 @@ from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
 from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.ops import Directions
-from whipstaff.steering.plan import OWN_FIELDS, PlannedEdit, PlannedSpecial, Planner, SteeringParams, edits_of, weigh
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial
+from whipstaff.steering.planner import OWN_FIELDS, Planner, SteeringParams
 from whipstaff.steering.sites import canonical
 
 _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit

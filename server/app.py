@@ -19,9 +19,9 @@ from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.registry import Registry, VectorFile, read_vectors
 from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
+from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import Lengths
 from whipstaff.steering.shape import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply

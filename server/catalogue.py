@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from whipstaff.server.registry import Registry
+from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import Lengths
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
-from whipstaff.steering.plan import SteeringParams
+from whipstaff.steering.planner import SteeringParams
 
 _OF_ACTIVATIONS = ("layers", "when", "schedule", "normalize", "renorm")
 _MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows": ("where", *_OF_ACTIVATIONS)}

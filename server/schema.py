@@ -18,12 +18,8 @@ from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnf
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import (
-    MAX_EDITS,
-    Planner,
-    SteeringPlan,
-    num_slots,
-)
+from whipstaff.steering.plan import SteeringPlan, num_slots
+from whipstaff.steering.planner import MAX_EDITS, Planner
 
 PLAIN = "plain"
 SEVERAL = "several"

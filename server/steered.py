@@ -13,17 +13,11 @@ from whipstaff.server.placing import SoftPrompt
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.conditions import Readings, fired
 from whipstaff.steering.dose import Dose
+from whipstaff.steering.edits import Lengths, strongest
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams
-from whipstaff.steering.plan import (
-    Lengths,
-    PlannedEdit,
-    PlannedSpecial,
-    Planner,
-    SteeringParams,
-    SteeringPlan,
-    strongest,
-)
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN
 from whipstaff.steering.where import Interval
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Op as Code
 from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, RowSpecial, edits_of
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, RowSpecial
 from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
 from whipstaff.steering.sites import pool_of
 

@@ -19,8 +19,9 @@ from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.server.engine.selftest import describe
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.steering.edits import weigh
 from whipstaff.steering.needs import Hook
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan, weigh
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 

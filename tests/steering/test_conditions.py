@@ -17,7 +17,8 @@ from whipstaff.steering.artifacts import Header, Vector, parse
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When, fired
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.ops import Diagonal
-from whipstaff.steering.plan import Planner, SteeringParams, SteeringPlan
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN, Gate, Step, assemble
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Region, Where

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.steering.artifacts import Header, Vector, parse
+from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import Row, RowEdit, edits_of, num_slots, weigh
+from whipstaff.steering.plan import Row, RowEdit, num_slots
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 

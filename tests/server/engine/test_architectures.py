@@ -19,7 +19,8 @@ from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.ops import Diagonal
-from whipstaff.steering.plan import Planner, SteeringParams, SteeringPlan
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.where import Where
 

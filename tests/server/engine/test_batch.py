@@ -1,5 +1,6 @@
-"""Both runner adapters give the same view of a step, and the steerer turns it into the right slot for every token."""
+"""Both runner adapters give the same view of a step, and the steerer says what happens to every token."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from whipstaff.server.engine.batch import BatchView
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.steerer import NOBODY, Steerer
 from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
-from whipstaff.steering.slots import NO_SLOT
+from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
 
 CLAUSES = [
@@ -35,7 +36,7 @@ class FakeTables:
 
 
 def placed(clauses: list[int], prompt_len: int) -> PlacedPlan:
-    edits = tuple(PlannedEdit(RowEdit(f"vector {c}", 1.0, None), CLAUSES[c]) for c in clauses)
+    edits = tuple(PlannedEdit(RowEdit(f"vector {c}", "{}", None), CLAUSES[c]) for c in clauses)
     return PlacedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
 
 
@@ -82,14 +83,14 @@ def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]
         lengths = [length for *_, length in requests]
         starts = np.cumsum([0, *lengths]).astype(np.int32)
         view = BatchView(plans, starts, np.array([position for _, _, position, _ in requests], np.int32))
-        made.begin_step(view)
+        made.begin_step(replace(view, requests=[str(index) for index in range(len(plans))]), None)
         expected = []
         for plan, (_, _, position, length) in zip(plans, requests, strict=True):
             for p in range(position, position + length):
                 rows = (
-                    [row for start, end, row in plan.segments if start <= p and (end is None or p < end)]
+                    [row for start, end, row, _ in plan.segments if start <= p and (end is None or p < end)]
                     if plan
                     else []
                 )
-                expected.append(made.tables.slots[rows[0]] if rows else NO_SLOT)  # type: ignore[union-attr]
-        assert made.slots.tolist() == expected + [NO_SLOT] * (256 - len(expected))
+                expected.append(made.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[union-attr]
+        assert made.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))

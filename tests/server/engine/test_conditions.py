@@ -25,7 +25,7 @@ from whipstaff.server.engine.launch import NUM_HISTORIES
 from whipstaff.server.engine.request import RequestPlan
 from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.conditions import fired
-from whipstaff.steering.plan import Planner, SteeringParams
+from whipstaff.steering.planner import Planner, SteeringParams
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,8 @@ from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.conditions import Schedule
-from whipstaff.steering.plan import PlannedEdit, PlannedProbe, Planner, RowEdit, RowProbe, SteeringParams, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, PlannedProbe, RowEdit, RowProbe, SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.where import Interval, Region, Where
 

@@ -1,0 +1,101 @@
+"""What one entry of a request does at each place: its ops, what they take of the tables, and how far they reach."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.dose import Dose, dose, largest
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.growth import Bound, bound
+from whipstaff.steering.method import EditParams, Place, Scaled
+from whipstaff.steering.ops import Diagonal, Op
+from whipstaff.steering.plan import RowEdit
+from whipstaff.steering.programs import OPEN, Program, Step, assemble
+from whipstaff.steering.sites import canonical, pool_of
+
+
+def edits_of(vector: Vector, edit: RowEdit) -> dict[Place, tuple[Op, ...]]:
+    """What an edit does at each place, by the place's canonical name."""
+    params = vector.method.params.model_validate_json(edit.setting)
+    found: dict[Place, tuple[Op, ...]] = {}
+    for place, tensors in vector.tensors.items():
+        if edit.layers is None or place.layer in edit.layers:
+            ops = tuple(_made(vector, edit, params, place, tensors))
+            if ops:
+                found[canonical(place)] = (*found.get(canonical(place), ()), *ops)
+    return found
+
+
+def _made(vector: Vector, edit: RowEdit, params: EditParams, place: Place, tensors: Any) -> Sequence[Op]:
+    method, model = vector.method, vector.header.model
+    if not edit.normalize:
+        return method.ops(tensors, params, place, model)
+    assert isinstance(params, Scaled)
+    ops = method.ops(tensors, params.model_copy(update={"scale": 1.0}), place, model)
+    adds = [op.add for op in ops if isinstance(op, Diagonal) and op.add is not None and op.add.any()]
+    return [Diagonal(None, params.scale * add / add.norm()) for add in adds]
+
+
+def _only_adds(op: Op) -> bool:
+    return isinstance(op, Diagonal) and op.mul is None
+
+
+class Weight(NamedTuple):
+    """What an edit takes of the engine's tables, and how far it reaches."""
+
+    num_lines: int
+    num_instructions: int
+    bounds: tuple[tuple[Place, Bound], ...]
+    only_adds: bool  # and so commutes with others that do
+
+
+def weigh(vector: Vector, edit: RowEdit) -> Weight:
+    """Raises: SteeringError when the edit cannot be made so."""
+    return _weigh(vector, edit._replace(gate=OPEN))
+
+
+@lru_cache(maxsize=1024)
+def _weigh(vector: Vector, edit: RowEdit) -> Weight:
+    if edit.normalize and not _can_normalize(vector, edit):
+        raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
+    made = edits_of(vector, edit)
+    lines: dict[str, set[int]] = {}
+    longest = 0
+    for place, ops in made.items():
+        program: Program = assemble([], [Step(ops, renorm=edit.renorm)])
+        lines.setdefault(pool_of(place.site), set()).update(line.data_ptr() for line in program.lines)
+        longest = max(longest, len(program.codes))
+    bounds = tuple((place, bound(ops)) for place, ops in sorted(made.items(), key=lambda item: item[0].layer))
+    only_adds = not edit.renorm and all(_only_adds(op) for ops in made.values() for op in ops)
+    return Weight(max(map(len, lines.values()), default=0), longest + _GATE_SIZE, bounds, only_adds)
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """The usual length of activations at every place of the served model."""
+
+    by_place: Mapping[Place, float]
+
+
+@lru_cache(maxsize=1024)
+def strongest(vector: Vector, edit: RowEdit, lengths: Lengths) -> Dose | None:
+    """The largest relative dose of an edit, over the places whose lengths are known."""
+    known = lengths.by_place
+    return largest({place: dose(ops, known[place]) for place, ops in edits_of(vector, edit).items() if place in known})
+
+
+_GATE_SIZE = 5  # instructions of a gate and of its end
+
+
+def _can_normalize(vector: Vector, edit: RowEdit) -> bool:
+    params = vector.method.params.model_validate_json(edit.setting)
+    if not isinstance(params, Scaled):
+        return False
+    one, model = params.model_copy(update={"scale": 1.0}), vector.header.model
+    return all(
+        _only_adds(op)
+        for place, tensors in vector.tensors.items()
+        for op in vector.method.ops(tensors, one, place, model)
+    )

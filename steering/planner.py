@@ -1,0 +1,213 @@
+"""The planner: a request's entries, checked and filled up with their files' and methods' defaults, become one plan."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When
+from whipstaff.steering.edits import weigh
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.growth import Bound
+from whipstaff.steering.method import EditParams, Place
+from whipstaff.steering.methods.virtual_tokens import PrefixKV
+from whipstaff.steering.plan import (
+    PlannedEdit,
+    PlannedProbe,
+    PlannedSpecial,
+    RowEdit,
+    RowProbe,
+    RowSpecial,
+    SteeringPlan,
+)
+from whipstaff.steering.programs import Gate
+from whipstaff.steering.sites import canonical
+from whipstaff.steering.where import Clause, Region, Shorthand, Where
+
+MAX_EDITS = 32
+
+
+class SteeringParams(BaseModel):
+    """What every entry of a request's `steering` may say; its other fields are its vector's method's parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    vector: str | None = Field(None, min_length=1, max_length=256, description="name of a loaded vector")
+    method: str | None = Field(None, min_length=1, max_length=64, description="a method that needs no file, instead")
+    layers: list[int] | None = Field(
+        None, min_length=1, max_length=1024, description="0-based block indices, a subset of the vector's own"
+    )
+    where: Clause | None = Field(None, description="which tokens; the vector's own default when absent")
+    when: When | None = Field(None, description="steer only where a probe says so")
+    schedule: Schedule | None = Field(None, description="how the edit's gain changes as tokens are generated")
+    normalize: bool = Field(False, description="bring added vectors to length 1 first, so that scale is a length")
+    renorm: bool = Field(False, description="rescale every edited row to the length it had before this edit")
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "SteeringParams":
+        if (self.vector is None) == (self.method is None):
+            raise ValueError("name a vector, or a method that needs none")
+        return self
+
+
+OWN_FIELDS = frozenset(SteeringParams.model_fields)
+
+
+@dataclass
+class Planner:
+    """Compiles a request's entries, one after the other, into one plan."""
+
+    edits: list[PlannedEdit] = field(default_factory=list)
+    probes: list[PlannedProbe] = field(default_factory=list)
+    schedules: list[Schedule] = field(default_factory=list)
+    columns: list[object] = field(default_factory=list)  # what each condition of the request reads
+    bounds: list[tuple[Place, Bound]] = field(default_factory=list)
+    specials: list[PlannedSpecial] = field(default_factory=list)
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """What was added so far."""
+        column = self.columns.index("entropy") if "entropy" in self.columns else -1
+        return SteeringPlan(
+            tuple(self.edits), tuple(self.probes), tuple(self.schedules), column, specials=tuple(self.specials)
+        )
+
+    def add(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector, probe: Vector | None) -> range:
+        """Add one entry; the numbers of the planned edits that it became, with `own` as its method's parameters.
+
+        Raises: SteeringError naming the field.
+        """
+        settings = self._checked(vector, own)
+        layers = _layers(params.layers, vector)
+        where = Where.of(params.where or vector.header.where or vector.method.where)
+        first = len(self.edits)
+        gate = self._gate(params, vector, layers, probe, where)
+        for each, its_where in vector.method.spread(settings, vector.tensors, where):
+            its_where = _since_decision(its_where) if gate.is_latched else its_where
+            edit = RowEdit(vector.digest, each.model_dump_json(), layers, params.normalize, params.renorm, gate)
+            weight = weigh(vector, edit)
+            edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
+            self.edits.append(PlannedEdit(edit, its_where))
+            most = max(1.0, params.schedule.largest if params.schedule else 1.0)
+            self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
+        return range(first, len(self.edits))
+
+    def add_special(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedSpecial:
+        """Add one entry whose method is served by the router or by attention.
+
+        Raises: SteeringError naming the field, pydantic.ValidationError.
+        """
+        settings = self._checked(vector, own)
+        for name in ("layers", "when", "schedule", "normalize", "renorm"):
+            if getattr(params, name):
+                raise SteeringError(f"{vector.method.name} is not an edit of activations and takes no {name}", name)
+        where = Where.of(params.where or vector.header.where or vector.method.where)
+        if isinstance(vector.method, PrefixKV):
+            where = Where(prompt=[(0, len(next(iter(vector.tensors.values()))["key"]))])
+        if where.tokens or (where.exclude and where.exclude.tokens):
+            raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
+        self.specials.append(PlannedSpecial(RowSpecial(vector.digest, settings.model_dump_json()), where))
+        return self.specials[-1]
+
+    @staticmethod
+    def _checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
+        settings = _settings(vector, own)
+        vector.method.check_params(settings, vector.tensors)
+        vector.method.check_file(settings, vector.header.known_defaults)
+        vector.method.check_model(settings, vector.header.model)
+        return settings
+
+    def _gate(
+        self, params: SteeringParams, vector: Vector, layers: tuple[int, ...] | None, probe: Vector | None, where: Where
+    ) -> Gate:
+        lane, ramp = -1, None
+        schedule, when = params.schedule, params.when
+        if schedule is not None and schedule.shape == "entropy":
+            assert schedule.low is not None and schedule.high is not None
+            column = self._column("entropy", "schedule")
+            ramp = (column, schedule.low, schedule.high, schedule.start, schedule.to)
+        elif schedule is not None:
+            lane = self._lane(schedule)
+        if when is None:
+            return Gate(lane=lane, ramp=ramp)
+        assert probe is not None
+        layer = _probe_layer(when, probe)
+        chosen = [canonical(place).layer for place in vector.tensors if layers is None or place.layer in layers]
+        if (early := min(chosen, default=layer + 1)) <= layer:
+            raise SteeringError(
+                f"the probe is read after layer {layer}, and this edit begins in layer {early}: an edit can only "
+                "depend on what the model has computed before it; restrict `layers`",
+                "when.probe",
+            )
+        is_latched = when.decide == "prompt"
+        positions: Shorthand = "last_prompt" if is_latched else "each_last" if where.is_late else "all"
+        column = self._column((probe.digest, layer, positions), "when")
+        read = PlannedProbe(RowProbe(probe.digest, layer, column, is_latched), Where.of(positions))
+        if read not in self.probes:
+            self.probes.append(read)
+        return Gate(lane, column, is_latched, when.on, when.off, when.sign, ramp)
+
+    def _column(self, reads: object, param: str) -> int:
+        if reads not in self.columns:
+            if len(self.columns) == MAX_CONDITIONS:
+                raise SteeringError(f"a request may depend on {MAX_CONDITIONS} different readings", param)
+            self.columns.append(reads)
+        return self.columns.index(reads)
+
+    def _lane(self, schedule: Schedule) -> int:
+        if schedule not in self.schedules:
+            if len(self.schedules) == MAX_SCHEDULES:
+                raise SteeringError(f"a request may have {MAX_SCHEDULES} different schedules", "schedule")
+            self.schedules.append(schedule)
+        return self.schedules.index(schedule)
+
+
+def _settings(vector: Vector, own: Mapping[str, Any]) -> EditParams:
+    """A method's parameters: the request's, else the file's, else the method's. Raises: pydantic.ValidationError."""
+    defaults = vector.header.known_defaults
+    if own.keys() & {"strength", "coefficient"}:
+        defaults = {name: value for name, value in defaults.items() if name != "scale"}
+    return vector.method.params.model_validate({**defaults, **own})
+
+
+def _layers(chosen: list[int] | None, vector: Vector) -> tuple[int, ...] | None:
+    if chosen is None:
+        return None
+    layers = tuple(sorted(set(chosen)))
+    if missing := [layer for layer in layers if layer not in vector.layers]:
+        raise SteeringError(
+            f"the vector has no edit at layer {missing[0]}; it has {json.dumps(vector.layers)}", "layers"
+        )
+    return None if layers == tuple(vector.layers) else layers
+
+
+def _probe_layer(when: When, probe: Vector) -> int:
+    if probe.method.name != "probe":
+        raise SteeringError(
+            f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
+        )
+    layers = probe.layers
+    if when.layer is not None and when.layer not in layers:
+        raise SteeringError(f"the probe has no direction at layer {when.layer}; it has {layers}", "when.layer")
+    if when.layer is None and len(layers) != 1:
+        raise SteeringError(f"the probe has directions at layers {layers}; name one", "when.layer")
+    return layers[0] if when.layer is None else when.layer
+
+
+def _since_decision(where: Where) -> Where:
+    """The clause less the prompt before its last token: a decision made there is for what follows."""
+    hole = where.exclude or Region()
+    if hole.prompt == "all":
+        return where
+    windows = [*(() if hole.prompt == "none" else hole.prompt), (0, -1)]
+    if len(windows) > 64:
+        raise SteeringError("too many excluded windows for an edit that is decided on the prompt", "where.exclude")
+    return where.model_copy(update={"exclude": hole.model_copy(update={"prompt": windows})})
+
+
+def _scaled(limits: Bound, gain: float) -> Bound:
+    factor, constant = limits
+    return (factor, constant) if gain == 1 else (1 + gain * (1 + factor), gain * constant)
