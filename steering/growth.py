@@ -27,8 +27,12 @@ def growth(bounds: Iterable[tuple[Place, Bound]]) -> float:
         bounds: of every edit, in the order in which the model meets them. Edits of the residual stream act on all that
             came before; those elsewhere act on normalised activations and add what they make to the stream.
     """
+    at: dict[Place, Bound] = {}
+    for place, (factor, constant) in bounds:  # those of one place are made one after the other
+        before, plus = at.get(place, (1.0, 0.0))
+        at[place] = before * factor, plus * factor + constant
     size = 1.0
-    for place, (factor, constant) in bounds:
+    for place, (factor, constant) in at.items():
         if place.site == "router":  # its logits choose and weigh experts; they reach no activation
             continue
         size = size * factor + constant if place.site in _IN_STREAM else size + factor - 1.0 + constant

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from whipstaff.server.schema import NOT_BUILT
 from whipstaff.steering import artifacts
+from whipstaff.steering.methods import METHODS
 
 from .anyjson import EXTRAS
 from .serving import API_KEY, MAX_LEN, MAX_SEQS, MODEL, SHORT_LEN, STEP_TOKENS, Server, serving
@@ -236,12 +237,17 @@ def test_extra_body_steers_and_the_answer_holds_the_receipt(client: openai.OpenA
     assert receipt["decoding"] == [PAIR | {"alpha": 1.0}] and receipt["warnings"] == []
     (entry,) = receipt["steering"]
     assert (entry["vector"], entry["scale"], entry["layers"], entry["edited_tokens"]) == ("push", 2.0, [0, 1, 2], 12)
+    assert entry["dose"]["relative"] > 0 and entry["dose"]["at"].startswith("resid_post.")
 
 
 @pytest.mark.parametrize(
     "extras",
     [
-        {"steering": [{"vector": name, "scale": 0} for name in ("push", "iti", "lofit", "late")]},
+        {"steering": [{"vector": name, "scale": 0} for name in ("push", "iti", "lofit", "late", "ablate", "loreft")]},
+        {"steering": {"vector": "sae", "features": [{"feature": 3, "set": 9}], "scale": 0}},
+        {"steering": PUSH | {"schedule": {"shape": "constant", "from": 0}}},
+        {"steering": PUSH | {"layers": [2], "when": {"probe": "probe", "above": 1e9}}},
+        {"steering": PUSH | {"layers": [1, 2], "when": {"probe": "probe", "below": -1e9, "decide": "step"}}},
         {"decoding": PAIR | {"alpha": 0}},
         {"steering": [], "decoding": []},
         {"on_unavailable": "ignore", "steering": {"vector": "absent"}},
@@ -253,9 +259,102 @@ def test_off_is_exactly_off(complete: Post, extras: dict[str, Any]) -> None:
 
 
 def test_every_kind_of_vector_changes_the_output(complete: Post) -> None:
-    seen = {tuple(tokens(complete(steering=extra))) for extra in ({"vector": "push"}, {"vector": "lofit"}, PUSH)}
-    seen |= {tuple(tokens(complete(steering={"vector": "iti", "scale": 3}))), tuple(tokens(complete()))}
-    assert len(seen) == 5
+    seen = {tuple(tokens(complete(steering={"vector": name}))) for name in ("push", "iti", "lofit", "loreft", "both")}
+    seen |= {tuple(tokens(complete(steering={"vector": "ablate", "scale": 3}))), tuple(tokens(complete()))}
+    seen |= {tuple(tokens(complete(steering={"vector": "sae", "features": [{"feature": 3, "set": 9}]})))}
+    seen |= {tuple(tokens(complete(steering={"vector": "soft"})))}
+    assert len(seen) == 9
+
+
+SPARSE = {"vector": "sae", "features": [{"feature": 2, "add": 3}], "where": "all"}
+STEP = {"vector": "late", "scale": 4, "where": "all", "when": {"probe": "probe", "above": 0, "decide": "step"}}
+LATCHED = {"vector": "iti", "layers": [1, 2], "when": {"probe": "probe", "above": -1e6}}
+FADING = PUSH | {"schedule": {"shape": "linear", "from": 2, "to": 0, "tokens": 6}}
+UNSURE = {"vector": "late", "schedule": {"shape": "entropy", "low": 0.1, "high": 5}}
+MIXED = [SPARSE, STEP, LATCHED, FADING, {"vector": "loreft"}, {"vector": "ablate", "scale": 0.5}, UNSURE]
+
+
+@pytest.mark.parametrize("endpoint", ["complete", "chat"])
+def test_conditions_and_schedules_stream_as_they_answer_and_say_what_fired(
+    request: pytest.FixtureRequest, complete: Post, endpoint: str
+) -> None:
+    ask = request.getfixturevalue(endpoint)
+    whole = ask(steering=MIXED)
+    *events, done = data_events(ask(stream=True, steering=MIXED))
+    chunks = [json.loads(event) for event in events]
+    assert done == "[DONE]" and [streamed_text(chunks, 0)] == texts(whole)
+    receipt = whole.json()["whipstaff"]
+    assert chunks[-1]["whipstaff"] == receipt
+    assert texts(ask()) != texts(whole)
+    said = receipt["steering"]
+    assert [entry["vector"] for entry in said] == [entry["vector"] for entry in MIXED]
+    assert all(entry["dose"]["relative"] > 0 and len(entry["digest"]) == 64 for entry in said)
+    assert said[1]["when"] == STEP["when"] and said[3]["schedule"].items() <= FADING["schedule"].items()
+    prompt_len = whole.json()["usage"]["prompt_tokens"]
+    assert said[1]["edited_tokens"] == prompt_len + 11
+    assert 0 < said[1]["fired"]["tokens"] < said[1]["fired"]["of"] == prompt_len + 11
+    assert said[2]["fired"].items() >= {"tokens": 12, "of": 12}.items() and len(said[2]["fired"]["readings"]) == 1
+    assert said[6]["fired"]["of"] == 11
+    assert [entry["vector"] for entry in said if "fired" in entry] == ["late", "iti", "late"]
+    assert all("do not commute" in warning for warning in receipt["warnings"]) and receipt["warnings"]
+
+
+def test_a_condition_that_always_holds_is_none_and_one_that_never_does_is_off(complete: Post) -> None:
+    push = PUSH | {"layers": [1, 2]}
+    always, never = ({"probe": "probe", "above": threshold} for threshold in (-1e6, 1e6))
+    for decide in ("prompt", "step"):
+        assert tokens(complete(steering=push | {"when": always | {"decide": decide}})) == tokens(
+            complete(steering=push)
+        )
+        assert tokens(complete(steering=push | {"when": never | {"decide": decide}})) == tokens(complete())
+    reading = complete(steering=push | {"when": always}).json()["whipstaff"]["steering"][0]["fired"]["readings"][0]
+    for above, num in ((reading - 0.01, 12), (reading + 0.01, 0)):
+        (said,) = complete(steering=push | {"when": {"probe": "probe", "above": above}}).json()["whipstaff"]["steering"]
+        assert said["fired"] == {"tokens": num, "of": 12, "readings": [pytest.approx(reading, abs=1e-3)]}
+
+
+def test_several_sequences_fire_each_for_itself(complete: Post) -> None:
+    (said,) = complete(steering=STEP, n=3, temperature=1, seed=4).json()["whipstaff"]["steering"]
+    assert said["edited_tokens"] == said["fired"]["of"] == 3 * (5 + 11)
+    assert 0 < said["fired"]["tokens"] < said["fired"]["of"]
+
+
+def test_a_schedule_ends(complete: Post) -> None:
+    """An edit that is full for the first token and gone from the second on is an edit of the last prompt token."""
+    short = PUSH | {"schedule": {"shape": "linear", "from": 1, "to": 0, "tokens": 1}}
+    first = {"prompt": [[-1, None]], "generation": [[0, 1]]}
+    assert tokens(complete(steering=short)) == tokens(complete(steering=PUSH | {"where": first}))
+
+
+def test_tokens_are_named_by_id_or_text_and_counted(complete: Post, tokenizer: PreTrainedTokenizerFast) -> None:
+    (opening,) = tokenizer.encode("(")
+    by_id, by_text = (complete(steering=PUSH | {"where": {"tokens": [token]}}) for token in (opening, "("))
+    assert tokens(by_id) == tokens(by_text) == tokens(complete(steering=PUSH | {"where": "last_prompt"}))
+    (said,) = by_text.json()["whipstaff"]["steering"]
+    assert said["where"][0]["tokens"] == [opening]
+    assert said["edited_tokens"] == 1 + tokens(by_text)[:-1].count(opening)
+    two = [PUSH | {"where": {"tokens": ["("]}}, PUSH | {"where": {"tokens": ["(", "def"]}}]
+    assert_refused(complete(steering=two), 400, "steering[1].where.tokens")
+
+
+def test_messages_of_a_chat_are_chosen_by_role(chat: Post) -> None:
+    def said(clause: Any) -> Any:
+        (entry,) = chat("open the door", steering=PUSH | {"where": clause}).json()["whipstaff"]["steering"]
+        return entry["where"][0]["prompt"], entry["edited_tokens"]
+
+    ((start, end),), num = said({"messages": [{"role": "user"}]})
+    assert 0 < start < end and num == end - start
+    ((whole_start, whole_end),), _ = said({"messages": [{"role": "user", "whole": True}]})
+    assert whole_start <= start and end <= whole_end
+    steering = PUSH | {"where": {"messages": [{"role": "tool"}]}}
+    assert_refused(chat(steering=steering), 400, "steering.where.messages")
+
+
+def test_the_rows_of_a_soft_prompt_are_paid_for(complete: Post) -> None:
+    plain, soft = complete(), complete(steering=[{"vector": "soft"}, PUSH])
+    assert soft.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"] + 3
+    first, second = soft.json()["whipstaff"]["steering"]
+    assert (first["prompt_tokens"], first["insert"], second["edited_tokens"]) == (3, 0, 12)
 
 
 @pytest.mark.parametrize(
@@ -409,17 +508,33 @@ def test_the_context_of_an_auxiliary_model_bounds_what_is_generated(complete: Po
     assert len(tokens(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 50, ignore_eos=True))) == SHORT_LEN - 50
     usage = chat("hi", decoding=short, max_tokens=None, ignore_eos=True).json()["usage"]
     assert usage["total_tokens"] == SHORT_LEN
-    assert_refused(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 49), 400, "decoding[0].expert")
-    assert_refused(complete(list(range(10, 10 + SHORT_LEN)), decoding=short, max_tokens=1), 400, "decoding[0].expert")
+    assert_refused(complete(prompt, decoding=short, max_tokens=SHORT_LEN - 49), 400, "decoding.expert")
+    assert_refused(complete(list(range(10, 10 + SHORT_LEN)), decoding=short, max_tokens=1), 400, "decoding.expert")
 
 
 # ---- bad input
 
-LOUD = [{"vector": "lofit", "scale": 1e4, "where": "all"}] * 32
+LOUD = [{"vector": "lofit", "scale": 1e4, "where": "all"}] * 16
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown key": ({"steering": [PUSH, PUSH | {"sclae": 1}]}, 400, "steering[1].sclae"),
+    "alone": ({"steering": PUSH | {"when": {"probe": "push", "above": 1}}}, 400, "steering.when.probe"),
+    "unknown probe": ({"steering": [PUSH | {"when": {"probe": "x", "above": 1}}]}, 404, "steering[0].when.probe"),
+    "endless": ({"steering": [PUSH | {"schedule": {"shape": "linear"}}]}, 400, "steering[0].schedule"),
+    "absent feature": (
+        {"steering": [{"vector": "sae", "features": [{"feature": 99, "set": 1}]}]},
+        400,
+        "steering[0].features[0].feature",
+    ),
+    "method in need": ({"steering": {"method": "caa"}}, 400, "steering.method"),
+    "unknown steering": ({"steering": {"method": "levitation"}}, 422, "steering.method"),
+    "dense": ({"steering": {"method": "mote", "experts": {"0": {"off": [0]}}}}, 422, "steering.method"),
+    "left alone": (
+        {"steering": {"method": "pasta", "heads": {"0": [0]}, "spans": [[0, 1]]}},
+        422,
+        "steering.method",
+    ),
     "unknown vector": ({"steering": [PUSH, {"vector": "absent"}]}, 404, "steering[1].vector"),
-    "no vector": ({"steering": [{"scale": 1}]}, 400, "steering[0].vector"),
+    "no vector": ({"steering": [{"scale": 1}]}, 400, "steering[0]"),
     "not an object": ({"steering": ["push"]}, 400, "steering[0]"),
     "not JSON": ({"steering": "push"}, 400, "steering"),
     "deep JSON": ({"vllm_xargs": {"steering": "[" * 100_000}}, 400, "steering"),
@@ -441,11 +556,11 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "empty window": ({"steering": [PUSH | {"where": {"generation": [[3, 3]]}}]}, 400, "steering[0].where"),
     "huge window": ({"steering": [PUSH | {"where": {"prompt": [[0, 10**30]]}}]}, 400, "steering[0].where.prompt[0][1]"),
-    "unknown method": ({"decoding": {"method": "telepathy"}}, 422, "decoding[0].method"),
+    "unknown method": ({"decoding": {"method": "telepathy"}}, 422, "decoding.method"),
     "model not loaded": ({"decoding": [PAIR | {"expert": "absent"}]}, 404, "decoding[0].expert"),
     "same model twice": ({"decoding": [PAIR | {"antiexpert": "expert"}]}, 400, "decoding[0].antiexpert"),
     "absurd alpha": ({"decoding": [PAIR | {"alpha": 1e9}]}, 400, "decoding[0].alpha"),
-    "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding[0].expert"),
+    "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding.expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
     "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
     **{name: ({name: 1.5}, 422, name) for name in NOT_BUILT},
@@ -487,7 +602,7 @@ def test_one_bad_prompt_of_several_refuses_them_all(complete: Post) -> None:
     where = {"prompt": [[4, 5]]}
     prompts = [list(range(10, 20)), list(range(10, 13))]
     assert tokens(complete(prompts[0], steering=PUSH | {"where": where}))
-    assert_refused(complete(prompts, steering=PUSH | {"where": where}), 400, "steering[0].where")
+    assert_refused(complete(prompts, steering=PUSH | {"where": where}), 400, "steering.where")
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -549,21 +664,39 @@ def test_the_users_key_guards_the_steering_routes(server: Server, method: str, p
 
 def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Client) -> None:
     rows = {row["name"]: row for row in http.get("/v1/steering/methods").json()["data"]}
-    assert rows.keys() == {"vector", "proxy_tuning"}
-    assert all(row["available"] and row["reason"] is None for row in rows.values())
-    assert rows["vector"]["schema"]["properties"]["vector"]["enum"] == ["iti", "late", "lofit", "push"]
+    assert rows.keys() == {*METHODS, "proxy_tuning"}
+    for name, row in rows.items():
+        assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
+        assert row["available"] is (row["reason"] is None), name
+    used = {"vector", "caa", "iti", "lofit", "directional_ablation", "sae", "loreft", "probe", "soft_prompt"}
+    assert {name for name, row in rows.items() if row["available"]} == {*used, "proxy_tuning"}
+    assert rows["mote"]["reason"] == "the served model has no experts"
+    assert all("--steering-sites attention" in rows[name]["reason"] for name in ("pasta", "prefix_kv"))
+    assert rows["caa"]["schema"]["properties"]["vector"]["enum"] == ["late", "push"]
+    assert (rows["iti"]["defaults"]["scale"], rows["iti"]["sites"], rows["iti"]["off"]) == (
+        15,
+        ["attn_head"],
+        {"scale": 0},
+    )
     assert rows["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == ["expert", "anti", "short"]
 
 
 def test_vectors_are_listed_with_what_is_known_of_them(http: httpx.Client) -> None:
     rows = {row["id"]: row for row in http.get("/v1/steering/vectors").json()["data"]}
-    assert {name: row["fits"] for name, row in rows.items()} == {
-        "iti": True, "late": True, "lofit": True, "misfit": False, "push": True,
+    assert [name for name, row in rows.items() if not row["fits"]] == ["misfit"]
+    assert {name: row["method"] for name, row in rows.items()} == {
+        "ablate": "directional_ablation", "both": "vector", "iti": "iti", "late": "caa", "lofit": "lofit",
+        "loreft": "loreft", "misfit": "caa", "probe": "probe", "push": "caa", "sae": "sae", "soft": "soft_prompt",
     }  # fmt: skip
+    assert rows["ablate"]["sites"] == ["attn_out", "mlp_out", "resid_pre"] and rows["soft"]["layers"] == []
     assert "hidden 64" in rows["misfit"]["problem"] and rows["push"]["problem"] is None
     one = http.get("/v1/steering/vectors/iti").json()
-    assert one["norms"].keys() == {f"attn_head.{layer}.add" for layer in range(3)}
-    assert {key: value for key, value in one.items() if key != "norms"} == rows["iti"]
+    assert one["norms"].keys() == {f"attn_head.{layer}.{part}" for layer in range(3) for part in ("direction", "sigma")}
+    assert {key: value for key, value in one.items() if key not in ("norms", "doses")} == rows["iti"]
+    strong, weak = one["doses"]
+    assert (strong["scale"], weak["scale"]) == (15, 1) and strong["at"] == weak["at"]
+    assert strong["relative"] == pytest.approx(15 * weak["relative"]) and weak["relative"] > 0
+    assert http.get("/v1/steering/vectors/misfit").json()["doses"] == []
     assert (one["method"], one["scale"], one["sites"], one["layers"]) == ("iti", 15.0, ["attn_head"], [0, 1, 2])
     assert_refused(http.get("/v1/steering/vectors/absent"), 404, None)
 
@@ -586,10 +719,10 @@ def test_validate_compiles_without_running(http: httpx.Client, complete: Post, c
     assert ask({}).json()["plan"] == {"steering": [], "decoding": [], "warnings": []}
     window = {"steering": PUSH | {"where": {"prompt": [[90, 99]]}}}
     assert ask(window).status_code == 200  # without a prompt nobody knows
-    assert_refused(ask(request | window | {"prompt": PROMPT}), 400, "steering[0].where")
-    assert_refused(ask(request | window | {"messages": messages}), 400, "steering[0].where")
-    assert_refused(ask({"steering": {"vector": "absent"}}), 404, "steering[0].vector")
-    assert_refused(ask({"vllm_xargs": {"decoding": '{"method": "x"}'}}), 422, "decoding[0].method")
+    assert_refused(ask(request | window | {"prompt": PROMPT}), 400, "steering.where")
+    assert_refused(ask(request | window | {"messages": messages}), 400, "steering.where")
+    assert_refused(ask({"steering": {"vector": "absent"}}), 404, "steering.vector")
+    assert_refused(ask({"vllm_xargs": {"decoding": '{"method": "x"}'}}), 422, "decoding.method")
     assert_refused(ask(request | {"prompt": PROMPT, "model": "other"}), 404, "model")
     assert ask(request | {"prompt": PROMPT, "max_tokens": "x"}).status_code == 400
     assert finished(metrics(http)) - finished(before) == 1  # the one completion above
@@ -625,14 +758,15 @@ def vllm(samples: Samples, name: str) -> float:
 def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: Post) -> None:
     labels = {
         "plain": {},
-        "vector": {"steering": PUSH},
+        "caa": {"steering": PUSH},
+        "several": {"steering": MIXED},
         "proxy_tuning": {"decoding": PAIR},
-        "proxy_tuning+vector": BOTH,
+        "caa+proxy_tuning": BOTH,
     }
     before = metrics(http)
     for extras in labels.values():
         complete(max_tokens=5, n=1, **extras)
-    assert_refused(complete(steering={"vector": "absent"}), 404, "steering[0].vector")
+    assert_refused(complete(steering={"vector": "absent"}), 404, "steering.vector")
     after = metrics(http)
     for method in labels:
         assert requests(after, method, "finished") - requests(before, method, "finished") == 1
@@ -641,12 +775,49 @@ def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: 
             assert after[key] - before.get(key, 0) == 1
     key = ("whipstaff_refusals_total", (("status", "404"),))
     assert after[key] - before.get(key, 0) == 1
-    assert after["whipstaff_vectors_loaded", ()] == 4
-    assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 4 * 5
-    ours = {
-        value for (name, pairs) in after if name.startswith("whipstaff_") for key, value in pairs if key == "method"
-    }
-    assert ours <= labels.keys()
+    assert after["whipstaff_vectors_loaded", ()] == 10
+    assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 5 * 5
+    labelled = [pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs]
+    names = {"plain", "several", "proxy_tuning", *METHODS}
+    assert {part for key, value in labelled if key == "method" for part in value.split("+")} <= names
+    assert {key for key, _ in labelled} <= {"method", "outcome", "status", "le"}
+
+
+def test_metrics_say_what_steering_does(http: httpx.Client, complete: Post) -> None:
+    def grown(name: str) -> float:
+        return after[f"whipstaff_{name}", ()] - before[f"whipstaff_{name}", ()]
+
+    before = metrics(http)
+    said = [complete(steering=steering).json()["whipstaff"]["steering"] for steering in (MIXED, [PUSH], [STEP])]
+    complete()
+    post_json(http, "/v1/steering/validate", {"steering": MIXED})
+    after = metrics(http)
+    fired = [entry["fired"] for entries in said for entry in entries if "fired" in entry]
+    assert grown("conditional_tokens_total") == sum(one["of"] for one in fired) > 0
+    assert grown("conditional_tokens_open_total") == sum(one["tokens"] for one in fired) > 0
+    assert grown("dose_count") == 3
+    assert grown("dose_sum") == pytest.approx(
+        sum(max(entry["dose"]["relative"] for entry in entries) for entries in said)
+    )
+    assert after["whipstaff_slots", ()] == MAX_SEQS
+    new = metrics(http)["whipstaff_table_uploads_total", ()]
+    complete(steering=PUSH | {"scale": 1.2345})
+    assert metrics(http)["whipstaff_table_uploads_total", ()] == new + 1
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_metrics_say_who_has_slots_and_who_waits(server: Server, http: httpx.Client) -> None:
+    ways = [{"steering": PUSH | {"scale": 2 + index / 100}} for index in range(MAX_SEQS + 5)]
+    with ExitStack() as connections:
+        for fields in ways:
+            connections.enter_context(left_alone(server, stream=True, **fields))
+        poll(http, lambda now: slots(now) == (MAX_SEQS, 5))
+    poll(http, lambda now: slots(now) == (0, 0))
+
+
+def slots(now: Samples) -> tuple[float, float]:
+    """In use, and requests that wait for some."""
+    return now["whipstaff_slots_in_use", ()], now["whipstaff_requests_waiting_for_slots", ()]
 
 
 @contextmanager
@@ -688,7 +859,7 @@ def abandon(server: Server, http: httpx.Client, method: str, ways: list[dict[str
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_everything(server: Server, http: httpx.Client, stream: bool) -> None:
-    abandon(server, http, "proxy_tuning+vector", [{"n": MAX_SEQS, "stream": stream, **BOTH}])
+    abandon(server, http, "caa+proxy_tuning", [{"n": MAX_SEQS, "stream": stream, **BOTH}])
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -696,7 +867,7 @@ def test_clients_that_go_away_while_they_wait_for_a_slot_free_it_too(
     server: Server, http: httpx.Client, complete: Post
 ) -> None:
     ways = [PUSH | {"scale": 1 + index / 100} for index in range(2 * MAX_SEQS)]
-    abandon(server, http, "vector", [{"stream": True, "steering": steering} for steering in ways])
+    abandon(server, http, "caa", [{"stream": True, "steering": steering} for steering in ways])
     assert all(tokens(complete(steering=steering, max_tokens=1)) for steering in ways)
 
 
@@ -704,5 +875,7 @@ def poll(http: httpx.Client, is_so: Callable[[Samples], bool]) -> None:
     """Look at the metrics until they are so."""
     deadline = time.monotonic() + PATIENCE
     while not is_so(now := metrics(http)):
-        assert time.monotonic() < deadline, {key: value for key, value in now.items() if "num_requests" in key[0]}
+        assert time.monotonic() < deadline, {
+            key: value for key, value in now.items() if "num_requests" in key[0] or "slots" in key[0]
+        }
         time.sleep(0.02)

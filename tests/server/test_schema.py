@@ -33,11 +33,12 @@ from whipstaff.server.schema import NOT_BUILT, Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
+from whipstaff.steering.edits import Lengths
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import MAX_SCALE, Place
 from whipstaff.steering.methods import METHODS as STEERING
-from whipstaff.steering.plan import Lengths, PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.where import SHORTHANDS, Region, Where
@@ -1018,6 +1019,16 @@ def test_the_entry_that_takes_the_activations_too_far_is_named(tmp_path: Path) -
     assert (error.status, error.param) == (400, "steering[2].scale")  # 1.5^4 * 101^4 = 5e8; once more is 5e16
     assert refusal(loud, steering=[entries[1], entries[3]]).param == "steering[1].strength"
     assert refusal(replace(loud, dtype="float16"), steering=entries[1]).param == "steering.scale"
+
+
+@pytest.mark.parametrize("site", ["attn_head", "mlp_out", "resid_post"])
+def test_edits_of_one_place_multiply_wherever_it_is(tmp_path: Path, site: str) -> None:
+    gain = torch.ones(2, 4) if site == "attn_head" else torch.ones(8)
+    artifacts.write(tmp_path / "gain.safetensors", Header(method="vector", model=SHAPE), {f"{site}.0.gain": gain})
+    loud = Catalogue(Registry(read_vectors([tmp_path]), SHAPE), {}, places=PLACES)
+    entries = [{"vector": "gain", "scale": 999}] * 6
+    assert refusal(loud, steering=entries).param == "steering[5].scale"  # 1000^5 is 1e15
+    assert compile_extras({"steering": entries[:5]}, loud) is not None
 
 
 # ---- vector files
