@@ -1,4 +1,4 @@
-"""The command line: `whipstaff serve [MODEL] [flags]` and `whipstaff doctor [MODEL] [flags]`."""
+"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from whipstaff.server.settings import Settings
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
+       whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
 """
@@ -27,6 +28,10 @@ DEMO_FLAGS = (
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with the reason on stderr."""
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["vectors"]:
+        from whipstaff.server import vectors_cli
+
+        sys.exit(vectors_cli.main(words[1:]))
     if not words or words[0] not in ("serve", "doctor"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")

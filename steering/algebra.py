@@ -1,0 +1,222 @@
+"""Vectors made of vectors: sums, differences, multiples, averages, and what is left at right angles to others.
+
+Only methods whose edit is linear in their numbers can be combined. The numbers are taken at their files' own strengths.
+Where those agree the result keeps them; where they differ they are multiplied in, so that the sum of two files does
+what both do together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.steering.artifacts import GENERIC, Header, Vector
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.where import Where
+
+ADDING = frozenset({"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector", "iti"})
+"""Methods with `add` (and `gain`), which may be mixed: the result is a plain vector."""
+LINEAR = ADDING | {"lofit", "add_direction", "actadd"}
+DIRECTIONS = frozenset({"directional_ablation", "directional_patch"})
+"""Their direction is a vector, but their strength is no factor of it."""
+
+Numbers = dict[str, Tensor]  # by tensor name, float64
+
+
+class Source(NamedTuple):
+    """A vector and what it is called in the result's provenance."""
+
+    name: str
+    vector: Vector
+
+
+def numbers_of(vector: Vector) -> dict[str, Tensor]:
+    """A vector's tensors as its file names them."""
+    found = dict(vector.unplaced)
+    for (site, layer), parts in vector.tensors.items():
+        own = {part: tensor for part, tensor in parts.items() if vector.unplaced.get(part) is not tensor}
+        found |= {f"{site}.{layer}.{part}": tensor for part, tensor in own.items()}
+    return found
+
+
+def strength_of(vector: Vector) -> float:
+    """The strength of a request that names none."""
+    field = vector.method.params.model_fields.get("scale")
+    default = 1.0 if field is None else float(field.default)
+    return default if vector.header.scale is None else vector.header.scale
+
+
+def add(sources: Sequence[Source], **said: Any) -> tuple[Header, Numbers]:
+    return weighted("add", sources, [1.0] * len(sources), **said)
+
+
+def subtract(sources: Sequence[Source], **said: Any) -> tuple[Header, Numbers]:
+    """The first less all others."""
+    return weighted("subtract", sources, [1.0] + [-1.0] * (len(sources) - 1), **said)
+
+
+def average(sources: Sequence[Source], **said: Any) -> tuple[Header, Numbers]:
+    return weighted("average", sources, [1 / len(sources)] * len(sources), **said)
+
+
+def scale(sources: Sequence[Source], factor: float, **said: Any) -> tuple[Header, Numbers]:
+    return weighted("scale", sources, [factor] * len(sources), factor=factor, **said)
+
+
+def weighted(
+    operation: str, sources: Sequence[Source], weights: Sequence[float], **said: Any
+) -> tuple[Header, Numbers]:
+    """Raises: SteeringError when the sources cannot be combined."""
+
+    def summed(found: Sequence[Numbers]) -> Numbers:
+        names = dict.fromkeys(name for numbers in found for name in numbers)
+        return {
+            name: torch.stack([w * n[name] for w, n in zip(weights, found, strict=True) if name in n]).sum(0)
+            for name in names
+        }
+
+    return _combined(operation, sources, summed, **said)
+
+
+def orthogonalise(sources: Sequence[Source], **said: Any) -> tuple[Header, Numbers]:
+    """The first without what lies in the span of the others, place by place; heads and rows each for themselves."""
+
+    def rest(found: Sequence[Numbers]) -> Numbers:
+        first, *others = found
+        left = {name: _rest(t, [other[name] for other in others if name in other]) for name, t in first.items()}
+        if all(left[name].norm() <= 1e-6 * first[name].norm() for name in left):
+            raise SteeringError("nothing is left: the first vector lies in the span of the others")
+        return left
+
+    return _combined("orthogonalise", sources, rest, **said)
+
+
+def _combined(
+    operation: str,
+    sources: Sequence[Source],
+    combine: Callable[[Sequence[Numbers]], Numbers],
+    where: Any = None,
+    description: str = "",
+    **said: Any,
+) -> tuple[Header, Numbers]:
+    first = sources[0].vector
+    method = _method([source.vector for source in sources])
+    for name, vector in sources[1:]:
+        try:
+            vector.check_fits(first.header.model)
+        except SteeringError as error:
+            raise SteeringError(f"{name} does not fit {sources[0].name}: {error}") from error
+    strengths = [strength_of(vector) for _, vector in sources]
+    agree = len(set(strengths)) == 1 and method == first.header.method
+    if not agree and method in DIRECTIONS:
+        raise SteeringError(f"the strengths {strengths} differ, and are no factor of {method}'s direction")
+    factors = [1.0 if agree else strength for strength in strengths]
+    found = [
+        {name: factor * tensor.double() for name, tensor in _plain(source.vector).items()}
+        for factor, source in zip(factors, sources, strict=True)
+    ]
+    _check_shapes(found, sources)
+    result = combine(found)
+    header = Header(
+        method=method,
+        model=first.header.model,
+        scale=first.header.scale if agree else 1.0,
+        defaults=_same("defaults", [(name, vector.header.defaults) for name, vector in sources]),
+        where=_where(sources, method) if where is None else where,
+        description=description,
+        provenance={"operation": operation, **said, "sources": list(map(_provenance, sources, factors))},
+        licence=_licence([vector.header.licence for _, vector in sources]),
+    )
+    return header, {name: tensor.float() for name, tensor in result.items()}
+
+
+def _method(vectors: Sequence[Vector]) -> str:
+    """The result's."""
+    if any(vector.header.defaults.get("operator", "linear") != "linear" for vector in vectors):
+        raise SteeringError("an edit with a piecewise operator is not linear in its numbers; it cannot be combined")
+    methods = {vector.header.method for vector in vectors}
+    known = {vector.method.name for vector in vectors}
+    if len(methods) == 1 and known <= LINEAR | DIRECTIONS:
+        return methods.pop()
+    if known <= ADDING:
+        return GENERIC
+    if len(methods) > 1 and known <= LINEAR | DIRECTIONS:
+        raise SteeringError(f"{', '.join(sorted(methods))} keep different numbers and cannot be combined")
+    unfit = ", ".join(sorted(known - LINEAR - DIRECTIONS))
+    raise SteeringError(f"{unfit}: its edit is not linear in its numbers, so files of it cannot be combined")
+
+
+def _plain(vector: Vector) -> dict[str, Tensor]:
+    """Numbers in which the edit is linear: ITI's deviations times its unit directions are one `add`."""
+    found = numbers_of(vector)
+    plain = {}
+    for name, tensor in found.items():
+        place, _, part = name.rpartition(".")
+        if vector.method.name != "iti" or part == "add":
+            plain[name] = tensor
+        elif part == "direction":
+            length = tensor.norm(dim=1).clamp_min(1e-30)
+            plain[f"{place}.add"] = (found[f"{place}.sigma"] / length)[:, None] * tensor
+    return plain
+
+
+def _check_shapes(found: Sequence[Numbers], sources: Sequence[Source]) -> None:
+    known: dict[str, tuple[str, torch.Size]] = {}
+    for numbers, source in zip(found, sources, strict=True):
+        for name, tensor in numbers.items():
+            where, shape = known.setdefault(name, (source.name, tensor.shape))
+            if shape != tensor.shape:
+                raise SteeringError(f"{name} has shape {list(shape)} in {where}, {list(tensor.shape)} in {source.name}")
+
+
+def _rest(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
+    rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor.flatten(0, -2)
+    left = rows.clone()
+    for index in range(len(rows)):
+        span = [each.view_as(tensor).reshape(rows.shape)[index] for each in others]
+        span = [each / each.norm() for each in span if each.any()]
+        if span:
+            basis = torch.stack(span, 1)  # (width, others)
+            u, sizes, _ = torch.linalg.svd(basis, full_matrices=False)
+            u = u[:, sizes > 1e-9 * sizes[0]]
+            left[index] -= u @ (u.T @ left[index])
+            left[index] -= u @ (u.T @ left[index])  # once more: rounding
+    return left.view_as(tensor)
+
+
+def _where(sources: Sequence[Source], method: str) -> Any:
+    """Tokens on which all agree; None where they are the method's own."""
+    stated = [(name, Where.of(v.header.where or v.method.where)) for name, v in sources]
+    clause = _same("where", stated)
+    if all(vector.header.where is None and vector.header.method == method for _, vector in sources):
+        return None
+    return clause
+
+
+def _same(what: str, stated: Sequence[tuple[str, Any]]) -> Any:
+    name, value = stated[0]
+    for other, its in stated[1:]:
+        if its != value:
+            raise SteeringError(f"{what} differs: {name} says {_said(value)}, {other} {_said(its)}", what)
+    return value
+
+
+def _said(value: Any) -> str:
+    return value.model_dump_json(exclude_none=True) if isinstance(value, Where) else repr(value)
+
+
+def _provenance(source: Source, factor: float) -> Mapping[str, Any]:
+    header = source.vector.header
+    said: dict[str, Any] = {"name": source.name, "sha256": source.vector.digest, "method": header.method}
+    if factor != 1:
+        said["multiplied_by"] = factor
+    if header.licence:
+        said["licence"] = header.licence
+    return said | ({"provenance": header.provenance} if header.provenance else {})
+
+
+def _licence(licences: Sequence[str]) -> str:
+    different = sorted(set(filter(None, licences)))
+    together = " AND ".join(different)
+    return together if len(together) <= 128 else "several, see provenance"
