@@ -91,6 +91,7 @@ class Compiled:
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         self._check_tokens(plan)
         for entry in self.steering:
+            entry.check_keys(plan, prompt_len, self.have)
             for planned in entry.planned(plan):
                 try:
                     planned.where.check(prompt_len, allowed)

@@ -189,10 +189,6 @@ def _where(where: Where) -> dict[str, Any]:
     return where.model_dump(exclude_none=True)
 
 
-def _special_from_wire(digest: str, setting: str, where: dict[str, Any]) -> PlannedSpecial:
-    return PlannedSpecial(RowSpecial(digest, setting), Where.model_validate(where))
-
-
 def _edit_from_wire(
     digest: str,
     setting: str,

@@ -20,7 +20,7 @@ queries come to nothing, their keys and values are overwritten before they enter
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,17 +112,6 @@ class Stretch:
     end: int
     position: int  # absolute, of the token at `start`
     edit: AttentionEdit
-
-
-def stretches(
-    row: int, start: int, end: int, position: int, edit: AttentionEdit, intervals: Iterable[tuple[int, int | None]]
-) -> Iterator[Stretch]:
-    """What of the absolute `intervals` lies in a row's tokens [start, end), the first of them at `position`."""
-    for first, stop in intervals:
-        begin = max(first, position) - position + start
-        finish = end if stop is None else min(end, stop - position + start)
-        if begin < finish:
-            yield Stretch(row, begin, finish, position + begin - start, edit)
 
 
 def outside(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, _get_attn_isa
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.attention import CacheLayout, RowOverride, outside, require_eager_attention, stretches
+from whipstaff.server.engine.attention import CacheLayout, outside, require_eager_attention
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -209,17 +209,6 @@ def _edits(
         else:
             engine.rpc("add_prefix", name, save({"rows": edit.rows}))
     return made
-
-
-def test_stretches_of_a_chunk() -> None:
-    """A row's tokens 10 to 20 of the step, at positions 100 to 110."""
-    edit = RowOverride(0, 0, (0,), (1.0,))
-    found = stretches(3, 10, 20, 100, edit, [(0, 50), (90, 102), (105, 106), (108, None), (110, None), (400, 500)])
-    assert [(s.row, s.start, s.end, s.position) for s in found] == [
-        (3, 10, 12, 100),
-        (3, 15, 16, 105),
-        (3, 18, 20, 108),
-    ]
 
 
 def test_outside_of_spans() -> None:
