@@ -154,7 +154,7 @@ def test_doctor_shows_that_every_site_and_auxiliary_model_obeys(models: dict[str
     findings = lines[lines.index(head) + 1 : lines.index(verdict)]
     assert head.startswith(f"vLLM {vllm_version()}, model runner v1, LlamaForCausalLM, pid ")
     # those of every server, those that the vectors need, and those asked for; the stream between blocks is one place
-    hooked = ("resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in")
+    hooked = ("resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in", "attention")
     sites = [f"{site} of layer {layer}" for layer in range(LAYERS) for site in hooked]
     wanted = ["resid_pre of layer 0", *sites, "auxiliary model expert", "auxiliary model anti"]
     assert sorted(findings) == sorted(f"ok   {what}: edit changes the output, scale 0 does not" for what in wanted)
