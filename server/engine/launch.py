@@ -109,14 +109,17 @@ def configure(
     _refuse_unsupported(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     shape = model_shape(config.model_config)
-    needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), sites)
+    needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), hooks := tuple(sites))
+    if "router" in hooks and not shape.num_experts:
+        raise UnsupportedEngine("--steering-sites router: the served model has no experts")
+    hooked = {*CORE, *needs.sites} - (set() if shape.num_experts else {"router"})  # such vectors are refused by request
     layout = Layout(
         version=metadata.version("whipstaff"),
         num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
-        sites=tuple(site for site in SITES if site in {*CORE, *needs.sites}),
+        sites=tuple(site for site in SITES if site in hooked),
         edits_attention=needs.attention,
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
         auxiliaries=specs,

@@ -110,8 +110,10 @@ def save_vectors(folder: Path) -> Path:
         ("loreft", "loreft", {f"resid_post.1.{part}": numbers for part, numbers in learned.items()}, {}),
         ("probe", "probe", {"resid_post.0.direction": torch.randn(HIDDEN)}, {}),
         ("soft", "soft_prompt", {"rows": torch.randn(3, HIDDEN)}, {}),
+        ("experts", "vector", {"router.1.add": torch.ones(4)}, {"model": SHAPE.model_copy(update={"num_experts": 4})}),
     ):
-        artifacts.write(folder / f"{name}.safetensors", Header(method=method, model=SHAPE, **more), tensors)
+        header = Header(**{"method": method, "model": SHAPE} | more)
+        artifacts.write(folder / f"{name}.safetensors", header, tensors)
     other = SHAPE.model_copy(update={"hidden_size": 64, "head_dim": 16})
     tensors = {"resid_post.0.add": torch.ones(64)}
     artifacts.write(folder / "misfit.safetensors", Header(method="caa", model=other), tensors)

@@ -142,6 +142,11 @@ def test_vocabularies_that_differ_are_refused_with_the_token_that_does(models: d
     assert_stopped(answer, "--aux small=", "in the base's vocabulary and", "must share the base's tokens")
 
 
+def test_a_dense_model_has_no_router_to_hook(models: dict[str, str]) -> None:
+    answer = run("doctor", models["base"], *FLAGS, "--steering-sites", "router")
+    assert_stopped(answer, "--steering-sites router: the served model has no experts")
+
+
 @pytest.mark.engine
 def test_doctor_shows_that_every_site_and_auxiliary_model_obeys(models: dict[str, str], tmp_path: Path) -> None:
     vectors = save_vectors(tmp_path / "vectors")

@@ -528,6 +528,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "method in need": ({"steering": {"method": "caa"}}, 400, "steering.method"),
     "unknown steering": ({"steering": {"method": "levitation"}}, 422, "steering.method"),
     "dense": ({"steering": {"method": "mote", "experts": {"0": {"off": [0]}}}}, 422, "steering.method"),
+    "dense too": ({"steering": [PUSH, {"vector": "experts"}]}, 422, "steering[1].vector"),
     "left alone": (
         {"steering": {"method": "pasta", "heads": {"0": [0]}, "spans": [[0, 1]]}},
         422,
@@ -685,8 +686,9 @@ def test_vectors_are_listed_with_what_is_known_of_them(http: httpx.Client) -> No
     rows = {row["id"]: row for row in http.get("/v1/steering/vectors").json()["data"]}
     assert [name for name, row in rows.items() if not row["fits"]] == ["misfit"]
     assert {name: row["method"] for name, row in rows.items()} == {
-        "ablate": "directional_ablation", "both": "vector", "iti": "iti", "late": "caa", "lofit": "lofit",
-        "loreft": "loreft", "misfit": "caa", "probe": "probe", "push": "caa", "sae": "sae", "soft": "soft_prompt",
+        "ablate": "directional_ablation", "both": "vector", "experts": "vector", "iti": "iti", "late": "caa",
+        "lofit": "lofit", "loreft": "loreft", "misfit": "caa", "probe": "probe",
+        "push": "caa", "sae": "sae", "soft": "soft_prompt",
     }  # fmt: skip
     assert rows["ablate"]["sites"] == ["attn_out", "mlp_out", "resid_pre"] and rows["soft"]["layers"] == []
     assert "hidden 64" in rows["misfit"]["problem"] and rows["push"]["problem"] is None
@@ -775,7 +777,7 @@ def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: 
             assert after[key] - before.get(key, 0) == 1
     key = ("whipstaff_refusals_total", (("status", "404"),))
     assert after[key] - before.get(key, 0) == 1
-    assert after["whipstaff_vectors_loaded", ()] == 10
+    assert after["whipstaff_vectors_loaded", ()] == 11
     assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 5 * 5
     labelled = [pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs]
     names = {"plain", "several", "proxy_tuning", *METHODS}
