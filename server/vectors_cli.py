@@ -381,7 +381,7 @@ def _add_convert(commands: Any) -> None:
             parser.add_argument(flag, action="store_true", default=None, help=field.description)
         elif name == "defaults":
             parser.add_argument(
-                *("--default", flag), action="append", type=_pair, metavar="NAME=JSON", help=field.description
+                "--default", dest=name, action="append", type=_pair, metavar="NAME=JSON", help=field.description
             )
         elif name == "where":
             parser.add_argument(flag, type=_clause, help=f"{field.description}: {', '.join(SHORTHANDS)} or JSON")

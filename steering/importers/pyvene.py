@@ -170,9 +170,10 @@ _KINDS = {
 def _kind(config: dict[str, Any]) -> str:
     """The one class of the folder's interventions, in short: "<class 'pyreft...LoreftIntervention'>" is loreft."""
     types = config.get("intervention_types")
-    found = {re.sub(r"^.*[.']|'>$", "", str(each).removesuffix("'>")) for each in types if each} if types else set()
+    named = types if isinstance(types, list) else []
+    found = {re.sub(r"^.*[.']", "", str(each).removesuffix("'>")) for each in named if each}
     if len(found) != 1:
-        raise SteeringError(f"the folder's interventions are of types {sorted(found)}; wanted one type", "method")
+        raise SteeringError(f"the folder's interventions are of types {sorted(found)[:8]}; wanted one type", "method")
     return found.pop().lower().removesuffix("intervention")
 
 

@@ -189,7 +189,7 @@ def is_object_array(path: Path) -> bool:
         with path.open("rb") as file:
             version = _FORMAT.read_magic(file)
             return bool(_header_of(file, version)[2].hasobject)
-    except (ValueError, OSError):
+    except Exception:  # see `_npy_header`
         return False
 
 
