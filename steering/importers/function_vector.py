@@ -65,7 +65,7 @@ def _through(weights: Path, means: Tensor, heads: list[tuple[int, int]], model: 
     total, seen = torch.zeros(model.hidden_size), set()
     width = model.num_heads * model.head_dim
     for name in base.checkpoints():
-        for key, tensor in base.tensors(name):
+        for key, tensor in base.tensors(name, _PROJECTION):
             match = _PROJECTION.fullmatch(key)
             if match is None or (layer := int(match[1])) not in wanted:
                 continue

@@ -21,6 +21,7 @@ from whipstaff.steering.shape import ModelShape
 
 MAX_ENTRIES = 4096
 MAX_STRING = 1 << 16
+MAX_ARRAY = 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -122,7 +123,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:  # of no use here
-            inner, length = self.one("I"), self.count("array entries", len(self.data))
+            inner, length = self.one("I"), self.count("array entries", MAX_ARRAY)
             if inner == _STRING:
                 for _ in range(length):
                     self.string()

@@ -76,7 +76,7 @@ class Baked(Importer):
             raise SteeringError(_UNPROJECTED, "projected")
         tensors: dict[str, Tensor] = {}
         for name in source.checkpoints():
-            for key, tensor in source.tensors(name):
+            for key, tensor in source.tensors(name, _BIAS):
                 match = _BIAS.fullmatch(key)
                 if match and int(match[1]) < model.num_layers:
                     bias = numbers(key, tensor, model.hidden_size)

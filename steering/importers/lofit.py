@@ -53,7 +53,7 @@ def _has_rows(source: Source, name: str) -> bool:
 
 
 def _rows(source: Source, name: str) -> Iterator[tuple[str, tuple[int, int], Tensor]]:
-    for key, tensor in source.tensors(name):
+    for key, tensor in source.tensors(name, _KEY):
         if match := _KEY.fullmatch(key):
             yield match[2], (int(match[1]), int(match[3])), tensor
     if not is_torch(name):

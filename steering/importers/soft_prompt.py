@@ -1,14 +1,18 @@
 """Soft prompts beyond PEFT's.
 
 spring  added_token_embeddings.pt, a bare tensor [tokens, hidden] (DaoD/SPRING)
-dro     soft_prompt in a safetensors file, or .pt (chujiezheng/LLM-Safeguard)
+dro     soft_prompt in a safetensors file (chujiezheng/LLM-Safeguard)
 """
+
+import re
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import bare_tensor
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape
+
+_KEY = re.compile("soft_prompt")
 
 
 class SPRING(Importer):
@@ -28,10 +32,9 @@ class DRO(Importer):
     def claims(self, source: Source) -> bool:
         if source.is_folder or not source.name.endswith(".safetensors"):
             return False
-        return any(key == "soft_prompt" for key, _ in source.tensors(source.name))
+        return any(source.tensors(source.name, _KEY))
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        for key, tensor in source.tensors(source.name):
-            if key == "soft_prompt":
-                return Draft("soft_prompt", {"rows": numbers(key, tensor, None, model.hidden_size)})
+        for key, tensor in source.tensors(source.name, _KEY):
+            return Draft("soft_prompt", {"rows": numbers(key, tensor, None, model.hidden_size)})
         raise SteeringError(f"{source.name} has no tensor soft_prompt")

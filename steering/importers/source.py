@@ -8,6 +8,7 @@ without pickle. Whatever is wrong is a SteeringError.
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -22,7 +23,7 @@ from torch import Tensor
 from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
 
-MAX_JSON = 16 << 20
+MAX_JSON = 16 << 20  # bytes of any description of a file, which Python takes apart
 MAX_FILES = 4096  # of a folder
 MAX_TENSORS = 1 << 16  # named in one file
 _FORMAT: Any = np.lib.format  # not annotated
@@ -81,15 +82,17 @@ class Source:
             self._torch[name] = read_torch(self.file(name))
         return self._torch[name]
 
-    def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors of a checkpoint file, safetensors or torch's, one at a time."""
+    def tensors(self, name: str, form: re.Pattern[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a checkpoint file, safetensors or torch's, one at a time; those with names of that form."""
         if name.endswith(".safetensors"):
-            yield from read_safetensors(self.file(name))
+            yield from read_safetensors(self.file(name), form)
             return
         found = self.torch(name)
         if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
             raise SteeringError(f"{name} holds no named tensors")
-        yield from ((key, value) for key, value in found.items() if isinstance(value, Tensor))
+        for key, value in found.items():
+            if isinstance(value, Tensor) and (form is None or form.fullmatch(key)):
+                yield key, value
 
     def checkpoints(self) -> list[str]:
         """The names of files with weights, safetensors only where there are both."""
@@ -122,14 +125,16 @@ def read_torch(path: Path) -> Any:
         raise SteeringError(f"{path.name} is refused by torch's safe loader: {_first_line(error)}") from error
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(path: Path, form: re.Pattern[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with names of that form; the others are not read."""
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
                 raise SteeringError(f"{path.name} names {len(names)} tensors")
             for name in names:
-                yield name, file.get_tensor(name)
+                if form is None or form.fullmatch(name):
+                    yield name, file.get_tensor(name)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         if isinstance(error, SteeringError):
             raise
@@ -178,7 +183,9 @@ def numbers(name: str, tensor: object, *shape: int | None) -> Tensor:
     if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise SteeringError(f"{name} has shape {list(tensor.shape)}, wanted [{wanted}]")
-    if tensor.numel() * 4 > MAX_BYTES:  # strides of 0 make little files large
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides of 0 make little files large
+        raise SteeringError(f"{name} has {tensor.numel()} numbers and stores fewer; save it contiguous")
+    if tensor.numel() * 4 > MAX_BYTES:
         raise SteeringError(f"{name} has {tensor.numel()} numbers; a vector file has at most {MAX_BYTES} bytes")
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
@@ -233,6 +240,8 @@ def _check_zip(path: Path, what: str, are_stored: bool = True) -> list[zipfile.Z
         raise SteeringError(f"{path.name} has {len(members)} members")
     if are_stored and any(each.compress_type != zipfile.ZIP_STORED for each in members):
         raise SteeringError(f"{path.name} is a compressed archive; torch writes none")
+    if are_stored and any(each.filename.endswith(".pkl") and each.file_size > MAX_JSON for each in members):
+        raise SteeringError(f"{path.name} describes its tensors in more than {MAX_JSON} bytes")
     if not are_stored and sum(each.file_size for each in members) > MAX_BYTES:
         raise SteeringError(f"{path.name} unpacks to more than {MAX_BYTES} bytes")
     return members

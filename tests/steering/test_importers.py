@@ -671,7 +671,7 @@ def bad_files(root: Path) -> Iterator[Bad]:
         rewritten(saved(root / "deflated.pt", V), lambda _, data: data, zipfile.ZIP_DEFLATED), "compressed", layer
     )
     yield Bad(saved(root / "spread.pt", torch.zeros(1, 1).expand(1 << 20, 1 << 20)), "shape")
-    yield Bad(saved(root / "wide.pt", torch.zeros(1, 1).expand(1 << 26, 16)), "numbers")
+    yield Bad(saved(root / "wide.pt", torch.zeros(1, 1).expand(1 << 26, 16)), "contiguous")
     yield Bad(saved(root / "integers.pt", torch.arange(16)), "dtype", layer)
     yield Bad(saved(root / "sparse.pt", torch.eye(16)[0].to_sparse()), "plain|safe loader|shape", layer)
     yield Bad(saved(root / "nan.pt", V * torch.nan), "finite", layer)
