@@ -4,6 +4,7 @@ Requests name edits, given before over `rpc`, in SamplingParams.extra_args: `att
 position, end of positions or None]. What plans cannot say, such as any bias on any key, can be said here.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from safetensors.torch import load
@@ -15,9 +16,20 @@ from whipstaff.server.engine.attention import (
     AttentionEdits,
     RowOverride,
     ScoreBias,
+    Stretch,
     require_eager_attention,
-    stretches,
 )
+
+
+def stretches(
+    row: int, start: int, end: int, position: int, edit: AttentionEdit, intervals: Iterable[tuple[int, int | None]]
+) -> Iterator[Stretch]:
+    """What of the absolute `intervals` lies in a row's tokens [start, end), the first of them at `position`."""
+    for first, stop in intervals:
+        begin = max(first, position) - position + start
+        finish = end if stop is None else min(end, stop - position + start)
+        if begin < finish:
+            yield Stretch(row, begin, finish, position + begin - start, edit)
 
 
 class SteppingWorker(CPUWorker):
