@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from whipstaff.decoding.method import DecodingError, Method, Mix, Params
 from whipstaff.decoding.methods import METHODS
@@ -34,7 +34,6 @@ NOT_BUILT = (
 )
 
 OnUnavailable = Literal["error", "ignore"]
-P = TypeVar("P", bound=BaseModel)
 
 
 @dataclass

@@ -105,12 +105,9 @@ class Tables:
         self._vector_of = vector_of
         self._pools: dict[str, Pool] = {}
         for place, first, width in sites:
-            lines = (
-                torch.zeros(0)
-                if pool_of(place.site) in self._pools
-                else torch.zeros(2 * num_layers * num_slots, width, device=device)
-            )
-            self._pools.setdefault(pool_of(place.site), Pool(lines, slice(first, first + width)))
+            if (name := pool_of(place.site)) not in self._pools:
+                lines = torch.zeros(2 * num_layers * num_slots, width, device=device)
+                self._pools[name] = Pool(lines, slice(first, first + width))
         num_frames = 2 * num_slots
         self._code = torch.zeros(len(sites), num_frames * FRAME, 6, dtype=torch.int32, device=device)
         self._args = torch.zeros(len(sites), num_frames * FRAME, 6, device=device)
@@ -142,11 +139,12 @@ class Tables:
         for row in wanted:
             if row in self._held:
                 self._held.move_to_end(row)
-        return {
-            row: FRAME * (self._held[row] if row in self._held else self._load(row, wanted)).frames[0] for row in wanted
-        }
+        for row in wanted:
+            if row not in self._held:
+                self._load(row, wanted)
+        return {row: FRAME * self._held[row].frames[0] for row in wanted}
 
-    def _load(self, row: Row, in_use: dict[Row, None]) -> _Held:
+    def _load(self, row: Row, in_use: dict[Row, None]) -> None:
         programs = self._programs(row)
         longest = max((len(program.codes) for program in programs.values()), default=1)
         num_frames = max(1, -(-longest // FRAME_ROOM))
@@ -161,8 +159,7 @@ class Tables:
         addresses = {name: self._write_lines(self._pools[name], lines) for name, lines in wanted.items() if lines}
         self._write_code(programs, frames, addresses)
         self.num_uploads += 1
-        self._held[row] = held = _Held(frames, {name: list(found.values()) for name, found in addresses.items()})
-        return held
+        self._held[row] = _Held(frames, {name: list(found.values()) for name, found in addresses.items()})
 
     def _evict(self, in_use: dict[Row, None]) -> None:
         victim = next((row for row in self._held if row not in in_use), None)
