@@ -11,13 +11,12 @@ from whipstaff.server.errors import BadRequest
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
-from whipstaff.steering.methods.virtual_tokens import InsertParams
+from whipstaff.steering.methods.virtual_tokens import ROWS, InsertParams
 from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import SteeringParams
 from whipstaff.steering.where import Messages
 
 Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)
-ROWS = "rows"  # the part of a soft prompt's file
 
 
 @dataclass(frozen=True)

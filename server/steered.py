@@ -72,20 +72,21 @@ class Steered:
 
     def said(self, plan: SteeringPlan, fed: list[Fed], have: Catalogue) -> dict[str, Any]:
         """The entry as the receipt shows it; `fed` are the finished sequences."""
+        named = {
+            "vector": self.params.vector,
+            "digest": self.vector.digest,
+            "method": self.vector.header.method,
+        }
         if self.soft is not None and self.special is None:
             return {
-                "vector": self.params.vector,
-                "digest": self.vector.digest,
-                "method": self.vector.header.method,
+                **named,
                 **self.soft.params.model_dump(exclude_none=True),
                 "prompt_tokens": self.soft.num,  # which usage counts
             }
         if self.special is not None:
             special = plan.specials[self.special]
             return {
-                "vector": self.params.vector,
-                "digest": self.vector.digest,
-                "method": self.vector.header.method,
+                **named,
                 **json.loads(special.special.setting),
                 "where": [special.where.model_dump(exclude_none=True)],
                 "edited_tokens": sum(_overlap(special, sequence) for sequence in fed),
@@ -95,9 +96,7 @@ class Steered:
         gain = self.params.schedule.largest if self.params.schedule else 1.0
         largest = largest_dose(self.vector, planned, have.lengths, gain)
         return {
-            "vector": self.params.vector,
-            "digest": self.vector.digest,
-            "method": self.vector.header.method,
+            **named,
             **settings,
             "layers": sorted(set(self.params.layers or self.vector.layers)),
             "sites": self.vector.sites,

@@ -33,6 +33,8 @@ def _made(vector: Vector, edit: RowEdit, params: EditParams, place: Place, tenso
     if not edit.normalize:
         return method.ops(tensors, params, place, model)
     assert isinstance(params, Scaled)
+    if not params.scale:
+        return ()
     ops = method.ops(tensors, params.model_copy(update={"scale": 1.0}), place, model)
     adds = [op.add for op in ops if isinstance(op, Diagonal) and op.add is not None and op.add.any()]
     return [Diagonal(None, params.scale * add / add.norm()) for add in adds]

@@ -15,9 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from whipstaff.cuda_ext import diag_edit_
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.methods.virtual_tokens import ROWS
 
 NOTHING = -1
-ROWS = "rows"  # the part of a soft prompt's file
 
 
 class Piece(NamedTuple):

@@ -16,6 +16,7 @@ from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Index
 
 MAX_TOKENS = 4096
+ROWS = "rows"  # the part of a soft prompt's file
 
 
 class MessageEdge(BaseModel):
@@ -55,7 +56,7 @@ class SoftPrompt(Method[InsertParams]):
     params, sites, where = InsertParams, (), "prompt"
     off: ClassVar = {}
     served_by = "rows"
-    parts: ClassVar = {"rows": ("tokens", "hidden")}
+    parts: ClassVar = {ROWS: ("tokens", "hidden")}
 
     def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
         raise SteeringError("the rows of a soft prompt stand in no layer; name the tensor rows")

@@ -137,3 +137,10 @@ def test_ranks_hold_their_slice_of_the_heads() -> None:
     expected = run(whole, place, whole.acquire([row])[row], x)
     pieces = [run(part, place, part.acquire([row])[row], half) for part, half in zip(parts, x.chunk(2), strict=True)]
     assert torch.equal(torch.cat(pieces), expected)
+
+
+def test_nothing_is_made_of_a_normalised_vector_at_scale_0() -> None:
+    """Off is off bit for bit: adding zeros would still move what a residual holds."""
+    assert edits_of(VECTORS[3], entry(3, 0.0, normalize=True)) == {}
+    ((op,),) = edits_of(VECTORS[3], entry(3, 2.0, normalize=True)).values()
+    assert float(op.add.norm()) == pytest.approx(2.0)
