@@ -123,7 +123,9 @@ def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[Mixed
         some = [slots[0] if first == 1 else _so_far(more), *more]
         streams = [others[slot.model] if slot.model else shared for slot in some]
         masks = [(one.row, one.mix.alpha, one.mix.top_p) for one in concerned] if first == 1 else []
-        mix_logits_(shared, streams, *_tables(some, masks, len(result), result.device))
+        rows, weights, *tables = _tables(some, masks, len(result), result.device)
+        assert rows is not None and weights is not None
+        mix_logits_(shared, streams, rows, weights, *tables)
     return result
 
 

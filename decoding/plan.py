@@ -25,6 +25,10 @@ class Draw(NamedTuple):
     min_p: float = 0.0
     is_temperature_last: bool = False
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True)
 class DecodingPlan:
