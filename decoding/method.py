@@ -25,7 +25,7 @@ from whipstaff.decoding.rows import Rows
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "uniform"]  # see `Rows`
+Need = Literal["tokens", "hidden", "uniform", "temperature"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -84,11 +84,22 @@ class Method(ABC, Generic[P]):
     params: type[P]
     stream_fields: ClassVar[tuple[str, ...]] = ()  # parameters that name auxiliary models
     head_fields: ClassVar[Mapping[str, str]] = {}  # parameter that names a learned head -> the kind that is wanted
+    shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
+
+    @property
+    def num_streams(self) -> int:
+        """The fewest auxiliary models that a request can name."""
+        return len(self.stream_fields)
+
+    def streams(self, params: P) -> Mapping[str, str]:
+        """The auxiliary models that these parameters name: path below the entry -> model."""
+        named = {field: getattr(params, field) for field in self.stream_fields}
+        return {field: model for field, model in named.items() if model is not None}
 
     @abstractmethod
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> P | None:
-        """Parameters that change nothing, exactly, given names for auxiliary models and heads; None if there are
-        none."""
+        """Parameters that change nothing, exactly, given names for `num_streams` auxiliary models and for its heads;
+        None if there are none."""
 
     def check_heads(self, params: P, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Check parameters against the heads that they name: field -> part -> tensor.
