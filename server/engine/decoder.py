@@ -310,39 +310,34 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> None:
         """Let the methods of one stage change their rows, in the order of the table."""
-        for (method, streams, heads), found in self._calls(places, (stage,)):
-            call = self._call(method, streams, heads, found, logits, others or {}, hidden)
-            logits[call.rows] = method.rewrite(call.given, call.settings)
+        for found in self._calls(places, (stage,)):
+            call = self._call(found, logits, others or {}, hidden)
+            logits[call.rows] = call.method.rewrite(call.given, call.settings)
             if call.given.state is not None:
                 self._keep_state(call)
                 self._noted.append(call)
 
-    def _calls(
-        self, places: Sequence[Place], stages: Sequence[Stage]
-    ) -> list[tuple[tuple[Rewriting[Any], tuple[str, ...], tuple[str, ...]], list[tuple[Place, Applied]]]]:
+    def _calls(self, places: Sequence[Place], stages: Sequence[Stage]) -> list[list[tuple[Place, Applied]]]:
+        """The rows that a method can take at once, in the order of the methods' table."""
         calls: dict[Any, list[tuple[Place, Applied]]] = {}
         for place in places:
             for applied in place.request.applied:
                 if applied.method.stage in stages:
-                    key = applied.method, applied.streams, applied.heads
+                    key = applied.method, applied.streams, applied.heads, applied.state.start
                     calls.setdefault(key, []).append((place, applied))
-        return sorted(calls.items(), key=lambda item: _ORDER[item[0][0].name])
+        return sorted(calls.values(), key=lambda found: _ORDER[found[0][1].method.name])
 
     def _call(
         self,
-        method: Rewriting[Any],
-        streams: tuple[str, ...],
-        heads: tuple[str, ...],
         found: Sequence[tuple[Place, Applied]],
         logits: Tensor,
         others: Mapping[str, Tensor],
         hidden: Tensor | None,
     ) -> Call:
-        places = [place for place, _ in found]
+        places, (method, _, streams, heads, state) = [place for place, _ in found], found[0][1]
         rows = self._sent([place.row for place in places])
         slots = self._sent([place.request.slot for place in places]) if places[0].request.slot >= 0 else None
         hidden = self._hidden if hidden is None else hidden
-        state = found[0][1].state
         given = Rows(
             logits[rows],
             [place.request.num_prompt for place in places],
