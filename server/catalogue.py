@@ -34,5 +34,6 @@ class Catalogue:
     limit: Limit | None = None
     tensor_parallel: int = 1
     takes_soft_prompts: bool = True
+    logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them

@@ -138,8 +138,8 @@ def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
     return vector
 
 
-def plan_of(entries: Sequence[Decoded], is_temperature_last: bool) -> DecodingPlan | None:
-    """The entries as one plan.
+def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
+    """The entries as one plan; None if they are none.
 
     Raises: BadRequest naming an entry that does not go with another.
     """
@@ -148,9 +148,7 @@ def plan_of(entries: Sequence[Decoded], is_temperature_last: bool) -> DecodingPl
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
     rewriting = sorted((e for e in entries if isinstance(e.method, Rewriting)), key=lambda e: _ORDER[e.method.name])
     rewrites = tuple(Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads) for e in rewriting)
-    if mix is None and not rewrites and not is_temperature_last:
-        return None
-    return DecodingPlan(mix, rewrites)
+    return DecodingPlan(mix, rewrites) if entries else None
 
 
 def _check_together(entries: Sequence[Decoded]) -> None:

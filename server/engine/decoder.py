@@ -25,6 +25,7 @@ from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
 
 NO_TOKEN = -1
@@ -118,6 +119,9 @@ class Decoder:
         self._is_decoded = self._is_drawn = True
         self._hidden: Tensor | None = None
         self._noted: list[Call] = []
+        self._snapshot: Snapshot | None = None
+        self._explanations: Explanations | None = None
+        self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
 
     @property
     def num_requests(self) -> int:
@@ -167,6 +171,7 @@ class Decoder:
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Find the rows that become tokens, and learn the tokens that this step feeds."""
         self._view, self._places, self._noted, self._hidden, self.is_in_step = view, [], [], None, True
+        self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._requests
         if self._is_decoded:
             return
@@ -224,7 +229,39 @@ class Decoder:
             hidden: (B, H) the served model's last hidden states.
         """
         self._is_decoded, self._hidden = True, hidden
-        return self._decoded(logits, self._places, others, hidden)
+        explained = [
+            Row(self._view.requests[place.row], place.row, place.request.plan.explain)
+            for place in self._places
+            if place.request.plan.explain is not None
+        ]
+        if explained:
+            self._snapshot = Snapshot(explained, logits)
+            self._note_streams(self._snapshot, logits, others)
+        if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
+            rows = self._sent(undecoded)
+            self._undecoded = rows, logits[rows].to(torch.float32)
+        decoded = self._decoded(logits, self._places, others, hidden)
+        if self._snapshot is not None:
+            self._snapshot.note_final(decoded)
+        return decoded
+
+    def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
+        for place in self._places:
+            plan, members = place.request.plan, (place.row, *self._view.members.get(place.row, ()))
+            for model, member in plan.mix.streams if plan.mix else ():
+                name = model if not member else f"{model or MAIN}[{member}]"
+                snapshot.note_stream(place.row, name, (others[model] if model else logits)[members[member]])
+            for model in dict.fromkeys(model for one in place.request.applied for model in one.streams):
+                snapshot.note_stream(place.row, model, others[model][place.row])
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """The logits whose log-probabilities are told, which some requests want to be the base's."""
+        if self._undecoded is None:
+            return logits
+        rows, base = self._undecoded
+        scored = logits.to(torch.float32, copy=True)
+        scored[rows] = base
+        return scored
 
     def decode_prompt(
         self, logits: Tensor, others: Mapping[str, Tensor], hidden: Tensor, tokens: Sequence[int]
@@ -235,7 +272,9 @@ class Decoder:
         places = [
             Place(index, request, int(view.positions[row]) + token - int(view.starts[row]))
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
-            if row < len(view.requests) and (request := self._requests.get(view.requests[row])) is not None
+            if row < len(view.requests)
+            and (request := self._requests.get(view.requests[row])) is not None
+            and not request.plan.scores_base
         ]
         return self._decoded(logits, places, others, hidden)
 
@@ -300,6 +339,13 @@ class Decoder:
             call.method.note(call.given, call.settings, sampled.flatten()[call.rows].long())
             self._keep_state(call)
         self._noted = []
+        if self._snapshot is not None:
+            self._explanations, self._snapshot = self._snapshot.drawn(sampled.flatten()), None
+
+    def take_explanations(self) -> Explanations | None:
+        """What the last draw's decoding did, once."""
+        found, self._explanations = self._explanations, None
+        return found
 
     def _run(
         self,
@@ -313,6 +359,8 @@ class Decoder:
         for found in self._calls(places, (stage,)):
             call = self._call(found, logits, others or {}, hidden)
             logits[call.rows] = call.method.rewrite(call.given, call.settings)
+            if self._snapshot is not None:
+                self._snapshot.note_facts([place.row for place, _ in found], call.given.facts)
             if call.given.state is not None:
                 self._keep_state(call)
                 self._noted.append(call)
