@@ -151,7 +151,7 @@ def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
     By bisection over lengths, with polynomials modulo two primes in place of the texts: no loop over tokens.
     """
     width = text.shape[1]
-    primes = torch.tensor(_PRIMES, device=text.device)[:, None, None]
+    primes = _sent(_PRIMES, text.device)[:, None]  # (2, 1, 1)
     powers = _powers(width, text.device)  # (2, 1, W)
     sums = torch.nn.functional.pad(((text + 2) * powers % primes).cumsum(2), (1, 0))  # (2, R, W + 1), below 2 ** 63
     step, common = 1 << (width.bit_length() - 1), torch.zeros_like(start)
@@ -170,8 +170,13 @@ def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
 
 def _powers(width: int, device: torch.device) -> Tensor:
     """(2, 1, W) root ** i modulo prime, of each of the two."""
-    primes, roots = torch.tensor(_PRIMES, device=device)[:, None], torch.tensor(_ROOTS, device=device)[:, None]
+    primes, roots = _sent(_PRIMES, device), _sent(_ROOTS, device)
     powers = torch.ones_like(roots)
     while powers.shape[1] < width:
         powers = torch.cat([powers, powers * (powers[:, -1:] * roots % primes) % primes], dim=1)
     return powers[:, None, :width]
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(n, 1) int64, without waiting for the device."""
+    return torch.tensor(numbers).to(device, non_blocking=True)[:, None]

@@ -1,4 +1,4 @@
-"""Our temperature and truncation against vLLM's sampler, transformers, the goldens and a plain computation."""
+"""Our temperature and truncation against transformers, the goldens and a plain computation."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from decodings import golden
 from reference import draw as reference
 from torch import Tensor
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
 from whipstaff.decoding.draw import temper, truncate
 
@@ -27,13 +26,6 @@ def test_all_three_in_vllms_order() -> None:
     own = zip(logits.tolist(), top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True)
     expected = torch.tensor([reference.truncate(*one) for one in own])
     assert torch.equal(truncate(logits.clone(), top_k, top_p, min_p), expected)
-
-
-def test_vllms_own_top_k_and_top_p() -> None:
-    logits = rows()
-    top_k, top_p = torch.tensor([50, 1, 5, 20] * 6), torch.tensor([0.99, 0.9, 0.3, 1e-6, 0.7, 0.5] * 4)
-    expected = apply_top_k_top_p_pytorch(logits.clone(), top_k, top_p)
-    assert torch.equal(truncate(logits.clone(), top_k, top_p), expected)
 
 
 def test_transformers_one_at_a_time() -> None:
