@@ -95,5 +95,5 @@ def test_every_end_of_a_text_is_made_likelier() -> None:
 
     setting = METHOD.resolve(RuleAdapterParams(style=False, repetition=False), Words())
     rows = Rows(torch.zeros(1, 12), [4], [125], torch.zeros(1, 129, dtype=torch.int64))
-    assert METHOD.rewrite(rows, [setting])[0].nonzero().flatten().tolist() == [3, 9]
-    assert rows.facts["ramp"].tolist() == [7.5]
+    assert METHOD.rewrite(rows, [setting])[0].tolist() == [7.5 * (token in (3, 9)) for token in range(12)]
+    assert rows.facts["rules"].tolist() == [[True, False, False, False]]
