@@ -93,14 +93,18 @@ class Dry(Rewriting[DryParams]):
             return logits
         is_breaker = torch.stack([setting.is_breaker(logits) for setting in settings])  # (R, V)
         text, window = _newest_first(rows, settings)
-        limit = _free_run(text, is_breaker, settings)
-        longest = _longest_runs(text, window, limit, logits.shape[1])
-        allowed = rows.column(setting.allowed_length for setting in settings)
-        penalty = rows.column(setting.base for setting in settings) ** torch.minimum(
-            longest - allowed, rows.column(_max_exponent(setting.base) for setting in settings)
-        )
-        penalty = (rows.column(setting.multiplier for setting in settings) * penalty).clamp(max=_MOST)
-        return logits.sub_(torch.where((longest >= allowed) & ~is_breaker, penalty, 0.0))
+        run, follower = _runs(text, window, _free_run(text, is_breaker, settings))
+        penalty = _penalties(rows, settings, run).masked_fill_(follower < 0, 0)
+        taken = torch.zeros_like(logits).scatter_reduce_(1, follower.clamp(min=0), penalty, "amax")
+        return logits.sub_(taken.masked_fill_(is_breaker, 0))
+
+
+def _penalties(rows: Rows, settings: Sequence[DrySetting], run: Tensor) -> Tensor:
+    """What runs (R, n) cost the token that would carry them on."""
+    multiplier, base = (rows.column(getattr(one, name) for one in settings) for name in ("multiplier", "base"))
+    excess = run - rows.column(setting.allowed_length for setting in settings)
+    power = base ** torch.minimum(excess, rows.column(_max_exponent(setting.base) for setting in settings))
+    return (multiplier * power).clamp(max=_MOST).masked_fill_(excess < 0, 0)
 
 
 def _max_exponent(base: float) -> float:
@@ -135,14 +139,12 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     return free.gather(1, first)
 
 
-def _longest_runs(text: Tensor, window: Tensor, limit: Tensor, vocab: int) -> Tensor:
-    """(R, V) how long the run is that each token would carry on; -1 for tokens that carry on none."""
-    num_rows, width = text.shape
-    start = torch.arange(1, width, device=text.device).expand(num_rows, -1)  # where the earlier run ends
+def _runs(text: Tensor, window: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, W - 1) the lengths of the earlier runs that end where text[start] stands, start = 1, 2, .., and the tokens
+    that follow them; -1 beyond the window."""
+    start = torch.arange(1, text.shape[1], device=text.device).expand(len(text), -1)
     run = torch.minimum(_common(text, window, start), limit)
-    follower = torch.where(start < window, text[:, :-1], vocab)
-    longest = torch.full((num_rows, vocab + 1), -1, device=text.device)
-    return longest.scatter_reduce_(1, follower, run, "amax")[:, :vocab]
+    return run, text[:, :-1].masked_fill(start >= window, -1)
 
 
 def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:

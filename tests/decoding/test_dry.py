@@ -71,6 +71,11 @@ def test_long_repetitions_stay_finite(length: int) -> None:
     assert float(found[0, 3]) == pytest.approx(1.001 ** (length - 1 - 2), rel=1e-3)
 
 
+def test_a_text_of_one_token() -> None:
+    rows = Rows(torch.zeros(1, VOCAB), [1], [0], torch.tensor([[3]]))
+    assert not METHOD.rewrite(rows, [setting(allowed_length=0)]).any()
+
+
 def test_a_breaker_ends_runs_and_is_not_penalised() -> None:
     text = [3, 4, 5, 9, 3, 4, 5, 9, 3, 4]
     assert float(penalties([text], [setting()])[0, 5]) > float(penalties([text], [setting(breakers=[9])])[0, 5]) > 0
