@@ -93,14 +93,18 @@ class Dry(Rewriting[DryParams]):
             return logits
         is_breaker = torch.stack([setting.is_breaker(logits) for setting in settings])  # (R, V)
         text, window = _newest_first(rows, settings)
-        limit = _free_run(text, is_breaker, settings)
-        longest = _longest_runs(text, window, limit, logits.shape[1])
-        allowed = rows.column(setting.allowed_length for setting in settings)
-        penalty = rows.column(setting.base for setting in settings) ** torch.minimum(
-            longest - allowed, rows.column(_max_exponent(setting.base) for setting in settings)
-        )
-        penalty = (rows.column(setting.multiplier for setting in settings) * penalty).clamp(max=_MOST)
-        return logits.sub_(torch.where((longest >= allowed) & ~is_breaker, penalty, 0.0))
+        run, follower = _runs(text, window, _free_run(text, is_breaker, settings))
+        penalty = _penalties(rows, settings, run).masked_fill_(follower < 0, 0)
+        taken = torch.zeros_like(logits).scatter_reduce_(1, follower.clamp(min=0), penalty, "amax")
+        return logits.sub_(taken.masked_fill_(is_breaker, 0))
+
+
+def _penalties(rows: Rows, settings: Sequence[DrySetting], run: Tensor) -> Tensor:
+    """What runs (R, n) cost the token that would carry them on."""
+    multiplier, base = (rows.column(getattr(one, name) for one in settings) for name in ("multiplier", "base"))
+    excess = run - rows.column(setting.allowed_length for setting in settings)
+    power = base ** torch.minimum(excess, rows.column(_max_exponent(setting.base) for setting in settings))
+    return (multiplier * power).clamp(max=_MOST).masked_fill_(excess < 0, 0)
 
 
 def _max_exponent(base: float) -> float:
@@ -135,14 +139,12 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     return free.gather(1, first)
 
 
-def _longest_runs(text: Tensor, window: Tensor, limit: Tensor, vocab: int) -> Tensor:
-    """(R, V) how long the run is that each token would carry on; -1 for tokens that carry on none."""
-    num_rows, width = text.shape
-    start = torch.arange(1, width, device=text.device).expand(num_rows, -1)  # where the earlier run ends
+def _runs(text: Tensor, window: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, W - 1) the lengths of the earlier runs that end where text[start] stands, start = 1, 2, .., and the tokens
+    that follow them; -1 beyond the window."""
+    start = torch.arange(1, text.shape[1], device=text.device).expand(len(text), -1)
     run = torch.minimum(_common(text, window, start), limit)
-    follower = torch.where(start < window, text[:, :-1], vocab)
-    longest = torch.full((num_rows, vocab + 1), -1, device=text.device)
-    return longest.scatter_reduce_(1, follower, run, "amax")[:, :vocab]
+    return run, text[:, :-1].masked_fill(start >= window, -1)
 
 
 def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
     By bisection over lengths, with polynomials modulo two primes in place of the texts: no loop over tokens.
     """
     width = text.shape[1]
-    primes = torch.tensor(_PRIMES, device=text.device)[:, None, None]
+    primes = _sent(_PRIMES, text.device)[:, None]  # (2, 1, 1)
     powers = _powers(width, text.device)  # (2, 1, W)
     sums = torch.nn.functional.pad(((text + 2) * powers % primes).cumsum(2), (1, 0))  # (2, R, W + 1), below 2 ** 63
     step, common = 1 << (width.bit_length() - 1), torch.zeros_like(start)
@@ -170,8 +172,13 @@ def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
 
 def _powers(width: int, device: torch.device) -> Tensor:
     """(2, 1, W) root ** i modulo prime, of each of the two."""
-    primes, roots = torch.tensor(_PRIMES, device=device)[:, None], torch.tensor(_ROOTS, device=device)[:, None]
+    primes, roots = _sent(_PRIMES, device), _sent(_ROOTS, device)
     powers = torch.ones_like(roots)
     while powers.shape[1] < width:
         powers = torch.cat([powers, powers * (powers[:, -1:] * roots % primes) % primes], dim=1)
     return powers[:, None, :width]
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(n, 1) int64, without waiting for the device."""
+    return torch.tensor(numbers).to(device, non_blocking=True)[:, None]

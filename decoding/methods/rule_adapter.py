@@ -98,7 +98,7 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits = rows.logits
         _add(logits, [_biases(setting, done) for setting, done in zip(settings, rows.num_generated, strict=True)])
-        rows.facts["ramp"] = rows.column(map(_ramp, settings, rows.num_generated))[:, 0]
+        rows.facts["rules"] = torch.tensor(list(map(_acting, settings, rows.num_generated))).view(-1, 4)
         if not any(setting.is_repetition for setting in settings):
             return logits
         is_seen = _seen(rows, rows.column(setting.first for setting in settings))
@@ -130,6 +130,12 @@ def _biases(setting: RuleAdapterSetting, num_generated: int) -> dict[int, float]
     for token, bias in (*setting.style, *opening, *((end, _ramp(setting, num_generated)) for end in setting.ends)):
         total[token] = total.get(token, 0.0) + bias
     return total
+
+
+def _acting(setting: RuleAdapterSetting, num_generated: int) -> list[bool]:
+    """Whether ramp, style, repetition and opening act on the next token."""
+    is_opening = num_generated < len(setting.openings)
+    return [_ramp(setting, num_generated) > 0, bool(setting.style), setting.is_repetition, is_opening]
 
 
 def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
