@@ -50,7 +50,9 @@ async def serve(args: Namespace, settings: Settings) -> None:
 def launch(args: Namespace, settings: Settings, files: Mapping[str, VectorFile]) -> Engine:
     """Start the engine with what the vectors will need."""
     vectors = [file.vector for file in files.values()]
-    return start(args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites)
+    return start(
+        args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites, settings.early_layers
+    )
 
 
 async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile]) -> Catalogue:

@@ -45,6 +45,15 @@ class RowSpecial(NamedTuple):
     setting: str  # the method's parameters as JSON, defaults filled in
 
 
+class RowKeep(NamedTuple):
+    """Keep the streams entering some blocks, as the row's edits have left them, beside the model; nothing changes.
+
+    Layers count as in papers on early exit: 0 is what the embedding gives, l what leaves the l-th block.
+    """
+
+    layers: tuple[int, ...]
+
+
 class RowMeter(NamedTuple):
     """Measure how long activations are, everywhere."""
 
@@ -59,8 +68,9 @@ class Insert(NamedTuple):
     num: int
 
 
-Row = tuple[RowEdit | RowProbe | RowSpecial | RowMeter, ...]  # made in this order, probes before edits
-_SMALL = 2  # lines and instructions of probes and meters, rounded up
+Item = RowEdit | RowProbe | RowSpecial | RowKeep | RowMeter
+Row = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
+_SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
 
 class Segment(NamedTuple):
@@ -91,6 +101,12 @@ class PlannedSpecial:
 
 
 @dataclass(frozen=True)
+class PlannedKeep:
+    keep: RowKeep
+    where: Where
+
+
+@dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
 
@@ -101,6 +117,7 @@ class SteeringPlan:
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
     specials: tuple[PlannedSpecial, ...] = ()
+    keeps: tuple[PlannedKeep, ...] = ()
 
     @property
     def num_columns(self) -> int:
@@ -140,10 +157,11 @@ class SteeringPlan:
                 found.append(Segment(start, end, row, row if at_tokens == row else at_tokens))
         return found
 
-    def _items(self) -> Iterator[tuple[RowEdit | RowProbe | RowSpecial | RowMeter, Where]]:
+    def _items(self) -> Iterator[tuple[Item, Where]]:
         yield from ((planned.probe, planned.where) for planned in self.probes)
         yield from ((planned.edit, planned.where) for planned in self.edits)
         yield from ((planned.special, planned.where) for planned in self.specials)
+        yield from ((planned.keep, planned.where) for planned in self.keeps)
         if self.is_metered:
             yield RowMeter(), Where.of("all")
 
@@ -156,6 +174,7 @@ class SteeringPlan:
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
             "specials": [[*planned.special, _where(planned.where)] for planned in self.specials],
+            "keeps": [[list(planned.keep.layers), _where(planned.where)] for planned in self.keeps],
         }
 
     @staticmethod
@@ -170,6 +189,7 @@ class SteeringPlan:
             tuple(
                 PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
             ),
+            tuple(PlannedKeep(RowKeep(tuple(layers)), Where.model_validate(where)) for layers, where in wire["keeps"]),
         )
 
 

@@ -23,6 +23,11 @@ def canonical(place: Place) -> Place:
     return place
 
 
+def entering(layer: int) -> Place:
+    """Where the stream that enters a block is found: 0 is what the embedding gives, l what leaves the l-th block."""
+    return canonical(Place("resid_pre", layer))
+
+
 def pool_of(site: Site) -> str:
     """Which of the engine's pools of lines a site reads: places of one pool are equally wide."""
     return {"attn_head": "heads", "router": "experts"}.get(site, "hidden")

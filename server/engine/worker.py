@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
 from whipstaff.server.engine.auxiliary import Auxiliary, compose
-from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.layout import Layout, max_tokens
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
 from whipstaff.server.engine.sites import install_sites, watch_logits
@@ -34,19 +34,21 @@ class SteeredWorker:
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
         self._steerer = Steerer(
-            _max_tokens(config),
+            max_tokens(config),
             runner.device,
             [auxiliary.name for auxiliary in auxiliaries],
             layout.num_histories,
             layout.max_len,
         )
-        self._steerer.tables = install_sites(model, layout, self._steerer, self._vectors.__getitem__)
+        self._steerer.tables = install_sites(
+            model, layout, self._steerer, self._vectors.__getitem__, config.model_config.dtype
+        )
         self._steerer.soft = install_soft_rows(
-            model, config.model_config, _max_tokens(config), runner.device, self._vectors.__getitem__
+            model, config.model_config, max_tokens(config), runner.device, self._vectors.__getitem__
         )
         self._steerer.specials = Specials(
             model,
-            _max_tokens(config),
+            max_tokens(config),
             runner.device,
             self._vectors.__getitem__,
             layout.num_slots,
@@ -147,12 +149,6 @@ def _is_v2(runner: Any) -> bool:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     return isinstance(runner, GPUModelRunner)
-
-
-def _max_tokens(config: Any) -> int:
-    """The most tokens that one forward pass can have, padding for graph capture included."""
-    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))
 
 
 def _placed(new: Any) -> PlacedPlan | None:

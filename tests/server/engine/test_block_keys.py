@@ -1,6 +1,7 @@
 """KV blocks are keyed by what changed the KV in them: shared with plain traffic before, never after."""
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from whipstaff.decoding.method import Mix
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import key_blocks
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, PlannedKeep, RowEdit, RowKeep, SteeringPlan
 from whipstaff.steering.where import Where
 
 BLOCK = 16
@@ -89,6 +90,16 @@ def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
     mild, strong = (RequestPlan(mix=Mix({"expert": weight})) for weight in (0.5, 2.0))
     assert keys(TOKENS, 80, mild) == keys(TOKENS, 80, strong)
     assert not set(keys(TOKENS, 80, mild)) & set(keys(TOKENS, 80, None))
+
+
+@given(prompt_len=st.integers(1, 99))
+def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
+    keep = PlannedKeep(RowKeep((0, 1)), Where(prompt=[(2, 5)], generation="all"))
+    only = RequestPlan(SteeringPlan((), keeps=(keep,)))
+    assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
+    edited = steering(Where.of("each_last")).steering
+    both = RequestPlan(replace(edited, keeps=(keep,)))
+    assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))
 
 
 def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:
