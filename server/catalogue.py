@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from whipstaff.server.registry import Registry
+from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
@@ -24,6 +25,7 @@ class Catalogue:
 
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
+    words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
     num_layers: int = 1

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
+from whipstaff.server.engine.request import RequestPlan, take_draw
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
 from whipstaff.server.methods import method_table
 from whipstaff.server.receipts import FIELD, Tally, with_receipt
@@ -36,8 +37,7 @@ class PreparedRequest:
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
-        wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
-        return PlacedRequest(ids, wire, self.compiled, num_tokens)
+        return PlacedRequest(ids, self.compiled, self.compiled.plan, self.tally, num_tokens)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -64,9 +64,18 @@ class PlacedRequest:
     """The same for one of its prompts."""
 
     ids: list[int] | None
-    wire: PlanDict
     compiled: Compiled
+    plan: RequestPlan
+    tally: Tally
     num_tokens: int
+
+    def wire(self, params: Any) -> PlanDict:
+        plan = self.plan
+        if self.compiled.draws_itself:
+            assert plan.decoding is not None
+            draw = take_draw(params, self.compiled.is_temperature_last)
+            plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
+        return PlanDict(plan.to_wire(), self.compiled.label, self.tally.note)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
         return self.compiled.check(self.num_tokens, max_tokens, is_explicit)
@@ -79,12 +88,13 @@ def catalogue(request: Request) -> Catalogue:
 
 def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> PreparedRequest | None:
     """Compile a request's extras, wherever they came in, and attach them to it."""
-    present = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
+    present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
     compiled = compile_extras(_with_xargs(present, request.vllm_xargs), have)
     if compiled is None:
         return None
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    compiled.check_draw(request.temperature)
     prepared = PreparedRequest(compiled)
     request.attach(prepared)
     return prepared

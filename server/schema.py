@@ -8,13 +8,21 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from whipstaff.decoding.method import DecodingError, Method, Mix, Params
-from whipstaff.decoding.methods import METHODS
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
+from whipstaff.server.decoded import (
+    MAX_DECODING,
+    SHORTHANDS,
+    Decoded,
+    admit_decoding,
+    check_draw,
+    draws_itself,
+    entries_of,
+    plan_of,
+)
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field, parsed
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
 from whipstaff.steering.errors import SteeringError
@@ -23,15 +31,9 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 PLAIN = "plain"
 SEVERAL = "several"
-FIELDS = ("steering", "decoding", "on_unavailable")
-MAX_DECODING = 8
-
+FIELDS = ("steering", "decoding", "on_unavailable", "temperature_last", *SHORTHANDS)
 # Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT = (
-    *("explain", "guidance_scale", "negative_prompt", "dola_layers", "top_n_sigma", "typical_p"),
-    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold"),
-    *("mirostat", "mirostat_tau", "mirostat_eta", "dynatemp_range", "dynatemp_exponent"),
-)
+NOT_BUILT = ("explain", "guidance_scale", "negative_prompt", "dola_layers")
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -41,17 +43,17 @@ class Compiled:
     """A request's extras, ready to run."""
 
     plan: RequestPlan
-    decoding: list[dict[str, Any]]
     limits: Mapping[str, int]  # of the auxiliary models it needs
     have: Catalogue
     steering: list[Steered] = field(default_factory=list)
+    decoding: list[Decoded] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    stream_paths: dict[str, str] = field(default_factory=dict)  # auxiliary model -> the field that named it first
+    is_temperature_last: bool = False
 
     @property
     def label(self) -> str:
         """The methods in use, for metrics: few, since it holds names of our own only, and one of each side."""
-        sides = {entry.label for entry in self.steering}, {str(entry["method"]) for entry in self.decoding}
+        sides = {entry.label for entry in self.steering}, {entry.method.name for entry in self.decoding}
         names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
         return "+".join(sorted(names)) or PLAIN
 
@@ -64,19 +66,30 @@ class Compiled:
         for name, limit in sorted(self.limits.items(), key=lambda item: item[1]):  # the tightest is the one to name
             if prompt_len >= limit or (is_explicit and prompt_len + max_tokens > limit):
                 wanted = f"{prompt_len} prompt tokens" + (f" and max_tokens {max_tokens}" if is_explicit else "")
-                raise BadRequest(
-                    f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", self.stream_paths[name]
-                )
+                path = next(entry.stream_paths[name] for entry in self.decoding if name in entry.stream_paths)
+                raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", path)
             allowed = min(allowed, limit - prompt_len)
         if self.plan.steering is not None:
             self._check_steering(self.plan.steering, prompt_len, allowed)
         return allowed
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
+        return draws_itself(self.decoding, self.is_temperature_last)
+
+    def check_draw(self, temperature: float | None) -> None:
+        """Check the request's own sampling parameters. Raises: BadRequest."""
+        check_draw(self.decoding, temperature)
 
     def place(self, prompt: Prompt) -> list[int] | None:
         """Place the plan in a prompt; the prompt with room for inserted rows, None if it stays as it is.
 
         Raises: BadRequest for a field that does not go with this prompt.
         """
+        if self.decoding:
+            entries = [entry.placed(prompt) for entry in self.decoding]
+            self.plan = replace(self.plan, decoding=plan_of(entries, self.is_temperature_last))
         if self.plan.steering is None:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
@@ -126,7 +139,7 @@ class Compiled:
         plan = self.plan.steering or SteeringPlan(())
         return {
             "steering": [entry.said(plan, fed, self.have) for entry in self.steering],
-            "decoding": self.decoding,
+            "decoding": [entry.said() for entry in self.decoding],
             "warnings": self.warnings,
         }
 
@@ -142,24 +155,26 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     if all(fields.get(name) is None for name in FIELDS):
         return None
     is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
-    compiled = Compiled(RequestPlan(), [], {}, catalogue)
+    compiled = Compiled(RequestPlan(), {}, catalogue, is_temperature_last=_flag(fields, "temperature_last"))
     planner = Planner()
     for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
         try:
             compiled.steering.append(admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings))
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
-    mixes = [
-        mix
-        for path, entry in _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-        if (mix := _decoding(entry, path, catalogue, compiled, is_lenient)) is not None
-    ]
-    mix = _sum(mixes)
-    if mix and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
+    named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
+    for path, entry, names in entries_of(fields, named):
+        try:
+            compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
+        except (NotFound, VectorUnfit, Unavailable) as error:
+            _skip(error, compiled, is_lenient)
+    decoding = plan_of(compiled.decoding, compiled.is_temperature_last)
+    models = decoding.models if decoding else []
+    if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     steering = planner.plan if compiled.steering else None
-    compiled.plan = RequestPlan(steering, mix, uuid4().hex if steering and steering.num_columns else "")
-    compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
+    compiled.plan = RequestPlan(steering, decoding, uuid4().hex if steering and steering.num_columns else "")
+    compiled.limits = {name: catalogue.auxiliaries[name] for name in models}
     return compiled
 
 
@@ -186,50 +201,11 @@ def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 
 
-def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:
-    if not isinstance(entry, dict):
-        raise BadRequest("an entry is a JSON object", path)
-    name = entry.get("method")
-    if not isinstance(name, str):
-        raise BadRequest(f"name a method: one of {', '.join(METHODS)}", f"{path}.method")
-    method = METHODS.get(name)
-    if method is None:
-        _skip(
-            Unavailable(f"there is no decoding method {name!r}; there are: {', '.join(METHODS)}", f"{path}.method"),
-            compiled,
-            is_lenient,
-        )
-        return None
-    params = parsed(method.params, entry, path)
-    try:
-        _check_streams(method, params, path, catalogue)
-    except WhipstaffError as error:
-        _skip(error, compiled, is_lenient)
-        return None
-    try:
-        mix = method.mix(params)
-    except DecodingError as error:
-        raise BadRequest(str(error), f"{path}.{error.param}") from None
-    for stream in method.stream_fields:
-        compiled.stream_paths.setdefault(getattr(params, stream), f"{path}.{stream}")
-    compiled.decoding.append(params.model_dump())
-    return mix
-
-
-def _check_streams(method: Method[Any], params: Params, path: str, catalogue: Catalogue) -> None:
-    have = catalogue.auxiliaries
-    if len(have) < len(method.stream_fields):
-        raise Unavailable(
-            f"{method.name} needs {len(method.stream_fields)} auxiliary models, and this server has {len(have)}; "
-            "start it with --aux NAME=MODEL for each",
-            f"{path}.method",
-        )
-    for name in method.stream_fields:
-        if getattr(params, name) not in have:
-            raise NotFound(
-                f"there is no auxiliary model {getattr(params, name)!r}; this server has: {', '.join(have)}",
-                f"{path}.{name}",
-            )
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest("true or false", name)
+    return bool(value)
 
 
 def _skip(error: WhipstaffError, compiled: Compiled, is_lenient: bool) -> None:
@@ -237,12 +213,3 @@ def _skip(error: WhipstaffError, compiled: Compiled, is_lenient: bool) -> None:
     if not is_lenient:
         raise error
     compiled.warnings.append(f"{error.param} was left out: {error.message}")
-
-
-def _sum(mixes: list[Mix]) -> Mix | None:
-    """Several mixes of one request add up: each is a displacement of the base's logits."""
-    weights: dict[str, float] = {}
-    for mix in mixes:
-        for name, weight in mix.weights.items():
-            weights[name] = weights.get(name, 0.0) + weight
-    return Mix(weights) if weights else None

@@ -156,5 +156,5 @@ def _digest(placed: PlacedPlan) -> bytes:
     if steering is not None:
         said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
         if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
-            said.append(placed.plan.mix)
+            said.append(placed.plan.decoding)
     return hashlib.sha256(repr(said).encode()).digest()

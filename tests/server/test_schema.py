@@ -15,6 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
@@ -206,8 +208,8 @@ def test_layers_are_a_set_and_all_of_them_are_none_named(have: Catalogue) -> Non
 def test_both_sides_compile_into_one_plan_and_one_label(have: Catalogue) -> None:
     both = compiled(have, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
     assert both.label == "caa+proxy_tuning"
-    assert both.plan.mix is not None and both.plan.steering is not None
-    assert both.plan.mix.weights == {"expert": 0.5, "anti": -0.5}
+    assert both.plan.decoding == DecodingPlan(Mix.of({"expert": 0.5, "anti": -0.5}))
+    assert both.plan.steering is not None
     assert both.limits == {"expert": 64, "anti": 64}
 
 
@@ -231,9 +233,8 @@ def test_labels_are_few(have: Catalogue, names: list[str], label: str) -> None:
 
 def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
     other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
-    mix = compiled(have, decoding=[PAIR, other]).plan.mix
-    assert mix is not None
-    assert mix.weights == {"expert": 1.0, "anti": -3.0, "short": 2.0}
+    summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
+    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
 
 
 WHEN = {"probe": "probe", "above": 0.25}
@@ -570,7 +571,7 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catal
     )
     assert [entry.path for entry in made.steering] == ["steering[1]"]
     assert made.plan.steering == plan_of(have, {"vector": "calm"})
-    assert made.plan.mix is None
+    assert made.plan.decoding is None
     starts = [warning.split(" was left out")[0] for warning in made.warnings]
     assert starts == [
         *("steering[0].vector", "steering[2].vector", "steering[3].method", "steering[4].when.probe"),
