@@ -15,7 +15,7 @@ Within a stage methods run in the order of their table.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -25,7 +25,7 @@ from whipstaff.decoding.rows import Rows
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "uniform", "temperature"]  # see `Rows`
+Need = Literal["tokens", "hidden", "uniform", "temperature", "early"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -59,6 +59,13 @@ class Words(Protocol):
 
     def encode(self, text: str) -> Sequence[int]:
         """The tokens of a text, without special ones."""
+
+
+class Depth(NamedTuple):
+    """What methods that read early layers need to know of the served model."""
+
+    num_layers: int
+    is_tied: bool  # whether its head is its embedding
 
 
 class PromptFacts(Protocol):
@@ -131,6 +138,14 @@ class Rewriting(Method[P]):
     def resolve(self, params: P, words: Words) -> BaseModel:
         """The parameters as the engine needs them: text turned into tokens. Raises: DecodingError."""
         return params
+
+    def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
+        """The early layers whose logits it reads: see `steering.plan.RowKeep`. Raises: DecodingError."""
+        return ()
+
+    def takes_norm(self, params: P) -> bool:
+        """Whether early layers pass the model's final norm before its head."""
+        return False
 
     def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
         """The setting for one prompt. Raises: DecodingError."""
