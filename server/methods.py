@@ -19,7 +19,7 @@ _MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows":
 def method_table(have: Catalogue) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, have) for method in STEERING.values()),
+        *(_steering(method, have) for method in STEERING.values() if method.served_by != "logits"),
         *(_decoding(method, have) for method in DECODING.values()),
     ]
 

@@ -818,7 +818,8 @@ def test_the_method_table_says_what_this_server_can_do(
     have: Catalogue, everything: Catalogue, nothing: Catalogue
 ) -> None:
     dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (have, everything, nothing))
-    assert dense.keys() == full.keys() == empty.keys() == {*STEERING, *METHODS}
+    edits = {name: method for name, method in STEERING.items() if method.served_by != "logits"}
+    assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
     assert full["proxy_tuning"]["defaults"]["alpha"] == 1.0
     assert not any(row["available"] for row in empty.values())
@@ -828,10 +829,10 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
     for name, row in full.items():
-        assert row["paper"] and row["kind"] == ("mix" if name in METHODS else "edit")
+        assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
         assert (row["reason"] is None) is row["available"] is (name in {*served, *METHODS})
     assert dense["vector"]["schema"]["properties"]["vector"]["enum"] == ["calm", "router", "strange"]
-    for name in STEERING:
+    for name in edits:
         schema = full[name]["schema"]
         assert schema["additionalProperties"] is False
         assert ("vector" in schema["required"]) is ("method" not in schema["properties"]) is STEERING[name].needs_file
