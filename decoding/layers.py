@@ -42,9 +42,9 @@ def choose(divergence: Tensor, num_early: Sequence[int]) -> tuple[Tensor, Tensor
         divergence: (P,) row after row.
         num_early: (R,) how many belong to each; at least one.
     """
-    counts = torch.tensor(num_early)
+    counts = torch.tensor(num_early, dtype=torch.int64)
     starts = (counts.cumsum(0) - counts).to(divergence.device, non_blocking=True)
-    is_own = torch.arange(max(num_early)) < counts[:, None]
+    is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
     table = divergence.new_full(is_own.shape, -torch.inf)
     table[is_own.to(divergence.device, non_blocking=True)] = divergence
     first = table.argmax(-1)
@@ -59,7 +59,7 @@ def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor
         mature: (R, V) logits; banned tokens stay banned.
         early: (P, >= V) logits.
         chosen: (R,) int64, a row of `early` for each.
-        relative_top: (R,) float32. A token is plausible if it is at least this times as likely as the best; 0 = all are.
+        relative_top: (R,) float32. A token is plausible if it is at least this times as likely as the best; 0: all are.
     """
     scores = mature.to(torch.float32, copy=True)
     rows = torch.stack([torch.arange(len(mature), device=mature.device), chosen], 1)

@@ -62,10 +62,12 @@ class Words(Protocol):
 
 
 class Depth(NamedTuple):
-    """What methods that read early layers need to know of the served model."""
+    """What the served model has of early layers: 0 is what its embedding gives, l what leaves its l-th block."""
 
     num_layers: int
-    is_tied: bool  # whether its head is its embedding
+    is_tied: bool = False  # whether its head is its embedding
+    kept: frozenset[int] = frozenset()  # the layers that requests may read
+    has_norm: bool = True  # whether its final norm is known
 
 
 class PromptFacts(Protocol):
@@ -140,7 +142,7 @@ class Rewriting(Method[P]):
         return params
 
     def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
-        """The early layers whose logits it reads: see `steering.plan.RowKeep`. Raises: DecodingError."""
+        """The early layers whose logits it reads, in the order of `Rows.early`. Raises: DecodingError."""
         return ()
 
     def takes_norm(self, params: P) -> bool:

@@ -10,6 +10,7 @@ from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
+from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics, routes
 from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.engine import UnsupportedEngine, openai
@@ -87,6 +88,12 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         engine.vllm_config.parallel_config.tensor_parallel_size,
         facts["takes_soft_prompts"],
         facts["specials"]["attention"],
+        Depth(
+            engine.layout.shape.num_layers,
+            bool(getattr(engine.model_config.hf_text_config, "tie_word_embeddings", False)),
+            frozenset(engine.layout.early_layers),
+            facts["has_final_norm"],
+        ),
         {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
 

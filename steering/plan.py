@@ -101,12 +101,6 @@ class PlannedSpecial:
 
 
 @dataclass(frozen=True)
-class PlannedKeep:
-    keep: RowKeep
-    where: Where
-
-
-@dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
 
@@ -117,7 +111,7 @@ class SteeringPlan:
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
     specials: tuple[PlannedSpecial, ...] = ()
-    keeps: tuple[PlannedKeep, ...] = ()
+    keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `RowKeep`
 
     @property
     def num_columns(self) -> int:
@@ -161,7 +155,8 @@ class SteeringPlan:
         yield from ((planned.probe, planned.where) for planned in self.probes)
         yield from ((planned.edit, planned.where) for planned in self.edits)
         yield from ((planned.special, planned.where) for planned in self.specials)
-        yield from ((planned.keep, planned.where) for planned in self.keeps)
+        if self.keeps:
+            yield RowKeep(self.keeps), Where.of("all")
         if self.is_metered:
             yield RowMeter(), Where.of("all")
 
@@ -174,7 +169,7 @@ class SteeringPlan:
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
             "specials": [[*planned.special, _where(planned.where)] for planned in self.specials],
-            "keeps": [[list(planned.keep.layers), _where(planned.where)] for planned in self.keeps],
+            "keeps": list(self.keeps),
         }
 
     @staticmethod
@@ -189,7 +184,7 @@ class SteeringPlan:
             tuple(
                 PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
             ),
-            tuple(PlannedKeep(RowKeep(tuple(layers)), Where.model_validate(where)) for layers, where in wire["keeps"]),
+            tuple(wire["keeps"]),
         )
 
 

@@ -11,6 +11,7 @@ choice over a batch; here every row has its own. Their runs come with a repetiti
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -28,7 +29,9 @@ class DolaParams(Params):
     layers: Literal["low", "high"] | Annotated[list[Layer], Field(min_length=1, max_length=64)] = Field(
         "low", description="candidates: 0 is the embeddings, l the output of the l-th block; or half of the model"
     )
-    relative_top: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="0 keeps every token, 1 the best only")
+    relative_top: float = Field(
+        0.1, ge=0, le=1, allow_inf_nan=False, description="0 keeps every token, 1 the best only"
+    )
     final_norm_on_candidates: bool = Field(False, description="whether early layers pass the model's final norm")
 
 
@@ -43,10 +46,12 @@ class Dola(Rewriting[DolaParams]):
 
     def early_layers(self, params: DolaParams, depth: Depth) -> Sequence[int]:
         layers = candidates(params.layers, depth) if isinstance(params.layers, str) else sorted(set(params.layers))
+        if params.final_norm_on_candidates and not depth.has_norm:
+            raise DecodingError("this model's structure does not show its final norm", "final_norm_on_candidates")
         if (last := layers[-1]) >= depth.num_layers:
             raise DecodingError(
-                f"layer {last} is not below the last; the model has {depth.num_layers} blocks, so its early layers are 0 "
-                f"to {depth.num_layers - 1}",
+                f"layer {last} is no early one; the model has {depth.num_layers} blocks, its early layers are 0 to "
+                f"{depth.num_layers - 1}",
                 "layers",
             )
         return layers
@@ -56,11 +61,10 @@ class Dola(Rewriting[DolaParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.early is not None
-        logits, width = rows.logits, rows.early.shape[1]
-        owners = rows.owners_of_early()
-        first, chosen = choose(divergences(logits, rows.early, owners), rows.num_early)
-        rows.facts["candidate"] = first
-        return contrast(logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
+        owners = torch.tensor([row for row, num in enumerate(rows.num_early) for _ in range(num)], dtype=torch.int64)
+        owners = owners.to(rows.logits.device, non_blocking=True)
+        rows.facts["candidate"], chosen = choose(divergences(rows.logits, rows.early, owners), rows.num_early)
+        return contrast(rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
 
 
 def candidates(half: Literal["low", "high"], depth: Depth) -> list[int]:

@@ -119,6 +119,7 @@ class SteeredWorker:
             "sites": [list(place) for place in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
+            "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
             "specials": self._steerer.specials.facts() if self._steerer.specials else {},
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }

@@ -1,6 +1,7 @@
 """KV blocks are keyed by what changed the KV in them: shared with plain traffic before, never after."""
 
 import hashlib
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import key_blocks
-from whipstaff.steering.plan import PlannedEdit, PlannedKeep, RowEdit, RowKeep, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
 BLOCK = 16
@@ -95,11 +96,11 @@ def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
 
 @given(prompt_len=st.integers(1, 99))
 def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
-    keep = PlannedKeep(RowKeep((0, 1)), Where(prompt=[(2, 5)], generation="all"))
-    only = RequestPlan(SteeringPlan((), keeps=(keep,)))
+    only = RequestPlan(SteeringPlan((), keeps=(0, 1)))
     assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
     edited = steering(Where.of("each_last")).steering
-    both = RequestPlan(replace(edited, keeps=(keep,)))
+    both = RequestPlan(replace(edited, keeps=(0, 1)))
+    assert SteeringPlan.from_wire(json.loads(json.dumps(both.steering.to_wire()))) == both.steering
     assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))
 
 
