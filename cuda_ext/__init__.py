@@ -102,6 +102,7 @@ def run_edits_(
     meter: Tensor | None = None,
     encoder: Tensor | None = None,
     encoder_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     """Runs on each row h = x[t] (+ residual[t]) the program that begins at code[tokens[t, 0]].
 
@@ -126,6 +127,7 @@ def run_edits_(
     TOP_K         tau <- the i2-th largest encoder[r] . h * u_in + encoder_bias[r] of the i1 rows from i0 on
     NORM_IN       i0 = 0: u_in, u_out, mean <- 1, 1, 0;  1: sqrt(W) / |h|, |h| / sqrt(W), 0;
                   2: 1 / (std(h) + 1e-5), std(h), mean(h), with the unbiased std
+    KEEP          kept[t] <- h
 
     Where g is 0, DIAG, CROSS and DIR change nothing. A token sees its own PROBEs; what it sees of other tokens' PROBEs
     in the same call is not defined. Program positions outside `code`, history rows outside `history` and positions
@@ -140,8 +142,9 @@ def run_edits_(
     history       (R, M) float32, changed in place
     meter         (2,) float32, changed in place, or None
     encoder, encoder_bias   (E, W) and (E,) float32, or None
+    kept          (>= T, W) of x's type, changed in place, or None
     """
-    _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias)
+    _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept)
 
 
 def mix_logits_(

@@ -66,7 +66,8 @@ OPERATORS = [
     Operator(
         "whipstaff::run_edits_",
         "(Tensor(a!) x, Tensor lines, Tensor code, Tensor args, Tensor tokens, Tensor gains, Tensor(b!) history, "
-        "Tensor(c!)? residual=None, Tensor(d!)? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None) -> ()",
+        "Tensor(c!)? residual=None, Tensor(d!)? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None, "
+        "Tensor(e!)? kept=None) -> ()",
         interpreter.run_edits_,
         _changes_in_place,
     ),

@@ -15,7 +15,7 @@ Within a stage methods run in the order of their table.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -25,7 +25,7 @@ from whipstaff.decoding.rows import Rows
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "uniform", "temperature"]  # see `Rows`
+Need = Literal["tokens", "hidden", "uniform", "temperature", "early"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -59,6 +59,15 @@ class Words(Protocol):
 
     def encode(self, text: str) -> Sequence[int]:
         """The tokens of a text, without special ones."""
+
+
+class Depth(NamedTuple):
+    """What the served model has of early layers: 0 is what its embedding gives, l what leaves its l-th block."""
+
+    num_layers: int
+    is_tied: bool = False  # whether its head is its embedding
+    kept: frozenset[int] = frozenset()  # the layers that requests may read
+    has_norm: bool = True  # whether its final norm is known
 
 
 class PromptFacts(Protocol):
@@ -137,6 +146,14 @@ class Rewriting(Method[P]):
     def resolve(self, params: P, words: Words) -> BaseModel:
         """The parameters as the engine needs them: text turned into tokens. Raises: DecodingError."""
         return params
+
+    def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
+        """The early layers whose logits it reads, in the order of `Rows.early`. Raises: DecodingError."""
+        return ()
+
+    def takes_norm(self, params: P) -> bool:
+        """Whether early layers pass the model's final norm before its head."""
+        return False
 
     def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
         """The setting for one prompt. Raises: DecodingError."""

@@ -14,6 +14,7 @@ class Rewrite(NamedTuple):
     setting: str  # JSON of the method's setting
     streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
     heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
+    early: tuple[int, ...] = ()  # early layers
 
 
 class Draw(NamedTuple):
@@ -47,6 +48,11 @@ class DecodingPlan:
         named = {name for rewrite in self.rewrites for name in rewrite.streams}
         return sorted(named.union(self.mix.models if self.mix else ()))
 
+    @property
+    def early_layers(self) -> tuple[int, ...]:
+        """The early layers whose streams must be kept, in order."""
+        return tuple(sorted({layer for rewrite in self.rewrites for layer in rewrite.early}))
+
     def to_wire(self) -> dict[str, Any]:
         return {
             "mix": self.mix.to_wire() if self.mix else None,
@@ -62,8 +68,8 @@ class DecodingPlan:
         return DecodingPlan(
             Mix.from_wire(wire["mix"]) if wire["mix"] else None,
             tuple(
-                Rewrite(method, setting, tuple(streams), tuple(heads))
-                for method, setting, streams, heads in wire["rewrites"]
+                Rewrite(method, setting, tuple(streams), tuple(heads), tuple(early))
+                for method, setting, streams, heads, early in wire["rewrites"]
             ),
             Draw(*wire["draw"]) if wire["draw"] else None,
             wire["seed"],

@@ -10,6 +10,7 @@ from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
+from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics, routes
 from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.engine import UnsupportedEngine, openai
@@ -51,7 +52,9 @@ async def serve(args: Namespace, settings: Settings) -> None:
 def launch(args: Namespace, settings: Settings, files: Mapping[str, VectorFile]) -> Engine:
     """Start the engine with what the vectors will need."""
     vectors = [file.vector for file in files.values()]
-    return start(args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites)
+    return start(
+        args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites, settings.early_layers
+    )
 
 
 async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile]) -> Catalogue:
@@ -86,6 +89,12 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         facts["takes_soft_prompts"],
         engine.model_config.logprobs_mode,
         facts["specials"]["attention"],
+        Depth(
+            engine.layout.shape.num_layers,
+            bool(getattr(engine.model_config.hf_text_config, "tie_word_embeddings", False)),
+            frozenset(engine.layout.early_layers),
+            facts["has_final_norm"],
+        ),
         {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from whipstaff.decoding.method import Depth
 from whipstaff.server.registry import Registry
 from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
@@ -36,4 +37,5 @@ class Catalogue:
     takes_soft_prompts: bool = True
     logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
+    depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them

@@ -31,6 +31,7 @@ class Decoded:
     setting: Any = None  # of a method that rewrites
     streams: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    early: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
 
     def path_of(self, param: str) -> str:
@@ -112,7 +113,9 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
         raise Unavailable(
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
-    return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests)
+    early = tuple(method.early_layers(params, have.depth))
+    _check_early(bare, early, have.depth.kept)
+    return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests, early=early)
 
 
 def _check_streams(bare: Decoded, have: Catalogue) -> None:
@@ -128,6 +131,16 @@ def _check_streams(bare: Decoded, have: Catalogue) -> None:
             raise NotFound(
                 f"there is no auxiliary model {name!r}; this server has: {', '.join(models)}", bare.path_of(where)
             )
+
+
+def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> None:
+    if missing := sorted(set(layers) - kept):
+        wanted = ",".join(map(str, sorted(kept.union(layers))))
+        raise Unavailable(
+            f"{bare.method.name} reads layer {missing[0]}, which this server does not keep; start it with "
+            f"--early-layers {wanted}",
+            bare.path_of("layers"),
+        )
 
 
 def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
@@ -147,7 +160,9 @@ def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
     mixes = [entry for entry in entries if entry.mix is not None]
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
     rewriting = sorted((e for e in entries if isinstance(e.method, Rewriting)), key=lambda e: _ORDER[e.method.name])
-    rewrites = tuple(Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads) for e in rewriting)
+    rewrites = tuple(
+        Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
+    )
     return DecodingPlan(mix, rewrites) if entries else None
 
 

@@ -35,7 +35,7 @@ PLAIN = "plain"
 SEVERAL = "several"
 FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
 # Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT = ("guidance_scale", "negative_prompt", "dola_layers")
+NOT_BUILT = ("guidance_scale", "negative_prompt")
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -202,6 +202,8 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     steering = planner.plan if compiled.steering else None
+    if decoding and decoding.early_layers:
+        steering = replace(steering or SteeringPlan(()), keeps=decoding.early_layers)
     compiled.plan = RequestPlan(steering, decoding, uuid4().hex if steering and steering.num_columns else "")
     compiled.limits = {name: catalogue.auxiliaries[name] for name in models}
     return compiled

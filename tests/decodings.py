@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.method import Method, Mixing, Params, Rewriting
+from whipstaff.decoding.method import Depth, Method, Mixing, Params, Rewriting
 from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
 from whipstaff.steering.methods import METHODS as FILES
@@ -67,10 +67,14 @@ class Batch:
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(Rows):
             value = getattr(self.rows, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and field.name != "early":
                 moved[field.name] = value[index].clone()
             elif field.name in ("num_prompt", "num_generated"):
                 moved[field.name] = [value[r] for r in order]
+        if self.rows.early is not None:
+            parts = self.rows.early.split(list(self.rows.num_early))
+            moved["early"] = torch.cat([self.rows.early[:0], *(parts[r] for r in order)])
+            moved["num_early"] = [self.rows.num_early[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
         return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order])
 
@@ -105,6 +109,9 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
         rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
         rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
         _add_needs(method, rows, random, normal)
+        if "early" in method.needs:
+            rows.num_early = [len(method.early_layers(one, Depth(8))) for one in params]
+            rows.early = 3 * normal(sum(rows.num_early), VOCAB)
     return Batch(rows, settings)
 
 

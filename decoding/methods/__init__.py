@@ -10,6 +10,7 @@ from whipstaff.decoding.methods.co_llm import CoLlm
 from whipstaff.decoding.methods.contrastive import Contrastive
 from whipstaff.decoding.methods.contrastive_beta import ContrastiveBeta
 from whipstaff.decoding.methods.dexperts import DExperts
+from whipstaff.decoding.methods.dola import Dola
 from whipstaff.decoding.methods.dry import Dry
 from whipstaff.decoding.methods.dynatemp import Dynatemp
 from whipstaff.decoding.methods.edt import Edt
@@ -30,6 +31,7 @@ _TABLE: tuple[Method[Any], ...] = (
     Contrastive(),
     ContrastiveBeta(),
     AdapterFreeEnsemble(),
+    Dola(),
     CoLlm(),
     Kwd(),
     RuleAdapter(),

@@ -7,6 +7,7 @@ row for each of the batch's; they need no names.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.decoder import Decoder
+from whipstaff.server.engine.early import EarlyHead
+from whipstaff.server.engine.sites import KINDS
 from whipstaff.server.engine.steerer import Steerer
+from whipstaff.steering.sites import final_norm
 
 _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bfloat16 (256 is its last exact step)
 _NUM_TAGS = 2
@@ -68,6 +72,8 @@ def compose(base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer,
     Composite.__name__, Composite.__qualname__ = cls.__name__, cls.__qualname__
     Composite.__module__ = cls.__module__
     base.__class__ = Composite
+    assert steerer.tables is not None
+    decoder.early = EarlyHead(partial(cls.compute_logits, base), final_norm(base, KINDS), steerer.tables)
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:

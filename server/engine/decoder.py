@@ -9,7 +9,7 @@ runner's sampler     -> after_draw             methods with state learn what was
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,12 +25,14 @@ from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.early import EarlyHead, Stream
 from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
 
 NO_TOKEN = -1
 _ORDER = {name: index for index, name in enumerate(METHODS)}
 _FIRST_SLOTS = 8
+EARLY_ROOM = 1 << 26
 Heads = Callable[[str], Mapping[str, Tensor]]  # of a digest: part -> tensor
 
 
@@ -51,6 +53,7 @@ class Applied(NamedTuple):
     setting: BaseModel
     streams: tuple[str, ...]
     heads: tuple[str, ...]
+    early: tuple[int, ...]
     state: slice  # which of the request's floats are its own
 
 
@@ -76,6 +79,7 @@ class Place(NamedTuple):
     row: int
     request: Known
     position: int  # of the last token it follows from
+    token: int  # that token's number in the step
 
     @property
     def num_generated(self) -> int:
@@ -122,6 +126,7 @@ class Decoder:
         self._snapshot: Snapshot | None = None
         self._explanations: Explanations | None = None
         self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
+        self.early: EarlyHead | None = None
 
     @property
     def num_requests(self) -> int:
@@ -141,11 +146,12 @@ class Decoder:
 
     def _known(self, plan: DecodingPlan, arrival: Arrival) -> Known:
         applied, num_state = [], 0
-        for name, setting, streams, heads in plan.rewrites:
+        for name, setting, streams, heads, early in plan.rewrites:
             method = METHODS[name]
             assert isinstance(method, Rewriting)
             own = slice(num_state, num_state := num_state + method.num_state)
-            applied.append(Applied(method, setting_type(method).model_validate_json(setting), streams, heads, own))
+            settled = setting_type(method).model_validate_json(setting)
+            applied.append(Applied(method, settled, streams, heads, early, own))
         seed = next(
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )
@@ -178,7 +184,11 @@ class Decoder:
         known = [(row, self._requests.get(name)) for row, name in enumerate(view.requests)]
         here = [(row, request) for row, request in known if request is not None]
         ends = view.positions + np.diff(view.starts)
-        self._places = [Place(row, request, int(ends[row]) - 1) for row, request in here if view.draws[row]]
+        self._places = [
+            Place(row, request, int(ends[row]) - 1, int(view.starts[row + 1]) - 1)
+            for row, request in here
+            if view.draws[row]
+        ]
         if input_ids is not None:
             self._note_tokens(view, [(row, request.slot) for row, request in here if request.slot >= 0], input_ids)
 
@@ -270,7 +280,7 @@ class Decoder:
         view = self._view
         rows = np.searchsorted(view.starts, tokens, side="right") - 1
         places = [
-            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]))
+            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token)
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
             if row < len(view.requests)
             and (request := self._requests.get(view.requests[row])) is not None
@@ -356,7 +366,8 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> None:
         """Let the methods of one stage change their rows, in the order of the table."""
-        for found in self._calls(places, (stage,)):
+        calls = self._calls(places, (stage,))
+        for found in (part for call in calls for part in _parts(call, logits.shape[1])):
             call = self._call(found, logits, others or {}, hidden)
             logits[call.rows] = call.method.rewrite(call.given, call.settings)
             if self._snapshot is not None:
@@ -382,7 +393,7 @@ class Decoder:
         others: Mapping[str, Tensor],
         hidden: Tensor | None,
     ) -> Call:
-        places, (method, _, streams, heads, state) = [place for place, _ in found], found[0][1]
+        places, (method, _, streams, heads, _, state) = [place for place, _ in found], found[0][1]
         rows = self._sent([place.row for place in places])
         slots = self._sent([place.request.slot for place in places]) if places[0].request.slot >= 0 else None
         hidden = self._hidden if hidden is None else hidden
@@ -406,6 +417,16 @@ class Decoder:
             given.uniform = self._sent(numbers)
         if "temperature" in method.needs:
             given.temperature = self._sent([_draw(place).temperature for place in places])
+        if "early" in method.needs:
+            assert self.early is not None
+            given.num_early = [len(applied.early) for _, applied in found]
+            given.early = self.early.logits(
+                [
+                    Stream(layer, place.token, method.takes_norm(applied.setting))
+                    for place, applied in found
+                    for layer in applied.early
+                ]
+            )
         if method.num_state:
             assert slots is not None
             given.state = self._state[slots, state]
@@ -428,6 +449,19 @@ class Decoder:
         if made.dtype == torch.float64:
             made = made.to(torch.float32)
         return made.to(self._device, non_blocking=True)
+
+
+def _parts(found: list[tuple[Place, Applied]], vocabulary: int) -> Iterator[list[tuple[Place, Applied]]]:
+    """The rows of a call, in parts that need no more than EARLY_ROOM logits of early layers at once."""
+    part: list[tuple[Place, Applied]] = []
+    num_early = 0
+    for place, applied in found:
+        num_early += len(applied.early)
+        if part and num_early * vocabulary > EARLY_ROOM:
+            yield part
+            part, num_early = [], len(applied.early)
+        part.append((place, applied))
+    yield part
 
 
 def _draw(place: Place) -> Draw:

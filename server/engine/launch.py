@@ -1,10 +1,10 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -18,11 +18,11 @@ from whipstaff.server.engine import UnsupportedEngine, request
 from whipstaff.server.engine.attention import require_eager_attention
 from whipstaff.server.engine.auxiliary import auxiliary_config
 from whipstaff.server.engine.explain import listen
-from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.server.engine.layout import AuxiliarySpec, Layout, max_tokens
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape
-from whipstaff.steering.sites import CORE
+from whipstaff.steering.sites import CORE, entering
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.CpuWorker",
@@ -31,6 +31,7 @@ _WORKERS = {
 _SCHEDULERS = "whipstaff.server.engine.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
 class PlanDict(dict[str, Any]):
@@ -52,6 +53,7 @@ class PlanDict(dict[str, Any]):
         self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
 
+EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
 Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]
 
 
@@ -79,6 +81,7 @@ def start(
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
+    early_layers: EarlyLayers = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
@@ -89,13 +92,14 @@ def start(
             MIN_SLOTS and MAX_SLOTS.
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
+        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.RowKeep`.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
     """
     engine_args = AsyncEngineArgs.from_cli_args(args) if isinstance(args, Namespace) else args
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites)
+    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -114,6 +118,7 @@ def configure(
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
+    early_layers: EarlyLayers = None,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
@@ -122,7 +127,10 @@ def configure(
     needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), hooks := tuple(sites))
     if "router" in hooks and not shape.num_experts:
         raise UnsupportedEngine("--steering-sites router: the served model has no experts")
-    hooked = {*CORE, *needs.sites} - (set() if shape.num_experts else {"router"})  # such vectors are refused by request
+    early = _early_layers(early_layers, config, shape)
+    hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
+        set() if shape.num_experts else {"router"}
+    )  # such vectors are refused by request
     layout = Layout(
         version=metadata.version("whipstaff"),
         num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
@@ -132,6 +140,7 @@ def configure(
         sites=tuple(site for site in SITES if site in hooked),
         edits_attention=needs.attention,
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
+        early_layers=early,
         auxiliaries=specs,
     )
     if layout.edits_attention:
@@ -158,6 +167,20 @@ def model_shape(config: ModelConfig) -> ModelShape:
         num_kv_heads=config.get_total_num_kv_heads(),
         num_experts=config.get_num_experts(),
     )
+
+
+def _early_layers(wanted: EarlyLayers, config: VllmConfig, shape: ModelShape) -> tuple[int, ...]:
+    everything = tuple(range(shape.num_layers))
+    if wanted is None:
+        of_one = max_tokens(config) * shape.hidden_size * config.model_config.dtype.itemsize
+        return everything if of_one * shape.num_layers <= EARLY_BUDGET else ()
+    layers = everything if wanted == "all" else tuple(sorted(set(wanted)))
+    if outside := [layer for layer in layers if layer not in everything]:
+        raise UnsupportedEngine(
+            f"--early-layers {outside[0]}: the served model has {shape.num_layers} blocks; its early layers are 0 to "
+            f"{shape.num_layers - 1}"
+        )
+    return layers
 
 
 def _auxiliary_spec(config: VllmConfig, name: str, model: str) -> AuxiliarySpec:

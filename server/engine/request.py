@@ -1,7 +1,7 @@
 """What a request carries into the engine: its compiled plan, as JSON under one key of SamplingParams.extra_args."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +61,14 @@ class PlacedPlan:
         return self.plan.steering.segments(self.prompt_len) if self.plan.steering else []
 
     @cached_property
+    def edited(self) -> list[Segment]:
+        """The segments less what only keeps activations."""
+        steering = self.plan.steering
+        if steering is None or not steering.keeps:
+            return self.segments
+        return replace(steering, keeps=()).segments(self.prompt_len)
+
+    @cached_property
     def rows(self) -> frozenset[Row]:
         """The distinct rows of edits that the request may need at once."""
         return frozenset(row for segment in self.segments for row in (segment.row, segment.row_at_tokens) if row)
@@ -74,7 +82,7 @@ class PlacedPlan:
     @property
     def first_edited(self) -> int | None:
         """The first position whose activations may differ from a plain request's; None when none does."""
-        starts = [segment.start for segment in self.segments[:1]] + [insert.start for insert in self.inserts[:1]]
+        starts = [segment.start for segment in self.edited[:1]] + [insert.start for insert in self.inserts[:1]]
         return min(starts, default=None)
 
     @property

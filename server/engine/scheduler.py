@@ -158,7 +158,7 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
 def _digest(placed: PlacedPlan) -> bytes:
     """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
     steering = placed.plan.steering
-    said: list[object] = [placed.segments, placed.auxiliaries]
+    said: list[object] = [placed.edited, placed.auxiliaries]
     if steering is not None:
         said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
         if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from

@@ -12,7 +12,7 @@ from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
 from whipstaff.server.engine.decoder import Arrival, Decoder
 from whipstaff.server.engine.explain import attach
-from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.layout import Layout, max_tokens
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
 from whipstaff.server.engine.sites import install_sites
@@ -45,19 +45,21 @@ class SteeredWorker:
             self._head,
         )
         self._steerer = Steerer(
-            _max_tokens(config),
+            max_tokens(config),
             runner.device,
             decoder,
             layout.num_histories,
             layout.max_len,
         )
-        self._steerer.tables = install_sites(model, layout, self._steerer, self._vectors.__getitem__)
+        self._steerer.tables = install_sites(
+            model, layout, self._steerer, self._vectors.__getitem__, config.model_config.dtype
+        )
         self._steerer.soft = install_soft_rows(
-            model, config.model_config, _max_tokens(config), runner.device, self._vectors.__getitem__
+            model, config.model_config, max_tokens(config), runner.device, self._vectors.__getitem__
         )
         self._steerer.specials = Specials(
             model,
-            _max_tokens(config),
+            max_tokens(config),
             runner.device,
             self._vectors.__getitem__,
             layout.num_slots,
@@ -122,6 +124,7 @@ class SteeredWorker:
             "sites": [list(place) for place in tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
+            "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
             "specials": self._steerer.specials.facts() if self._steerer.specials else {},
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
@@ -169,12 +172,6 @@ def _is_v2(runner: Any) -> bool:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     return isinstance(runner, GPUModelRunner)
-
-
-def _max_tokens(config: Any) -> int:
-    """The most tokens that one forward pass can have, padding for graph capture included."""
-    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))
 
 
 def _arrival(new: Any) -> Arrival:

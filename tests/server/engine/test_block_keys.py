@@ -1,6 +1,8 @@
 """KV blocks are keyed by what changed the KV in them: shared with plain traffic before, never after."""
 
 import hashlib
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +92,16 @@ def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
     mild, strong = (RequestPlan(decoding=DecodingPlan(Mix.of({"expert": weight}))) for weight in (0.5, 2.0))
     assert keys(TOKENS, 80, mild) == keys(TOKENS, 80, strong)
     assert not set(keys(TOKENS, 80, mild)) & set(keys(TOKENS, 80, None))
+
+
+@given(prompt_len=st.integers(1, 99))
+def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
+    only = RequestPlan(SteeringPlan((), keeps=(0, 1)))
+    assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
+    edited = steering(Where.of("each_last")).steering
+    both = RequestPlan(replace(edited, keeps=(0, 1)))
+    assert SteeringPlan.from_wire(json.loads(json.dumps(both.steering.to_wire()))) == both.steering
+    assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))
 
 
 def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:
