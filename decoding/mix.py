@@ -57,6 +57,11 @@ class Mix(NamedTuple):
         return max(term.stream.member for term in self.terms)
 
     @property
+    def streams(self) -> list[Stream]:
+        """What it reads beside the main stream."""
+        return list(dict.fromkeys(term.stream for term in self.terms if term.stream != MAIN))
+
+    @property
     def is_sum(self) -> bool:
         """Whether it only adds raw logits to the served model's: such mixes add up."""
         plain = self.terms[0] == Term(MAIN, 1.0) and not any(t.log_softmax or t.temperature != 1 for t in self.terms)
@@ -123,7 +128,9 @@ def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[Mixed
         some = [slots[0] if first == 1 else _so_far(more), *more]
         streams = [others[slot.model] if slot.model else shared for slot in some]
         masks = [(one.row, one.mix.alpha, one.mix.top_p) for one in concerned] if first == 1 else []
-        mix_logits_(shared, streams, *_tables(some, masks, len(result), result.device))
+        rows, weights, *tables = _tables(some, masks, len(result), result.device)
+        assert rows is not None and weights is not None
+        mix_logits_(shared, streams, rows, weights, *tables)
     return result
 
 

@@ -19,6 +19,7 @@ from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.registry import Registry, VectorFile, read_vectors
 from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
+from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
@@ -74,6 +75,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
     return Catalogue(
         registry,
         engine.layout.limits,
+        Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
         facts["dtype"],
         engine.layout.num_slots,
         engine.layout.shape.num_layers,
@@ -82,6 +84,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         engine.vllm_config.parallel_config.tensor_parallel_size,
         facts["takes_soft_prompts"],
+        engine.model_config.logprobs_mode,
         facts["specials"]["attention"],
         {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )

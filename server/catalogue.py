@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from whipstaff.server.registry import Registry
+from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
@@ -24,6 +25,7 @@ class Catalogue:
 
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
+    words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
     num_layers: int = 1
@@ -32,5 +34,6 @@ class Catalogue:
     limit: Limit | None = None
     tensor_parallel: int = 1
     takes_soft_prompts: bool = True
+    logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them

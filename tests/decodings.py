@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.heads import HEADS
 from whipstaff.decoding.method import Method, Mixing, Params, Rewriting
 from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
+from whipstaff.steering.methods import METHODS as FILES
 
 VOCAB, HIDDEN, WIDTH = 40, 8, 24
 AUXILIARIES = ("first", "second")
 GOLDEN = Path(__file__).parent / "golden" / "decoding"
-SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "width": 12, "choices": 4}
+SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "inner": 12, "choices": 4}
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -109,7 +109,7 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
 
 
 def random_head(kind: str, normal: Any) -> dict[str, Tensor]:
-    head = {part: normal(*(SIZES[size] for size in shape)) for part, shape in HEADS[kind].items()}
+    head = {part.rstrip("?"): normal(*(SIZES[size] for size in shape)) for part, shape in FILES[kind].parts.items()}
     return head | ({"temperatures": torch.tensor([0.0, 0.5, 1.0, 1.7])} if "temperatures" in head else {})
 
 

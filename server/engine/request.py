@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
 
 KEY = "whipstaff"
@@ -16,13 +16,13 @@ class RequestPlan:
     """Everything the engine does differently for one request."""
 
     steering: SteeringPlan | None = None
-    mix: Mix | None = None
+    decoding: DecodingPlan | None = None
     ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
-            "mix": dict(self.mix.weights) if self.mix else None,
+            "decoding": self.decoding.to_wire() if self.decoding else None,
             "ticket": self.ticket,
         }
 
@@ -33,9 +33,20 @@ class RequestPlan:
             return None
         return RequestPlan(
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
-            Mix(wire["mix"]) if wire["mix"] else None,
+            DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
             str(wire["ticket"]),
         )
+
+
+def take_draw(params: Any, is_temperature_last: bool) -> Draw:
+    """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
+
+    A greedy request stays greedy: it takes the best of what our stages leave.
+    """
+    draw = Draw(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
+    if params.temperature > 0:
+        params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
+    return draw
 
 
 @dataclass(frozen=True)
@@ -85,4 +96,4 @@ class PlacedPlan:
 
     @property
     def auxiliaries(self) -> list[str]:
-        return self.plan.mix.auxiliaries if self.plan.mix else []
+        return self.plan.decoding.models if self.plan.decoding else []

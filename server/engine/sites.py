@@ -66,21 +66,6 @@ def install_sites(model: nn.Module, layout: Layout, steerer: Steerer, vector_of:
     return tables
 
 
-def watch_logits(model: nn.Module, steerer: Steerer) -> None:
-    """Let the steerer see the logits that tokens are drawn from."""
-    cls: Any = type(model)
-
-    class Watched(cls):
-        def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
-            logits: Tensor | None = cls.compute_logits(self, *args, **kwargs)
-            if logits is not None:
-                steerer.note_logits(logits)
-            return logits
-
-    _rename(Watched, cls)
-    model.__class__ = Watched
-
-
 def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, Tensor]:
     """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
     buffers = {

@@ -20,6 +20,10 @@ def own(mixes: dict[int, Mix]) -> list[MixedRow]:
     return [MixedRow(row, mix, [row]) for row, mix in mixes.items()]
 
 
+def everywhere(mix: Mix, num_rows: int) -> list[MixedRow]:
+    return [MixedRow(row, mix, (row,)) for row in range(num_rows)]
+
+
 def test_plain_rows_are_untouched_beside_others() -> None:
     base, other = normal(4, VOCAB), normal(4, VOCAB, seed=1)
     mixes = {1: Mix.of({"a": 2.0}), 2: Mix.of({"a": 0.0}), 3: Mix.of({"a": -1.0})}
@@ -118,3 +122,10 @@ def test_what_a_mix_says_of_itself() -> None:
 def test_a_mix_travels() -> None:
     mix = Mix((Term(MAIN, 1.0, True), Term(Stream("a", 1), -0.25, True, 0.5)), alpha=0.1, top_p=0.9)
     assert Mix.from_wire(mix.to_wire()) == mix
+
+
+def test_scores_leave_nothing_raw_beside_them() -> None:
+    """Log-probabilities are far below raw logits: a column that some stream lacks must not win."""
+    base, shorter = torch.randn(1, 10) + 30, torch.randn(1, 8)
+    mix = Mix((Term(MAIN, 1.0, True), Term(Stream("shorter"), -1.0, True)))
+    assert torch.isneginf(mix_rows(base, {"shorter": shorter}, everywhere(mix, 1))[:, 8:]).all()

@@ -14,7 +14,10 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from whipstaff.decoding.method import Mixing
 from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
@@ -206,8 +209,8 @@ def test_layers_are_a_set_and_all_of_them_are_none_named(have: Catalogue) -> Non
 def test_both_sides_compile_into_one_plan_and_one_label(have: Catalogue) -> None:
     both = compiled(have, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
     assert both.label == "caa+proxy_tuning"
-    assert both.plan.mix is not None and both.plan.steering is not None
-    assert both.plan.mix.weights == {"expert": 0.5, "anti": -0.5}
+    assert both.plan.decoding == DecodingPlan(Mix.of({"expert": 0.5, "anti": -0.5}))
+    assert both.plan.steering is not None
     assert both.limits == {"expert": 64, "anti": 64}
 
 
@@ -231,9 +234,8 @@ def test_labels_are_few(have: Catalogue, names: list[str], label: str) -> None:
 
 def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
     other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
-    mix = compiled(have, decoding=[PAIR, other]).plan.mix
-    assert mix is not None
-    assert mix.weights == {"expert": 1.0, "anti": -3.0, "short": 2.0}
+    summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
+    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
 
 
 WHEN = {"probe": "probe", "above": 0.25}
@@ -570,7 +572,7 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catal
     )
     assert [entry.path for entry in made.steering] == ["steering[1]"]
     assert made.plan.steering == plan_of(have, {"vector": "calm"})
-    assert made.plan.mix is None
+    assert made.plan.decoding is None
     starts = [warning.split(" was left out")[0] for warning in made.warnings]
     assert starts == [
         *("steering[0].vector", "steering[2].vector", "steering[3].method", "steering[4].when.probe"),
@@ -817,7 +819,8 @@ def test_the_method_table_says_what_this_server_can_do(
     have: Catalogue, everything: Catalogue, nothing: Catalogue
 ) -> None:
     dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (have, everything, nothing))
-    assert dense.keys() == full.keys() == empty.keys() == {*STEERING, *METHODS}
+    edits = {name: method for name, method in STEERING.items() if method.served_by != "logits"}
+    assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
     assert full["proxy_tuning"]["defaults"]["alpha"] == 1.0
     assert not any(row["available"] for row in empty.values())
@@ -826,11 +829,12 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["mote"]["reason"] == "the served model has no experts"
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
+    decoding = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
     for name, row in full.items():
-        assert row["paper"] and row["kind"] == ("mix" if name in METHODS else "edit")
-        assert (row["reason"] is None) is row["available"] is (name in {*served, *METHODS})
+        assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
+        assert (row["reason"] is None) is row["available"] is (name in {*served, *decoding})
     assert dense["vector"]["schema"]["properties"]["vector"]["enum"] == ["calm", "router", "strange"]
-    for name in STEERING:
+    for name in edits:
         schema = full[name]["schema"]
         assert schema["additionalProperties"] is False
         assert ("vector" in schema["required"]) is ("method" not in schema["properties"]) is STEERING[name].needs_file
