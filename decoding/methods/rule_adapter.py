@@ -84,11 +84,16 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return RuleAdapterParams(ramp=False, style=False, repetition=False)
 
     def resolve(self, params: RuleAdapterParams, words: Words) -> RuleAdapterSetting:
+        known = _known(words, params.vocabulary)
+
+        def biases(texts: Mapping[str, float]) -> tuple[Bias, ...]:
+            return tuple((known[text], bias) for text, bias in texts.items() if text in known)
+
         return RuleAdapterSetting(
             ends=tuple(words.eos) if params.ramp else (),
             is_held=params.after_ramp == "hold",
-            style=_style(words, params.vocabulary) if params.style else (),
-            openings=tuple(_known(texts, words) for texts in _OPENING) if params.opening else (),
+            style=biases({text: bias for text, _, bias in _STYLE}) if params.style else (),
+            openings=tuple(map(biases, _OPENING)) if params.opening else (),
             is_repetition=params.repetition,
         )
 
@@ -105,16 +110,14 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return logits.add_(is_seen * rows.column(_AGAIN * setting.is_repetition for setting in settings))
 
 
-def _style(words: Words, vocabulary: str) -> tuple[Bias, ...]:
-    found = {text: words.id_of(text) for text, _, _ in _STYLE}
-    is_llama2 = found["!"] == 29991 and all(found[text] in (None, official) for text, official, _ in _STYLE)
-    if is_llama2 or vocabulary == "llama2":
-        return tuple((official, bias) for _, official, bias in _STYLE)
-    return tuple((token, bias) for text, _, bias in _STYLE if (token := found[text]) is not None)
-
-
-def _known(texts: Mapping[str, float], words: Words) -> tuple[Bias, ...]:
-    return tuple((token, bias) for text, bias in texts.items() if (token := words.id_of(text)) is not None)
+def _known(words: Words, vocabulary: str) -> Mapping[str, int]:
+    """The texts of the rules that are one token. Llama-2's newline is a byte, which no text finds: where all that are
+    found have its ids, the others have theirs too."""
+    official = {text: token for text, token, _ in _STYLE}
+    texts = {*official, *(text for opening in _OPENING for text in opening)}
+    found = {text: token for text in texts if (token := words.id_of(text)) is not None}
+    is_llama2 = "!" in found and all(found.get(text, token) == token for text, token in official.items())
+    return {**found, **official} if is_llama2 or vocabulary == "llama2" else found
 
 
 def _ramp(setting: RuleAdapterSetting, num_generated: int) -> float:
