@@ -64,7 +64,7 @@ class DrySetting(BaseModel):
         """(V,) bool: the tokens that hold a breaker; made once."""
         if self._is_breaker is None:
             mask = torch.zeros(logits.shape[1], dtype=torch.bool)
-            mask[torch.tensor(self.breakers, dtype=torch.int64)] = True
+            mask[[token for token in self.breakers if token < len(mask)]] = True
             self._is_breaker = mask.to(logits.device, non_blocking=True)
         return self._is_breaker
 
@@ -104,8 +104,9 @@ class Dry(Rewriting[DryParams]):
         text, window = _newest_first(rows, settings)
         longest = min(max(one.allowed_length + math.ceil(one.exponent) for one in settings), _LONGEST)
         run, follower = _runs(text, window, _free_run(text, is_breaker, settings), longest)
-        penalty = _penalties(rows, settings, run).masked_fill_(follower < 0, 0)
-        taken = torch.zeros_like(logits).scatter_reduce_(1, follower.clamp(min=0), penalty, "amax")
+        is_known, follower = _in_vocabulary(follower, logits.shape[1])
+        penalty = _penalties(rows, settings, run).masked_fill_(~is_known, 0)
+        taken = torch.zeros_like(logits).scatter_reduce_(1, follower, penalty, "amax")
         return logits.sub_(taken.masked_fill_(is_breaker, 0))
 
 
@@ -133,7 +134,8 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     """(R, 1) how many of the newest tokens stand after the last breaker."""
     width = text.shape[1]
     back = torch.arange(width, device=text.device)
-    matched = torch.where((text >= 0) & is_breaker.gather(1, text.clamp(min=0)), 1, 0)  # (R, W) length from here on
+    is_known, tokens = _in_vocabulary(text, is_breaker.shape[1])
+    matched = torch.where(is_known & is_breaker.gather(1, tokens), 1, 0)  # (R, W) length of the breaker from here on
     for phrase in sorted({phrase for setting in settings for phrase in setting.phrases}, key=len):
         asks = torch.tensor([phrase in setting.phrases for setting in settings]).to(text.device, non_blocking=True)
         ends = len(phrase) - 1  # the phrase's first token is that many before its last
@@ -143,6 +145,11 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     free = torch.where(matched > 0, back - matched + 1, width)
     first = (matched > 0).to(torch.int8).argmax(1, keepdim=True)  # the newest; 0 where there is none
     return free.gather(1, first)
+
+
+def _in_vocabulary(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Whether tokens have a logit, and them as indices of one; those of a prompt need not."""
+    return (tokens >= 0) & (tokens < vocab), tokens.clamp(0, vocab - 1)
 
 
 def _runs(text: Tensor, window: Tensor, limit: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class RuleAdapterParams(Params):
     repetition: bool = Field(True, description="less likely to repeat a token of the question or the answer")
     opening: bool = Field(False, description="how the answer begins; not in the paper")
     after_ramp: Literal["hold", "official"] = Field("hold", description="official: no ramp from 250 tokens on")
-    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever the tokens' texts")
+    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever they mean here")
 
 
 class RuleAdapterSetting(BaseModel):
@@ -142,7 +142,8 @@ def _acting(setting: RuleAdapterSetting, num_generated: int) -> list[bool]:
 
 
 def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
-    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items()]
+    vocab = logits.shape[1]
+    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items() if token < vocab]
     if flat:
         rows, tokens, values = zip(*flat, strict=True)
         place = torch.tensor([rows, tokens]).to(logits.device, non_blocking=True)
@@ -155,5 +156,5 @@ def _seen(rows: Rows, first: Tensor) -> Tensor:
     assert rows.tokens is not None
     num_rows, vocab = rows.logits.shape
     position = torch.arange(rows.tokens.shape[1], device=first.device)
-    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab)
+    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab).clamp(max=vocab)
     return torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=first.device).scatter_(1, counted, True)[:, :vocab]

@@ -96,3 +96,9 @@ def test_every_end_of_a_text_is_made_likelier() -> None:
     rows = Rows(torch.zeros(1, 12), [4], [125], torch.zeros(1, 129, dtype=torch.int64))
     assert METHOD.rewrite(rows, [setting])[0].tolist() == [7.5 * (token in (3, 9)) for token in range(12)]
     assert rows.facts["rules"].tolist() == [[True, False, False, False]]
+
+
+def test_ids_that_a_vocabulary_lacks_are_left_out() -> None:
+    setting = METHOD.resolve(RuleAdapterParams(vocabulary="llama2", repetition=False), StubWords({}))
+    rows = Rows(torch.zeros(1, 500), [4], [0], torch.zeros(1, 4, dtype=torch.int64))
+    assert METHOD.rewrite(rows, [setting])[0].nonzero().flatten().tolist() == [13, 306, 334, 396, 444, 448]
