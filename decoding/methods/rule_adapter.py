@@ -58,7 +58,7 @@ class RuleAdapterParams(Params):
     repetition: bool = Field(True, description="less likely to repeat a token of the question or the answer")
     opening: bool = Field(False, description="how the answer begins; not in the paper")
     after_ramp: Literal["hold", "official"] = Field("hold", description="official: no ramp from 250 tokens on")
-    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever the tokens' texts")
+    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever they mean here")
 
 
 class RuleAdapterSetting(BaseModel):
@@ -84,11 +84,16 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return RuleAdapterParams(ramp=False, style=False, repetition=False)
 
     def resolve(self, params: RuleAdapterParams, words: Words) -> RuleAdapterSetting:
+        known = _known(words, params.vocabulary)
+
+        def biases(texts: Mapping[str, float]) -> tuple[Bias, ...]:
+            return tuple((known[text], bias) for text, bias in texts.items() if text in known)
+
         return RuleAdapterSetting(
             ends=tuple(words.eos) if params.ramp else (),
             is_held=params.after_ramp == "hold",
-            style=_style(words, params.vocabulary) if params.style else (),
-            openings=tuple(_known(texts, words) for texts in _OPENING) if params.opening else (),
+            style=biases({text: bias for text, _, bias in _STYLE}) if params.style else (),
+            openings=tuple(map(biases, _OPENING)) if params.opening else (),
             is_repetition=params.repetition,
         )
 
@@ -105,16 +110,14 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return logits.add_(is_seen * rows.column(_AGAIN * setting.is_repetition for setting in settings))
 
 
-def _style(words: Words, vocabulary: str) -> tuple[Bias, ...]:
-    found = {text: words.id_of(text) for text, _, _ in _STYLE}
-    is_llama2 = found["!"] == 29991 and all(found[text] in (None, official) for text, official, _ in _STYLE)
-    if is_llama2 or vocabulary == "llama2":
-        return tuple((official, bias) for _, official, bias in _STYLE)
-    return tuple((token, bias) for text, _, bias in _STYLE if (token := found[text]) is not None)
-
-
-def _known(texts: Mapping[str, float], words: Words) -> tuple[Bias, ...]:
-    return tuple((token, bias) for text, bias in texts.items() if (token := words.id_of(text)) is not None)
+def _known(words: Words, vocabulary: str) -> Mapping[str, int]:
+    """The texts of the rules that are one token. Llama-2's newline is a byte, which no text finds: where all that are
+    found have its ids, the others have theirs too."""
+    official = {text: token for text, token, _ in _STYLE}
+    texts = {*official, *(text for opening in _OPENING for text in opening)}
+    found = {text: token for text in texts if (token := words.id_of(text)) is not None}
+    is_llama2 = "!" in found and all(found.get(text, token) == token for text, token in official.items())
+    return {**found, **official} if is_llama2 or vocabulary == "llama2" else found
 
 
 def _ramp(setting: RuleAdapterSetting, num_generated: int) -> float:
@@ -139,7 +142,8 @@ def _acting(setting: RuleAdapterSetting, num_generated: int) -> list[bool]:
 
 
 def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
-    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items()]
+    vocab = logits.shape[1]
+    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items() if token < vocab]
     if flat:
         rows, tokens, values = zip(*flat, strict=True)
         place = torch.tensor([rows, tokens]).to(logits.device, non_blocking=True)
@@ -152,5 +156,5 @@ def _seen(rows: Rows, first: Tensor) -> Tensor:
     assert rows.tokens is not None
     num_rows, vocab = rows.logits.shape
     position = torch.arange(rows.tokens.shape[1], device=first.device)
-    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab)
+    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab).clamp(max=vocab)
     return torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=first.device).scatter_(1, counted, True)[:, :vocab]

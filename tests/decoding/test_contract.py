@@ -182,6 +182,14 @@ def test_it_reads_what_it_says(name: str) -> None:
                 run(method, batch)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "tokens" in getattr(method, "needs", ())])
+def test_a_text_may_hold_tokens_without_a_logit(name: str) -> None:
+    batch = batch_of(name)
+    assert batch.rows.tokens is not None
+    batch.rows.tokens[:, 2] = batch.rows.tokens[:, 3] = 10**6
+    assert run(METHODS[name], batch).isfinite().any(1).all()
+
+
 @each_method
 def test_parameters_survive_json(name: str) -> None:
     method = METHODS[name]

@@ -62,13 +62,15 @@ def test_a_worked_case() -> None:
     assert {v: float(x) for v, x in enumerate(found[0]) if x} == {c: 4.0, y: 2.0, b: 1.0}
 
 
-@pytest.mark.parametrize("length", [700, 3000])
-def test_long_repetitions_stay_finite(length: int) -> None:
-    text = [3] * length
-    found = penalties([text], [setting(multiplier=1000.0, base=100.0)])
-    assert float(found[0, 3]) == pytest.approx(1e30)
-    found = penalties([text], [setting(multiplier=1.0, base=1.001)])
-    assert float(found[0, 3]) == pytest.approx(1.001 ** (length - 1 - 2), rel=1e-3)
+@pytest.mark.parametrize("length", [120, 500])
+@pytest.mark.parametrize("base", [1.0, 1.001, 1.02, 1.75, 100.0])
+def test_long_repetitions_are_bounded(length: int, base: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared in one go, and block by block beside other texts."""
+    texts = [[3] * length, [3, 4, 5] * (length // 3), [3, *[4] * 15, *[5] * 17] * (length // 33)]
+    one, wanted = setting(base=base), torch.tensor([expected(text, setting(base=base)) for text in texts])
+    for at_once in (1 << 26, 1):
+        monkeypatch.setattr("whipstaff.decoding.methods.dry._AT_ONCE", at_once)
+        torch.testing.assert_close(penalties(texts, [one] * 3), wanted, atol=1e-5, rtol=2e-3)
 
 
 def test_a_text_of_one_token() -> None:

@@ -37,15 +37,14 @@ def biases(case: dict[str, Any], texts: dict[str, int] | None = None, **own: Any
 @pytest.mark.parametrize("name", [name for name in CASES if name != "m3_L0"])
 def test_biases_are_those_of_the_official_class(name: str) -> None:
     case = CASES[name]
-    texts = {"!": 29991, "\n": 13} if case["options"] is True else {}
     expected = torch.zeros(VOCAB).index_put((TENSORS[f"{name}.token"],), TENSORS[f"{name}.bias"])
-    torch.testing.assert_close(biases(case, texts, after_ramp="official"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(biases(case, after_ramp="official"), expected, atol=1e-5, rtol=0)
 
 
 def test_the_official_opening_is_ours_but_for_a_constant() -> None:
-    """There every token of the stub's vocabulary scores +5; the file leaves out those that end at 0."""
+    """There every token of the stub's vocabulary reads like a word; the file leaves out those that end at 0."""
     case = CASES["m3_L0"]
-    result = biases(case) + case["mode_value"]
+    result = biases(case, opening=False) + case["mode_value"]
     assert all(int((result == value).sum()) == num for value, num in case["all_vocab_bias_values"])
     assert result[TENSORS["m3_L0.token"]].tolist() == TENSORS["m3_L0.bias"].tolist()
 
@@ -85,7 +84,7 @@ def test_llama2_is_known_by_its_ids() -> None:
 
 def test_the_opening_goes_by_text() -> None:
     case = {"options": "True", "prompt": [5] * USER_END, "response": []}
-    result = biases(case, {"Okay": 50, "I": 51, ",": 52, "word": 53}, style=False)
+    result = biases(case, {"Okay": 50, "I": 51, ",": 52, "word": 53}, style=False, vocabulary="auto")
     assert result[50:54].tolist() == [45.0, -20.0, -10.0, 0.0]
 
 
@@ -97,3 +96,9 @@ def test_every_end_of_a_text_is_made_likelier() -> None:
     rows = Rows(torch.zeros(1, 12), [4], [125], torch.zeros(1, 129, dtype=torch.int64))
     assert METHOD.rewrite(rows, [setting])[0].tolist() == [7.5 * (token in (3, 9)) for token in range(12)]
     assert rows.facts["rules"].tolist() == [[True, False, False, False]]
+
+
+def test_ids_that_a_vocabulary_lacks_are_left_out() -> None:
+    setting = METHOD.resolve(RuleAdapterParams(vocabulary="llama2", repetition=False), StubWords({}))
+    rows = Rows(torch.zeros(1, 500), [4], [0], torch.zeros(1, 4, dtype=torch.int64))
+    assert METHOD.rewrite(rows, [setting])[0].nonzero().flatten().tolist() == [13, 306, 334, 396, 444, 448]
