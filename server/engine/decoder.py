@@ -413,7 +413,8 @@ class Decoder:
             assert hidden is not None
             given.hidden = hidden[rows].to(torch.float32)
         if "uniform" in method.needs:
-            numbers = uniforms([place.request.seed for place in places], [place.position for place in places])
+            seeds = [place.request.seed for place in places]
+            numbers = uniforms(seeds, [place.position for place in places], method.name)
             given.uniform = self._sent(numbers)
         if "temperature" in method.needs:
             given.temperature = self._sent([_draw(place).temperature for place in places])
@@ -469,10 +470,10 @@ def _draw(place: Place) -> Draw:
     return place.request.draw
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(n,) in [0, 1): the same for the same seed and position, whatever else was drawn (splitmix64)."""
+def uniforms(seeds: Sequence[int], positions: Sequence[int], method: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(n,) in [0, 1): the same for the same seed, position and method, whatever else was drawn (splitmix64)."""
     with np.errstate(over="ignore"):
-        z = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
+        z = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64) ^ np.uint64(zlib.crc32(method.encode()))
         z = z * np.uint64(0xD1342543DE82EF95) + np.array(positions, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
