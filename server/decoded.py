@@ -150,11 +150,9 @@ def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
         raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
     for said, shape in vector.method.parts.items():
         tensor = vector.unplaced.get(said.removesuffix("?"))
-        if tensor is not None and "vocab" in shape and tensor.shape[shape.index("vocab")] != have.vocabulary:
-            raise VectorUnfit(
-                f"{wanted!r} judges {tensor.shape[shape.index('vocab')]} tokens; the served model has {have.vocabulary}",
-                path,
-            )
+        num = tensor.shape[shape.index("vocab")] if tensor is not None and "vocab" in shape else have.vocabulary
+        if num != have.vocabulary:
+            raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
     return vector
 
 
