@@ -34,9 +34,8 @@ def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def choose(divergence: Tensor, num_early: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For each mature row, (R,) int64, which of its own early rows differs most, the first of equals, and which of all
-    early rows that is.
+def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
+    """(R,) int64: for each mature row which of its early rows differs most, the first of equals.
 
     Args:
         divergence: (P,) row after row.
@@ -47,8 +46,7 @@ def choose(divergence: Tensor, num_early: Sequence[int]) -> tuple[Tensor, Tensor
     is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
     table = divergence.new_full(is_own.shape, -torch.inf)
     table[is_own.to(divergence.device, non_blocking=True)] = divergence
-    first = table.argmax(-1)
-    return first, starts + first
+    return starts + table.argmax(-1)
 
 
 def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor) -> Tensor:

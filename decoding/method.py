@@ -134,6 +134,12 @@ class Rewriting(Method[P]):
     needs: ClassVar[frozenset[Need]] = frozenset()
     num_state: ClassVar[int] = 0  # floats kept per request from token to token
     keeps_greedy: ClassVar[bool] = False  # whether the best token always stays the best
+
+    @property
+    def chooses_temperature(self) -> bool:
+        """Whether the request's own temperature plays no part."""
+        return self.stage == "temperature" and "temperature" not in self.needs
+
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 

@@ -57,6 +57,11 @@ class Mix(NamedTuple):
         return max(term.stream.member for term in self.terms)
 
     @property
+    def streams(self) -> list[Stream]:
+        """What it reads beside the main stream."""
+        return list(dict.fromkeys(term.stream for term in self.terms if term.stream != MAIN))
+
+    @property
     def is_sum(self) -> bool:
         """Whether it only adds raw logits to the served model's: such mixes add up."""
         plain = self.terms[0] == Term(MAIN, 1.0) and not any(t.log_softmax or t.temperature != 1 for t in self.terms)

@@ -39,6 +39,8 @@ class DecodingPlan:
     rewrites: tuple[Rewrite, ...] = ()  # in the order in which they run
     draw: Draw | None = None  # None: vLLM's sampler draws as ever
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
+    explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
+    scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
 
     @property
     def models(self) -> list[str]:
@@ -57,6 +59,8 @@ class DecodingPlan:
             "rewrites": [list(rewrite) for rewrite in self.rewrites],
             "draw": list(self.draw) if self.draw else None,
             "seed": self.seed,
+            "explain": self.explain,
+            "scores_base": self.scores_base,
         }
 
     @staticmethod
@@ -69,4 +73,6 @@ class DecodingPlan:
             ),
             Draw(*wire["draw"]) if wire["draw"] else None,
             wire["seed"],
+            wire["explain"],
+            wire["scores_base"],
         )

@@ -87,6 +87,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         engine.vllm_config.parallel_config.tensor_parallel_size,
         facts["takes_soft_prompts"],
+        engine.model_config.logprobs_mode,
         facts["specials"]["attention"],
         Depth(
             engine.layout.shape.num_layers,

@@ -35,6 +35,7 @@ class Catalogue:
     limit: Limit | None = None
     tensor_parallel: int = 1
     takes_soft_prompts: bool = True
+    logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them

@@ -13,6 +13,7 @@ from whipstaff.server.errors import BadRequest, NotFound, Unavailable, field_pat
 from whipstaff.steering.errors import SteeringError
 
 MAX_DECODING = 8
+_GREEDY_BELOW = 1e-5  # as in vLLM
 SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
     field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
 }
@@ -150,8 +151,8 @@ def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
     return vector
 
 
-def plan_of(entries: Sequence[Decoded], is_temperature_last: bool) -> DecodingPlan | None:
-    """The entries as one plan.
+def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
+    """The entries as one plan; None if they are none.
 
     Raises: BadRequest naming an entry that does not go with another.
     """
@@ -162,9 +163,7 @@ def plan_of(entries: Sequence[Decoded], is_temperature_last: bool) -> DecodingPl
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
-    if mix is None and not rewrites and not is_temperature_last:
-        return None
-    return DecodingPlan(mix, rewrites)
+    return DecodingPlan(mix, rewrites) if entries else None
 
 
 def _check_together(entries: Sequence[Decoded]) -> None:
@@ -192,8 +191,8 @@ def _check_together(entries: Sequence[Decoded]) -> None:
 
 def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
     """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
-    for entry in entries:
-        if entry.method.stage == "temperature" and temperature is not None and temperature < 1e-5:
+    for entry in entries if temperature is not None and temperature < _GREEDY_BELOW else ():
+        if isinstance(entry.method, Rewriting) and entry.method.chooses_temperature:
             raise BadRequest(
                 f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",
                 entry.path_of("method"),

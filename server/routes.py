@@ -16,8 +16,9 @@ from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.engine.request import RequestPlan, take_draw
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.explained import Explained
 from whipstaff.server.methods import method_table
-from whipstaff.server.receipts import FIELD, Tally, with_receipt
+from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.steered import doses
@@ -30,14 +31,18 @@ class PreparedRequest:
     """What one request's extras came to, handed to the engine's front end."""
 
     compiled: Compiled
+    num_choices: int = 1  # of each prompt
     tally: Tally = field(default_factory=Tally)
+    explained: Explained | None = None
+    num_placed: int = 0  # prompts
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
         ids = self.compiled.place(prompt)
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
-        return PlacedRequest(ids, self.compiled, self.compiled.plan, self.tally, num_tokens)
+        first, self.num_placed = self.num_placed * self.num_choices, self.num_placed + 1
+        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -64,21 +69,26 @@ class PlacedRequest:
     """The same for one of its prompts."""
 
     ids: list[int] | None
-    compiled: Compiled
+    prepared: PreparedRequest
     plan: RequestPlan
-    tally: Tally
+    first_choice: int
     num_tokens: int
 
     def wire(self, params: Any) -> PlanDict:
-        plan = self.plan
-        if self.compiled.draws_itself:
+        compiled, plan = self.prepared.compiled, self.plan
+        if compiled.draws_itself:
             assert plan.decoding is not None
-            draw = take_draw(params, self.compiled.is_temperature_last)
+            draw = take_draw(params, compiled.is_temperature_last)
             plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
-        return PlanDict(plan.to_wire(), self.compiled.label, self.tally.note)
+        explain = None if self.prepared.explained is None else self._explain
+        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain)
+
+    def _explain(self, index: int, record: dict[str, Any]) -> None:
+        assert self.prepared.explained is not None
+        self.prepared.explained.note(self.first_choice + index, record)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
-        return self.compiled.check(self.num_tokens, max_tokens, is_explicit)
+        return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
 def catalogue(request: Request) -> Catalogue:
@@ -95,9 +105,18 @@ def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
-    prepared = PreparedRequest(compiled)
+    compiled.check_logprobs(scores_prompt(request))
+    prepared = PreparedRequest(compiled, request.n or 1)
+    if compiled.explain is not None:
+        prepared.explained = Explained(have.words)
     request.attach(prepared)
     return prepared
+
+
+def scores_prompt(request: openai.ChatRequest | openai.TextRequest) -> bool:
+    """Whether log-probabilities of its prompt are wanted."""
+    echoes = getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
+    return request.prompt_logprobs is not None or echoes
 
 
 def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
@@ -132,11 +151,14 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
     if isinstance(result, Response):
         return result
     if hasattr(result, "__aiter__"):
-        events = result if prepared is None else with_receipt(result, partial(prepared.receipt, openai.readings(raw)))
-        return openai.event_stream(events, raw)
+        if prepared is not None:
+            result = with_extras(result, partial(prepared.receipt, openai.readings(raw)), prepared.explained)
+        return openai.event_stream(result, raw)
     body = result.model_dump()
     if prepared is not None:
         body[FIELD] = await prepared.receipt(openai.readings(raw))
+        if prepared.explained is not None:
+            prepared.explained.add_to(body)
     return JSONResponse(body, headers=openai.load_headers(raw))
 
 

@@ -1,13 +1,14 @@
 """The extra request fields and their compilation: JSON in, a plan and its receipt out, or the error with its path."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
@@ -22,7 +23,8 @@ from whipstaff.server.decoded import (
     plan_of,
 )
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field, parsed
+from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
 from whipstaff.steering.errors import SteeringError
@@ -31,9 +33,9 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 PLAIN = "plain"
 SEVERAL = "several"
-FIELDS = ("steering", "decoding", "on_unavailable", "temperature_last", *SHORTHANDS)
+FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
 # Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT = ("explain", "guidance_scale", "negative_prompt")
+NOT_BUILT = ("guidance_scale", "negative_prompt")
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -49,6 +51,8 @@ class Compiled:
     decoding: list[Decoded] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     is_temperature_last: bool = False
+    explain: int | None = None  # likeliest tokens of every stream to say
+    logprobs_source: LogprobsSource = "final"
 
     @property
     def label(self) -> str:
@@ -78,6 +82,28 @@ class Compiled:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
         return draws_itself(self.decoding, self.is_temperature_last)
 
+    def check_logprobs(self, scores_prompt: bool) -> None:
+        """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
+        if self.logprobs_source == "both" and scores_prompt:
+            raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
+        if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
+            raise Unavailable(
+                f"this server tells log-probabilities of what is drawn from; start it without --logprobs-mode "
+                f"{self.have.logprobs_mode}",
+                "logprobs_source",
+            )
+
+    def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
+        """The entries as one plan. Raises: BadRequest."""
+        plan = plan_of(entries)
+        if plan is None and not (self.is_temperature_last or self.explain is not None or self._scores_base):
+            return None
+        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=self._scores_base)
+
+    @property
+    def _scores_base(self) -> bool:
+        return self.logprobs_source == "base"
+
     def check_draw(self, temperature: float | None) -> None:
         """Check the request's own sampling parameters. Raises: BadRequest."""
         check_draw(self.decoding, temperature)
@@ -89,7 +115,7 @@ class Compiled:
         """
         if self.decoding:
             entries = [entry.placed(prompt) for entry in self.decoding]
-            self.plan = replace(self.plan, decoding=plan_of(entries, self.is_temperature_last))
+            self.plan = replace(self.plan, decoding=self.decoding_plan(entries))
         if self.plan.steering is None:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
@@ -154,8 +180,11 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
             raise Unavailable(f"{name} is not built in this version of Whipstaff; remove it", name)
     if all(fields.get(name) is None for name in FIELDS):
         return None
-    is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
+    is_lenient = _one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore"
     compiled = Compiled(RequestPlan(), {}, catalogue, is_temperature_last=_flag(fields, "temperature_last"))
+    compiled.logprobs_source = _one_of(LogprobsSource, fields, "logprobs_source", "final")
+    if (explain := fields.get("explain")) is not None or compiled.logprobs_source == "both":
+        compiled.explain = parsed(ExplainParams, {} if explain is None else _json(explain, "explain"), "explain").top
     planner = Planner()
     for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
         try:
@@ -168,7 +197,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
             compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
-    decoding = plan_of(compiled.decoding, compiled.is_temperature_last)
+    decoding = compiled.decoding_plan(compiled.decoding)
     models = decoding.models if decoding else []
     if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
@@ -180,20 +209,27 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     return compiled
 
 
-def _on_unavailable(value: Any) -> OnUnavailable:
+def _one_of(choices: Any, fields: Mapping[str, Any], name: str, default: str) -> Any:
+    value = fields.get(name)
     try:
-        return TypeAdapter(OnUnavailable).validate_python("error" if value is None else value)
+        return TypeAdapter(choices).validate_python(default if value is None else value)
     except ValidationError as error:
-        raise bad_field(error, value, "on_unavailable") from None
+        raise bad_field(error, value, name) from None
+
+
+def _json(value: Any, name: str) -> Any:
+    """A value, or what a JSON string holds (vllm_xargs' way)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"not JSON: {error}", name) from None
 
 
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"not JSON: {error}", name) from None
+    value = _json(value, name)
     if value is None:
         return []
     if not isinstance(value, list):

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.heads import HEADS
 from whipstaff.decoding.method import Depth, Method, Mixing, Params, Rewriting
 from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
+from whipstaff.steering.methods import METHODS as FILES
 
 VOCAB, HIDDEN, WIDTH = 40, 8, 24
 AUXILIARIES = ("first", "second")
 GOLDEN = Path(__file__).parent / "golden" / "decoding"
-SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "width": 12, "choices": 4}
+SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "inner": 12, "choices": 4}
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -72,9 +72,9 @@ class Batch:
             elif field.name in ("num_prompt", "num_generated"):
                 moved[field.name] = [value[r] for r in order]
         if self.rows.early is not None:
-            parts = self.rows.early.split(list(self.rows.num_early))
+            parts = self.rows.early.split([len(layers) for layers in self.rows.early_layers])
             moved["early"] = torch.cat([self.rows.early[:0], *(parts[r] for r in order)])
-            moved["num_early"] = [self.rows.num_early[r] for r in order]
+            moved["early_layers"] = [self.rows.early_layers[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
         return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order])
 
@@ -110,13 +110,13 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
         rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
         _add_needs(method, rows, random, normal)
         if "early" in method.needs:
-            rows.num_early = [len(method.early_layers(one, Depth(8))) for one in params]
-            rows.early = 3 * normal(sum(rows.num_early), VOCAB)
+            rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
+            rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
     return Batch(rows, settings)
 
 
 def random_head(kind: str, normal: Any) -> dict[str, Tensor]:
-    head = {part: normal(*(SIZES[size] for size in shape)) for part, shape in HEADS[kind].items()}
+    head = {part.rstrip("?"): normal(*(SIZES[size] for size in shape)) for part, shape in FILES[kind].parts.items()}
     return head | ({"temperatures": torch.tensor([0.0, 0.5, 1.0, 1.7])} if "temperatures" in head else {})
 
 

@@ -61,9 +61,10 @@ class Dola(Rewriting[DolaParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.early is not None
-        owners = torch.tensor([row for row, num in enumerate(rows.num_early) for _ in range(num)], dtype=torch.int64)
-        owners = owners.to(rows.logits.device, non_blocking=True)
-        rows.facts["candidate"], chosen = choose(divergences(rows.logits, rows.early, owners), rows.num_early)
+        pairs = [(row, layer) for row, layers in enumerate(rows.early_layers) for layer in layers]
+        table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(rows.logits.device, non_blocking=True)
+        chosen = choose(divergences(rows.logits, rows.early, table[:, 0]), [len(each) for each in rows.early_layers])
+        rows.facts["layer"] = table[chosen, 1]
         return contrast(rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
 
 

@@ -26,6 +26,7 @@ from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.batch import NOBODY, BatchView
 from whipstaff.server.engine.early import EarlyHead, Stream
+from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
 
 NO_TOKEN = -1
@@ -123,6 +124,9 @@ class Decoder:
         self._hidden: Tensor | None = None
         self._noted: list[Call] = []
         self.early: EarlyHead | None = None
+        self._snapshot: Snapshot | None = None
+        self._explanations: Explanations | None = None
+        self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
 
     @property
     def num_requests(self) -> int:
@@ -173,6 +177,7 @@ class Decoder:
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Find the rows that become tokens, and learn the tokens that this step feeds."""
         self._view, self._places, self._noted, self._hidden, self.is_in_step = view, [], [], None, True
+        self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._requests
         if self._is_decoded:
             return
@@ -234,7 +239,39 @@ class Decoder:
             hidden: (B, H) the served model's last hidden states.
         """
         self._is_decoded, self._hidden = True, hidden
-        return self._decoded(logits, self._places, others, hidden)
+        explained = [
+            Row(self._view.requests[place.row], place.row, place.request.plan.explain)
+            for place in self._places
+            if place.request.plan.explain is not None
+        ]
+        if explained:
+            self._snapshot = Snapshot(explained, logits)
+            self._note_streams(self._snapshot, logits, others)
+        if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
+            rows = self._sent(undecoded)
+            self._undecoded = rows, logits[rows].to(torch.float32)
+        decoded = self._decoded(logits, self._places, others, hidden)
+        if self._snapshot is not None:
+            self._snapshot.note_final(decoded)
+        return decoded
+
+    def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
+        for place in self._places:
+            plan, members = place.request.plan, (place.row, *self._view.members.get(place.row, ()))
+            for model, member in plan.mix.streams if plan.mix else ():
+                name = model if not member else f"{model or MAIN}[{member}]"
+                snapshot.note_stream(place.row, name, (others[model] if model else logits)[members[member]])
+            for model in dict.fromkeys(model for one in place.request.applied for model in one.streams):
+                snapshot.note_stream(place.row, model, others[model][place.row])
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """The logits whose log-probabilities are told, which some requests want to be the base's."""
+        if self._undecoded is None:
+            return logits
+        rows, base = self._undecoded
+        scored = logits.to(torch.float32, copy=True)
+        scored[rows] = base
+        return scored
 
     def decode_prompt(
         self, logits: Tensor, others: Mapping[str, Tensor], hidden: Tensor, tokens: Sequence[int]
@@ -245,7 +282,9 @@ class Decoder:
         places = [
             Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token)
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
-            if row < len(view.requests) and (request := self._requests.get(view.requests[row])) is not None
+            if row < len(view.requests)
+            and (request := self._requests.get(view.requests[row])) is not None
+            and not request.plan.scores_base
         ]
         return self._decoded(logits, places, others, hidden)
 
@@ -257,7 +296,7 @@ class Decoder:
             if place.request.plan.mix is not None
         ]
         stages: tuple[Stage, ...] = ("mix", "rule")
-        calls = self._calls(places, stages)
+        calls = self._calls(places, stages, logits.shape[1])
         if not mixed and not calls:
             return logits
         decoded = mix_rows(logits, others, mixed)
@@ -310,6 +349,13 @@ class Decoder:
             call.method.note(call.given, call.settings, sampled.flatten()[call.rows].long())
             self._keep_state(call)
         self._noted = []
+        if self._snapshot is not None:
+            self._explanations, self._snapshot = self._snapshot.drawn(sampled.flatten()), None
+
+    def take_explanations(self) -> Explanations | None:
+        """What the last draw's decoding did, once."""
+        found, self._explanations = self._explanations, None
+        return found
 
     def _run(
         self,
@@ -320,41 +366,39 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> None:
         """Let the methods of one stage change their rows, in the order of the table."""
-        calls = self._calls(places, (stage,))
-        parts = ((key, part) for key, found in calls for part in _parts(found, logits.shape[1]))
-        for (method, streams, heads), found in parts:
-            call = self._call(method, streams, heads, found, logits, others or {}, hidden)
-            logits[call.rows] = method.rewrite(call.given, call.settings)
+        for found in self._calls(places, (stage,), logits.shape[1]):
+            call = self._call(found, logits, others or {}, hidden)
+            logits[call.rows] = call.method.rewrite(call.given, call.settings)
+            if self._snapshot is not None:
+                self._snapshot.note_facts([place.row for place, _ in found], call.given.facts)
             if call.given.state is not None:
                 self._keep_state(call)
                 self._noted.append(call)
 
     def _calls(
-        self, places: Sequence[Place], stages: Sequence[Stage]
-    ) -> list[tuple[tuple[Rewriting[Any], tuple[str, ...], tuple[str, ...]], list[tuple[Place, Applied]]]]:
+        self, places: Sequence[Place], stages: Sequence[Stage], vocabulary: int
+    ) -> list[list[tuple[Place, Applied]]]:
+        """The rows that a method can take at once, in the order of the methods' table."""
         calls: dict[Any, list[tuple[Place, Applied]]] = {}
         for place in places:
             for applied in place.request.applied:
                 if applied.method.stage in stages:
-                    key = applied.method, applied.streams, applied.heads
+                    key = applied.method, applied.streams, applied.heads, applied.state.start
                     calls.setdefault(key, []).append((place, applied))
-        return sorted(calls.items(), key=lambda item: _ORDER[item[0][0].name])
+        ordered = sorted(calls.values(), key=lambda found: _ORDER[found[0][1].method.name])
+        return [part for found in ordered for part in _parts(found, vocabulary)]
 
     def _call(
         self,
-        method: Rewriting[Any],
-        streams: tuple[str, ...],
-        heads: tuple[str, ...],
         found: Sequence[tuple[Place, Applied]],
         logits: Tensor,
         others: Mapping[str, Tensor],
         hidden: Tensor | None,
     ) -> Call:
-        places = [place for place, _ in found]
+        places, (method, _, streams, heads, _, state) = [place for place, _ in found], found[0][1]
         rows = self._sent([place.row for place in places])
         slots = self._sent([place.request.slot for place in places]) if places[0].request.slot >= 0 else None
         hidden = self._hidden if hidden is None else hidden
-        state = found[0][1].state
         given = Rows(
             logits[rows],
             [place.request.num_prompt for place in places],
@@ -377,7 +421,7 @@ class Decoder:
             given.temperature = self._sent([_draw(place).temperature for place in places])
         if "early" in method.needs:
             assert self.early is not None
-            given.num_early = [len(applied.early) for _, applied in found]
+            given.early_layers = [applied.early for _, applied in found]
             given.early = self.early.logits(
                 [
                     Stream(layer, place.token, method.takes_norm(applied.setting))

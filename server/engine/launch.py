@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from whipstaff.server.engine import UnsupportedEngine, request
 from whipstaff.server.engine.attention import require_eager_attention
 from whipstaff.server.engine.auxiliary import auxiliary_config
+from whipstaff.server.engine.explain import listen
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout, max_tokens
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.needs import Hook, Needs
@@ -36,12 +37,20 @@ EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none
 class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
-    `label` names its methods for metrics; `note` is called with each of the request's outputs.
+    `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
+    number of a sequence and what is said of its next token, where the plan asks for that.
     """
 
-    def __init__(self, wire: dict[str, Any], label: str = "", note: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self,
+        wire: dict[str, Any],
+        label: str = "",
+        note: Callable[[Any], None] | None = None,
+        explained: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
         super().__init__(wire)
-        self.label, self.note = label, note
+        self.label, self.note, self.explained = label, note, explained
+        self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
 
 EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
@@ -99,6 +108,7 @@ def start(
         disable_log_stats=engine_args.disable_log_stats,
     )
     engine.layout = layout
+    listen(engine.output_processor)
     return engine
 
 

@@ -77,6 +77,8 @@ class Extras(BaseModel):
 
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
+    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     _prepared: Prepared | None = PrivateAttr(None)

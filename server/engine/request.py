@@ -41,12 +41,11 @@ class RequestPlan:
 def take_draw(params: Any, is_temperature_last: bool) -> Draw:
     """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
 
-    A greedy request stays one: the best of what our stages leave.
+    A greedy request stays greedy: it takes the best of what our stages leave.
     """
-    if params.temperature == 0:
-        return Draw()
     draw = Draw(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
-    params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
+    if params.temperature > 0:
+        params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
     return draw
 
 

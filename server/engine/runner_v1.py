@@ -41,6 +41,17 @@ def _watch_draws(sampler: Any, decoder: Decoder) -> None:
     cls: Any = type(sampler)
 
     class WatchedSampler(cls):
+        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
+
+        def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = decoder.scored(logits)
+            self.whipstaff_decoded = None if scored is logits else logits
+            return super().forward(scored, *args, **kwargs)
+
+        def apply_logits_processors(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded.float()
+            return super().apply_logits_processors(decoded, *args, **kwargs)
+
         def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
             drawn = decoder.before_draw(logits)
             sampled, log_probabilities = super().sample(drawn, *args, **kwargs)

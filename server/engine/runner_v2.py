@@ -34,6 +34,17 @@ def _watch_draws(sampler: Any, decoder: Decoder) -> None:
     cls: Any = type(sampler)
 
     class WatchedSampler(cls):
+        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
+
+        def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = decoder.scored(logits)
+            self.whipstaff_decoded = None if scored is logits else logits
+            return super().__call__(scored, *args, **kwargs)
+
+        def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded
+            return super().sample(decoded, *args, **kwargs)
+
         def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
             drawn = decoder.before_draw(logits)
             sampled, processed = super()._sample_random(drawn, *args, **kwargs)

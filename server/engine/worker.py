@@ -11,6 +11,7 @@ from whipstaff.server.engine import runner_v1, runner_v2
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
 from whipstaff.server.engine.decoder import Arrival, Decoder
+from whipstaff.server.engine.explain import attach
 from whipstaff.server.engine.layout import Layout, max_tokens
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
@@ -82,6 +83,10 @@ class SteeredWorker:
         self._steerer.decoder.note_requests(scheduler_output.finished_req_ids, arrivals)
         self._slot_use = getattr(scheduler_output, "whipstaff_slots", self._slot_use)  # warm-up schedules nothing
         return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        return attach(output, self._steerer.decoder.take_explanations())
 
     def _head(self, digest: str) -> dict[str, Tensor]:
         """The tensors of a learned head, where the model is."""

@@ -7,10 +7,10 @@ import torch
 from decodings import AUXILIARIES, Batch, StubPrompt, StubWords, random_batch, run
 from pydantic import BaseModel, ValidationError
 
-from whipstaff.decoding.heads import HEADS, OPTIONAL
 from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, Rewriting, setting_type
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.methods.rule_adapter import RuleAdapter
+from whipstaff.steering.methods import METHODS as FILES
 
 NAMED = {
     "proxy_tuning": {"expert": "first", "antiexpert": "second"},
@@ -84,17 +84,13 @@ def test_it_says_what_it_is(name: str) -> None:
     assert all(field.description for key, field in method.params.model_fields.items() if key != "method")
     assert set(method.shorthands.values()) <= set(method.params.model_fields)
     assert {*method.stream_fields, *method.head_fields} <= set(method.params.model_fields)
-    assert set(method.head_fields.values()) <= set(HEADS)
+    assert all(FILES[kind].served_by == "logits" for kind in method.head_fields.values())
     assert isinstance(method, Mixing) != isinstance(method, Rewriting)
 
 
 def test_shorthands_are_one_parameters_each() -> None:
     fields = [field for method in METHODS.values() for field in method.shorthands]
     assert len(fields) == len(set(fields))
-
-
-def test_parts_that_a_head_may_lack_are_parts() -> None:
-    assert all(parts <= set(HEADS[kind]) for kind, parts in OPTIONAL.items())
 
 
 @Any_method

@@ -671,7 +671,8 @@ def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Cl
         assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
         assert row["available"] is (row["reason"] is None), name
     used = {"vector", "caa", "iti", "lofit", "directional_ablation", "sae", "loreft", "probe", "soft_prompt"}
-    assert {name for name, row in rows.items() if row["available"]} == {*used, "proxy_tuning"}
+    headless = {name for name, method in DECODING.items() if not method.head_fields}
+    assert {name for name, row in rows.items() if row["available"]} == used | headless
     assert rows["mote"]["reason"] == "the served model has no experts"
     assert all("--steering-sites attention" in rows[name]["reason"] for name in ("pasta", "prefix_kv"))
     assert rows["caa"]["schema"]["properties"]["vector"]["enum"] == ["late", "push"]
