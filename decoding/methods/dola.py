@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from whipstaff.decoding.layers import choose, contrast, divergences
@@ -33,6 +33,13 @@ class DolaParams(Params):
         0.1, ge=0, le=1, allow_inf_nan=False, description="0 keeps every token, 1 the best only"
     )
     final_norm_on_candidates: bool = Field(False, description="whether early layers pass the model's final norm")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names_some(cls, layers: Any) -> Any:
+        if layers not in ("low", "high") and not (isinstance(layers, list) and layers):
+            raise ValueError('"low", "high" or a list of layers')
+        return layers
 
 
 class Dola(Rewriting[DolaParams]):
