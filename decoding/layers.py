@@ -15,25 +15,6 @@ from torch import Tensor
 from whipstaff.cuda_ext import mix_logits_
 
 
-def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
-    """(P,) float32: how much each early row differs from the mature row that it belongs to.
-
-    Args:
-        mature: (R, V) logits; a token banned there (-inf) counts for nothing.
-        early: (P, V) logits, any floating dtype.
-        owners: (P,) int64, the mature row of each.
-    """
-    log_q = mature.float().log_softmax(-1)
-    is_banned, q = log_q == -torch.inf, log_q.exp()
-    found = [mature.new_empty(0, dtype=torch.float32)]
-    for rows, part in zip(owners.split(len(mature)), early.split(len(mature)), strict=True):
-        log_p = part.float().log_softmax(-1)
-        m = log_p.exp().add_(q[rows]).div_(2)
-        terms = torch.special.xlogy(m, m).sub_(log_p.add_(log_q[rows]).mul_(m).div_(2))
-        found.append(terms.masked_fill_(is_banned[rows], 0).sum(-1))
-    return torch.cat(found)
-
-
 def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
     """(R,) int64: for each mature row which of its early rows differs most, the first of equals.
 

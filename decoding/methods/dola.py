@@ -15,7 +15,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from whipstaff.decoding.layers import choose, contrast, divergences
+from whipstaff.cuda_ext import divergences
+from whipstaff.decoding.layers import choose, contrast
 from whipstaff.decoding.method import DecodingError, Depth, Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -68,10 +69,12 @@ class Dola(Rewriting[DolaParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.early is not None
+        counts = [len(layers) for layers in rows.early_layers]
         pairs = [(row, layer) for row, layers in enumerate(rows.early_layers) for layer in layers]
-        table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(rows.logits.device, non_blocking=True)
-        chosen = choose(divergences(rows.logits, rows.early, table[:, 0]), [len(each) for each in rows.early_layers])
-        rows.facts["layer"] = table[chosen, 1]
+        table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
+        owners, layers = table.to(rows.logits.device, non_blocking=True)
+        chosen = choose(divergences(rows.logits, rows.early, owners), counts)
+        rows.facts["layer"] = layers[chosen]
         return contrast(rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
 
 

@@ -7,7 +7,8 @@ import torch
 from decodings import golden, random_batch, run
 from reference import dola as reference
 
-from whipstaff.decoding.layers import choose, divergences
+from whipstaff.cuda_ext import divergences
+from whipstaff.decoding.layers import choose
 from whipstaff.decoding.method import DecodingError, Depth
 from whipstaff.decoding.methods.dola import Dola, DolaParams, candidates
 from whipstaff.decoding.rows import Rows
