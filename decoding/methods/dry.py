@@ -14,15 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor
+from torch.nn.functional import pad
 
 from whipstaff.decoding.method import Params, Rewriting, Words
 from whipstaff.decoding.rows import Rows
 
 Breaker = Annotated[str, Field(min_length=1, max_length=40)]
 
-_LOG_MAX = 88.7228391  # of float32's largest number, as llama.cpp bounds the exponent
-_MOST = 1e30  # a penalty: rows stay finite, however cold the temperature
-_PRIMES, _ROOTS = (2147483647, 2147483629), (1103515245, 1664525)
+_MOST = 1e9  # a penalty: more than any logit, and rows stay finite however cold the temperature
+_LONGEST = 1024  # a run; beyond, only penalties with a base below 1.03 would still grow
+_AT_ONCE = 1 << 26  # tokens compared at once
 
 
 class DryParams(Params):
@@ -33,7 +34,7 @@ class DryParams(Params):
         0.8, ge=0, le=1000, allow_inf_nan=False, description="penalty at allowed_length; 0 is off"
     )
     base: float = Field(1.75, ge=1, le=100, allow_inf_nan=False, description="growth with every further token")
-    allowed_length: int = Field(2, ge=0, le=10_000, description="longest repetition without penalty, plus one")
+    allowed_length: int = Field(2, ge=0, le=1000, description="longest repetition without penalty, plus one")
     penalty_last_n: int = Field(-1, ge=-1, le=10_000_000, description="tokens looked back; -1 is all, 0 is off")
     sequence_breakers: list[Breaker] = Field(["\n", ":", '"', "*"], max_length=64, description="texts that end a run")
 
@@ -52,11 +53,18 @@ class DrySetting(BaseModel):
 
     _is_breaker: Tensor | None = PrivateAttr(None)
 
+    @property
+    def exponent(self) -> float:
+        """Where the penalty reaches its bound."""
+        if self.multiplier == 0 or self.base == 1:
+            return 0.0
+        return max(math.log(_MOST / self.multiplier) / math.log(self.base), 0.0)
+
     def is_breaker(self, logits: Tensor) -> Tensor:
         """(V,) bool: the tokens that hold a breaker; made once."""
         if self._is_breaker is None:
             mask = torch.zeros(logits.shape[1], dtype=torch.bool)
-            mask[torch.tensor(self.breakers, dtype=torch.int64)] = True
+            mask[[token for token in self.breakers if token < len(mask)]] = True
             self._is_breaker = mask.to(logits.device, non_blocking=True)
         return self._is_breaker
 
@@ -89,22 +97,25 @@ class Dry(Rewriting[DryParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits = rows.logits
-        if not len(logits):
+        assert rows.tokens is not None
+        if not len(logits) or rows.tokens.shape[1] == 1:
             return logits
         is_breaker = torch.stack([setting.is_breaker(logits) for setting in settings])  # (R, V)
         text, window = _newest_first(rows, settings)
-        limit = _free_run(text, is_breaker, settings)
-        longest = _longest_runs(text, window, limit, logits.shape[1])
-        allowed = rows.column(setting.allowed_length for setting in settings)
-        penalty = rows.column(setting.base for setting in settings) ** torch.minimum(
-            longest - allowed, rows.column(_max_exponent(setting.base) for setting in settings)
-        )
-        penalty = (rows.column(setting.multiplier for setting in settings) * penalty).clamp(max=_MOST)
-        return logits.sub_(torch.where((longest >= allowed) & ~is_breaker, penalty, 0.0))
+        longest = min(max(one.allowed_length + math.ceil(one.exponent) for one in settings), _LONGEST)
+        run, follower = _runs(text, window, _free_run(text, is_breaker, settings), longest)
+        is_known, follower = _in_vocabulary(follower, logits.shape[1])
+        penalty = _penalties(rows, settings, run).masked_fill_(~is_known, 0)
+        taken = torch.zeros_like(logits).scatter_reduce_(1, follower, penalty, "amax")
+        return logits.sub_(taken.masked_fill_(is_breaker, 0))
 
 
-def _max_exponent(base: float) -> float:
-    return float(int(_LOG_MAX / math.log(base))) if base > 1.000001 else 1e9
+def _penalties(rows: Rows, settings: Sequence[DrySetting], run: Tensor) -> Tensor:
+    """What runs (R, n) cost the token that would carry them on."""
+    columns = (rows.column(getattr(one, name) for one in settings) for name in ("multiplier", "base", "exponent"))
+    multiplier, base, bound = columns
+    excess = run - rows.column(setting.allowed_length for setting in settings)
+    return (multiplier * base ** torch.minimum(excess, bound)).masked_fill_(excess < 0, 0)
 
 
 def _newest_first(rows: Rows, settings: Sequence[DrySetting]) -> tuple[Tensor, Tensor]:
@@ -123,7 +134,8 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     """(R, 1) how many of the newest tokens stand after the last breaker."""
     width = text.shape[1]
     back = torch.arange(width, device=text.device)
-    matched = torch.where((text >= 0) & is_breaker.gather(1, text.clamp(min=0)), 1, 0)  # (R, W) length from here on
+    is_known, tokens = _in_vocabulary(text, is_breaker.shape[1])
+    matched = torch.where(is_known & is_breaker.gather(1, tokens), 1, 0)  # (R, W) length of the breaker from here on
     for phrase in sorted({phrase for setting in settings for phrase in setting.phrases}, key=len):
         asks = torch.tensor([phrase in setting.phrases for setting in settings]).to(text.device, non_blocking=True)
         ends = len(phrase) - 1  # the phrase's first token is that many before its last
@@ -135,43 +147,27 @@ def _free_run(text: Tensor, is_breaker: Tensor, settings: Sequence[DrySetting]) 
     return free.gather(1, first)
 
 
-def _longest_runs(text: Tensor, window: Tensor, limit: Tensor, vocab: int) -> Tensor:
-    """(R, V) how long the run is that each token would carry on; -1 for tokens that carry on none."""
+def _in_vocabulary(tokens: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Whether tokens have a logit, and them as indices of one; those of a prompt need not."""
+    return (tokens >= 0) & (tokens < vocab), tokens.clamp(0, vocab - 1)
+
+
+def _runs(text: Tensor, window: Tensor, limit: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(R, W - 1) the lengths of the earlier runs that end where text[start] stands, start = 1, 2, .., as far as
+    `longest`, and the tokens that follow them; -1 beyond the window."""
+    start = torch.arange(1, text.shape[1], device=text.device)
+    return torch.minimum(_common(text, longest), limit), text[:, :-1].masked_fill(start >= window, -1)
+
+
+def _common(text: Tensor, longest: int) -> Tensor:
+    """(R, W - 1) how many tokens text and text[start:] have in common from their beginning, as far as `longest`."""
     num_rows, width = text.shape
-    start = torch.arange(1, width, device=text.device).expand(num_rows, -1)  # where the earlier run ends
-    run = torch.minimum(_common(text, window, start), limit)
-    follower = torch.where(start < window, text[:, :-1], vocab)
-    longest = torch.full((num_rows, vocab + 1), -1, device=text.device)
-    return longest.scatter_reduce_(1, follower, run, "amax")[:, :vocab]
-
-
-def _common(text: Tensor, window: Tensor, start: Tensor) -> Tensor:
-    """(R, W - 1) the length of the longest common prefix of text and text[start:], within the window.
-
-    By bisection over lengths, with polynomials modulo two primes in place of the texts: no loop over tokens.
-    """
-    width = text.shape[1]
-    primes = torch.tensor(_PRIMES, device=text.device)[:, None, None]
-    powers = _powers(width, text.device)  # (2, 1, W)
-    sums = torch.nn.functional.pad(((text + 2) * powers % primes).cumsum(2), (1, 0))  # (2, R, W + 1), below 2 ** 63
-    step, common = 1 << (width.bit_length() - 1), torch.zeros_like(start)
-    shift = powers.expand(2, len(text), width).gather(2, start.expand(2, -1, -1))
-    here = sums.gather(2, start.expand(2, -1, -1))
-    while step:
-        longer = common + step
-        end = (start + longer).clamp(max=width)
-        there = sums.gather(2, end.expand(2, -1, -1)) - here
-        prefix = sums.gather(2, longer.clamp(max=width).expand(2, -1, -1)) % primes * shift
-        is_same = ((there - prefix) % primes == 0).all(0) & (start + longer <= window)
-        common = torch.where(is_same, longer, common)
-        step >>= 1
+    block = max(16, min(longest, width, _AT_ONCE // (num_rows * width)))
+    padded = pad(text, (0, longest + block), value=-2)
+    common = torch.zeros(num_rows, width - 1, dtype=torch.int64, device=text.device)
+    for begin in range(0, min(longest, width), block):
+        here = pad(padded[:, begin : begin + block], (0, 1), value=-3)  # its end equals nothing
+        there = padded[:, begin + 1 : begin + width + block].unfold(1, block + 1, 1)  # (R, W - 1, block + 1)
+        num_same = (there != here[:, None]).view(torch.uint8).argmax(2)
+        common = torch.where(common == begin, begin + num_same, common)
     return common
-
-
-def _powers(width: int, device: torch.device) -> Tensor:
-    """(2, 1, W) root ** i modulo prime, of each of the two."""
-    primes, roots = torch.tensor(_PRIMES, device=device)[:, None], torch.tensor(_ROOTS, device=device)[:, None]
-    powers = torch.ones_like(roots)
-    while powers.shape[1] < width:
-        powers = torch.cat([powers, powers * (powers[:, -1:] * roots % primes) % primes], dim=1)
-    return powers[:, None, :width]

@@ -42,7 +42,8 @@ class Edt(Rewriting[EdtParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         t0 = rows.column(params.t0 for params in settings)[:, 0]
         power = rows.column(params.theta * math.log(params.n) for params in settings)[:, 0]
-        tau = torch.where(power == 0, t0, t0 * (power / explain_rows(rows.logits).entropy).exp())
+        nats = explain_rows(rows.logits).entropy.clamp(min=1e-30)  # of a certain row it may be -0
+        tau = torch.where(power == 0, t0, t0 * (power / nats).exp())
         tau = tau.masked_fill(tau < _COLDEST, 0.0)
         rows.facts["temperature"] = tau
         return temper(rows.logits, tau)

@@ -40,15 +40,18 @@ class Kwd(Rewriting[KwdParams]):
         head, vocab = rows.heads["classifier"], rows.logits.shape[1]
         most = min(max((params.k for params in settings), default=1), vocab)
         best = _only_best(rows.logits, rows.column(params.k for params in settings).long().clamp(max=vocab), most)
-        values, tokens = best.topk(most)  # (R, most): of each row its own k, then -inf
+        tokens = best.topk(most).indices  # (R, most): of each row its own k, then banned ones
         g = (head["weight"][tokens] * rows.hidden.float()[:, None]).sum(2)
         g = g + head["bias"][tokens] if "bias" in head else g
-        return best.fill_(-torch.inf).scatter_(1, tokens, values.log_softmax(1) + logsigmoid(g))
+        scores = best.log_softmax(1).gather(1, tokens) + logsigmoid(g)
+        return best.fill_(-torch.inf).scatter_(1, tokens, scores)
 
 
 def _only_best(logits: Tensor, k: Tensor, most: int) -> Tensor:
     """-inf for all but each row's k (R, 1) best tokens, of equal ones the first; `most` is the largest k."""
-    least = logits.topk(most).values.gather(1, k - 1)
-    is_above, is_tied = logits > least, logits == least
-    is_kept = is_above | (is_tied & (is_tied.cumsum(1) <= k - is_above.sum(1, keepdim=True)))
-    return logits.masked_fill(~is_kept, -torch.inf)
+    values = logits.topk(most).values
+    least = values.gather(1, k - 1)
+    room = k - (values > least).sum(1, keepdim=True)  # for those that equal the k-th
+    is_tied = logits == least
+    is_late = is_tied.cumsum(1, dtype=torch.int32) > room
+    return logits.masked_fill((logits < least) | (is_tied & is_late), -torch.inf)

@@ -58,7 +58,7 @@ class RuleAdapterParams(Params):
     repetition: bool = Field(True, description="less likely to repeat a token of the question or the answer")
     opening: bool = Field(False, description="how the answer begins; not in the paper")
     after_ramp: Literal["hold", "official"] = Field("hold", description="official: no ramp from 250 tokens on")
-    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever the tokens' texts")
+    vocabulary: Literal["auto", "llama2"] = Field("auto", description="llama2: its ids, whatever they mean here")
 
 
 class RuleAdapterSetting(BaseModel):
@@ -84,11 +84,16 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return RuleAdapterParams(ramp=False, style=False, repetition=False)
 
     def resolve(self, params: RuleAdapterParams, words: Words) -> RuleAdapterSetting:
+        known = _known(words, params.vocabulary)
+
+        def biases(texts: Mapping[str, float]) -> tuple[Bias, ...]:
+            return tuple((known[text], bias) for text, bias in texts.items() if text in known)
+
         return RuleAdapterSetting(
             ends=tuple(words.eos) if params.ramp else (),
             is_held=params.after_ramp == "hold",
-            style=_style(words, params.vocabulary) if params.style else (),
-            openings=tuple(_known(texts, words) for texts in _OPENING) if params.opening else (),
+            style=biases({text: bias for text, _, bias in _STYLE}) if params.style else (),
+            openings=tuple(map(biases, _OPENING)) if params.opening else (),
             is_repetition=params.repetition,
         )
 
@@ -98,23 +103,21 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits = rows.logits
         _add(logits, [_biases(setting, done) for setting, done in zip(settings, rows.num_generated, strict=True)])
-        rows.facts["ramp"] = rows.column(map(_ramp, settings, rows.num_generated))[:, 0]
+        rows.facts["rules"] = torch.tensor(list(map(_acting, settings, rows.num_generated))).view(-1, 4)
         if not any(setting.is_repetition for setting in settings):
             return logits
         is_seen = _seen(rows, rows.column(setting.first for setting in settings))
         return logits.add_(is_seen * rows.column(_AGAIN * setting.is_repetition for setting in settings))
 
 
-def _style(words: Words, vocabulary: str) -> tuple[Bias, ...]:
-    found = {text: words.id_of(text) for text, _, _ in _STYLE}
-    is_llama2 = found["!"] == 29991 and all(found[text] in (None, official) for text, official, _ in _STYLE)
-    if is_llama2 or vocabulary == "llama2":
-        return tuple((official, bias) for _, official, bias in _STYLE)
-    return tuple((token, bias) for text, _, bias in _STYLE if (token := found[text]) is not None)
-
-
-def _known(texts: Mapping[str, float], words: Words) -> tuple[Bias, ...]:
-    return tuple((token, bias) for text, bias in texts.items() if (token := words.id_of(text)) is not None)
+def _known(words: Words, vocabulary: str) -> Mapping[str, int]:
+    """The texts of the rules that are one token. Llama-2's newline is a byte, which no text finds: where all that are
+    found have its ids, the others have theirs too."""
+    official = {text: token for text, token, _ in _STYLE}
+    texts = {*official, *(text for opening in _OPENING for text in opening)}
+    found = {text: token for text in texts if (token := words.id_of(text)) is not None}
+    is_llama2 = "!" in found and all(found.get(text, token) == token for text, token in official.items())
+    return {**found, **official} if is_llama2 or vocabulary == "llama2" else found
 
 
 def _ramp(setting: RuleAdapterSetting, num_generated: int) -> float:
@@ -132,8 +135,15 @@ def _biases(setting: RuleAdapterSetting, num_generated: int) -> dict[int, float]
     return total
 
 
+def _acting(setting: RuleAdapterSetting, num_generated: int) -> list[bool]:
+    """Whether ramp, style, repetition and opening act on the next token."""
+    is_opening = num_generated < len(setting.openings)
+    return [_ramp(setting, num_generated) > 0, bool(setting.style), setting.is_repetition, is_opening]
+
+
 def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
-    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items()]
+    vocab = logits.shape[1]
+    flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items() if token < vocab]
     if flat:
         rows, tokens, values = zip(*flat, strict=True)
         place = torch.tensor([rows, tokens]).to(logits.device, non_blocking=True)
@@ -146,5 +156,5 @@ def _seen(rows: Rows, first: Tensor) -> Tensor:
     assert rows.tokens is not None
     num_rows, vocab = rows.logits.shape
     position = torch.arange(rows.tokens.shape[1], device=first.device)
-    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab)
+    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab).clamp(max=vocab)
     return torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=first.device).scatter_(1, counted, True)[:, :vocab]

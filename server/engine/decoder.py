@@ -123,10 +123,10 @@ class Decoder:
         self._is_decoded = self._is_drawn = True
         self._hidden: Tensor | None = None
         self._noted: list[Call] = []
-        self.early: EarlyHead | None = None
         self._snapshot: Snapshot | None = None
         self._explanations: Explanations | None = None
         self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
+        self.early: EarlyHead | None = None
 
     @property
     def num_requests(self) -> int:
@@ -296,7 +296,7 @@ class Decoder:
             if place.request.plan.mix is not None
         ]
         stages: tuple[Stage, ...] = ("mix", "rule")
-        calls = self._calls(places, stages, logits.shape[1])
+        calls = self._calls(places, stages)
         if not mixed and not calls:
             return logits
         decoded = mix_rows(logits, others, mixed)
@@ -366,7 +366,8 @@ class Decoder:
         hidden: Tensor | None = None,
     ) -> None:
         """Let the methods of one stage change their rows, in the order of the table."""
-        for found in self._calls(places, (stage,), logits.shape[1]):
+        calls = self._calls(places, (stage,))
+        for found in (part for call in calls for part in _parts(call, logits.shape[1])):
             call = self._call(found, logits, others or {}, hidden)
             logits[call.rows] = call.method.rewrite(call.given, call.settings)
             if self._snapshot is not None:
@@ -375,9 +376,7 @@ class Decoder:
                 self._keep_state(call)
                 self._noted.append(call)
 
-    def _calls(
-        self, places: Sequence[Place], stages: Sequence[Stage], vocabulary: int
-    ) -> list[list[tuple[Place, Applied]]]:
+    def _calls(self, places: Sequence[Place], stages: Sequence[Stage]) -> list[list[tuple[Place, Applied]]]:
         """The rows that a method can take at once, in the order of the methods' table."""
         calls: dict[Any, list[tuple[Place, Applied]]] = {}
         for place in places:
@@ -385,8 +384,7 @@ class Decoder:
                 if applied.method.stage in stages:
                     key = applied.method, applied.streams, applied.heads, applied.state.start
                     calls.setdefault(key, []).append((place, applied))
-        ordered = sorted(calls.values(), key=lambda found: _ORDER[found[0][1].method.name])
-        return [part for found in ordered for part in _parts(found, vocabulary)]
+        return sorted(calls.values(), key=lambda found: _ORDER[found[0][1].method.name])
 
     def _call(
         self,

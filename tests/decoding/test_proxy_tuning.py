@@ -1,27 +1,25 @@
 """Proxy-tuning against the authors' own code, below the engine: the recorded logits of three models go in."""
 
-import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from decodings import golden
 
 from whipstaff.decoding.method import DecodingError
 from whipstaff.decoding.methods.proxy_tuning import ProxyTuning, ProxyTuningParams
 from whipstaff.decoding.mix import MixedRow, mix_rows
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "decoding"
-CASES = {case["id"]: case for case in json.loads((GOLDEN / "proxy_tuning.json").read_text())["cases"]}
-TENSORS = load_file(GOLDEN / "proxy_tuning.safetensors")
+SAID, TENSORS = golden("proxy_tuning")
+CASES = {case["id"]: case for case in SAID["cases"]}
 METHOD = ProxyTuning()
 
 
-def mixed(case: dict[str, object]) -> torch.Tensor:
+def mixed(case: dict[str, Any]) -> torch.Tensor:
     mix = METHOD.mix(ProxyTuningParams(expert="expert", antiexpert="antiexpert", alpha=case["alpha"]))
-    base, *others = (TENSORS[f"{case['id']}.{name}"].float() for name in ("base", "expert", "antiexpert"))
-    rows = [MixedRow(row, mix, (row,)) for row in range(len(base))]
-    return mix_rows(base, dict(zip(("expert", "antiexpert"), others, strict=True)), rows)
+    base, expert, antiexpert = (TENSORS[f"{case['id']}.{name}"].float() for name in ("base", "expert", "antiexpert"))
+    rows = [MixedRow(row, mix, [row]) for row in range(len(base))]
+    return mix_rows(base, {"expert": expert, "antiexpert": antiexpert}, rows)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("warp", "reppen")])

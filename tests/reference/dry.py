@@ -1,8 +1,7 @@
 """DRY for one row, as llama.cpp states it: look for every earlier end of the text's last n tokens, by comparing."""
 
+import math
 from collections.abc import Sequence
-
-LOG_MAX = 88.7228391
 
 
 def repeats(
@@ -34,7 +33,8 @@ def since_breaker(text: Sequence[int], breakers: set[int], phrases: Sequence[tup
 
 
 def penalty(length: int, multiplier: float, base: float, allowed: int) -> float:
-    import math
-
-    most = int(LOG_MAX / math.log(base)) if base > 1.000001 else length
-    return min(multiplier * base ** min(length - allowed, most), 1e30)
+    """Bounded, where llama.cpp bounds the exponent instead."""
+    if multiplier == 0:
+        return 0.0
+    power = (length - allowed) * math.log(base) + math.log(multiplier)
+    return math.exp(min(power, math.log(1e9)))
