@@ -21,6 +21,7 @@ __all__ = [
     "apply_temperature_",
     "attention_rows",
     "diag_edit_",
+    "divergences",
     "explain_rows",
     "lowrank_edit_",
     "mix_logits_",
@@ -36,6 +37,7 @@ _run_edits_ = torch.ops.whipstaff.run_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
+_divergences = torch.ops.whipstaff.divergences.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
@@ -203,6 +205,20 @@ def explain_rows(final: Tensor, base: Tensor | None = None, num_deltas: int = 0)
     base    (R, >= V) likewise; without it the divergence reads 0 and num_deltas must be 0
     """
     return Explanation(*_explain_rows(final, base, num_deltas))
+
+
+def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
+    """out[p] = half of KL(m || q) + KL(m || e), where q = softmax(mature[owners[p]]), e = softmax(early[p]) and
+    m = (q + e) / 2;  0 where owners names no row.
+
+    A token that the mature row bans (-inf) counts for nothing.
+
+    mature    (R, V) float32, bfloat16 or float16
+    early     (P, >= V) likewise; columns from V on are not read
+    owners    (>= P,) int64
+    returns   (P,) float32, in nats
+    """
+    return cast(Tensor, _divergences(mature, early, owners))
 
 
 def attention_rows(

@@ -15,28 +15,8 @@ from torch import Tensor
 from whipstaff.cuda_ext import mix_logits_
 
 
-def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
-    """(P,) float32: how much each early row differs from the mature row that it belongs to.
-
-    Args:
-        mature: (R, V) logits; a token banned there (-inf) counts for nothing.
-        early: (P, V) logits, any floating dtype.
-        owners: (P,) int64, the mature row of each.
-    """
-    log_q = mature.float().log_softmax(-1)
-    is_banned, q = log_q == -torch.inf, log_q.exp()
-    found = [mature.new_empty(0, dtype=torch.float32)]
-    for rows, part in zip(torch.split(owners, len(mature)), torch.split(early, len(mature)), strict=True):
-        log_p = part.float().log_softmax(-1)
-        m = log_p.exp().add_(q[rows]).div_(2)
-        terms = torch.special.xlogy(m, m).sub_(log_p.add_(log_q[rows]).mul_(m).div_(2))
-        found.append(terms.masked_fill_(is_banned[rows], 0).sum(-1))
-    return torch.cat(found)
-
-
-def choose(divergence: Tensor, num_early: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For each mature row, (R,) int64, which of its own early rows differs most, the first of equals, and which of all
-    early rows that is.
+def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
+    """(R,) int64: for each mature row which of its early rows differs most, the first of equals.
 
     Args:
         divergence: (P,) row after row.
@@ -47,8 +27,7 @@ def choose(divergence: Tensor, num_early: Sequence[int]) -> tuple[Tensor, Tensor
     is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
     table = divergence.new_full(is_own.shape, -torch.inf)
     table[is_own.to(divergence.device, non_blocking=True)] = divergence
-    first = table.argmax(-1)
-    return first, starts + first
+    return starts + table.argmax(-1)
 
 
 def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class Rows:
     state: Tensor | None = None  # (R, num_state) float32, NaN at first; what is written here comes back next time
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # stream field -> (R, V') that model's raw logits
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
-    early: Tensor | None = None  # (P, V) the logits of each row's early layers, row after row
-    num_early: Sequence[int] = ()  # (R,) how many each row has
+    early: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
+    early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
 
     def column(self, values: Iterable[float]) -> Tensor:

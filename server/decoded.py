@@ -54,7 +54,7 @@ class Decoded:
 
     def said(self) -> dict[str, Any]:
         """The entry as the receipt shows it."""
-        return self.params.model_dump()
+        return {**self.params.model_dump(), **({"layers": list(self.early)} if self.early else {})}
 
 
 def entries_of(

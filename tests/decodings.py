@@ -72,9 +72,9 @@ class Batch:
             elif field.name in ("num_prompt", "num_generated"):
                 moved[field.name] = [value[r] for r in order]
         if self.rows.early is not None:
-            parts = self.rows.early.split(list(self.rows.num_early))
+            parts = self.rows.early.split([len(layers) for layers in self.rows.early_layers])
             moved["early"] = torch.cat([self.rows.early[:0], *(parts[r] for r in order)])
-            moved["num_early"] = [self.rows.num_early[r] for r in order]
+            moved["early_layers"] = [self.rows.early_layers[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
         return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order])
 
@@ -110,8 +110,8 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
         rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
         _add_needs(method, rows, random, normal)
         if "early" in method.needs:
-            rows.num_early = [len(method.early_layers(one, Depth(8))) for one in params]
-            rows.early = 3 * normal(sum(rows.num_early), VOCAB)
+            rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
+            rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
     return Batch(rows, settings)
 
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from whipstaff.decoding.layers import choose, contrast, divergences
+from whipstaff.cuda_ext import divergences
+from whipstaff.decoding.layers import choose, contrast
 from whipstaff.decoding.method import DecodingError, Depth, Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -33,6 +34,13 @@ class DolaParams(Params):
         0.1, ge=0, le=1, allow_inf_nan=False, description="0 keeps every token, 1 the best only"
     )
     final_norm_on_candidates: bool = Field(False, description="whether early layers pass the model's final norm")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names_some(cls, layers: Any) -> Any:
+        if layers not in ("low", "high") and not (isinstance(layers, list) and layers):
+            raise ValueError('"low", "high" or a list of layers')
+        return layers
 
 
 class Dola(Rewriting[DolaParams]):
@@ -61,9 +69,12 @@ class Dola(Rewriting[DolaParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.early is not None
-        owners = torch.tensor([row for row, num in enumerate(rows.num_early) for _ in range(num)], dtype=torch.int64)
-        owners = owners.to(rows.logits.device, non_blocking=True)
-        rows.facts["candidate"], chosen = choose(divergences(rows.logits, rows.early, owners), rows.num_early)
+        counts = [len(layers) for layers in rows.early_layers]
+        pairs = [(row, layer) for row, layers in enumerate(rows.early_layers) for layer in layers]
+        table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
+        owners, layers = table.to(rows.logits.device, non_blocking=True)
+        chosen = choose(divergences(rows.logits, rows.early, owners), counts)
+        rows.facts["layer"] = layers[chosen]
         return contrast(rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
 
 

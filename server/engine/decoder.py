@@ -420,7 +420,7 @@ class Decoder:
             given.temperature = self._sent([_draw(place).temperature for place in places])
         if "early" in method.needs:
             assert self.early is not None
-            given.num_early = [len(applied.early) for _, applied in found]
+            given.early_layers = [applied.early for _, applied in found]
             given.early = self.early.logits(
                 [
                     Stream(layer, place.token, method.takes_norm(applied.setting))

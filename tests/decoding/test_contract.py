@@ -95,7 +95,7 @@ def test_it_names_its_streams(name: str) -> None:
 @each_method
 def test_off_changes_nothing(name: str) -> None:
     if (off := METHODS[name].off(AUXILIARIES, ["head"])) is None:
-        assert name in ("contrastive", "kwd", "adaptive_temperature", "dola")
+        assert name in ("contrastive", "dola", "kwd", "adaptive_temperature")
         return
     batch = random_batch(METHODS[name], [off] * 3)
     before = batch.rows.logits.clone()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from whipstaff.decoding.method import Mixing
+from whipstaff.decoding.method import Depth, Mixing
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -34,6 +35,7 @@ from whipstaff.server.methods import method_table
 from whipstaff.server.registry import BadVectorFile, Registry, read_vectors
 from whipstaff.server.schema import NOT_BUILT, Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
+from whipstaff.server.words import Words
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
 from whipstaff.steering.edits import Lengths
@@ -810,6 +812,74 @@ def test_paths_hold_the_steps_that_are_in_the_data(loc: tuple[int | str, ...], d
 )
 def test_fields_of_steering_become_paths_of_the_request(param: str, data: Any, path: str) -> None:
     assert field_path("p", param, data) == path
+
+
+# ---- early layers
+
+
+@pytest.fixture(scope="module")
+def early(have: Catalogue) -> Catalogue:
+    """A server with a tokenizer, of which two early layers can be read."""
+    words = Words([], {}, (), None)
+    return replace(have, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))
+
+
+@pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
+def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: dict[str, Any]) -> None:
+    layers = [0, 1] if fields.get("dola_layers") == [1, 0] else [0]
+    made = compiled(early, **fields)
+    assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
+    assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
+    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    (said,) = made.receipt([])["decoding"]
+    assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
+    assert made.label == "dola"
+
+
+def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
+    plan = compiled(early, steering={"vector": "calm", "where": "generation"}, dola_layers=[0]).plan
+    assert plan.steering is not None and len(plan.steering.edits) == 1 and plan.steering.keeps == (0,)
+    placed = PlacedPlan(plan, 5)
+    assert (len(placed.rows), placed.first_edited) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "reason"),
+    [
+        ({"dola_layers": [4]}, 400, "dola_layers", "the model has 4 blocks, its early layers are 0 to 3"),
+        ({"dola_layers": [0, -1]}, 400, "dola_layers[1]", "greater than or equal to 0"),
+        ({"dola_layers": "middle"}, 400, "dola_layers", "or a list of layers"),
+        ({"dola_layers": [0, 2]}, 422, "dola_layers", "reads layer 2, .* start it with --early-layers 0,1,2"),
+        ({"decoding": [{"method": "dola", "layers": []}]}, 400, "decoding[0].layers", "or a list of layers"),
+        ({"decoding": [{"method": "dola", "layers": "high"}]}, 422, "decoding[0].layers", "--early-layers 0,1,2"),
+        (
+            {"decoding": {"method": "dola", "relative_top": 1.5}},
+            400,
+            "decoding.relative_top",
+            "less than or equal to 1",
+        ),
+        (
+            {"decoding": {"method": "dola", "final_norm_on_candidates": True}},
+            400,
+            "decoding.final_norm_on_candidates",
+            "does not show its final norm",
+        ),
+    ],
+)
+def test_early_layers_that_are_not_there(
+    early: Catalogue, fields: dict[str, Any], status: int, param: str, reason: str
+) -> None:
+    error = refusal(early, **fields)
+    assert (error.status, error.param) == (status, param)
+    assert re.search(reason, error.message)
+
+
+def test_the_table_says_which_flag_keeps_early_layers(early: Catalogue) -> None:
+    rows = [
+        next(row for row in method_table(server) if row["name"] == "dola")
+        for server in (early, replace(early, depth=Depth(4)))
+    ]
+    assert [row["reason"] for row in rows] == [None, "start the server with --early-layers LAYERS"]
 
 
 # ---- the method table
