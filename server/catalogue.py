@@ -1,9 +1,12 @@
 """What a server has for requests to name, and what its operator allows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
+from whipstaff.server.errors import NotFound
+from whipstaff.server.presets import Preset
 from whipstaff.server.registry import Registry
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
@@ -34,3 +37,16 @@ class Catalogue:
     takes_soft_prompts: bool = True
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+
+    def preset(self, name: str, param: str | None = None) -> Preset:
+        """Raises: NotFound."""
+        if name not in self.presets:
+            have = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
+            raise NotFound(f"there is no preset {name!r}; this server has: {have}", param)
+        return self.presets[name]
+
+    @cached_property
+    def facts(self) -> "Catalogue":
+        """All but what has names: a request that keeps this keeps no vector."""
+        return replace(self, registry=Registry({}, self.registry.model), presets={})

@@ -14,30 +14,37 @@ from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
+from whipstaff.server.engine.request import RequestPlan
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
+from whipstaff.server.presets import Preset, blaming
 from whipstaff.server.receipts import FIELD, Tally, with_receipt
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras
-from whipstaff.server.steered import doses
+from whipstaff.server.steered import Fed, doses
 
 router = APIRouter()
 
 
 @dataclass
 class PreparedRequest:
-    """What one request's extras came to, handed to the engine's front end."""
+    """What one request's extras and its preset came to, handed to the engine's front end."""
 
     compiled: Compiled
     tally: Tally = field(default_factory=Tally)
+    preset: Preset | None = None
+    filled: frozenset[str] = frozenset()  # fields that the preset filled in
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
-        ids = self.compiled.place(prompt)
+        with blaming(self.preset, self.filled):
+            ids = self.compiled.place(prompt)
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
-        wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note)
-        return PlacedRequest(ids, wire, self.compiled, num_tokens)
+        vectors = [(entry.vector, entry.probe) for entry in self.compiled.steering]
+        wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note, vectors)
+        return PlacedRequest(ids, wire, self, num_tokens)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -45,9 +52,14 @@ class PreparedRequest:
         if ticket:
             found = await readings(ticket)
             fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-        said = self.compiled.receipt(fed)
+        said = self.said(fed)
         metrics.note_steering(said["steering"])
         return said
+
+    def said(self, fed: list[Fed]) -> dict[str, Any]:
+        """The receipt; `fed` are the finished sequences."""
+        named = {} if self.preset is None else {"preset": {"id": self.preset.name, "digest": self.preset.digest}}
+        return {**named, **self.compiled.receipt(fed)}
 
 
 def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
@@ -65,29 +77,68 @@ class PlacedRequest:
 
     ids: list[int] | None
     wire: PlanDict
-    compiled: Compiled
+    request: PreparedRequest
     num_tokens: int
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
-        return self.compiled.check(self.num_tokens, max_tokens, is_explicit)
+        with blaming(self.request.preset, self.request.filled):
+            return self.request.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
-def catalogue(request: Request) -> Catalogue:
-    found: Catalogue = request.app.state.whipstaff
-    return found
+async def catalogue(request: Request) -> Catalogue:
+    """What there is now."""
+    library: Library = request.app.state.whipstaff
+    return await library.current()
 
 
-def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> PreparedRequest | None:
-    """Compile a request's extras, wherever they came in, and attach them to it."""
-    present = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
-    compiled = compile_extras(_with_xargs(present, request.vllm_xargs), have)
-    if compiled is None:
+async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> PreparedRequest | None:
+    """Compile a request's extras, wherever they came in, and those of the preset in its model's name, and attach them
+    to it; None for a plain request."""
+    base, name = openai.split_model(request.model, raw.app)
+    if name is None and not _asks(request):
         return None
-    if request.use_beam_search:
-        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
-    prepared = PreparedRequest(compiled)
-    request.attach(prepared)
+    have = await catalogue(raw)
+    preset = None if name is None else have.preset(name, "model")
+    request.model = base
+    if preset is not None:
+        metrics.PRESETS.labels(preset.name).inc()
+    return prepare(request, have, preset)
+
+
+def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
+    """Whether a request may have extras."""
+    names = *schema.FIELDS, *schema.NOT_BUILT
+    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in names)
+
+
+def prepare(
+    request: openai.ChatRequest | openai.TextRequest, have: Catalogue, preset: Preset | None = None
+) -> PreparedRequest | None:
+    """The same, for a preset that is known."""
+    filled = preset.fill(request) if preset else frozenset()
+    with blaming(preset, filled):
+        compiled = compile_request(request, have)
+    if compiled is None and preset is None:
+        return None
+    prepared = PreparedRequest(compiled or Compiled(RequestPlan(), [], {}, have), preset=preset, filled=filled)
+    prepared.compiled.have = have.facts
+    if compiled is not None:
+        request.attach(prepared)
     return prepared
+
+
+def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> Compiled | None:
+    """Raises: WhipstaffError."""
+    compiled = compile_extras(_extras(request), have)
+    if compiled is not None and request.use_beam_search:
+        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    return compiled
+
+
+def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
+    """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
+    present = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
+    return _with_xargs(present, request.vllm_xargs)
 
 
 def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
@@ -117,16 +168,17 @@ async def create_completion(request: openai.TextRequest, raw_request: Request) -
 
 
 async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> Response:
-    prepared = prepare(request, catalogue(raw))
-    result = await openai.answer(request, raw)
+    with openai.answering_as(request.model):
+        ready = await prepared(request, raw)
+        result = await openai.answer(request, raw)
     if isinstance(result, Response):
         return result
     if hasattr(result, "__aiter__"):
-        events = result if prepared is None else with_receipt(result, partial(prepared.receipt, openai.readings(raw)))
+        events = result if ready is None else with_receipt(result, partial(ready.receipt, openai.readings(raw)))
         return openai.event_stream(events, raw)
     body = result.model_dump()
-    if prepared is not None:
-        body[FIELD] = await prepared.receipt(openai.readings(raw))
+    if ready is not None:
+        body[FIELD] = await ready.receipt(openai.readings(raw))
     return JSONResponse(body, headers=openai.load_headers(raw))
 
 
@@ -139,7 +191,7 @@ async def methods(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
 @router.get("/v1/steering/vectors")
 async def vectors(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
     """Every vector that was loaded."""
-    return {"object": "list", "data": [_vector(entry) for entry in have.registry]}
+    return {"object": "list", "data": [said_vector(entry) for entry in have.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
@@ -147,7 +199,7 @@ async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, A
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = have.registry.entry(name)
     return {
-        **_vector(entry),
+        **said_vector(entry),
         "norms": entry.vector.norms(),
         "doses": doses(entry.vector, have) if entry.problem is None else [],
     }
@@ -160,28 +212,54 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     With `messages` or `prompt` the body is a whole request, and what depends on the prompt is checked too.
     """
     started = time.perf_counter()
-    have = catalogue(raw)
     if "messages" not in body and "prompt" not in body:
-        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), have)
+        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), await catalogue(raw))
+        plan = compiled.receipt([]) if compiled else None
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
-        prepared = prepare(request, have)
+        ready = await prepared(request, raw)
         refused = await openai.render(request, raw.app)
         if refused is not None:
             return refused
-        compiled = prepared.compiled if prepared else None
-    plan = compiled.receipt([]) if compiled else {"steering": [], "decoding": [], "warnings": []}
-    return JSONResponse({"valid": True, "plan": plan, "milliseconds": (time.perf_counter() - started) * 1e3})
+        plan = ready.said([]) if ready else None
+    nothing = {"steering": [], "decoding": [], "warnings": []}
+    took = (time.perf_counter() - started) * 1e3
+    return JSONResponse({"valid": True, "plan": plan or nothing, "milliseconds": took})
 
 
-def _vector(entry: Entry) -> dict[str, Any]:
+@router.get("/v1/steering/presets")
+async def presets(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """Every preset: what it says, and the digest that receipts name."""
+    return {"object": "list", "data": [said_preset(preset) for preset in have.presets.values()]}
+
+
+@router.get("/v1/steering/presets/{name}")
+async def preset(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """One preset."""
+    return said_preset(have.preset(name))
+
+
+def said_preset(preset: Preset) -> dict[str, Any]:
+    """A preset, for its owner."""
+    return {
+        "id": preset.name,
+        "object": "steering.preset",
+        "digest": preset.digest,
+        "read_only": preset.is_fixed,
+        **preset.wire,
+    }
+
+
+def said_vector(entry: Entry) -> dict[str, Any]:
+    """A vector, for its owner."""
     header, vector = entry.vector.header, entry.vector
     return {
         "id": entry.name,
         "object": "steering.vector",
         "fits": entry.problem is None,
         "problem": entry.problem,
+        "read_only": entry.is_fixed,
         "digest": vector.digest,
         "layers": vector.layers,
         "sites": vector.sites,
@@ -207,7 +285,7 @@ async def refuse_extras(raw: Request) -> None:
 async def read_worker(raw: Request) -> None:
     """A dependency of vLLM's /metrics: what only the worker knows."""
     if (counters := await openai.counters(raw)) is not None:
-        metrics.WORKER.note(counters)
+        metrics.note_worker(counters)
 
 
 async def answer_refusal(raw: Request, error: Exception) -> Response:

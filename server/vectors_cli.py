@@ -1,9 +1,7 @@
 """The command line's `whipstaff vectors convert | show | combine | diff`: vector files on this machine, no server."""
 
 import json
-import os
 import sys
-import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from whipstaff.server.store import write_whole
 from whipstaff.steering import algebra
 from whipstaff.steering.artifacts import Header, Vector, packed, parse, read
 from whipstaff.steering.errors import SteeringError
@@ -305,17 +304,7 @@ def save(target: Path, header: Header, tensors: Mapping[str, Tensor], force: boo
     data = packed(header, tensors)
     digest = parse(data).digest
     _check_target(target, force)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(target, data, target.parent)
     return digest
 
 

@@ -1,7 +1,7 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from importlib import metadata
 from typing import Any
@@ -35,12 +35,18 @@ MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
-    `label` names its methods for metrics; `note` is called with each of the request's outputs.
+    `label` names its methods for metrics; `note` is called with each of the request's outputs; `keeps` is kept for as
+    long as the engine may look up what the plan names.
     """
 
-    def __init__(self, wire: dict[str, Any], label: str = "", note: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self, wire: dict[str, Any], label: str = "", note: Callable[[Any], None] | None = None, keeps: object = None
+    ) -> None:
         super().__init__(wire)
-        self.label, self.note = label, note
+        self.label, self.note, self.keeps = label, note, keeps
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
+        return self  # nobody changes it
 
 
 Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]
@@ -50,6 +56,7 @@ class Engine(AsyncLLM):
     """AsyncLLM that takes plans from our front end only, and lets it watch every generation."""
 
     layout: Layout
+    index: int  # among the API servers of one engine
     watch: Watch | None = None
 
     async def generate(
@@ -70,6 +77,7 @@ def start(
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
+    client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
@@ -80,11 +88,16 @@ def start(
             MIN_SLOTS and MAX_SLOTS.
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
+        client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
     """
     engine_args = AsyncEngineArgs.from_cli_args(args) if isinstance(args, Namespace) else args
+    addresses = dict(client or {})
+    count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
+    if client is not None:
+        engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     layout = configure(config, auxiliaries, num_slots, vectors, sites)
     engine: Engine = Engine.from_vllm_config(
@@ -93,8 +106,11 @@ def start(
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
+        client_addresses=addresses or None,
+        client_count=count,
+        client_index=index,
     )
-    engine.layout = layout
+    engine.layout, engine.index = layout, index
     return engine
 
 
