@@ -88,8 +88,8 @@ async def put_vector(
     format: str | None = Query(None, max_length=64, description="of a foreign file, where it is not found out"),
     library: Library = Depends(admitted),
 ) -> JSONResponse:
-    """Upload a vector, or replace the one of that name. The body is the file: one of ours, or a foreign one that is one
-    file and no pickle, which becomes one of ours. What that leaves unsaid are further parameters: `layer`, `scale` ..."""
+    """Upload a vector, or replace the one of that name. The body is the file: one of ours, or a foreign one that is a
+    single file and no pickle. What a foreign one leaves unsaid are further parameters: `layer`, `scale` ..."""
     _check_name(name)
     hints = _hints({key: value for key, value in raw.query_params.items() if key not in ("name", "filename", "format")})
     model = (await library.current()).registry.model

@@ -69,6 +69,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
         have = await library.start()
         if engine.index == 0:
             await prove(engine, have)
+            await note_proven(engine, have.lengths.by_place)
         app = await extend(await openai.build(engine, args), engine, library, settings)
         stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:
@@ -99,7 +100,7 @@ def launch(
     args: Namespace, settings: Settings, files: Mapping[str, VectorFile], client: dict[str, Any] | None = None
 ) -> Engine:
     """Start the engine with what the vectors will need, or be a client of one that was started before."""
-    return start(args, *_needs(settings, files.values()), client)
+    return start(args, *_needs(settings, files.values()), client=client)
 
 
 async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: Store | None) -> Library:
@@ -142,7 +143,6 @@ async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
             "shows each finding"
         )
     logger.info("self-test: %d of %d sites and auxiliary models obey", len(findings), len(findings))
-    await note_proven(engine, have.lengths.by_place)
     return findings
 
 

@@ -1,7 +1,7 @@
 """Presets: what an operator lets clients choose as a model name, `base@preset`.
 
-A preset fills in fields of a request: steering and decoding, sampling, and what comes before the user's own words. Under
-`default` a request's own value wins; what is `forced` a request may not send.
+A preset fills in fields of a request: steering and decoding, sampling, and what comes before the user's own words.
+Under `default` a request's own value wins; what is `forced` a request may not send.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The vectors a server has: names to verified files. A registry never changes; `library` replaces it by the next one."""
+"""The vectors a server has: names to verified files. One never changes; `library` replaces it by the next."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,6 @@ from whipstaff.server.store import Store
 from whipstaff.steering.artifacts import Vector, read, without_file
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
-
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of what comes over HTTP
 

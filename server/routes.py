@@ -223,7 +223,7 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
         if refused is not None:
             return refused
         plan = ready.said([]) if ready else None
-    nothing = {"steering": [], "decoding": [], "warnings": []}
+    nothing: dict[str, Any] = {"steering": [], "decoding": [], "warnings": []}
     took = (time.perf_counter() - started) * 1e3
     return JSONResponse({"valid": True, "plan": plan or nothing, "milliseconds": took})
 

@@ -104,7 +104,7 @@ class Store:
 
     def spool(self) -> BinaryIO:
         """A file without a name, gone when it is closed or this process dies."""
-        return tempfile.TemporaryFile(dir=self._folder)  # type: ignore[return-value]
+        return tempfile.TemporaryFile(dir=self._folder)
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import vllm.envs as envs
@@ -260,7 +261,7 @@ def admit(app: FastAPI, admits: Callable[[str, Headers], bool]) -> None:
     """Let requests that `admits` knows by path and headers through without the user's key."""
     for layer in app.user_middleware:
         if layer.cls is AuthenticationMiddleware:
-            layer.cls, layer.kwargs = Guard, {**layer.kwargs, "admits": admits}
+            layer.cls = partial(Guard, admits=admits)
 
 
 def check_sampling(request: ChatRequest | TextRequest) -> None:

@@ -110,7 +110,7 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
         (["--max-dose", "1", "--dose-policy", "hope"], "--dose-policy: Input should be 'refuse' or 'clamp'"),
         (["--dose-policy", "clamp"], "--dose-policy says what happens beyond --max-dose, which is not given"),
         (["--data-parallel-size", "2"], "data parallelism"),
-        (["--api-server-count", "2"], "several API servers"),
+        (["--api-server-count", "2"], "data parallelism"),
     ],
 )
 def test_bad_flags_end_the_start_with_one_line_that_names_them(
