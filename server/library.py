@@ -25,6 +25,7 @@ from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
+PAUSE = 1.0  # seconds between looks at the folder while nobody asks
 CheckPreset = Callable[[Preset, Catalogue], Awaitable[None]]
 
 
@@ -74,6 +75,7 @@ class Library:
             self._presets[preset.name] = preset
         self._check = check
         await self._refresh()
+        self._following = asyncio.create_task(self.follow())
 
     async def current(self) -> Catalogue:
         """What there is now."""
@@ -82,6 +84,15 @@ class Library:
                 while self._stamp() != self._seen:
                     await self._refresh()
         return self._have
+
+    async def follow(self) -> None:
+        """Look now and then, for ever: a server that nobody asks lets go of what was replaced, too."""
+        while True:
+            await asyncio.sleep(PAUSE)
+            try:
+                await self.current()
+            except OSError as error:
+                logger.error("the registry cannot be looked at: %s", error)
 
     async def preset_names(self) -> Iterable[str]:
         return (await self.current()).presets

@@ -31,6 +31,7 @@ END_TO_END = Histogram(
 REFUSALS = Counter("whipstaff_refusals", "Requests refused before scheduling, by HTTP status", ["status"])
 PRESETS = Counter("whipstaff_preset_requests", "Requests that named a preset", ["preset"])
 VECTORS = _gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
+HELD = _gauge("whipstaff_vectors_held", "Vectors in the workers; those of running requests stay when replaced")
 SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
 SLOTS_IN_USE = _gauge("whipstaff_slots_in_use", "Slots of running requests")
 WAITING = _gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
@@ -47,6 +48,7 @@ def note_worker(counters: Mapping[str, Any]) -> None:
     """What only a worker knows, read when somebody asks for metrics: counted since it started."""
     SLOTS_IN_USE.set(counters["slots_in_use"])
     WAITING.set(counters["requests_waiting_for_slots"])
+    HELD.set(counters["vectors_held"])
     UPLOADS.set(counters["table_uploads"])
 
 
