@@ -58,7 +58,9 @@ def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
     if args.model_tag is None and not flags.names_model(args):
         demo_words = [str(demo.MODELS / "demo"), *DEMO_FLAGS]
         args = parser.parse_args([*demo_words, *words])
-        args.whipstaff_aux = args.whipstaff_aux or [f"{name}={demo.MODELS / name}" for name in ("tuned", "untuned")]
+        if not args.whipstaff_aux:  # what the demo's presets name
+            args.whipstaff_aux = [f"{name}={demo.MODELS / name}" for name in ("tuned", "untuned")]
+            args.whipstaff_presets = [*(args.whipstaff_presets or []), str(demo.PRESETS)]
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
     return args, Settings.from_args(args)

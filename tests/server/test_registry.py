@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +65,26 @@ def server(root: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def clients(server: Server) -> Iterator[list[httpx.Client]]:
     """A client of each API server, on a connection that stays open."""
-    with server.client() as one, server.client() as other:
-        for client in (one, other):
-            client.get("/v1/models")
-        assert len(processes_with_connections(server)) == 2
-        yield [one, other]
+    with ExitStack() as stack:
+        found: dict[int, httpx.Client] = {}
+        for _ in range(20):
+            client = stack.enter_context(server.client())
+            found.setdefault(process_behind(client, server), client)
+            if len(found) == 2:
+                break
+        assert len(found) == 2
+        yield list(found.values())
 
 
-def processes_with_connections(server: Server) -> set[int]:
-    port = httpx.URL(server.url).port
-    found = set()
+def process_behind(client: httpx.Client, server: Server) -> int:
+    """The process that a client's connection goes to."""
+    with client.stream("GET", "/v1/models") as answer:
+        _, port = answer.extensions["network_stream"].get_extra_info("client_addr")
+        answer.read()
     for process in psutil.Process(server.process.pid).children(recursive=True):
-        for connection in process.net_connections("tcp"):
-            if connection.status == "ESTABLISHED" and connection.laddr.port == port:
-                found.add(process.pid)
-    return found
+        if any(found.raddr and found.raddr.port == port for found in process.net_connections("tcp")):
+            return process.pid
+    raise AssertionError("no process has that connection")
 
 
 class Reference:
