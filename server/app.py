@@ -47,10 +47,9 @@ async def serve(args: Namespace, settings: Settings) -> None:
 def serve_several(args: Namespace, settings: Settings) -> None:
     """The same with several API servers around one engine, each a process of its own."""
     args.whipstaff_settings = settings
-    files = read_files(settings)[0].values()
 
     def layout(config: Any) -> None:
-        configure(config, *_needs(settings, files))
+        configure(config, *_needs(settings, read_files(settings)[0].values()))
 
     several.run(args, layout, serve_one)
 

@@ -6,6 +6,7 @@ was answered. A vector is in the workers before a catalogue names it (see `engin
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from whipstaff.steering.errors import SteeringError
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 PAUSE = 1.0  # seconds between looks at the folder while nobody asks
+COLLECT = 4  # looks
 CheckPreset = Callable[[Preset, Catalogue], Awaitable[None]]
 
 
@@ -86,13 +88,23 @@ class Library:
         return self._have
 
     async def follow(self) -> None:
-        """Look now and then, for ever: a server that nobody asks lets go of what was replaced, too."""
+        """Look now and then, for ever: a server that nobody asks lets go of what was replaced, too.
+
+        What a request that was cut off referred to may be in a knot with the exception that ended it, which only
+        Python's collector undoes; as long as vectors outlive their names, it is asked to.
+        """
+        num_looks = 0
         while True:
             await asyncio.sleep(PAUSE)
             try:
-                await self.current()
+                have = await self.current()
             except OSError as error:
                 logger.error("the registry cannot be looked at: %s", error)
+                continue
+            named = {entry.vector.digest for entry in have.registry}
+            num_looks = num_looks + 1 if self._residents.loaded - named else 0
+            if num_looks and num_looks % COLLECT == 0:
+                gc.collect()
 
     async def preset_names(self) -> Iterable[str]:
         return (await self.current()).presets

@@ -15,7 +15,7 @@ from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.engine.request import RequestPlan
-from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.errors import BadRequest, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
 from whipstaff.server.presets import Preset, blaming
@@ -42,8 +42,8 @@ class PreparedRequest:
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
-        vectors = [(entry.vector, entry.probe) for entry in self.compiled.steering]
-        wire = PlanDict(self.compiled.plan.to_wire(), self.compiled.label, self.tally.note, vectors)
+        said = self.compiled.plan.to_wire()
+        wire = PlanDict(said, self.compiled.label, self.tally.note, self.compiled.vectors)
         return PlacedRequest(ids, wire, self, num_tokens)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -292,4 +292,5 @@ async def answer_refusal(raw: Request, error: Exception) -> Response:
     """The exception handler for our own errors."""
     assert isinstance(error, WhipstaffError)
     metrics.REFUSALS.labels(error.status).inc()
-    return JSONResponse(error.body(), status_code=error.status)
+    headers = {"Connection": "close"} if isinstance(error, TooLarge) else None  # what was not read yet stays unread
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)

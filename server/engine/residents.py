@@ -25,7 +25,7 @@ class Residents:
         self._engine, self._holder = engine, f"api-server-{engine.index}"
         self._loop = asyncio.get_running_loop()
         self._alive: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
-        self._loaded: set[str] = set()  # digests
+        self.loaded: set[str] = set()  # digests of what the workers hold for this process
         self._order = asyncio.Lock()  # of loading and dropping
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -50,14 +50,14 @@ class Residents:
         """Have the workers hold a vector, whose file is at `path`, for as long as it lives here; what is in the way, or
         None."""
         async with self._order:
-            if vector.digest in self._loaded:
+            if vector.digest in self.loaded:
                 return None
             answers = await self._engine.collective_rpc(
                 "whipstaff_load_vector", args=(str(path), vector.digest, self._holder)
             )
             problem: str | None = next(filter(None, answers), None)
             if problem is None:
-                self._loaded.add(vector.digest)
+                self.loaded.add(vector.digest)
             else:
                 await self._forget(vector.digest)
         return problem
@@ -74,11 +74,11 @@ class Residents:
 
     async def _drop_unless_back(self, digest: str) -> None:
         async with self._order:
-            if digest in self._alive or digest not in self._loaded:
+            if digest in self._alive or digest not in self.loaded:
                 return  # it was read again meanwhile, or never loaded
             await self._forget(digest)
 
     async def _forget(self, digest: str) -> None:
-        self._loaded.discard(digest)
+        self.loaded.discard(digest)
         with contextlib.suppress(EngineDeadError):
             await self._engine.collective_rpc("whipstaff_drop_vector", args=(digest, self._holder))
