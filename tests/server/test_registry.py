@@ -331,16 +331,16 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
     assert "--steering-sites mlp_in" in answer.json()["error"]["message"]
 
 
-def test_a_body_without_end_is_cut_off(server: Server) -> None:
+def test_a_body_that_does_not_end_is_cut_off(server: Server) -> None:
     def endless() -> Iterator[bytes]:
-        while True:
-            yield b"\0" * 65536
+        for _ in range(64):
+            yield b"\0" * LIMIT
 
     with server.client() as client:
         try:
             answer = client.post("/v1/steering/vectors", params={"name": "x"}, content=endless(), headers=BEARER)
             assert answer.status_code == 413
-        except httpx.WriteError:
+        except httpx.TransportError:
             pass  # the server has answered and hung up
 
 
