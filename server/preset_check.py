@@ -29,7 +29,7 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
     for model, body in tries:
         try:
             request = openai.parse(model, body)
-            preset.fill(request)
+            preset.fill(request, body)
             openai.check_sampling(request)
             compile_request(request, have)
         except RequestValidationError as error:

@@ -135,12 +135,15 @@ class Preset:
     def is_for_text(self) -> bool:
         return not self.said.keys() & {"system", "examples"} or "prompt" in self.said
 
-    def fill(self, request: Any) -> frozenset[str]:
+    def fill(self, request: Any, body: Mapping[str, Any]) -> frozenset[str]:
         """Put what the preset says into a parsed request of chat or text; the names of the fields that are now its own.
+
+        Args:
+            body: the request as it was sent, before anything was filled up with defaults.
 
         Raises: BadRequest naming a field that it forces and the request sends, or a prompt that it has no place for.
         """
-        sent = _sent(request)
+        sent = _sent(body)
         for name in self.body.forced.fields:
             if name in sent:
                 raise BadRequest(f"the preset {self.name!r} sets {name}; leave it out", sent[name])
@@ -192,11 +195,10 @@ def blaming(preset: Preset | None, fields: Iterable[str]) -> Iterator[None]:
         raise type(error)(f"preset {preset.name!r}, {error.param}: {error.message}", "model") from None
 
 
-def _sent(request: Any) -> dict[str, str]:
+def _sent(body: Mapping[str, Any]) -> dict[str, str]:
     """The fields that a client sent, each with its path."""
-    found = {name: name for name in request.model_fields_set if getattr(request, name) is not None}
-    xargs = getattr(request, "vllm_xargs", None)
-    if isinstance(xargs, Mapping):
+    found = {name: name for name, value in body.items() if value is not None}
+    if isinstance(xargs := body.get("vllm_xargs"), Mapping):
         found = {name: f"vllm_xargs.{name}" for name in xargs} | found
     return found | {ours: found[theirs] for ours, theirs in _OTHER_NAMES.items() if theirs in found}
 

@@ -1,7 +1,7 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,10 +99,11 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
         return None
     have = await catalogue(raw)
     preset = None if name is None else have.preset(name, "model")
+    if preset is None:
+        return prepare(request, have)
+    metrics.PRESETS.labels(preset.name).inc()
     request.model = base
-    if preset is not None:
-        metrics.PRESETS.labels(preset.name).inc()
-    return prepare(request, have, preset)
+    return prepare(request, have, preset, await raw.json())
 
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
@@ -112,10 +113,13 @@ def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
 
 
 def prepare(
-    request: openai.ChatRequest | openai.TextRequest, have: Catalogue, preset: Preset | None = None
+    request: openai.ChatRequest | openai.TextRequest,
+    have: Catalogue,
+    preset: Preset | None = None,
+    body: Mapping[str, Any] | None = None,
 ) -> PreparedRequest | None:
-    """The same, for a preset that is known."""
-    filled = preset.fill(request) if preset else frozenset()
+    """The same, for a preset that is known, and the request as it was sent."""
+    filled = preset.fill(request, body or {}) if preset else frozenset()
     with blaming(preset, filled):
         compiled = compile_request(request, have)
     if compiled is None and preset is None:

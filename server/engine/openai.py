@@ -37,6 +37,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -268,8 +269,8 @@ def check_sampling(request: ChatRequest | TextRequest) -> None:
     """Check the ranges of a request's sampling parameters. Raises: BadRequest."""
     try:
         request.to_sampling_params(max(request.max_tokens or 1, request.min_tokens), {})
-    except ValueError as error:
-        raise BadRequest(str(error), getattr(error, "parameter", None)) from None
+    except (ValueError, VLLMValidationError) as error:
+        raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
 
 
 def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> ChatRequest | TextRequest:
