@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.decoder import Decoder
 from whipstaff.server.engine.request import PlacedPlan
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.server.registry import Registry, read_vectors
@@ -361,7 +362,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
 
-    steerer = Steerer(2048, torch.device("cpu"), [])
+    steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), {}.__getitem__))
     steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))

@@ -21,6 +21,7 @@ __all__ = [
     "apply_temperature_",
     "attention_rows",
     "diag_edit_",
+    "divergences",
     "explain_rows",
     "lowrank_edit_",
     "mix_logits_",
@@ -36,6 +37,7 @@ _run_edits_ = torch.ops.whipstaff.run_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
+_divergences = torch.ops.whipstaff.divergences.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
@@ -102,6 +104,7 @@ def run_edits_(
     meter: Tensor | None = None,
     encoder: Tensor | None = None,
     encoder_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     """Runs on each row h = x[t] (+ residual[t]) the program that begins at code[tokens[t, 0]].
 
@@ -126,6 +129,7 @@ def run_edits_(
     TOP_K         tau <- the i2-th largest encoder[r] . h * u_in + encoder_bias[r] of the i1 rows from i0 on
     NORM_IN       i0 = 0: u_in, u_out, mean <- 1, 1, 0;  1: sqrt(W) / |h|, |h| / sqrt(W), 0;
                   2: 1 / (std(h) + 1e-5), std(h), mean(h), with the unbiased std
+    KEEP          kept[t] <- h
 
     Where g is 0, DIAG, CROSS and DIR change nothing. A token sees its own PROBEs; what it sees of other tokens' PROBEs
     in the same call is not defined. Program positions outside `code`, history rows outside `history` and positions
@@ -140,8 +144,9 @@ def run_edits_(
     history       (R, M) float32, changed in place
     meter         (2,) float32, changed in place, or None
     encoder, encoder_bias   (E, W) and (E,) float32, or None
+    kept          (>= T, W) of x's type, changed in place, or None
     """
-    _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias)
+    _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept)
 
 
 def mix_logits_(
@@ -200,6 +205,20 @@ def explain_rows(final: Tensor, base: Tensor | None = None, num_deltas: int = 0)
     base    (R, >= V) likewise; without it the divergence reads 0 and num_deltas must be 0
     """
     return Explanation(*_explain_rows(final, base, num_deltas))
+
+
+def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
+    """out[p] = half of KL(m || q) + KL(m || e), where q = softmax(mature[owners[p]]), e = softmax(early[p]) and
+    m = (q + e) / 2;  0 where owners names no row.
+
+    A token that the mature row bans (-inf) counts for nothing.
+
+    mature    (R, V) float32, bfloat16 or float16
+    early     (P, >= V) likewise; columns from V on are not read
+    owners    (>= P,) int64
+    returns   (P,) float32, in nats
+    """
+    return cast(Tensor, _divergences(mature, early, owners))
 
 
 def attention_rows(

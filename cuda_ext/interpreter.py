@@ -43,6 +43,7 @@ class Call(NamedTuple):
     meter: Tensor | None
     encoder: Tensor | None
     encoder_bias: Tensor | None
+    kept: Tensor | None
 
 
 def run_edits_(
@@ -57,12 +58,13 @@ def run_edits_(
     meter: Tensor | None = None,
     encoder: Tensor | None = None,
     encoder_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     concerned = (tokens[: len(x), 0] >= 0).nonzero().flatten().tolist()
     if not concerned:
         return
     program = [Instruction(*i, *a) for i, a in zip(code.tolist(), args.tolist(), strict=True)]
-    call = Call(lines, program, tokens, gains, history, meter, encoder, encoder_bias)
+    call = Call(lines, program, tokens, gains, history, meter, encoder, encoder_bias, kept)
     if IS_CHECKED:
         for token in concerned:
             check(call, token)
@@ -222,6 +224,10 @@ class Machine:
             self.mean, self.u_out = float(self.h.mean()), float(self.h.std())
             self.u_in = 1 / (self.u_out + 1e-5)
 
+    def keep(self, i: Instruction) -> None:
+        if self.call.kept is not None:
+            self.call.kept[self.token] = self.h.to(self.call.kept.dtype)
+
     STEPS: ClassVar[dict[int, Callable[["Machine", Instruction], None]]] = {
         Op.GAIN: set_gain,
         Op.WHEN: when,
@@ -234,6 +240,7 @@ class Machine:
         Op.METER: meter,
         Op.TOP_K: top_k,
         Op.NORM_IN: norm_in,
+        Op.KEEP: keep,
     }
 
 
@@ -262,6 +269,8 @@ def check(call: Call, token: int) -> None:
             raise RuntimeError(f"token {token}, instruction {pc}: stride {i.i2} does not pair {width} columns")
         if i.op == Op.TOP_K and call.encoder is None:
             raise RuntimeError(f"token {token}, instruction {pc}: TOP_K needs an encoder")
+        if i.op == Op.KEEP and call.kept is None:
+            raise RuntimeError(f"token {token}, instruction {pc}: KEEP has nowhere to keep it")
         if i.op == Op.END:
             return
         pc = i.i0 if i.op == Op.JUMP else pc + 1

@@ -48,6 +48,10 @@ def _probabilities(
     return query.new_empty((len(query), *heads, max_context), dtype=torch.float32)
 
 
+def _per_early_row(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
+    return mature.new_empty(len(early), dtype=torch.float32)
+
+
 OPERATORS = [
     Operator(
         "whipstaff::diag_edit_",
@@ -66,7 +70,8 @@ OPERATORS = [
     Operator(
         "whipstaff::run_edits_",
         "(Tensor(a!) x, Tensor lines, Tensor code, Tensor args, Tensor tokens, Tensor gains, Tensor(b!) history, "
-        "Tensor(c!)? residual=None, Tensor(d!)? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None) -> ()",
+        "Tensor(c!)? residual=None, Tensor(d!)? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None, "
+        "Tensor(e!)? kept=None) -> ()",
         interpreter.run_edits_,
         _changes_in_place,
     ),
@@ -88,6 +93,12 @@ OPERATORS = [
         "(Tensor final, Tensor? base, int num_deltas) -> (Tensor, Tensor, Tensor, Tensor)",
         reference.explain_rows,
         _explanation,
+    ),
+    Operator(
+        "whipstaff::divergences",
+        "(Tensor mature, Tensor early, Tensor owners) -> Tensor",
+        reference.divergences,
+        _per_early_row,
     ),
     Operator(
         "whipstaff::attention_rows",

@@ -20,3 +20,4 @@ class Op(IntEnum):
     METER = 11
     TOP_K = 12  # i0 first encoder row, i1 how many, i2 k
     NORM_IN = 13  # i0: 0 as is, 1 constant norm, 2 layer norm
+    KEEP = 14

@@ -216,6 +216,19 @@ def explain_rows(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[T
     return entropy.float(), divergence.float(), tokens, change.gather(1, tokens).float()
 
 
+def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
+    compute = compute_type(mature)
+    is_owned = (owners >= 0) & (owners < len(mature))
+    rows = owners[is_owned]
+    log_q = mature.to(compute).log_softmax(1)[rows]
+    log_p = early[is_owned, : mature.shape[1]].to(compute).log_softmax(1)
+    m = (log_p.exp() + log_q.exp()) / 2
+    terms = torch.special.xlogy(m, m) - m * (log_p + log_q) / 2
+    found = mature.new_zeros(len(early), dtype=torch.float32)
+    found[is_owned] = terms.masked_fill(log_q == -torch.inf, 0).sum(1).float()
+    return found
+
+
 def attention_rows(
     query: Tensor,
     keys: Tensor,

@@ -1,11 +1,31 @@
-"""The contract of a decoding method: its parameters, and the row of weights over streams that it stands for."""
+"""The contract of a decoding method: its parameters, its place in the pipeline, and what it does to rows of logits.
+
+Every step's logits pass these stages, in this order; vLLM's own steps stand in brackets:
+
+    mix          rows of weights over streams, then methods that choose between them
+    rule         biases that follow from the tokens so far
+    [logit bias, banned tokens, structured outputs, repetition, presence and frequency penalties]
+    penalty      further penalties
+    temperature  (after `truncation` where a request says temperature_last)
+    truncation
+    [the draw]
+
+Within a stage methods run in the order of their table.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.rows import Rows
+
+Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
+STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
+Need = Literal["tokens", "hidden", "uniform", "temperature", "early"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -24,16 +44,41 @@ class Params(BaseModel):
     method: str
 
 
-@dataclass(frozen=True)
-class Mix:
-    """New logits = the served model's + sum over auxiliary models of weight * theirs, raw logits in float32."""
-
-    weights: Mapping[str, float]  # by auxiliary model
+class Words(Protocol):
+    """The served model's tokens, as far as methods that speak of text need them."""
 
     @property
-    def auxiliaries(self) -> list[str]:
-        """The auxiliary models that must run for this mix, sorted."""
-        return sorted(self.weights)
+    def eos(self) -> Sequence[int]:
+        """The ids that end a generation."""
+
+    def id_of(self, text: str) -> int | None:
+        """The one token that is exactly this text, or None."""
+
+    def ids_with(self, text: str) -> Sequence[int]:
+        """Every token whose text holds this text."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of a text, without special ones."""
+
+
+class Depth(NamedTuple):
+    """What the served model has of early layers: 0 is what its embedding gives, l what leaves its l-th block."""
+
+    num_layers: int
+    is_tied: bool = False  # whether its head is its embedding
+    kept: frozenset[int] = frozenset()  # the layers that requests may read
+    has_norm: bool = True  # whether its final norm is known
+
+
+class PromptFacts(Protocol):
+    """What is known of a request's prompt once it is tokenised."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+
+    def last_user(self) -> int:
+        """Position of the first token of the last user message; 0 where there are no messages."""
 
 
 P = TypeVar("P", bound=Params)
@@ -44,13 +89,87 @@ class Method(ABC, Generic[P]):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    stage: ClassVar[Stage]
     params: type[P]
     stream_fields: ClassVar[tuple[str, ...]] = ()  # parameters that name auxiliary models
+    head_fields: ClassVar[Mapping[str, str]] = {}  # parameter that names a learned head -> the kind that is wanted
+    shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
+
+    @property
+    def num_streams(self) -> int:
+        """The fewest auxiliary models that a request can name."""
+        return len(self.stream_fields)
+
+    def streams(self, params: P) -> Mapping[str, str]:
+        """The auxiliary models that these parameters name: path below the entry -> model."""
+        named = {field: getattr(params, field) for field in self.stream_fields}
+        return {field: model for field, model in named.items() if model is not None}
 
     @abstractmethod
-    def off(self, streams: list[str]) -> P:
-        """Parameters that change nothing, exactly, given names for the auxiliary models."""
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> P | None:
+        """Parameters that change nothing, exactly, given names for `num_streams` auxiliary models and for its heads;
+        None if there are none."""
+
+    def check_heads(self, params: P, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Check parameters against the heads that they name: field -> part -> tensor.
+
+        Raises: DecodingError naming the field.
+        """
+        return None
+
+
+class Mixing(Method[P]):
+    """A method that is a row of weights over streams: all of them run in one kernel."""
+
+    stage = "mix"
 
     @abstractmethod
     def mix(self, params: P) -> Mix:
-        """The weights that these parameters stand for."""
+        """The weights that these parameters stand for. Raises: DecodingError naming the field."""
+
+
+class Rewriting(Method[P]):
+    """A method that rewrites rows of logits, all rows that use it at once."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    num_state: ClassVar[int] = 0  # floats kept per request from token to token
+    keeps_greedy: ClassVar[bool] = False  # whether the best token always stays the best
+
+    @property
+    def chooses_temperature(self) -> bool:
+        """Whether the request's own temperature plays no part."""
+        return self.stage == "temperature" and "temperature" not in self.needs
+
+    setting: ClassVar[type[BaseModel]]
+    """What travels to the engine, if that is something else than the parameters."""
+
+    def resolve(self, params: P, words: Words) -> BaseModel:
+        """The parameters as the engine needs them: text turned into tokens. Raises: DecodingError."""
+        return params
+
+    def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
+        """The early layers whose logits it reads, in the order of `Rows.early`. Raises: DecodingError."""
+        return ()
+
+    def takes_norm(self, params: P) -> bool:
+        """Whether early layers pass the model's final norm before its head."""
+        return False
+
+    def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
+        """The setting for one prompt. Raises: DecodingError."""
+        found: BaseModel = setting
+        return found
+
+    @abstractmethod
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        """The rows' new logits, (R, V) float32; `rows.logits` may be changed in place and returned. Row r is what it
+        would be alone. -inf stays -inf, and at least one token of each row stays allowed."""
+
+    def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
+        """Learn what was drawn: (R,) int64. `rows.logits` are what it was drawn from. For methods with state."""
+        return None
+
+
+def setting_type(method: Rewriting[Any]) -> type[BaseModel]:
+    """What a method's settings are in the engine."""
+    return getattr(method, "setting", method.params)

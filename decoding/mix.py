@@ -1,31 +1,178 @@
-"""Mixing streams: one row of weights per row of logits, rows of different methods side by side."""
+"""Mixing streams: one row of weights per row of logits, rows of different methods side by side, one kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import mix_logits_
 
-_MOST_OTHERS = 7  # streams beside the base that one pass of the kernel takes; a batch may need more models than that
+_MOST_STREAMS = 8  # that one pass of the kernel takes; a batch may need more than that
 
 
-def mix_rows(base: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """New float32 logits: row r is base[r] + sum over k of weights[r, k] * others[k][r].
+class Stream(NamedTuple):
+    """Where a row of logits comes from: a model, and which of the request's coupled sequences it reads."""
+
+    model: str = ""  # an auxiliary model; "" is the served model
+    member: int = 0  # 0 is the request's own sequence
+
+
+MAIN = Stream()
+
+
+class Term(NamedTuple):
+    """One stream as it enters a mix: weight * f(logits / temperature), f the identity or log-softmax."""
+
+    stream: Stream
+    weight: float
+    log_softmax: bool = False
+    temperature: float = 1.0
+
+
+class Mix(NamedTuple):
+    """New logits = sum of the terms, on the tokens that the main stream finds plausible.
+
+    A token is plausible if its logit in the main stream is at least log(alpha) + the best one, and if the mass of the
+    tokens above it is at most top_p. The first term is the main stream's own.
+    """
+
+    terms: tuple[Term, ...]
+    alpha: float = 0.0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+
+    @staticmethod
+    def of(weights: Mapping[str, float]) -> "Mix":
+        """The served model's raw logits plus weighted ones of auxiliary models."""
+        return Mix((Term(MAIN, 1.0), *(Term(Stream(name), weight) for name, weight in weights.items())))
+
+    @property
+    def models(self) -> list[str]:
+        """The auxiliary models that must run, sorted."""
+        return sorted({term.stream.model for term in self.terms if term.stream.model})
+
+    @property
+    def num_members(self) -> int:
+        """How many coupled sequences it reads beside the request's own."""
+        return max(term.stream.member for term in self.terms)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """What it reads beside the main stream."""
+        return list(dict.fromkeys(term.stream for term in self.terms if term.stream != MAIN))
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it only adds raw logits to the served model's: such mixes add up."""
+        plain = self.terms[0] == Term(MAIN, 1.0) and not any(t.log_softmax or t.temperature != 1 for t in self.terms)
+        return plain and self.alpha == 0 and self.top_p == 1
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it gives the main stream's raw logits back, whatever the others hold."""
+        return self.is_sum and not any(term.weight for term in self.terms[1:])
+
+    def to_wire(self) -> list[Any]:
+        return [[[*term.stream, *term[1:]] for term in self.terms], self.alpha, self.top_p]
+
+    @staticmethod
+    def from_wire(wire: Sequence[Any]) -> "Mix":
+        terms, alpha, top_p = wire
+        return Mix(tuple(Term(Stream(model, member), *rest) for model, member, *rest in terms), alpha, top_p)
+
+
+def added(mixes: Sequence[Mix]) -> Mix | None:
+    """Several sums as one; None for none."""
+    weights: dict[Stream, float] = {}
+    for mix in mixes:
+        for term in mix.terms[1:]:
+            weights[term.stream] = weights.get(term.stream, 0.0) + term.weight
+    return Mix((Term(MAIN, 1.0), *(Term(stream, weight) for stream, weight in weights.items()))) if mixes else None
+
+
+class MixedRow(NamedTuple):
+    """A row that is mixed: its mix, and which rows its members are, its own first."""
+
+    row: int
+    mix: Mix
+    members: Sequence[int]
+
+
+class _Slot(NamedTuple):
+    """One column of the kernel's tables: a model's logits, and per row the term that reads them."""
+
+    model: str
+    terms: dict[int, tuple[int, Term]]  # row -> the row that is read, and how
+
+
+def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[MixedRow]) -> Tensor:
+    """New float32 logits: rows that are mixed are their mix, all others what they were.
 
     Args:
-        base: (R, V) the served model's logits, any floating dtype; -inf (a banned token) stays -inf.
-        others: (R, V_k) each. Columns beyond V are cut; columns that some stream lacks, which is vocabulary padding
-            and has no token, keep the base's value.
-        weights: (R, len(others)) float32. A row of zeros is left exactly as it was, whatever the streams hold.
+        logits: (R, V) the served model's, any floating dtype; -inf (a banned token) stays -inf.
+        others: auxiliary model -> (R, V_k). Columns beyond V are cut; columns that some stream lacks, which is
+            vocabulary padding and has no token, keep the served model's value where a mix is a sum, else -inf.
+        mixed: the rows concerned. No row that is mixed is a member of another.
     """
-    num_rows, width = base.shape[0], min(logits.shape[-1] for logits in (base, *others))
-    mixed = base.to(torch.float32, copy=True)
-    shared = mixed[:, :width]
-    every = torch.arange(num_rows, dtype=torch.int32, device=base.device)
-    for first in range(0, len(others), _MOST_OTHERS):
-        some, part = others[first : first + _MOST_OTHERS], weights[:, first : first + _MOST_OTHERS]
-        rows = every[:, None].repeat(1, 1 + len(some))
-        rows[:, 0] = torch.where((part != 0).any(-1), every, -1)
-        mix_logits_(shared, [shared, *some], rows, torch.cat([part.new_ones(num_rows, 1), part], dim=1))
-    return mixed
+    concerned = [one for one in mixed if not one.mix.is_off]
+    result = logits.to(torch.float32, copy=True)
+    if not concerned:
+        return result
+    slots = _slots(concerned)
+    width = min([result.shape[-1], *(others[slot.model].shape[-1] for slot in slots if slot.model)])
+    shared = result[:, :width]
+    if width < result.shape[-1] and (scored := [one.row for one in concerned if not one.mix.is_sum]):
+        result[scored, width:] = -torch.inf  # raw logits do not stand beside scores
+    for first in range(1, max(len(slots), 2), _MOST_STREAMS - 1):
+        more = slots[first : first + _MOST_STREAMS - 1]
+        some = [slots[0] if first == 1 else _so_far(more), *more]
+        streams = [others[slot.model] if slot.model else shared for slot in some]
+        masks = [(one.row, one.mix.alpha, one.mix.top_p) for one in concerned] if first == 1 else []
+        rows, weights, *tables = _tables(some, masks, len(result), result.device)
+        assert rows is not None and weights is not None
+        mix_logits_(shared, streams, rows, weights, *tables)
+    return result
+
+
+def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:
+    """As few columns as hold every row's terms; the first holds the rows' own main stream."""
+    slots = [_Slot("", {})]
+    for row, mix, members in concerned:
+        for index, term in enumerate(mix.terms):
+            model, member = term.stream
+            fits = (slot for slot in slots if slot.model == model and row not in slot.terms)
+            slot = slots[0] if index == 0 else next(fits, None)
+            if slot is None:
+                slots.append(slot := _Slot(model, {}))
+            slot.terms[row] = members[member] if members else row, term
+    return slots
+
+
+def _so_far(more: Sequence[_Slot]) -> _Slot:
+    """What an earlier pass mixed, for the rows that `more` adds to."""
+    return _Slot("", {row: (row, Term(MAIN, 1.0)) for slot in more for row in slot.terms})
+
+
+def _tables(
+    slots: Sequence[_Slot], masks: Sequence[tuple[int, float, float]], num_rows: int, device: torch.device
+) -> list[Tensor | None]:
+    """What `mix_logits_` takes after the streams; made on the host, then sent."""
+    rows = torch.full((num_rows, len(slots)), -1, dtype=torch.int32)
+    weights = torch.zeros(num_rows, len(slots))
+    temperatures, is_log = torch.ones_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+    for column, slot in enumerate(slots):
+        for row, (source, term) in slot.terms.items():
+            rows[row, column], weights[row, column] = source, term.weight
+            temperatures[row, column], is_log[row, column] = term.temperature, term.log_softmax
+    alphas, top_ps = torch.zeros_like(weights), torch.ones_like(weights)
+    for row, alpha, top_p in masks:
+        alphas[row, 0], top_ps[row, 0] = alpha, top_p
+    tables = [
+        rows,
+        weights,
+        temperatures if (temperatures != 1).any() else None,
+        is_log if is_log.any() else None,
+        alphas if (alphas > 0).any() else None,
+        top_ps if (top_ps < 1).any() else None,
+    ]
+    return [table if table is None else table.to(device, non_blocking=True) for table in tables]

@@ -129,8 +129,11 @@ def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
     """Every place that the vector edits must be hooked in this server's model."""
+    named = f"{path}.{'vector' if params.vector else 'method'}"
+    if vector.method.served_by == "logits":
+        raise BadRequest(f"{params.vector!r} is a {vector.method.name}: methods of `decoding` read it", named)
     if (reason := lacking(vector, params.layers, have)) is not None:
-        raise Unavailable(reason, f"{path}.{'vector' if params.vector else 'method'}")
+        raise Unavailable(reason, named)
 
 
 def lacking(vector: Vector, layers: Sequence[int] | None, have: Catalogue) -> str | None:

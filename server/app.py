@@ -11,6 +11,7 @@ from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
+from whipstaff.decoding.method import Depth
 from whipstaff.server import admin, metrics, routes
 from whipstaff.server.admin import Admin
 from whipstaff.server.catalogue import Catalogue, Limit
@@ -26,6 +27,7 @@ from whipstaff.server.registry import Registry, VectorFile, misfit, read_stored,
 from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
 from whipstaff.server.store import Store
+from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
@@ -92,7 +94,7 @@ def read_files(settings: Settings) -> tuple[dict[str, VectorFile], Store | None]
 def _needs(settings: Settings, files: Iterable[VectorFile]) -> tuple[Any, ...]:
     """What the engine has to be made for."""
     vectors = [file.vector for file in files]
-    return settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites
+    return settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites, settings.early_layers
 
 
 def launch(
@@ -118,6 +120,8 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
     have = Catalogue(
         Registry({}, model),
         engine.layout.limits,
+        Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
+        engine.model_config.get_vocab_size(),
         facts["dtype"],
         engine.layout.num_slots,
         engine.layout.shape.num_layers,
@@ -126,7 +130,14 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         engine.vllm_config.parallel_config.tensor_parallel_size,
         facts["takes_soft_prompts"],
+        engine.model_config.logprobs_mode,
         facts["specials"]["attention"],
+        Depth(
+            engine.layout.shape.num_layers,
+            bool(getattr(engine.model_config.hf_text_config, "tie_word_embeddings", False)),
+            frozenset(engine.layout.early_layers),
+            facts["has_final_norm"],
+        ),
         {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
     return Library(Residents(engine), have, files, store, settings.presets)

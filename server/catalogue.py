@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from whipstaff.decoding.method import Depth
 from whipstaff.server.errors import NotFound
 from whipstaff.server.presets import Preset
 from whipstaff.server.registry import Registry
+from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
@@ -27,6 +29,8 @@ class Catalogue:
 
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
+    words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
+    vocabulary: int = 0  # rows of the served model's head
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
     num_layers: int = 1
@@ -35,7 +39,9 @@ class Catalogue:
     limit: Limit | None = None
     tensor_parallel: int = 1
     takes_soft_prompts: bool = True
+    logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
+    depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

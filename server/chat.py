@@ -159,6 +159,11 @@ class Prompt:
         """As `id_of`."""
         return id_of(self.tokenizer, text)
 
+    def last_user(self) -> int:
+        """Where the content of the last user message begins; 0 where there is none."""
+        contents = self.chat.bounds(Messages(role="user", index=-1)) if self.chat else []
+        return contents[0][0] if contents else 0
+
     def _asked(self) -> Chat:
         if self.chat is None:
             raise SteeringError(

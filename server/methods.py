@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from whipstaff.decoding.method import Method as DecodingMethod
+from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.steering.method import Method
@@ -18,7 +19,7 @@ _MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows":
 def method_table(have: Catalogue) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, have) for method in STEERING.values()),
+        *(_steering(method, have) for method in STEERING.values() if method.served_by != "logits"),
         *(_decoding(method, have) for method in DECODING.values()),
     ]
 
@@ -65,15 +66,29 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     schema = method.params.model_json_schema()
     for name in method.stream_fields:
         schema["properties"][name]["enum"] = list(have.auxiliaries)
-    has_streams = len(have.auxiliaries) >= len(method.stream_fields)
+    heads = {name: _of_kind(kind, have) for name, kind in method.head_fields.items()}
+    for name, fitting in heads.items():
+        schema["properties"][name]["enum"] = fitting
+    missing = [f"start the server with --vectors PATH of a {method.head_fields[n]}" for n, f in heads.items() if not f]
+    if len(have.auxiliaries) < method.num_streams:
+        missing.append("start the server with --aux NAME=MODEL")
+    if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
+        missing.append("start the server with --early-layers LAYERS")
+    if isinstance(method, Rewriting) and have.words is None:
+        missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,
-        "kind": "mix",
+        "kind": method.stage,
         "schema": schema,
         "defaults": _defaults(schema),
         "paper": method.paper,
-        **_available(None if has_streams else "start the server with --aux NAME=MODEL"),
+        "shorthands": dict(method.shorthands),
+        **_available("; ".join(missing) or None),
     }
+
+
+def _of_kind(kind: str, have: Catalogue) -> list[str]:
+    return [entry.name for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
 
 
 def _merged(entry: type[BaseModel], own: type[BaseModel]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+from whipstaff.server.explained import Explained
 from whipstaff.server.steered import Fed
 
 FIELD = "whipstaff"
@@ -39,22 +40,27 @@ class Tally:
         return found
 
 
-async def with_receipt(
-    chunks: AsyncGenerator[str, None], receipt: Callable[[], Awaitable[dict[str, Any]]]
+async def with_extras(
+    chunks: AsyncGenerator[str, None],
+    receipt: Callable[[], Awaitable[dict[str, Any]]],
+    explained: Explained | None,
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events with the receipt in the last data event before [DONE]. Closing this closes `chunks`."""
+    """Server-sent events with explanations in every choice, and the receipt in the last data event before [DONE].
+    Closing this closes `chunks`."""
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
             if chunk.startswith("data: [DONE]") and held is not None:
-                held = _with_field(held, await receipt())
+                held = _changed(held, {FIELD: await receipt()})
             if held is not None:
                 yield held
-            held = chunk
+            held = chunk if explained is None or chunk.startswith("data: [DONE]") else _changed(chunk, {}, explained)
     if held is not None:
         yield held
 
 
-def _with_field(event: str, receipt: dict[str, Any]) -> str:
-    body = json.loads(event.removeprefix("data: "))
-    return f"data: {json.dumps({**body, FIELD: receipt}, separators=(',', ':'))}\n\n"
+def _changed(event: str, more: dict[str, Any], explained: Explained | None = None) -> str:
+    body = {**json.loads(event.removeprefix("data: ")), **more}
+    if explained is not None:
+        explained.add_to(body)
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

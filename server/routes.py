@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
-from whipstaff.server.engine.request import RequestPlan
+from whipstaff.server.engine.request import RequestPlan, take_draw
 from whipstaff.server.errors import BadRequest, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.explained import Explained
 from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
 from whipstaff.server.presets import Preset, blaming
-from whipstaff.server.receipts import FIELD, Tally, with_receipt
+from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
@@ -32,9 +33,12 @@ class PreparedRequest:
     """What one request's extras and its preset came to, handed to the engine's front end."""
 
     compiled: Compiled
+    num_choices: int = 1  # of each prompt
     tally: Tally = field(default_factory=Tally)
     preset: Preset | None = None
     filled: frozenset[str] = frozenset()  # fields that the preset filled in
+    explained: Explained | None = None
+    num_placed: int = 0  # prompts
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
         with blaming(self.preset, self.filled):
@@ -42,9 +46,8 @@ class PreparedRequest:
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
-        said = self.compiled.plan.to_wire()
-        wire = PlanDict(said, self.compiled.label, self.tally.note, self.compiled.vectors)
-        return PlacedRequest(ids, wire, self, num_tokens)
+        first, self.num_placed = self.num_placed * self.num_choices, self.num_placed + 1
+        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -76,13 +79,27 @@ class PlacedRequest:
     """The same for one of its prompts."""
 
     ids: list[int] | None
-    wire: PlanDict
-    request: PreparedRequest
+    prepared: PreparedRequest
+    plan: RequestPlan
+    first_choice: int
     num_tokens: int
 
+    def wire(self, params: Any) -> PlanDict:
+        compiled, plan = self.prepared.compiled, self.plan
+        if compiled.draws_itself:
+            assert plan.decoding is not None
+            draw = take_draw(params, compiled.is_temperature_last)
+            plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
+        explain = None if self.prepared.explained is None else self._explain
+        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain, compiled.vectors)
+
+    def _explain(self, index: int, record: dict[str, Any]) -> None:
+        assert self.prepared.explained is not None
+        self.prepared.explained.note(self.first_choice + index, record)
+
     def check(self, max_tokens: int, is_explicit: bool) -> int:
-        with blaming(self.request.preset, self.request.filled):
-            return self.request.compiled.check(self.num_tokens, max_tokens, is_explicit)
+        with blaming(self.prepared.preset, self.prepared.filled):
+            return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
 async def catalogue(request: Request) -> Catalogue:
@@ -124,25 +141,37 @@ def prepare(
         compiled = compile_request(request, have)
     if compiled is None and preset is None:
         return None
-    prepared = PreparedRequest(compiled or Compiled(RequestPlan(), [], {}, have), preset=preset, filled=filled)
-    prepared.compiled.have = have.facts
+    ready = PreparedRequest(compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled)
+    ready.compiled.have = have.facts
+    if ready.compiled.explain is not None:
+        ready.explained = Explained(have.words)
     if compiled is not None:
-        request.attach(prepared)
-    return prepared
+        request.attach(ready)
+    return ready
 
 
 def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> Compiled | None:
     """Raises: WhipstaffError."""
     compiled = compile_extras(_extras(request), have)
-    if compiled is not None and request.use_beam_search:
+    if compiled is None:
+        return None
+    if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    compiled.check_draw(request.temperature)
+    compiled.check_logprobs(scores_prompt(request))
     return compiled
 
 
 def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
     """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
-    present = {name: getattr(request, name) for name in schema.FIELDS} | (request.model_extra or {})
+    present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
     return _with_xargs(present, request.vllm_xargs)
+
+
+def scores_prompt(request: openai.ChatRequest | openai.TextRequest) -> bool:
+    """Whether log-probabilities of its prompt are wanted."""
+    echoes = getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
+    return request.prompt_logprobs is not None or echoes
 
 
 def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
@@ -178,11 +207,14 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
     if isinstance(result, Response):
         return result
     if hasattr(result, "__aiter__"):
-        events = result if ready is None else with_receipt(result, partial(ready.receipt, openai.readings(raw)))
-        return openai.event_stream(events, raw)
+        if ready is not None:
+            result = with_extras(result, partial(ready.receipt, openai.readings(raw)), ready.explained)
+        return openai.event_stream(result, raw)
     body = result.model_dump()
     if ready is not None:
         body[FIELD] = await ready.receipt(openai.readings(raw))
+        if ready.explained is not None:
+            ready.explained.add_to(body)
     return JSONResponse(body, headers=openai.load_headers(raw))
 
 

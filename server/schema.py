@@ -1,20 +1,30 @@
 """The extra request fields and their compilation: JSON in, a plan and its receipt out, or the error with its path."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from whipstaff.decoding.method import DecodingError, Method, Mix, Params
-from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
+from whipstaff.server.decoded import (
+    MAX_DECODING,
+    SHORTHANDS,
+    Decoded,
+    admit_decoding,
+    check_draw,
+    draws_itself,
+    entries_of,
+    plan_of,
+)
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field, parsed
+from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
 from whipstaff.steering.artifacts import Vector
@@ -24,15 +34,9 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 PLAIN = "plain"
 SEVERAL = "several"
-FIELDS = ("steering", "decoding", "on_unavailable")
-MAX_DECODING = 8
-
+FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
 # Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT = (
-    *("explain", "guidance_scale", "negative_prompt", "dola_layers", "top_n_sigma", "typical_p"),
-    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability", "xtc_threshold"),
-    *("mirostat", "mirostat_tau", "mirostat_eta", "dynatemp_range", "dynatemp_exponent"),
-)
+NOT_BUILT = ("guidance_scale", "negative_prompt")
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -42,24 +46,27 @@ class Compiled:
     """A request's extras, ready to run."""
 
     plan: RequestPlan
-    decoding: list[dict[str, Any]]
     limits: Mapping[str, int]  # of the auxiliary models it needs
     have: Catalogue
     steering: list[Steered] = field(default_factory=list)
+    decoding: list[Decoded] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    stream_paths: dict[str, str] = field(default_factory=dict)  # auxiliary model -> the field that named it first
+    is_temperature_last: bool = False
+    explain: int | None = None  # likeliest tokens of every stream to say
+    logprobs_source: LogprobsSource = "final"
 
     @property
     def label(self) -> str:
         """The methods in use, for metrics: few, since it holds names of our own only, and one of each side."""
-        sides = {entry.label for entry in self.steering}, {str(entry["method"]) for entry in self.decoding}
+        sides = {entry.label for entry in self.steering}, {entry.method.name for entry in self.decoding}
         names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
         return "+".join(sorted(names)) or PLAIN
 
     @property
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
-        return [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
+        named = [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
+        return [*named, *(head for entry in self.decoding for head in entry.vectors)]
 
     def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
         """Check the plan against a prompt; what may be generated, at most.
@@ -70,19 +77,52 @@ class Compiled:
         for name, limit in sorted(self.limits.items(), key=lambda item: item[1]):  # the tightest is the one to name
             if prompt_len >= limit or (is_explicit and prompt_len + max_tokens > limit):
                 wanted = f"{prompt_len} prompt tokens" + (f" and max_tokens {max_tokens}" if is_explicit else "")
-                raise BadRequest(
-                    f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", self.stream_paths[name]
-                )
+                path = next(entry.stream_paths[name] for entry in self.decoding if name in entry.stream_paths)
+                raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", path)
             allowed = min(allowed, limit - prompt_len)
         if self.plan.steering is not None:
             self._check_steering(self.plan.steering, prompt_len, allowed)
         return allowed
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
+        return draws_itself(self.decoding, self.is_temperature_last)
+
+    def check_logprobs(self, scores_prompt: bool) -> None:
+        """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
+        if self.logprobs_source == "both" and scores_prompt:
+            raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
+        if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
+            raise Unavailable(
+                f"this server tells log-probabilities of what is drawn from; start it without --logprobs-mode "
+                f"{self.have.logprobs_mode}",
+                "logprobs_source",
+            )
+
+    def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
+        """The entries as one plan. Raises: BadRequest."""
+        plan = plan_of(entries)
+        if plan is None and not (self.is_temperature_last or self.explain is not None or self._scores_base):
+            return None
+        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=self._scores_base)
+
+    @property
+    def _scores_base(self) -> bool:
+        return self.logprobs_source == "base"
+
+    def check_draw(self, temperature: float | None) -> None:
+        """Check the request's own sampling parameters. Raises: BadRequest."""
+        check_draw(self.decoding, temperature)
 
     def place(self, prompt: Prompt) -> list[int] | None:
         """Place the plan in a prompt; the prompt with room for inserted rows, None if it stays as it is.
 
         Raises: BadRequest for a field that does not go with this prompt.
         """
+        if self.decoding:
+            entries = [entry.placed(prompt) for entry in self.decoding]
+            self.plan = replace(self.plan, decoding=self.decoding_plan(entries))
         if self.plan.steering is None:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
@@ -132,7 +172,7 @@ class Compiled:
         plan = self.plan.steering or SteeringPlan(())
         return {
             "steering": [entry.said(plan, fed, self.have) for entry in self.steering],
-            "decoding": self.decoding,
+            "decoding": [entry.said() for entry in self.decoding],
             "warnings": self.warnings,
         }
 
@@ -147,42 +187,56 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
             raise Unavailable(f"{name} is not built in this version of Whipstaff; remove it", name)
     if all(fields.get(name) is None for name in FIELDS):
         return None
-    is_lenient = _on_unavailable(fields.get("on_unavailable")) == "ignore"
-    compiled = Compiled(RequestPlan(), [], {}, catalogue)
+    is_lenient = _one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore"
+    compiled = Compiled(RequestPlan(), {}, catalogue, is_temperature_last=_flag(fields, "temperature_last"))
+    compiled.logprobs_source = _one_of(LogprobsSource, fields, "logprobs_source", "final")
+    if (explain := fields.get("explain")) is not None or compiled.logprobs_source == "both":
+        compiled.explain = parsed(ExplainParams, {} if explain is None else _json(explain, "explain"), "explain").top
     planner = Planner()
     for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
         try:
             compiled.steering.append(admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings))
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
-    mixes = [
-        mix
-        for path, entry in _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-        if (mix := _decoding(entry, path, catalogue, compiled, is_lenient)) is not None
-    ]
-    mix = _sum(mixes)
-    if mix and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
+    named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
+    for path, entry, names in entries_of(fields, named):
+        try:
+            compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
+        except (NotFound, VectorUnfit, Unavailable) as error:
+            _skip(error, compiled, is_lenient)
+    decoding = compiled.decoding_plan(compiled.decoding)
+    models = decoding.models if decoding else []
+    if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     steering = planner.plan if compiled.steering else None
-    compiled.plan = RequestPlan(steering, mix, uuid4().hex if steering and steering.num_columns else "")
-    compiled.limits = {name: catalogue.auxiliaries[name] for name in (mix.auxiliaries if mix else [])}
+    if decoding and decoding.early_layers:
+        steering = replace(steering or SteeringPlan(()), keeps=decoding.early_layers)
+    compiled.plan = RequestPlan(steering, decoding, uuid4().hex if steering and steering.num_columns else "")
+    compiled.limits = {name: catalogue.auxiliaries[name] for name in models}
     return compiled
 
 
-def _on_unavailable(value: Any) -> OnUnavailable:
+def _one_of(choices: Any, fields: Mapping[str, Any], name: str, default: str) -> Any:
+    value = fields.get(name)
     try:
-        return TypeAdapter(OnUnavailable).validate_python("error" if value is None else value)
+        return TypeAdapter(choices).validate_python(default if value is None else value)
     except ValidationError as error:
-        raise bad_field(error, value, "on_unavailable") from None
+        raise bad_field(error, value, name) from None
+
+
+def _json(value: Any, name: str) -> Any:
+    """A value, or what a JSON string holds (vllm_xargs' way)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"not JSON: {error}", name) from None
 
 
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"not JSON: {error}", name) from None
+    value = _json(value, name)
     if value is None:
         return []
     if not isinstance(value, list):
@@ -192,50 +246,11 @@ def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 
 
-def _decoding(entry: Any, path: str, catalogue: Catalogue, compiled: Compiled, is_lenient: bool) -> Mix | None:
-    if not isinstance(entry, dict):
-        raise BadRequest("an entry is a JSON object", path)
-    name = entry.get("method")
-    if not isinstance(name, str):
-        raise BadRequest(f"name a method: one of {', '.join(METHODS)}", f"{path}.method")
-    method = METHODS.get(name)
-    if method is None:
-        _skip(
-            Unavailable(f"there is no decoding method {name!r}; there are: {', '.join(METHODS)}", f"{path}.method"),
-            compiled,
-            is_lenient,
-        )
-        return None
-    params = parsed(method.params, entry, path)
-    try:
-        _check_streams(method, params, path, catalogue)
-    except WhipstaffError as error:
-        _skip(error, compiled, is_lenient)
-        return None
-    try:
-        mix = method.mix(params)
-    except DecodingError as error:
-        raise BadRequest(str(error), f"{path}.{error.param}") from None
-    for stream in method.stream_fields:
-        compiled.stream_paths.setdefault(getattr(params, stream), f"{path}.{stream}")
-    compiled.decoding.append(params.model_dump())
-    return mix
-
-
-def _check_streams(method: Method[Any], params: Params, path: str, catalogue: Catalogue) -> None:
-    have = catalogue.auxiliaries
-    if len(have) < len(method.stream_fields):
-        raise Unavailable(
-            f"{method.name} needs {len(method.stream_fields)} auxiliary models, and this server has {len(have)}; "
-            "start it with --aux NAME=MODEL for each",
-            f"{path}.method",
-        )
-    for name in method.stream_fields:
-        if getattr(params, name) not in have:
-            raise NotFound(
-                f"there is no auxiliary model {getattr(params, name)!r}; this server has: {', '.join(have)}",
-                f"{path}.{name}",
-            )
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest("true or false", name)
+    return bool(value)
 
 
 def _skip(error: WhipstaffError, compiled: Compiled, is_lenient: bool) -> None:
@@ -243,12 +258,3 @@ def _skip(error: WhipstaffError, compiled: Compiled, is_lenient: bool) -> None:
     if not is_lenient:
         raise error
     compiled.warnings.append(f"{error.param} was left out: {error.message}")
-
-
-def _sum(mixes: list[Mix]) -> Mix | None:
-    """Several mixes of one request add up: each is a displacement of the base's logits."""
-    weights: dict[str, float] = {}
-    for mix in mixes:
-        for name, weight in mix.weights.items():
-            weights[name] = weights.get(name, 0.0) + weight
-    return Mix(weights) if weights else None

@@ -55,6 +55,22 @@ class Settings(BaseSettings):
         [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
     )
 
+    early_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
+        None,
+        description="which layers' streams methods such as dola may read: comma-separated, 0 for the embeddings and l "
+        "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
+    )
+
+    @field_validator("early_layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in ("all", "none"):
+            return [] if value == "none" else value
+        parts = [part.strip() for part in value.split(",")]
+        if wrong := [part for part in parts if not part.isdecimal()]:
+            raise ValueError(f"{wrong[0]!r} is no layer; give numbers with commas between them, or all, or none")
+        return sorted({int(part) for part in parts})
+
     @field_validator("aux", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -118,6 +134,7 @@ class Settings(BaseSettings):
             ("admin_key", "store", "KEY"),
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
+            ("early_layers", "store", "LAYERS"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description

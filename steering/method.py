@@ -60,8 +60,9 @@ class Method(ABC, Generic[P]):
     params: ClassVar[type[EditParams]]
     sites: ClassVar[tuple[Site, ...]]
     where: ClassVar[Shorthand]  # the paper's own choice of tokens
-    served_by: ClassVar[Literal["edits", "router", "attention", "rows"]] = "edits"
-    """What makes it happen: programs of edits; the expert router; the attention kernel's neighbour; inserted rows."""
+    served_by: ClassVar[Literal["edits", "router", "attention", "rows", "logits"]] = "edits"
+    """What makes it happen: programs of edits; the expert router; the attention kernel's neighbour; inserted rows;
+    decoding methods, which read it as a learned head."""
     needs_file: ClassVar[bool] = True  # if not, a request may name the method instead of a vector
     off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
     parts: ClassVar[Mapping[str, tuple[str, ...]]]

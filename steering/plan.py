@@ -45,6 +45,15 @@ class RowSpecial(NamedTuple):
     setting: str  # the method's parameters as JSON, defaults filled in
 
 
+class RowKeep(NamedTuple):
+    """Keep the streams entering some blocks, as the row's edits have left them, beside the model; nothing changes.
+
+    Layers count as in papers on early exit: 0 is what the embedding gives, l what leaves the l-th block.
+    """
+
+    layers: tuple[int, ...]
+
+
 class RowMeter(NamedTuple):
     """Measure how long activations are, everywhere."""
 
@@ -59,8 +68,9 @@ class Insert(NamedTuple):
     num: int
 
 
-Row = tuple[RowEdit | RowProbe | RowSpecial | RowMeter, ...]  # made in this order, probes before edits
-_SMALL = 2  # lines and instructions of probes and meters, rounded up
+Item = RowEdit | RowProbe | RowSpecial | RowKeep | RowMeter
+Row = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
+_SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
 
 class Segment(NamedTuple):
@@ -101,6 +111,7 @@ class SteeringPlan:
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
     specials: tuple[PlannedSpecial, ...] = ()
+    keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `RowKeep`
 
     @property
     def num_columns(self) -> int:
@@ -140,10 +151,12 @@ class SteeringPlan:
                 found.append(Segment(start, end, row, row if at_tokens == row else at_tokens))
         return found
 
-    def _items(self) -> Iterator[tuple[RowEdit | RowProbe | RowSpecial | RowMeter, Where]]:
+    def _items(self) -> Iterator[tuple[Item, Where]]:
         yield from ((planned.probe, planned.where) for planned in self.probes)
         yield from ((planned.edit, planned.where) for planned in self.edits)
         yield from ((planned.special, planned.where) for planned in self.specials)
+        if self.keeps:
+            yield RowKeep(self.keeps), Where.of("all")
         if self.is_metered:
             yield RowMeter(), Where.of("all")
 
@@ -156,6 +169,7 @@ class SteeringPlan:
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
             "specials": [[*planned.special, _where(planned.where)] for planned in self.specials],
+            "keeps": list(self.keeps),
         }
 
     @staticmethod
@@ -170,6 +184,7 @@ class SteeringPlan:
             tuple(
                 PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
             ),
+            tuple(wire["keeps"]),
         )
 
 

@@ -99,7 +99,7 @@ class Program:
         return (operand for operands in self.operands for operand in operands if isinstance(operand, Tensor))
 
 
-def assemble(readings: Iterable[Reading], steps: Sequence[Step]) -> Program:
+def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool = False) -> Program:
     """The program of one row at one place; empty when nothing happens there."""
     program = Program()
     for reading in readings:
@@ -117,6 +117,8 @@ def assemble(readings: Iterable[Reading], steps: Sequence[Step]) -> Program:
             _emit(program, op, sources.get(id(op), ""))
         if renorm:
             program.add(Code.RENORM)
+    if is_kept:
+        program.add(Code.KEEP)
     if program.codes:
         program.add(Code.END)
     return program

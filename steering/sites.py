@@ -23,6 +23,11 @@ def canonical(place: Place) -> Place:
     return place
 
 
+def entering(layer: int) -> Place:
+    """Where the stream that enters a block is found: 0 is what the embedding gives, l what leaves the l-th block."""
+    return canonical(Place("resid_pre", layer))
+
+
 def pool_of(site: Site) -> str:
     """Which of the engine's pools of lines a site reads: places of one pool are equally wide."""
     return {"attn_head": "heads", "router": "experts"}.get(site, "hidden")
@@ -64,6 +69,25 @@ def find_layers(model: nn.Module, kinds: Kinds) -> list[DecoderLayer]:
     """The decoder blocks of `model`, in order. Raises: SitesNotFound, saying what was looked for and what there is."""
     blocks = _block_list(model, kinds.is_attention)
     return [_layer(block, index, kinds) for index, block in enumerate(blocks) if not kinds.is_missing(block)]
+
+
+def final_norm(model: nn.Module, kinds: Kinds) -> nn.Module | None:
+    """The norm beside the blocks of `model`, behind them if there are several; None where none, or more, could be it.
+
+    Raises: SitesNotFound, as `find_layers`.
+    """
+    blocks = _block_list(model, kinds.is_attention)
+    beside = list(next(module for module in model.modules() if blocks in module.children()).children())
+    norms = [index for index, child in enumerate(beside) if _is_norm(child)]
+    behind = [index for index in norms if index > beside.index(blocks)]
+    chosen = behind or norms
+    return beside[chosen[0]] if len(chosen) == 1 else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it has numbers to scale rows by, and no matrices."""
+    numbers = list(module.parameters())
+    return bool(numbers) and all(each.dim() == 1 for each in numbers)
 
 
 def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:

@@ -7,7 +7,7 @@ uses it. Nothing is counted per request, so nothing can leak; the scheduler admi
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ from whipstaff.cuda_ext import Op as Code
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowMeter, RowProbe, RowSpecial
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowKeep, RowMeter, RowProbe, RowSpecial
 from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
-from whipstaff.steering.sites import canonical, pool_of
+from whipstaff.steering.sites import canonical, entering, pool_of
 
 NOTHING = -1  # the address of tokens that are left alone
 
@@ -82,6 +82,7 @@ class SiteTables(NamedTuple):
     code: Tensor  # (P, 6) int32
     args: Tensor  # (P, 6) float32
     encoders: Encoders | None
+    kept: Tensor | None  # (max_tokens, width)
 
 
 @dataclass
@@ -115,8 +116,13 @@ class Tables:
         device: torch.device,
         vector_of: Callable[[str], Vector],
         encoder_sizes: dict[Place, int] | None = None,
+        kept: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """A slot is room for one row: two lines per layer in each pool, and two frames of code."""
+        """A slot is room for one row: two lines per layer in each pool, and two frames of code.
+
+        Args:
+            kept: by early layer (see `RowKeep`), (max_tokens, width) room in the model's type for the streams there.
+        """
         self.places = [spec.place for spec in sites]
         self.num_uploads = 0
         self._vector_of = vector_of
@@ -136,12 +142,17 @@ class Tables:
         self._free_frames = list(range(num_frames))
         self._held: OrderedDict[Row, _Held] = OrderedDict()  # least recently used first
         self._index = {place: index for index, place in enumerate(self.places)}
+        self._kept = {entering(layer): rows for layer, rows in (kept or {}).items()}
+
+    def kept(self, layer: int) -> Tensor:
+        """(max_tokens, width) the streams at an early layer: row t is token t's, where its row of edits keeps it."""
+        return self._kept[entering(layer)]
 
     def at(self, place: Place) -> SiteTables:
         """What a place reads, sharing memory."""
         index = self._index[place]
         lines = self._pools[pool_of(place.site)].lines
-        return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(place))
+        return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(place), self._kept.get(place))
 
     @property
     def num_used(self) -> int:
@@ -216,8 +227,12 @@ class Tables:
             return dict.fromkeys(self.places, meter())
         readings: dict[Place, list[Reading]] = {}
         steps: dict[Place, list[Step]] = {}
+        kept: set[Place] = set()
         for item in row:
             if isinstance(item, RowSpecial | RowMeter):
+                continue
+            if isinstance(item, RowKeep):
+                kept.update(map(entering, item.layers))
                 continue
             vector = self._vector_of(item.digest)
             if isinstance(item, RowProbe):
@@ -226,8 +241,8 @@ class Tables:
                 continue
             for place, ops in edits_of(vector, item).items():
                 steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm, item.digest))
-        touched = [place for place in self.places if place in readings or place in steps]
-        return {place: assemble(readings.get(place, ()), steps.get(place, ())) for place in touched}
+        touched = [place for place in self.places if place in readings or place in steps or place in kept]
+        return {place: assemble(readings.get(place, ()), steps.get(place, ()), place in kept) for place in touched}
 
     @staticmethod
     def _write_lines(pool: Pool, lines: dict[int, Tensor]) -> dict[int, int]:

@@ -14,7 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.server.engine.selftest import describe
@@ -41,7 +42,14 @@ class Ask:
 
 
 def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = None) -> RequestPlan | None:
-    return RequestPlan(steering, Mix(mix) if mix else None) if steering or mix else None
+    """Steering, and weights of auxiliary models' logits."""
+    return RequestPlan(steering, DecodingPlan(Mix.of(mix)) if mix else None) if steering or mix else None
+
+
+def weights(asked: RequestPlan | None) -> dict[str, float]:
+    """The weights that a plan gives auxiliary models."""
+    mix = asked.decoding.mix if asked and asked.decoding else None
+    return {term.stream.model: term.weight for term in mix.terms[1:]} if mix else {}
 
 
 def edit(vector: Vector, scale: float, where: Where, layers: tuple[int, ...] | None = None) -> PlannedEdit:

@@ -1,10 +1,11 @@
-// apply_temperature_ and explain_rows on the CPU.
+// apply_temperature_, explain_rows and divergences on the CPU.
 #include "explain.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "logit_row.h"
 
@@ -114,10 +115,65 @@ Explanation explain_rows_cpu(const Tensor& final, const MaybeTensor& base, int64
   return results;
 }
 
+// log(1 + t) for t in [0, 1]: twice the area tangent of t / (2 + t), which is at most 1/3.
+inline float log1p_of_unit(float t) {
+  const float s = t / (2.0f + t), square = s * s;
+  float sum = 1.0f / 15;
+  sum = sum * square + 1.0f / 13;
+  sum = sum * square + 1.0f / 11;
+  sum = sum * square + 1.0f / 9;
+  sum = sum * square + 1.0f / 7;
+  sum = sum * square + 1.0f / 5;
+  sum = sum * square + 1.0f / 3;
+  return 2.0f * s * (sum * square + 1.0f);
+}
+
+float divergence_of(const float* mature, const float* early, int64_t size, float q_sum, float p_sum) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    const float log_q = mature[i] - q_sum, log_p = early[i] - p_sum, gap = std::fabs(log_p - log_q);
+    const float m = 0.5f * (exp_of_negative(log_q) + exp_of_negative(log_p));
+    const float term = m * (0.5f * gap + log1p_of_unit(exp_of_negative(-gap)) - LN_2);
+    sum += mature[i] == -INFINITY ? 0.0f : term;
+  }
+  return sum;
+}
+
+void compare(const Divergences& work, int64_t pair, float q_sum) {
+  const LogitRow mature{&work.mature, work.owners[pair], work.vocab}, early{&work.early, pair, work.vocab};
+  const float p_sum = early.log_sum_exp(early.max(), 1.0f);
+  double sum = 0;
+  mature.for_blocks([&](const float* logits, int64_t begin, int64_t size) {
+    alignas(64) float other[BLOCK];
+    early.load(other, begin, size);
+    sum += divergence_of(logits, other, size, q_sum, p_sum);
+  });
+  work.divergence[pair] = static_cast<float>(sum);
+}
+
+Tensor divergences_cpu(const Tensor& mature, const Tensor& early, const Tensor& owners) {
+  const Tensor result = new_divergences(mature, early);
+  const Divergences work = divergences(mature, early, owners, result);
+  std::vector<float> q_sums(work.mature.num_rows);
+  for_rows(work.mature.num_rows, work.vocab, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const LogitRow logits{&work.mature, row, work.vocab};
+      q_sums[row] = logits.log_sum_exp(logits.max(), 1.0f);
+    }
+  });
+  for_rows(work.num_early, work.vocab, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair)
+      if (work.has_owner(pair)) compare(work, pair, q_sums[work.owners[pair]]);
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace whipstaff
 
 STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) {
   library.impl("apply_temperature_", TORCH_BOX(&whipstaff::apply_temperature_cpu));
   library.impl("explain_rows", TORCH_BOX(&whipstaff::explain_rows_cpu));
+  library.impl("divergences", TORCH_BOX(&whipstaff::divergences_cpu));
 }

@@ -1,4 +1,4 @@
-// apply_temperature_ and explain_rows on CUDA: one block per row.
+// apply_temperature_, explain_rows and divergences on CUDA: one block per row.
 #include <torch/csrc/stable/library.h>
 
 #include "explain.h"
@@ -29,10 +29,21 @@ Explanation explain_rows_cuda(const Tensor& final, const MaybeTensor& base, int6
   return results;
 }
 
+Tensor divergences_cuda(const Tensor& mature, const Tensor& early, const Tensor& owners) {
+  const torch::stable::accelerator::DeviceGuard guard(mature.get_device_index());
+  const Tensor result = new_divergences(mature, early);
+  const Divergences work = divergences(mature, early, owners, result);
+  if (work.num_early == 0 || work.vocab == 0) return result;
+  divergence_kernel<<<static_cast<unsigned>(work.num_early), THREADS, 0, current_stream(mature)>>>(work);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return result;
+}
+
 }  // namespace
 }  // namespace whipstaff
 
 STABLE_TORCH_LIBRARY_IMPL(whipstaff, CUDA, library) {
   library.impl("apply_temperature_", TORCH_BOX(&whipstaff::apply_temperature_cuda));
   library.impl("explain_rows", TORCH_BOX(&whipstaff::explain_rows_cuda));
+  library.impl("divergences", TORCH_BOX(&whipstaff::divergences_cuda));
 }

@@ -1,4 +1,4 @@
-// The temperature of logit rows, and how two rows differ: pointers, sizes and the CUDA kernels.
+// The temperature of logit rows, and how rows differ: pointers, sizes and the CUDA kernels.
 #pragma once
 
 #include "logits.cuh"
@@ -6,6 +6,7 @@
 namespace whipstaff {
 
 constexpr int MAX_DELTAS = 64;
+constexpr float LN_2 = 0.693147181f;
 
 struct Temper {
   LogitStream logits;  // (num_rows, vocab), changed in place
@@ -25,6 +26,18 @@ struct Explain {
   int64_t* tokens;              // (num_rows, num_deltas)
   float* deltas;                // (num_rows, num_deltas)
   int64_t num_deltas;
+};
+
+// A token adds m log cosh((log p - log q) / 2): half of m (log m - log q) + m (log m - log p), which would cancel.
+struct Divergences {
+  LogitStream mature, early;
+  const int64_t* owners;  // (num_early,) a row of mature for each of early
+  int64_t num_early, vocab;
+  float* divergence;  // (num_early,)
+
+  WHIPSTAFF_HOST_DEVICE bool has_owner(int64_t pair) const {
+    return owners[pair] >= 0 && owners[pair] < mature.num_rows;
+  }
 };
 
 #ifdef __CUDACC__
@@ -68,10 +81,29 @@ __device__ inline Change block_first(Change change) {
   return {first.best, first.best_token};
 }
 
+__device__ inline float log_sum(const Share& share) { return share.best + logf(share.sum_of_exp); }
+
+// Block p compares row p of the early ones with its owner.
+__global__ inline void __launch_bounds__(THREADS) divergence_kernel(const Divergences work) {
+  const int64_t pair = blockIdx.x;
+  if (!work.has_owner(pair)) return;
+  const int64_t row = work.owners[pair];
+  const float q_sum = log_sum(block_share(work.mature, row, 0, work.vocab, 1.0f));
+  const float p_sum = log_sum(block_share(work.early, pair, 0, work.vocab, 1.0f));
+  float sum = 0;
+  for_logits(work.early, pair, 0, work.vocab, [&](int64_t i, float logit) {
+    const float log_q = logit_at(work.mature, row, i) - q_sum, log_p = logit - p_sum;
+    if (log_q == -INFINITY) return;
+    const float m = 0.5f * (expf(log_q) + expf(log_p)), gap = fabsf(log_p - log_q);
+    if (m > 0.0f) sum += m * (0.5f * gap + log1pf(expf(-gap)) - LN_2);
+  });
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) work.divergence[pair] = sum;
+}
+
 // Block r compares row r of the two; each round of the last loop finds the next largest change.
 __global__ inline void __launch_bounds__(THREADS) explain_kernel(const Explain explain) {
   const int64_t row = blockIdx.x;
-  const auto log_sum = [](const Share& share) { return share.best + logf(share.sum_of_exp); };
   const float final_sum = log_sum(block_share(explain.final, row, 0, explain.vocab, 1.0f));
   const bool has_base = explain.base.data != nullptr;
   const float base_sum = has_base ? log_sum(block_share(explain.base, row, 0, explain.vocab, 1.0f)) : 0.0f;

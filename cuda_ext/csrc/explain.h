@@ -1,4 +1,4 @@
-// The doors of `apply_temperature_` and `explain_rows`.
+// The doors of `apply_temperature_`, `explain_rows` and `divergences`.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -47,6 +47,24 @@ inline Explanation new_explanation(const Tensor& final, int64_t num_deltas) {
           torch::stable::new_zeros(final, {rows}, ScalarType::Float),
           torch::stable::new_zeros(final, {rows, columns}, ScalarType::Long),
           torch::stable::new_zeros(final, {rows, columns}, ScalarType::Float)};
+}
+
+inline Divergences divergences(const Tensor& mature, const Tensor& early, const Tensor& owners, const Tensor& result) {
+  check_type(owners, "owners", ScalarType::Long);
+  check_per_token(owners, "owners", early.size(0));
+  check_same_device(owners, "owners", "mature", mature);
+  return {.mature = stream_of(mature, "mature", mature, "mature"),
+          .early = stream_of(early, "early", mature, "mature"),
+          .owners = static_cast<const int64_t*>(owners.data_ptr()),
+          .num_early = early.size(0),
+          .vocab = mature.size(1),
+          .divergence = static_cast<float*>(result.data_ptr())};
+}
+
+inline Tensor new_divergences(const Tensor& mature, const Tensor& early) {
+  check_rows(mature, "mature");
+  check_rows(early, "early");
+  return torch::stable::new_zeros(mature, {early.size(0)}, ScalarType::Float);
 }
 
 }  // namespace whipstaff

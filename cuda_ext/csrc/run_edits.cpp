@@ -132,6 +132,7 @@ struct Machine {
         case Op::Meter: meter(); break;
         case Op::TopK: top_k(i); break;
         case Op::NormIn: norm_in(i); break;
+        case Op::Keep: keep(); break;
         default: left = 0; continue;
       }
       pc += length;
@@ -260,6 +261,10 @@ struct Machine {
       u_in = 1 / (u_out + 1e-5f);
     }
   }
+
+  void keep() {
+    if (edits.kept) store(static_cast<X*>(edits.kept) + token * edits.kept_stride, row(), edits.width);
+  }
 };
 
 // The first token that a program edits, or num_tokens: one look at each.
@@ -284,9 +289,9 @@ int64_t num_passes(const RunEdits& edits, int64_t pc) {
 
 void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
                    const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
-                   const MaybeTensor& encoder, const MaybeTensor& encoder_bias) {
+                   const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
   const RunEdits edits =
-      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias);
+      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept);
   const int64_t first = first_edited(edits);
   if (first == edits.num_tokens) return;
   with_float_type(x.scalar_type(), [&]<class X>(X) {

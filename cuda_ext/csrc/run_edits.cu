@@ -39,7 +39,8 @@ bool allows_packs(const RunEdits& edits, int64_t width) {
   return edits.width % width == 0 && has_aligned_rows(edits.x, edits.x_stride, sizeof(X)) &&
          has_aligned_rows(edits.residual, edits.residual_stride, sizeof(X)) &&
          has_aligned_rows(edits.lines, edits.line_stride, sizeof(float)) &&
-         has_aligned_rows(edits.encoder, edits.encoder_stride, sizeof(float));
+         has_aligned_rows(edits.encoder, edits.encoder_stride, sizeof(float)) &&
+         has_aligned_rows(edits.kept, edits.kept_stride, sizeof(X));
 }
 
 void check_programs_on_device(RunEdits edits, cudaStream_t stream) {
@@ -54,9 +55,9 @@ void check_programs_on_device(RunEdits edits, cudaStream_t stream) {
 
 void run_edits_cuda(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
                     const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
-                    const MaybeTensor& encoder, const MaybeTensor& encoder_bias) {
+                    const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
   const RunEdits edits =
-      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias);
+      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept);
   if (edits.num_tokens == 0 || edits.width == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);

@@ -29,8 +29,9 @@ enum class Op : int32_t {
   Meter = 11,
   TopK = 12,
   NormIn = 13,
+  Keep = 14,
 };
-constexpr int NUM_OPS = 14;
+constexpr int NUM_OPS = 15;
 
 // A row of `code` and the same row of `args`; the operator's docstring says what the numbers mean to each op.
 struct Instruction {
@@ -55,9 +56,10 @@ struct RunEdits {
   float* meter;               // (2,) or null
   const float* encoder;       // (num_features, width), or null
   const float* encoder_bias;  // (num_features,), or null
+  void* kept;                 // as x, or null
   int64_t num_tokens, width, num_lines, num_instructions, num_conditions, num_gains, num_histories, num_positions;
   int64_t num_features;
-  int64_t x_stride, residual_stride, line_stride, token_stride, gain_stride, history_stride, encoder_stride;
+  int64_t x_stride, residual_stride, line_stride, token_stride, gain_stride, history_stride, encoder_stride, kept_stride;
 
   // Where the token's program begins, or -1 where the token is to be left alone.
   WHIPSTAFF_HOST_DEVICE int64_t begin(int64_t token) const {
@@ -179,6 +181,18 @@ struct Machine {
     });
   }
 
+  __device__ void keep() {
+    if (!edits.kept) return;
+    load_row();
+    X* target = static_cast<X*>(edits.kept) + token * edits.kept_stride;
+    for_columns([&](int64_t column) {
+      float row[N];
+      load(row, h + column);
+      store(target + column, row);
+    });
+    __syncthreads();
+  }
+
   // The sum of of_value(h[i], i) over the row.
   template <class Of>
   __device__ float sum_of(const Of& of_value) {
@@ -240,6 +254,7 @@ struct Machine {
         case Op::Meter: meter(); break;
         case Op::TopK: top_k(i); break;
         case Op::NormIn: norm_in(i); break;
+        case Op::Keep: keep(); break;
         default: left = 0; continue;
       }
       pc += num_done;

@@ -30,7 +30,8 @@ inline const void* per_instruction(const Tensor& table, const char* name, Scalar
 
 inline RunEdits run_edits(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args,
                           const Tensor& tokens, const Tensor& gains, const Tensor& history, const MaybeTensor& residual,
-                          const MaybeTensor& meter, const MaybeTensor& encoder, const MaybeTensor& encoder_bias) {
+                          const MaybeTensor& meter, const MaybeTensor& encoder, const MaybeTensor& encoder_bias,
+                          const MaybeTensor& kept) {
   check_float(x, "x");
   check_rows(x, "x");
   const int64_t num_tokens = x.size(0), width = x.size(1);
@@ -81,6 +82,10 @@ inline RunEdits run_edits(const Tensor& x, const Tensor& lines, const Tensor& co
     check_same_device(*encoder_bias, "encoder_bias", "x", x);
     edits.encoder_bias = static_cast<const float*>(encoder_bias->data_ptr());
   }
+  if (kept) {
+    edits.kept = rows_of(*kept, "kept", x.scalar_type(), x, num_tokens, width);
+    edits.kept_stride = kept->stride(0);
+  }
   return edits;
 }
 
@@ -124,6 +129,8 @@ struct ProgramCheck {
       within("encoder row", i.i0, 0, edits.num_features);
       within("encoder row", int64_t(i.i0) + i.i1 - 1, 0, edits.num_features);
     }
+    if (i.op == Op::Keep)
+      STD_TORCH_CHECK(edits.kept, "token ", token, ", instruction ", pc, ": KEEP has nowhere to keep it");
   }
 
   void run() {

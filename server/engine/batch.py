@@ -1,7 +1,7 @@
 """BatchView: who is in one engine step and where their tokens stand. Plain data, the same from both model runners."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ import numpy.typing as npt
 from whipstaff.server.engine.request import PlacedPlan
 
 Ints = npt.NDArray[np.integer]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class BatchView:
     starts: Ints  # (B + 1,) first token of each row within the step
     positions: Ints  # (B,) absolute position of each row's first token
     requests: Sequence[str] = ()  # (B,) whose row it is
+    draws: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))  # (B,) whether its next token is drawn
+    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # row -> rows of its coupled sequences
 
     @property
     def num_tokens(self) -> int:
@@ -38,3 +41,6 @@ class BatchView:
         offsets = np.arange(self.num_tokens) - np.repeat(self.starts[:-1], lengths)
         positions: npt.NDArray[np.int64] = np.repeat(self.positions, lengths) + offsets
         return positions
+
+
+NOBODY = BatchView((), np.zeros(1, np.int32), np.zeros(0, np.int32))  # a step in which every row is plain

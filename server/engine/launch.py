@@ -1,10 +1,10 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -17,11 +17,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from whipstaff.server.engine import UnsupportedEngine, request
 from whipstaff.server.engine.attention import require_eager_attention
 from whipstaff.server.engine.auxiliary import auxiliary_config
-from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.server.engine.explain import listen
+from whipstaff.server.engine.layout import AuxiliarySpec, Layout, max_tokens
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape
-from whipstaff.steering.sites import CORE
+from whipstaff.steering.sites import CORE, entering
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.CpuWorker",
@@ -30,25 +31,34 @@ _WORKERS = {
 _SCHEDULERS = "whipstaff.server.engine.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
 class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
-    `label` names its methods for metrics; `note` is called with each of the request's outputs; `keeps` is kept for as
-    long as the engine may look up what the plan names.
+    `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
+    number of a sequence and what is said of its next token, where the plan asks for that; `keeps` is kept for as long
+    as the engine may look up what the plan names.
     """
 
     def __init__(
-        self, wire: dict[str, Any], label: str = "", note: Callable[[Any], None] | None = None, keeps: object = None
+        self,
+        wire: dict[str, Any],
+        label: str = "",
+        note: Callable[[Any], None] | None = None,
+        explained: Callable[[int, dict[str, Any]], None] | None = None,
+        keeps: object = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.keeps = label, note, keeps
+        self.label, self.note, self.explained, self.keeps = label, note, explained, keeps
+        self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
-        return self  # nobody changes it
+        return self  # a copy of a request's parameters is still that request's
 
 
+EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
 Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]
 
 
@@ -77,6 +87,7 @@ def start(
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
+    early_layers: EarlyLayers = None,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -88,6 +99,7 @@ def start(
             MIN_SLOTS and MAX_SLOTS.
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
+        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.RowKeep`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -99,7 +111,7 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites)
+    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -111,6 +123,7 @@ def start(
         client_index=index,
     )
     engine.layout, engine.index = layout, index
+    listen(engine.output_processor)
     return engine
 
 
@@ -120,6 +133,7 @@ def configure(
     num_slots: int | None = None,
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
+    early_layers: EarlyLayers = None,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
@@ -128,7 +142,10 @@ def configure(
     needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), hooks := tuple(sites))
     if "router" in hooks and not shape.num_experts:
         raise UnsupportedEngine("--steering-sites router: the served model has no experts")
-    hooked = {*CORE, *needs.sites} - (set() if shape.num_experts else {"router"})  # such vectors are refused by request
+    early = _early_layers(early_layers, config, shape)
+    hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
+        set() if shape.num_experts else {"router"}
+    )  # such vectors are refused by request
     layout = Layout(
         version=metadata.version("whipstaff"),
         num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
@@ -138,6 +155,7 @@ def configure(
         sites=tuple(site for site in SITES if site in hooked),
         edits_attention=needs.attention,
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
+        early_layers=early,
         auxiliaries=specs,
     )
     if layout.edits_attention:
@@ -164,6 +182,20 @@ def model_shape(config: ModelConfig) -> ModelShape:
         num_kv_heads=config.get_total_num_kv_heads(),
         num_experts=config.get_num_experts(),
     )
+
+
+def _early_layers(wanted: EarlyLayers, config: VllmConfig, shape: ModelShape) -> tuple[int, ...]:
+    everything = tuple(range(shape.num_layers))
+    if wanted is None:
+        of_one = max_tokens(config) * shape.hidden_size * config.model_config.dtype.itemsize
+        return everything if of_one * shape.num_layers <= EARLY_BUDGET else ()
+    layers = everything if wanted == "all" else tuple(sorted(set(wanted)))
+    if outside := [layer for layer in layers if layer not in everything]:
+        raise UnsupportedEngine(
+            f"--early-layers {outside[0]}: the served model has {shape.num_layers} blocks; its early layers are 0 to "
+            f"{shape.num_layers - 1}"
+        )
+    return layers
 
 
 def _auxiliary_spec(config: VllmConfig, name: str, model: str) -> AuxiliarySpec:

@@ -37,6 +37,7 @@ class Layout(BaseModel):
     sites: tuple[Site, ...] = CORE  # where edits can be made
     edits_attention: bool = False
     encoders: tuple[tuple[Site, int, int], ...] = ()  # (site, layer, features) of TopK autoencoders
+    early_layers: tuple[int, ...] = ()  # whose streams can be kept; see `steering.plan.RowKeep`
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
 
     @property
@@ -50,3 +51,9 @@ class Layout(BaseModel):
     @staticmethod
     def from_config(additional_config: Any) -> "Layout":
         return Layout.model_validate(additional_config[KEY])
+
+
+def max_tokens(config: Any) -> int:
+    """The most tokens that one forward pass can have, padding for graph capture included."""
+    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))

@@ -66,9 +66,8 @@ class Placed(Protocol):
     def ids(self) -> list[int] | None:
         """The prompt with tokens inserted; None if it is as it was."""
 
-    @property
-    def wire(self) -> PlanDict:
-        """What the engine gets."""
+    def wire(self, params: SamplingParams) -> PlanDict:
+        """What the engine gets, beside these sampling parameters, which it may change."""
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
         """What may be generated at most, or an exception that answers the client."""
@@ -86,6 +85,9 @@ class Extras(BaseModel):
 
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
+    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
+    temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     _prepared: Prepared | None = PrivateAttr(None)
     _placed: deque[Placed] = PrivateAttr(default_factory=deque)  # of the prompts not yet scheduled, in order
@@ -123,7 +125,7 @@ class Extras(BaseModel):
     def add_plan(self, params: SamplingParams) -> SamplingParams:
         """vLLM asks for the sampling parameters of each prompt once, in order."""
         if self._placed:
-            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire}
+            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire(params)}
         return params
 
 

@@ -1,11 +1,11 @@
 """What a request carries into the engine: its compiled plan, as JSON under one key of SamplingParams.extra_args."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
 
 KEY = "whipstaff"
@@ -16,13 +16,13 @@ class RequestPlan:
     """Everything the engine does differently for one request."""
 
     steering: SteeringPlan | None = None
-    mix: Mix | None = None
+    decoding: DecodingPlan | None = None
     ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
-            "mix": dict(self.mix.weights) if self.mix else None,
+            "decoding": self.decoding.to_wire() if self.decoding else None,
             "ticket": self.ticket,
         }
 
@@ -33,9 +33,20 @@ class RequestPlan:
             return None
         return RequestPlan(
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
-            Mix(wire["mix"]) if wire["mix"] else None,
+            DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
             str(wire["ticket"]),
         )
+
+
+def take_draw(params: Any, is_temperature_last: bool) -> Draw:
+    """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
+
+    A greedy request stays greedy: it takes the best of what our stages leave.
+    """
+    draw = Draw(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
+    if params.temperature > 0:
+        params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
+    return draw
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,14 @@ class PlacedPlan:
     @cached_property
     def segments(self) -> list[Segment]:
         return self.plan.steering.segments(self.prompt_len) if self.plan.steering else []
+
+    @cached_property
+    def edited(self) -> list[Segment]:
+        """The segments less what only keeps activations."""
+        steering = self.plan.steering
+        if steering is None or not steering.keeps:
+            return self.segments
+        return replace(steering, keeps=()).segments(self.prompt_len)
 
     @cached_property
     def rows(self) -> frozenset[Row]:
@@ -63,7 +82,7 @@ class PlacedPlan:
     @property
     def first_edited(self) -> int | None:
         """The first position whose activations may differ from a plain request's; None when none does."""
-        starts = [segment.start for segment in self.segments[:1]] + [insert.start for insert in self.inserts[:1]]
+        starts = [segment.start for segment in self.edited[:1]] + [insert.start for insert in self.inserts[:1]]
         return min(starts, default=None)
 
     @property
@@ -85,4 +104,4 @@ class PlacedPlan:
 
     @property
     def auxiliaries(self) -> list[str]:
-        return self.plan.mix.auxiliaries if self.plan.mix else []
+        return self.plan.decoding.models if self.plan.decoding else []

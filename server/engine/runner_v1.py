@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.server.engine.steerer import NOBODY, Steerer
+from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.decoder import Decoder
+from whipstaff.server.engine.steerer import Steerer
 
 
 def attach(runner: Any, steerer: Steerer) -> None:
@@ -33,6 +34,32 @@ def attach(runner: Any, steerer: Steerer) -> None:
 
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
+    _watch_draws(runner.sampler, steerer.decoder)
+
+
+def _watch_draws(sampler: Any, decoder: Decoder) -> None:
+    cls: Any = type(sampler)
+
+    class WatchedSampler(cls):
+        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
+
+        def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = decoder.scored(logits)
+            self.whipstaff_decoded = None if scored is logits else logits
+            return super().forward(scored, *args, **kwargs)
+
+        def apply_logits_processors(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded.float()
+            return super().apply_logits_processors(decoded, *args, **kwargs)
+
+        def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
+            drawn = decoder.before_draw(logits)
+            sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
+            decoder.after_draw(drawn, sampled)
+            return sampled, log_probabilities
+
+    WatchedSampler.__name__ = cls.__name__
+    sampler.__class__ = WatchedSampler
 
 
 def view(runner: Any, steerer: Steerer) -> BatchView:
@@ -45,6 +72,7 @@ def view(runner: Any, steerer: Steerer) -> BatchView:
         starts=runner.query_start_loc.np[: batch.num_reqs + 1],
         positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
         requests=batch.req_ids,
+        draws=~runner.discard_request_mask.np[: batch.num_reqs],
     )
 
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.server.engine.steerer import NOBODY, Steerer
+import numpy as np
+
+from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.decoder import Decoder
+from whipstaff.server.engine.steerer import Steerer
 
 
 def attach(runner: Any, steerer: Steerer) -> None:
@@ -24,15 +27,44 @@ def attach(runner: Any, steerer: Steerer) -> None:
 
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
+    _watch_draws(runner.sampler, steerer.decoder)
+
+
+def _watch_draws(sampler: Any, decoder: Decoder) -> None:
+    cls: Any = type(sampler)
+
+    class WatchedSampler(cls):
+        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
+
+        def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = decoder.scored(logits)
+            self.whipstaff_decoded = None if scored is logits else logits
+            return super().__call__(scored, *args, **kwargs)
+
+        def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded
+            return super().sample(decoded, *args, **kwargs)
+
+        def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
+            drawn = decoder.before_draw(logits)
+            sampled, processed = super()._sample_random(drawn, *args, **kwargs)
+            decoder.after_draw(drawn, sampled)
+            return sampled, processed
+
+    WatchedSampler.__name__ = cls.__name__
+    sampler.__class__ = WatchedSampler
 
 
 def view(input_batch: Any, steerer: Steerer) -> BatchView:
     """The rows of the step's input batch, in its order."""
     if not steerer.has_plans:
         return NOBODY
+    num, starts = input_batch.num_reqs, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
+    positions = input_batch.num_computed_tokens_np[:num]
     return BatchView(
         plans=[steerer.plan_of(request_id) for request_id in input_batch.req_ids],
-        starts=input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
-        positions=input_batch.num_computed_tokens_np[: input_batch.num_reqs],
+        starts=starts,
+        positions=positions,
         requests=input_batch.req_ids,
+        draws=positions + np.diff(starts) >= input_batch.prefill_len_np[:num],
     )

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.server.engine.explain import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import Row, num_slots
@@ -65,6 +66,11 @@ class SteeredScheduling:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         output.whipstaff_slots = SlotUse(self._slots_in_use, len(self._held))  # for metrics, by way of the worker
         return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        relay(model_runner_output, outputs)
+        return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         wanted = [request_ids] if isinstance(request_ids, str) else request_ids
@@ -152,9 +158,9 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
 def _digest(placed: PlacedPlan) -> bytes:
     """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
     steering = placed.plan.steering
-    said: list[object] = [placed.segments, placed.auxiliaries]
+    said: list[object] = [placed.edited, placed.auxiliaries]
     if steering is not None:
         said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
         if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
-            said.append(placed.plan.mix)
+            said.append(placed.plan.decoding)
     return hashlib.sha256(repr(said).encode()).digest()

@@ -11,7 +11,8 @@ from uuid import uuid4
 import torch
 from vllm import SamplingParams
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.steering.artifacts import Header, packed
@@ -92,7 +93,8 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     async for finding in _try_specials(engine, facts["specials"], plain):
         yield finding
     for name in auxiliaries:
-        shown = [await _log_probabilities(engine, RequestPlan(mix=Mix({name: weight}))) for weight in (1.0, 0.0)]
+        mixes = [DecodingPlan(Mix.of({name: weight})) for weight in (1.0, 0.0)]
+        shown = [await _log_probabilities(engine, RequestPlan(decoding=mix)) for mix in mixes]
         yield Finding(f"auxiliary model {name}", shown[0] != plain, shown[1] == plain)
 
 

@@ -33,11 +33,14 @@ KINDS = Kinds(
 )
 
 
-def install_sites(model: nn.Module, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector]) -> Tables:
+def install_sites(
+    model: nn.Module, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector], dtype: torch.dtype
+) -> Tables:
     """Hook the sites of `model` that the layout asks for to freshly made tables.
 
     Args:
         vector_of: finds a loaded vector by digest.
+        dtype: of the model's activations.
 
     Raises:
         UnsupportedEngine: naming a site that this model does not show.
@@ -52,33 +55,23 @@ def install_sites(model: nn.Module, layout: Layout, steerer: Steerer, vector_of:
             elif site != "resid_pre":
                 raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
     encoders = {Place(site, layer): size for site, layer, size in layout.encoders}
+    max_tokens, device = len(steerer.tokens), steerer.tokens.device
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
         layout.num_slots,
         layout.shape.num_layers,
-        steerer.tokens.device,
+        device,
         vector_of,
         encoders,
+        {
+            layer: torch.zeros(max_tokens, layout.shape.hidden_size, dtype=dtype, device=device)
+            for layer in layout.early_layers
+        },
     )
-    steerer.meters = torch.zeros(len(hooks), 2, device=steerer.tokens.device)
+    steerer.meters = torch.zeros(len(hooks), 2, device=device)
     for meter, (place, (_, module, editing)) in zip(steerer.meters, hooks.items(), strict=True):
         _adopt(module, editing, place, _buffers(tables.at(place), steerer, meter))
     return tables
-
-
-def watch_logits(model: nn.Module, steerer: Steerer) -> None:
-    """Let the steerer see the logits that tokens are drawn from."""
-    cls: Any = type(model)
-
-    class Watched(cls):
-        def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
-            logits: Tensor | None = cls.compute_logits(self, *args, **kwargs)
-            if logits is not None:
-                steerer.note_logits(logits)
-            return logits
-
-    _rename(Watched, cls)
-    model.__class__ = Watched
 
 
 def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, Tensor]:
@@ -94,6 +87,8 @@ def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, T
     }
     if tables.encoders is not None:
         buffers |= {"encoder": tables.encoders.weight, "encoder_bias": tables.encoders.bias}
+    if tables.kept is not None:
+        buffers["kept"] = tables.kept
     return buffers
 
 
@@ -167,6 +162,7 @@ def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> N
         own("meter"),
         own("encoder"),
         own("encoder_bias"),
+        own("kept"),
     )
 
 

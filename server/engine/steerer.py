@@ -1,17 +1,15 @@
-"""The steerer: one per worker, it turns each step's BatchView into an address per token and weights per row.
+"""The steerer: one per worker, it turns each step's BatchView into an address per token.
 
 worker.execute_model  -> note_requests    who came and went, with what plan
-runner adapter        -> begin_step       what happens to this step's tokens, auxiliary models needed
+runner adapter        -> begin_step       what happens to this step's tokens
 model (sites.py)      -> run_edits_       edits activations by the token table
-model (auxiliary.py)  -> row_weights      mixes the streams' logits
-model (sites.py)      -> note_logits      entropies, for schedules that follow them
+model (composite.py)  -> note_logits      entropies, for schedules that follow them
 runner adapter        -> end_step
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.decoder import Decoder
 from whipstaff.server.engine.request import PlacedPlan
 from whipstaff.server.engine.soft import SoftRows
 from whipstaff.server.engine.specials import Specials
@@ -27,18 +26,8 @@ from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import Row
 from whipstaff.steering.tables import NOTHING, Tables
 
-NOBODY = BatchView((), np.zeros(1, np.int32), np.zeros(0, np.int32))  # a step in which every row is plain
 MAX_KEPT, MAX_KEPT_NUMBERS = 256, 1 << 22  # sequences that are finished, and numbers, whose readings are kept
 _ADDRESS, _POSITION, _COLUMNS = 0, 1, 2  # columns of the token table: see cuda_ext.run_edits_
-
-
-@dataclass
-class Counters:
-    """What happened since the worker started, for metrics."""
-
-    steps: int = 0
-    auxiliary_steps_run: dict[str, int] = field(default_factory=dict)
-    auxiliary_steps_skipped: dict[str, int] = field(default_factory=dict)
 
 
 class Kept(NamedTuple):
@@ -63,7 +52,7 @@ class Piece(NamedTuple):
 
 
 class Steerer:
-    """Per-step state that the model's sites and the auxiliary models read.
+    """Per-step state that the model's sites read.
 
     `tokens` (max_tokens, 2 + MAX_CONDITIONS) int32, `gains` (max_tokens, MAX_SCHEDULES) float32 and `history`
     (num_histories, max_len) float32 are on the model's device; their addresses never change, so captured graphs read
@@ -74,7 +63,7 @@ class Steerer:
         self,
         max_tokens: int,
         device: torch.device,
-        auxiliaries: Iterable[str],
+        decoder: Decoder,
         num_histories: int = 0,
         max_len: int = 0,
     ) -> None:
@@ -84,11 +73,11 @@ class Steerer:
         self.history = torch.full((num_histories, max_len), torch.nan, device=device)
         self.meters = torch.zeros(0, 2, device=device)  # (places, 2): sum of lengths and number of rows measured
         self.view: BatchView | None = None
-        self.counters = Counters()
+        self.decoder = decoder
+        self.num_steps = 0
         self.tables: Tables | None = None
         self.specials: Specials | None = None
         self.soft: SoftRows | None = None
-        self._auxiliaries = tuple(auxiliaries)
         self._requests: dict[str, PlacedPlan] = {}
         self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions
         self._free_histories = list(range(num_histories))
@@ -166,9 +155,10 @@ class Steerer:
         return bool(self._requests)
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
-        """Write what happens to the step's tokens and remember who asks for auxiliary models."""
+        """Write what happens to the step's tokens."""
         self.view = view
-        self.counters.steps += 1
+        self.num_steps += 1
+        self.decoder.begin_step(view, input_ids)
         self._entropies = None
         if not view.plans and not self._was_asked:
             return
@@ -184,34 +174,9 @@ class Steerer:
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""
         self.view = None
+        self.decoder.end_forward()
         if self.specials is not None:
             self.specials.end_step()
-
-    def needed_auxiliaries(self) -> list[str]:
-        """The auxiliary models this step must run: all of them outside of real steps, so that they are profiled,
-        compiled and captured like the base."""
-        if self.view is None:
-            return list(self._auxiliaries)
-        wanted = {name for _, plan in self.view.planned() for name in plan.auxiliaries}
-        for name in self._auxiliaries:
-            counts = self.counters.auxiliary_steps_run if name in wanted else self.counters.auxiliary_steps_skipped
-            counts[name] = counts.get(name, 0) + 1
-        return [name for name in self._auxiliaries if name in wanted]
-
-    def row_weights(self, names: list[str]) -> Tensor:
-        """(B, len(names)) float32, on the host: the weight that each row of the step gives each auxiliary model."""
-        assert self.view is not None
-        weights = torch.zeros(len(self.view.plans), len(names))
-        for row, placed in self.view.planned():
-            for name, weight in placed.plan.mix.weights.items() if placed.plan.mix else ():
-                weights[row, names.index(name)] = weight
-        return weights
-
-    def token_rows(self) -> Tensor:
-        """(T,) int64, on the host: the row of the step that each token belongs to."""
-        assert self.view is not None
-        lengths = np.diff(self.view.starts)
-        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
 
     def note_logits(self, logits: Tensor) -> None:
         """Keep the entropies that schedules follow. The first logits after a forward pass are those to sample from, a

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
-from whipstaff.server.engine.auxiliary import Auxiliary, compose
-from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.auxiliary import Auxiliary
+from whipstaff.server.engine.composite import compose
+from whipstaff.server.engine.decoder import Arrival, Decoder
+from whipstaff.server.engine.explain import attach
+from whipstaff.server.engine.layout import Layout, max_tokens
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
-from whipstaff.server.engine.sites import install_sites, watch_logits
+from whipstaff.server.engine.sites import install_sites
 from whipstaff.server.engine.soft import install_soft_rows
 from whipstaff.server.engine.specials import Specials
 from whipstaff.server.engine.steerer import Steerer
@@ -37,29 +41,36 @@ class SteeredWorker:
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
         self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
-        self._steerer = Steerer(
-            _max_tokens(config),
+        self._heads: dict[str, dict[str, Tensor]] = {}
+        decoder = Decoder(
             runner.device,
+            config.model_config.max_model_len,
             [auxiliary.name for auxiliary in auxiliaries],
+            self._head,
+        )
+        self._steerer = Steerer(
+            max_tokens(config),
+            runner.device,
+            decoder,
             layout.num_histories,
             layout.max_len,
         )
-        self._steerer.tables = install_sites(model, layout, self._steerer, self._vectors.__getitem__)
+        self._steerer.tables = install_sites(
+            model, layout, self._steerer, self._vectors.__getitem__, config.model_config.dtype
+        )
         self._steerer.soft = install_soft_rows(
-            model, config.model_config, _max_tokens(config), runner.device, self._vectors.__getitem__
+            model, config.model_config, max_tokens(config), runner.device, self._vectors.__getitem__
         )
         self._steerer.specials = Specials(
             model,
-            _max_tokens(config),
+            max_tokens(config),
             runner.device,
             self._vectors.__getitem__,
             layout.num_slots,
             edits_router="router" in layout.sites,
             edits_attention=layout.edits_attention,
         )
-        if auxiliaries:
-            compose(model, auxiliaries, self._steerer, hidden_size)
-        watch_logits(model, self._steerer)
+        compose(model, auxiliaries, self._steerer, hidden_size)
         (runner_v2 if _is_v2(runner) else runner_v1).attach(runner, self._steerer)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
@@ -69,12 +80,24 @@ class SteeredWorker:
             self._steerer.specials.attention.learn_layouts()
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        arrivals = [_arrival(new) for new in scheduler_output.scheduled_new_reqs]
         self._steerer.note_requests(
-            scheduler_output.finished_req_ids,
-            ((new.req_id, _placed(new)) for new in scheduler_output.scheduled_new_reqs),
+            scheduler_output.finished_req_ids, ((new.request_id, new.placed) for new in arrivals)
         )
+        self._steerer.decoder.note_requests(scheduler_output.finished_req_ids, arrivals)
         self._slot_use = getattr(scheduler_output, "whipstaff_slots", self._slot_use)  # warm-up schedules nothing
         return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        return attach(output, self._steerer.decoder.take_explanations())
+
+    def _head(self, digest: str) -> dict[str, Tensor]:
+        """The tensors of a learned head, where the model is."""
+        if digest not in self._heads:
+            device = self.model_runner.device
+            self._heads[digest] = {part: tensor.to(device) for part, tensor in self._vectors[digest].unplaced.items()}
+        return self._heads[digest]
 
     def whipstaff_load_vector(self, path: str, digest: str, holder: str = "") -> str | None:
         """Read a vector file so that requests may name its digest, until every holder has dropped it. What is in the
@@ -107,6 +130,7 @@ class SteeredWorker:
             return
         del self._vectors[digest], self._holders[digest]
         self._tables.forget(digest)
+        self._heads.pop(digest, None)
         if self._steerer.specials is not None:
             self._steerer.specials.forget(digest)
 
@@ -123,6 +147,7 @@ class SteeredWorker:
             "sites": [list(place) for place in self._tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
+            "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
             "specials": self._steerer.specials.facts() if self._steerer.specials else {},
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
@@ -151,13 +176,13 @@ class SteeredWorker:
         """What happened since the start, and what is held now."""
         steerer = self._steerer
         return {
-            "steps": steerer.counters.steps,
-            "auxiliary_steps_run": dict(steerer.counters.auxiliary_steps_run),
-            "auxiliary_steps_skipped": dict(steerer.counters.auxiliary_steps_skipped),
+            "steps": steerer.num_steps,
+            "auxiliary_steps_run": dict(steerer.decoder.auxiliary_steps.run),
+            "auxiliary_steps_skipped": dict(steerer.decoder.auxiliary_steps.skipped),
             "table_uploads": self._tables.num_uploads,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),
-            "requests_held": steerer.num_requests,
+            "requests_held": steerer.num_requests + steerer.decoder.num_requests,
             "slots_in_use": self._slot_use.num_used,
             "requests_waiting_for_slots": self._slot_use.num_waiting,
             "histories_used": steerer.num_histories_used,
@@ -178,12 +203,11 @@ def _is_v2(runner: Any) -> bool:
     return isinstance(runner, GPUModelRunner)
 
 
-def _max_tokens(config: Any) -> int:
-    """The most tokens that one forward pass can have, padding for graph capture included."""
-    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))
-
-
-def _placed(new: Any) -> PlacedPlan | None:
-    plan = RequestPlan.from_wire(new.sampling_params.extra_args if new.sampling_params else None)
-    return None if plan is None else PlacedPlan(plan, int(new.prompt_len))
+def _arrival(new: Any) -> Arrival:
+    parameters = new.sampling_params
+    plan = RequestPlan.from_wire(parameters.extra_args if parameters else None)
+    if plan is None:
+        return Arrival(new.req_id, None, ())
+    placed = PlacedPlan(plan, int(new.prompt_len))
+    scores_prompt = parameters.prompt_logprobs is not None
+    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt)

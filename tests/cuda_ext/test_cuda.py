@@ -157,6 +157,12 @@ def test_rows_of_logits_match_the_cpu_kernels(dtype):
         cuda_ext.explain_rows(logits.cuda(), base.cuda(), 5), cuda_ext.explain_rows(logits, base, 5), strict=True
     ):
         assert_same(got, want, torch.float32)
+    owners = torch.tensor([0, 3, 3, 6, -1, 7, 2])
+    assert_same(
+        cuda_ext.divergences(logits.cuda(), base.cuda(), owners.cuda()),
+        cuda_ext.divergences(logits, base, owners),
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("head_max", [False, True])

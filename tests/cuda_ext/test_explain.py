@@ -1,4 +1,4 @@
-"""apply_temperature_ and explain_rows: rows of logits as distributions."""
+"""apply_temperature_, explain_rows and divergences: rows of logits as distributions."""
 
 import math
 
@@ -83,10 +83,36 @@ def test_without_base_only_the_entropy_is_told():
     assert explanation.tokens.shape == explanation.deltas.shape == (2, 0)
 
 
+@PROPERTY
+@given(st.data())
+def test_any_divergence_matches_the_reference(data):
+    num_rows, num_early, vocab = (data.draw(st.integers(low, high)) for low, high in ((1, 5), (0, 9), (1, 1200)))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    scale, dtype = data.draw(st.sampled_from([0.0, 0.01, 3.0, 60.0])), data.draw(st.sampled_from(DTYPES))
+    mature, early = strided(num_rows, vocab, dtype) * scale, strided(num_early, vocab + 3, dtype) * scale
+    mature[torch.rand(mature.shape) < data.draw(st.sampled_from([0.0, 0.3]))] = -INF
+    mature[:, 0] = 0
+    owners = torch.randint(-1, num_rows + 1, (num_early + 1,))
+    got = cuda_ext.divergences(mature, early, owners)
+    want = reference.divergences(mature.double(), early.double(), owners[:num_early])
+    torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
+
+
+def test_hand_worked_divergences():
+    mature = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]).log()
+    early = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.1, 0.2, 0.7]]).log()
+    terms = [(0.5, 0.5), (0.375, 0.375**2 / 0.5 / 0.25)]  # m, and m^2 / (q p) where it is not 1
+    expected = sum(m * math.log(ratio if m == 0.375 else 1) for m, ratio in terms) / 2
+    assert cuda_ext.divergences(mature, early, torch.tensor([0, 1, 2])).tolist() == pytest.approx([expected, 0, 0])
+    banned = cuda_ext.divergences(torch.zeros(1, 2), torch.tensor([[0.0, -INF]]), torch.tensor([0]))
+    assert banned.tolist() == [INF]
+
+
 def test_registration():
     final, base = torch.randn(3, 40), torch.randn(3, 41)
     torch.library.opcheck(torch.ops.whipstaff.apply_temperature_.default, (final, torch.tensor([0.0, 1.0, 2.0])))
     torch.library.opcheck(torch.ops.whipstaff.explain_rows.default, (final, base, 4))
+    torch.library.opcheck(torch.ops.whipstaff.divergences.default, (final, base, torch.tensor([2, 0, 9])))
 
 
 FINAL = torch.zeros(2, 8)
@@ -103,6 +129,21 @@ REFUSED = {
 def test_a_refusal_names_the_tensor(message):
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.explain_rows(*REFUSED[message])
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("early has 7 columns, fewer than mature's", {"early": FINAL[:, 1:]}),
+        ("owners must be Long, not Int", {"owners": torch.zeros(2, dtype=torch.int32)}),
+        ("owners has 1 entries for 2 rows", {"owners": torch.zeros(1, dtype=torch.int64)}),
+        ("mature must be float32, bfloat16 or float16, not Double", {"mature": FINAL.double()}),
+    ],
+)
+def test_a_refusal_of_divergences_names_the_tensor(message, changes):
+    fine = {"mature": FINAL, "early": FINAL, "owners": torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(RuntimeError, match=message):
+        cuda_ext.divergences(**fine | changes)
 
 
 def test_a_missing_temperature_is_refused():

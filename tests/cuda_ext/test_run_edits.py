@@ -37,6 +37,7 @@ class Edits(NamedTuple):
     meter: Tensor | None = None
     encoder: Tensor | None = None
     encoder_bias: Tensor | None = None
+    kept: Tensor | None = None
 
     def copies(self, dtype: torch.dtype | None = None) -> "Edits":
         """Its own tensors, rows as far apart as before; the floating ones as `dtype`."""
@@ -73,6 +74,10 @@ def check_against_reference(edits: Edits) -> None:
         is_same &= (want.residual == edits.residual.double()).all(1)
         assert torch.equal(got.residual[is_same], edits.residual[is_same])
     assert torch.equal(got.x[is_same], edits.x[is_same])
+    if edits.kept is not None:
+        torch.testing.assert_close(got.kept.double(), want.kept, **tolerance)
+        is_left = (want.kept == edits.kept.double()).all(1)
+        assert torch.equal(got.kept[is_left], edits.kept[is_left])
     begin = edits.tokens[: len(edits.x), 0]
     assert is_same[(begin < 0) | (begin >= len(edits.code))].all()
     if edits.meter is not None:
@@ -136,6 +141,7 @@ def any_program(random: Random, width: int) -> Program:
         lambda: [(Op.METER,)],
         features,
         lambda: [(Op.NORM_IN, random.randrange(3 if width > 8 else 1)), *directions()],
+        lambda: [(Op.KEEP,)],
     ]
     return [instruction for _ in range(random.randrange(7)) for instruction in random.choice(pieces)()]
 
@@ -173,6 +179,7 @@ def any_edits(seed: int, num_tokens: int, width: int, dtype: torch.dtype) -> Edi
         random.choice([None, torch.zeros(2)]),
         lines[2 * NUM_LINES :].clone(),
         torch.zeros(NUM_FEATURES),
+        random.choice([None, strided(num_tokens + 1, width, dtype)]),
     )
 
 
@@ -191,6 +198,7 @@ SPECIMENS: dict[str, Program] = {
     "low-rank": [*(direction(4 + r, 7 - r, Phi.AFFINE, r == 0, [0.5, 1.0]) for r in range(4)), (Op.END,)],
     "renorm": [(Op.SAVE,), (Op.DIAG, 1, 6), (Op.RENORM,), (Op.END,)],
     "probe": [(Op.PROBE, 4, 0), (Op.METER,), (Op.END,)],
+    "keep": [(Op.KEEP,), (Op.DIAG, 0, 5), (Op.END,)],
 }
 
 
@@ -207,11 +215,12 @@ def batch(popularity: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> 
     code = [instruction for program in SPECIMENS.values() for instruction in program]
     begins = [sum(len(p) for p in list(SPECIMENS.values())[:k]) for k in range(len(SPECIMENS))]
     chosen = slots(popularity, num_tokens, len(SPECIMENS))
-    begin = torch.where((chosen >= 0) & (chosen < len(begins)), torch.tensor(begins)[chosen.clamp(0, 4)], chosen)
+    begin = torch.where((chosen >= 0) & (chosen < len(begins)), torch.tensor(begins)[chosen.clamp(0, 5)], chosen)
     tokens = torch.stack([begin, torch.arange(len(begin)) % 7, torch.arange(len(begin))], 1).int()
     x, residual = strided(num_tokens, hidden, dtype), strided(num_tokens, hidden, dtype)
     gains, history = torch.rand(len(begin), 1), torch.full((len(begin), 7), NAN)
-    return Edits(x, pool(hidden), *tables(code), tokens, gains, history, residual, torch.zeros(2))
+    kept = strided(num_tokens, hidden, dtype)
+    return Edits(x, pool(hidden), *tables(code), tokens, gains, history, residual, torch.zeros(2), kept=kept)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -234,6 +243,7 @@ def run(
     encoder: Rows | None = None,
     bias: list[float] | None = None,
     meter: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Rows, Rows]:
     """All tokens run one program; condition j of each is row j of `past`. What x and `past` become."""
     rows, table = torch.tensor(x), torch.tensor(lines or x)
@@ -250,6 +260,7 @@ def run(
         meter,
         None if encoder is None else torch.tensor(encoder),
         None if bias is None else torch.tensor(bias),
+        kept,
     )
     return rows.tolist(), history.tolist()
 
@@ -340,6 +351,28 @@ def test_lengths():
     assert run(program, [[3.0, 4.0]], [[0.0, 0.0]])[0] == [[0.0, 0.0]]
 
 
+def test_what_is_kept_is_the_row_as_it_stands_then():
+    edit, keep, x = (Op.DIAG, -1, 0), (Op.KEEP,), [[1.0, 2.0], [3.0, 4.0]]
+    for program, row in (([keep], [3.0, 4.0]), ([keep, edit], [3.0, 4.0]), ([edit, keep, edit], [4.0, 6.0])):
+        kept = torch.zeros(2, 2)
+        assert run(program, x, kept=kept)[0][1] == [3.0 + program.count(edit), 4.0 + 2 * program.count(edit)]
+        assert kept.tolist()[1] == row
+    assert run([keep], x)[0] == x  # nowhere to keep it
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_kept_is_what_the_next_block_sees(dtype):
+    x, residual, kept = strided(9, 96, dtype), strided(9, 96, dtype), strided(11, 96, dtype)
+    before, tokens = kept.clone(), torch.zeros(9, 2, dtype=torch.int32)
+    tokens[::2, 0] = -1
+    cuda_ext.run_edits_(
+        x, pool(96), *tables([(Op.KEEP,)]), tokens, torch.ones(9, 0), torch.ones(0, 0), residual, kept=kept
+    )
+    assert torch.equal(kept[1:9:2], (x + residual)[1::2])
+    assert torch.equal(kept[:9:2], before[:9:2])
+    assert torch.equal(kept[9:], before[9:])
+
+
 def test_readings_of_a_normed_row():
     read = direction(0, 1, args=[1.0], bias=0.5, e=2.0)
     constant = run([(Op.NORM_IN, 1), read], [[3.0, 4.0]], AXES)[0][0]
@@ -373,6 +406,7 @@ def test_the_kth_feature_is_among_the_largest_bit_for_bit(width):
 
 UNCHANGING: dict[str, Program] = {
     "readings": [(Op.PROBE, 4, 0), (Op.METER,), (Op.SAVE,), (Op.RENORM,), (Op.NORM_IN, 2), (Op.TOP_K, 0, 2, 1)],
+    "keeping": [(Op.KEEP,), (Op.SAVE,), (Op.RENORM,)],
     "gain 0": [(Op.GAIN, -1), (Op.DIAG, 0, 4), (Op.CROSS, 0, 4, 1), direction(4, 5, args=[1.0])],
     "a gain of 0": [(Op.GAIN, 0, 0, 0, 0, 0, 1.0), (Op.DIAG, 0, 4)],
     "never met": [(Op.WHEN, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0), (Op.DIAG, 0, 4), (Op.SAVE,), (Op.RENORM,)],
@@ -389,8 +423,9 @@ def test_what_changes_nothing_leaves_every_bit(name, dtype):
     before, tokens = (x.clone(), residual.clone()), torch.tensor([[0, 0, 0]] * 4, dtype=torch.int32)
     history, encoder = torch.full((1, 1), NAN), torch.randn(2, 132)
     program = tables(UNCHANGING[name])
+    meter, bias, kept = torch.zeros(2), torch.ones(2), torch.zeros(4, 132, dtype=dtype)
     cuda_ext.run_edits_(
-        x, pool(132), *program, tokens, torch.zeros(4, 1), history, residual, torch.zeros(2), encoder, torch.ones(2)
+        x, pool(132), *program, tokens, torch.zeros(4, 1), history, residual, meter, encoder, bias, kept
     )
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
@@ -442,6 +477,7 @@ def test_under_torch_compile():
     copy = edits.copies()
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*edits), step(*copy))
     torch.testing.assert_close(edits.history, copy.history, equal_nan=True)
+    assert torch.equal(edits.kept, copy.kept)
 
 
 def test_registration():
@@ -449,6 +485,7 @@ def test_registration():
         encoder=torch.randn(3, 32), encoder_bias=torch.ones(3)
     )
     edits = edits._replace(x=torch.randn(6, 32), residual=torch.randn(6, 32), history=torch.zeros(11, 7))
+    edits = edits._replace(kept=torch.randn(8, 32))
     torch.library.opcheck(torch.ops.whipstaff.run_edits_.default, tuple(edits))
 
 
@@ -480,6 +517,9 @@ REFUSED = {
     "encoder has 7 columns, not 8": {"encoder": FINE.lines[:, 1:]},
     "encoder_bias has 2 entries for 3 rows": {"encoder": FINE.lines, "encoder_bias": torch.zeros(2)},
     "encoder_bias comes without an encoder": {"encoder_bias": torch.zeros(2)},
+    "kept has 3 rows, 4 are needed": {"kept": FINE.x[1:]},
+    "kept has 7 columns, not 8": {"kept": FINE.x[:, 1:]},
+    "kept must be Float, not Half": {"kept": FINE.x.half()},
     "a tensor is on meta, x on cpu": {"lines": FINE.lines.to("meta")},
 }
 
@@ -501,7 +541,8 @@ MISTAKES: dict[str, tuple[Program, str]] = {
     "token 1, instruction 0: history row 2 is outside [-1, 2)": ([(Op.PROBE, 0, 0), (Op.END,)], "tokens[1, 2] = 2"),
     "token 1, instruction 0: TOP_K needs an encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
     "token 1, instruction 0: encoder row 3 is outside [0, 3)": ([(Op.TOP_K, 1, 3, 1), (Op.END,)], "encoder = lines"),
-    "token 1, instruction 0: op 14 is outside [0, 14)": ([(14,), (Op.END,)], ""),
+    "token 1, instruction 0: KEEP has nowhere to keep it": ([(Op.KEEP,), (Op.END,)], ""),
+    "token 1, instruction 0: op 15 is outside [0, 15)": ([(15,), (Op.END,)], ""),
     "token 1 leaves the code for 1, it has 1 instructions": ([(Op.SAVE,)], ""),
     "token 1 leaves the code for -3, it has 1 instructions": ([(Op.JUMP, -3)], ""),
     "token 1: its program does not end": ([(Op.SAVE,), (Op.JUMP, 0)], ""),

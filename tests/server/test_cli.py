@@ -81,6 +81,9 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert (own.steering_sites, own.max_dose, own.dose_policy) == (["mlp_out", "attention"], 0.5, "clamp")
     _, own = cli.parse("serve", ["some/model", "--max-dose", "2", "--steering-sites", "router"])
     assert (own.steering_sites, own.max_dose, own.dose_policy) == (["router"], 2.0, "refuse")
+    for said, layers in (("all", "all"), ("none", []), ("6,2, 4,2", [2, 4, 6])):
+        assert cli.parse("serve", ["some/model", "--early-layers", said])[1].early_layers == layers
+    assert own.early_layers is None
 
 
 def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,6 +120,8 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
         (["--max-dose", "all"], "--max-dose: Input should be a valid number"),
         (["--max-dose", "1", "--dose-policy", "hope"], "--dose-policy: Input should be 'refuse' or 'clamp'"),
         (["--dose-policy", "clamp"], "--dose-policy says what happens beyond --max-dose, which is not given"),
+        (["--early-layers", "2,last"], "--early-layers: 'last' is no layer; give numbers with commas between them"),
+        (["--early-layers", "-1"], "--early-layers: '-1' is no layer"),
         (["--data-parallel-size", "2"], "data parallelism"),
         (["--admin-key", "secret"], "say where it is kept with --registry DIR"),
         (["--registry", "/proc/nowhere"], "--registry /proc/nowhere: "),

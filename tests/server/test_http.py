@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.schema import NOT_BUILT
 from whipstaff.steering import artifacts
 from whipstaff.steering.methods import METHODS
@@ -665,12 +666,13 @@ def test_the_users_key_guards_the_steering_routes(server: Server, method: str, p
 
 def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Client) -> None:
     rows = {row["name"]: row for row in http.get("/v1/steering/methods").json()["data"]}
-    assert rows.keys() == {*METHODS, "proxy_tuning"}
+    assert rows.keys() == {*(name for name, method in METHODS.items() if method.served_by != "logits"), *DECODING}
     for name, row in rows.items():
         assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
         assert row["available"] is (row["reason"] is None), name
     used = {"vector", "caa", "iti", "lofit", "directional_ablation", "sae", "loreft", "probe", "soft_prompt"}
-    assert {name for name, row in rows.items() if row["available"]} == {*used, "proxy_tuning"}
+    headless = {name for name, method in DECODING.items() if not method.head_fields}
+    assert {name for name, row in rows.items() if row["available"]} == used | headless
     assert rows["mote"]["reason"] == "the served model has no experts"
     assert all("--steering-sites attention" in rows[name]["reason"] for name in ("pasta", "prefix_kv"))
     assert rows["caa"]["schema"]["properties"]["vector"]["enum"] == ["late", "push"]
@@ -780,7 +782,7 @@ def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: 
     assert after["whipstaff_vectors_loaded", ()] == 11
     assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 5 * 5
     labelled = [pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs]
-    names = {"plain", "several", "proxy_tuning", *METHODS}
+    names = {"plain", "several", *DECODING, *METHODS}
     assert {part for key, value in labelled if key == "method" for part in value.split("+")} <= names
     assert {key for key, _ in labelled} <= {"method", "outcome", "status", "le"}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from whipstaff.decoding.method import Depth, Mixing
 from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
@@ -31,6 +35,7 @@ from whipstaff.server.methods import method_table
 from whipstaff.server.registry import BadVectorFile, Registry, read_vectors
 from whipstaff.server.schema import NOT_BUILT, Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
+from whipstaff.server.words import Words
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Header, ModelShape, Vector, parse
 from whipstaff.steering.edits import Lengths
@@ -206,8 +211,8 @@ def test_layers_are_a_set_and_all_of_them_are_none_named(have: Catalogue) -> Non
 def test_both_sides_compile_into_one_plan_and_one_label(have: Catalogue) -> None:
     both = compiled(have, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
     assert both.label == "caa+proxy_tuning"
-    assert both.plan.mix is not None and both.plan.steering is not None
-    assert both.plan.mix.weights == {"expert": 0.5, "anti": -0.5}
+    assert both.plan.decoding == DecodingPlan(Mix.of({"expert": 0.5, "anti": -0.5}))
+    assert both.plan.steering is not None
     assert both.limits == {"expert": 64, "anti": 64}
 
 
@@ -231,9 +236,8 @@ def test_labels_are_few(have: Catalogue, names: list[str], label: str) -> None:
 
 def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
     other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
-    mix = compiled(have, decoding=[PAIR, other]).plan.mix
-    assert mix is not None
-    assert mix.weights == {"expert": 1.0, "anti": -3.0, "short": 2.0}
+    summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
+    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
 
 
 WHEN = {"probe": "probe", "above": 0.25}
@@ -570,7 +574,7 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catal
     )
     assert [entry.path for entry in made.steering] == ["steering[1]"]
     assert made.plan.steering == plan_of(have, {"vector": "calm"})
-    assert made.plan.mix is None
+    assert made.plan.decoding is None
     starts = [warning.split(" was left out")[0] for warning in made.warnings]
     assert starts == [
         *("steering[0].vector", "steering[2].vector", "steering[3].method", "steering[4].when.probe"),
@@ -810,6 +814,74 @@ def test_fields_of_steering_become_paths_of_the_request(param: str, data: Any, p
     assert field_path("p", param, data) == path
 
 
+# ---- early layers
+
+
+@pytest.fixture(scope="module")
+def early(have: Catalogue) -> Catalogue:
+    """A server with a tokenizer, of which two early layers can be read."""
+    words = Words([], {}, (), None)
+    return replace(have, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))
+
+
+@pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
+def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: dict[str, Any]) -> None:
+    layers = [0, 1] if fields.get("dola_layers") == [1, 0] else [0]
+    made = compiled(early, **fields)
+    assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
+    assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
+    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    (said,) = made.receipt([])["decoding"]
+    assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
+    assert made.label == "dola"
+
+
+def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
+    plan = compiled(early, steering={"vector": "calm", "where": "generation"}, dola_layers=[0]).plan
+    assert plan.steering is not None and len(plan.steering.edits) == 1 and plan.steering.keeps == (0,)
+    placed = PlacedPlan(plan, 5)
+    assert (len(placed.rows), placed.first_edited) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "reason"),
+    [
+        ({"dola_layers": [4]}, 400, "dola_layers", "the model has 4 blocks, its early layers are 0 to 3"),
+        ({"dola_layers": [0, -1]}, 400, "dola_layers[1]", "greater than or equal to 0"),
+        ({"dola_layers": "middle"}, 400, "dola_layers", "or a list of layers"),
+        ({"dola_layers": [0, 2]}, 422, "dola_layers", "reads layer 2, .* start it with --early-layers 0,1,2"),
+        ({"decoding": [{"method": "dola", "layers": []}]}, 400, "decoding[0].layers", "or a list of layers"),
+        ({"decoding": [{"method": "dola", "layers": "high"}]}, 422, "decoding[0].layers", "--early-layers 0,1,2"),
+        (
+            {"decoding": {"method": "dola", "relative_top": 1.5}},
+            400,
+            "decoding.relative_top",
+            "less than or equal to 1",
+        ),
+        (
+            {"decoding": {"method": "dola", "final_norm_on_candidates": True}},
+            400,
+            "decoding.final_norm_on_candidates",
+            "does not show its final norm",
+        ),
+    ],
+)
+def test_early_layers_that_are_not_there(
+    early: Catalogue, fields: dict[str, Any], status: int, param: str, reason: str
+) -> None:
+    error = refusal(early, **fields)
+    assert (error.status, error.param) == (status, param)
+    assert re.search(reason, error.message)
+
+
+def test_the_table_says_which_flag_keeps_early_layers(early: Catalogue) -> None:
+    rows = [
+        next(row for row in method_table(server) if row["name"] == "dola")
+        for server in (early, replace(early, depth=Depth(4)))
+    ]
+    assert [row["reason"] for row in rows] == [None, "start the server with --early-layers LAYERS"]
+
+
 # ---- the method table
 
 
@@ -817,7 +889,8 @@ def test_the_method_table_says_what_this_server_can_do(
     have: Catalogue, everything: Catalogue, nothing: Catalogue
 ) -> None:
     dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (have, everything, nothing))
-    assert dense.keys() == full.keys() == empty.keys() == {*STEERING, *METHODS}
+    edits = {name: method for name, method in STEERING.items() if method.served_by != "logits"}
+    assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
     assert full["proxy_tuning"]["defaults"]["alpha"] == 1.0
     assert not any(row["available"] for row in empty.values())
@@ -826,11 +899,12 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["mote"]["reason"] == "the served model has no experts"
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
+    decoding = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
     for name, row in full.items():
-        assert row["paper"] and row["kind"] == ("mix" if name in METHODS else "edit")
-        assert (row["reason"] is None) is row["available"] is (name in {*served, *METHODS})
+        assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
+        assert (row["reason"] is None) is row["available"] is (name in {*served, *decoding})
     assert dense["vector"]["schema"]["properties"]["vector"]["enum"] == ["calm", "router", "strange"]
-    for name in STEERING:
+    for name in edits:
         schema = full[name]["schema"]
         assert schema["additionalProperties"] is False
         assert ("vector" in schema["required"]) is ("method" not in schema["properties"]) is STEERING[name].needs_file

@@ -185,6 +185,15 @@ EXAMPLES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "iti": ({"attn_head.1.direction": numbers(2, 8), "attn_head.1.sigma": torch.tensor([2.0, 0.0])}, {}),
     "lofit": ({"attn_head.1.A": numbers(2, 8), "attn_head.1.v": numbers(2, 8)}, {}),
     "site": ({"attn_head.1.task": numbers(2, 8), "attn_head.1.alpha": torch.tensor([1.0, 0.25])}, {}),
+    "defer_head": ({"weight": numbers(16), "bias": torch.tensor(0.5)}, {}),
+    "temperature_head": (
+        {
+            **{"temperatures": torch.tensor([0.0, 0.5, 1.0]), "w0": numbers(5, 16), "b0": numbers(5)},
+            **{"w1": numbers(5, 5), "b1": numbers(5), "w2": numbers(3, 5), "b2": numbers(3)},
+        },
+        {},
+    ),
+    "token_classifier": ({"weight": numbers(30, 16)}, {}),
     "head_scale": ({"attn_head.1.scale": torch.tensor([0.0, 2.0])}, {}),
     "tarot": ({"attn_head.1.angles": numbers(2, 7)}, {}),
     "directional_ablation": ({"mlp_out.1.direction": numbers(16)}, {}),

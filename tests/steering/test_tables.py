@@ -13,7 +13,7 @@ from whipstaff.cuda_ext import run_edits_
 from whipstaff.steering.artifacts import Header, Vector, parse
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.method import Place
-from whipstaff.steering.plan import Row, RowEdit, num_slots
+from whipstaff.steering.plan import Row, RowEdit, RowKeep, num_slots
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 
@@ -58,11 +58,13 @@ ROWS: list[Row] = [
 ]
 
 
-def tables(num_slots: int, ranks: int = 1, rank: int = 0) -> Tables:
+def tables(num_slots: int, ranks: int = 1, rank: int = 0, kept: dict[int, Tensor] | None = None) -> Tables:
     width = 12 // ranks
     specs = [SiteSpec(Place("resid_post", layer), 0, 8) for layer in range(3)]
     specs += [SiteSpec(Place("attn_head", layer), rank * width, width) for layer in range(3)]
-    return Tables(specs, num_slots, 3, CPU, BY_DIGEST.__getitem__)
+    if kept:
+        specs.append(SiteSpec(Place("resid_pre", 0), 0, 8))
+    return Tables(specs, num_slots, 3, CPU, BY_DIGEST.__getitem__, kept=kept)
 
 
 def run(held: Tables, place: Place, address: int, x: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def run(held: Tables, place: Place, address: int, x: Tensor) -> Tensor:
     site, x = held.at(place), x[None].clone()
     tokens = torch.full((1, TOKEN_COLUMNS), -1, dtype=torch.int32)
     tokens[0, 0] = address
-    run_edits_(x, site.lines, site.code, site.args, tokens, torch.ones(1, NUM_GAINS), torch.zeros(1, 1))
+    run_edits_(x, site.lines, site.code, site.args, tokens, torch.ones(1, NUM_GAINS), torch.zeros(1, 1), kept=site.kept)
     return x[0]
 
 
@@ -101,6 +103,23 @@ def check(held: Tables, addresses: dict[Row, int]) -> None:
 def test_an_address_does_what_its_edits_do_one_after_the_other() -> None:
     held = tables(num_slots=64)
     check(held, held.acquire(ROWS))
+
+
+def test_a_stream_is_kept_as_the_rows_edits_leave_it() -> None:
+    held = tables(num_slots=64, kept={layer: torch.full((4, 8), torch.nan) for layer in range(3)})
+    edits = ROWS[1]
+    rows: list[Row] = [(RowKeep((0, 2)),), (*edits, RowKeep((0, 1, 2)))]
+    for row, address in held.acquire(rows).items():
+        for place in held.places:
+            x, at = torch.randn(held.at(place).lines.shape[1]), held.at(place).kept
+            after = run(held, place, address, x)
+            if at is not None and (place != Place("resid_post", 0) or row != rows[0]):
+                assert torch.equal(at[0], after) and at[1:].isnan().all()
+            elif at is not None:
+                assert at.isnan().all()
+            torch.testing.assert_close(after, by_hand(edits if row == rows[1] else (), place, x))
+    assert held.kept(0) is held.at(Place("resid_pre", 0)).kept
+    assert held.kept(2) is held.at(Place("resid_post", 1)).kept
 
 
 def test_room_is_reused_without_a_trace() -> None:

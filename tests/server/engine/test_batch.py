@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whipstaff.server.engine import runner_v1, runner_v2
-from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.decoder import Decoder
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.steerer import NOBODY, Steerer
+from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
@@ -41,7 +42,7 @@ def placed(clauses: list[int], prompt_len: int) -> PlacedPlan:
 
 
 def steerer(*plans: tuple[str, PlacedPlan | None]) -> Steerer:
-    made = Steerer(256, torch.device("cpu"), [])
+    made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), {}.__getitem__))
     made.tables = FakeTables()  # type: ignore[assignment]
     made.note_requests([], plans)
     return made
@@ -55,12 +56,20 @@ def test_both_adapters_give_the_same_view() -> None:
     v1 = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=list(plans), num_reqs=3, num_computed_tokens_cpu=positions),
         query_start_loc=SimpleNamespace(np=starts),
+        discard_request_mask=SimpleNamespace(np=np.array([False, False, True, True])),
     )
-    v2 = SimpleNamespace(req_ids=list(plans), num_reqs=3, query_start_loc_np=starts, num_computed_tokens_np=positions)
+    v2 = SimpleNamespace(
+        req_ids=list(plans),
+        num_reqs=3,
+        query_start_loc_np=starts,
+        num_computed_tokens_np=positions,
+        prefill_len_np=np.array([12, 50, 11, 99]),
+    )
     for view in (runner_v1.view(v1, made), runner_v2.view(v2, made)):
         assert list(view.plans) == list(plans.values())
         assert view.token_positions().tolist() == [12, *range(30, 50), 9]
         assert [plan.prompt_len for _, plan in view.planned()] == [50, 7]
+        assert view.draws.tolist() == [True, True, False]
 
 
 def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:

@@ -1,13 +1,16 @@
 """KV blocks are keyed by what changed the KV in them: shared with plain traffic before, never after."""
 
 import hashlib
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import key_blocks
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
@@ -74,9 +77,9 @@ def test_equal_plans_share_and_different_plans_never_do() -> None:
         steering(everywhere, scale=2.0),
         steering(everywhere, digest="b"),
         steering(Where(prompt=[(0, 40)])),
-        RequestPlan(mix=Mix({"expert": 1.0})),
-        RequestPlan(steering(everywhere).steering, Mix({"expert": 1.0})),
-        RequestPlan(mix=Mix({"expert": 1.0, "anti": -1.0})),
+        RequestPlan(decoding=DecodingPlan(Mix.of({"expert": 1.0}))),
+        RequestPlan(steering(everywhere).steering, DecodingPlan(Mix.of({"expert": 1.0}))),
+        RequestPlan(decoding=DecodingPlan(Mix.of({"expert": 1.0, "anti": -1.0}))),
     ]
     found = [tuple(keys(TOKENS, 80, plan)) for plan in plans]
     assert len(set(found)) == len(plans)
@@ -86,9 +89,19 @@ def test_equal_plans_share_and_different_plans_never_do() -> None:
 
 def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
     """How much an auxiliary model counts changes no KV; whether it ran changes everything."""
-    mild, strong = (RequestPlan(mix=Mix({"expert": weight})) for weight in (0.5, 2.0))
+    mild, strong = (RequestPlan(decoding=DecodingPlan(Mix.of({"expert": weight}))) for weight in (0.5, 2.0))
     assert keys(TOKENS, 80, mild) == keys(TOKENS, 80, strong)
     assert not set(keys(TOKENS, 80, mild)) & set(keys(TOKENS, 80, None))
+
+
+@given(prompt_len=st.integers(1, 99))
+def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
+    only = RequestPlan(SteeringPlan((), keeps=(0, 1)))
+    assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
+    edited = steering(Where.of("each_last")).steering
+    both = RequestPlan(replace(edited, keeps=(0, 1)))
+    assert SteeringPlan.from_wire(json.loads(json.dumps(both.steering.to_wire()))) == both.steering
+    assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))
 
 
 def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:

@@ -20,7 +20,8 @@ from reference import conditioned
 from reference.conditioned import Probe, Trace
 from transformers import AutoModelForCausalLM
 
-from whipstaff.decoding.method import Mix
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.launch import NUM_HISTORIES
 from whipstaff.server.engine.request import RequestPlan
 from whipstaff.steering.artifacts import Header, Vector
@@ -82,7 +83,7 @@ class Bench:
     probes: list[tuple[Vector, Probe, list[float]]] = field(default_factory=list)  # and sorted readings of the prompts
 
     def trace(self, case: Case) -> Trace:
-        key = repr((case.prompt, case.plan.steering, case.plan.mix, case.num_tokens))
+        key = repr((case.prompt, case.plan.steering, case.plan.decoding, case.num_tokens))
         if key not in KNOWN:
             others = {self.models[name]: weight for name, weight in case.mix.items()}
             KNOWN[key] = conditioned.greedy(self.models["base"], case.prompt, case.num_tokens, case.entries, others)
@@ -120,7 +121,7 @@ class Bench:
                     entry.get("renorm", False),
                 )
             )
-        plan = RequestPlan(planner.plan, Mix(dict(mix)) if mix else None, ticket=str(uuid4()))
+        plan = RequestPlan(planner.plan, DecodingPlan(Mix.of(mix)) if mix else None, ticket=str(uuid4()))
         return Case(prompt, plan, theirs, mix)
 
     def readings(self, case: Case) -> list[dict[str, Any]]:

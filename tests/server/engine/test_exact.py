@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, edit, plan
+from engines import Ask, EngineUnderTest, edit, plan, weights
 from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
 from reference import steered
 from transformers import AutoModelForCausalLM
@@ -65,13 +65,12 @@ class Bench:
     def reference(self, ask: Ask) -> list[int]:
         key = repr((ask.prompt, ask.plan, ask.max_tokens))
         if key not in KNOWN:
-            mix = ask.plan.mix.weights if ask.plan and ask.plan.mix else {}
             KNOWN[key] = steered.greedy(
                 self.models["base"],
                 ask.prompt,
                 ask.max_tokens,
                 self._edits(ask),
-                {self.models[name]: weight for name, weight in mix.items()},
+                {self.models[name]: weight for name, weight in weights(ask.plan).items()},
             )
         return KNOWN[key]
 
@@ -247,13 +246,13 @@ def test_preemption_happened(bench: Bench) -> None:
 def test_prompt_logprobs_are_those_of_the_mixed_and_steered_model(bench: Bench, nobody_left: None) -> None:
     """Whatever rows vLLM asks logits for, they carry what mixing needs: here the rows of prompts, chunk by chunk."""
     (ask, *_) = [
-        a for a in mixed_asks(bench, 40, 9) if a.plan and a.plan.mix and a.plan.steering and len(a.prompt) > 64
+        a for a in mixed_asks(bench, 40, 9) if a.plan and a.plan.decoding and a.plan.steering and len(a.prompt) > 64
     ]
     ask.max_tokens, ask.sampling = 1, {"prompt_logprobs": 1}
     others = [a for a in mixed_asks(bench, 6, seed=10)]
     output = bench.engine.generate(ask, *others)[0]
     rows = steered.logits(bench.models["base"], ask.prompt, len(ask.prompt), bench._edits(ask))
-    for name, weight in ask.plan.mix.weights.items():
+    for name, weight in weights(ask.plan).items():
         rows = rows + weight * steered.logits(bench.models[name], ask.prompt, 0, [])[:, : rows.shape[1]]
     expected = rows.log_softmax(-1)
     for position, said in enumerate(output.prompt_logprobs[1:]):
@@ -322,5 +321,5 @@ def test_the_self_test_finds_every_site_and_auxiliary_model(bench: Bench, nobody
         return [finding async for finding in self_test(bench.engine.engine, ["expert", "anti", "anti-2"])]
 
     found = bench.engine.run(findings())
-    assert len(found) == 2 * bench.engine.shape.num_layers + 3
+    assert len(found) == len(bench.engine.facts["sites"]) + 3
     assert all(finding.is_good for finding in found), found

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from whipstaff.server.engine.decoder import Decoder
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import Header, Vector
@@ -443,7 +444,9 @@ def test_a_request_that_comes_back_keeps_what_was_read() -> None:
     """Model Runner V2 is told of a resumed request as of a new one; what it read before may stand in cached blocks."""
     latched = PlannedEdit(RowEdit("a", "{}", None, gate=GATES[2]), Where.of("generation"))
     placed = PlacedPlan(RequestPlan(SteeringPlan((latched,), (LATCH,))), 5)
-    steerer = Steerer(8, torch.device("cpu"), (), num_histories=3, max_len=16)
+    steerer = Steerer(
+        8, torch.device("cpu"), Decoder(torch.device("cpu"), 16, (), {}.__getitem__), num_histories=3, max_len=16
+    )
     steerer.note_requests((), [("one", placed)])
     steerer.history[:, 0] = 2.0
     steerer.note_requests((), [("one", placed)])

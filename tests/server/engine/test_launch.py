@@ -7,7 +7,7 @@ import pytest
 import tiny
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from whipstaff.server.engine import UnsupportedEngine, check_version
+from whipstaff.server.engine import UnsupportedEngine, check_version, launch
 from whipstaff.server.engine.launch import configure
 
 
@@ -55,6 +55,27 @@ def test_an_auxiliary_model_with_too_few_tokens_is_refused(model: str, tmp_path:
     small = tiny.save("llama", tmp_path, vocab_size=tiny.VOCABULARY - 1)
     with pytest.raises(UnsupportedEngine, match=f"{tiny.VOCABULARY - 1} entries, the base's {tiny.VOCABULARY}"):
         configure(config_of(model), [("small", small)])
+
+
+def test_early_layers_are_kept_where_that_takes_little_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert configure(config_of(model)).early_layers == (0, 1, 2)
+    assert configure(config_of(model), early_layers=[2, 1]).early_layers == (1, 2)
+    assert configure(config_of(model), early_layers=[]).early_layers == ()
+    wide = config_of(model, max_num_batched_tokens=1 << 16)
+    assert launch.EARLY_BUDGET < (1 << 16) * 96 * 4 * 11
+    monkeypatch.setattr(launch, "EARLY_BUDGET", (1 << 16) * 96 * 4 * 3 - 1)
+    assert configure(wide).early_layers == ()
+    assert configure(config_of(model, max_num_batched_tokens=1 << 16), early_layers="all").early_layers == (0, 1, 2)
+
+
+def test_the_embeddings_are_a_site_only_where_they_may_be_kept(model: str) -> None:
+    assert "resid_pre" in configure(config_of(model)).sites
+    assert "resid_pre" not in configure(config_of(model), early_layers=[1]).sites
+
+
+def test_a_layer_that_is_not_there_cannot_be_kept(model: str) -> None:
+    with pytest.raises(UnsupportedEngine, match="--early-layers 3: the served model has 3 blocks"):
+        configure(config_of(model), early_layers=[0, 3])
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])

@@ -1,0 +1,48 @@
+"""Contrasting layers: which early layer differs most from the last one, and what the last one says beyond it.
+
+    q = softmax(mature)    p = softmax(early)    m = (p + q) / 2
+    d = 1/2 sum over v of  m (log m - log q) + m (log m - log p)
+
+The divergence has its arguments the other way round than Jensen and Shannon's: so it is in the authors' code, with
+which all published numbers were made. Chuang et al. 2024, arXiv:2309.03883.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import mix_logits_
+
+
+def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
+    """(R,) int64: for each mature row which of its early rows differs most, the first of equals.
+
+    Args:
+        divergence: (P,) row after row.
+        num_early: (R,) how many belong to each; at least one.
+    """
+    counts = torch.tensor(num_early, dtype=torch.int64)
+    starts = (counts.cumsum(0) - counts).to(divergence.device, non_blocking=True)
+    is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
+    table = divergence.new_full(is_own.shape, -torch.inf)
+    table[is_own.to(divergence.device, non_blocking=True)] = divergence
+    return starts + table.argmax(-1)
+
+
+def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor) -> Tensor:
+    """(R, V) float32: log-softmax(mature) - log-softmax(early[chosen]) on the tokens that the mature row finds
+    plausible, -inf elsewhere.
+
+    Args:
+        mature: (R, V) logits; banned tokens stay banned.
+        early: (P, >= V) logits.
+        chosen: (R,) int64, a row of `early` for each.
+        relative_top: (R,) float32. A token is plausible if it is at least this times as likely as the best; 0: all are.
+    """
+    scores = mature.to(torch.float32, copy=True)
+    rows = torch.stack([torch.arange(len(mature), device=mature.device), chosen], 1)
+    weights = scores.new_tensor([[1.0, -1.0]]).expand(len(mature), -1).contiguous()
+    alphas = torch.stack([relative_top, torch.zeros_like(relative_top)], 1)
+    mix_logits_(scores, [scores, early], rows, weights, log_softmax=weights != 0, alphas=alphas)
+    return scores

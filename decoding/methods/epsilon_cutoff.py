@@ -1,0 +1,38 @@
+"""Epsilon sampling: keep what is at least this likely, and the best token always.
+
+    keep p >= epsilon
+
+Hewitt et al. 2022, arXiv:2210.15191; 3e-4 to 9e-4 by the size of the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.rows import Rows
+
+
+class EpsilonCutoffParams(Params):
+    """The least probability."""
+
+    method: Literal["epsilon_cutoff"] = "epsilon_cutoff"
+    epsilon: float = Field(3e-4, ge=0, lt=1, allow_inf_nan=False, description="0 is off")
+
+
+class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
+    name, paper = "epsilon_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
+    stage, params = "truncation", EpsilonCutoffParams
+    shorthands: ClassVar[Mapping[str, str]] = {"epsilon_cutoff": "epsilon"}
+    keeps_greedy = True
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> EpsilonCutoffParams:
+        return EpsilonCutoffParams(epsilon=0.0)
+
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        logits = rows.logits
+        is_rare = logits.softmax(1) < rows.column(params.epsilon for params in settings)
+        return logits.masked_fill_(is_rare & (logits < logits.amax(1, keepdim=True)), -torch.inf)

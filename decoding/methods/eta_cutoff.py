@@ -1,0 +1,42 @@
+"""Eta sampling: a least probability that falls where the distribution is flat; the best token stays always.
+
+    keep p >= min(epsilon, sqrt(epsilon) * exp(-H))        H = -sum p log p
+
+Hewitt et al. 2022, arXiv:2210.15191; epsilon 3e-4 to 4e-3 by the size of the model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from whipstaff.cuda_ext import explain_rows
+from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.rows import Rows
+
+
+class EtaCutoffParams(Params):
+    """The least probability where the model is sure."""
+
+    method: Literal["eta_cutoff"] = "eta_cutoff"
+    epsilon: float = Field(3e-4, ge=0, lt=1, allow_inf_nan=False, description="0 is off")
+
+
+class EtaCutoff(Rewriting[EtaCutoffParams]):
+    name, paper = "eta_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
+    stage, params = "truncation", EtaCutoffParams
+    shorthands: ClassVar[Mapping[str, str]] = {"eta_cutoff": "epsilon"}
+    keeps_greedy = True
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> EtaCutoffParams:
+        return EtaCutoffParams(epsilon=0.0)
+
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)
+        flat = rows.column(math.sqrt(params.epsilon) for params in settings)
+        least = torch.minimum(epsilon, flat * (-explain_rows(logits).entropy[:, None]).exp())
+        is_rare = (logits.softmax(1) < least) & (logits < logits.amax(1, keepdim=True))
+        return logits.masked_fill_(is_rare, -torch.inf)

@@ -1,0 +1,58 @@
+"""Mirostat 2: hold the surprise of the text near a target.
+
+    keep -log2 p <= mu, and the best token always;  after drawing x:  mu <- mu - eta * (-log2 q(x) - tau)
+
+mu starts at 2 * tau. q is the distribution that x was drawn from: truncated, and summing to one. Basu et al. 2021,
+arXiv:2007.14966, algorithm 2; tau = 5 bits and eta = 0.1 as in llama.cpp.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.rows import Rows
+
+
+class MirostatParams(Params):
+    """The target, and how fast to go there."""
+
+    method: Literal["mirostat"] = "mirostat"
+    mode: Literal[0, 2] = Field(2, description="llama.cpp's numbers: 2 is mirostat 2, 0 is off")
+    tau: float = Field(5.0, gt=0, le=100, allow_inf_nan=False, description="target surprise in bits")
+    eta: float = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="learning rate; 0 stays at 2 * tau")
+
+
+class Mirostat(Rewriting[MirostatParams]):
+    name, paper = "mirostat", "Basu et al. 2021, arXiv:2007.14966, algorithm 2"
+    stage, params = "truncation", MirostatParams
+    shorthands: ClassVar[Mapping[str, str]] = {"mirostat": "mode", "mirostat_tau": "tau", "mirostat_eta": "eta"}
+    num_state = 1  # mu
+    keeps_greedy = True
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> MirostatParams:
+        return MirostatParams(mode=0)
+
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        assert rows.state is not None
+        logits, mu = rows.logits, rows.state
+        start = rows.column(2 * params.tau for params in settings)
+        mu.copy_(torch.where(mu.isnan(), start, mu))
+        is_on = rows.column(params.mode == 2 for params in settings) > 0
+        is_odd = (_bits(logits) > mu) & (logits < logits.amax(1, keepdim=True))
+        return logits.masked_fill_(is_odd & is_on, -torch.inf)
+
+    def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
+        assert rows.state is not None
+        surprise = _bits(rows.logits).gather(1, sampled[:, None])
+        excess = surprise - rows.column(params.tau for params in settings)
+        rows.state.sub_(rows.column(params.eta for params in settings) * excess)
+
+
+def _bits(logits: Tensor) -> Tensor:
+    """(R, V) how surprising each token is."""
+    return -logits.log_softmax(1) / math.log(2)

@@ -1,0 +1,38 @@
+"""Top-a: keep what is at least `a` times the square of the best probability.
+
+    keep p >= a * (max p) ** 2
+
+Strict where the model is sure, lax where it is not. By the author of RWKV, who takes a = 0.2.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.rows import Rows
+
+
+class TopAParams(Params):
+    """How strict."""
+
+    method: Literal["top_a"] = "top_a"
+    a: float = Field(0.2, ge=0, le=1, allow_inf_nan=False, description="0 is off")
+
+
+class TopA(Rewriting[TopAParams]):
+    name, paper = "top_a", "RWKV-LM, top-a sampling"
+    stage, params = "truncation", TopAParams
+    shorthands: ClassVar[Mapping[str, str]] = {"top_a": "a"}
+    keeps_greedy = True
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> TopAParams:
+        return TopAParams(a=0.0)
+
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        p = rows.logits.softmax(1)
+        least = rows.column(params.a for params in settings) * p.amax(1, keepdim=True).square()
+        return rows.logits.masked_fill_(p < least, -torch.inf)

@@ -1,0 +1,42 @@
+"""Top n sigma: keep the logits within n standard deviations of the best one.
+
+    keep l >= max l - n * std(l)        std over the tokens that are not banned, divided by their number
+
+Temperature does not change what is kept. Tang et al. 2024, arXiv:2411.07641; n = 1. As in llama.cpp, n <= 0 is off.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.rows import Rows
+
+
+class TopNSigmaParams(Params):
+    """How many standard deviations."""
+
+    method: Literal["top_n_sigma"] = "top_n_sigma"
+    n: float = Field(1.0, ge=-1, le=1000, allow_inf_nan=False, description="standard deviations; 0 or less is off")
+
+
+class TopNSigma(Rewriting[TopNSigmaParams]):
+    name, paper = "top_n_sigma", "Tang et al. 2024, arXiv:2411.07641"
+    stage, params = "truncation", TopNSigmaParams
+    shorthands: ClassVar[Mapping[str, str]] = {"top_n_sigma": "n"}
+    keeps_greedy = True
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> TopNSigmaParams:
+        return TopNSigmaParams(n=0.0)
+
+    def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
+        logits, n = rows.logits, rows.column(params.n for params in settings)
+        is_allowed = logits > -torch.inf
+        num = is_allowed.sum(1, keepdim=True)
+        mean = torch.where(is_allowed, logits, 0).sum(1, keepdim=True) / num
+        deviation = (torch.where(is_allowed, logits - mean, 0).square().sum(1, keepdim=True) / num).sqrt()
+        is_far = logits < logits.amax(1, keepdim=True) - n * deviation
+        return logits.masked_fill_(is_far & (n > 0), -torch.inf)

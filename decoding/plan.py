@@ -1,0 +1,78 @@
+"""A request's decoding: what its entries were compiled to, as it travels to the engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from whipstaff.decoding.mix import Mix
+
+
+class Rewrite(NamedTuple):
+    """One method that rewrites rows."""
+
+    method: str
+    setting: str  # JSON of the method's setting
+    streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
+    heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
+    early: tuple[int, ...] = ()  # early layers
+
+
+class Draw(NamedTuple):
+    """The request's own sampling parameters, where our stages do what vLLM's sampler would."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    is_temperature_last: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class DecodingPlan:
+    """Everything the engine does differently to a request's logits."""
+
+    mix: Mix | None = None
+    rewrites: tuple[Rewrite, ...] = ()  # in the order in which they run
+    draw: Draw | None = None  # None: vLLM's sampler draws as ever
+    seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
+    explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
+    scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
+
+    @property
+    def models(self) -> list[str]:
+        """The auxiliary models that must run, sorted."""
+        named = {name for rewrite in self.rewrites for name in rewrite.streams}
+        return sorted(named.union(self.mix.models if self.mix else ()))
+
+    @property
+    def early_layers(self) -> tuple[int, ...]:
+        """The early layers whose streams must be kept, in order."""
+        return tuple(sorted({layer for rewrite in self.rewrites for layer in rewrite.early}))
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "mix": self.mix.to_wire() if self.mix else None,
+            "rewrites": [list(rewrite) for rewrite in self.rewrites],
+            "draw": list(self.draw) if self.draw else None,
+            "seed": self.seed,
+            "explain": self.explain,
+            "scores_base": self.scores_base,
+        }
+
+    @staticmethod
+    def from_wire(wire: Mapping[str, Any]) -> "DecodingPlan":
+        return DecodingPlan(
+            Mix.from_wire(wire["mix"]) if wire["mix"] else None,
+            tuple(
+                Rewrite(method, setting, tuple(streams), tuple(heads), tuple(early))
+                for method, setting, streams, heads, early in wire["rewrites"]
+            ),
+            Draw(*wire["draw"]) if wire["draw"] else None,
+            wire["seed"],
+            wire["explain"],
+            wire["scores_base"],
+        )

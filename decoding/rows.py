@@ -1,0 +1,31 @@
+"""Rows: logits of the requests that use one method, side by side, and what else of them a method may read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """R rows of one step, each about to become one token; all name the same streams and heads. What a method does not
+    declare in its `needs` is None."""
+
+    logits: Tensor  # (R, V) float32
+    num_prompt: Sequence[int]  # (R,) tokens in the prompt
+    num_generated: Sequence[int]  # (R,) tokens generated before this one
+    tokens: Tensor | None = None  # (R, W) int64 prompt and generation so far; -1 from each row's own end on
+    hidden: Tensor | None = None  # (R, H) the last hidden state, after the final norm
+    uniform: Tensor | None = None  # (R,) float32 in [0, 1), the same for the same seed and position
+    temperature: Tensor | None = None  # (R,) float32 what the requests say; 0 is greedy
+    state: Tensor | None = None  # (R, num_state) float32, NaN at first; what is written here comes back next time
+    streams: Mapping[str, Tensor] = field(default_factory=dict)  # stream field -> (R, V') that model's raw logits
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
+    early: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
+    early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
+    facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
+
+    def column(self, values: Iterable[float]) -> Tensor:
+        """(R, 1) float32 beside the logits: one number per row, sent without waiting for the device."""
+        return torch.tensor(list(values), dtype=torch.float32).to(self.logits.device, non_blocking=True)[:, None]

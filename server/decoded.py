@@ -1,0 +1,219 @@
+"""Admission of a request's `decoding`: entries, and top-level fields that stand for entries, become one plan."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, PromptFacts, Rewriting
+from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import Mix, added
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
+from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.errors import SteeringError
+
+MAX_DECODING = 8
+_GREEDY_BELOW = 1e-5  # as in vLLM
+SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
+    field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
+}
+_ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One entry of a request's `decoding`, resolved."""
+
+    path: str
+    method: Method[Any]
+    params: Params
+    mix: Mix | None = None  # of a method that mixes
+    setting: Any = None  # of a method that rewrites
+    streams: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    early: tuple[int, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
+    vectors: tuple[Vector, ...] = ()  # the heads themselves
+
+    def path_of(self, param: str) -> str:
+        """Where in the request a parameter stands."""
+        return _path_of(self.path, self.names, param)
+
+    @property
+    def stream_paths(self) -> dict[str, str]:
+        """Auxiliary model -> the field that names it."""
+        return {name: self.path_of(where) for where, name in self.method.streams(self.params).items()}
+
+    def placed(self, prompt: PromptFacts) -> "Decoded":
+        """The entry in one prompt. Raises: BadRequest."""
+        if not isinstance(self.method, Rewriting):
+            return self
+        try:
+            return replace(self, setting=self.method.place(self.setting, prompt))
+        except (DecodingError, SteeringError) as error:
+            raise BadRequest(str(error), self.path_of(error.param)) from None
+
+    def said(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        return {**self.params.model_dump(), **({"layers": list(self.early)} if self.early else {})}
+
+
+def entries_of(
+    fields: Mapping[str, Any], named: Sequence[tuple[str, Any]]
+) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """Every entry with its path and, of those that top-level fields stand for, the fields' names by parameter."""
+    for path, entry in named:
+        yield path, entry, {}
+    short: dict[str, dict[str, str]] = {}
+    for name, (method, param) in SHORTHANDS.items():
+        if fields.get(name) is not None:
+            short.setdefault(method, {})[param] = name
+    for method, names in short.items():
+        yield "", {"method": method, **{param: fields[name] for param, name in names.items()}}, names
+
+
+def admit_decoding(entry: Any, path: str, names: Mapping[str, str], have: Catalogue) -> Decoded:
+    """Check one entry.
+
+    Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
+    """
+    if not isinstance(entry, dict):
+        raise BadRequest("an entry is a JSON object", path)
+    name = entry.get("method")
+    if not isinstance(name, str):
+        raise BadRequest(f"name a method: one of {', '.join(METHODS)}", f"{path}.method")
+    method = METHODS.get(name)
+    if method is None:
+        raise Unavailable(f"there is no decoding method {name!r}; there are: {', '.join(METHODS)}", f"{path}.method")
+    try:
+        params = parsed(method.params, entry, path)
+    except BadRequest as error:
+        param = (error.param or "").removeprefix(path).lstrip(".")
+        raise BadRequest(error.message, _path_of(path, names, param)) from None
+    bare = Decoded(path, method, params, names=names)
+    try:
+        return _resolved(bare, have)
+    except DecodingError as error:
+        raise BadRequest(
+            str(error), field_path(path, error.param, entry) if path else bare.path_of(error.param)
+        ) from None
+
+
+def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
+    """Raises: WhipstaffError, DecodingError."""
+    method, params = bare.method, bare.params
+    _check_streams(bare, have)
+    heads = {name: _head(bare, name, kind, have) for name, kind in method.head_fields.items()}
+    method.check_heads(params, {name: head.unplaced for name, head in heads.items()})
+    digests = tuple(head.digest for head in heads.values())
+    bare = replace(bare, vectors=tuple(heads.values()))
+    streams = tuple(method.streams(params).values())
+    if isinstance(method, Mixing):
+        return replace(bare, mix=method.mix(params), streams=streams, heads=digests)
+    assert isinstance(method, Rewriting)
+    if have.words is None:
+        raise Unavailable(
+            f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
+        )
+    early = tuple(method.early_layers(params, have.depth))
+    _check_early(bare, early, have.depth.kept)
+    return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests, early=early)
+
+
+def _check_streams(bare: Decoded, have: Catalogue) -> None:
+    wanted, models = bare.method.streams(bare.params), have.auxiliaries
+    if wanted and not models:
+        raise Unavailable(
+            f"{bare.method.name} needs auxiliary models, and this server has none; start it with --aux NAME=MODEL for "
+            "each",
+            bare.path_of("method"),
+        )
+    for where, name in wanted.items():
+        if name not in models:
+            raise NotFound(
+                f"there is no auxiliary model {name!r}; this server has: {', '.join(models)}", bare.path_of(where)
+            )
+
+
+def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> None:
+    if missing := sorted(set(layers) - kept):
+        wanted = ",".join(map(str, sorted(kept.union(layers))))
+        raise Unavailable(
+            f"{bare.method.name} reads layer {missing[0]}, which this server does not keep; start it with "
+            f"--early-layers {wanted}",
+            bare.path_of("layers"),
+        )
+
+
+def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Vector:
+    path, wanted = bare.path_of(name), getattr(bare.params, name)
+    vector = have.registry.usable(wanted, path)
+    if vector.header.method != kind:
+        raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
+    for said, shape in vector.method.parts.items():
+        tensor = vector.unplaced.get(said.removesuffix("?"))
+        num = tensor.shape[shape.index("vocab")] if tensor is not None and "vocab" in shape else have.vocabulary
+        if num != have.vocabulary:
+            raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
+    return vector
+
+
+def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
+    """The entries as one plan; None if they are none.
+
+    Raises: BadRequest naming an entry that does not go with another.
+    """
+    _check_together(entries)
+    mixes = [entry for entry in entries if entry.mix is not None]
+    mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
+    rewriting = sorted((e for e in entries if isinstance(e.method, Rewriting)), key=lambda e: _ORDER[e.method.name])
+    rewrites = tuple(
+        Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
+    )
+    return DecodingPlan(mix, rewrites) if entries else None
+
+
+def _check_together(entries: Sequence[Decoded]) -> None:
+    """Combinations whose meaning nobody could say are refused."""
+    seen: dict[str, Decoded] = {}
+    mix: Decoded | None = None
+    temperature: Decoded | None = None
+    for entry in entries:
+        name = entry.method.name
+        if entry.mix is None and name in seen:
+            raise BadRequest(
+                f"{name} is given twice, here and in {seen[name].path or 'top-level fields'}", entry.path_of("")
+            )
+        if entry.mix is not None and mix is not None and not (entry.mix.is_sum and mix.mix and mix.mix.is_sum):
+            raise BadRequest(
+                f"{name} does not go together with {mix.method.name}: only methods that add raw logits add up",
+                entry.path_of("method"),
+            )
+        if entry.method.stage == "temperature" and temperature is not None:
+            raise BadRequest(f"{temperature.method.name} sets the temperature already", entry.path_of("method"))
+        seen[name] = entry
+        mix = entry if entry.mix is not None else mix
+        temperature = entry if entry.method.stage == "temperature" else temperature
+
+
+def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
+    """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
+    for entry in entries if temperature is not None and temperature < _GREEDY_BELOW else ():
+        if isinstance(entry.method, Rewriting) and entry.method.chooses_temperature:
+            raise BadRequest(
+                f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",
+                entry.path_of("method"),
+            )
+
+
+def draws_itself(entries: Sequence[Decoded], is_temperature_last: bool) -> bool:
+    """Whether temperature and truncation are ours to do, in an order that vLLM's sampler does not have."""
+    return is_temperature_last or any(entry.method.stage in ("temperature", "truncation") for entry in entries)
+
+
+def _path_of(path: str, names: Mapping[str, str], param: str) -> str:
+    first = param.partition(".")[0].partition("[")[0]
+    if not path:  # a shorthand: its field is the parameter
+        return names.get(first, "") + param.removeprefix(first) if first in names else next(iter(names.values()), "")
+    return f"{path}.{param}" if param and not param.startswith("[") else path + param

@@ -1,0 +1,185 @@
+"""Explanations: what a request's decoding did to each of its tokens, from the draw to the response.
+
+Worker: a `Snapshot` keeps the rows that were decoded, and once the tokens are drawn becomes numbers on the device that
+travel with the step's output. Scheduler: `relay` moves each request's part into its own output. Front end: `listen`
+hands it to the request before vLLM turns the output into text. Steps in which nobody asks do nothing of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from whipstaff.cuda_ext import explain_rows
+from whipstaff.server.engine import request as plans
+
+KEY = "whipstaff"
+MAIN, FINAL = "base", "final"
+_ATTRIBUTE = "whipstaff_explanations"
+
+
+class Seen(NamedTuple):
+    """How one distribution sees the tokens of some rows."""
+
+    rank: Tensor  # (n,) of the token that was drawn, 1 is the best
+    log_probability: Tensor  # (n,) of it
+    best: Tensor  # (n, k) the likeliest tokens
+    best_log_probabilities: Tensor  # (n, k)
+
+    @staticmethod
+    def of(logits: Tensor, tokens: Tensor, num: int) -> "Seen":
+        """logits (n, V), tokens (n,) int64."""
+        log_p = logits.to(torch.float32).log_softmax(1)
+        drawn = log_p.gather(1, tokens[:, None])
+        values, best = log_p.topk(min(num, log_p.shape[1]))
+        return Seen((log_p > drawn).sum(1) + 1, drawn[:, 0], best, values)
+
+    def said(self, row: int, num: int) -> dict[str, Any]:
+        best = zip(self.best[row, :num].tolist(), self.best_log_probabilities[row, :num].tolist(), strict=True)
+        return {
+            "rank": int(self.rank[row]),
+            "logprob": float(self.log_probability[row]),
+            "top": [{"id": token, "logprob": value} for token, value in best],
+        }
+
+    def on_host(self) -> "Seen":
+        return Seen(*(tensor.cpu() for tensor in self))
+
+
+class Row(NamedTuple):
+    """One token that will be explained."""
+
+    request_id: str
+    row: int  # of the step's logits
+    num: int  # likeliest tokens to say
+
+
+class Snapshot:
+    """The rows of a step that will be explained, before and after decoding."""
+
+    def __init__(self, rows: Sequence[Row], base: Tensor) -> None:
+        self._rows, self._index = rows, torch.tensor([row.row for row in rows], device=base.device)
+        self._base = self._final = base[self._index]
+        self._streams: list[tuple[int, str, Tensor]] = []  # which of our rows, the stream's name, its logits
+        self._facts: list[tuple[int, str, Tensor]] = []
+        self._at = {row.row: index for index, row in enumerate(rows)}
+
+    def note_final(self, final: Tensor) -> None:
+        """(B, V) what became of the rows."""
+        self._final = final[self._index]
+
+    def note_stream(self, row: int, name: str, logits: Tensor) -> None:
+        """A further stream (V',) of one row's mix or method."""
+        if row in self._at:
+            self._streams.append((self._at[row], name, logits[: self._final.shape[1]]))
+
+    def note_facts(self, rows: Sequence[int], facts: Mapping[str, Tensor]) -> None:
+        """What a method said of its rows: (len(rows),) or (len(rows), ...) each."""
+        for name, values in facts.items():
+            self._facts += [(self._at[row], name, values[n]) for n, row in enumerate(rows) if row in self._at]
+
+    def drawn(self, sampled: Tensor) -> "Explanations":
+        """What can be said once the tokens (B,) are known; still on the device."""
+        tokens, most = sampled[self._index].long(), max(row.num for row in self._rows)
+        return Explanations(
+            self._rows,
+            tokens,
+            explain_rows(self._final, self._base).divergence,
+            {FINAL: Seen.of(self._final, tokens, most), MAIN: Seen.of(self._base, tokens, most)},
+            [
+                (index, name, Seen.of(logits[None], tokens[index : index + 1].clamp(max=len(logits) - 1), most))
+                for index, name, logits in self._streams
+            ],
+            self._facts,
+        )
+
+
+class Explanations(NamedTuple):
+    """Of one step."""
+
+    rows: Sequence[Row]
+    tokens: Tensor  # (n,)
+    divergence: Tensor  # (n,) KL(final || base) in nats
+    seen: dict[str, Seen]
+    streams: list[tuple[int, str, Seen]]
+    facts: list[tuple[int, str, Tensor]]
+
+    def said(self) -> dict[str, dict[str, Any]]:
+        """By request. Waits for the device."""
+        tokens, divergence = self.tokens.tolist(), self.divergence.tolist()
+        seen = {name: one.on_host() for name, one in self.seen.items()}
+        found: list[dict[str, Any]] = [
+            {
+                "id": tokens[index],
+                "kl": divergence[index],
+                **{name: one.said(index, row.num) for name, one in seen.items()},
+                "streams": {},
+                "facts": {},
+            }
+            for index, row in enumerate(self.rows)
+        ]
+        for index, name, one in self.streams:
+            found[index]["streams"][name] = one.on_host().said(0, self.rows[index].num)
+        for index, name, value in self.facts:
+            found[index]["facts"][name] = value.tolist()
+        return {row.request_id: said for row, said in zip(self.rows, found, strict=True)}
+
+
+def attach(output: Any, explanations: Explanations | None) -> Any:
+    """Let a step's output carry its explanations to the scheduler."""
+    if explanations is None or output is None:
+        return output
+    found = explanations
+    if isinstance(output, AsyncModelRunnerOutput):
+        cls: Any = type(output)
+
+        class Explained(cls):
+            def get_output(self) -> ModelRunnerOutput:
+                ready: ModelRunnerOutput = cls.get_output(self)
+                setattr(ready, _ATTRIBUTE, found.said())
+                return ready
+
+        output.__class__ = Explained
+        return output
+    setattr(output, _ATTRIBUTE, found.said())
+    return output
+
+
+def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
+    """Move explanations from a step's output into those of its requests, in a field that only KV connectors use."""
+    said: Mapping[str, Any] = getattr(output, _ATTRIBUTE, {})
+    for outputs in by_client.values() if said else ():
+        for one in outputs.outputs:
+            if one.new_token_ids and one.request_id in said:
+                one.kv_transfer_params = {KEY: said[one.request_id]}
+
+
+def listen(processor: Any) -> None:
+    """Make vLLM's output processor hand explanations to the requests that they are of."""
+    cls: Any = type(processor)
+
+    class Listening(cls):
+        def add_request(
+            self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+        ) -> None:
+            extra = request.sampling_params.extra_args if request.sampling_params else None
+            plan: Any = (extra or {}).get(plans.KEY)
+            if getattr(plan, "explained", None) is not None:
+                self.whipstaff_plans[request.request_id] = plan
+                plan.indices[request.request_id] = request_index
+            super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
+
+        def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for output in engine_core_outputs if self.whipstaff_plans else ():
+                if output.kv_transfer_params and (said := output.kv_transfer_params.pop(KEY, None)) is not None:
+                    output.kv_transfer_params = None
+                    if (plan := self.whipstaff_plans.get(output.request_id)) is not None:
+                        plan.explained(plan.indices[output.request_id], said)
+            return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    Listening.__name__ = cls.__name__
+    processor.whipstaff_plans = WeakValueDictionary()
+    processor.__class__ = Listening

@@ -1,0 +1,44 @@
+"""Explanations in requests and responses: what `explain` may say, and each choice's records on their way out."""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from whipstaff.server.words import Words
+
+MAX_TOP = 20
+FIELD = "explain"  # of a choice
+LogprobsSource = Literal["final", "base", "both"]
+
+
+class ExplainParams(BaseModel):
+    """What to say of every generated token."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top: int = Field(5, ge=0, le=MAX_TOP, description="likeliest tokens of every distribution")
+
+
+class Explained:
+    """The records of one request's choices that have not been sent."""
+
+    def __init__(self, words: Words | None) -> None:
+        self._words = words
+        self._records: dict[int, list[dict[str, Any]]] = defaultdict(list)
+
+    def note(self, choice: int, record: dict[str, Any]) -> None:
+        """What the engine says of a choice's next token."""
+        seen = [record["final"], record["base"], *record["streams"].values()]
+        for token in [record, *(token for one in seen for token in one["top"])]:
+            token["token"] = self._text(token["id"])
+        self._records[choice].append(record)
+
+    def add_to(self, body: dict[str, Any]) -> None:
+        """Put records into the choices of a response, or of a chunk of one."""
+        for choice in body.get("choices", ()):
+            if records := self._records.pop(choice["index"], None):
+                choice[FIELD] = records
+
+    def _text(self, token: int) -> str | None:
+        return self._words.texts[token] if self._words and token < len(self._words.texts) else None

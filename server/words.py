@@ -1,0 +1,50 @@
+"""The served model's tokens as text, for decoding methods whose parameters speak of text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """What `decoding.method.Words` asks for, of one tokenizer."""
+
+    texts: Sequence[str]  # by id, as they read in the middle of a text; "" where an id has none
+    ids: Mapping[str, int]  # text -> the first id that reads so
+    eos: Sequence[int]
+    tokenizer: Any
+
+    @staticmethod
+    def of(tokenizer: Any, eos: Iterable[int] = ()) -> "Words":
+        """`eos` are further tokens that end a generation, beside the tokenizer's own."""
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        texts = [_text(tokenizer, piece) for piece in pieces]
+        ids: dict[str, int] = {}
+        for index, text in enumerate(texts):
+            ids.setdefault(text, index)
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return Words(texts, ids, tuple(dict.fromkeys([*own, *eos])), tokenizer)
+
+    def id_of(self, text: str) -> int | None:
+        return self.ids.get(text) if text else None
+
+    def ids_with(self, text: str) -> Sequence[int]:
+        return _ids_with(self, text)
+
+    def encode(self, text: str) -> Sequence[int]:
+        found: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return found
+
+
+@lru_cache(maxsize=256)
+def _ids_with(words: Words, text: str) -> Sequence[int]:
+    return tuple(index for index, one in enumerate(words.texts) if text in one)
+
+
+def _text(tokenizer: Any, piece: str | None) -> str:
+    """A token's text; the letter before it keeps its leading blank."""
+    if piece is None:
+        return ""
+    text: str = tokenizer.convert_tokens_to_string(["a", piece])
+    return text.removeprefix("a")

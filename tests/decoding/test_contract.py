@@ -1,0 +1,244 @@
+"""What every decoding method promises, whatever its formula."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from decodings import AUXILIARIES, Batch, StubPrompt, StubWords, random_batch, run
+from pydantic import BaseModel, ValidationError
+
+from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, Rewriting, setting_type
+from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.methods.rule_adapter import RuleAdapter
+from whipstaff.steering.methods import METHODS as FILES
+
+NAMED = {
+    "proxy_tuning": {"expert": "first", "antiexpert": "second"},
+    "dexperts": {"expert": "first", "antiexpert": "second"},
+    "contrastive": {"amateur": "first"},
+    "contrastive_beta": {"amateur": "first"},
+    "adapter_free_ensemble": {"weights": {"first": 1.0, "second": 3.0}},
+    "co_llm": {"assistant": "first", "head": "head"},
+    "kwd": {"classifier": "head"},
+    "adaptive_temperature": {"head": "head"},
+}
+"""The parameters without a default."""
+
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "proxy_tuning": [{"alpha": -0.5}],
+    "dexperts": [{"antiexpert": None, "alpha": 0.7, "top_p": 1.0}, {"expert": None, "top_p": 0.5}],
+    "contrastive": [{"alpha": 0.0, "beta": 0.5, "amateur_temperature": 0.5}, {"alpha": 1.0}],
+    "contrastive_beta": [{"alpha": 0.0}, {"alpha": 0.4, "beta": 2.0}],
+    "adapter_free_ensemble": [{"weights": {"second": 0.3}, "base_weight": 0.0}],
+    "co_llm": [{"threshold": -1.0}, {"threshold": 0.3, "strategy": "compose"}, {"warmup": "cosine"}],
+    "kwd": [{"k": 1}, {"k": 7}],
+    "dola": [{"layers": [3]}, {"layers": "high", "relative_top": 0.0}, {"layers": [1, 5, 6], "relative_top": 1.0}],
+    "rule_adapter": [{"ramp": False}, {"opening": True, "repetition": False}, {"after_ramp": "official"}],
+    "dry": [{"allowed_length": 1, "base": 1.0}, {"penalty_last_n": 6, "sequence_breakers": ["e"]}, {"multiplier": 0}],
+    "adaptive_temperature": [{"choose": "sample"}, {"level": "sequence"}, {"level": "sequence", "choose": "sample"}],
+    "edt": [{"t0": 1.5, "theta": 0.3}, {"n": 1.0}, {"t0": 0.0}],
+    "dynatemp": [{"range": 2.0, "exponent": 0.5}, {"range": 0.0}],
+    "top_n_sigma": [{"n": 0.3}, {"n": -1}],
+    "typical_p": [{"p": 0.2}, {"p": 1.0}],
+    "top_a": [{"a": 1.0}],
+    "epsilon_cutoff": [{"epsilon": 0.2}],
+    "eta_cutoff": [{"epsilon": 0.5}],
+    "xtc": [{"probability": 1.0, "threshold": 0.02}, {"threshold": 0.05}],
+    "mirostat": [{"mode": 0}, {"tau": 0.5}, {"tau": 1.5, "eta": 1.0}],
+}
+"""Further parameters, so that rows of a batch differ."""
+
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def made(name: str, **own: Any) -> Params:
+    params: Params = METHODS[name].params(**{**NAMED.get(name, {}), **own})
+    return params
+
+
+def varied(name: str) -> list[Params]:
+    """The defaults and others, each a few times, in no order."""
+    kinds = [{}, *OTHERS[name]]
+    return [made(name, **kinds[(3 * r + r // 5) % len(kinds)]) for r in range(11)]
+
+
+def batch_of(name: str, seed: int = 0) -> Batch:
+    return random_batch(METHODS[name], varied(name), seed)
+
+
+@each_method
+def test_it_says_what_it_is(name: str) -> None:
+    method = METHODS[name]
+    assert method.paper and method.stage in STAGES and method.params.__doc__
+    assert made(name).method == name == method.name
+    assert all(field.description for key, field in method.params.model_fields.items() if key != "method")
+    assert set(method.shorthands.values()) <= set(method.params.model_fields)
+    assert {*method.stream_fields, *method.head_fields} <= set(method.params.model_fields)
+    assert all(FILES[kind].served_by == "logits" for kind in method.head_fields.values())
+    assert isinstance(method, Mixing) != isinstance(method, Rewriting)
+
+
+def test_shorthands_are_one_parameters_each() -> None:
+    fields = [field for method in METHODS.values() for field in method.shorthands]
+    assert len(fields) == len(set(fields))
+
+
+@each_method
+def test_it_names_its_streams(name: str) -> None:
+    method, params = METHODS[name], made(name)
+    named = method.streams(params)
+    assert set(named.values()) <= set(AUXILIARIES) and len(named) >= method.num_streams
+    if isinstance(method, Mixing):
+        assert sorted(set(named.values())) == method.mix(params).models
+
+
+@each_method
+def test_off_changes_nothing(name: str) -> None:
+    if (off := METHODS[name].off(AUXILIARIES, ["head"])) is None:
+        assert name in ("contrastive", "dola", "kwd", "adaptive_temperature")
+        return
+    batch = random_batch(METHODS[name], [off] * 3)
+    before = batch.rows.logits.clone()
+    if batch.rows.temperature is not None:
+        batch.rows.temperature.fill_(1.0)
+    if isinstance(METHODS[name], Mixing):
+        batch.rows.streams = {model: torch.full_like(before, torch.nan) for model in AUXILIARIES}
+    assert torch.equal(run(METHODS[name], batch), before)
+
+
+@each_method
+def test_rows_do_not_see_each_other(name: str) -> None:
+    method, batch = METHODS[name], batch_of(name)
+    alone = [batch.take([r]) for r in range(len(batch.settings))]
+    together = batch.take(range(len(batch.settings)))
+    result = run(method, together)
+    for row, one in enumerate(alone):
+        assert torch.equal(run(method, one)[0], result[row]), row
+        if one.rows.state is not None and together.rows.state is not None:
+            torch.testing.assert_close(one.rows.state[0], together.rows.state[row], equal_nan=True, atol=0, rtol=0)
+
+
+@each_method
+def test_order_of_rows_does_not_matter(name: str) -> None:
+    method, batch = METHODS[name], batch_of(name)
+    order = torch.randperm(len(batch.settings), generator=torch.Generator().manual_seed(1)).tolist()
+    result = run(method, batch.take(range(len(order))))
+    assert torch.equal(run(method, batch.take(order)), result[order])
+
+
+@each_method
+def test_bans_stay_and_a_token_stays(name: str) -> None:
+    for seed in range(4):
+        batch = batch_of(name, seed)
+        before = batch.rows.logits.clone()
+        result = run(METHODS[name], batch)
+        assert result.shape == before.shape and result.dtype == torch.float32
+        assert torch.isneginf(result[torch.isneginf(before)]).all()
+        assert (result > -torch.inf).any(1).all() and (result < torch.inf).all()
+
+
+@each_method
+def test_one_token_that_is_allowed_stays(name: str) -> None:
+    batch = batch_of(name)
+    batch.rows.logits[:] = -torch.inf
+    batch.rows.logits[:, 7] = -4.0
+    result = run(METHODS[name], batch)
+    assert (result > -torch.inf).nonzero()[:, 1].tolist() == [7] * len(result)
+
+
+@each_method
+def test_no_rows(name: str) -> None:
+    assert run(METHODS[name], batch_of(name).take([])).shape == (0, batch_of(name).rows.logits.shape[1])
+
+
+@each_method
+def test_rows_of_a_wider_tensor(name: str) -> None:
+    method, batch = METHODS[name], batch_of(name)
+    expected = run(method, batch.take(range(len(batch.settings))))
+    wide = torch.full((len(expected), 64), torch.nan)
+    wide[:, : expected.shape[1]] = batch.rows.logits
+    batch.rows.logits = wide[:, : expected.shape[1]]
+    assert torch.equal(run(method, batch), expected)
+    assert wide[:, expected.shape[1] :].isnan().all()
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if getattr(method, "keeps_greedy", False)])
+def test_the_best_token_stays_where_it_says_so(name: str) -> None:
+    method = METHODS[name]
+    for seed in range(8):
+        batch = batch_of(name, seed)
+        best = batch.rows.logits.argmax(1)
+        assert torch.equal(run(method, batch).argmax(1), best)
+
+
+@each_method
+def test_it_reads_what_it_says(name: str) -> None:
+    method = METHODS[name]
+    if isinstance(method, Rewriting):
+        for need in method.needs:
+            batch = batch_of(name)
+            setattr(batch.rows, need, None)
+            with pytest.raises(AssertionError):
+                run(method, batch)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "tokens" in getattr(method, "needs", ())])
+def test_a_text_may_hold_tokens_without_a_logit(name: str) -> None:
+    batch = batch_of(name)
+    assert batch.rows.tokens is not None
+    batch.rows.tokens[:, 2] = batch.rows.tokens[:, 3] = 10**6
+    assert run(METHODS[name], batch).isfinite().any(1).all()
+
+
+@each_method
+def test_parameters_survive_json(name: str) -> None:
+    method = METHODS[name]
+    for params in varied(name):
+        assert method.params.model_validate_json(params.model_dump_json()) == params
+        if isinstance(method, Rewriting):
+            setting: BaseModel = method.place(method.resolve(params, StubWords()), StubPrompt())
+            assert setting_type(method).model_validate_json(setting.model_dump_json()) == setting
+
+
+@each_method
+def test_bad_parameters_name_their_field(name: str) -> None:
+    method = METHODS[name]
+    for field in {*method.params.model_fields, "nonsense"}:
+        for bad in ([float("nan")], {"no": object()}, float("inf"), float("nan")):
+            with pytest.raises(ValidationError) as caught:
+                made(name, **{field: bad})
+            assert {error["loc"][0] for error in caught.value.errors()} == {field}
+
+
+@each_method
+def test_numbers_are_bounded(name: str) -> None:
+    numbers = [key for key, field in METHODS[name].params.model_fields.items() if field.annotation in (int, float)]
+    for field in numbers:
+        for far in (-(10**12), 10**12):
+            with pytest.raises(ValidationError) as caught:
+                made(name, **{field: far})
+            assert caught.value.errors()[0]["loc"] == (field,)
+
+
+@each_method
+def test_settings_are_literals_of_their_name(name: str) -> None:
+    assert get_args(METHODS[name].params.model_fields["method"].annotation) == (name,)
+
+
+def test_what_a_mix_cannot_be_names_its_field() -> None:
+    for name, own, field in (
+        ("proxy_tuning", {"expert": "a", "antiexpert": "a"}, "antiexpert"),
+        ("dexperts", {"expert": "a", "antiexpert": "a"}, "antiexpert"),
+        ("dexperts", {"expert": None, "antiexpert": None}, "expert"),
+        ("adapter_free_ensemble", {"weights": {"a": 0.0}}, "weights"),
+    ):
+        method: Method[Any] = METHODS[name]
+        assert isinstance(method, Mixing)
+        with pytest.raises(DecodingError) as caught:
+            method.mix(made(name, **own))
+        assert caught.value.param == field
+
+
+def test_only_what_reads_text_makes_settings_of_its_own() -> None:
+    own = {name for name, method in METHODS.items() if isinstance(method, Rewriting) and hasattr(method, "setting")}
+    assert own == {"dry", RuleAdapter.name}

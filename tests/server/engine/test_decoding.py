@@ -1,0 +1,378 @@
+"""Every decoding method through the engine, token by token against a loop over plain transformers.
+
+The loop recomputes everything at every token, one sequence at a time: logits and the last hidden state from
+transformers, then the request's methods on a batch of one. That the methods are what their papers say is shown below
+the engine (tests/decoding); here it is shown that each row gets its own method, parameters, tokens, head and state.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from decodings import StubPrompt
+from engines import Ask, EngineUnderTest, edit
+from modes import async_on_cpu, v2_on_cpu
+from reference import steered
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from whipstaff.decoding.draw import temper, truncate
+from whipstaff.decoding.method import STAGES, Mixing, Rewriting, setting_type
+from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import MAIN, Mix, added
+from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
+from whipstaff.decoding.rows import Rows
+from whipstaff.server.engine.decoder import uniforms
+from whipstaff.server.engine.request import RequestPlan
+from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.where import Where
+
+pytestmark = pytest.mark.engine
+
+MODES: dict[str, dict[str, Any]] = {
+    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v1-compiled-sync": {"async_scheduling": False},
+    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
+}
+NUM_TOKENS, SEED, HIDDEN = 12, 17, 96
+PAIR = {"expert": "expert", "antiexpert": "anti"}
+ENTRIES: dict[str, list[dict[str, Any]]] = {
+    "proxy_tuning": [{"method": "proxy_tuning", **PAIR}],
+    "proxy_tuning_twice": [
+        {"method": "proxy_tuning", **PAIR},
+        {"method": "proxy_tuning", **PAIR, "alpha": -0.5},
+    ],
+    "dexperts": [{"method": "dexperts", **PAIR}],
+    "dexperts_expert_only": [{"method": "dexperts", "expert": "expert", "top_p": 0.5}],
+    "contrastive": [{"method": "contrastive", "amateur": "anti", "amateur_temperature": 0.5}],
+    "contrastive_beta": [{"method": "contrastive_beta", "amateur": "anti"}],
+    "ensemble": [{"method": "adapter_free_ensemble", "weights": {"expert": 0.75, "anti": 0.25}}],
+    "co_llm": [{"method": "co_llm", "assistant": "expert", "head": "defer_head"}],
+    "co_llm_compose": [
+        {"method": "co_llm", "assistant": "expert", "head": "defer_head", "strategy": "compose", "warmup": "linear"}
+    ],
+    "kwd": [{"method": "kwd", "classifier": "token_classifier", "k": 20}],
+    "rule_adapter": [{"method": "rule_adapter"}],
+    "dry": [{"method": "dry", "multiplier": 3.0, "allowed_length": 1}],
+    "rules_and_mix": [{"method": "proxy_tuning", **PAIR}, {"method": "rule_adapter"}, {"method": "dry"}],
+}
+SAMPLED: dict[str, list[dict[str, Any]]] = {
+    "adaptive_temperature": [{"method": "adaptive_temperature", "head": "temperature_head"}],
+    "adaptive_temperature_sequence": [
+        {"method": "adaptive_temperature", "head": "temperature_head", "level": "sequence", "choose": "sample"}
+    ],
+    "edt": [{"method": "edt"}],
+    "dynatemp": [{"method": "dynatemp", "range": 0.4}, {"method": "top_n_sigma", "n": 1.0}],
+    "top_n_sigma": [{"method": "top_n_sigma", "n": 1.0}],
+    "typical_p": [{"method": "typical_p", "p": 0.5}],
+    "top_a": [{"method": "top_a", "a": 0.5}],
+    "epsilon_cutoff": [{"method": "epsilon_cutoff", "epsilon": 0.05}],
+    "eta_cutoff": [{"method": "eta_cutoff", "epsilon": 0.05}],
+    "xtc": [{"method": "xtc", "probability": 0.7, "threshold": 0.05}],
+    "mirostat": [{"method": "mirostat", "tau": 2.0}],
+    "mirostat_mixed": [{"method": "proxy_tuning", **PAIR}, {"method": "mirostat", "tau": 1.5, "eta": 0.3}],
+}
+
+
+class Letters:
+    """A vocabulary whose token v is one letter; 2 ends a text."""
+
+    eos = (2,)
+
+    def id_of(self, text: str) -> int | None:
+        return ord(text) % tiny.VOCABULARY if len(text) == 1 else None
+
+    def ids_with(self, text: str) -> Sequence[int]:
+        return [ord(letter) % tiny.VOCABULARY for letter in text[:1]]
+
+    def encode(self, text: str) -> Sequence[int]:
+        return [ord(letter) % tiny.VOCABULARY for letter in text]
+
+
+@dataclass
+class Sequence_:
+    """One request of the loop: its methods and what they keep from token to token."""
+
+    plan: DecodingPlan
+    num_prompt: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Bench:
+    mode: str
+    engine: EngineUnderTest
+    heads: dict[str, Vector]
+    vector: Vector
+    models: dict[str, Any]
+
+    def plan(self, entries: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> DecodingPlan:
+        """Entries as the front end would compile them."""
+        mixes: list[Mix] = []
+        rewrites: list[Rewrite] = []
+        for entry in entries:
+            method: Any = METHODS[entry["method"]]
+            params = method.params.model_validate(entry)
+            if isinstance(method, Mixing):
+                mixes.append(method.mix(params))
+                continue
+            setting = method.place(method.resolve(params, Letters()), StubPrompt())
+            heads = tuple(self.heads[kind].digest for kind in method.head_fields.values())
+            streams = tuple(method.streams(params).values())
+            rewrites.append(Rewrite(method.name, setting.model_dump_json(), streams, heads))
+        mix = mixes[0] if len(mixes) == 1 else added(mixes)
+        return DecodingPlan(mix, tuple(rewrites), draw, SEED)
+
+    def ask(self, name: str, prompt: list[int], steering: SteeringPlan | None = None) -> Ask:
+        sampling: dict[str, Any] = {"temperature": 1.0, "seed": SEED} if name in SAMPLED else {}
+        draw = Draw(temperature=0.9, top_k=60) if name in SAMPLED else None
+        plan = self.plan((ENTRIES | SAMPLED)[name], draw)
+        return Ask(prompt, RequestPlan(steering, plan), NUM_TOKENS, sampling)
+
+    def logits(self, model: str, ids: list[int], prompt_len: int, steering: SteeringPlan | None) -> Tensor:
+        """(V,) of the next token."""
+        found = steered.logits(self.models[model], ids, prompt_len, self.edits(steering) if model == "base" else [])
+        return found[-1, : tiny.VOCABULARY]
+
+    def hidden(self, ids: list[int], prompt_len: int, steering: SteeringPlan | None) -> Tensor:
+        """(H,) after the final norm."""
+        seen: list[Tensor] = []
+        handle = self.models["base"].model.norm.register_forward_hook(lambda m, i, output: seen.append(output[0, -1]))
+        try:
+            self.logits("base", ids, prompt_len, steering)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def edits(self, steering: SteeringPlan | None) -> list[steered.Edit]:
+        found = []
+        for planned in steering.edits if steering else ():
+            scale = json.loads(planned.edit.setting)["scale"]
+            for (site, layer), parts in self.vector.tensors.items():
+                found.append(steered.Edit(site, layer, scale, None, parts["add"], lambda position, prompt_len: True))
+        return found
+
+    def step(self, one: Sequence_, ids: list[int], steering: SteeringPlan | None) -> Tensor:
+        """(V,) what the next token is drawn from, greedy if one is left or the best is taken."""
+        row = self.logits("base", ids, one.num_prompt, steering)
+        if one.plan.mix is not None:
+            row = self.mixed(one.plan.mix, row, ids)
+        applied = [(METHODS[rewrite.method], rewrite) for rewrite in one.plan.rewrites]
+        draw = one.plan.draw
+        for stage in STAGES:
+            if stage == "temperature" and draw and not any(m.stage == "temperature" for m, _ in applied):
+                row = temper(row[None].clone(), torch.tensor([draw.temperature]))[0]
+            if stage == "truncation" and draw:
+                row = truncate(row[None].clone(), torch.tensor([draw.top_k]))[0]
+            for method, rewrite in sorted(applied, key=lambda pair: list(METHODS).index(pair[0].name)):
+                if method.stage == stage:
+                    assert isinstance(method, Rewriting)
+                    row = self.rewritten(method, rewrite, row, one, ids, steering)
+        return row
+
+    def mixed(self, mix: Mix, row: Tensor, ids: list[int]) -> Tensor:
+        """The formula, term by term."""
+        total = torch.zeros_like(row)
+        for term in mix.terms:
+            logits = row if term.stream == MAIN else self.logits(term.stream.model, ids, 0, None)
+            logits = logits / term.temperature
+            total += term.weight * (logits.log_softmax(-1) if term.log_softmax else logits)
+        p = row.softmax(-1)
+        above = torch.stack([p[p > one].sum() for one in p])
+        keep = (p >= mix.alpha * p.max()) & (above <= mix.top_p)
+        return total.masked_fill(~keep, -torch.inf)
+
+    def rewritten(
+        self, method: Any, rewrite: Rewrite, row: Tensor, one: Sequence_, ids: list[int], steering: SteeringPlan | None
+    ) -> Tensor:
+        setting = setting_type(method).model_validate_json(rewrite.setting)
+        given = Rows(row[None].clone(), [one.num_prompt], [max(0, len(ids) - one.num_prompt)])
+        given.tokens = torch.tensor([ids])
+        given.hidden = self.hidden(ids, one.num_prompt, steering)[None]
+        given.temperature = torch.tensor([one.plan.draw.temperature if one.plan.draw else 1.0])
+        given.uniform = torch.from_numpy(uniforms([SEED], [len(ids) - 1], method.name))
+        given.state = one.state.setdefault(method.name, torch.full((1, method.num_state), torch.nan))
+        given.streams = {
+            name: self.logits(model, ids, 0, None)[None]
+            for name, model in zip(method.stream_fields, rewrite.streams, strict=True)
+        }
+        by_digest = {head.digest: head for head in self.heads.values()}
+        given.heads = {
+            name: by_digest[digest].unplaced for name, digest in zip(method.head_fields, rewrite.heads, strict=True)
+        }
+        return method.rewrite(given, [setting])[0]
+
+    def note(self, one: Sequence_, row: Tensor, token: int) -> None:
+        for rewrite in one.plan.rewrites:
+            method: Any = METHODS[rewrite.method]
+            if method.num_state:
+                setting = setting_type(method).model_validate_json(rewrite.setting)
+                given = Rows(row[None], [one.num_prompt], [0], state=one.state[method.name])
+                method.note(given, [setting], torch.tensor([token]))
+
+    def check(self, ask: Ask, tokens: list[int]) -> int:
+        """Every token is the best one, or one of those allowed where the request draws; how many were banned."""
+        assert ask.plan is not None and ask.plan.decoding is not None
+        one, ids, banned = Sequence_(ask.plan.decoding, len(ask.prompt)), list(ask.prompt), 0
+        for token in tokens:
+            row = self.step(one, ids, ask.plan.steering)
+            if ask.plan.decoding.draw is None:
+                assert token == int(row.argmax()), (ids, token, row.topk(3))
+            else:
+                assert row[token] > -torch.inf, (ids, token, row.topk(3))
+                banned += int((row == -torch.inf).sum())
+            self.note(one, row, token)
+            ids.append(token)
+        return banned
+
+
+@pytest.fixture(scope="module", params=MODES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("models")
+    shapes: dict[str, dict[str, Any]] = {
+        "base": {"num_hidden_layers": 3},
+        "expert": {"hidden_size": 64, "num_attention_heads": 2},
+        "anti": {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": tiny.VOCABULARY + 8},
+    }
+    paths = {
+        name: tiny.save("llama", folder / name, seed, **changes) for seed, (name, changes) in enumerate(shapes.items())
+    }
+    mode = request.param
+    with (
+        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
+        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
+    ):
+        engine = EngineUnderTest(
+            paths["base"],
+            [(name, path) for name, path in paths.items() if name != "base"],
+            skip_tokenizer_init=True,
+            max_num_batched_tokens=48,
+            max_num_seqs=16,
+            num_gpu_blocks_override=20,
+            **MODES[mode],
+        )
+        try:
+            assert engine.facts["runner"] == mode[:2]
+            models = {
+                name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()
+            }
+            yield Bench(mode, engine, _heads(engine), _vector(engine), models)
+        finally:
+            engine.close()
+
+
+def _heads(engine: EngineUnderTest) -> dict[str, Vector]:
+    random = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    files = {
+        "defer_head": {"weight": normal(HIDDEN), "bias": torch.tensor(0.3)},
+        "token_classifier": {"weight": normal(tiny.VOCABULARY, HIDDEN)},
+        "temperature_head": {
+            **{"temperatures": torch.tensor([0.0, 0.7, 1.3]), "w0": normal(8, HIDDEN), "b0": normal(8)},
+            **{"w1": normal(8, 8), "b1": normal(8), "w2": normal(3, 8), "b2": normal(3)},
+        },
+    }
+    return {kind: engine.add_vector(parts, Header(method=kind, model=engine.shape)) for kind, parts in files.items()}
+
+
+def _vector(engine: EngineUnderTest) -> Vector:
+    random = torch.Generator().manual_seed(5)
+    return engine.add_vector(
+        {f"resid_post.{layer}.add": 0.4 * torch.randn(HIDDEN, generator=random) for layer in (0, 2)}
+    )
+
+
+def prompts(num: int, seed: int) -> list[list[int]]:
+    """Of many lengths, some longer than a step, over few distinct tokens, so that they repeat."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = [(3, 9, 33, 70)[index % 4] + index % 5 for index in range(num)]
+    return [(3 + torch.randint(24, (length,), generator=random)).tolist() for length in lengths]
+
+
+def test_every_method_at_once(bench: Bench) -> None:
+    """All of them in one batch, under chunked prefill and preemption; the second time their prefixes are cached."""
+    names = [*ENTRIES, *SAMPLED]
+    if bench.mode.startswith("v2"):
+        names = names[::2]
+    asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 1), strict=True)]
+    plain = [Ask(prompt, None, NUM_TOKENS) for prompt in prompts(3, 2)]
+    banned = 0
+    for _ in range(1 if bench.mode.startswith("v2") else 2):
+        found = bench.engine.tokens(*asks, *plain)
+        for ask, tokens in zip(asks, found[: len(asks)], strict=True):
+            banned += bench.check(ask, tokens)
+        for ask, tokens in zip(plain, found[len(asks) :], strict=True):
+            assert tokens == steered.greedy(bench.models["base"], ask.prompt, NUM_TOKENS)
+    assert banned > 0
+    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
+    assert bench.engine.counters()["requests_held"] == 0
+
+
+def test_a_request_alone_and_in_a_crowd(bench: Bench) -> None:
+    """Seeded draws too: what others ask for changes nothing."""
+    if bench.mode.startswith("v2"):
+        pytest.skip("the same is shown on the legacy runner; here the interpreter takes minutes")
+    names = [*ENTRIES, *SAMPLED][::2]
+    asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 4), strict=True)]
+    together = bench.engine.tokens(*asks)
+    assert [bench.engine.tokens(ask)[0] for ask in asks] == together
+
+
+def test_steering_and_decoding_in_one_request(bench: Bench) -> None:
+    steering = SteeringPlan((edit(bench.vector, 1.5, Where.of("all")),))
+    names = ["rules_and_mix", "co_llm", "kwd", "mirostat_mixed"]
+    asks = [bench.ask(name, prompt, steering) for name, prompt in zip(names, prompts(4, 6), strict=True)]
+    for ask, tokens in zip(asks, bench.engine.tokens(*asks), strict=True):
+        bench.check(ask, tokens)
+    unsteered = [Ask(ask.prompt, replace(ask.plan, steering=None), NUM_TOKENS, ask.sampling) for ask in asks]
+    assert bench.engine.tokens(*unsteered) != bench.engine.tokens(*asks)
+
+
+def test_penalties_follow_the_mix(bench: Bench) -> None:
+    """vLLM's repetition penalty acts on mixed scores: seen tokens with positive ones are divided."""
+    ask = bench.ask("contrastive", prompts(1, 8)[0])
+    ask.sampling = {"repetition_penalty": 1.4}
+    (tokens,) = bench.engine.tokens(ask)
+    assert ask.plan is not None and ask.plan.decoding is not None
+    one, ids = Sequence_(ask.plan.decoding, len(ask.prompt)), list(ask.prompt)
+    for token in tokens:
+        row = bench.step(one, ids, None)
+        seen = torch.zeros_like(row, dtype=torch.bool)
+        seen[ids] = True
+        row = torch.where(seen, torch.where(row > 0, row / 1.4, row * 1.4), row)
+        assert token == int(row.argmax())
+        ids.append(token)
+
+
+def test_banned_tokens_stay_banned(bench: Bench) -> None:
+    """What a request may not say is not revived by any stage."""
+    allowed = list(range(40, 60))
+    names = ["proxy_tuning", "contrastive", "co_llm", "rule_adapter", "dry", "mirostat", "xtc", "typical_p"]
+    asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 9), strict=True)]
+    for ask in asks:
+        ask.sampling = {**ask.sampling, "allowed_token_ids": allowed}
+    assert all(set(tokens) <= set(allowed) for tokens in bench.engine.tokens(*asks))
+
+
+def test_prompt_log_probabilities_are_those_of_the_decoded_model(bench: Bench) -> None:
+    """Of every method whose stages come before penalties; chunk by chunk, beside others."""
+    names = ["contrastive_beta", "rule_adapter", "co_llm_compose", "kwd"]
+    asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(8, 10)[3::4] * 2, strict=True)]
+    for ask in asks:
+        ask.max_tokens, ask.sampling = 1, {"prompt_logprobs": 0}
+    for ask, output in zip(asks, bench.engine.generate(*asks, bench.ask("dry", [5, 6, 7])), strict=False):
+        assert ask.plan is not None and ask.plan.decoding is not None
+        for position in range(1, len(ask.prompt), 7):
+            one = Sequence_(ask.plan.decoding, len(ask.prompt))
+            row = bench.step(one, ask.prompt[:position], None).log_softmax(-1)
+            said = output.prompt_logprobs[position][ask.prompt[position]].logprob
+            assert said == pytest.approx(float(row[ask.prompt[position]]), abs=5e-4)
