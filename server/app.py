@@ -51,7 +51,7 @@ def serve_several(args: Namespace, settings: Settings) -> None:
     args.whipstaff_settings = settings
 
     def layout(config: Any) -> None:
-        configure(config, *_needs(settings, read_files(settings)[0].values()))
+        configure(config, **_needs(settings, read_files(settings)[0].values()))
 
     several.run(args, layout, serve_one)
 
@@ -91,17 +91,22 @@ def read_files(settings: Settings) -> tuple[dict[str, VectorFile], Store | None]
     return files | read_stored(store, files), store
 
 
-def _needs(settings: Settings, files: Iterable[VectorFile]) -> tuple[Any, ...]:
+def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
     """What the engine has to be made for."""
-    vectors = [file.vector for file in files]
-    return settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites, settings.early_layers
+    return {
+        "auxiliaries": settings.aux.items(),
+        "num_slots": settings.steering_slots,
+        "vectors": [file.vector for file in files],
+        "sites": settings.steering_sites,
+        "early_layers": settings.early_layers,
+    }
 
 
 def launch(
     args: Namespace, settings: Settings, files: Mapping[str, VectorFile], client: dict[str, Any] | None = None
 ) -> Engine:
     """Start the engine with what the vectors will need, or be a client of one that was started before."""
-    return start(args, *_needs(settings, files.values()), client=client)
+    return start(args, **_needs(settings, files.values()), client=client)
 
 
 async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: Store | None) -> Library:

@@ -1,6 +1,5 @@
 """A preset is tried when it is added: it is compiled as a request that names it would be."""
 
-import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -54,7 +53,6 @@ def _path(param: str | None, preset: Preset) -> str | None:
 
 async def _render(request: Any, preset: Preset, app: FastAPI) -> None:
     """The model's own template must take the preset's messages, and its context hold them."""
-    refused = await openai.render(request, app)
-    if refused is not None:
+    if (reason := await openai.reason_against(request, app)) is not None:
         name = next(name for name in ("system", "examples", "prompt") if name in preset.said)
-        raise BadRequest(json.loads(bytes(refused.body))["error"]["message"], _path(name, preset))
+        raise BadRequest(reason, _path(name, preset))

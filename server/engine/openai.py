@@ -6,6 +6,7 @@ depends on the prompt; and its sampling parameters carry the placed plan.
 """
 
 import asyncio
+import json
 import signal
 from argparse import Namespace
 from collections import deque
@@ -37,7 +38,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -271,7 +272,7 @@ def check_sampling(request: ChatRequest | TextRequest) -> None:
     """Check the ranges of a request's sampling parameters. Raises: BadRequest."""
     try:
         request.to_sampling_params(max(request.max_tokens or 1, request.min_tokens), {})
-    except (ValueError, VLLMValidationError) as error:
+    except (ValueError, VLLMClientError) as error:
         raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
 
 
@@ -308,6 +309,15 @@ async def render(request: ChatRequest | TextRequest, app: FastAPI) -> Response |
     else:
         result = await serving.render_completion_request(request)
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
+
+
+async def reason_against(request: ChatRequest | TextRequest, app: FastAPI) -> str | None:
+    """Why vLLM would not take a request's prompt; None if it would."""
+    try:
+        refused = await render(request, app)
+    except VLLMClientError as error:
+        return str(error.args[0])
+    return None if refused is None else str(json.loads(bytes(refused.body))["error"]["message"])
 
 
 def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:

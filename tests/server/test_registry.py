@@ -287,7 +287,7 @@ def foreign(**arrays: Any) -> bytes:
 
 def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client], root: Path) -> None:
     sound, client = vector_file(direction(8)), clients[0]
-    header = Header(method="caa", model=SHAPE)
+    header, elsewhere = (Header(method=method, model=SHAPE) for method in ("caa", "vector"))
     other = SHAPE.model_copy(update={"hidden_size": 64, "head_dim": 16})
     with_heads = SHAPE.model_copy(update={"num_kv_heads": HEADS})
     nan = direction(8).clone()
@@ -308,7 +308,7 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
             (save({"resid_post.1.add": nan.int()}, {"whipstaff": header.model_dump_json()}), 400, "body"),
             (packed(Header(method="caa", model=other), {"resid_post.0.add": torch.ones(64)}), 409, "name"),
             (packed(Header(method="prefix_kv", model=with_heads), prefix), 422, "name"),
-            (packed(header, {"mlp_in.1.add": direction(8)}), 422, "name"),
+            (packed(elsewhere, {"mlp_in.1.add": direction(8)}), 422, "name"),
             (foreign(whatever=[1.0, 2.0]), 400, "format"),
             (b"\x00" * (LIMIT + 1), 413, None),
         ):
@@ -328,7 +328,7 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
     assert "hidden 64" in answer.json()["error"]["message"] and "hidden 128" in answer.json()["error"]["message"]
     answer = put(client, "bad", packed(Header(method="prefix_kv", model=with_heads), prefix))
     assert "--steering-sites attention" in answer.json()["error"]["message"]
-    answer = put(client, "bad", packed(header, {"mlp_in.1.add": direction(8)}))
+    answer = put(client, "bad", packed(elsewhere, {"mlp_in.1.add": direction(8)}))
     assert "--steering-sites mlp_in" in answer.json()["error"]["message"]
 
 
