@@ -165,7 +165,7 @@ async def _receive(raw: Request, file: BinaryIO, most: int) -> None:
                 break
             await asyncio.to_thread(file.write, chunk)
     if size > most:
-        raise TooLarge(f"the body has more than {most} bytes, the most this server takes (--max-upload-bytes)")
+        raise TooLarge(f"the body has more than {most} bytes, the most that is taken; of vectors --max-upload-bytes is")
     file.seek(0)
 
 
