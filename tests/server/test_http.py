@@ -656,12 +656,29 @@ def test_any_json_is_answered_and_never_with_a_server_error(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "methods"), ("GET", "vectors"), ("GET", "vectors/push"), ("GET", "vectors/x"), ("POST", "validate")],
+    [
+        *(("GET", path) for path in ("methods", "vectors", "vectors/push", "vectors/x", "presets", "presets/x")),
+        *(("POST", path) for path in ("validate", "vectors", "presets")),
+        *(("DELETE", path) for path in ("vectors/push", "presets/x")),
+    ],
 )
 def test_the_users_key_guards_the_steering_routes(server: Server, method: str, path: str) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         answer = httpx.request(method, f"{server.url}/v1/steering/{path}", headers=headers, json={})
         assert answer.status_code == 401
+
+
+def test_without_an_admin_key_nothing_can_be_changed(http: httpx.Client) -> None:
+    assert http.get("/v1/steering/presets").json() == {"object": "list", "data": []}
+    for method, path in (
+        ("POST", "vectors?name=x"),
+        ("DELETE", "vectors/push"),
+        ("POST", "presets"),
+        ("DELETE", "presets/x"),
+    ):
+        answer = http.request(method, f"/v1/steering/{path}", headers={"X-Whipstaff-Admin-Key": "x"})
+        assert_refused(answer, 403, None)
+        assert "--admin-key KEY and --registry DIR" in answer.json()["error"]["message"]
 
 
 def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Client) -> None:
