@@ -32,6 +32,9 @@ def attach(runner: Any, steerer: Steerer) -> None:
             finally:
                 self.input_batch.generators.update(held)
 
+        def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return steerer.decoder.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
+
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
     _watch_draws(runner.sampler, steerer.decoder)
