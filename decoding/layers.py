@@ -22,12 +22,11 @@ def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
         divergence: (P,) row after row.
         num_early: (R,) how many belong to each; at least one.
     """
-    counts = torch.tensor(num_early, dtype=torch.int64)
-    starts = (counts.cumsum(0) - counts).to(divergence.device, non_blocking=True)
-    is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
-    table = divergence.new_full(is_own.shape, -torch.inf)
-    table[is_own.to(divergence.device, non_blocking=True)] = divergence
-    return starts + table.argmax(-1)
+    counts = torch.tensor(num_early, dtype=torch.int64)[:, None]
+    starts = counts.cumsum(0) - counts
+    own = starts + torch.arange(max(num_early, default=1)).minimum(counts - 1)  # the last one again where it has fewer
+    own = own.to(divergence.device, non_blocking=True)
+    return own.gather(1, divergence[own].argmax(1, keepdim=True))[:, 0]
 
 
 def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor) -> Tensor:

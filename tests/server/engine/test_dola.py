@@ -14,7 +14,7 @@ import pytest
 import torch
 from decodings import golden
 from engines import Ask, EngineUnderTest, edit
-from modes import async_on_cpu, v2_on_cpu
+from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
 from reference import dola as reference
 from reference.steered import Edit
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,7 @@ from whipstaff.steering.where import Where
 pytestmark = pytest.mark.engine
 
 MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
+    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
     "v1-compiled-async": {"async_scheduling": True},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
@@ -105,6 +105,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with (
         v2_on_cpu() if mode.startswith("v2") else nullcontext(),
         async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
+        a_core_for_each_rank() if "tensor_parallel_size" in MODES[mode] else nullcontext(),
     ):
         engine = EngineUnderTest(
             str(MODELS / "dola8"),
