@@ -68,14 +68,14 @@ def dola(num_layers: int) -> RequestPlan:
 
 
 def head_seconds(head: Tensor, num_rows: int, num: int = 20) -> float:
-    """The median of `num` products of the model's head (V, H) with rows."""
+    """The fastest of `num` products of the model's head (V, H) with rows: others use this machine too."""
     rows = torch.randn(num_rows, head.shape[1], dtype=head.dtype)
     times = []
     for _ in range(num):
         started = time.perf_counter()
         torch.nn.functional.linear(rows, head)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
 @contextmanager
