@@ -79,6 +79,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         registry,
         engine.layout.limits,
         Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
+        engine.model_config.get_vocab_size(),
         facts["dtype"],
         engine.layout.num_slots,
         engine.layout.shape.num_layers,

@@ -27,6 +27,7 @@ class Catalogue:
     registry: Registry
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
     words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
+    vocabulary: int = 0  # rows of the served model's head
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
     num_layers: int = 1

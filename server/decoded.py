@@ -9,7 +9,7 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, field_path, parsed
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
 from whipstaff.steering.errors import SteeringError
 
 MAX_DECODING = 8
@@ -148,6 +148,11 @@ def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
     vector = have.registry.usable(wanted, path)
     if vector.header.method != kind:
         raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
+    for said, shape in vector.method.parts.items():
+        tensor = vector.unplaced.get(said.removesuffix("?"))
+        num = tensor.shape[shape.index("vocab")] if tensor is not None and "vocab" in shape else have.vocabulary
+        if num != have.vocabulary:
+            raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
     return vector
 
 

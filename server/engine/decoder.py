@@ -24,7 +24,7 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
-from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.early import EarlyHead, Stream
 from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
@@ -147,8 +147,11 @@ class Decoder:
                 self._free.append(known.slot)
         for arrival in new:
             plan = arrival.placed.plan.decoding if arrival.placed else None
-            if plan is not None and arrival.request_id not in self._requests:  # V2 says again who was preempted
+            if plan is None or arrival.placed is None:
+                continue
+            if arrival.request_id not in self._requests:  # V2 says again who was preempted
                 self._requests[arrival.request_id] = self._known(plan, arrival)
+            self._requests[arrival.request_id].num_prompt = arrival.placed.prompt_len  # see `groups` on short prompts
 
     def _known(self, plan: DecodingPlan, arrival: Arrival) -> Known:
         applied, num_state = [], 0
@@ -256,17 +259,17 @@ class Decoder:
         if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
             rows = self._sent(undecoded)
             self._undecoded = rows, logits[rows].to(torch.float32)
-        decoded = self._decoded(logits, self._places, others, hidden)
+        decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
         return decoded
 
     def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
-        for place in self._places:
-            plan, members = place.request.plan, (place.row, *self._view.members.get(place.row, ()))
-            for model, member in plan.mix.streams if plan.mix else ():
+        for row, mix, members in _mixed(self._places, self._view.members):
+            for model, member in mix.streams:
                 name = model if not member else f"{model or MAIN}[{member}]"
-                snapshot.note_stream(place.row, name, (others[model] if model else logits)[members[member]])
+                snapshot.note_stream(row, name, (others[model] if model else logits)[members[member]])
+        for place in self._places:
             for model in dict.fromkeys(model for one in place.request.applied for model in one.streams):
                 snapshot.note_stream(place.row, model, others[model][place.row])
 
@@ -282,7 +285,8 @@ class Decoder:
     def decode_prompt(
         self, logits: Tensor, others: Mapping[str, Tensor], hidden: Tensor, tokens: Sequence[int]
     ) -> Tensor:
-        """The same for rows of prompts whose tokens are scored; `tokens` are their numbers in the step."""
+        """The same for rows of prompts whose tokens are scored; `tokens` are their numbers in the step. Mixes that read
+        other sequences leave them alone: those have other prompts."""
         view = self._view
         rows = np.searchsorted(view.starts, tokens, side="right") - 1
         places = [
@@ -293,7 +297,7 @@ class Decoder:
             and request.scores_prompt
             and not request.plan.scores_base
         ]
-        decoded = self._decoded(logits, places, others, hidden)
+        decoded = self._decoded(logits, places, {}, others, hidden)
         self._note_excess(decoded, [place for place in places if place.request.tells_scores])
         return decoded
 
@@ -316,13 +320,15 @@ class Decoder:
                 found[name] = tensors._replace(logprobs=tensors.logprobs + excess)
         return found
 
-    def _decoded(self, logits: Tensor, places: Sequence[Place], others: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        members = self._view.members
-        mixed = [
-            MixedRow(place.row, place.request.plan.mix, (place.row, *members.get(place.row, ())))
-            for place in places
-            if place.request.plan.mix is not None
-        ]
+    def _decoded(
+        self,
+        logits: Tensor,
+        places: Sequence[Place],
+        members: Mapping[int, tuple[int, ...]],
+        others: Mapping[str, Tensor],
+        hidden: Tensor,
+    ) -> Tensor:
+        mixed = list(_mixed(places, members))
         stages: tuple[Stage, ...] = ("mix", "rule")
         calls = self._calls(places, stages)
         if not mixed and not calls:
@@ -442,7 +448,8 @@ class Decoder:
             assert hidden is not None
             given.hidden = hidden[rows].to(torch.float32)
         if "uniform" in method.needs:
-            numbers = uniforms([place.request.seed for place in places], [place.position for place in places])
+            seeds = [place.request.seed for place in places]
+            numbers = uniforms(seeds, [place.position for place in places], method.name)
             given.uniform = self._sent(numbers)
         if "temperature" in method.needs:
             given.temperature = self._sent([_draw(place).temperature for place in places])
@@ -493,15 +500,23 @@ def _parts(found: list[tuple[Place, Applied]], vocabulary: int) -> Iterator[list
     yield part
 
 
+def _mixed(places: Sequence[Place], members: Mapping[int, tuple[int, ...]]) -> Iterator[MixedRow]:
+    """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
+    for place in places:
+        mix, rows = place.request.plan.mix, (place.row, *members.get(place.row, ()))
+        if mix is not None and len(rows) > mix.num_members and ABSENT not in rows[: mix.num_members + 1]:
+            yield MixedRow(place.row, mix, rows)
+
+
 def _draw(place: Place) -> Draw:
     assert place.request.draw is not None
     return place.request.draw
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(n,) in [0, 1): the same for the same seed and position, whatever else was drawn (splitmix64)."""
+def uniforms(seeds: Sequence[int], positions: Sequence[int], method: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(n,) in [0, 1): the same for the same seed, position and method, whatever else was drawn (splitmix64)."""
     with np.errstate(over="ignore"):
-        z = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
+        z = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64) ^ np.uint64(zlib.crc32(method.encode()))
         z = z * np.uint64(0xD1342543DE82EF95) + np.array(positions, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

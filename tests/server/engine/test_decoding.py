@@ -196,7 +196,7 @@ class Bench:
         given.tokens = torch.tensor([ids])
         given.hidden = self.hidden(ids, one.num_prompt, steering)[None]
         given.temperature = torch.tensor([one.plan.draw.temperature if one.plan.draw else 1.0])
-        given.uniform = torch.from_numpy(uniforms([SEED], [len(ids) - 1]))
+        given.uniform = torch.from_numpy(uniforms([SEED], [len(ids) - 1], method.name))
         given.state = one.state.setdefault(method.name, torch.full((1, method.num_state), torch.nan))
         given.streams = {
             name: self.logits(model, ids, 0, None)[None]
