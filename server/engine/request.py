@@ -12,18 +12,43 @@ KEY = "whipstaff"
 
 
 @dataclass(frozen=True)
+class Member:
+    """A further sequence of a request, that emits the tokens which the request emits; see `groups`."""
+
+    prompt: tuple[int, ...]
+    steering: SteeringPlan | None = None
+    until: int | None = None  # generated tokens after which it is not needed any more; None: needed to the end
+
+    @property
+    def plan(self) -> "RequestPlan | None":
+        """What the engine does for this sequence alone."""
+        return RequestPlan(self.steering) if self.steering else None
+
+    def to_wire(self) -> dict[str, Any]:
+        steering = self.steering.to_wire() if self.steering else None
+        return {"prompt": list(self.prompt), "steering": steering, "until": self.until}
+
+    @staticmethod
+    def from_wire(wire: Mapping[str, Any]) -> "Member":
+        steering = SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None
+        return Member(tuple(wire["prompt"]), steering, wire["until"])
+
+
+@dataclass(frozen=True)
 class RequestPlan:
     """Everything the engine does differently for one request."""
 
     steering: SteeringPlan | None = None
     decoding: DecodingPlan | None = None
     ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
+    members: tuple[Member, ...] = ()  # further sequences that emit the same tokens
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
             "decoding": self.decoding.to_wire() if self.decoding else None,
             "ticket": self.ticket,
+            "members": [member.to_wire() for member in self.members],
         }
 
     @staticmethod
@@ -35,6 +60,7 @@ class RequestPlan:
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
             DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
             str(wire["ticket"]),
+            tuple(map(Member.from_wire, wire["members"])),
         )
 
 
