@@ -58,8 +58,8 @@ class Group:
             for companion, member in zip(companions, plan.members, strict=True)
             if member.until is not None
         }
-        self.limit = primary.max_tokens
-        self.limited_by = ""  # why `limit` is less than the request's own
+        self._max_tokens = primary.max_tokens  # what the request asked for
+        self.limited_by = ""  # why it cannot have that many
 
     @property
     def num_running(self) -> int:
@@ -74,12 +74,13 @@ class Group:
         room = [max_len - companion.num_prompt_tokens for companion in self.members[1:]]
         untils = [self._untils.get(companion.request_id) for companion in self.members[1:]]
         lasting = [n for n, until in zip(room, untils, strict=True) if until is None or until + _STEPS_AHEAD > n]
-        return min(lasting, default=self.limit)
+        return min(lasting, default=max_len)
 
-    def restrict(self, limit: int, why: str) -> None:
-        """Let the group end after `limit` tokens if it does not end before."""
-        if limit < self.limit:
-            self.limit, self.limited_by = limit, why
+    def limit(self, *limits: tuple[int, str]) -> None:
+        """Let the group end after at most so many tokens as the least of (tokens, reason)."""
+        num, self.limited_by = min([(self._max_tokens, ""), *limits])
+        for member in self.members:
+            member.max_tokens = num
 
     def drop_due(self) -> list[Request]:
         """Let go of the members whose time is over: as many tokens as they were there for have been delivered."""
@@ -157,15 +158,17 @@ class GroupedScheduling(Scheduler):
     def add_group(self, primary: Request, companions: Sequence[Request], plan: RequestPlan) -> None:
         """Take a request and its companions. One that cannot run at all ends with an error."""
         group = Group(primary, companions, plan)
-        group.restrict(group.num_tokens_until(self.max_model_len), MEMBER_CONTEXT)
-        group.restrict(self._num_affordable(group), KV_CACHE)
-        if group.limit < 1 or len(group.members) > self.max_num_active_reqs:
+        self._limit(group)
+        if primary.max_tokens < 1 or len(group.members) > self.max_num_active_reqs:
             self.grammar_compile_error_reqs.add(primary.request_id)  # vLLM's way to end a request with an error
         for member in group.members:
-            member.max_tokens = max(1, group.limit)
             self._group_of[member.request_id] = group
             super().add_request(member)
         self._groups[primary.request_id] = group
+
+    def _limit(self, group: Group) -> None:
+        context, blocks = group.num_tokens_until(self.max_model_len), self._num_affordable(group)
+        group.limit((context, MEMBER_CONTEXT), (blocks, KV_CACHE))
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
@@ -204,10 +207,10 @@ class GroupedScheduling(Scheduler):
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._groups:
+        paused = self._pause_state
+        if not self._groups or paused == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
         self._drop_due()
-        paused = self._pause_state
         if paused == PauseState.PAUSED_NEW:
             self._withdraw_half_admitted()
         released = self._release()
@@ -221,7 +224,8 @@ class GroupedScheduling(Scheduler):
         finally:
             self._pause_state, self._is_stepping = paused, False
         self._introduce(output, anew)
-        output.whipstaff_groups = self._steps_of(output, released)
+        self._check(output, released)
+        output.whipstaff_groups = {group.primary.request_id: group.names for group in released}
         return output
 
     def _drop_due(self) -> None:
@@ -229,6 +233,7 @@ class GroupedScheduling(Scheduler):
             dropped = group.drop_due()
             if dropped:
                 super().finish_requests([member.request_id for member in dropped], RequestStatus.FINISHED_ABORTED)
+                self._limit(group)
             if len(group.members) == 1:
                 del self._groups[group.primary.request_id], self._group_of[group.primary.request_id]
 
@@ -253,17 +258,11 @@ class GroupedScheduling(Scheduler):
             return num
         return max(0, min(num, _num_known(request) - 1 - num_computed_tokens))
 
-    def _steps_of(self, output: Any, released: list[Group]) -> dict[str, tuple[str | None, ...]]:
-        """The common steps in `output`."""
-        steps = {}
+    def _check(self, output: Any, released: list[Group]) -> None:
         for group in released:
             num = sum(member.request_id in output.num_scheduled_tokens for member in group.members)
-            if num == len(group.members):
-                steps[group.primary.request_id] = group.names
-            else:
-                self._half_scheduled += num > 0
-                assert num == 0, f"half of a group was scheduled: {num} of {len(group.members)} sequences"
-        return steps
+            self._half_scheduled += num < len(group.members)
+            assert num == len(group.members), f"{num} of a group's {len(group.members)} sequences were scheduled"
 
     def _introduce(self, output: Any, anew: list[Request]) -> None:
         """Tell the worker of members with prompts of one token as of new requests: of those that come in, with their
@@ -417,14 +416,14 @@ class GroupedScheduling(Scheduler):
         return sum(-(-num_tokens // m.block_size) for m in self.kv_cache_manager.coordinator.single_type_managers)
 
     def _num_affordable(self, group: Group) -> int:
-        """How many tokens a group could generate, up to its limit, if it had the KV cache to itself."""
+        """How many tokens a group could generate if it had the KV cache to itself."""
         manager = self.kv_cache_manager
         blocks = manager.block_pool.num_gpu_blocks - 1 - manager.watermark_blocks
 
         def wanted(num_generated: int) -> int:
             return sum(self._num_blocks(member.num_prompt_tokens + num_generated) for member in group.members)
 
-        return bisect_right(range(1, group.limit + 1), blocks, key=wanted)
+        return bisect_right(range(1, self.max_model_len), blocks, key=wanted)
 
 
 def _num_known(request: Request) -> int:

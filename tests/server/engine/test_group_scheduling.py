@@ -40,7 +40,7 @@ class Case:
     is_async: bool = False
     uses_v2: bool = False
     policy: str = "fcfs"
-    num_blocks: int = 40
+    num_blocks: int = 20
     max_num_seqs: int = 6
     budget: int = 48
     threshold: int = 0
@@ -52,11 +52,11 @@ CASES = {
     "sync": Case(),
     "async": Case(is_async=True),
     "v2": Case(is_async=True, uses_v2=True),
-    "priority": Case(is_async=True, policy="priority", num_blocks=32),
-    "sync_priority": Case(policy="priority", num_blocks=32),
-    "starved": Case(num_blocks=34, max_num_seqs=4, budget=8),
-    "starved_async": Case(is_async=True, num_blocks=34, max_num_seqs=4, budget=8, caches=False),
-    "thresholds": Case(is_async=True, threshold=5, budget=64, num_blocks=34, max_num_seqs=12),
+    "priority": Case(is_async=True, policy="priority"),
+    "sync_priority": Case(policy="priority", num_blocks=14),
+    "starved": Case(num_blocks=12, max_num_seqs=4, budget=8),
+    "starved_async": Case(is_async=True, num_blocks=12, max_num_seqs=5, budget=8, caches=False),
+    "thresholds": Case(is_async=True, threshold=5, budget=64, max_num_seqs=12),
 }
 
 
@@ -173,7 +173,7 @@ class Traffic:
             return [self.chance.randrange(300)]
         if kind < 0.5:
             return self.stem[: self.chance.choice((1, 16, 17, 32, 33, 40, 49))]
-        return self.chance.choices(range(300), k=self.chance.randint(1, 60))
+        return self.chance.choices(range(300), k=self.chance.randint(1, 60 if kind < 0.95 else MAX_LEN - 31))
 
     def plan(self, members: int) -> dict[str, Any] | None:
         edit = SteeringPlan((PlannedEdit(RowEdit("v", str(self.chance.randrange(3)), None), Where.of("all")),))
@@ -264,9 +264,16 @@ class Traffic:
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
             if str(asked.end) == "stop":
                 assert asked.got[-1] == STOP and STOP not in asked.got[:-1]
+            elif str(asked.end) == "error":  # it could never run
+                plan = RequestPlan.from_wire(asked.request.sampling_params.extra_args)
+                assert plan is not None and not asked.got
+                lengths = [asked.request.num_prompt_tokens, *(len(member.prompt) for member in plan.members)]
+                too_long = sum(-(-(length + 1) // BLOCK) for length in lengths) >= self.case.num_blocks
+                assert too_long or len(lengths) > self.case.max_num_seqs
             elif asked.end != "aborted":
                 assert str(asked.end) == "length"
                 assert len(asked.got) == asked.request.max_tokens and STOP not in asked.got[:-1]
+                assert (asked.request.stop_reason is None) == (len(asked.got) == asked.request.sampling_params.max_tokens)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
