@@ -26,28 +26,36 @@ class BatchView:
     positions: Ints  # (B,) absolute position of each row's first token
     requests: Sequence[str] = ()  # (B,) whose row it is
     draws: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))  # (B,) whether its next token is drawn
-    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by a primary's row that is to be sampled,
-    # the rows of its plan's members: their logits are of the same token
-    followers: Sequence[tuple[int, int]] = ()  # (row of a companion, row of the primary whose token it is given)
+    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # row that is drawn for -> its members' rows
+    followers: Sequence[tuple[int, int]] = ()  # (a companion's row, the row whose token it is given)
 
     def in_groups(self, groups: Mapping[str, Sequence[str | None]]) -> "BatchView":
-        """With the rows of `groups`: by a primary's id, its companions' ids in member order, None for dropped ones."""
-        if not groups:
+        """With the rows of coupled sequences.
+
+        Args:
+            groups: by a primary's id, its companions' ids in member order, None for those that were dropped.
+
+        Raises: RuntimeError where a token would be drawn without a member that it needs.
+        """
+        coupled = [(row, placed) for row, placed in self.planned() if placed.plan.members and self.draws[row]]
+        if not coupled:
             return self
         row_of = {name: row for row, name in enumerate(self.requests)}
-        rows = {row_of[name]: tuple(row_of.get(n or "", ABSENT) for n in names) for name, names in groups.items()}
-        followers = [(row, primary) for primary, others in rows.items() for row in others if row != ABSENT]
-        members = {primary: self._taking_part(primary, others) for primary, others in rows.items()}
+        members, followers = {}, []
+        for row, placed in coupled:
+            names = groups.get(self.requests[row], [None] * len(placed.plan.members))
+            rows = [ABSENT if name is None else row_of.get(name, ABSENT) for name in names]
+            followers += [(other, row) for other in rows if other != ABSENT]
+            members[row] = self._taking_part(row, placed, rows)
         return replace(self, members=members, followers=followers)
 
-    def _taking_part(self, primary: int, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """Members are dropped once tokens have been delivered, which may be some steps after they were needed."""
-        placed = self.plans[primary]
-        assert placed is not None
-        num_tokens = int(self.positions[primary] + self.starts[primary + 1] - self.starts[primary])
-        num_generated = num_tokens - placed.prompt_len
-        is_over = [member.until is not None and num_generated >= member.until for member in placed.plan.members]
-        return tuple(ABSENT if over else row for row, over in zip(rows, is_over, strict=True))
+    def _taking_part(self, row: int, placed: PlacedPlan, rows: Sequence[int]) -> tuple[int, ...]:
+        """Members leave when tokens have been delivered, which may be some steps after they were needed."""
+        num_generated = int(self.positions[row] + self.starts[row + 1] - self.starts[row]) - placed.prompt_len
+        needed = [member.until is None or num_generated < member.until for member in placed.plan.members]
+        if any(wanted and other == ABSENT for wanted, other in zip(needed, rows, strict=True)):
+            raise RuntimeError(f"{self.requests[row]} would get token {num_generated} without all of its sequences")
+        return tuple(other if wanted else ABSENT for wanted, other in zip(needed, rows, strict=True))
 
     @property
     def num_tokens(self) -> int:

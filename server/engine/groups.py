@@ -96,29 +96,30 @@ class Group:
         return dropped
 
 
-def companions(primary: Request, members: Sequence[Member]) -> list[Request]:
+def companions(primary: Request, plan: RequestPlan) -> list[Request]:
     """The requests of a plan's members. They sample nothing themselves, so nothing about sampling is theirs."""
-    return [
-        Request(
-            request_id=f"{primary.request_id}/{index}",
-            prompt_token_ids=list(member.prompt),
-            sampling_params=SamplingParams(
-                temperature=0,
-                max_tokens=primary.max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={KEY: plan.to_wire()} if (plan := member.plan) else None,
-            ),
-            pooling_params=None,
-            client_index=NOWHERE,
-            arrival_time=primary.arrival_time,
-            lora_request=primary.lora_request,
-            cache_salt=primary.cache_salt,
-            priority=primary.priority,
-            block_hasher=primary._block_hasher,
-        )
-        for index, member in enumerate(members, 1)
-    ]
+    return [_companion(primary, index, member, plan.plan_of(index)) for index, member in enumerate(plan.members, 1)]
+
+
+def _companion(primary: Request, index: int, member: Member, plan: RequestPlan | None) -> Request:
+    return Request(
+        request_id=f"{primary.request_id}/{index}",
+        prompt_token_ids=list(member.prompt),
+        sampling_params=SamplingParams(
+            temperature=0,
+            max_tokens=primary.max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={KEY: plan.to_wire()} if plan else None,
+        ),
+        pooling_params=None,
+        client_index=NOWHERE,
+        arrival_time=primary.arrival_time,
+        lora_request=primary.lora_request,
+        cache_salt=primary.cache_salt,
+        priority=primary.priority,
+        block_hasher=primary._block_hasher,
+    )
 
 
 def why_refused(plan: RequestPlan, max_num_seqs: int, max_model_len: int, vocabulary: int) -> str | None:

@@ -63,7 +63,7 @@ class SteeredScheduling(GroupedScheduling):
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
-        unit = Unit(request, companions(request, plan.members), plan)
+        unit = Unit(request, companions(request, plan), plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()

@@ -2,7 +2,6 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch
 from modes import async_on_cpu
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.utils.hashing import get_hash_fn_by_name
 
-from whipstaff.server.engine.groups import KV_CACHE, MEMBER_CONTEXT
 from whipstaff.server.engine.launch import configure
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
 from whipstaff.server.engine.scheduler import AsyncSteeredScheduler, SteeredScheduler
@@ -273,7 +271,9 @@ class Traffic:
             elif asked.end != "aborted":
                 assert str(asked.end) == "length"
                 assert len(asked.got) == asked.request.max_tokens and STOP not in asked.got[:-1]
-                assert (asked.request.stop_reason is None) == (len(asked.got) == asked.request.sampling_params.max_tokens)
+                assert (asked.request.stop_reason is None) == (
+                    len(asked.got) == asked.request.sampling_params.max_tokens
+                )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
