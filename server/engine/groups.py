@@ -18,11 +18,12 @@ then introduced to the worker anew, with the one.
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
@@ -122,18 +123,19 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
     )
 
 
-def why_refused(plan: RequestPlan, max_num_seqs: int, max_model_len: int, vocabulary: int) -> str | None:
-    """Why an engine of that size cannot take a plan's members, whatever its primary; None if it can."""
-    if len(plan.members) >= max_num_seqs:
+def why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
+    """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
+    most, max_len = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+    if members and len(members) >= most:
         return (
-            f"the request needs {len(plan.members) + 1} sequences at once and the engine runs at most "
-            f"{max_num_seqs}; start the server with a larger --max-num-seqs"
+            f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
+            "start the server with a larger --max-num-seqs"
         )
-    for index, member in enumerate(plan.members, 1):
-        if not 0 < len(member.prompt) < max_model_len:
-            return f"sequence {index}'s prompt has {len(member.prompt)} tokens; it may have 1 to {max_model_len - 1}"
-        if not all(0 <= token < vocabulary for token in member.prompt):
-            return f"sequence {index}'s prompt has tokens that are not in the vocabulary of {vocabulary}"
+    for index, member in enumerate(members, 1):
+        if not 0 < len(member["prompt"]) < max_len:
+            return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
+        if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
+            return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
     return None
 
 
