@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -146,6 +147,9 @@ class GroupedScheduling(Scheduler):
     order, None for those that were dropped.
     """
 
+    running: list[Request]
+    _pause_state: PauseState
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._groups: dict[str, Group] = {}  # by the primary's id
@@ -155,6 +159,7 @@ class GroupedScheduling(Scheduler):
         self._ended: list[Request] = []  # companions whose primary is gone
         self._is_stepping = False
         self._steps_held = self._half_scheduled = 0
+        self._most_running = self.max_num_active_reqs
 
     # -- who comes and goes ------------------------------------------------------------------------------------------
 
@@ -162,7 +167,7 @@ class GroupedScheduling(Scheduler):
         """Take a request and its companions. One that cannot run at all ends with an error."""
         group = Group(primary, companions, plan)
         self._limit(group)
-        if primary.max_tokens < 1 or len(group.members) > self.max_num_active_reqs:
+        if primary.max_tokens < 1 or len(group.members) > self._most_running:
             self.grammar_compile_error_reqs.add(primary.request_id)  # vLLM's way to end a request with an error
         for member in group.members:
             self._group_of[member.request_id] = group
@@ -225,7 +230,7 @@ class GroupedScheduling(Scheduler):
         try:
             output = super().schedule(*args, **kwargs)
         finally:
-            self._pause_state, self._is_stepping = paused, False
+            self._pause_state, self._is_stepping, self.max_num_active_reqs = paused, False, self._most_running
         self._introduce(output, anew)
         self._check(output, released)
         output.whipstaff_groups = {group.primary.request_id: group.names for group in released}
@@ -305,23 +310,26 @@ class GroupedScheduling(Scheduler):
             return group is self._entering
         if group is None:
             return True
-        self._entering = group if self._may_enter(group) else None
-        return self._entering is not None
+        if not all(map(_is_waiting, group.members)):
+            return False
+        if not self._has_room(group):
+            self.max_num_active_reqs = 0  # nobody overtakes a group that waits for room: vLLM lets in no more
+            return False
+        self._entering = group
+        return True
 
-    def _may_enter(self, group: Group) -> bool:
+    def _has_room(self, group: Group) -> bool:
         """Whether all of a waiting group can run."""
-        for member in group.members:
-            if member.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-                return False
-            if member.num_stale_output_tokens and not member.drop_stale_output:
-                return False
         num_running = len(self.running) + self.num_waiting_for_streaming_input
-        if num_running + len(group.members) > self.max_num_active_reqs:
+        if num_running + len(group.members) > self._most_running:
             return False
         for member in group.members:
             if member.num_tokens == 1:
                 member._all_token_ids.append(member._all_token_ids[0])
-        wanted = sum(self._num_blocks(member.num_tokens) for member in group.members)
+        wanted = 0
+        for member in group.members:
+            blocks, num_cached, *_ = self._get_local_prefix_cache_hit(member)
+            wanted += self._num_blocks_to_allocate(member, member.num_tokens, num_cached, blocks)
         spoken_for = self._inflight_prefill_reserved_blocks() + self.kv_cache_manager.watermark_blocks
         return wanted <= self.kv_cache_manager.block_pool.get_num_free_blocks() - spoken_for
 
@@ -352,7 +360,8 @@ class GroupedScheduling(Scheduler):
         budget, num = self.max_num_scheduled_tokens, 0
         for request in self.running:
             new = min(self._num_wanted(request), budget)
-            num += self._num_blocks_to_allocate(request, request.num_computed_tokens + new) if new else 0
+            num_computed = request.num_computed_tokens
+            num += self._num_blocks_to_allocate(request, num_computed + new, num_computed) if new else 0
             budget -= new if new == 1 or self._gives_whole_chunks else 0
         return num
 
@@ -370,12 +379,16 @@ class GroupedScheduling(Scheduler):
         threshold = self.scheduler_config.long_prefill_token_threshold
         return is_alone and not threshold and not self.need_mamba_block_aligned_split
 
-    def _num_blocks_to_allocate(self, request: Request, num_tokens: int) -> int:
-        manager, num_computed = self.kv_cache_manager, request.num_computed_tokens
+    def _num_blocks_to_allocate(
+        self, request: Request, num_tokens: int, num_computed: int, cached: KVCacheBlocks | None = None
+    ) -> int:
+        """What a sequence of that length takes, of which so many tokens are computed, in blocks of its own or
+        `cached` ones."""
+        manager = self.kv_cache_manager
         num: int = manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=num_tokens,
-            new_computed_blocks=manager.empty_kv_cache_blocks.blocks,
+            new_computed_blocks=(cached or manager.empty_kv_cache_blocks).blocks,
             num_encoder_tokens=0,
             total_computed_tokens=num_computed,
             num_local_computed_tokens=num_computed,
@@ -438,6 +451,12 @@ def _is_ending(request: Request) -> bool:
     """Whether vLLM computes no more of a request: it is sure to end with a token that is being sampled."""
     after = request.num_computed_tokens + 2 - request.num_output_placeholders
     return request.num_output_placeholders > 0 and after >= request.num_prompt_tokens + request.max_tokens
+
+
+def _is_waiting(member: Request) -> bool:
+    """Whether a member may be let in: its grammar is there, and all tokens that were being sampled have come."""
+    is_settled = member.num_stale_output_tokens == 0 or member.drop_stale_output
+    return is_settled and member.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 def _is_ready(member: Request) -> bool:
