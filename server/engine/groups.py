@@ -148,6 +148,7 @@ class GroupedScheduling(Scheduler):
     """
 
     running: list[Request]
+    max_num_active_reqs: int
     _pause_state: PauseState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -330,8 +331,8 @@ class GroupedScheduling(Scheduler):
         for member in group.members:
             blocks, num_cached, *_ = self._get_local_prefix_cache_hit(member)
             wanted += self._num_blocks_to_allocate(member, member.num_tokens, num_cached, blocks)
-        spoken_for = self._inflight_prefill_reserved_blocks() + self.kv_cache_manager.watermark_blocks
-        return wanted <= self.kv_cache_manager.block_pool.get_num_free_blocks() - spoken_for
+        free: int = self.kv_cache_manager.block_pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
+        return wanted <= free - int(self._inflight_prefill_reserved_blocks())
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         blocks, num_tokens, boundary, has_diverged = super()._get_local_prefix_cache_hit(request)
@@ -370,7 +371,8 @@ class GroupedScheduling(Scheduler):
         if _is_ending(request):
             return 0
         is_held = request.request_id in self._group_of and request.request_id not in self._released
-        return max(0, _num_known(request) - request.num_computed_tokens - is_held)
+        num: int = _num_known(request) - request.num_computed_tokens - is_held
+        return max(0, num)
 
     @property
     def _gives_whole_chunks(self) -> bool:
@@ -444,31 +446,31 @@ class GroupedScheduling(Scheduler):
 
 def _num_known(request: Request) -> int:
     """Tokens of a sequence, those that are still being sampled included."""
-    return request.num_tokens + request.num_output_placeholders
+    return int(request.num_tokens + request.num_output_placeholders)
 
 
 def _is_ending(request: Request) -> bool:
     """Whether vLLM computes no more of a request: it is sure to end with a token that is being sampled."""
     after = request.num_computed_tokens + 2 - request.num_output_placeholders
-    return request.num_output_placeholders > 0 and after >= request.num_prompt_tokens + request.max_tokens
+    return bool(request.num_output_placeholders and after >= request.num_prompt_tokens + request.max_tokens)
 
 
 def _is_waiting(member: Request) -> bool:
     """Whether a member may be let in: its grammar is there, and all tokens that were being sampled have come."""
     is_settled = member.num_stale_output_tokens == 0 or member.drop_stale_output
-    return is_settled and member.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+    return bool(is_settled and member.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED))
 
 
 def _is_ready(member: Request) -> bool:
     """Whether a member lacks just its last token."""
     if member.status != RequestStatus.RUNNING or _is_ending(member):
         return False
-    return _num_known(member) - member.num_computed_tokens == 1
+    return bool(_num_known(member) == member.num_computed_tokens + 1)
 
 
 def _is_doubled(member: Request) -> bool:
     """Whether a member has its only token twice."""
-    return member.num_tokens > member.num_prompt_tokens + member.num_output_tokens
+    return bool(member.num_tokens > member.num_prompt_tokens + member.num_output_tokens)
 
 
 def _single(members: list[Request]) -> list[Request]:
