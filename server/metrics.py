@@ -28,6 +28,9 @@ SLOTS = Gauge("whipstaff_slots", "Distinct steering configurations that may be i
 SLOTS_IN_USE = Gauge("whipstaff_slots_in_use", "Slots of running requests")
 WAITING = Gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
 UPLOADS = Counter("whipstaff_table_uploads", "Configurations written into the tables of edits")
+COMPANIONS = Gauge("whipstaff_companions_running", "Sequences that run beside a request's own to guide it")
+HELD = Counter("whipstaff_group_steps_held", "Steps in which some sequences of a request waited for others")
+HALF = Counter("whipstaff_groups_half_scheduled", "Steps that took some sequences of a request only: a bug if not 0")
 CONDITIONAL = Counter("whipstaff_conditional_tokens", "Tokens of conditional edits where the condition is known")
 FIRED = Counter("whipstaff_conditional_tokens_open", "Those of them that were edited")
 DOSE = Histogram(
@@ -40,14 +43,17 @@ class WorkerSeries:
     """Series that only a worker knows, read when somebody asks for metrics."""
 
     def __init__(self) -> None:
-        self._uploads = 0
+        self._counted = {"table_uploads": UPLOADS, "group_steps_held": HELD, "groups_half_scheduled": HALF}
+        self._seen = dict.fromkeys(self._counted, 0)
 
     def note(self, counters: Mapping[str, Any]) -> None:
         """What the worker has counted since it started."""
         SLOTS_IN_USE.set(counters["slots_in_use"])
         WAITING.set(counters["requests_waiting_for_slots"])
-        UPLOADS.inc(max(0, counters["table_uploads"] - self._uploads))
-        self._uploads = max(self._uploads, counters["table_uploads"])
+        COMPANIONS.set(counters["companions_running"])
+        for name, series in self._counted.items():
+            series.inc(max(0, counters[name] - self._seen[name]))
+            self._seen[name] = max(self._seen[name], counters[name])
 
 
 WORKER = WorkerSeries()

@@ -20,6 +20,7 @@ from modes import async_on_cpu, v2_on_cpu
 from reference import steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from vllm.sampling_params import StructuredOutputsParams
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
@@ -28,6 +29,8 @@ from whipstaff.server.engine.request import Member, RequestPlan
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.where import Where
+
+from ..serving import make_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -122,6 +125,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         name: tiny.save("llama", folder / f"model{seed}", seed, **changes)
         for seed, (name, changes) in enumerate(shapes.items())
     }
+    make_tokenizer(tiny.VOCABULARY).save_pretrained(paths[""])
     with (
         v2_on_cpu() if mode.startswith("v2") else nullcontext(),
         async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
@@ -130,7 +134,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             paths[""],
             [("expert", paths["expert"])],
             num_slots=4,
-            skip_tokenizer_init=True,
+            structured_outputs_config={"backend": "xgrammar"},
             max_model_len=MAX_LEN,
             max_num_batched_tokens=48,
             max_num_seqs=MOST_SEQUENCES,
@@ -281,21 +285,47 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     traffic = Traffic(bench, seed=6)
     long, short = tuple(traffic.stem * 3)[: MAX_LEN - 5], tuple(traffic.stem[:9])
     plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member(short),))
-    (free,) = bench.engine.tokens(Ask([7, 8, 9], plan, 8))
+    (output,) = bench.engine.generate(Ask([7, 8, 9], plan, 8, {"detokenize": True}))
+    free, text = list(output.outputs[0].token_ids), output.outputs[0].text
     stop = free[4]
     asks = [
         Ask([7, 8, 9], plan, 8, {"stop_token_ids": [stop]}),
         Ask([7, 8, 9], plan, 8, {"n": 2, "temperature": 0.01, "seed": 3}),
         Ask([7, 8, 9], plan, 1),
         Ask([7, 8, 9], replace(plan, members=(Member(long),)), 40),
+        Ask([7, 8, 9], plan, 100, {"detokenize": True, "stop": [text[3:5]]}),
     ]
-    stopped, doubled, single, full = bench.engine.generate(*asks)
+    stopped, doubled, single, full, cut = bench.engine.generate(*asks)
     assert list(stopped.outputs[0].token_ids) == free[: free.index(stop) + 1]
     assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
     assert [list(one.token_ids) for one in doubled.outputs] == [free, free]
     assert list(single.outputs[0].token_ids) == free[:1]
+    assert cut.outputs[0].text == text[: text.index(text[3:5])]
     assert len(full.outputs[0].token_ids) == 5
     assert (full.outputs[0].finish_reason, full.outputs[0].stop_reason) == ("length", MEMBER_CONTEXT)
+
+
+def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
+    """The grammar is the primary's; members' logits count for what it allows."""
+    choices = StructuredOutputsParams(choice=["left", "right"])
+    sampling = {"structured_outputs": choices, "ignore_eos": False, "detokenize": True}
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)), Member((8,))))
+    asks = [Ask(prompt, plan, 12, sampling) for prompt in ([9], [9, 10, 11], [12] * 50)]
+    tokenizer = bench.engine.engine.get_tokenizer()
+    for ask, output in zip(asks, bench.engine.generate(*asks), strict=True):
+        assert output.outputs[0].text in choices.choice
+        first = [tokenizer.encode(choice)[0] for choice in choices.choice]
+        (scores,) = bench.scores(ask, [0])
+        best = max(first, key=lambda token: float(scores[token]))
+        assert output.outputs[0].text[0] == tokenizer.decode([best])[0]
+
+
+def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None:
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)),))
+    for prompt in ([9], [9, 8, 7]):
+        asks = [Ask(prompt, asked, 3, {"prompt_logprobs": 1}) for asked in (None, plan)]
+        plain, coupled = (output.prompt_logprobs for output in bench.engine.generate(*asks))
+        assert [set(one) if one else None for one in plain] == [set(one) if one else None for one in coupled]
 
 
 def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
