@@ -125,7 +125,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         name: tiny.save("llama", folder / f"model{seed}", seed, **changes)
         for seed, (name, changes) in enumerate(shapes.items())
     }
-    make_tokenizer(tiny.VOCABULARY).save_pretrained(paths[""])
+    for path in paths.values():
+        make_tokenizer(tiny.VOCABULARY).save_pretrained(path)
     with (
         v2_on_cpu() if mode.startswith("v2") else nullcontext(),
         async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
@@ -280,6 +281,13 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
         assert alone == beside == again
 
 
+def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member((4, 5, 6)),))
+    drawn = [{"temperature": 1.0, "seed": 3} | more for more in ({"n": 2}, {}, {"seed": 4})]
+    both, *each = bench.engine.generate(*(Ask([7, 8, 9], plan, 8, sampling) for sampling in drawn))
+    assert [one.token_ids for one in both.outputs] == [one.outputs[0].token_ids for one in each]
+
+
 def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     """The primary's own tokens and lengths; or, with a word of its own, the room that a member has."""
     traffic = Traffic(bench, seed=6)
@@ -290,15 +298,13 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     stop = free[4]
     asks = [
         Ask([7, 8, 9], plan, 8, {"stop_token_ids": [stop]}),
-        Ask([7, 8, 9], plan, 8, {"n": 2, "temperature": 0.01, "seed": 3}),
         Ask([7, 8, 9], plan, 1),
         Ask([7, 8, 9], replace(plan, members=(Member(long),)), 40),
         Ask([7, 8, 9], plan, 100, {"detokenize": True, "stop": [text[3:5]]}),
     ]
-    stopped, doubled, single, full, cut = bench.engine.generate(*asks)
+    stopped, single, full, cut = bench.engine.generate(*asks)
     assert list(stopped.outputs[0].token_ids) == free[: free.index(stop) + 1]
     assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
-    assert [list(one.token_ids) for one in doubled.outputs] == [free, free]
     assert list(single.outputs[0].token_ids) == free[:1]
     assert cut.outputs[0].text == text[: text.index(text[3:5])]
     assert len(full.outputs[0].token_ids) == 5
@@ -307,17 +313,23 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
 
 def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
     """The grammar is the primary's; members' logits count for what it allows."""
-    choices = StructuredOutputsParams(choice=["left", "right"])
-    sampling = {"structured_outputs": choices, "ignore_eos": False, "detokenize": True}
+    if bench.mode.startswith("v2"):
+        pytest.skip("Triton's interpreter cannot run the kernel that applies grammars")
+    choices = ["left", "right"]
     plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)), Member((8,))))
-    asks = [Ask(prompt, plan, 12, sampling) for prompt in ([9], [9, 10, 11], [12] * 50)]
+
+    def ask(prompt: list[int]) -> Ask:
+        wanted = StructuredOutputsParams(choice=choices)
+        return Ask(prompt, plan, 12, {"structured_outputs": wanted, "ignore_eos": False, "detokenize": True})
+
+    asks = [ask(prompt) for prompt in ([9], [9, 10, 11], [12] * 50)]
     tokenizer = bench.engine.engine.get_tokenizer()
     for ask, output in zip(asks, bench.engine.generate(*asks), strict=True):
-        assert output.outputs[0].text in choices.choice
-        first = [tokenizer.encode(choice)[0] for choice in choices.choice]
+        assert output.outputs[0].text in choices
+        first = [tokenizer.convert_tokens_to_ids(choice[:length]) for choice in choices for length in range(1, 6)]
         (scores,) = bench.scores(ask, [0])
-        best = max(first, key=lambda token: float(scores[token]))
-        assert output.outputs[0].text[0] == tokenizer.decode([best])[0]
+        best = max((token for token in first if token is not None), key=lambda token: float(scores[token]))
+        assert output.outputs[0].token_ids[0] == best
 
 
 def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None:
