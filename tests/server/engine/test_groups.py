@@ -358,6 +358,7 @@ def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
         ([Member(tuple([5] * MAX_LEN))], "may have 1 to 255"),
         ([Member(())], "a prompt of 0 tokens"),
         ([Member((5, 100_000))], "not in the vocabulary"),
+        ([Member(tuple([5] * 200))] * 3, "need 22 blocks"),
     ],
 )
 def test_what_cannot_run_is_refused(bench: Bench, members: list[Member], said: str) -> None:
