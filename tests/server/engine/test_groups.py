@@ -20,7 +20,7 @@ from modes import async_on_cpu, v2_on_cpu
 from reference import steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
@@ -219,7 +219,7 @@ class Traffic:
     def ask(self, plan: RequestPlan | None) -> Ask:
         ask = Ask(self.prompt(), plan, self.chance.randint(1, 14))
         if self.chance.random() < 0.1:
-            ask.abort_after, ask.sampling = self.chance.randint(1, 3), {"output_kind": 1}
+            ask.abort_after, ask.sampling = self.chance.randint(1, 3), {"output_kind": RequestOutputKind.DELTA}
         return ask
 
 
@@ -283,7 +283,10 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
 
 def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
     plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member((4, 5, 6)),))
-    drawn = [{"temperature": 1.0, "seed": 3} | more for more in ({"n": 2}, {}, {"seed": 4})]
+    drawn = [
+        {"temperature": 1.0, "seed": 3} | more
+        for more in ({"n": 2, "output_kind": RequestOutputKind.FINAL_ONLY}, {}, {"seed": 4})
+    ]
     both, *each = bench.engine.generate(*(Ask([7, 8, 9], plan, 8, sampling) for sampling in drawn))
     assert [one.token_ids for one in both.outputs] == [one.outputs[0].token_ids for one in each]
 
