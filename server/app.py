@@ -122,28 +122,29 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         [name for name, file in files.items() if misfit(file.vector, model) is None],
         list(engine.layout.limits),
     )
+    config = engine.model_config
     have = Catalogue(
-        Registry({}, model),
-        engine.layout.limits,
-        Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
-        engine.model_config.get_vocab_size(),
-        facts["dtype"],
-        engine.layout.num_slots,
-        engine.layout.shape.num_layers,
-        frozenset(Place(*place) for place in facts["sites"]),
-        Lengths(lengths),
-        Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
-        engine.vllm_config.parallel_config.tensor_parallel_size,
-        facts["takes_soft_prompts"],
-        engine.model_config.logprobs_mode,
-        facts["specials"]["attention"],
-        Depth(
+        registry=Registry({}, model),
+        auxiliaries=engine.layout.limits,
+        words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer()),
+        vocabulary=config.get_vocab_size(),
+        dtype=facts["dtype"],
+        num_slots=engine.layout.num_slots,
+        num_layers=engine.layout.shape.num_layers,
+        places=frozenset(Place(*place) for place in facts["sites"]),
+        lengths=Lengths(lengths),
+        limit=Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
+        tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,
+        takes_soft_prompts=facts["takes_soft_prompts"],
+        logprobs_mode=config.logprobs_mode,
+        attention=facts["specials"]["attention"],
+        depth=Depth(
             engine.layout.shape.num_layers,
-            bool(getattr(engine.model_config.hf_text_config, "tie_word_embeddings", False)),
+            bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
             frozenset(engine.layout.early_layers),
             facts["has_final_norm"],
         ),
-        {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
+        routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
     library = Library(Residents(engine), have, files, store, settings.presets)
     await library.start()

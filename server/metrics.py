@@ -36,6 +36,11 @@ SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be 
 SLOTS_IN_USE = _gauge("whipstaff_slots_in_use", "Slots of running requests")
 WAITING = _gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
 UPLOADS = _gauge("whipstaff_table_uploads_total", "Configurations written into the tables of edits since the start")
+COMPANIONS = _gauge("whipstaff_companions_running", "Sequences that run beside a request's own to guide it")
+STEPS_HELD = _gauge("whipstaff_group_steps_held_total", "Steps in which some sequences of a request waited for others")
+HALF = _gauge(
+    "whipstaff_groups_half_scheduled_total", "Steps that took some sequences of a request only: a bug if not 0"
+)
 CONDITIONAL = Counter("whipstaff_conditional_tokens", "Tokens of conditional edits where the condition is known")
 FIRED = Counter("whipstaff_conditional_tokens_open", "Those of them that were edited")
 DOSE = Histogram(
@@ -50,6 +55,9 @@ def note_worker(counters: Mapping[str, Any]) -> None:
     WAITING.set(counters["requests_waiting_for_slots"])
     HELD.set(counters["vectors_held"])
     UPLOADS.set(counters["table_uploads"])
+    COMPANIONS.set(counters["companions_running"])
+    STEPS_HELD.set(counters["group_steps_held"])
+    HALF.set(counters["groups_half_scheduled"])
 
 
 def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:

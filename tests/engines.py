@@ -106,14 +106,14 @@ class EngineUnderTest:
         """Run all at once; each one's final output, None where the client went away."""
 
         async def all_of_them() -> list[Any]:
-            return await asyncio.gather(*map(self._generate, asks))
+            return await asyncio.gather(*map(self.answer, asks))
 
         return self.run(all_of_them())
 
     def tokens(self, *asks: Ask) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in self.generate(*asks)]
 
-    async def _generate(self, ask: Ask) -> Any:
+    async def answer(self, ask: Ask) -> Any:
         extra = {KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)

@@ -1,7 +1,7 @@
 """BatchView: who is in one engine step and where their tokens stand. Plain data, the same from both model runners."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from whipstaff.server.engine.request import PlacedPlan
 
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
+ABSENT = -1  # the row of a member that takes no part any more
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,36 @@ class BatchView:
     positions: Ints  # (B,) absolute position of each row's first token
     requests: Sequence[str] = ()  # (B,) whose row it is
     draws: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))  # (B,) whether its next token is drawn
-    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # row -> rows of its coupled sequences
+    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # row that is drawn for -> its members' rows
+    followers: Sequence[tuple[int, int]] = ()  # (a companion's row, the row whose token it is given)
+
+    def in_groups(self, groups: Mapping[str, Sequence[str | None]]) -> "BatchView":
+        """With the rows of coupled sequences.
+
+        Args:
+            groups: by a primary's id, its companions' ids in member order, None for those that were dropped.
+
+        Raises: RuntimeError where a token would be drawn without a member that it needs.
+        """
+        coupled = [(row, placed) for row, placed in self.planned() if placed.plan.members and self.draws[row]]
+        if not coupled:
+            return self
+        row_of = {name: row for row, name in enumerate(self.requests)}
+        members, followers = {}, []
+        for row, placed in coupled:
+            names = groups.get(self.requests[row], [None] * len(placed.plan.members))
+            rows = [ABSENT if name is None else row_of.get(name, ABSENT) for name in names]
+            followers += [(other, row) for other in rows if other != ABSENT]
+            members[row] = self._taking_part(row, placed, rows)
+        return replace(self, members=members, followers=followers)
+
+    def _taking_part(self, row: int, placed: PlacedPlan, rows: Sequence[int]) -> tuple[int, ...]:
+        """Members leave when tokens have been delivered, which may be some steps after they were needed."""
+        num_generated = int(self.positions[row] + self.starts[row + 1] - self.starts[row]) - placed.prompt_len
+        needed = [member.until is None or num_generated < member.until for member in placed.plan.members]
+        if any(wanted and other == ABSENT for wanted, other in zip(needed, rows, strict=True)):
+            raise RuntimeError(f"{self.requests[row]} would get token {num_generated} without all of its sequences")
+        return tuple(other if wanted else ABSENT for wanted, other in zip(needed, rows, strict=True))
 
     @property
     def num_tokens(self) -> int:

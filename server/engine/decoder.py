@@ -24,7 +24,7 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
-from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.early import EarlyHead, Stream
 from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
@@ -67,10 +67,15 @@ class Known:
     scores_prompt: bool
     applied: list[Applied]
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
+    excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property
     def draw(self) -> Draw | None:
         return self.plan.draw
+
+    @property
+    def tells_scores(self) -> bool:
+        return any(one.method.tells_scores(one.setting) for one in self.applied)
 
 
 class Place(NamedTuple):
@@ -80,6 +85,7 @@ class Place(NamedTuple):
     request: Known
     position: int  # of the last token it follows from
     token: int  # that token's number in the step
+    is_prompt: bool = False  # whether it is scored, and not drawn from
 
     @property
     def num_generated(self) -> int:
@@ -141,8 +147,11 @@ class Decoder:
                 self._free.append(known.slot)
         for arrival in new:
             plan = arrival.placed.plan.decoding if arrival.placed else None
-            if plan is not None and arrival.request_id not in self._requests:  # V2 says again who was preempted
+            if plan is None or arrival.placed is None:
+                continue
+            if arrival.request_id not in self._requests:  # V2 says again who was preempted
                 self._requests[arrival.request_id] = self._known(plan, arrival)
+            self._requests[arrival.request_id].num_prompt = arrival.placed.prompt_len  # see `groups` on short prompts
 
     def _known(self, plan: DecodingPlan, arrival: Arrival) -> Known:
         applied, num_state = [], 0
@@ -250,17 +259,17 @@ class Decoder:
         if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
             rows = self._sent(undecoded)
             self._undecoded = rows, logits[rows].to(torch.float32)
-        decoded = self._decoded(logits, self._places, others, hidden)
+        decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
         return decoded
 
     def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
-        for place in self._places:
-            plan, members = place.request.plan, (place.row, *self._view.members.get(place.row, ()))
-            for model, member in plan.mix.streams if plan.mix else ():
+        for row, mix, members in _mixed(self._places, self._view.members):
+            for model, member in mix.streams:
                 name = model if not member else f"{model or MAIN}[{member}]"
-                snapshot.note_stream(place.row, name, (others[model] if model else logits)[members[member]])
+                snapshot.note_stream(row, name, (others[model] if model else logits)[members[member]])
+        for place in self._places:
             for model in dict.fromkeys(model for one in place.request.applied for model in one.streams):
                 snapshot.note_stream(place.row, model, others[model][place.row])
 
@@ -276,25 +285,50 @@ class Decoder:
     def decode_prompt(
         self, logits: Tensor, others: Mapping[str, Tensor], hidden: Tensor, tokens: Sequence[int]
     ) -> Tensor:
-        """The same for rows of prompts whose tokens are scored; `tokens` are their numbers in the step."""
+        """The same for rows of prompts whose tokens are scored; `tokens` are their numbers in the step. Mixes that read
+        other sequences leave them alone: those have other prompts."""
         view = self._view
         rows = np.searchsorted(view.starts, tokens, side="right") - 1
         places = [
-            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token)
+            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token, True)
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
             if row < len(view.requests)
             and (request := self._requests.get(view.requests[row])) is not None
+            and request.scores_prompt
             and not request.plan.scores_base
         ]
-        return self._decoded(logits, places, others, hidden)
+        decoded = self._decoded(logits, places, {}, others, hidden)
+        self._note_excess(decoded, [place for place in places if place.request.tells_scores])
+        return decoded
 
-    def _decoded(self, logits: Tensor, places: Sequence[Place], others: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        members = self._view.members
-        mixed = [
-            MixedRow(place.row, place.request.plan.mix, (place.row, *members.get(place.row, ())))
-            for place in places
-            if place.request.plan.mix is not None
-        ]
+    def _note_excess(self, decoded: Tensor, places: Sequence[Place]) -> None:
+        """vLLM tells log-softmax of what it gets; the difference to scores is added when it has done so."""
+        for request in {id(place.request): place.request for place in places}.values():
+            mine = [place for place in places if place.request is request]
+            rows, positions = self._sent([[place.row for place in mine], [place.position for place in mine]])
+            if request.excess is None:
+                request.excess = torch.zeros(request.num_prompt, device=self._device)
+            request.excess[positions] = decoded[rows].logsumexp(-1)
+
+    def with_excess(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompts' log-probabilities by request, (num_prompt - 1, n) each, with scores as they are."""
+        found = dict(told)
+        for name, tensors in told.items():
+            known = self._requests.get(name)
+            if known is not None and known.excess is not None and tensors is not None:
+                excess = known.excess[:-1, None].to(tensors.logprobs.device)
+                found[name] = tensors._replace(logprobs=tensors.logprobs + excess)
+        return found
+
+    def _decoded(
+        self,
+        logits: Tensor,
+        places: Sequence[Place],
+        members: Mapping[int, tuple[int, ...]],
+        others: Mapping[str, Tensor],
+        hidden: Tensor,
+    ) -> Tensor:
+        mixed = list(_mixed(places, members))
         stages: tuple[Stage, ...] = ("mix", "rule")
         calls = self._calls(places, stages)
         if not mixed and not calls:
@@ -407,6 +441,7 @@ class Decoder:
             },
             heads={name: self._heads(digest) for name, digest in zip(method.head_fields, heads, strict=True)},
         )
+        given.is_prompt = places[0].is_prompt
         if "tokens" in method.needs:
             given.tokens = self._tokens_of(places)
         if "hidden" in method.needs:
@@ -463,6 +498,14 @@ def _parts(found: list[tuple[Place, Applied]], vocabulary: int) -> Iterator[list
             part, num_early = [], len(applied.early)
         part.append((place, applied))
     yield part
+
+
+def _mixed(places: Sequence[Place], members: Mapping[int, tuple[int, ...]]) -> Iterator[MixedRow]:
+    """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
+    for place in places:
+        mix, rows = place.request.plan.mix, (place.row, *members.get(place.row, ()))
+        if mix is not None and len(rows) > mix.num_members and ABSENT not in rows[: mix.num_members + 1]:
+            yield MixedRow(place.row, mix, rows)
 
 
 def _draw(place: Place) -> Draw:

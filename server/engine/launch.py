@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from whipstaff.server.engine import UnsupportedEngine, request
+from whipstaff.server.engine import UnsupportedEngine, groups, request
 from whipstaff.server.engine.attention import require_eager_attention
 from whipstaff.server.engine.auxiliary import auxiliary_config
 from whipstaff.server.engine.explain import listen
@@ -75,6 +75,8 @@ class Engine(AsyncLLM):
         plan = (sampling_params.extra_args or {}).get(request.KEY)
         if plan is not None and not isinstance(plan, PlanDict):
             raise ValueError(f"vllm_xargs.{request.KEY} is reserved; send `steering` and `decoding` instead")
+        if plan is not None and (reason := groups.why_refused(plan["members"], self.vllm_config)):
+            raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
         async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
             async for output in watched:

@@ -12,18 +12,47 @@ KEY = "whipstaff"
 
 
 @dataclass(frozen=True)
+class Member:
+    """A further sequence of a request, that emits the tokens which the request emits; see `groups`."""
+
+    prompt: tuple[int, ...]
+    steering: SteeringPlan | None = None
+    until: int | None = None  # generated tokens after which it is not needed any more; None: needed to the end
+
+    def to_wire(self) -> dict[str, Any]:
+        steering = self.steering.to_wire() if self.steering else None
+        return {"prompt": list(self.prompt), "steering": steering, "until": self.until}
+
+    @staticmethod
+    def from_wire(wire: Mapping[str, Any]) -> "Member":
+        steering = SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None
+        return Member(tuple(wire["prompt"]), steering, wire["until"])
+
+
+@dataclass(frozen=True)
 class RequestPlan:
     """Everything the engine does differently for one request."""
 
     steering: SteeringPlan | None = None
     decoding: DecodingPlan | None = None
     ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
+    members: tuple[Member, ...] = ()  # further sequences that emit the same tokens
+    models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
+
+    def plan_of(self, index: int) -> "RequestPlan | None":
+        """What a member needs for itself; 1 is the first. None if nothing."""
+        terms = self.decoding.mix.terms if self.decoding and self.decoding.mix else ()
+        models = {term.stream.model for term in terms if term.stream.member == index and term.stream.model}
+        steering = self.members[index - 1].steering
+        return RequestPlan(steering, models=tuple(sorted(models))) if steering or models else None
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
             "decoding": self.decoding.to_wire() if self.decoding else None,
             "ticket": self.ticket,
+            "members": [member.to_wire() for member in self.members],
+            "models": list(self.models),
         }
 
     @staticmethod
@@ -35,6 +64,8 @@ class RequestPlan:
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
             DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
             str(wire["ticket"]),
+            tuple(map(Member.from_wire, wire["members"])),
+            tuple(wire["models"]),
         )
 
 
@@ -104,4 +135,5 @@ class PlacedPlan:
 
     @property
     def auxiliaries(self) -> list[str]:
-        return self.plan.decoding.models if self.plan.decoding else []
+        """The auxiliary models that must run on all of the sequence, sorted."""
+        return sorted({*self.plan.models, *(self.plan.decoding.models if self.plan.decoding else ())})

@@ -6,17 +6,20 @@ import numpy as np
 
 from whipstaff.server.engine.batch import NOBODY, BatchView
 from whipstaff.server.engine.decoder import Decoder
+from whipstaff.server.engine.groups import TokenCopies
 from whipstaff.server.engine.steerer import Steerer
 
 
 def attach(runner: Any, steerer: Steerer) -> None:
     """Make `runner` tell `steerer` of every real step."""
     cls: Any = type(runner)
-    on_cpu = runner.device.type == "cpu"
+    on_cpu, copies = runner.device.type == "cpu", TokenCopies()
 
     class SteeredRunner(cls):
         def _model_forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-            steerer.begin_step(view(self, steerer), input_ids)  # real steps only: dummy runs call the model itself
+            step = view(self, steerer)
+            copies.followers = step.followers
+            steerer.begin_step(step, input_ids)  # real steps only: dummy runs call the model itself
             try:
                 return super()._model_forward(input_ids, *args, **kwargs)
             finally:
@@ -31,6 +34,14 @@ def attach(runner: Any, steerer: Steerer) -> None:
                 return super().sample_tokens(*args, **kwargs)
             finally:
                 self.input_batch.generators.update(held)
+
+        def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return steerer.decoder.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
+
+        def _sample(self, *args: Any, **kwargs: Any) -> Any:
+            output = super()._sample(*args, **kwargs)
+            copies.apply_(output.sampled_token_ids)
+            return output
 
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
@@ -73,7 +84,7 @@ def view(runner: Any, steerer: Steerer) -> BatchView:
         positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
-    )
+    ).in_groups(steerer.groups)
 
 
 def unfinished_generators(runner: Any) -> dict[int, Any]:

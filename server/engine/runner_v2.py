@@ -6,17 +6,21 @@ import numpy as np
 
 from whipstaff.server.engine.batch import NOBODY, BatchView
 from whipstaff.server.engine.decoder import Decoder
+from whipstaff.server.engine.groups import TokenCopies
 from whipstaff.server.engine.steerer import Steerer
 
 
 def attach(runner: Any, steerer: Steerer) -> None:
     """Make `runner` tell `steerer` of every real step."""
     cls: Any = type(runner)
+    copies = TokenCopies()
 
     class SteeredRunner(cls):
         def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
             input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
-            steerer.begin_step(view(input_batch, steerer), input_batch.input_ids)
+            step = view(input_batch, steerer)
+            copies.followers = step.followers
+            steerer.begin_step(step, input_batch.input_ids)
             return input_batch
 
         def execute_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -25,9 +29,26 @@ def attach(runner: Any, steerer: Steerer) -> None:
             finally:
                 steerer.end_step()
 
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            output, *counts = super().sample(*args, **kwargs)
+            copies.apply_(output.sampled_token_ids)
+            return output, *counts
+
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
     _watch_draws(runner.sampler, steerer.decoder)
+    _watch_prompts(runner.prompt_logprobs_worker, steerer.decoder)
+
+
+def _watch_prompts(scorer: Any, decoder: Decoder) -> None:
+    cls: Any = type(scorer)
+
+    class WatchedScorer(cls):
+        def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
+            return decoder.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+
+    WatchedScorer.__name__ = cls.__name__
+    scorer.__class__ = WatchedScorer
 
 
 def _watch_draws(sampler: Any, decoder: Decoder) -> None:
@@ -67,4 +88,4 @@ def view(input_batch: Any, steerer: Steerer) -> BatchView:
         positions=positions,
         requests=input_batch.req_ids,
         draws=positions + np.diff(starts) >= input_batch.prefill_len_np[:num],
-    )
+    ).in_groups(steerer.groups)

@@ -6,7 +6,7 @@ that were filled while those were skipped. So blocks from a request's first affe
 of its plan, and blocks before it are shared with plain traffic.
 
 Slots. Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in
-order.
+order; a request's sequences (see `groups`) wait together.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.explain import relay
+from whipstaff.server.engine.groups import GroupedScheduling, companions
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import Row, num_slots
@@ -33,86 +34,117 @@ class SlotUse(NamedTuple):
     num_waiting: int = 0
 
 
-class SteeredScheduling:
+class Unit(NamedTuple):
+    """A request and its companions."""
+
+    primary: Request
+    companions: list[Request]
+    plan: RequestPlan
+
+    @property
+    def sequences(self) -> list[Request]:
+        return [self.primary, *self.companions]
+
+
+class SteeredScheduling(GroupedScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
-        self._rows_in_use: Counter[Row] = Counter()  # how many admitted requests may need each row
+        self._rows_in_use: Counter[Row] = Counter()  # how many admitted sequences may need each row
         self._slots_in_use = self._histories_in_use = 0
-        self._placed: dict[str, PlacedPlan] = {}  # admitted and held requests with rows
-        self._held: deque[Request] = deque()  # waiting for slots
+        self._placed: dict[str, PlacedPlan] = {}  # admitted and held sequences with rows
+        self._held: deque[Unit] = deque()  # waiting for slots
 
     def add_request(self, request: Request) -> None:
-        parameters = request.sampling_params
-        plan = RequestPlan.from_wire(parameters.extra_args if parameters else None)
-        if plan is None or request.request_id in self.requests:  # type: ignore[attr-defined]
-            super().add_request(request)  # type: ignore[misc]
+        plan = _plan_of(request)
+        if plan is None or request.request_id in self.requests:
+            super().add_request(request)
             return
+        unit = Unit(request, companions(request, plan), plan)
+        if any([self._place(sequence) for sequence in unit.sequences]):
+            self._held.append(unit)
+            self._admit()
+        else:
+            self._start(unit)
+
+    def _place(self, request: Request) -> bool:
+        """Key a sequence's blocks. Whether it needs slots."""
+        plan = _plan_of(request)
+        if plan is None:
+            return False
         placed = PlacedPlan(plan, request.num_prompt_tokens)
-        key_blocks(request, placed, self.hash_block_size)  # type: ignore[attr-defined]
+        key_blocks(request, placed, self.hash_block_size)
         if plan.steering is not None and plan.steering.forgets_cached_steps:
             request.skip_reading_prefix_cache = True
-        if not placed.rows:
-            super().add_request(request)  # type: ignore[misc]
-            return
-        self._placed[request.request_id] = placed
-        self._held.append(request)
-        self._admit()
+        if placed.rows:
+            self._placed[request.request_id] = placed
+        return bool(placed.rows)
+
+    def _start(self, unit: Unit) -> None:
+        """Hand a unit to vLLM."""
+        if unit.companions:
+            self.add_group(*unit)
+        else:
+            super().add_request(unit.primary)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        output.whipstaff_slots = SlotUse(self._slots_in_use, len(self._held))  # for metrics, by way of the worker
+        output = super().schedule(*args, **kwargs)
+        # for metrics, by way of the worker
+        output.whipstaff_use = SlotUse(self._slots_in_use, len(self._held)), self.group_use()
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
         relay(model_runner_output, outputs)
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         wanted = [request_ids] if isinstance(request_ids, str) else request_ids
         wanted = None if wanted is None else set(wanted)
-        dropped = [request for request in self._held if wanted is None or request.request_id in wanted]
-        for request in dropped:
-            self._held.remove(request)
-            del self._placed[request.request_id]
-            request.status = finished_status
-        finished: list[Request] = super().finish_requests(wanted, finished_status)  # type: ignore[misc]
-        return [*dropped, *finished]
+        dropped = [unit for unit in self._held if wanted is None or unit.primary.request_id in wanted]
+        for unit in dropped:
+            self._held.remove(unit)
+            for sequence in unit.sequences:
+                self._placed.pop(sequence.request_id, None)
+            unit.primary.status = finished_status
+        finished: list[Request] = super().finish_requests(wanted, finished_status)
+        return [*(unit.primary for unit in dropped), *finished]
 
     def get_request_counts(self) -> tuple[int, int]:
-        running, waiting = super().get_request_counts()  # type: ignore[misc]
+        running, waiting = super().get_request_counts()
         return running, waiting + len(self._held)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        freed = super()._free_request(request, *args, **kwargs)
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
             self._rows_in_use -= Counter(placed.rows)
-            self._slots_in_use -= self._slots_of(placed)
+            self._slots_in_use -= self._slots_of(placed.rows)
             self._histories_in_use -= placed.num_columns
             self._admit()
         return freed
 
-    def _slots_of(self, placed: PlacedPlan) -> int:
-        """What a request's rows take beside those in use."""
+    def _slots_of(self, rows: Iterable[Row]) -> int:
+        """What rows take beside those in use."""
         num_layers = self._layout.shape.num_layers
-        return sum(num_slots(row, num_layers) for row in placed.rows if row not in self._rows_in_use)
+        return sum(num_slots(row, num_layers) for row in set(rows) if row not in self._rows_in_use)
 
     def _admit(self) -> None:
-        """Hand held requests to vLLM, first come first served, while their rows fit."""
+        """Hand held units to vLLM, first come first served, while their rows fit."""
         while self._held:
-            placed = self._placed[self._held[0].request_id]
-            slots = self._slots_in_use + self._slots_of(placed)
-            histories = self._histories_in_use + placed.num_columns
+            unit = self._held[0]
+            placed = [self._placed[s.request_id] for s in unit.sequences if s.request_id in self._placed]
+            rows = [row for one in placed for row in one.rows]
+            slots = self._slots_in_use + self._slots_of(rows)
+            histories = self._histories_in_use + sum(one.num_columns for one in placed)
             if slots > self._layout.num_slots or histories > self._layout.num_histories:
                 return
             self._slots_in_use, self._histories_in_use = slots, histories
-            self._rows_in_use.update(placed.rows)
-            super().add_request(self._held.popleft())  # type: ignore[misc]
+            self._rows_in_use.update(rows)
+            self._start(self._held.popleft())
 
 
 class SteeredScheduler(SteeredScheduling, Scheduler):
@@ -153,6 +185,10 @@ def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
     request._block_hasher = keyed
     request.block_hashes = []
     request.update_block_hashes()
+
+
+def _plan_of(request: Request) -> RequestPlan | None:
+    return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
 
 
 def _digest(placed: PlacedPlan) -> bytes:

@@ -9,7 +9,7 @@ runner adapter        -> end_step
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +75,7 @@ class Steerer:
         self.view: BatchView | None = None
         self.decoder = decoder
         self.num_steps = 0
+        self.groups: Mapping[str, Sequence[str | None]] = {}  # that take a common step: see `BatchView.in_groups`
         self.tables: Tables | None = None
         self.specials: Specials | None = None
         self.soft: SoftRows | None = None

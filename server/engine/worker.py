@@ -12,6 +12,7 @@ from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
 from whipstaff.server.engine.decoder import Arrival, Decoder
 from whipstaff.server.engine.explain import attach
+from whipstaff.server.engine.groups import GroupUse
 from whipstaff.server.engine.layout import Layout, max_tokens
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
@@ -29,7 +30,7 @@ class SteeredWorker:
 
     vllm_config: Any
     model_runner: Any
-    _slot_use = SlotUse()
+    _slot_use, _group_use = SlotUse(), GroupUse()
     _proven: Any = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +86,9 @@ class SteeredWorker:
             scheduler_output.finished_req_ids, ((new.request_id, new.placed) for new in arrivals)
         )
         self._steerer.decoder.note_requests(scheduler_output.finished_req_ids, arrivals)
-        self._slot_use = getattr(scheduler_output, "whipstaff_slots", self._slot_use)  # warm-up schedules nothing
+        # warm-up comes from no scheduler of ours
+        self._steerer.groups = getattr(scheduler_output, "whipstaff_groups", {})
+        self._slot_use, self._group_use = getattr(scheduler_output, "whipstaff_use", (self._slot_use, self._group_use))
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -186,6 +189,9 @@ class SteeredWorker:
             "slots_in_use": self._slot_use.num_used,
             "requests_waiting_for_slots": self._slot_use.num_waiting,
             "histories_used": steerer.num_histories_used,
+            "companions_running": self._group_use.num_companions,
+            "group_steps_held": self._group_use.num_steps_held,
+            "groups_half_scheduled": self._group_use.num_half_scheduled,
         }
 
 

@@ -275,6 +275,18 @@ UNSURE = {"vector": "late", "schedule": {"shape": "entropy", "low": 0.1, "high":
 MIXED = [SPARSE, STEP, LATCHED, FADING, {"vector": "loreft"}, {"vector": "ablate", "scale": 0.5}, UNSURE]
 
 
+def test_early_layers_are_contrasted_and_told(complete: Post) -> None:
+    by_name = complete(dola_layers=[0, 2], explain={"top": 1})
+    by_entry = complete(decoding={"method": "dola", "layers": [2, 0]})
+    assert tokens(by_name) == tokens(by_entry) != tokens(complete())
+    assert [said["layers"] for said in by_name.json()["whipstaff"]["decoding"]] == [[0, 2]]
+    chosen = {record["facts"]["layer"] for record in by_name.json()["choices"][0]["explain"]}
+    assert chosen <= {0, 2} and chosen
+    entry = {"method": "dola", "relative_top": 0.0, "post_softmax": False}
+    scored = complete(echo=True, logprobs=0, max_tokens=1, decoding=entry).json()["choices"][0]["logprobs"]
+    assert max(scored["token_logprobs"][1:-1]) > 0  # differences, not log-probabilities
+
+
 @pytest.mark.parametrize("endpoint", ["complete", "chat"])
 def test_conditions_and_schedules_stream_as_they_answer_and_say_what_fired(
     request: pytest.FixtureRequest, complete: Post, endpoint: str

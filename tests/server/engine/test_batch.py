@@ -1,18 +1,23 @@
 """Both runner adapters give the same view of a step, and the steerer says what happens to every token."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
+from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine import runner_v1, runner_v2
-from whipstaff.server.engine.batch import NOBODY, BatchView
+from whipstaff.server.engine.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.groups import TokenCopies
+from whipstaff.server.engine.request import KEY, Member, PlacedPlan, RequestPlan
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
@@ -75,6 +80,53 @@ def test_both_adapters_give_the_same_view() -> None:
 def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
     made = steerer(("plain", None))
     assert runner_v1.view(None, made) is runner_v2.view(None, made) is NOBODY
+
+
+def coupled(until: int | None, num_generated: int) -> BatchView:
+    """Four rows: a plain one, a companion, a primary (prompt of 7) and its other companion."""
+    members = (Member((1, 2), until=until), Member((3,)))
+    primary = PlacedPlan(RequestPlan(members=members), 7)
+    starts, positions = np.arange(5, dtype=np.int32), np.array([3, 2, 6, 1]) + num_generated
+    return BatchView([None, None, primary, None], starts, positions, ["x", "g/1", "g", "g/2"], np.ones(4, np.bool_))
+
+
+def test_a_primary_knows_its_members_rows() -> None:
+    view = coupled(4, 3).in_groups({"g": ("g/1", "g/2")})
+    assert (view.members, view.followers) == ({2: (1, 3)}, [(1, 2), (3, 2)])
+
+
+def test_members_leave_the_mix_at_their_time_and_the_batch_when_they_are_dropped() -> None:
+    late = coupled(4, 4).in_groups({"g": ("g/1", "g/2")})
+    assert (late.members, late.followers) == ({2: (ABSENT, 3)}, [(1, 2), (3, 2)])
+    dropped = coupled(4, 5).in_groups({"g": (None, "g/2")})
+    assert (dropped.members, dropped.followers) == ({2: (ABSENT, 3)}, [(3, 2)])
+
+
+@pytest.mark.parametrize("groups", [{}, {"g": (None, "g/2")}, {"g": ("g/1", "elsewhere")}])
+def test_no_token_is_drawn_without_a_member_that_it_needs(groups: dict[str, tuple[str | None, ...]]) -> None:
+    with pytest.raises(RuntimeError, match="g would get token 3 without all of its sequences"):
+        coupled(4, 3).in_groups(groups)
+    computing = replace(coupled(4, 3), draws=np.zeros(4, np.bool_))
+    assert computing.in_groups(groups) is computing
+
+
+def test_companions_get_the_token_of_their_primary() -> None:
+    copies, sampled = TokenCopies(), torch.tensor([[5], [6], [7], [8]], dtype=torch.int32)
+    copies.apply_(sampled)
+    assert sampled.flatten().tolist() == [5, 6, 7, 8]
+    for followers, expected in ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
+        copies.followers = followers
+        copies.apply_(sampled)
+        assert sampled.flatten().tolist() == expected
+
+
+def test_members_travel_as_json() -> None:
+    steering = SteeringPlan((PlannedEdit(RowEdit("v", "{}", None), CLAUSES[1]),))
+    mix = Mix((Term(MAIN, 1.5), Term(Stream("expert", 2), -0.5)))
+    plan = RequestPlan(None, DecodingPlan(mix), members=(Member((1, 2), steering, 5), Member((3,))))
+    again = RequestPlan.from_wire({KEY: json.loads(json.dumps(plan.to_wire()))})
+    assert again == plan
+    assert (plan.plan_of(1), plan.plan_of(2)) == (RequestPlan(steering), RequestPlan(models=("expert",)))
 
 
 REQUESTS = st.lists(

@@ -247,7 +247,7 @@ async def in_waves(engine: EngineUnderTest, traffic: Traffic) -> list[Any]:
     while flying or len(traffic.asks) < NUM_REQUESTS:
         if len(traffic.asks) < NUM_REQUESTS:
             wave = traffic.wave()
-            flying.append((wave, asyncio.gather(*map(engine._generate, wave))))
+            flying.append((wave, asyncio.gather(*map(engine.answer, wave))))
         if len(flying) == 2 or len(traffic.asks) >= NUM_REQUESTS:
             wave, answers = flying.pop(0)
             found = await answers
