@@ -1,6 +1,6 @@
 """The decoding goldens through the engine, and settings of methods that must come to something simpler.
 
-Here: plain contrastive decoding, whose golden comes with models; proxy-tuning's and DoLa's are in files of their own. The
+Here: plain contrastive decoding, whose golden comes with models; proxy-tuning and DoLa have files of their own. The
 others were recorded from stand-ins: random logits (DExperts, contrastive decoding in logit space, ensembles, the
 temperatures), tables indexed by the last token (Co-LLM, weighted decoding), a tokenizer without a model (rules), or
 GPT-2 models that were not kept (the official contrastive release). No engine can run those; tests/decoding holds the
