@@ -155,6 +155,10 @@ class Rewriting(Method[P]):
         """Whether early layers pass the model's final norm before its head."""
         return False
 
+    def tells_scores(self, params: P) -> bool:
+        """Whether what it makes of a prompt's rows is told as it is, and not as log-probabilities."""
+        return False
+
     def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
         """The setting for one prompt. Raises: DecodingError."""
         found: BaseModel = setting

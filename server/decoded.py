@@ -10,6 +10,7 @@ from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
+from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 
 MAX_DECODING = 8
@@ -33,6 +34,7 @@ class Decoded:
     heads: tuple[str, ...] = ()
     early: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
+    vectors: tuple[Vector, ...] = ()  # the heads themselves
 
     def path_of(self, param: str) -> str:
         """Where in the request a parameter stands."""
@@ -105,6 +107,7 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     heads = {name: _head(bare, name, kind, have) for name, kind in method.head_fields.items()}
     method.check_heads(params, {name: head.unplaced for name, head in heads.items()})
     digests = tuple(head.digest for head in heads.values())
+    bare = replace(bare, vectors=tuple(heads.values()))
     streams = tuple(method.streams(params).values())
     if isinstance(method, Mixing):
         return replace(bare, mix=method.mix(params), streams=streams, heads=digests)
@@ -143,7 +146,7 @@ def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> 
         )
 
 
-def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
+def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Vector:
     path, wanted = bare.path_of(name), getattr(bare.params, name)
     vector = have.registry.usable(wanted, path)
     if vector.header.method != kind:

@@ -27,6 +27,7 @@ from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnf
 from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
+from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -60,6 +61,12 @@ class Compiled:
         sides = {entry.label for entry in self.steering}, {entry.method.name for entry in self.decoding}
         names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
         return "+".join(sorted(names)) or PLAIN
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """Those of the registry that the engine will look up: kept until it is done with them."""
+        named = [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
+        return [*named, *(head for entry in self.decoding for head in entry.vectors)]
 
     def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
         """Check the plan against a prompt; what may be generated, at most.

@@ -67,10 +67,15 @@ class Known:
     scores_prompt: bool
     applied: list[Applied]
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
+    excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property
     def draw(self) -> Draw | None:
         return self.plan.draw
+
+    @property
+    def tells_scores(self) -> bool:
+        return any(one.method.tells_scores(one.setting) for one in self.applied)
 
 
 class Place(NamedTuple):
@@ -80,6 +85,7 @@ class Place(NamedTuple):
     request: Known
     position: int  # of the last token it follows from
     token: int  # that token's number in the step
+    is_prompt: bool = False  # whether it is scored, and not drawn from
 
     @property
     def num_generated(self) -> int:
@@ -284,13 +290,35 @@ class Decoder:
         view = self._view
         rows = np.searchsorted(view.starts, tokens, side="right") - 1
         places = [
-            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token)
+            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token, True)
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
             if row < len(view.requests)
             and (request := self._requests.get(view.requests[row])) is not None
+            and request.scores_prompt
             and not request.plan.scores_base
         ]
-        return self._decoded(logits, places, {}, others, hidden)
+        decoded = self._decoded(logits, places, {}, others, hidden)
+        self._note_excess(decoded, [place for place in places if place.request.tells_scores])
+        return decoded
+
+    def _note_excess(self, decoded: Tensor, places: Sequence[Place]) -> None:
+        """vLLM tells log-softmax of what it gets; the difference to scores is added when it has done so."""
+        for request in {id(place.request): place.request for place in places}.values():
+            mine = [place for place in places if place.request is request]
+            rows, positions = self._sent([[place.row for place in mine], [place.position for place in mine]])
+            if request.excess is None:
+                request.excess = torch.zeros(request.num_prompt, device=self._device)
+            request.excess[positions] = decoded[rows].logsumexp(-1)
+
+    def with_excess(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompts' log-probabilities by request, (num_prompt - 1, n) each, with scores as they are."""
+        found = dict(told)
+        for name, tensors in told.items():
+            known = self._requests.get(name)
+            if known is not None and known.excess is not None and tensors is not None:
+                excess = known.excess[:-1, None].to(tensors.logprobs.device)
+                found[name] = tensors._replace(logprobs=tensors.logprobs + excess)
+        return found
 
     def _decoded(
         self,
@@ -413,6 +441,7 @@ class Decoder:
             },
             heads={name: self._heads(digest) for name, digest in zip(method.head_fields, heads, strict=True)},
         )
+        given.is_prompt = places[0].is_prompt
         if "tokens" in method.needs:
             given.tokens = self._tokens_of(places)
         if "hidden" in method.needs:

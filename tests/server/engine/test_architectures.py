@@ -44,14 +44,17 @@ class Served:
             {name: value.reshape(heads) if name.startswith("attn_head") else value for name, value in tensors.items()}
         )
 
-    def ask(self, case: goldens.Case) -> Ask:
-        """A golden case as a request, by the way that requests take."""
+    def ask(self, case: goldens.Case, wild: goldens.Wild | None = None) -> Ask:
+        """A golden case as a request, by the way that requests take; with its vector out of its community's file."""
         planner, ids, rows = Planner(), case.io["input_ids"].tolist(), []
         for piece in case.pieces:
             entry = piece.entry("golden")
             own = {name: entry.pop(name) for name in [*entry] if name not in SteeringParams.model_fields}
             params = SteeringParams.model_validate(entry)
             vector = artifacts.without_file(self.engine.shape)[piece.method] if not piece.tensors else None
+            if wild is not None:
+                header, tensors = wild.imported(self.engine.shape)
+                vector = self.engine.add_vector(tensors, header)
             vector = vector or self.engine.add_vector(piece.tensors, piece.header(self.engine.shape))
             match vector.method.served_by:
                 case "edits":
@@ -80,6 +83,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for case in (goldens.cases(name) if name in GOLDEN else ())
         for piece in case.pieces
     ]
+    vectors += [artifacts.parse(artifacts.packed(*wild.imported(goldens.shape_of(name)))) for wild in wilds(name)]
     sites: list[Hook] = [site for site in SITES if site != "router" or name == "mixtral_a"]
     if name != "gpt_neox":  # runs as transformers' own code
         sites.append("attention")
@@ -90,6 +94,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(name, path, engine)
     finally:
         engine.close()
+
+
+def wilds(name: str) -> list[goldens.Wild]:
+    """The foreign files of a golden model."""
+    cases = {case.name for case in [*goldens.cases(name), *goldens.others(name)]} if name in GOLDEN else set()
+    return [wild for wild in goldens.WILD if wild.case in cases]
 
 
 def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
@@ -117,13 +127,17 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
 
 
 def test_golden_cases(served: Served) -> None:
-    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits."""
+    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits. Those
+    of which there is a file as its community has it once more, with the vector out of that."""
     cases = [*goldens.cases(served.name), *goldens.others(served.name)] if served.name in GOLDEN else []
     if served.name in RANDOM:
         assert not cases
         return
     assert cases
     asks = [served.ask(case) for case in cases]
+    for wild in wilds(served.name):
+        cases.append(next(case for case in cases if case.name == wild.case))
+        asks.append(served.ask(cases[-1], wild))
     for case, output in zip(cases, served.engine.generate(*asks), strict=True):
         prompt_rows = case.io["logits_f64"].log_softmax(-1)[-len(case.io["input_ids"]) :]
         for position, said in enumerate(output.prompt_logprobs[-len(prompt_rows) + 1 :]):
