@@ -199,7 +199,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-    for path, entry, names in entries_of(fields, named):
+    for path, entry, names in entries_of({name: _loose(fields.get(name)) for name in SHORTHANDS}, named):
         try:
             compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
         except (NotFound, VectorUnfit, Unavailable) as error:
@@ -234,6 +234,14 @@ def _json(value: Any, name: str) -> Any:
         raise BadRequest(f"not JSON: {error}", name) from None
 
 
+def _loose(value: Any) -> Any:
+    """What a JSON string holds, or the string if it is none, such as `low`."""
+    try:
+        return _json(value, "")
+    except BadRequest:
+        return value
+
+
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
     value = _json(value, name)
@@ -247,8 +255,8 @@ def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
+    value = _loose(fields.get(name))
+    if value not in (None, False, True):  # 0 and 1 too: what vLLM's xargs make of the two
         raise BadRequest("true or false", name)
     return bool(value)
 
