@@ -80,6 +80,8 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         engine.layout.limits,
         Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
         engine.model_config.get_vocab_size(),
+        engine.model_config.max_model_len,
+        engine.vllm_config.scheduler_config.max_num_seqs,
         facts["dtype"],
         engine.layout.num_slots,
         engine.layout.shape.num_layers,

@@ -1,7 +1,7 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,9 @@ class PreparedRequest:
     tally: Tally = field(default_factory=Tally)
     explained: Explained | None = None
     num_placed: int = 0  # prompts
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+        return self.compiled.wanted_scores(prompt)
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
         ids = self.compiled.place(prompt)
@@ -96,15 +99,19 @@ def catalogue(request: Request) -> Catalogue:
     return found
 
 
-def prepare(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> PreparedRequest | None:
-    """Compile a request's extras, wherever they came in, and attach them to it."""
+def prepare(
+    request: openai.ChatRequest | openai.TextRequest, have: Catalogue, is_dry: bool = False
+) -> PreparedRequest | None:
+    """Compile a request's extras, wherever they came in, and attach them to it; `is_dry` if it will not run."""
     present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
     compiled = compile_extras(_with_xargs(present, request.vllm_xargs), have)
     if compiled is None:
         return None
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    compiled.is_dry = is_dry
     compiled.check_draw(request.temperature)
+    compiled.check_grammar(openai.has_grammar(request))
     compiled.check_logprobs(scores_prompt(request))
     prepared = PreparedRequest(compiled, request.n or 1)
     if compiled.explain is not None:
@@ -198,7 +205,7 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
-        prepared = prepare(request, have)
+        prepared = prepare(request, have, is_dry=True)
         refused = await openai.render(request, raw.app)
         if refused is not None:
             return refused
