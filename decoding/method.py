@@ -95,7 +95,8 @@ Content = Annotated[
 
 
 class Source(Protocol):
-    """A request's prompt, from which others are made. Everything raises DecodingError where it cannot be done."""
+    """A request's prompt, from which others are made. Everything raises DecodingError where it cannot be done, naming
+    the parameter `param` that asked for it."""
 
     @property
     def ids(self) -> Sequence[int]:
@@ -105,16 +106,19 @@ class Source(Protocol):
     def text(self) -> str:
         """Its text; of a chat, the last user message's."""
 
-    def encode(self, content: Content) -> Sequence[int]:
+    def encode(self, content: Content, param: str) -> Sequence[int]:
         """The tokens of another prompt, made as this one was. In a chat, text takes the last user message's place."""
+
+    def changed(self, text: str) -> Sequence[int]:
+        """The tokens of this prompt with another text in the place of its own."""
 
     def alone(self, text: str) -> Sequence[int]:
         """The tokens of a text by itself, as a prompt that starts with it."""
 
-    def without(self, span: str) -> Sequence[int]:
+    def without(self, span: str, param: str) -> Sequence[int]:
         """The tokens of this prompt without a text that stands in it."""
 
-    def as_chat(self) -> Sequence[int]:
+    def as_chat(self, param: str) -> Sequence[int]:
         """The tokens of this prompt as a chat's: plain text becomes a user message."""
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -125,9 +129,11 @@ class Companion(NamedTuple):
     """A further sequence of a request: another prompt, the same tokens."""
 
     prompt: Sequence[int]
-    param: str  # the parameter that it comes from
+    param: str  # the parameter that its prompt comes from
     steering: str = ""  # the parameter that holds its steering; "": none
-    adapter: str = ""  # of the served model; "": none beside what the request itself uses
+    adapter: tuple[str, str] | None = (
+        None  # a LoRA adapter's name, and the parameter that holds it; None: the request's
+    )
     said: Mapping[str, Any] = {}  # for the receipt
 
 
@@ -204,10 +210,6 @@ class Mixing(Method[P]):
     def steered(self, params: P) -> Mapping[str, Any]:
         """Parameter -> the steering of a further sequence that it holds, as a request would say it."""
         return {}
-
-    def until(self, params: P) -> int | None:
-        """Generated tokens after which the further sequences are not needed."""
-        return self.mix(params).window.end
 
 
 class Rewriting(Method[P]):

@@ -189,8 +189,8 @@ def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:
             slot = slots[0] if index == 0 else next(fits, None)
             if slot is None:
                 slots.append(slot := _Slot(model, {}))
-            slot.terms[row] = members[member] if members else row, term
-    return slots
+            slot.terms[row] = members[member], term
+    return sorted(slots, key=lambda slot: bool(slot.model))  # masks are of the first pass, and look at the served model
 
 
 def _column(slots: Sequence[_Slot], one: MixedRow) -> int:
@@ -203,12 +203,10 @@ def _averaged(one: MixedRow, logits: Tensor, others: Mapping[str, Tensor]) -> Te
     """(V,) of one row: a mixture of distributions. Tokens that some stream lacks have no probability there."""
     total = torch.full_like(logits[one.row], -torch.inf, dtype=torch.float32)
     for (model, member), weight, _, temperature in one.mix.terms:
-        row = one.members[member] if one.members else one.row
-        log_p = ((others[model] if model else logits)[row, : len(total)].to(torch.float32) / temperature).log_softmax(
-            -1
-        )
-        shared = total[: len(log_p)]
-        shared.copy_(torch.logaddexp(shared, log_p + math.log(weight)) if weight else shared)
+        if weight:
+            row = (others[model] if model else logits)[one.members[member], : len(total)].to(torch.float32)
+            log_p = (row / temperature).log_softmax(-1) + math.log(weight)
+            total[: len(row)] = torch.logaddexp(total[: len(row)], log_p)
     return total.masked_fill(logits[one.row] == -torch.inf, -torch.inf)
 
 
@@ -230,8 +228,7 @@ def _tables(
             temperatures[row, column], is_log[row, column] = term.temperature, term.log_softmax
     alphas, top_ps = torch.zeros_like(weights), torch.ones_like(weights)
     for row, column, mix in masks:
-        if column < len(slots):
-            alphas[row, column], top_ps[row, column] = mix.alpha, mix.top_p
+        alphas[row, column], top_ps[row, column] = mix.alpha, mix.top_p
     tables = [
         rows,
         weights,

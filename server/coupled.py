@@ -108,19 +108,20 @@ def _checked(entry: Decoded, number: int, companion: Companion, prompt: Prompt, 
     assert entry.mix is not None
     models = frozenset(s.model for s in entry.mix.streams if s.member == number and s.model)
     steering = _steering(entry, companion, prompt)
-    member = Member(
-        tuple(ids), steering, _method(entry).until(entry.params), _adapter(path, companion, prompt.adapters)
-    )
+    member = Member(tuple(ids), steering, entry.mix.window.end, _adapter(entry, companion, prompt.adapters))
     return Coupled(entry, companion, member, models)
 
 
-def _adapter(path: str, companion: Companion, have: Mapping[str, tuple[str, int, str]]) -> tuple[str, int, str] | None:
-    if not companion.adapter:
+def _adapter(
+    entry: Decoded, companion: Companion, have: Mapping[str, tuple[str, int, str]]
+) -> tuple[str, int, str] | None:
+    if companion.adapter is None:
         return None
-    if companion.adapter not in have:
+    name, param = companion.adapter
+    if name not in have:
         known = ", ".join(have) or "none; start it with --enable-lora --lora-modules NAME=PATH"
-        raise NotFound(f"there is no adapter {companion.adapter!r}; this server has: {known}", path)
-    return have[companion.adapter]
+        raise NotFound(f"there is no adapter {name!r}; this server has: {known}", entry.path_of(param))
+    return have[name]
 
 
 def _steering(entry: Decoded, companion: Companion, prompt: Prompt) -> SteeringPlan | None:

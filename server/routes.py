@@ -238,8 +238,7 @@ async def refuse_extras(raw: Request) -> None:
         return
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    names = (*schema.FIELDS, *schema.NOT_BUILT, FIELD)
-    if present := [name for name in names if fields.get(name) is not None]:
+    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
         raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
 
 

@@ -37,8 +37,6 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 PLAIN = "plain"
 SEVERAL = "several"
 FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
-# Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT: tuple[str, ...] = ()
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -211,9 +209,6 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
 
     Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
     """
-    for name in NOT_BUILT:
-        if fields.get(name) is not None:
-            raise Unavailable(f"{name} is not built in this version of Whipstaff; remove it", name)
     if all(fields.get(name) is None for name in FIELDS):
         return None
     is_lenient = _one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore"

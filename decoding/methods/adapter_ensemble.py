@@ -6,7 +6,7 @@ Li et al. 2025 (ELREA), arXiv:2502.07490, weighs the experts by how their traini
 client does. That the base model enters with half of the weight could not be confirmed; no argmax depends on it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -44,5 +44,5 @@ class AdapterEnsemble(Mixing[AdapterEnsembleParams]):
         return Mix((Term(MAIN, params.base_weight), *experts), window=params.window)
 
     def companions(self, params: AdapterEnsembleParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
-        names: Mapping[str, float] = params.weights if params.base_weight < 1 else {}
-        return [Companion(source.ids, "weights", adapter=name) for name in names]
+        named = {f"weights.{name}": name for name in params.weights if params.base_weight < 1}
+        return [Companion(source.ids, param, adapter=(name, param)) for param, name in named.items()]

@@ -43,6 +43,6 @@ class Cad(Mixing[CadParams]):
         if params.alpha == 0:
             return ()
         if params.context is not None:
-            return (Companion(source.without(params.context), "context"),)
+            return (Companion(source.without(params.context, "context"), "context"),)
         assert params.prompt_without is not None
-        return (Companion(source.encode(params.prompt_without), "prompt_without"),)
+        return (Companion(source.encode(params.prompt_without, "prompt_without"), "prompt_without"),)

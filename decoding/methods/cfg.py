@@ -44,5 +44,6 @@ class Cfg(Mixing[CfgParams]):
     def companions(self, params: CfgParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         if params.guidance_scale == 1:
             return ()
-        negative = source.ids[-1:] if params.negative_prompt is None else source.encode(params.negative_prompt)
-        return (Companion(negative, "negative_prompt"),)
+        if params.negative_prompt is None:
+            return (Companion(source.ids[-1:], "guidance_scale"),)
+        return (Companion(source.encode(params.negative_prompt, "negative_prompt"), "negative_prompt"),)

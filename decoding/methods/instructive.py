@@ -36,4 +36,6 @@ class Instructive(Mixing[InstructiveParams]):
         return Mix((Term(MAIN, 1.0), Term(Stream(member=1), -params.epsilon)), window=params.window)
 
     def companions(self, params: InstructiveParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
-        return (Companion(source.encode(params.noisy_prompt), "noisy_prompt"),) if params.epsilon else ()
+        if params.epsilon == 0:
+            return ()
+        return (Companion(source.encode(params.noisy_prompt, "noisy_prompt"), "noisy_prompt"),)

@@ -49,4 +49,5 @@ class PromptEnsemble(Mixing[PromptEnsembleParams]):
         return Mix(terms, is_probability=not is_log, window=params.window)
 
     def companions(self, params: PromptEnsembleParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
-        return [Companion(source.encode(prompt), f"prompts[{number}]") for number, prompt in enumerate(params.prompts)]
+        named = {f"prompts[{number}]": prompt for number, prompt in enumerate(params.prompts)}
+        return [Companion(source.encode(prompt, param), param) for param, prompt in named.items()]

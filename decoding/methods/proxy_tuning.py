@@ -46,6 +46,6 @@ class ProxyTuning(Mixing[ProxyTuningParams]):
         return Mix((Term(MAIN, 1.0), expert, antiexpert))
 
     def companions(self, params: ProxyTuningParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
-        found = [Companion(source.as_chat(), "expert_chat")] if params.expert_chat else []
+        found = [Companion(source.as_chat("expert_chat"), "expert_chat")] if params.expert_chat else []
         others = {"expert_prompt": params.expert_prompt, "antiexpert_prompt": params.antiexpert_prompt}
-        return [*found, *(Companion(source.encode(one), name) for name, one in others.items() if one is not None)]
+        return [*found, *(Companion(source.encode(one, name), name) for name, one in others.items() if one is not None)]

@@ -71,7 +71,7 @@ class Sh2(Mixing[Sh2Params]):
         text = source.decode([ids[position] for position in positions])
         prompt = placed(params, source.text, text)
         said = {"keys": text, "key_positions": positions, "prompt": prompt}
-        return (Companion(source.encode(prompt), "context", said=said),)
+        return (Companion(source.changed(prompt), "context", said=said),)
 
 
 def keys(scores: Sequence[float], key_num: float, seed: int | None = None) -> list[int]:

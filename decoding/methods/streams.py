@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class StreamParams(BaseModel):
-    """One stream. What is not said is as in the request itself, which further sequences do not take steering from."""
+    """One stream. What is not said is as in the request, but for steering: none unless the stream says so itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,12 +37,22 @@ class StreamParams(BaseModel):
         """Whether it needs a sequence of its own."""
         return self.prompt is not None or self.adapter is not None or self.steering is not None
 
+    def companion(self, path: str, source: Source) -> Companion:
+        """That sequence; `path` is the stream's own place."""
+        return Companion(
+            source.ids if self.prompt is None else source.encode(self.prompt, f"{path}.prompt"),
+            path if self.prompt is None else f"{path}.prompt",
+            f"{path}.steering" if self.steering else "",
+            None if self.adapter is None else (self.adapter, f"{path}.adapter"),
+            {} if self.name is None else {"name": self.name},
+        )
+
 
 class StreamsParams(CoupledParams):
     """Which streams, and how they are summed."""
 
     method: Literal["streams"] = "streams"
-    streams: list[StreamParams] = Field(min_length=1, max_length=16)
+    streams: list[StreamParams] = Field(min_length=1, max_length=16, description="beside the request's own")
     base_weight: Weight = Field(1.0, description="of the request's own stream")
     space: Literal["logits", "log", "probability"] = Field("logits", description="what is summed")
     alpha: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="least share of the base's best token")
@@ -61,34 +71,24 @@ class Streams(Mixing[StreamsParams]):
         return {where: model for where, model in named.items() if model is not None}
 
     def mix(self, params: StreamsParams) -> Mix:
-        terms, num_members = [Term(MAIN, params.base_weight, params.space == "log")], 0
+        is_log, is_probability = params.space == "log", params.space == "probability"
+        if is_probability:
+            _check_distributions(params)
+        terms, num_members = [Term(MAIN, params.base_weight, is_log)], 0
         for number, stream in enumerate(params.streams):
             if not stream.is_sequence and stream.model is None:
                 raise DecodingError(
                     "this stream is the request itself; say its model, prompt, adapter or steering",
                     f"streams[{number}]",
                 )
-            if params.space == "probability" and (stream.weight < 0 or params.base_weight < 0):
-                raise DecodingError("weights of distributions are 0 or more", f"streams[{number}].weight")
             num_members += stream.is_sequence
             where = Stream(stream.model or "", num_members if stream.is_sequence else 0)
-            terms.append(Term(where, stream.weight, params.space == "log", stream.temperature))
-        is_probability = params.space == "probability"
-        if is_probability and (params.alpha or params.top_p < 1):
-            raise DecodingError("distributions are not masked", "alpha" if params.alpha else "top_p")
+            terms.append(Term(where, stream.weight, is_log, stream.temperature))
         return Mix(tuple(terms), params.alpha, params.top_p, is_probability=is_probability, window=params.window)
 
     def companions(self, params: StreamsParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         return [
-            Companion(
-                source.ids if stream.prompt is None else source.encode(stream.prompt),
-                f"streams[{number}]",
-                f"streams[{number}].steering" if stream.steering else "",
-                stream.adapter or "",
-                {} if stream.name is None else {"name": stream.name},
-            )
-            for number, stream in enumerate(params.streams)
-            if stream.is_sequence
+            stream.companion(f"streams[{n}]", source) for n, stream in enumerate(params.streams) if stream.is_sequence
         ]
 
     def steered(self, params: StreamsParams) -> Mapping[str, Any]:
@@ -97,3 +97,16 @@ class Streams(Mixing[StreamsParams]):
             for number, stream in enumerate(params.streams)
             if stream.steering
         }
+
+
+def _check_distributions(params: StreamsParams) -> None:
+    """Raises: DecodingError where their weighted sum would be none."""
+    weights = {"base_weight": params.base_weight}
+    weights |= {f"streams[{number}].weight": stream.weight for number, stream in enumerate(params.streams)}
+    for param, weight in weights.items():
+        if weight < 0:
+            raise DecodingError("weights of distributions are 0 or more", param)
+    if not any(weights.values()):
+        raise DecodingError("the weights are all 0", "base_weight")
+    if params.alpha or params.top_p < 1:
+        raise DecodingError("distributions are not masked", "alpha" if params.alpha else "top_p")

@@ -104,7 +104,7 @@ class Extras(BaseModel):
         found = []
         for one in inputs:
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
-            source = _source(self, ids, serving, chat) if ids else None
+            source = _source(self, one, serving, chat) if ids else None
             placed_chat = chat.of(ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters))
@@ -235,7 +235,7 @@ def _chats(request: ChatRequest, conversation: list[Any], serving: ServingChat) 
     return Chats(conversation, text_of, of, request.add_special_tokens)
 
 
-def _source(request: Extras, ids: list[int], serving: Any, chat: Chats | None) -> PromptSource | None:
+def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
     """A prompt as a source of others; None for chats that no Hugging Face template made."""
     tokenizer, renderer = serving.renderer.tokenizer, serving.online_renderer
     if tokenizer is None or (chat is None and isinstance(request, ChatRequest)):
@@ -252,7 +252,8 @@ def _source(request: Extras, ids: list[int], serving: Any, chat: Chats | None) -
         return found
 
     adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
-    return PromptSource(ids, tokenizer, adds_special_tokens, ids_of, chat.messages if chat else None)
+    messages, written = chat.messages if chat else None, prompt.get("prompt")
+    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written)
 
 
 async def _log_probabilities(engine: Any, ids: list[int]) -> list[float]:
