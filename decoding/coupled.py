@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from whipstaff.decoding.method import Params
 from whipstaff.decoding.mix import Window
@@ -19,13 +19,19 @@ class CoupledParams(Params):
     )
     fade: Literal["constant", "linear", "cosine"] = Field("constant", description="from full to nothing at `until`")
 
-    @model_validator(mode="after")
-    def _window_makes_sense(self) -> "CoupledParams":
-        if self.until is not None and self.until <= self.start:
-            raise ValueError(f"it would end at {self.until} generated tokens, before it begins at {self.start}")
-        if self.fade != "constant" and self.until is None:
-            raise ValueError(f"a {self.fade} fade ends somewhere; say `until`")
-        return self
+    @field_validator("until")
+    @classmethod
+    def _begins_before(cls, until: int | None, info: ValidationInfo) -> int | None:
+        if until is not None and until <= (start := info.data.get("start", 0)):
+            raise ValueError(f"it would end at {until} generated tokens, before it begins at {start}")
+        return until
+
+    @field_validator("fade")
+    @classmethod
+    def _ends(cls, fade: str, info: ValidationInfo) -> str:
+        if fade != "constant" and info.data.get("until") is None:
+            raise ValueError(f"a {fade} fade ends somewhere; say `until`")
+        return fade
 
     @property
     def window(self) -> Window:

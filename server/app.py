@@ -82,6 +82,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         engine.model_config.get_vocab_size(),
         engine.model_config.max_model_len,
         engine.vllm_config.scheduler_config.max_num_seqs,
+        engine.vllm_config.lora_config.max_loras if engine.vllm_config.lora_config else 0,
         facts["dtype"],
         engine.layout.num_slots,
         engine.layout.shape.num_layers,

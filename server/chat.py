@@ -17,6 +17,7 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import Messages
 
 Span = tuple[int, int]  # [start, end)
+Adapter = tuple[str, int, str]  # a LoRA adapter's name, number and path
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 
@@ -148,8 +149,9 @@ class Prompt:
     tokenizer: Any
     chat: Chat | None = None  # None where no template made it
     source: PromptSource | None = None  # of other prompts; None where it is more than text
-    adapters: Mapping[str, tuple[str, int, str]] = field(default_factory=dict)  # name -> name, number, path
-    scores: dict[str, list[float]] = field(default_factory=dict)  # by entry's path, of the text that it wanted scored
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # that this server has, by name
+    adapter: Adapter | None = None  # the request's own
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by method, of the text that it wanted scored
 
     def spans(self, chosen: Messages) -> list[Span]:
         """As `Chat.spans`."""

@@ -1,12 +1,12 @@
 """The further sequences of a request: their prompts, their steering, and whether this server can hold them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from whipstaff.decoding.method import Companion, DecodingError, Mixing
 from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.chat import Prompt
+from whipstaff.server.chat import Adapter, Prompt
 from whipstaff.server.decoded import Decoded
 from whipstaff.server.engine.request import Member, PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
@@ -45,7 +45,7 @@ class Coupled:
         return {"field": self.path, "prompt_tokens": len(self.member.prompt), **self.companion.said}
 
 
-def wanted_scores(entries: Sequence[Decoded], prompt: Prompt) -> dict[str, Sequence[int]]:
+def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue) -> dict[str, Sequence[int]]:
     """The texts whose tokens must be scored before further prompts can be made, by their entry.
 
     Raises: BadRequest.
@@ -57,6 +57,10 @@ def wanted_scores(entries: Sequence[Decoded], prompt: Prompt) -> dict[str, Seque
                 ids = _method(entry).scored(entry.params, prompt.source)
             except DecodingError as error:
                 raise BadRequest(str(error), entry.path_of(error.param)) from None
+            if len(ids) >= have.max_len:
+                raise BadRequest(
+                    f"{len(ids)} tokens cannot be scored; at most {have.max_len - 1}", entry.path_of("method")
+                )
             if ids:
                 found[entry.method.name] = ids
     return found
@@ -81,13 +85,23 @@ def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: 
         except DecodingError as error:
             raise BadRequest(str(error), entry.path_of(error.param)) from None
         found += [_checked(entry, number, companion, prompt, have) for number, companion in enumerate(made, 1)]
-    if len(found) >= have.max_seqs:
-        raise Unavailable(
-            f"the request needs {len(found) + 1} sequences at once and this server runs {have.max_seqs}; start it with "
-            "a larger --max-num-seqs",
-            found[0].path,
-        )
+    if found:
+        _check_number(found, prompt, have)
     return found
+
+
+def _check_number(found: Sequence[Coupled], prompt: Prompt, have: Catalogue) -> None:
+    """Whether this server can run all of them at once."""
+    adapters = {prompt.adapter, *(one.member.adapter for one in found)} - {None}
+    for num, most, what, flag in (
+        (len(found) + 1, have.max_seqs, "sequences", "--max-num-seqs"),
+        (len(adapters), have.max_adapters, "adapters", "--max-loras"),
+    ):
+        if num > most:
+            raise Unavailable(
+                f"the request needs {num} {what} at once and this server runs {most}; start it with a larger {flag}",
+                found[0].path,
+            )
 
 
 def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
@@ -108,20 +122,23 @@ def _checked(entry: Decoded, number: int, companion: Companion, prompt: Prompt, 
     assert entry.mix is not None
     models = frozenset(s.model for s in entry.mix.streams if s.member == number and s.model)
     steering = _steering(entry, companion, prompt)
-    member = Member(tuple(ids), steering, entry.mix.window.end, _adapter(entry, companion, prompt.adapters))
+    member = Member(tuple(ids), steering, entry.mix.window.end, _adapter(entry, companion, prompt, have))
     return Coupled(entry, companion, member, models)
 
 
-def _adapter(
-    entry: Decoded, companion: Companion, have: Mapping[str, tuple[str, int, str]]
-) -> tuple[str, int, str] | None:
+def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalogue) -> Adapter | None:
     if companion.adapter is None:
         return None
     name, param = companion.adapter
-    if name not in have:
-        known = ", ".join(have) or "none; start it with --enable-lora --lora-modules NAME=PATH"
+    if not have.max_adapters:
+        raise Unavailable(
+            "this server takes no LoRA adapters; start it with --enable-lora --lora-modules NAME=PATH",
+            entry.path_of(param),
+        )
+    if name not in prompt.adapters:
+        known = ", ".join(prompt.adapters) or "none; start it with --lora-modules NAME=PATH"
         raise NotFound(f"there is no adapter {name!r}; this server has: {known}", entry.path_of(param))
-    return have[name]
+    return prompt.adapters[name]
 
 
 def _steering(entry: Decoded, companion: Companion, prompt: Prompt) -> SteeringPlan | None:

@@ -92,7 +92,7 @@ class Compiled:
 
     def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
         """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
-        return {} if self.is_dry else wanted_scores(self.decoding, prompt)
+        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.have)
 
     @property
     def draws_itself(self) -> bool:

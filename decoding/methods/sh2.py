@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.decoding.coupled import CoupledParams
@@ -77,13 +78,13 @@ class Sh2(Mixing[Sh2Params]):
 def keys(scores: Sequence[float], key_num: float, seed: int | None = None) -> list[int]:
     """The positions, in order, of the tokens to show again; scores[i] is of the token at i + 1."""
     num = len(scores)
-    hardest = sorted(range(num), key=lambda index: (scores[index], index))
-    wanted = max(int(0.01 * key_num * num), 1)
+    wanted, num_pooled = (max(int(share * key_num * num), 1) for share in (0.01, 0.015))
     if seed is None:
-        return sorted(index + 1 for index in hardest[:wanted])
-    pool = hardest[: max(int(0.015 * key_num * num), 1)]
-    drawn = np.random.RandomState(seed).choice(pool, min(wanted, len(pool)), replace=False)
-    return sorted(int(index) + 1 for index in drawn)
+        chosen = sorted(range(num), key=lambda index: (scores[index], index))[:wanted]
+    else:  # from the hardest in whatever order torch finds them, as in the official code
+        pool = torch.tensor(scores).topk(min(num_pooled, num), largest=False, sorted=False).indices
+        chosen = np.random.RandomState(seed).choice(pool.numpy(), wanted, replace=False).tolist()
+    return sorted(index + 1 for index in chosen)
 
 
 def placed(params: Sh2Params, prompt: str, keys: str) -> str:

@@ -107,15 +107,16 @@ class Extras(BaseModel):
             source = _source(self, one, serving, chat) if ids else None
             placed_chat = chat.of(ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
-            found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters))
+            own = adapters.get(self.model)
+            found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own))
         return found
 
-    async def score(self, prompts: list[Prompt], engine: Any) -> None:
+    async def score(self, prompts: list[Prompt], serving: Any) -> None:
         """Let the engine score the texts that further prompts depend on."""
         assert self._prepared is not None
         for prompt in prompts:
             for name, ids in self._prepared.wanted_scores(prompt).items():
-                prompt.scores[name] = await _log_probabilities(engine, list(ids))
+                prompt.scores[name] = await _log_probabilities(serving, list(ids), self.model)
 
     def place(
         self,
@@ -180,7 +181,7 @@ class ServingChat(OpenAIServingChat):
             )
             conversation, inputs = result
             prompts = request.prompts(inputs, self, explicit, _chats(request, conversation, self))
-            await request.score(prompts, self.engine_client)
+            await request.score(prompts, self)
             # a long chat takes a while to be told apart
             await asyncio.to_thread(request.place, inputs, prompts, self, explicit, cap)
         return result
@@ -197,7 +198,7 @@ class ServingCompletion(OpenAIServingCompletion):
                 request.max_tokens = limit
 
             prompts = request.prompts(result, self, request.max_tokens, None)
-            await request.score(prompts, self.engine_client)
+            await request.score(prompts, self)
             request.place(result, prompts, self, request.max_tokens, cap)
         return result
 
@@ -256,11 +257,11 @@ def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> P
     return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written)
 
 
-async def _log_probabilities(engine: Any, ids: list[int]) -> list[float]:
-    """Of every token but the first, under the served model alone."""
+async def _log_probabilities(serving: Any, ids: list[int], model: str | None) -> list[float]:
+    """Of every token but the first, under the served model, or an adapter of it, alone."""
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    prompt, said = {"prompt_token_ids": ids}, None
-    async for output in engine.generate(prompt, params, f"score-{uuid4()}"):
+    prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
+    async for output in serving.engine_client.generate(prompt, params, f"score-{uuid4()}", lora_request=adapter):
         said = output.prompt_logprobs or said
     return [said[position][token].logprob for position, token in enumerate(ids) if position] if said else []
 
