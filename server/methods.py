@@ -72,6 +72,8 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     missing = [f"start the server with --vectors PATH of a {method.head_fields[n]}" for n, f in heads.items() if not f]
     if len(have.auxiliaries) < method.num_streams:
         missing.append("start the server with --aux NAME=MODEL")
+    if method.name == "adapter_ensemble" and not have.max_adapters:
+        missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
     if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
     if isinstance(method, Rewriting) and have.words is None:

@@ -1,7 +1,7 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,9 @@ class PreparedRequest:
     filled: frozenset[str] = frozenset()  # fields that the preset filled in
     explained: Explained | None = None
     num_placed: int = 0  # prompts
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+        return self.compiled.wanted_scores(prompt)
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
         with blaming(self.preset, self.filled):
@@ -125,8 +128,7 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
     """Whether a request may have extras."""
-    names = *schema.FIELDS, *schema.NOT_BUILT
-    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in names)
+    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in schema.FIELDS)
 
 
 def prepare(
@@ -158,6 +160,7 @@ def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Cata
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
+    compiled.check_grammar(openai.has_grammar(request))
     compiled.check_logprobs(scores_prompt(request))
     return compiled
 
@@ -255,6 +258,8 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
         ready = await prepared(request, raw)
+        if ready is not None:
+            ready.compiled.is_dry = True
         refused = await openai.render(request, raw.app)
         if refused is not None:
             return refused
@@ -313,8 +318,7 @@ async def refuse_extras(raw: Request) -> None:
         return
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    names = (*schema.FIELDS, *schema.NOT_BUILT, FIELD)
-    if present := [name for name in names if fields.get(name) is not None]:
+    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
         raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
 
 

@@ -504,6 +504,7 @@ def _mixed(places: Sequence[Place], members: Mapping[int, tuple[int, ...]]) -> I
     """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
     for place in places:
         mix, rows = place.request.plan.mix, (place.row, *members.get(place.row, ()))
+        mix = mix.at(place.num_generated) if mix is not None else None
         if mix is not None and len(rows) > mix.num_members and ABSENT not in rows[: mix.num_members + 1]:
             yield MixedRow(place.row, mix, rows)
 

@@ -33,7 +33,7 @@ from whipstaff.server.errors import (
 )
 from whipstaff.server.methods import method_table
 from whipstaff.server.registry import BadVectorFile, Registry, read_vectors
-from whipstaff.server.schema import NOT_BUILT, Compiled, compile_extras
+from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
 from whipstaff.server.words import Words
 from whipstaff.steering import artifacts
@@ -494,12 +494,6 @@ def test_the_same_reading_and_the_same_schedule_are_taken_by_any_number_of_entri
 def test_on_unavailable_is_error_or_ignore(have: Catalogue, value: Any) -> None:
     error = refusal(have, on_unavailable=value)
     assert (error.status, error.param) == (400, "on_unavailable")
-
-
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_names_that_others_know_are_not_silently_ignored(have: Catalogue, name: str) -> None:
-    error = refusal(have, **{name: 1.5})
-    assert (error.status, error.param) == (422, name)
 
 
 def test_a_server_with_nothing_loaded_says_what_flag_would_help(nothing: Catalogue) -> None:
