@@ -18,6 +18,11 @@ class Stream(NamedTuple):
     model: str = ""  # an auxiliary model; "" is the served model
     member: int = 0  # 0 is the request's own sequence
 
+    @property
+    def label(self) -> str:
+        """As explanations call it: base, an auxiliary model's name, or either with a sequence's number."""
+        return f"{self.model or 'base'}[{self.member}]" if self.member else self.model or "base"
+
 
 MAIN = Stream()
 

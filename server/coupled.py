@@ -29,6 +29,11 @@ class Coupled:
         """The field that it comes from."""
         return self.entry.path_of(self.companion.param)
 
+    @property
+    def name(self) -> str:
+        """As the client called it, or else its field."""
+        return str(self.companion.said.get("name", self.path))
+
     def allowed(self, have: Catalogue) -> int:
         """How many tokens can follow its prompt while it is needed."""
         limits = [have.max_len, *(have.auxiliaries[model] for model in self.models)]

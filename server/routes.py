@@ -50,7 +50,7 @@ class PreparedRequest:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         first, self.num_placed = self.num_placed * self.num_choices, self.num_placed + 1
-        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens)
+        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens, self.compiled.stream_names)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -86,6 +86,7 @@ class PlacedRequest:
     plan: RequestPlan
     first_choice: int
     num_tokens: int
+    stream_names: Mapping[str, str]  # as explanations call streams -> as the client knows them
 
     def wire(self, params: Any) -> PlanDict:
         compiled, plan = self.prepared.compiled, self.plan
@@ -98,6 +99,7 @@ class PlacedRequest:
 
     def _explain(self, index: int, record: dict[str, Any]) -> None:
         assert self.prepared.explained is not None
+        record["streams"] = {self.stream_names.get(name, name): seen for name, seen in record["streams"].items()}
         self.prepared.explained.note(self.first_choice + index, record)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:

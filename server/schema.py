@@ -166,6 +166,18 @@ class Compiled:
         self.plan = replace(self.plan, steering=steering)
         return ids
 
+    @property
+    def stream_names(self) -> dict[str, str]:
+        """As explanations call the streams of further sequences -> by the name or the field that the client gave."""
+        names = [sequence.name for sequence in self.coupled]
+        labels = [one.name if names.count(one.name) == 1 else one.path for one in self.coupled]
+        mix = self.plan.decoding.mix if self.plan.decoding else None
+        return {
+            stream.label: f"{stream.model}[{labels[stream.member - 1]}]" if stream.model else labels[stream.member - 1]
+            for stream in (mix.streams if mix and labels else ())
+            if stream.member
+        }
+
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         self._check_tokens(plan)
         for entry in self.steering:

@@ -90,6 +90,7 @@ class Prepared(Protocol):
 class Extras(BaseModel):
     """The fields that Whipstaff adds. They are checked by `prepare`, which knows what this server has."""
 
+    model: str | None = None  # as vLLM has it
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
     explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')

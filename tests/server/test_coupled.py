@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
 from whipstaff.decoding.mix import Window
@@ -18,6 +19,7 @@ from whipstaff.server.registry import Registry
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.words import Words
 
+from .anyjson import EXTRAS
 from .serving import SHAPE, VOCABULARY, make_tokenizer
 
 TEXT = "It rains. Is it raining?"
@@ -26,22 +28,26 @@ ADAPTERS = {name: (name, number, f"/{name}") for number, name in enumerate(("law
 MAX_LEN, MAX_SEQS = 40, 4
 
 
-@pytest.fixture(scope="module")
+TOKENIZER = make_tokenizer()
+HAVE = Catalogue(
+    Registry({}, SHAPE),
+    {"expert": 64, "anti": 20},
+    Words.of(TOKENIZER),
+    vocabulary=VOCABULARY,
+    max_len=MAX_LEN,
+    max_seqs=MAX_SEQS,
+    max_adapters=2,
+)
+
+
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    return TOKENIZER
 
 
-@pytest.fixture(scope="module")
-def have(tokenizer: PreTrainedTokenizerFast) -> Catalogue:
-    return Catalogue(
-        Registry({}, SHAPE),
-        {"expert": 64, "anti": 20},
-        Words.of(tokenizer),
-        vocabulary=VOCABULARY,
-        max_len=MAX_LEN,
-        max_seqs=MAX_SEQS,
-        max_adapters=2,
-    )
+@pytest.fixture
+def have() -> Catalogue:
+    return HAVE
 
 
 def compiled(have: Catalogue, **fields: Any) -> Compiled:
@@ -246,3 +252,20 @@ def test_adapters_need_a_flag_in_the_method_table(have: Catalogue) -> None:
     for server, reason in ((have, None), (replace(have, max_adapters=0), "start the server with --enable-lora")):
         (row,) = (row for row in method_table(server) if row["name"] == "adapter_ensemble")
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(fields=EXTRAS)
+def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
+    made = None
+    try:
+        made = compile_extras(fields, HAVE)
+        if made is not None:
+            made = placed(HAVE, prompt_of(TOKENIZER, adapters=ADAPTERS), **fields)
+    except WhipstaffError as error:
+        assert 400 <= error.status < 500 and error.param is not None
+        json.dumps(error.body(), ensure_ascii=False, allow_nan=False).encode()
+        return
+    if made is not None:
+        json.dumps(made.receipt([]), ensure_ascii=False, allow_nan=False).encode()
+        assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
