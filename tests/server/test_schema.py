@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import Depth, Mixing
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix
