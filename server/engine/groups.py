@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
@@ -117,7 +118,7 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
         pooling_params=None,
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
-        lora_request=primary.lora_request,
+        lora_request=LoRARequest(*member.adapter) if member.adapter else primary.lora_request,
         cache_salt=primary.cache_salt,
         priority=primary.priority,
         block_hasher=primary._block_hasher,
