@@ -13,7 +13,13 @@ from whipstaff.server.engine.request import KEY, RequestPlan
 PROMPT_LEN, MAX_TOKENS = 32, 48
 
 
-async def throughput(engine: Engine, plan: Callable[[int], RequestPlan] | None, num: int, concurrency: int) -> float:
+async def throughput(
+    engine: Engine,
+    plan: Callable[[int], RequestPlan] | None,
+    num: int,
+    concurrency: int,
+    temperature: float = 0.0,
+) -> float:
     """Generated tokens per second of `num` requests, `concurrency` at a time."""
     vocabulary = engine.model_config.get_vocab_size()
     gate = asyncio.Semaphore(concurrency)
@@ -23,7 +29,7 @@ async def throughput(engine: Engine, plan: Callable[[int], RequestPlan] | None, 
         prompt = {"prompt_token_ids": [(7 * index + 13 * i) % (vocabulary - 3) + 3 for i in range(PROMPT_LEN)]}
         wire = wires[index]
         params = SamplingParams(
-            temperature=0,
+            temperature=temperature,
             max_tokens=MAX_TOKENS,
             ignore_eos=True,
             detokenize=False,

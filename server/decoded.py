@@ -171,8 +171,10 @@ def _check_streams(bare: Decoded, have: Catalogue) -> None:
         )
     for where, name in wanted.items():
         if name not in models:
+            known = ", ".join(models)
             raise NotFound(
-                f"there is no auxiliary model {name!r}; this server has: {', '.join(models)}", bare.path_of(where)
+                f"there is no auxiliary model {name!r}; this server has: {known}; start it with --aux {name}=MODEL",
+                bare.path_of(where),
             )
 
 
@@ -191,12 +193,19 @@ def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Vector:
     vector = have.registry.usable(wanted, path)
     if vector.header.method != kind:
         raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
-    for said, shape in vector.method.parts.items():
-        tensor = vector.unplaced.get(said.removesuffix("?"))
-        num = tensor.shape[shape.index("vocab")] if tensor is not None and "vocab" in shape else have.vocabulary
-        if num != have.vocabulary:
-            raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
+    if (num := judged_tokens(vector)) not in (None, have.vocabulary):
+        raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
     return vector
+
+
+def judged_tokens(head: Vector) -> int | None:
+    """For how many tokens a head has an opinion; None for one that has none of single tokens."""
+    sizes = {
+        head.unplaced[part].shape[shape.index("vocab")]
+        for part, shape in head.method.parts.items()
+        if "vocab" in shape and part in head.unplaced
+    }
+    return max(sizes, default=None)
 
 
 def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:

@@ -9,6 +9,7 @@ from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.decoded import judged_tokens
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
@@ -91,7 +92,8 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
 
 
 def _of_kind(kind: str, have: Catalogue) -> list[str]:
-    return [entry.name for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
+    fitting = [entry for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
+    return [entry.name for entry in fitting if judged_tokens(entry.vector) in (None, have.vocabulary)]
 
 
 def _merged(entry: type[BaseModel], own: type[BaseModel]) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Registry:
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""
         if name not in self._entries:
-            have = ", ".join(map(repr, self._entries)) or "none; start it with --vectors, or upload one"
-            raise NotFound(f"there is no vector {name!r}; this server has: {have}", param)
+            have = ", ".join(map(repr, self._entries)) or "none"
+            raise NotFound(
+                f"there is no vector {name!r}; this server has: {have}; start it with --vectors, or upload one", param
+            )
         return self._entries[name]
 
     def usable(self, name: str, param: str) -> Vector:

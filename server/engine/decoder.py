@@ -33,6 +33,7 @@ NO_TOKEN = -1
 _ORDER = {name: index for index, name in enumerate(METHODS)}
 _FIRST_SLOTS = 8
 EARLY_ROOM = 1 << 26
+LAST_RESORT = 1e4  # logits: beyond any temperature's reach
 Heads = Callable[[str], Mapping[str, Tensor]]  # of a digest: part -> tensor
 
 
@@ -44,6 +45,7 @@ class Arrival(NamedTuple):
     prompt: Sequence[int]
     seed: int | None = None
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
+    bans: bool = False  # whether vLLM may ban tokens after rules: a grammar, lists of tokens or words, a least length
 
 
 class Applied(NamedTuple):
@@ -65,6 +67,7 @@ class Known:
     num_prompt: int
     seed: int
     scores_prompt: bool
+    bans: bool
     applied: list[Applied]
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
     excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
@@ -165,7 +168,7 @@ class Decoder:
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )
         assert arrival.placed is not None
-        known = Known(plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, applied)
+        known = Known(plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied)
         if num_state or any("tokens" in one.method.needs for one in applied):
             known.slot = self._new_slot(num_state)
             self._state[known.slot] = torch.nan
@@ -262,7 +265,17 @@ class Decoder:
         decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
+        if decoded is not logits and (rows := [place.row for place in self._places if place.request.bans]):
+            self._add_last_resorts(decoded, logits, self._sent(rows))
         return decoded
+
+    def _add_last_resorts(self, decoded: Tensor, logits: Tensor, rows: Tensor) -> None:
+        """Tokens that a method excludes stay far below the others, in the model's own order, where vLLM may yet ban all
+        those others: a grammar need not allow what a model finds plausible."""
+        kept, own = decoded[rows], logits[rows].to(torch.float32)
+        least = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1, keepdim=True)
+        lower = least - LAST_RESORT + own - own.amax(1, keepdim=True)
+        decoded[rows] = torch.where(kept == -torch.inf, lower, kept)
 
     def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
         for row, mix, members in _mixed(self._places, self._view.members):

@@ -216,4 +216,5 @@ def _arrival(new: Any) -> Arrival:
         return Arrival(new.req_id, None, ())
     placed = PlacedPlan(plan, int(new.prompt_len))
     scores_prompt = parameters.prompt_logprobs is not None
-    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt)
+    bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
+    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt, any(bans))

@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 import torch
-from reference import dola
+from reference import dola, steered
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from whipstaff.decoding.methods import METHODS
 from whipstaff.steering import artifacts
@@ -60,7 +60,10 @@ SIX = [*(ENTRIES[name] for name in ("proxy_tuning", "rule_adapter", "dry")), SAM
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     save_heads(folder / "heads")
-    with serving(folder, "--vectors", str(folder / "heads")) as running:
+    for name, fields in PRESETS.items():
+        (folder / f"{name}.json").write_text(json.dumps({"default": fields}))
+    presets = (word for name in PRESETS for word in ("--presets", str(folder / f"{name}.json")))
+    with serving(folder, "--vectors", str(folder / "heads"), *presets) as running:
         yield running
 
 
@@ -128,6 +131,8 @@ class Reference:
             name: LlamaForCausalLM.from_pretrained(server.models[name], dtype=torch.float32).eval()
             for name in ("base", "expert", "anti")
         }
+        self.tokenizer = AutoTokenizer.from_pretrained(server.models["base"])
+        self.push = artifacts.read(server.log.parent / "vectors" / "push.safetensors")
         self.defer = artifacts.read(server.log.parent / "heads" / "defer.safetensors").unplaced
 
     @torch.inference_mode()
@@ -139,11 +144,27 @@ class Reference:
         early = {str(layer): base.lm_head(states[layer][0]) for layer in range(LAYERS)}
         return {**found, **early, "hidden": states[-1][0]}
 
+    def score(self, context: str, continuation: str, preset: str | None) -> float:
+        """The log-probability of a continuation under a preset."""
+        ids, start = self.tokenizer.encode(context + continuation), len(self.tokenizer.encode(context))
+        seen = self.streams(ids)
+        if preset == "mixed":
+            edits = [
+                steered.Edit(
+                    place.site, place.layer, PUSHED["scale"], None, parts["add"], lambda position, prompt_len: True
+                )
+                for place, parts in self.push.tensors.items()
+            ]
+            seen["base"] = steered.logits(self.models["base"], ids, 0, edits)
+        method = {"mixed": "proxy_tuning", "early": "dola"}.get(preset or "")
+        log_p = self.final(method, seen, relative_top=0.0).log_softmax(-1)
+        return float(log_p[range(start - 1, len(ids) - 1), ids[start:]].sum())
+
     def chances(self, seen: dict[str, Tensor]) -> Tensor:
         """(T,) that Co-LLM defers."""
         return (seen["hidden"] @ self.defer["weight"] + self.defer["bias"]).sigmoid()
 
-    def final(self, method: str | None, seen: dict[str, Tensor]) -> Tensor:
+    def final(self, method: str | None, seen: dict[str, Tensor], relative_top: float = 0.1) -> Tensor:
         """(T, V) what is drawn from."""
         base, expert, anti = (seen[name] for name in ("base", "expert", "anti"))
         if method == "proxy_tuning":
@@ -152,7 +173,8 @@ class Reference:
             return torch.where(self.chances(seen)[:, None] > 0.5, expert, base)
         if method == "dola":
             rows = zip(base.tolist(), self.chosen(seen), strict=True)
-            return torch.tensor([dola.rewrite(row, seen[str(c)][t].tolist(), 0.1) for t, (row, c) in enumerate(rows)])
+            early = [(row, seen[str(layer)][position].tolist()) for position, (row, layer) in enumerate(rows)]
+            return torch.tensor([dola.rewrite(*pair, relative_top) for pair in early])
         return base
 
     def chosen(self, seen: dict[str, Tensor]) -> list[int]:
@@ -261,7 +283,7 @@ def test_a_grammar_holds_whatever_methods_want(chat: Post, complete: Post) -> No
 
 
 def test_penalties_and_biases_come_after_the_mix_and_the_rules(complete: Post) -> None:
-    for entries in (SIX[:3], [DOLA], [CO_LLM]):
+    for entries in (SIX[:2], [DOLA], [CO_LLM]):
         free = tokens_of(complete(decoding=entries))
         assert tokens_of(complete(decoding=entries, logit_bias={"77": 1000})) == [77] * NUM_TOKENS
         assert free[0] not in tokens_of(complete(decoding=entries, logit_bias={str(free[0]): -100}))
@@ -306,7 +328,7 @@ def assert_seen(said: dict[str, Any], logits: Tensor, token: int) -> None:
     assert said["logprob"] == pytest.approx(log_p[token].item(), abs=TOLERANCE)
     slack = sum((log_p - log_p[token]).abs() < TOLERANCE).item()
     assert abs(said["rank"] - 1 - int((log_p > log_p[token]).sum())) < slack
-    best = log_p.topk(TOP).values.tolist()
+    best = [value for value in log_p.topk(TOP).values.tolist() if value > -torch.inf]
     assert [one["logprob"] for one in said["top"]] == pytest.approx(best, abs=TOLERANCE)
     assert all(one["logprob"] == pytest.approx(log_p[one["id"]].item(), abs=TOLERANCE) for one in said["top"])
 
@@ -318,7 +340,6 @@ def test_explanations_are_what_transformers_computes(complete: Post, reference: 
     ids, start = whole_text(answer)
     records = answer.json()["choices"][0]["explain"]
     assert [record["id"] for record in records] == ids[start:]
-    assert "".join(record["token"] for record in records) == answer.json()["choices"][0]["text"]
     seen = reference.streams(ids)
     final = reference.final(name, seen)
     for position, record in enumerate(records, start - 1):
@@ -368,6 +389,8 @@ def test_nobody_pays_who_does_not_ask(complete: Post, chat: Post) -> None:
         assert all("explain" not in choice for choice in answer.json()["choices"])
     explained = complete(decoding=SIX, explain={}, **DRAWN)
     assert tokens_of(explained) == tokens_of(complete(decoding=SIX, **DRAWN))
+    only = complete(decoding=ENTRIES["contrastive"] | {"alpha": 1}, explain={"top": 3}).json()["choices"][0]["explain"]
+    assert all(len(record["final"]["top"]) == 1 and len(record["base"]["top"]) == 3 for record in only)
     assert len(explained.json()["choices"][0]["explain"][0]["base"]["top"]) == 5
 
 
@@ -385,14 +408,7 @@ def test_log_probabilities_come_from_where_they_are_asked_from(
     answer = complete(prompt, decoding=entry, logprobs_source=source, logprobs=1, echo=True, seed=1, temperature=0.5)
     ids, _ = whole_text(answer)
     seen = reference.streams(ids)
-    final = seen["base"] if source == "base" else reference.final(name, seen)
-    if name == "dola" and source == "final":
-        final = torch.tensor(
-            [
-                dola.rewrite(row, seen[str(layer)][t].tolist(), 0)
-                for t, (row, layer) in enumerate(zip(seen["base"].tolist(), reference.chosen(seen), strict=True))
-            ]
-        )
+    final = seen["base"] if source == "base" else reference.final(name, seen, relative_top=0.0)
     said = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
     expected = final.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
     assert said[0] is None and said[1:] == pytest.approx(expected.tolist(), abs=2 * TOLERANCE)
@@ -519,3 +535,63 @@ def test_a_refusal_says_which_flag_would_help(complete: Post) -> None:
 
     assert "--vectors" in message(decoding=CO_LLM | {"head": "absent"})
     assert "--aux" in message(decoding=CO_LLM | {"assistant": "absent"})
+
+
+# ---- lm_eval, as people run it: a preset is a model of its own
+
+QUESTIONS = [
+    {
+        "question": "To read a file in Python one calls",
+        "choices": ["open(path)", "self.close()", "import os"],
+        "answer": 0,
+    },
+    {"question": "for line in lines:\n   ", "choices": ["print(line)", "def main", "raise"], "answer": 0},
+    {"question": "import os, sys,", "choices": ["return None", "re", "class A:"], "answer": 1},
+    {"question": "try:\n    main()\nexcept", "choices": ["while", "[0]", "ValueError:"], "answer": 2},
+    {"question": "if x is not None: return", "choices": ["x", "elif", "yield from"], "answer": 0},
+]
+PUSHED = {"vector": "push", "scale": 0.5, "where": "all"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mixed": {"decoding": [PAIR], "steering": [PUSHED]},
+    "early": {"decoding": [DOLA | {"relative_top": 0}]},
+}
+TASK = {
+    "task": "lines",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_lm_eval_scores_as_transformers_does(
+    server: Server, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str | None
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    data = {"data_files": {"test": str(tmp_path / "lines.jsonl")}, "cache_dir": str(tmp_path)}
+    model = LocalCompletionsAPI(
+        model=f"{MODEL}@{preset}" if preset else MODEL,
+        base_url=f"{server.url}/v1/completions",
+        tokenizer=server.models["base"],
+        tokenizer_backend="huggingface",
+    )
+    task = get_task_dict([TASK | {"dataset_kwargs": data}], TaskManager(include_defaults=False))
+    found = evaluate(model, task, bootstrap_iters=0, log_samples=True)
+    right = 0
+    for sample in found["samples"]["lines"]:
+        said = [response[0][0] for response in sample["resps"]]
+        expected = [reference.score(*sample["arguments"][i].values(), preset) for i in range(3)]
+        assert said == pytest.approx(expected, abs=0.02)
+        right += expected.index(max(expected)) == sample["target"]
+    assert found["results"]["lines"]["acc,none"] == right / len(QUESTIONS)
