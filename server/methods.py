@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
@@ -76,7 +77,7 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
     if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if isinstance(method, Rewriting) and have.words is None:
+    if have.words is None and (isinstance(method, Rewriting) or issubclass(method.params, CoupledParams)):
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,
