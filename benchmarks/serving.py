@@ -380,8 +380,8 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     sites = [tables.at(place) for place in tables.places]
 
     def edit() -> None:
-        for lines, code, args, _ in sites:
-            run_edits_(x, lines, code, args, steerer.tokens, steerer.gains, steerer.history)
+        for site in sites:
+            run_edits_(x, site.lines, site.code, site.args, steerer.tokens, steerer.gains, steerer.history)
 
     found = {
         "admission_ms": median_ms(lambda: admit(3), num),

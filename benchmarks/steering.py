@@ -12,30 +12,28 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from vllm import SamplingParams
+from load import throughput
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.server import demo
-from whipstaff.server.engine.launch import Engine, PlanDict, start
-from whipstaff.server.engine.request import KEY, RequestPlan
+from whipstaff.server.engine.launch import Engine, start
+from whipstaff.server.engine.request import RequestPlan
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 
-PROMPT_LEN, MAX_TOKENS, NUM_CONFIGS = 32, 48, 256
+NUM_CONFIGS = 256
 BARS = {"diagonal, 256 configurations / 1": 0.95, "low-rank": 0.85, "3 vectors / 1": 0.98}
 
 
@@ -120,31 +118,6 @@ def kinds(vectors: dict[str, Vector], num_layers: int) -> Iterator[Kind]:
     yield Kind("scheduled", lambda i: scaled("stream", 0, schedule=fade))
 
 
-async def throughput(engine: Engine, plan: Callable[[int], SteeringPlan] | None, num: int, concurrency: int) -> float:
-    """Generated tokens per second of `num` requests, `concurrency` at a time."""
-    vocabulary = engine.model_config.get_vocab_size()
-    gate = asyncio.Semaphore(concurrency)
-    wires = [None if plan is None else RequestPlan(plan(index)).to_wire() for index in range(num)]
-
-    async def one(index: int) -> None:
-        prompt = {"prompt_token_ids": [(7 * index + 13 * i) % (vocabulary - 3) + 3 for i in range(PROMPT_LEN)]}
-        wire = wires[index]
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=MAX_TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=None if wire is None else {KEY: PlanDict(wire)},
-        )
-        async with gate:
-            async for _ in engine.generate(prompt, params, str(uuid4())):
-                pass
-
-    started = time.perf_counter()
-    await asyncio.gather(*map(one, range(num)))
-    return num * MAX_TOKENS / (time.perf_counter() - started)
-
-
 @contextmanager
 def running(options: argparse.Namespace, vectors: dict[str, Vector]) -> Iterator[Engine]:
     args = AsyncEngineArgs(
@@ -184,7 +157,8 @@ async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         for _ in range(options.rounds):
             for kind in kinds(vectors, shape.num_layers):
                 plain = await throughput(engine, None, options.requests, options.concurrency)
-                steered = await throughput(engine, kind.plan, options.requests, options.concurrency)
+                plan = lambda index, kind=kind: RequestPlan(kind.plan(index))  # noqa: E731
+                steered = await throughput(engine, plan, options.requests, options.concurrency)
                 again = await throughput(engine, None, options.requests, options.concurrency)
                 ratios.setdefault(kind.name, []).append(steered / statistics.mean((plain, again)))
     return ratios

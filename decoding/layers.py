@@ -22,12 +22,11 @@ def choose(divergence: Tensor, num_early: Sequence[int]) -> Tensor:
         divergence: (P,) row after row.
         num_early: (R,) how many belong to each; at least one.
     """
-    counts = torch.tensor(num_early, dtype=torch.int64)
-    starts = (counts.cumsum(0) - counts).to(divergence.device, non_blocking=True)
-    is_own = torch.arange(max(num_early, default=1)) < counts[:, None]
-    table = divergence.new_full(is_own.shape, -torch.inf)
-    table[is_own.to(divergence.device, non_blocking=True)] = divergence
-    return starts + table.argmax(-1)
+    counts = torch.tensor(num_early, dtype=torch.int64)[:, None]
+    starts = counts.cumsum(0) - counts
+    own = starts + torch.arange(max(num_early, default=1)).minimum(counts - 1)  # the last one again where it has fewer
+    own = own.to(divergence.device, non_blocking=True)
+    return own.gather(1, divergence[own].argmax(1, keepdim=True))[:, 0]
 
 
 def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor) -> Tensor:
@@ -46,3 +45,20 @@ def contrast(mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor
     alphas = torch.stack([relative_top, torch.zeros_like(relative_top)], 1)
     mix_logits_(scores, [scores, early], rows, weights, log_softmax=weights != 0, alphas=alphas)
     return scores
+
+
+def scored(
+    mature: Tensor, early: Tensor, chosen: Tensor, relative_top: Tensor, post_softmax: Tensor, fill: Tensor
+) -> Tensor:
+    """(R, V) float32 what the authors sum over an answer's tokens: the contrast of all tokens, normalised or not, and
+    another value where a token is not plausible.
+
+    Args:
+        mature, early, chosen, relative_top: as for `contrast`.
+        post_softmax: (R,) bool whether scores are normalised, before some are replaced.
+        fill: (R,) float32 the score of what is not plausible.
+    """
+    plausible = contrast(mature, early, chosen, relative_top) > -torch.inf
+    scores = contrast(mature, early, chosen, torch.zeros_like(relative_top))
+    scores = torch.where(post_softmax[:, None], scores.log_softmax(-1), scores)
+    return torch.where(plausible | (scores == -torch.inf), scores, fill[:, None])

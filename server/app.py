@@ -2,7 +2,8 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -11,15 +12,21 @@ from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
-from whipstaff.server import metrics, routes
+from whipstaff.server import admin, metrics, routes
+from whipstaff.server.admin import Admin
 from whipstaff.server.catalogue import Catalogue, Limit
-from whipstaff.server.engine import UnsupportedEngine, openai
-from whipstaff.server.engine.launch import Engine, PlanDict, start
+from whipstaff.server.engine import UnsupportedEngine, openai, several
+from whipstaff.server.engine.launch import Engine, PlanDict, configure, start
+from whipstaff.server.engine.residents import Residents
 from whipstaff.server.engine.selftest import Finding, calibrate, describe, self_test
+from whipstaff.server.engine.several import note_proven, proven
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.registry import Registry, VectorFile, read_vectors
+from whipstaff.server.library import Library
+from whipstaff.server.preset_check import check
+from whipstaff.server.registry import Registry, VectorFile, misfit, read_stored, read_vectors
 from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
+from whipstaff.server.store import Store
 from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
@@ -36,71 +43,115 @@ _NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 async def serve(args: Namespace, settings: Settings) -> None:
     """Run the server until it is told to stop."""
     _, sock = openai.listen(args)
-    files = read_vectors(settings.vectors)
-    engine = launch(args, settings, files)
+    await _serve(args, settings, sock)
+
+
+def serve_several(args: Namespace, settings: Settings) -> None:
+    """The same with several API servers around one engine, each a process of its own."""
+    args.whipstaff_settings = settings
+
+    def layout(config: Any) -> None:
+        configure(config, **_needs(settings, read_files(settings)[0].values()))
+
+    several.run(args, layout, serve_one)
+
+
+def serve_one(sock: Any, args: Namespace, client: dict[str, Any]) -> None:
+    """One of them."""
+    several.run_one(_serve(args, args.whipstaff_settings, sock, client))
+
+
+async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[str, Any] | None = None) -> None:
+    loads = (client or {}).pop("api_server_loads", None)
+    files, store = read_files(settings)
+    engine = launch(args, settings, files, client)
     try:
-        have = await load(engine, settings, files)
-        await prove(engine, have)
-        app = extend(await openai.build(engine, args), engine, have)
-        stopped = await openai.serve(app, args, sock)
+        library = await load(engine, settings, files, store)
+        del files  # from here on the library alone says which vectors live
+        if engine.index == 0:
+            await prove(engine, await library.current())
+            await note_proven(engine, (await library.current()).lengths.by_place)
+        app = await extend(await openai.build(engine, args), engine, library, settings)
+        stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:
         engine.shutdown()
         sock.close()
     await stopped
 
 
-def launch(args: Namespace, settings: Settings, files: Mapping[str, VectorFile]) -> Engine:
-    """Start the engine with what the vectors will need."""
-    vectors = [file.vector for file in files.values()]
-    return start(
-        args, settings.aux.items(), settings.steering_slots, vectors, settings.steering_sites, settings.early_layers
-    )
+def read_files(settings: Settings) -> tuple[dict[str, VectorFile], Store | None]:
+    """The vectors given at start-up, and those that the registry's folder holds then; and that folder.
+
+    Raises: BadVectorFile, BadStore.
+    """
+    files = read_vectors(settings.vectors)
+    if settings.registry is None:
+        return files, None
+    store = Store(settings.registry)
+    return files | read_stored(store, files), store
 
 
-async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile]) -> Catalogue:
-    """Give the workers the vectors that fit, and measure the model's activations."""
+def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
+    """What the engine has to be made for."""
+    return {
+        "auxiliaries": settings.aux.items(),
+        "num_slots": settings.steering_slots,
+        "vectors": [file.vector for file in files],
+        "sites": settings.steering_sites,
+        "early_layers": settings.early_layers,
+    }
+
+
+def launch(
+    args: Namespace, settings: Settings, files: Mapping[str, VectorFile], client: dict[str, Any] | None = None
+) -> Engine:
+    """Start the engine with what the vectors will need, or be a client of one that was started before."""
+    return start(args, **_needs(settings, files.values()), client=client)
+
+
+async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: Store | None) -> Library:
+    """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
-    registry = Registry(files, ModelShape.model_validate(facts["model"]))
-    for entry in registry:
-        if entry.problem is None:
-            await engine.collective_rpc("whipstaff_load_vector", args=(str(entry.path), entry.vector.digest))
-        else:
-            logger.warning("vector %r cannot be used: %s", entry.name, entry.problem)
-    metrics.VECTORS.set(len(registry.names))
+    model = ModelShape.model_validate(facts["model"])
+    lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
     metrics.SLOTS.set(engine.layout.num_slots)
     logger.info(
         "kernels: %s; model runner: %s; vectors: %s; auxiliary models: %s",
         cuda_ext.IMPLEMENTATION,
         facts["runner"],
-        registry.names,
+        [name for name, file in files.items() if misfit(file.vector, model) is None],
         list(engine.layout.limits),
     )
-    return Catalogue(
-        registry,
-        engine.layout.limits,
-        Words.of(engine.get_tokenizer()) if not engine.model_config.skip_tokenizer_init else None,
-        engine.model_config.get_vocab_size(),
-        engine.model_config.max_model_len,
-        engine.vllm_config.scheduler_config.max_num_seqs,
-        engine.vllm_config.lora_config.max_loras if engine.vllm_config.lora_config else 0,
-        facts["dtype"],
-        engine.layout.num_slots,
-        engine.layout.shape.num_layers,
-        frozenset(Place(*place) for place in facts["sites"]),
-        Lengths(await calibrate(engine)),
-        Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
-        engine.vllm_config.parallel_config.tensor_parallel_size,
-        facts["takes_soft_prompts"],
-        engine.model_config.logprobs_mode,
-        facts["specials"]["attention"],
-        Depth(
+    config = engine.model_config
+    have = Catalogue(
+        registry=Registry({}, model),
+        auxiliaries=engine.layout.limits,
+        words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer()),
+        vocabulary=config.get_vocab_size(),
+        max_len=config.max_model_len,
+        max_seqs=engine.vllm_config.scheduler_config.max_num_seqs,
+        max_adapters=engine.vllm_config.lora_config.max_loras if engine.vllm_config.lora_config else 0,
+        dtype=facts["dtype"],
+        num_slots=engine.layout.num_slots,
+        num_layers=engine.layout.shape.num_layers,
+        places=frozenset(Place(*place) for place in facts["sites"]),
+        lengths=Lengths(lengths),
+        limit=Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
+        tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,
+        takes_soft_prompts=facts["takes_soft_prompts"],
+        logprobs_mode=config.logprobs_mode,
+        attention=facts["specials"]["attention"],
+        depth=Depth(
             engine.layout.shape.num_layers,
-            bool(getattr(engine.model_config.hf_text_config, "tie_word_embeddings", False)),
+            bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
             frozenset(engine.layout.early_layers),
             facts["has_final_norm"],
         ),
-        {layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
+        routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
+    library = Library(Residents(engine), have, files, store, settings.presets)
+    await library.start()
+    return library
 
 
 async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
@@ -116,9 +167,10 @@ async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
     return findings
 
 
-def extend(app: FastAPI, engine: Engine, have: Catalogue) -> FastAPI:
-    """Put our routes, errors and metrics into vLLM's application."""
-    app.state.whipstaff = have
+async def extend(app: FastAPI, engine: Engine, library: Library, settings: Settings) -> FastAPI:
+    """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
+    app.state.whipstaff = library
+    app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = _watch
     ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
@@ -128,6 +180,10 @@ def extend(app: FastAPI, engine: Engine, have: Catalogue) -> FastAPI:
         elif isinstance(route, APIRoute) and route.path == "/metrics":
             _first(route, routes.read_worker)
     app.include_router(routes.router)
+    app.include_router(admin.router)
+    openai.admit(app, admin_key.opens)
+    openai.list_models(app, library.preset_names)
+    await library.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, routes.answer_refusal)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
     return app

@@ -1,10 +1,13 @@
 """What a server has for requests to name, and what its operator allows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from whipstaff.decoding.method import Depth
+from whipstaff.server.errors import NotFound
+from whipstaff.server.presets import Preset
 from whipstaff.server.registry import Registry
 from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
@@ -43,3 +46,16 @@ class Catalogue:
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+
+    def preset(self, name: str, param: str | None = None) -> Preset:
+        """Raises: NotFound."""
+        if name not in self.presets:
+            have = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
+            raise NotFound(f"there is no preset {name!r}; this server has: {have}", param)
+        return self.presets[name]
+
+    @cached_property
+    def facts(self) -> "Catalogue":
+        """All but what has names: a request that keeps this keeps no vector."""
+        return replace(self, registry=Registry({}, self.registry.model), presets={})

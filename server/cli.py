@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from typing import Any
 
 import uvloop
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from whipstaff.server.settings import Settings
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
+       whipstaff vectors list|add|remove             the vectors of a running server
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
 """
@@ -38,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if is_help else 2)
     try:
         args, settings = parse(words[0], words[1:])
-        # the event loop that `vllm serve` runs on
-        uvloop.run(_serve(args, settings) if words[0] == "serve" else _doctor(args, settings))
+        run = _serve if words[0] == "serve" else _doctor
+        run(args, settings)
     except (UnsupportedEngine, ValidationError, RuntimeError) as error:
         sys.exit(f"whipstaff: {_said(error)}")
     except KeyboardInterrupt:
@@ -56,32 +58,26 @@ def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
     if args.model_tag is None and not flags.names_model(args):
         demo_words = [str(demo.MODELS / "demo"), *DEMO_FLAGS]
         args = parser.parse_args([*demo_words, *words])
-        args.whipstaff_aux = args.whipstaff_aux or [f"{name}={demo.MODELS / name}" for name in ("tuned", "untuned")]
+        if not args.whipstaff_aux:  # what the demo's presets name
+            args.whipstaff_aux = [f"{name}={demo.MODELS / name}" for name in ("tuned", "untuned")]
+            args.whipstaff_presets = [*(args.whipstaff_presets or []), str(demo.PRESETS)]
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
     return args, Settings.from_args(args)
 
 
-async def _serve(args: Namespace, settings: Settings) -> None:
+def _serve(args: Namespace, settings: Settings) -> None:
     from whipstaff.server import app
 
-    await app.serve(args, settings)
+    if (args.api_server_count or 1) > 1:
+        app.serve_several(args, settings)
+    else:
+        uvloop.run(app.serve(args, settings))  # the event loop that `vllm serve` runs on
 
 
-async def _doctor(args: Namespace, settings: Settings) -> None:
+def _doctor(args: Namespace, settings: Settings) -> None:
     """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
-    from whipstaff.server import app
-    from whipstaff.server.engine.selftest import describe, self_test
-    from whipstaff.server.registry import read_vectors
-
-    files = read_vectors(settings.vectors)
-    engine = app.launch(args, settings, files)
-    try:
-        have = await app.load(engine, settings, files)
-        facts = await describe(engine)
-        findings = [finding async for finding in self_test(engine, list(have.auxiliaries))]
-    finally:
-        engine.shutdown()
+    facts, findings = uvloop.run(_findings(args, settings))
     print(f"vLLM {vllm_version()}, model runner {facts['runner']}, {facts['model']['architecture']}, pid {os.getpid()}")
     for finding in findings:
         changes = "edit changes the output" if finding.changes else "EDIT DOES NOT CHANGE THE OUTPUT"
@@ -91,6 +87,20 @@ async def _doctor(args: Namespace, settings: Settings) -> None:
     print(f"{num_good} of {len(findings)} obey")
     if num_good < len(findings):
         sys.exit(1)
+
+
+async def _findings(args: Namespace, settings: Settings) -> tuple[dict[str, Any], list[Any]]:
+    from whipstaff.server import app
+    from whipstaff.server.engine.selftest import describe, self_test
+
+    files, store = app.read_files(settings)
+    engine = app.launch(args, settings, files)
+    try:
+        library = await app.load(engine, settings, files, store)
+        have = await library.current()
+        return await describe(engine), [finding async for finding in self_test(engine, list(have.auxiliaries))]
+    finally:
+        engine.shutdown()
 
 
 def _said(error: Exception) -> str:

@@ -12,6 +12,7 @@ from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
 from whipstaff.server.steered import Steered
+from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -29,6 +30,7 @@ class OwnSteering(NamedTuple):
 
     plan: SteeringPlan
     paths: Sequence[str]  # where in the request each edit stands, then each special
+    vectors: Sequence[Vector]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Decoded:
     heads: tuple[str, ...] = ()
     early: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
+    vectors: tuple[Vector, ...] = ()  # the files that it reads
     steered: Mapping[str, OwnSteering] = field(default_factory=dict)  # parameter -> a further sequence's steering
 
     def path_of(self, param: str) -> str:
@@ -117,11 +120,13 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     heads = {name: _head(bare, name, kind, have) for name, kind in method.head_fields.items()}
     method.check_heads(params, {name: head.unplaced for name, head in heads.items()})
     digests = tuple(head.digest for head in heads.values())
+    bare = replace(bare, vectors=tuple(heads.values()))
     streams = tuple(method.streams(params).values())
     if isinstance(method, Mixing):
         mix, steered = method.mix(params), method.steered(params)
         own = {param: _own_steering(said, bare.path_of(param), have) for param, said in steered.items()}
-        return replace(bare, mix=mix, streams=streams, heads=digests, steered=own)
+        vectors = (*bare.vectors, *(vector for each in own.values() for vector in each.vectors))
+        return replace(bare, mix=mix, streams=streams, heads=digests, steered=own, vectors=vectors)
     assert isinstance(method, Rewriting)
     if have.words is None:
         raise Unavailable(
@@ -140,7 +145,9 @@ def _own_steering(said: Any, path: str, have: Catalogue) -> OwnSteering:
         if entries[-1].soft is not None:
             raise BadRequest("further sequences have no room for learned rows", f"{where}.vector")
     paths = [entry.path for entry in entries for _ in entry.edits]
-    return OwnSteering(planner.plan, paths + [entry.path for entry in entries if entry.special is not None])
+    paths += [entry.path for entry in entries if entry.special is not None]
+    vectors = [vector for entry in entries for vector in (entry.vector, entry.probe) if vector is not None]
+    return OwnSteering(planner.plan, paths, vectors)
 
 
 def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:
@@ -164,8 +171,10 @@ def _check_streams(bare: Decoded, have: Catalogue) -> None:
         )
     for where, name in wanted.items():
         if name not in models:
+            known = ", ".join(models)
             raise NotFound(
-                f"there is no auxiliary model {name!r}; this server has: {', '.join(models)}", bare.path_of(where)
+                f"there is no auxiliary model {name!r}; this server has: {known}; start it with --aux {name}=MODEL",
+                bare.path_of(where),
             )
 
 
@@ -179,17 +188,24 @@ def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> 
         )
 
 
-def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Any:
+def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Vector:
     path, wanted = bare.path_of(name), getattr(bare.params, name)
     vector = have.registry.usable(wanted, path)
     if vector.header.method != kind:
         raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
-    for said, shape in vector.method.parts.items():
-        tensor = vector.unplaced.get(said.removesuffix("?"))
-        num = tensor.shape[shape.index("vocab")] if tensor is not None and "vocab" in shape else have.vocabulary
-        if num != have.vocabulary:
-            raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
+    if (num := judged_tokens(vector)) not in (None, have.vocabulary):
+        raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
     return vector
+
+
+def judged_tokens(head: Vector) -> int | None:
+    """For how many tokens a head has an opinion; None for one that has none of single tokens."""
+    sizes = {
+        head.unplaced[part].shape[shape.index("vocab")]
+        for part, shape in head.method.parts.items()
+        if "vocab" in shape and part in head.unplaced
+    }
+    return max(sizes, default=None)
 
 
 def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:

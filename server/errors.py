@@ -2,8 +2,12 @@
 
 WhipstaffError
  |- BadRequest      400  a value that no server would take
+ |- Unauthorized    401  no admin key, or a wrong one
+ |- Forbidden       403  a route that this server was started without
  |- NotFound        404  a name that this server does not have
  |- VectorUnfit     409  a vector made for another model
+ |- Fixed           409  a name that the operator gave, which no request changes
+ |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
 """
 
@@ -34,12 +38,28 @@ class BadRequest(WhipstaffError):
     status, type = 400, "BadRequestError"
 
 
+class Unauthorized(WhipstaffError):
+    status, type = 401, "AuthenticationError"
+
+
+class Forbidden(WhipstaffError):
+    status, type = 403, "PermissionDeniedError"
+
+
 class NotFound(WhipstaffError):
     status, type = 404, "NotFoundError"
 
 
 class VectorUnfit(WhipstaffError):
     status, type = 409, "ConflictError"
+
+
+class Fixed(WhipstaffError):
+    status, type = 409, "ConflictError"
+
+
+class TooLarge(WhipstaffError):
+    status, type = 413, "PayloadTooLargeError"
 
 
 class Unavailable(WhipstaffError):

@@ -37,7 +37,8 @@ class Explained:
     def add_to(self, body: dict[str, Any]) -> None:
         """Put records into the choices of a response, or of a chunk of one."""
         for choice in body.get("choices", ()):
-            if records := self._records.pop(choice["index"], None):
+            is_opening = "role" in choice.get("delta", ()) and not choice.get("finish_reason")  # before any token
+            if not is_opening and (records := self._records.pop(choice["index"], None)):
                 choice[FIELD] = records
 
     def _text(self, token: int) -> str | None:

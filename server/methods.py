@@ -9,6 +9,7 @@ from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.decoded import judged_tokens
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
@@ -73,11 +74,11 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     missing = [f"start the server with --vectors PATH of a {method.head_fields[n]}" for n, f in heads.items() if not f]
     if len(have.auxiliaries) < method.num_streams:
         missing.append("start the server with --aux NAME=MODEL")
-    if method.name == "adapter_ensemble" and not have.max_adapters:
+    if method.needs_adapters and not have.max_adapters:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
     if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if have.words is None and (isinstance(method, Rewriting) or issubclass(method.params, CoupledParams)):
+    if (isinstance(method, Rewriting) or issubclass(method.params, CoupledParams)) and have.words is None:
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,
@@ -91,7 +92,8 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
 
 
 def _of_kind(kind: str, have: Catalogue) -> list[str]:
-    return [entry.name for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
+    fitting = [entry for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
+    return [entry.name for entry in fitting if judged_tokens(entry.vector) in (None, have.vocabulary)]
 
 
 def _merged(entry: type[BaseModel], own: type[BaseModel]) -> dict[str, Any]:

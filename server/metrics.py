@@ -11,6 +11,12 @@ TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025,
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 DOSE_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 100)
 
+
+def _gauge(name: str, what: str) -> Gauge:
+    """A number that whichever API server is asked knows, since the worker or the registry's folder does."""
+    return Gauge(name, what, multiprocess_mode="livemostrecent")
+
+
 REQUESTS = Counter("whipstaff_requests", "Generations by method and outcome", ["method", "outcome"])
 FIRST_TOKEN = Histogram(
     "whipstaff_time_to_first_token_seconds", "Time to first token by method", ["method"], buckets=REQUEST_BUCKETS
@@ -23,14 +29,18 @@ END_TO_END = Histogram(
     buckets=REQUEST_BUCKETS,
 )  # fmt: skip
 REFUSALS = Counter("whipstaff_refusals", "Requests refused before scheduling, by HTTP status", ["status"])
-VECTORS = Gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
-SLOTS = Gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
-SLOTS_IN_USE = Gauge("whipstaff_slots_in_use", "Slots of running requests")
-WAITING = Gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
-UPLOADS = Counter("whipstaff_table_uploads", "Configurations written into the tables of edits")
-COMPANIONS = Gauge("whipstaff_companions_running", "Sequences that run beside a request's own to guide it")
-HELD = Counter("whipstaff_group_steps_held", "Steps in which some sequences of a request waited for others")
-HALF = Counter("whipstaff_groups_half_scheduled", "Steps that took some sequences of a request only: a bug if not 0")
+PRESETS = Counter("whipstaff_preset_requests", "Requests that named a preset", ["preset"])
+VECTORS = _gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
+HELD = _gauge("whipstaff_vectors_held", "Vectors in the workers; those of running requests stay when replaced")
+SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
+SLOTS_IN_USE = _gauge("whipstaff_slots_in_use", "Slots of running requests")
+WAITING = _gauge("whipstaff_requests_waiting_for_slots", "Requests whose steering does not fit beside what is running")
+UPLOADS = _gauge("whipstaff_table_uploads_total", "Configurations written into the tables of edits since the start")
+COMPANIONS = _gauge("whipstaff_companions_running", "Sequences that run beside a request's own to guide it")
+STEPS_HELD = _gauge("whipstaff_group_steps_held_total", "Steps in which some sequences of a request waited for others")
+HALF = _gauge(
+    "whipstaff_groups_half_scheduled_total", "Steps that took some sequences of a request only: a bug if not 0"
+)
 CONDITIONAL = Counter("whipstaff_conditional_tokens", "Tokens of conditional edits where the condition is known")
 FIRED = Counter("whipstaff_conditional_tokens_open", "Those of them that were edited")
 DOSE = Histogram(
@@ -39,24 +49,15 @@ DOSE = Histogram(
 )  # fmt: skip
 
 
-class WorkerSeries:
-    """Series that only a worker knows, read when somebody asks for metrics."""
-
-    def __init__(self) -> None:
-        self._counted = {"table_uploads": UPLOADS, "group_steps_held": HELD, "groups_half_scheduled": HALF}
-        self._seen = dict.fromkeys(self._counted, 0)
-
-    def note(self, counters: Mapping[str, Any]) -> None:
-        """What the worker has counted since it started."""
-        SLOTS_IN_USE.set(counters["slots_in_use"])
-        WAITING.set(counters["requests_waiting_for_slots"])
-        COMPANIONS.set(counters["companions_running"])
-        for name, series in self._counted.items():
-            series.inc(max(0, counters[name] - self._seen[name]))
-            self._seen[name] = max(self._seen[name], counters[name])
-
-
-WORKER = WorkerSeries()
+def note_worker(counters: Mapping[str, Any]) -> None:
+    """What only a worker knows, read when somebody asks for metrics: counted since it started."""
+    SLOTS_IN_USE.set(counters["slots_in_use"])
+    WAITING.set(counters["requests_waiting_for_slots"])
+    HELD.set(counters["vectors_held"])
+    UPLOADS.set(counters["table_uploads"])
+    COMPANIONS.set(counters["companions_running"])
+    STEPS_HELD.set(counters["group_steps_held"])
+    HALF.set(counters["groups_half_scheduled"])
 
 
 def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:

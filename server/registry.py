@@ -1,14 +1,18 @@
-"""The vectors a server has: names to verified files, read once at start-up."""
+"""The vectors a server has: names to verified files. One never changes; `library` replaces it by the next."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from whipstaff.server.errors import NotFound, VectorUnfit
+from whipstaff.server.store import Store
 from whipstaff.steering.artifacts import Vector, read, without_file
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of what comes over HTTP
 
 
 class BadVectorFile(RuntimeError):
@@ -20,6 +24,8 @@ class VectorFile(NamedTuple):
 
     path: Path
     vector: Vector
+    is_fixed: bool = True  # given at start-up, so that no request changes it
+    problem: str | None = None  # why this server's workers cannot hold it
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Entry:
     path: Path
     vector: Vector
     problem: str | None
+    is_fixed: bool
 
 
 class Registry:
@@ -52,8 +59,10 @@ class Registry:
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""
         if name not in self._entries:
-            have = ", ".join(map(repr, self._entries)) or "none; start the server with --vectors"
-            raise NotFound(f"there is no vector {name!r}; this server has: {have}", param)
+            have = ", ".join(map(repr, self._entries)) or "none"
+            raise NotFound(
+                f"there is no vector {name!r}; this server has: {have}; start it with --vectors, or upload one", param
+            )
         return self._entries[name]
 
     def usable(self, name: str, param: str) -> Vector:
@@ -94,8 +103,30 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _entry(name: str, file: VectorFile, model: ModelShape) -> Entry:
+    path, vector, is_fixed, problem = file
+    return Entry(name, path, vector, misfit(vector, model) or problem, is_fixed)
+
+
+def misfit(vector: Vector, model: ModelShape) -> str | None:
+    """Why a vector does not fit a model, with both shapes; None if it does."""
     try:
-        file.vector.check_fits(model)
+        vector.check_fits(model)
     except SteeringError as error:
-        return Entry(name, file.path, file.vector, str(error))
-    return Entry(name, file.path, file.vector, None)
+        return str(error)
+    return None
+
+
+def read_stored(store: Store, taken: Mapping[str, VectorFile]) -> dict[str, VectorFile]:
+    """Every vector of a registry folder, by name. Raises: BadVectorFile, BadStore."""
+    found: dict[str, VectorFile] = {}
+    for name, digest in store.read().vectors.items():
+        path = store.path_of(digest)
+        if name in taken:
+            raise BadVectorFile(f"two vectors are called {name!r}: {taken[name].path}, and one of the registry")
+        try:
+            found[name] = VectorFile(path, read(path), is_fixed=False)
+        except (SteeringError, OSError) as error:
+            raise BadVectorFile(f"the registry's vector {name!r}, {path}: {error}") from error
+        if found[name].vector.digest != digest:
+            raise BadVectorFile(f"the registry's vector {name!r}, {path}: the file was changed")
+    return found

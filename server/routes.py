@@ -15,24 +15,28 @@ from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.engine.request import RequestPlan, take_draw
-from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
+from whipstaff.server.errors import BadRequest, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.explained import Explained
+from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
+from whipstaff.server.presets import Preset, blaming
 from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras
-from whipstaff.server.steered import doses
+from whipstaff.server.steered import Fed, doses
 
 router = APIRouter()
 
 
 @dataclass
 class PreparedRequest:
-    """What one request's extras came to, handed to the engine's front end."""
+    """What one request's extras and its preset came to, handed to the engine's front end."""
 
     compiled: Compiled
     num_choices: int = 1  # of each prompt
     tally: Tally = field(default_factory=Tally)
+    preset: Preset | None = None
+    filled: frozenset[str] = frozenset()  # fields that the preset filled in
     explained: Explained | None = None
     num_placed: int = 0  # prompts
 
@@ -40,7 +44,8 @@ class PreparedRequest:
         return self.compiled.wanted_scores(prompt)
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
-        ids = self.compiled.place(prompt)
+        with blaming(self.preset, self.filled):
+            ids = self.compiled.place(prompt)
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
@@ -53,9 +58,14 @@ class PreparedRequest:
         if ticket:
             found = await readings(ticket)
             fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-        said = self.compiled.receipt(fed)
+        said = self.said(fed)
         metrics.note_steering(said["steering"])
         return said
+
+    def said(self, fed: list[Fed]) -> dict[str, Any]:
+        """The receipt; `fed` are the finished sequences."""
+        named = {} if self.preset is None else {"preset": {"id": self.preset.name, "digest": self.preset.digest}}
+        return {**named, **self.compiled.receipt(fed)}
 
 
 def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
@@ -85,7 +95,7 @@ class PlacedRequest:
             draw = take_draw(params, compiled.is_temperature_last)
             plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
         explain = None if self.prepared.explained is None else self._explain
-        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain)
+        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain, compiled.vectors)
 
     def _explain(self, index: int, record: dict[str, Any]) -> None:
         assert self.prepared.explained is not None
@@ -93,33 +103,74 @@ class PlacedRequest:
         self.prepared.explained.note(self.first_choice + index, record)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
-        return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
+        with blaming(self.prepared.preset, self.prepared.filled):
+            return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
-def catalogue(request: Request) -> Catalogue:
-    found: Catalogue = request.app.state.whipstaff
-    return found
+async def catalogue(request: Request) -> Catalogue:
+    """What there is now."""
+    library: Library = request.app.state.whipstaff
+    return await library.current()
+
+
+async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> PreparedRequest | None:
+    """Compile a request's extras, wherever they came in, and those of the preset in its model's name, and attach them
+    to it; None for a plain request."""
+    base, name = openai.split_model(request.model, raw.app)
+    if name is None and not _asks(request):
+        return None
+    have = await catalogue(raw)
+    preset = None if name is None else have.preset(name, "model")
+    if preset is None:
+        return prepare(request, have)
+    metrics.PRESETS.labels(preset.name).inc()
+    request.model = base
+    return prepare(request, have, preset, await raw.json())
+
+
+def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
+    """Whether a request may have extras."""
+    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in schema.FIELDS)
 
 
 def prepare(
-    request: openai.ChatRequest | openai.TextRequest, have: Catalogue, is_dry: bool = False
+    request: openai.ChatRequest | openai.TextRequest,
+    have: Catalogue,
+    preset: Preset | None = None,
+    body: Mapping[str, Any] | None = None,
 ) -> PreparedRequest | None:
-    """Compile a request's extras, wherever they came in, and attach them to it; `is_dry` if it will not run."""
-    present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
-    compiled = compile_extras(_with_xargs(present, request.vllm_xargs), have)
+    """The same, for a preset that is known, and the request as it was sent."""
+    filled = preset.fill(request, body or {}) if preset else frozenset()
+    with blaming(preset, filled):
+        compiled = compile_request(request, have)
+    if compiled is None and preset is None:
+        return None
+    ready = PreparedRequest(compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled)
+    ready.compiled.have = have.facts
+    if ready.compiled.explain is not None:
+        ready.explained = Explained(have.words)
+    if compiled is not None:
+        request.attach(ready)
+    return ready
+
+
+def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> Compiled | None:
+    """Raises: WhipstaffError."""
+    compiled = compile_extras(_extras(request), have)
     if compiled is None:
         return None
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
-    compiled.is_dry = is_dry
     compiled.check_draw(request.temperature)
     compiled.check_grammar(openai.has_grammar(request))
     compiled.check_logprobs(scores_prompt(request))
-    prepared = PreparedRequest(compiled, request.n or 1)
-    if compiled.explain is not None:
-        prepared.explained = Explained(have.words)
-    request.attach(prepared)
-    return prepared
+    return compiled
+
+
+def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
+    """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
+    present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
+    return _with_xargs(present, request.vllm_xargs)
 
 
 def scores_prompt(request: openai.ChatRequest | openai.TextRequest) -> bool:
@@ -155,19 +206,20 @@ async def create_completion(request: openai.TextRequest, raw_request: Request) -
 
 
 async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> Response:
-    prepared = prepare(request, catalogue(raw))
-    result = await openai.answer(request, raw)
+    with openai.answering_as(request.model):
+        ready = await prepared(request, raw)
+        result = await openai.answer(request, raw)
     if isinstance(result, Response):
         return result
     if hasattr(result, "__aiter__"):
-        if prepared is not None:
-            result = with_extras(result, partial(prepared.receipt, openai.readings(raw)), prepared.explained)
+        if ready is not None:
+            result = with_extras(result, partial(ready.receipt, openai.readings(raw)), ready.explained)
         return openai.event_stream(result, raw)
     body = result.model_dump()
-    if prepared is not None:
-        body[FIELD] = await prepared.receipt(openai.readings(raw))
-        if prepared.explained is not None:
-            prepared.explained.add_to(body)
+    if ready is not None:
+        body[FIELD] = await ready.receipt(openai.readings(raw))
+        if ready.explained is not None:
+            ready.explained.add_to(body)
     return JSONResponse(body, headers=openai.load_headers(raw))
 
 
@@ -180,7 +232,7 @@ async def methods(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
 @router.get("/v1/steering/vectors")
 async def vectors(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
     """Every vector that was loaded."""
-    return {"object": "list", "data": [_vector(entry) for entry in have.registry]}
+    return {"object": "list", "data": [said_vector(entry) for entry in have.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
@@ -188,7 +240,7 @@ async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, A
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = have.registry.entry(name)
     return {
-        **_vector(entry),
+        **said_vector(entry),
         "norms": entry.vector.norms(),
         "doses": doses(entry.vector, have) if entry.problem is None else [],
     }
@@ -201,28 +253,56 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     With `messages` or `prompt` the body is a whole request, and what depends on the prompt is checked too.
     """
     started = time.perf_counter()
-    have = catalogue(raw)
     if "messages" not in body and "prompt" not in body:
-        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), have)
+        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), await catalogue(raw))
+        plan = compiled.receipt([]) if compiled else None
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
-        prepared = prepare(request, have, is_dry=True)
+        ready = await prepared(request, raw)
+        if ready is not None:
+            ready.compiled.is_dry = True
         refused = await openai.render(request, raw.app)
         if refused is not None:
             return refused
-        compiled = prepared.compiled if prepared else None
-    plan = compiled.receipt([]) if compiled else {"steering": [], "decoding": [], "warnings": []}
-    return JSONResponse({"valid": True, "plan": plan, "milliseconds": (time.perf_counter() - started) * 1e3})
+        plan = ready.said([]) if ready else None
+    nothing: dict[str, Any] = {"steering": [], "decoding": [], "warnings": []}
+    took = (time.perf_counter() - started) * 1e3
+    return JSONResponse({"valid": True, "plan": plan or nothing, "milliseconds": took})
 
 
-def _vector(entry: Entry) -> dict[str, Any]:
+@router.get("/v1/steering/presets")
+async def presets(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """Every preset: what it says, and the digest that receipts name."""
+    return {"object": "list", "data": [said_preset(preset) for preset in have.presets.values()]}
+
+
+@router.get("/v1/steering/presets/{name}")
+async def preset(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+    """One preset."""
+    return said_preset(have.preset(name))
+
+
+def said_preset(preset: Preset) -> dict[str, Any]:
+    """A preset, for its owner."""
+    return {
+        "id": preset.name,
+        "object": "steering.preset",
+        "digest": preset.digest,
+        "read_only": preset.is_fixed,
+        **preset.wire,
+    }
+
+
+def said_vector(entry: Entry) -> dict[str, Any]:
+    """A vector, for its owner."""
     header, vector = entry.vector.header, entry.vector
     return {
         "id": entry.name,
         "object": "steering.vector",
         "fits": entry.problem is None,
         "problem": entry.problem,
+        "read_only": entry.is_fixed,
         "digest": vector.digest,
         "layers": vector.layers,
         "sites": vector.sites,
@@ -247,11 +327,12 @@ async def refuse_extras(raw: Request) -> None:
 async def read_worker(raw: Request) -> None:
     """A dependency of vLLM's /metrics: what only the worker knows."""
     if (counters := await openai.counters(raw)) is not None:
-        metrics.WORKER.note(counters)
+        metrics.note_worker(counters)
 
 
 async def answer_refusal(raw: Request, error: Exception) -> Response:
     """The exception handler for our own errors."""
     assert isinstance(error, WhipstaffError)
     metrics.REFUSALS.labels(error.status).inc()
-    return JSONResponse(error.body(), status_code=error.status)
+    headers = {"Connection": "close"} if isinstance(error, TooLarge) else None  # what was not read yet stays unread
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -30,6 +30,7 @@ from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnf
 from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
+from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -64,6 +65,12 @@ class Compiled:
         sides = {entry.label for entry in self.steering}, {entry.method.name for entry in self.decoding}
         names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
         return "+".join(sorted(names)) or PLAIN
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """Those of the registry that the engine will look up: kept until it is done with them."""
+        named = [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
+        return [*named, *(head for entry in self.decoding for head in entry.vectors)]
 
     def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
         """Check the plan against a prompt; what may be generated, at most.
@@ -235,7 +242,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-    for path, entry, names in entries_of(fields, named):
+    for path, entry, names in entries_of({name: _loose(fields.get(name)) for name in SHORTHANDS}, named):
         try:
             compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
         except (NotFound, VectorUnfit, Unavailable) as error:
@@ -270,14 +277,22 @@ def _json(value: Any, name: str) -> Any:
         raise BadRequest(f"not JSON: {error}", name) from None
 
 
+def _loose(value: Any) -> Any:
+    """What a JSON string holds, or the string if it is none, such as `low`."""
+    try:
+        return _json(value, "")
+    except BadRequest:
+        return value
+
+
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
     return entries_at(_json(value, name), name, most)
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
+    value = _loose(fields.get(name))
+    if value not in (None, False, True):  # 0 and 1 too: what vLLM's xargs make of the two
         raise BadRequest("true or false", name)
     return bool(value)
 

@@ -4,9 +4,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.shape import SITES
 
@@ -43,6 +44,17 @@ class Settings(BaseSettings):
         "refuse", description="what happens to a larger one: refuse the request, or weaken it to --max-dose"
     )
 
+    registry: Path | None = Field(
+        None, description="a folder for vectors and presets that come over HTTP; made if there is none"
+    )
+    admin_key: SecretStr | None = Field(
+        None, min_length=1, description="lets its holder change the registry; better in WHIPSTAFF_ADMIN_KEY"
+    )
+    max_upload_bytes: int = Field(MAX_BYTES, gt=0, le=MAX_BYTES, description=f"the largest upload ({MAX_BYTES})")
+    presets: Annotated[list[Path], NoDecode] = Field(
+        [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
+    )
+
     early_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
         None,
         description="which layers' streams methods such as dola may read: comma-separated, 0 for the embeddings and l "
@@ -75,7 +87,7 @@ class Settings(BaseSettings):
             pairs[name] = model
         return pairs
 
-    @field_validator("vectors", mode="before")
+    @field_validator("vectors", "presets", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
@@ -88,7 +100,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(HOOKS)}")
         return names
 
-    @field_validator("vectors")
+    @field_validator("vectors", "presets")
     @classmethod
     def _exist(cls, paths: list[Path]) -> list[Path]:
         for path in paths:  # said now, not after the minute that loading a model may take
@@ -102,6 +114,12 @@ class Settings(BaseSettings):
             raise ValueError("--dose-policy says what happens beyond --max-dose, which is not given")
         return self
 
+    @model_validator(mode="after")
+    def _registry_has_a_key(self) -> "Settings":
+        if self.admin_key is not None and self.registry is None:
+            raise ValueError("--admin-key lets the registry be changed; say where it is kept with --registry DIR")
+        return self
+
     @staticmethod
     def add_flags(parser: ArgumentParser) -> None:
         group = parser.add_argument_group("whipstaff", "Whipstaff's own flags")
@@ -112,6 +130,10 @@ class Settings(BaseSettings):
             ("steering_sites", "append", "SITE"),
             ("max_dose", "store", "RATIO"),
             ("dose_policy", "store", "POLICY"),
+            ("registry", "store", "DIR"),
+            ("admin_key", "store", "KEY"),
+            ("max_upload_bytes", "store", "N"),
+            ("presets", "append", "PATH"),
             ("early_layers", "store", "LAYERS"),
         ):
             flag = "--" + name.replace("_", "-")
@@ -120,6 +142,10 @@ class Settings(BaseSettings):
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":
-        """Flags that were given win over the environment. Raises: ValidationError."""
+        """Flags that were given win over the environment; the key is taken out of `args`, which vLLM logs.
+
+        Raises: ValidationError.
+        """
         given = {name: getattr(args, f"whipstaff_{name}") for name in Settings.model_fields}
+        args.whipstaff_admin_key = None
         return Settings(**{name: value for name, value in given.items() if value is not None})

@@ -41,6 +41,7 @@ class Steered:
     edits: range  # which of the plan's edits it became
     soft: SoftPrompt | None = None
     special: int | None = None  # which of the plan's edits of the router or of attention it became
+    probe: Vector | None = None  # that its condition reads
 
     @property
     def label(self) -> str:

@@ -1,11 +1,10 @@
-"""The command line's `whipstaff vectors convert | show | combine | diff`: vector files on this machine, no server."""
+"""The command line's `whipstaff vectors`. Here: convert, show, combine and diff, of files on this machine."""
 
 import json
-import os
 import sys
-import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from whipstaff.server import vectors_remote
+from whipstaff.server.store import write_whole
 from whipstaff.steering import algebra
 from whipstaff.steering.artifacts import Header, Vector, packed, parse, read
 from whipstaff.steering.errors import SteeringError
@@ -305,17 +306,7 @@ def save(target: Path, header: Header, tensors: Mapping[str, Tensor], force: boo
     data = packed(header, tensors)
     digest = parse(data).digest
     _check_target(target, force)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(target, data, target.parent)
     return digest
 
 
@@ -336,7 +327,7 @@ def _said(where: Any) -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="whipstaff vectors", description="Vector files on this machine.")
+    parser = ArgumentParser(prog="whipstaff vectors", description="Vector files on this machine, and a server's.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_convert(commands)
     one = commands.add_parser("show", help="method, sites, layers, norms and cosines of a vector file")
@@ -357,6 +348,7 @@ def _parser() -> ArgumentParser:
     one.add_argument("a", type=Path)
     one.add_argument("b", type=Path)
     one.set_defaults(run=diff)
+    vectors_remote.add_commands(commands, partial(_add_hints, with_files=False))
     return parser
 
 
@@ -375,8 +367,16 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--format", choices=[*FORMATS, *PICKLES], metavar="FORMAT", help="default: found out")
     parser.add_argument("--unsafe-pickle", action="store_true", help="open a pickle, in a process of its own")
     parser.add_argument("--force", action="store_true", help="replace TARGET")
+    _add_hints(parser)
+    parser.set_defaults(run=convert)
+
+
+def _add_hints(parser: ArgumentParser, with_files: bool = True) -> None:
+    """What foreign files leave unsaid; `with_files`, further files too."""
     for name, field in Hints.model_fields.items():
         flag = "--" + name.replace("_", "-")
+        if field.annotation == Path | None and not with_files:
+            continue
         if name == "projected":
             parser.add_argument(flag, action="store_true", default=None, help=field.description)
         elif name == "defaults":
@@ -387,7 +387,6 @@ def _add_convert(commands: Any) -> None:
             parser.add_argument(flag, type=_clause, help=f"{field.description}: {', '.join(SHORTHANDS)} or JSON")
         else:
             parser.add_argument(flag, help=field.description)
-    parser.set_defaults(run=convert)
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -123,6 +123,14 @@ def read(path: Path) -> Vector:
     return parse(path.read_bytes())
 
 
+def is_native(data: bytes) -> bool:
+    """Whether a file's bytes claim to be a vector file."""
+    try:
+        return "whipstaff" in _metadata(data)
+    except (ValueError, KeyError, RecursionError):
+        return False
+
+
 def parse(data: bytes) -> Vector:
     """The vector that a file's bytes hold."""
     header = _header(data)

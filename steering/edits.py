@@ -1,9 +1,10 @@
 """What one entry of a request does at each place: its ops, what they take of the tables, and how far they reach."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.dose import Dose, dose, largest
@@ -14,6 +15,22 @@ from whipstaff.steering.ops import Diagonal, Op
 from whipstaff.steering.plan import RowEdit
 from whipstaff.steering.programs import OPEN, Program, Step, assemble
 from whipstaff.steering.sites import canonical, pool_of
+
+T = TypeVar("T")
+_MAX_SETTINGS = 256  # of one vector, whose weights and doses are kept
+
+
+def _by_vector(make: Callable[..., T]) -> Callable[..., T]:
+    """Keep what `make(vector, ...)` gives for as long as the vector lives, and not the vector for as long as that."""
+    found: WeakKeyDictionary[Vector, Callable[..., T]] = WeakKeyDictionary()
+
+    def kept(vector: Vector, *args: Any) -> T:
+        if vector not in found:
+            its_own = ref(vector)
+            found[vector] = lru_cache(maxsize=_MAX_SETTINGS)(lambda *args: make(its_own(), *args))
+        return found[vector](*args)
+
+    return kept
 
 
 def edits_of(vector: Vector, edit: RowEdit) -> dict[Place, tuple[Op, ...]]:
@@ -58,7 +75,7 @@ def weigh(vector: Vector, edit: RowEdit) -> Weight:
     return _weigh(vector, edit._replace(gate=OPEN))
 
 
-@lru_cache(maxsize=1024)
+@_by_vector
 def _weigh(vector: Vector, edit: RowEdit) -> Weight:
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
@@ -81,7 +98,7 @@ class Lengths:
     by_place: Mapping[Place, float]
 
 
-@lru_cache(maxsize=1024)
+@_by_vector
 def strongest(vector: Vector, edit: RowEdit, lengths: Lengths) -> Dose | None:
     """The largest relative dose of an edit, over the places whose lengths are known."""
     known = lengths.by_place

@@ -20,7 +20,7 @@ from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowKeep, RowMeter, RowProbe, RowSpecial
 from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
-from whipstaff.steering.sites import entering, pool_of
+from whipstaff.steering.sites import canonical, entering, pool_of
 
 NOTHING = -1  # the address of tokens that are left alone
 
@@ -38,24 +38,41 @@ class Encoders:
     """The readings of sparse autoencoders whose active features are the largest of all, at one place.
 
     weight (features, width), bias (features,): persistent, with room for what the server was started with; an
-    autoencoder keeps the range it was given first.
+    autoencoder keeps the range it was given until it is forgotten.
     """
 
     weight: Tensor
     bias: Tensor
-    starts: dict[str, int] = field(default_factory=dict)  # by the vector's digest
-    num_used: int = 0
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)  # by the vector's digest, [first, end)
+    written: set[str] = field(default_factory=set)
+
+    def reserve(self, source: str, size: int) -> bool:
+        """Set features apart for an autoencoder; whether there was room."""
+        start = 0
+        for first, end in sorted(self.ranges.values()):
+            if first - start >= size:
+                break
+            start = end
+        if source not in self.ranges and start + size <= len(self.weight):
+            self.ranges[source] = start, start + size
+        return source in self.ranges
 
     def start_of(self, encoding: Encoding) -> int:
         """Where an encoder's features begin, after copying them there."""
-        if encoding.source not in self.starts:
-            start, end = self.num_used, self.num_used + len(encoding.weight)
-            if end > len(self.weight):
-                raise RuntimeError(f"no room for an encoder of {len(encoding.weight)} features; it was not announced")
+        size = len(encoding.weight)
+        if not self.reserve(encoding.source, size):
+            raise RuntimeError(f"no room for an encoder of {size} features; it was not announced")
+        start, end = self.ranges[encoding.source]
+        if encoding.source not in self.written:
             self.weight[start:end].copy_(encoding.weight)
             self.bias[start:end].copy_(encoding.bias)
-            self.starts[encoding.source], self.num_used = start, end
-        return self.starts[encoding.source]
+            self.written.add(encoding.source)
+        return start
+
+    def forget(self, source: str) -> None:
+        """Give an autoencoder's room to others."""
+        self.ranges.pop(source, None)
+        self.written.discard(source)
 
 
 class SiteTables(NamedTuple):
@@ -141,6 +158,27 @@ class Tables:
     def num_used(self) -> int:
         return len(self._held)
 
+    def reserve(self, vector: Vector) -> str | None:
+        """Set room apart for a vector that is to be held; what is in the way, or None."""
+        for place, tensors in vector.tensors.items():
+            size = vector.method.encoder_size(tensors, vector.header.defaults)
+            encoders = self._encoders.get(at := canonical(place))
+            if size and (encoders is None or not encoders.reserve(vector.digest, size)):
+                self.forget(vector.digest)
+                room = 0 if encoders is None else len(encoders.weight)
+                return (
+                    f"the largest features of {at.site}.{at.layer} need room for {size}, and the {room} that this "
+                    "server set apart for its files when it started are in use; start it again with this file"
+                )
+        return None
+
+    def forget(self, digest: str) -> None:
+        """Drop the rows that name a vector, and its room. No token of a coming step may get one of them."""
+        for row in [row for row in self._held if any(getattr(item, "digest", None) == digest for item in row)]:
+            self._drop(row)
+        for encoders in self._encoders.values():
+            encoders.forget(digest)
+
     def acquire(self, rows: Iterable[Row]) -> dict[Row, int]:
         """An address for every row of one step, written where the row is new.
 
@@ -176,7 +214,10 @@ class Tables:
         victim = next((row for row in self._held if row not in in_use), None)
         if victim is None:
             raise RuntimeError("a step uses more steering rows than there is room for; the scheduler let too many in")
-        held = self._held.pop(victim)
+        self._drop(victim)
+
+    def _drop(self, row: Row) -> None:
+        held = self._held.pop(row)
         self._free_frames += held.frames
         for name, lines in held.lines.items():
             self._pools[name].free += lines

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from whipstaff.steering.artifacts import Header
+from whipstaff.steering.importers import PICKLES, import_file, import_pickle
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
@@ -49,6 +50,42 @@ class Piece(NamedTuple):
         """The request's entry, for a file of that name."""
         where = {} if self.where is None else {"where": self.where.model_dump(exclude_none=True)}
         return {"vector": vector, **self.params, **where}
+
+
+class Wild(NamedTuple):
+    """A golden case's artifact as its community has it."""
+
+    case: str
+    file: str
+    format: str
+    hints: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "cases" / self.case / self.file
+
+    def imported(self, model: ModelShape) -> tuple[Header, dict[str, Tensor]]:
+        """What `whipstaff vectors convert` makes of it."""
+        importing = import_pickle if self.format in PICKLES else import_file
+        return importing(self.path, model, **self.hints)
+
+
+WILD = [
+    Wild("repeng_qwen2", "control_vector.gguf", "repeng"),
+    Wild("repeng_renorm_gpt2", "control_vector.gguf", "repeng"),
+    Wild("knob_llama_prior", "projection", "context_knob", {"layer": 2}),
+    Wild("loreft_llama", "pyvene_checkpoint", "pyvene", {"positions": "f3+l3"}),
+    Wild("sae_relu_llama", "sae", "saelens"),
+    Wild("sae_topk_llama", "sae", "saelens"),
+    Wild("sae_jumprelu_gemma2", "sae", "saelens"),
+    Wild("prefix_kv_llama", "adapter", "peft"),
+    Wild("adaption_prompt_llama", "adapter", "peft"),
+    Wild("softprompt_peft_llama", "adapter", "peft"),
+    Wild("softprompt_insert_llama", "added_token_embeddings.pt", "spring"),
+    Wild("softprompt_system_qwen2", "soft_prompt.safetensors", "dro"),
+    Wild("angular_70_llama", "steering_config.npy", "angular"),
+    Wild("angular_180_adaptive_llama", "steering_config.npy", "angular"),
+]
 
 
 class Case(NamedTuple):

@@ -2,7 +2,7 @@
 
     s = base_weight * base + (1 - base_weight) * sum of w_c z_c        raw logits; w divided by its sum
 
-Li et al. 2025 (ELREA), arXiv:2502.07490, weighs the experts by how their training data resembles the query; here the
+Li et al. 2025 (ELREA), arXiv:2502.00089, weighs the experts by how their training data resembles the query; here the
 client does. That the base model enters with half of the weight could not be confirmed; no argmax depends on it.
 """
 
@@ -27,8 +27,8 @@ class AdapterEnsembleParams(CoupledParams):
 
 
 class AdapterEnsemble(Mixing[AdapterEnsembleParams]):
-    name, paper = "adapter_ensemble", "Li et al. 2025, arXiv:2502.07490"
-    params = AdapterEnsembleParams
+    name, paper = "adapter_ensemble", "Li et al. 2025, arXiv:2502.00089"
+    params, needs_adapters = AdapterEnsembleParams, True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> AdapterEnsembleParams:
         return AdapterEnsembleParams(weights={"any": 1.0}, base_weight=1.0)

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from whipstaff.cuda_ext import divergences
-from whipstaff.decoding.layers import choose, contrast
+from whipstaff.decoding.layers import choose, contrast, scored
 from whipstaff.decoding.method import DecodingError, Depth, Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -34,6 +34,14 @@ class DolaParams(Params):
         0.1, ge=0, le=1, allow_inf_nan=False, description="0 keeps every token, 1 the best only"
     )
     final_norm_on_candidates: bool = Field(False, description="whether early layers pass the model's final norm")
+    post_softmax: bool | None = Field(
+        None,
+        description="how prompts are scored: true normalises over all tokens, false leaves the differences of "
+        "log-probabilities; null normalises over plausible tokens, as draws do",
+    )
+    relative_top_value: float = Field(
+        -1000.0, ge=-1e6, le=0, allow_inf_nan=False, description="the score of implausible tokens, unless that is null"
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -67,6 +75,9 @@ class Dola(Rewriting[DolaParams]):
     def takes_norm(self, params: DolaParams) -> bool:
         return params.final_norm_on_candidates
 
+    def tells_scores(self, params: DolaParams) -> bool:
+        return params.post_softmax is not None
+
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.early is not None
         counts = [len(layers) for layers in rows.early_layers]
@@ -75,7 +86,13 @@ class Dola(Rewriting[DolaParams]):
         owners, layers = table.to(rows.logits.device, non_blocking=True)
         chosen = choose(divergences(rows.logits, rows.early, owners), counts)
         rows.facts["layer"] = layers[chosen]
-        return contrast(rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0])
+        streams = rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0]
+        drawn = contrast(*streams)
+        if not rows.is_prompt or not any(map(self.tells_scores, settings)):
+            return drawn
+        post_softmax = rows.column(bool(one.post_softmax) for one in settings)[:, 0] > 0
+        scores = scored(*streams, post_softmax, rows.column(one.relative_top_value for one in settings)[:, 0])
+        return torch.where(rows.column(map(self.tells_scores, settings)) > 0, scores, drawn)
 
 
 def candidates(half: Literal["low", "high"], depth: Depth) -> list[int]:

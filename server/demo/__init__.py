@@ -4,3 +4,4 @@ from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"  # demo (base), untuned (anti-expert), tuned (expert): Hugging Face folders
 VECTORS = Path(__file__).parent / "vectors"  # cheerful.safetensors
+PRESETS = Path(__file__).parent / "presets"  # demo@gloomy, demo@helpful

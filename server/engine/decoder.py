@@ -33,6 +33,7 @@ NO_TOKEN = -1
 _ORDER = {name: index for index, name in enumerate(METHODS)}
 _FIRST_SLOTS = 8
 EARLY_ROOM = 1 << 26
+LAST_RESORT = 1e4  # logits: beyond any temperature's reach
 Heads = Callable[[str], Mapping[str, Tensor]]  # of a digest: part -> tensor
 
 
@@ -44,6 +45,7 @@ class Arrival(NamedTuple):
     prompt: Sequence[int]
     seed: int | None = None
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
+    bans: bool = False  # whether vLLM may ban tokens after rules: a grammar, lists of tokens or words, a least length
 
 
 class Applied(NamedTuple):
@@ -65,12 +67,18 @@ class Known:
     num_prompt: int
     seed: int
     scores_prompt: bool
+    bans: bool
     applied: list[Applied]
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
+    excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property
     def draw(self) -> Draw | None:
         return self.plan.draw
+
+    @property
+    def tells_scores(self) -> bool:
+        return any(one.method.tells_scores(one.setting) for one in self.applied)
 
 
 class Place(NamedTuple):
@@ -80,6 +88,7 @@ class Place(NamedTuple):
     request: Known
     position: int  # of the last token it follows from
     token: int  # that token's number in the step
+    is_prompt: bool = False  # whether it is scored, and not drawn from
 
     @property
     def num_generated(self) -> int:
@@ -159,7 +168,7 @@ class Decoder:
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )
         assert arrival.placed is not None
-        known = Known(plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, applied)
+        known = Known(plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied)
         if num_state or any("tokens" in one.method.needs for one in applied):
             known.slot = self._new_slot(num_state)
             self._state[known.slot] = torch.nan
@@ -256,7 +265,17 @@ class Decoder:
         decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
+        if decoded is not logits and (rows := [place.row for place in self._places if place.request.bans]):
+            self._add_last_resorts(decoded, logits, self._sent(rows))
         return decoded
+
+    def _add_last_resorts(self, decoded: Tensor, logits: Tensor, rows: Tensor) -> None:
+        """Tokens that a method excludes stay far below the others, in the model's own order, where vLLM may yet ban all
+        those others: a grammar need not allow what a model finds plausible."""
+        kept, own = decoded[rows], logits[rows].to(torch.float32)
+        least = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1, keepdim=True)
+        lower = least - LAST_RESORT + own - own.amax(1, keepdim=True)
+        decoded[rows] = torch.where(kept == -torch.inf, lower, kept)
 
     def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
         for row, mix, members in _mixed(self._places, self._view.members):
@@ -284,13 +303,35 @@ class Decoder:
         view = self._view
         rows = np.searchsorted(view.starts, tokens, side="right") - 1
         places = [
-            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token)
+            Place(index, request, int(view.positions[row]) + token - int(view.starts[row]), token, True)
             for index, (row, token) in enumerate(zip(rows.tolist(), tokens, strict=True))
             if row < len(view.requests)
             and (request := self._requests.get(view.requests[row])) is not None
+            and request.scores_prompt
             and not request.plan.scores_base
         ]
-        return self._decoded(logits, places, {}, others, hidden)
+        decoded = self._decoded(logits, places, {}, others, hidden)
+        self._note_excess(decoded, [place for place in places if place.request.tells_scores])
+        return decoded
+
+    def _note_excess(self, decoded: Tensor, places: Sequence[Place]) -> None:
+        """vLLM tells log-softmax of what it gets; the difference to scores is added when it has done so."""
+        for request in {id(place.request): place.request for place in places}.values():
+            mine = [place for place in places if place.request is request]
+            rows, positions = self._sent([[place.row for place in mine], [place.position for place in mine]])
+            if request.excess is None:
+                request.excess = torch.zeros(request.num_prompt, device=self._device)
+            request.excess[positions] = decoded[rows].logsumexp(-1)
+
+    def with_excess(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompts' log-probabilities by request, (num_prompt - 1, n) each, with scores as they are."""
+        found = dict(told)
+        for name, tensors in told.items():
+            known = self._requests.get(name)
+            if known is not None and known.excess is not None and tensors is not None:
+                excess = known.excess[:-1, None].to(tensors.logprobs.device)
+                found[name] = tensors._replace(logprobs=tensors.logprobs + excess)
+        return found
 
     def _decoded(
         self,
@@ -413,6 +454,7 @@ class Decoder:
             },
             heads={name: self._heads(digest) for name, digest in zip(method.head_fields, heads, strict=True)},
         )
+        given.is_prompt = places[0].is_prompt
         if "tokens" in method.needs:
             given.tokens = self._tokens_of(places)
         if "hidden" in method.needs:

@@ -18,6 +18,7 @@ from whipstaff.server.engine import request as plans
 
 KEY = "whipstaff"
 MAIN, FINAL = "base", "final"
+IMPOSSIBLE = -9999.0  # how vLLM says the log-probability of what cannot be drawn: JSON has no infinities
 _ATTRIBUTE = "whipstaff_explanations"
 
 
@@ -41,8 +42,8 @@ class Seen(NamedTuple):
         best = zip(self.best[row, :num].tolist(), self.best_log_probabilities[row, :num].tolist(), strict=True)
         return {
             "rank": int(self.rank[row]),
-            "logprob": float(self.log_probability[row]),
-            "top": [{"id": token, "logprob": value} for token, value in best],
+            "logprob": max(float(self.log_probability[row]), IMPOSSIBLE),
+            "top": [{"id": token, "logprob": value} for token, value in best if value > IMPOSSIBLE],
         }
 
     def on_host(self) -> "Seen":

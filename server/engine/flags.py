@@ -26,6 +26,6 @@ def finish(args: Namespace) -> None:
     """What `vllm serve` does between parsing and starting. Raises: UnsupportedEngine."""
     if args.model_tag is not None:
         args.model = args.model_tag
-    if (args.api_server_count or 1) > 1 or args.headless or args.data_parallel_size > 1 or args.grpc:
-        raise UnsupportedEngine("several API servers, data parallelism, --headless and --grpc are not supported yet")
+    if args.api_server_count == 0 or args.headless or args.data_parallel_size > 1 or args.grpc:
+        raise UnsupportedEngine("--headless, --grpc and data parallelism are not supported together with steering")
     validate_parsed_serve_args(args)

@@ -127,7 +127,8 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
 
 def why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
     """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
-    most, max_len = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+    most = config.scheduler_config.max_num_active_seqs or config.scheduler_config.max_num_seqs
+    max_len = config.model_config.max_model_len
     if members and len(members) >= most:
         return (
             f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
@@ -138,6 +139,10 @@ def why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str
             return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
         if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
             return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
+    block, num_blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+    wanted = 1 + sum(-(-(len(member["prompt"]) + 1) // block) for member in members)
+    if members and num_blocks and wanted >= num_blocks:
+        return f"the request's prompts need {wanted} blocks of KV cache at once and there are {num_blocks - 1}"
     return None
 
 

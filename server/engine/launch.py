@@ -1,7 +1,7 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from importlib import metadata
 from typing import Any, Literal
@@ -38,7 +38,8 @@ class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
-    number of a sequence and what is said of its next token, where the plan asks for that.
+    number of a sequence and what is said of its next token, where the plan asks for that; `keeps` is kept for as long
+    as the engine may look up what the plan names.
     """
 
     def __init__(
@@ -47,10 +48,14 @@ class PlanDict(dict[str, Any]):
         label: str = "",
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
+        keeps: object = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.explained = label, note, explained
+        self.label, self.note, self.explained, self.keeps = label, note, explained, keeps
         self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
+        return self  # a copy of a request's parameters is still that request's
 
 
 EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
@@ -61,6 +66,7 @@ class Engine(AsyncLLM):
     """AsyncLLM that takes plans from our front end only, and lets it watch every generation."""
 
     layout: Layout
+    index: int  # among the API servers of one engine
     watch: Watch | None = None
 
     async def generate(
@@ -84,6 +90,7 @@ def start(
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
+    client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
@@ -95,11 +102,16 @@ def start(
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
         early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.RowKeep`.
+        client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
         UnsupportedEngine: naming the setting that Whipstaff cannot serve.
     """
     engine_args = AsyncEngineArgs.from_cli_args(args) if isinstance(args, Namespace) else args
+    addresses = dict(client or {})
+    count, index = addresses.pop("client_count", 1), addresses.pop("client_index", 0)
+    if client is not None:
+        engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers)
     engine: Engine = Engine.from_vllm_config(
@@ -108,8 +120,11 @@ def start(
         enable_log_requests=engine_args.enable_log_requests,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
         disable_log_stats=engine_args.disable_log_stats,
+        client_addresses=addresses or None,
+        client_count=count,
+        client_index=index,
     )
-    engine.layout = layout
+    engine.layout, engine.index = layout, index
     listen(engine.output_processor)
     return engine
 

@@ -6,10 +6,14 @@ depends on the prompt; and its sampling parameters carry the placed plan.
 """
 
 import asyncio
+import json
 import signal
 from argparse import Namespace
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from uuid import uuid4
 
@@ -18,6 +22,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -28,10 +33,13 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -39,6 +47,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.launch import Engine, PlanDict
+from whipstaff.server.errors import BadRequest
 from whipstaff.server.prompts import PromptSource
 
 COUNTERS_PATIENCE = 2.0  # seconds
@@ -98,6 +107,11 @@ class Extras(BaseModel):
     def is_plain(self) -> bool:
         return self._prepared is None
 
+    @property
+    def _served(self) -> str | None:
+        """The model that the request names, whichever kind it is."""
+        return cast("str | None", getattr(self, "model"))  # noqa: B009 - a field of the other base class
+
     def prompts(self, inputs: list[Any], serving: Any, max_tokens: int | None, chat: "Chats | None") -> list[Prompt]:
         """The request's prompts, as far as placing the plan needs them."""
         room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
@@ -108,7 +122,7 @@ class Extras(BaseModel):
             source = _source(self, one, serving, chat) if ids else None
             placed_chat = chat.of(ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
-            own = adapters.get(self.model)
+            own = adapters.get(self._served or "")
             found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own))
         return found
 
@@ -117,7 +131,7 @@ class Extras(BaseModel):
         assert self._prepared is not None
         for prompt in prompts:
             for name, ids in self._prepared.wanted_scores(prompt).items():
-                prompt.scores[name] = await _log_probabilities(serving, list(ids), self.model)
+                prompt.scores[name] = await _log_probabilities(serving, list(ids), self._served)
 
     def place(
         self,
@@ -273,6 +287,83 @@ def has_grammar(request: ChatRequest | TextRequest) -> bool:
     return shape != "text" or request.structured_outputs is not None
 
 
+def split_model(model: str | None, app: FastAPI) -> tuple[str | None, str | None]:
+    """`base@preset` as its parts, unless something is served by the whole name; no preset where there is no @."""
+    models = app.state.openai_serving_models
+    if model is None or "@" not in model or models.is_base_model(model) or model in models.lora_requests:
+        return model, None
+    base, _, preset = model.rpartition("@")
+    return base, preset
+
+
+_answering_as: ContextVar[str | None] = ContextVar("whipstaff_model", default=None)
+
+
+@contextmanager
+def answering_as(model: str | None) -> Iterator[None]:
+    """Let the answers that are made here call the model what the client called it."""
+    token = _answering_as.set(model)
+    try:
+        yield
+    finally:
+        _answering_as.reset(token)
+
+
+class ServingModels(OpenAIServingModels):
+    """Lists presets as models."""
+
+    presets: Callable[[], Awaitable[Iterable[str]]]
+
+    def model_name(self, lora_request: Any = None) -> str:
+        asked = _answering_as.get()
+        return asked if asked and "@" in asked else super().model_name(lora_request)
+
+    async def show_available_models(self) -> Any:
+        shown = await super().show_available_models()
+        presets = list(await self.presets())
+        shown.data += [
+            base.model_copy(update={"id": f"{base.id}@{preset}", "parent": base.id})
+            for base in list(shown.data)
+            for preset in presets
+        ]
+        return shown
+
+
+def list_models(app: FastAPI, presets: Callable[[], Awaitable[Iterable[str]]]) -> None:
+    """Have /v1/models list every preset with every model."""
+    app.state.openai_serving_models.presets = presets
+
+
+class Guard(AuthenticationMiddleware):
+    """vLLM's check of the user's key, and a way past it."""
+
+    def __init__(self, app: Any, tokens: list[str], admits: Callable[[str, Headers], bool]) -> None:
+        super().__init__(app, tokens)
+        self._admits = admits
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if self._admits(path, Headers(scope=scope)):
+                return self.app(scope, receive, send)
+        return super().__call__(scope, receive, send)
+
+
+def admit(app: FastAPI, admits: Callable[[str, Headers], bool]) -> None:
+    """Let requests that `admits` knows by path and headers through without the user's key."""
+    for layer in app.user_middleware:
+        if layer.cls is AuthenticationMiddleware:
+            layer.cls = partial(Guard, admits=admits)
+
+
+def check_sampling(request: ChatRequest | TextRequest) -> None:
+    """Check the ranges of a request's sampling parameters. Raises: BadRequest."""
+    try:
+        request.to_sampling_params(max(request.max_tokens or 1, request.min_tokens), {})
+    except (ValueError, VLLMClientError) as error:
+        raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
+
+
 def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> ChatRequest | TextRequest:
     """A request from its JSON. Raises: what a route with this request model would."""
     try:
@@ -306,6 +397,15 @@ async def render(request: ChatRequest | TextRequest, app: FastAPI) -> Response |
     else:
         result = await serving.render_completion_request(request)
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
+
+
+async def reason_against(request: ChatRequest | TextRequest, app: FastAPI) -> str | None:
+    """Why vLLM would not take a request's prompt; None if it would."""
+    try:
+        refused = await render(request, app)
+    except VLLMClientError as error:
+        return str(error.args[0])
+    return None if refused is None else str(json.loads(bytes(refused.body))["error"]["message"])
 
 
 def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
@@ -349,6 +449,7 @@ async def build(engine: Engine, args: Namespace) -> FastAPI:
     await init_app_state(engine, app.state, args, tasks)
     app.state.openai_serving_chat.__class__ = ServingChat
     app.state.openai_serving_completion.__class__ = ServingCompletion
+    app.state.openai_serving_models.__class__ = ServingModels
     return app
 
 
@@ -362,12 +463,19 @@ def listen(args: Namespace) -> tuple[str, Any]:
     return cast("tuple[str, Any]", setup_server(args, reuse_port=False))
 
 
-async def serve(app: FastAPI, args: Namespace, sock: Any) -> asyncio.Task[None]:
-    """Serve until told to stop; await the returned task after shutting the engine down."""
+async def serve(
+    app: FastAPI, args: Namespace, sock: Any, peer_loads: tuple[Any, int] | None = None
+) -> asyncio.Task[None]:
+    """Serve until told to stop; await the returned task after shutting the engine down.
+
+    Args:
+        peer_loads: the loads of all API servers that share the socket, and which of them is this one's.
+    """
     log_config = get_uvicorn_log_config(args)
     task: asyncio.Task[None] = await serve_http(
         app,
         sock=sock,
+        peer_loads=peer_loads,
         enable_ssl_refresh=args.enable_ssl_refresh,
         host=args.host,
         port=args.port,

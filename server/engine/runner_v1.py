@@ -35,6 +35,9 @@ def attach(runner: Any, steerer: Steerer) -> None:
             finally:
                 self.input_batch.generators.update(held)
 
+        def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return steerer.decoder.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
+
         def _sample(self, *args: Any, **kwargs: Any) -> Any:
             output = super()._sample(*args, **kwargs)
             copies.apply_(output.sampled_token_ids)

@@ -37,6 +37,18 @@ def attach(runner: Any, steerer: Steerer) -> None:
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
     _watch_draws(runner.sampler, steerer.decoder)
+    _watch_prompts(runner.prompt_logprobs_worker, steerer.decoder)
+
+
+def _watch_prompts(scorer: Any, decoder: Decoder) -> None:
+    cls: Any = type(scorer)
+
+    class WatchedScorer(cls):
+        def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
+            return decoder.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+
+    WatchedScorer.__name__ = cls.__name__
+    scorer.__class__ = WatchedScorer
 
 
 def _watch_draws(sampler: Any, decoder: Decoder) -> None:

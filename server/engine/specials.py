@@ -90,6 +90,8 @@ class Specials:
         """Drop what was made of a vector."""
         for key in [key for key in self._made if key[0].digest == digest]:
             del self._made[key]
+        if self._routes is not None:
+            self._routes.forget(digest)
 
     def begin_step(self, asked: Iterable[Asked], num_tokens: int) -> None:
         """Say what the step's tokens ask for."""
@@ -201,6 +203,11 @@ class _Routes:
                 self._tables.write(slot, routing_of(route, self._vector_of))
                 self._slots[route] = slot
         return {route: self._slots[route] for route in wanted}
+
+    def forget(self, digest: str) -> None:
+        """Free the slots that name a vector."""
+        for route in [route for route in self._slots if any(special.digest == digest for special in route)]:
+            self._free.append(self._slots.pop(route))
 
     def _evict(self, in_use: dict[tuple[RowSpecial, ...], None]) -> int:
         return self._slots.pop(next(route for route in self._slots if route not in in_use))

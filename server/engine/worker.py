@@ -21,6 +21,8 @@ from whipstaff.server.engine.soft import install_soft_rows
 from whipstaff.server.engine.specials import Specials
 from whipstaff.server.engine.steerer import Steerer
 from whipstaff.steering.artifacts import parse, read, without_file
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.tables import Tables
 
 
 class SteeredWorker:
@@ -29,6 +31,7 @@ class SteeredWorker:
     vllm_config: Any
     model_runner: Any
     _slot_use, _group_use = SlotUse(), GroupUse()
+    _proven: Any = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -39,6 +42,7 @@ class SteeredWorker:
         if config.lora_config is not None:  # until the first step, which token uses which adapter is memory of anybody
             runner._set_active_loras((0,), (0,), set())
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
+        self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
         self._heads: dict[str, dict[str, Tensor]] = {}
         decoder = Decoder(
@@ -100,33 +104,52 @@ class SteeredWorker:
             self._heads[digest] = {part: tensor.to(device) for part, tensor in self._vectors[digest].unplaced.items()}
         return self._heads[digest]
 
-    def whipstaff_load_vector(self, path: str, digest: str) -> None:
-        """Read a vector file so that requests may name its digest. Raises: RuntimeError if the file has changed."""
-        vector = read(Path(path))
-        if vector.digest != digest:
-            raise RuntimeError(f"{path} changed while it was being loaded")
-        self._vectors[digest] = vector
+    def whipstaff_load_vector(self, path: str, digest: str, holder: str = "") -> str | None:
+        """Read a vector file so that requests may name its digest, until every holder has dropped it. What is in the
+        way, or None."""
+        if digest not in self._vectors:
+            try:
+                vector = read(Path(path))
+            except (SteeringError, OSError) as error:
+                return f"{path} cannot be read: {error}"
+            if vector.digest != digest:
+                return f"{path} changed while it was being loaded"
+            if (problem := self._tables.reserve(vector)) is not None:
+                return problem
+            self._vectors[digest] = vector
+        self._holders.setdefault(digest, set()).add(holder)
+        return None
 
     def whipstaff_add_vector(self, data: bytes) -> str:
         """Take a vector from the bytes of its file, and say its digest."""
         vector = parse(data)
         self._vectors[vector.digest] = vector
+        self._holders.setdefault(vector.digest, set()).add("")
         return vector.digest
 
-    def whipstaff_drop_vector(self, digest: str) -> None:
-        """Forget a vector. No running request may name it."""
-        del self._vectors[digest]
+    def whipstaff_drop_vector(self, digest: str, holder: str = "") -> None:
+        """Forget a vector once nobody holds it. No request that its holder made may name it any more."""
+        holders = self._holders.get(digest, set())
+        holders.discard(holder)
+        if holders or digest not in self._holders:
+            return
+        del self._vectors[digest], self._holders[digest]
+        self._tables.forget(digest)
         self._heads.pop(digest, None)
         if self._steerer.specials is not None:
             self._steerer.specials.forget(digest)
 
+    @property
+    def _tables(self) -> Tables:
+        assert self._steerer.tables is not None
+        return self._steerer.tables
+
     def whipstaff_describe(self) -> dict[str, Any]:
         """The model's shape, its sites and the way it runs."""
-        model_config, tables = self.vllm_config.model_config, self._steerer.tables
-        assert tables is not None
+        model_config = self.vllm_config.model_config
         return {
             "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
-            "sites": [list(place) for place in tables.places],
+            "sites": [list(place) for place in self._tables.places],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
             "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
@@ -140,24 +163,30 @@ class SteeredWorker:
         reading that decided}; None where nothing was read. Empty when nobody has that ticket, or not any more."""
         return self._steerer.readings_of(ticket)
 
+    def whipstaff_note_proven(self, facts: Any) -> None:
+        """Keep what the API server that tested this engine has to say to those that did not."""
+        self._proven = facts
+
+    def whipstaff_proven(self) -> Any:
+        """The same; None before."""
+        return self._proven
+
     def whipstaff_norms(self) -> list[tuple[str, int, float, int]]:
         """(site, layer, sum of lengths, tokens) that were metered since the last call; this rank's part of them."""
-        steerer = self._steerer
-        assert steerer.tables is not None
-        measured = steerer.meters.tolist()
-        steerer.meters.zero_()
-        return [(*place, total, int(num)) for place, (total, num) in zip(steerer.tables.places, measured, strict=True)]
+        measured = self._steerer.meters.tolist()
+        self._steerer.meters.zero_()
+        return [(*place, total, int(num)) for place, (total, num) in zip(self._tables.places, measured, strict=True)]
 
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
         steerer = self._steerer
-        assert steerer.tables is not None
         return {
             "steps": steerer.num_steps,
             "auxiliary_steps_run": dict(steerer.decoder.auxiliary_steps.run),
             "auxiliary_steps_skipped": dict(steerer.decoder.auxiliary_steps.skipped),
-            "table_uploads": steerer.tables.num_uploads,
-            "rows_loaded": steerer.tables.num_used,
+            "table_uploads": self._tables.num_uploads,
+            "rows_loaded": self._tables.num_used,
+            "vectors_held": len(self._holders),
             "requests_held": steerer.num_requests + steerer.decoder.num_requests,
             "slots_in_use": self._slot_use.num_used,
             "requests_waiting_for_slots": self._slot_use.num_waiting,
@@ -189,4 +218,5 @@ def _arrival(new: Any) -> Arrival:
         return Arrival(new.req_id, None, ())
     placed = PlacedPlan(plan, int(new.prompt_len))
     scores_prompt = parameters.prompt_logprobs is not None
-    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt)
+    bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
+    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt, any(bans))

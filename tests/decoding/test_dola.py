@@ -67,6 +67,25 @@ def test_a_plain_computation() -> None:
     assert batch.rows.facts["layer"].tolist() == chosen
 
 
+def test_scores_of_prompts() -> None:
+    """Beside rows that are told as log-probabilities."""
+    kinds = [(0.1, True, -1000.0), (0.5, False, -7.0), (0.0, True, -1.0), (0.3, None, -5.0)]
+    params = [
+        DolaParams(layers=[2], relative_top=top, post_softmax=post, relative_top_value=fill)
+        for top, post, fill in kinds
+    ]
+    batch = random_batch(METHOD, params)
+    batch.rows.is_prompt = True
+    assert batch.rows.early is not None
+    pairs = zip(batch.rows.logits.tolist(), batch.rows.early.tolist(), kinds, strict=True)
+    expected = [
+        reference.rewrite(mature, early, top) if post is None else reference.scored(mature, early, top, post, fill)
+        for mature, early, (top, post, fill) in pairs
+    ]
+    torch.testing.assert_close(run(METHOD, batch), torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    assert [METHOD.tells_scores(one) for one in params] == [True, True, True, False]
+
+
 def test_far_rows_diverge_by_a_finite_amount() -> None:
     """Probabilities that vanish in float32, in one row or in both."""
     mature, early = torch.tensor([[0.0, 400.0, -400.0]]), torch.tensor([[400.0, 0.0, -400.0], [0.0, 400.0, -400.0]])

@@ -31,6 +31,15 @@ def rewrite(mature: Sequence[float], early: Sequence[float], relative_top: float
     return [q - p if q >= least and q > BANNED else BANNED for q, p in zip(last, first, strict=True)]
 
 
+def scored(
+    mature: Sequence[float], early: Sequence[float], relative_top: float, post_softmax: bool, fill: float
+) -> list[float]:
+    """What the authors sum over answers."""
+    plausible, every = rewrite(mature, early, relative_top), rewrite(mature, early, 0.0)
+    every = log_softmax(every) if post_softmax else every
+    return [s if p > BANNED or s == BANNED else fill for p, s in zip(plausible, every, strict=True)]
+
+
 def mixed(
     model: Any, ids: list[int], prompt_len: int, edits: list[Edit], others: Mapping[Any, float]
 ) -> tuple[Tensor, list[Tensor]]:

@@ -86,6 +86,14 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert own.early_layers is None
 
 
+def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WHIPSTAFF_REGISTRY", str(tmp_path))
+    args, own = cli.parse("serve", ["some/model", "--admin-key", "secret word"])
+    assert own.admin_key is not None and own.admin_key.get_secret_value() == "secret word"
+    assert own.registry == tmp_path
+    assert "secret word" not in repr(args) + repr(own)
+
+
 def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
     args, settings = cli.parse("serve", ["--port", "8123", "--max-model-len", "77"])
     assert Path(args.model).name == "demo" and args.served_model_name == ["demo"]
@@ -115,7 +123,10 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
         (["--early-layers", "2,last"], "--early-layers: 'last' is no layer; give numbers with commas between them"),
         (["--early-layers", "-1"], "--early-layers: '-1' is no layer"),
         (["--data-parallel-size", "2"], "data parallelism"),
-        (["--api-server-count", "2"], "several API servers"),
+        (["--admin-key", "secret"], "say where it is kept with --registry DIR"),
+        (["--registry", "/proc/nowhere"], "--registry /proc/nowhere: "),
+        (["--presets", "/no/such/place"], "--presets: /no/such/place: no such file or folder"),
+        (["--max-upload-bytes", "0"], "--max-upload-bytes: Input should be greater than 0"),
     ],
 )
 def test_bad_flags_end_the_start_with_one_line_that_names_them(

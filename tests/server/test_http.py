@@ -274,6 +274,18 @@ UNSURE = {"vector": "late", "schedule": {"shape": "entropy", "low": 0.1, "high":
 MIXED = [SPARSE, STEP, LATCHED, FADING, {"vector": "loreft"}, {"vector": "ablate", "scale": 0.5}, UNSURE]
 
 
+def test_early_layers_are_contrasted_and_told(complete: Post) -> None:
+    by_name = complete(dola_layers=[0, 2], explain={"top": 1})
+    by_entry = complete(decoding={"method": "dola", "layers": [2, 0]})
+    assert tokens(by_name) == tokens(by_entry) != tokens(complete())
+    assert [said["layers"] for said in by_name.json()["whipstaff"]["decoding"]] == [[0, 2]]
+    chosen = {record["facts"]["layer"] for record in by_name.json()["choices"][0]["explain"]}
+    assert chosen <= {0, 2} and chosen
+    entry = {"method": "dola", "relative_top": 0.0, "post_softmax": False}
+    scored = complete(echo=True, logprobs=0, max_tokens=1, decoding=entry).json()["choices"][0]["logprobs"]
+    assert max(scored["token_logprobs"][1:-1]) > 0  # differences, not log-probabilities
+
+
 @pytest.mark.parametrize("endpoint", ["complete", "chat"])
 def test_conditions_and_schedules_stream_as_they_answer_and_say_what_fired(
     request: pytest.FixtureRequest, complete: Post, endpoint: str
@@ -655,12 +667,29 @@ def test_any_json_is_answered_and_never_with_a_server_error(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "methods"), ("GET", "vectors"), ("GET", "vectors/push"), ("GET", "vectors/x"), ("POST", "validate")],
+    [
+        *(("GET", path) for path in ("methods", "vectors", "vectors/push", "vectors/x", "presets", "presets/x")),
+        *(("POST", path) for path in ("validate", "vectors", "presets")),
+        *(("DELETE", path) for path in ("vectors/push", "presets/x")),
+    ],
 )
 def test_the_users_key_guards_the_steering_routes(server: Server, method: str, path: str) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         answer = httpx.request(method, f"{server.url}/v1/steering/{path}", headers=headers, json={})
         assert answer.status_code == 401
+
+
+def test_without_an_admin_key_nothing_can_be_changed(http: httpx.Client) -> None:
+    assert http.get("/v1/steering/presets").json() == {"object": "list", "data": []}
+    for method, path in (
+        ("POST", "vectors?name=x"),
+        ("DELETE", "vectors/push"),
+        ("POST", "presets"),
+        ("DELETE", "presets/x"),
+    ):
+        answer = http.request(method, f"/v1/steering/{path}", headers={"X-Whipstaff-Admin-Key": "x"})
+        assert_refused(answer, 403, None)
+        assert "--admin-key KEY and --registry DIR" in answer.json()["error"]["message"]
 
 
 def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Client) -> None:

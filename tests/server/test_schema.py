@@ -894,11 +894,8 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["mote"]["reason"] == "the served model has no experts"
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
-    decoding = {  # no tokenizer, no heads here
-        name
-        for name, method in METHODS.items()
-        if isinstance(method, Mixing) and not issubclass(method.params, CoupledParams)
-    }
+    mixing = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
+    decoding = {name for name in mixing if not issubclass(METHODS[name].params, CoupledParams)}
     for name, row in full.items():
         assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
         assert (row["reason"] is None) is row["available"] is (name in {*served, *decoding})

@@ -47,33 +47,6 @@ def numbers(*shape: int) -> Tensor:
 # ---- the goldens' wild files
 
 
-class Wild(NamedTuple):
-    """A golden case's artifact as its community has it."""
-
-    case: str
-    file: str
-    format: str
-    hints: dict[str, Any] = {}  # noqa: RUF012
-
-
-WILD = [
-    Wild("repeng_qwen2", "control_vector.gguf", "repeng"),
-    Wild("repeng_renorm_gpt2", "control_vector.gguf", "repeng"),
-    Wild("knob_llama_prior", "projection", "context_knob", {"layer": 2}),
-    Wild("loreft_llama", "pyvene_checkpoint", "pyvene", {"positions": "f3+l3"}),
-    Wild("sae_relu_llama", "sae", "saelens"),
-    Wild("sae_topk_llama", "sae", "saelens"),
-    Wild("sae_jumprelu_gemma2", "sae", "saelens"),
-    Wild("prefix_kv_llama", "adapter", "peft"),
-    Wild("adaption_prompt_llama", "adapter", "peft"),
-    Wild("softprompt_peft_llama", "adapter", "peft"),
-    Wild("softprompt_insert_llama", "added_token_embeddings.pt", "spring"),
-    Wild("softprompt_system_qwen2", "soft_prompt.safetensors", "dro"),
-    Wild("angular_70_llama", "steering_config.npy", "angular"),
-    Wild("angular_180_adaptive_llama", "steering_config.npy", "angular"),
-]
-
-
 @pytest.fixture(scope="module")
 def models() -> Callable[[str], Any]:
     loaded: dict[str, Any] = {}
@@ -110,11 +83,11 @@ def edits_of(path: Path, piece: goldens.Piece) -> Iterator[reference.Edit]:
         yield reference.Edit(place.site, place.layer, ops, touches, piece.params.get("renorm", False))
 
 
-@pytest.mark.parametrize("wild", WILD, ids=lambda wild: f"{wild.case}-{wild.format}")
-def test_wild_files_are_the_goldens_edits(wild: Wild, models: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wild", goldens.WILD, ids=lambda wild: f"{wild.case}-{wild.format}")
+def test_wild_files_are_the_goldens_edits(wild: goldens.Wild, models: Callable[[str], Any], tmp_path: Path) -> None:
     case = golden(wild.case)
     (piece,) = case.pieces
-    source, shape = CASES / wild.case / wild.file, goldens.shape_of(case.model)
+    source, shape = wild.path, goldens.shape_of(case.model)
     if wild.format in PICKLES:
         with pytest.raises(SteeringError, match="unsafe-pickle"):
             import_file(source, shape, **wild.hints)
@@ -141,10 +114,10 @@ def test_wild_files_are_the_goldens_edits(wild: Wild, models: Callable[[str], An
     assert (got.double() - case.io["logits_f64"]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("wild", WILD[:12], ids=lambda wild: wild.case)
-def test_round_trips_are_exact(wild: Wild, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wild", goldens.WILD[:12], ids=lambda wild: wild.case)
+def test_round_trips_are_exact(wild: goldens.Wild, tmp_path: Path) -> None:
     shape = goldens.shape_of(golden(wild.case).model)
-    header, tensors = import_file(CASES / wild.case / wild.file, shape, **wild.hints)
+    header, tensors = import_file(wild.path, shape, **wild.hints)
     write(tmp_path / "a.safetensors", header, tensors)
     vector = read(tmp_path / "a.safetensors")
     assert vector.header == header

@@ -1,6 +1,7 @@
 """Tables: what an address leads to is what its row's edits do, and room is reused without a trace."""
 
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -163,3 +164,49 @@ def test_nothing_is_made_of_a_normalised_vector_at_scale_0() -> None:
     assert edits_of(VECTORS[3], entry(3, 0.0, normalize=True)) == {}
     ((op,),) = edits_of(VECTORS[3], entry(3, 2.0, normalize=True)).values()
     assert float(op.add.norm()) == pytest.approx(2.0)
+
+
+def test_a_forgotten_vector_leaves_no_row_and_no_room_behind() -> None:
+    held = tables(num_slots=64)
+    fresh = (len(held._free_frames), {name: len(pool.free) for name, pool in held._pools.items()})
+    held.acquire(ROWS)
+    held.forget(VECTORS[0].digest)
+    assert held.num_used == 3  # the rows of the others
+    check(held, held.acquire(ROWS[2:]))
+    assert held.num_uploads == len(ROWS)
+    for one in VECTORS:
+        held.forget(one.digest)
+    assert held.num_used == 0
+    assert (len(held._free_frames), {name: len(pool.free) for name, pool in held._pools.items()}) == fresh
+    check(held, held.acquire(ROWS))
+
+
+def autoencoder(num_features: int, seed: int) -> Vector:
+    codes = torch.randn(num_features, 8, generator=torch.Generator().manual_seed(seed))
+    return vector("sae", {"resid_post.1.encoder": codes, "resid_post.1.decoder": codes.clone()}, activation="topk", k=2)
+
+
+def test_encoders_take_the_room_that_was_set_apart_and_give_it_back() -> None:
+    place = Place("resid_post", 1)
+    held = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__, {place: 10})
+    small, other, large = autoencoder(4, 0), autoencoder(4, 1), autoencoder(6, 2)
+    assert [held.reserve(one) for one in (small, small, large)] == [None] * 3
+    assert "room for 4, and the 10" in str(held.reserve(other))
+    held.forget(large.digest)
+    assert held.reserve(other) is None
+    assert "room for 6" in str(held.reserve(large))
+    held.forget(small.digest)
+    held.forget(other.digest)
+    assert held.reserve(large) is None and held.reserve(VECTORS[0]) is None
+    bare = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__)
+    assert "the 0 that this server set apart" in str(bare.reserve(small))
+    assert bare.reserve(VECTORS[1]) is None
+
+
+def test_what_is_kept_of_a_vector_does_not_keep_it() -> None:
+    one = vector("vector", {"resid_post.1.add": torch.ones(8)})
+    kept = weigh(one, RowEdit(one.digest, '{"scale": 2.0}', None))
+    assert weigh(one, RowEdit(one.digest, '{"scale": 2.0}', None)) is kept
+    seen = weakref.ref(one)
+    del one
+    assert seen() is None

@@ -3,16 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import goldens
 import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, plan
+from reference import dola
 from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from whipstaff.decoding.methods.dola import DolaParams
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.server.engine.request import RequestPlan
 from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Vector
@@ -44,14 +49,17 @@ class Served:
             {name: value.reshape(heads) if name.startswith("attn_head") else value for name, value in tensors.items()}
         )
 
-    def ask(self, case: goldens.Case) -> Ask:
-        """A golden case as a request, by the way that requests take."""
+    def ask(self, case: goldens.Case, wild: goldens.Wild | None = None) -> Ask:
+        """A golden case as a request, by the way that requests take; with its vector out of its community's file."""
         planner, ids, rows = Planner(), case.io["input_ids"].tolist(), []
         for piece in case.pieces:
             entry = piece.entry("golden")
             own = {name: entry.pop(name) for name in [*entry] if name not in SteeringParams.model_fields}
             params = SteeringParams.model_validate(entry)
             vector = artifacts.without_file(self.engine.shape)[piece.method] if not piece.tensors else None
+            if wild is not None:
+                header, tensors = wild.imported(self.engine.shape)
+                vector = self.engine.add_vector(tensors, header)
             vector = vector or self.engine.add_vector(piece.tensors, piece.header(self.engine.shape))
             match vector.method.served_by:
                 case "edits":
@@ -80,6 +88,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for case in (goldens.cases(name) if name in GOLDEN else ())
         for piece in case.pieces
     ]
+    vectors += [artifacts.parse(artifacts.packed(*wild.imported(goldens.shape_of(name)))) for wild in wilds(name)]
     sites: list[Hook] = [site for site in SITES if site != "router" or name == "mixtral_a"]
     if name != "gpt_neox":  # runs as transformers' own code
         sites.append("attention")
@@ -90,6 +99,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(name, path, engine)
     finally:
         engine.close()
+
+
+def wilds(name: str) -> list[goldens.Wild]:
+    """The foreign files of a golden model."""
+    cases = {case.name for case in [*goldens.cases(name), *goldens.others(name)]} if name in GOLDEN else set()
+    return [wild for wild in goldens.WILD if wild.case in cases]
 
 
 def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
@@ -116,14 +131,53 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
     assert any(tokens != plain for tokens in expected)
 
 
+def test_early_layers_are_read_by_the_models_own_head(served: Served) -> None:
+    """Soft caps, tied embeddings and scaled ones included; with and without the model's final norm. What is told of a
+    prompt's token is the difference of its log-probabilities at the last layer and at the early one."""
+    engine, layers = served.engine, range(served.engine.shape.num_layers)
+    model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32, attn_implementation="eager").eval()
+    prompt = torch.randint(3, tiny.VOCABULARY, (9,), generator=torch.Generator().manual_seed(4)).tolist()
+    mature, streams = dola.mixed(model, prompt, 0, [], {})
+    settings = [(layer, has_norm) for layer in layers for has_norm in (False, True)]
+    asks = []
+    for layer, has_norm in settings:
+        params = DolaParams(layers=[layer], relative_top=0.0, final_norm_on_candidates=has_norm, post_softmax=False)
+        decoding = DecodingPlan(rewrites=(Rewrite("dola", params.model_dump_json(), early=(layer,)),))
+        asks.append(Ask(prompt, RequestPlan(SteeringPlan((), keeps=(layer,)), decoding), 1, {"prompt_logprobs": 0}))
+    for (layer, has_norm), output in zip(settings, engine.generate(*asks), strict=True):
+        early = _head(model, _norm(model)(streams[layer]) if has_norm else streams[layer])
+        expected = mature.log_softmax(-1) - early.log_softmax(-1)
+        for position, said in enumerate(output.prompt_logprobs[1:]):
+            told = said[prompt[position + 1]].logprob
+            assert told == pytest.approx(expected[position, prompt[position + 1]].item(), abs=2e-3), (layer, has_norm)
+
+
+@torch.no_grad()
+def _head(model: Any, stream: Tensor) -> Tensor:
+    logits: Tensor = model.get_output_embeddings()(stream)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def _norm(model: Any) -> Any:
+    """The final norm, by each family's own name."""
+    if hasattr(model, "transformer"):
+        return model.transformer.ln_f
+    return model.gpt_neox.final_layer_norm if hasattr(model, "gpt_neox") else model.model.norm
+
+
 def test_golden_cases(served: Served) -> None:
-    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits."""
+    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits. Those
+    of which there is a file as its community has it once more, with the vector out of that."""
     cases = [*goldens.cases(served.name), *goldens.others(served.name)] if served.name in GOLDEN else []
     if served.name in RANDOM:
         assert not cases
         return
     assert cases
     asks = [served.ask(case) for case in cases]
+    for wild in wilds(served.name):
+        cases.append(next(case for case in cases if case.name == wild.case))
+        asks.append(served.ask(cases[-1], wild))
     for case, output in zip(cases, served.engine.generate(*asks), strict=True):
         prompt_rows = case.io["logits_f64"].log_softmax(-1)[-len(case.io["input_ids"]) :]
         for position, said in enumerate(output.prompt_logprobs[-len(prompt_rows) + 1 :]):

@@ -20,7 +20,7 @@ from modes import async_on_cpu, v2_on_cpu
 from reference import steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
@@ -184,6 +184,20 @@ class Traffic:
         self.bench, self.chance = bench, random.Random(seed)
         self.stem = random.Random(1).choices(range(3, tiny.VOCABULARY), k=96)
 
+    def asks(self, num: int) -> list[Ask]:
+        """That many groups, and as many others."""
+        found = [ask for _ in range(num) for ask in (self.group(), self.other())]
+        self.chance.shuffle(found)
+        return found
+
+    def check(self, asks: list[Ask], outputs: list[Any]) -> None:
+        both = zip(asks, outputs, strict=True)
+        answered = [(ask, output.outputs[0]) for ask, output in both if ask.abort_after is None]
+        assert all(len(answer.token_ids) == ask.max_tokens for ask, answer in answered)
+        exact = [self.bench.check(ask, list(answer.token_ids)) for ask, answer in answered]
+        assert sum(exact) > 0.97 * len(exact)
+        assert len(answered) > 0.7 * len(asks)
+
     def prompt(self) -> list[int]:
         shared = self.stem[: self.chance.choice((0, 0, 1, 32, 33, 64, 65, 90))]
         return shared if len(shared) > 1 and self.chance.random() < 0.3 else [*shared, *self.words()]
@@ -219,34 +233,42 @@ class Traffic:
     def ask(self, plan: RequestPlan | None) -> Ask:
         ask = Ask(self.prompt(), plan, self.chance.randint(1, 14))
         if self.chance.random() < 0.1:
-            ask.abort_after, ask.sampling = self.chance.randint(1, 3), {"output_kind": 1}
+            ask.abort_after, ask.sampling = self.chance.randint(1, 3), {"output_kind": RequestOutputKind.DELTA}
         return ask
 
 
 def test_random_groups_among_others(bench: Bench, nobody_left: None) -> None:
     traffic = Traffic(bench, seed=3)
-    num = SOAK or (8 if bench.mode.startswith("v2") else 60)
-    asks = [ask for _ in range(num) for ask in (traffic.group(), traffic.other())]
-    traffic.chance.shuffle(asks)
-    outputs = [output for first in range(0, len(asks), WAVE) for output in _arriving(bench, asks[first : first + WAVE])]
-    answered = [(ask, output) for ask, output in zip(asks, outputs, strict=True) if output is not None]
-    assert all(len(output.outputs[0].token_ids) == ask.max_tokens for ask, output in answered)
-    exact = [bench.check(ask, list(output.outputs[0].token_ids)) for ask, output in answered]
-    assert sum(exact) > 0.97 * len(exact)
-    assert len(answered) > 0.8 * len(asks)
+    asks = traffic.asks(SOAK or (8 if bench.mode.startswith("v2") else 60))
+    waves = [asks[first : first + WAVE] for first in range(0, len(asks), WAVE)]
+    traffic.check(asks, [output for wave in waves for output in bench.engine.run(_arriving(bench, wave))])
 
 
-def _arriving(bench: Bench, asks: list[Ask]) -> list[Any]:
+def test_pauses_and_resets(bench: Bench, nobody_left: None) -> None:
+    """Whoever runs is thrown back and computed again, in mid-flight; new ones are kept waiting for a while."""
+    traffic, engine = Traffic(bench, seed=4), bench.engine.engine
+    asks = traffic.asks(5 if bench.mode.startswith("v2") else 40)
+
+    async def meddling() -> list[Any]:
+        answers = asyncio.create_task(_arriving(bench, asks))
+        for mode in ("keep", "wait", "keep"):
+            await asyncio.sleep(len(asks) / 250)
+            assert await engine.reset_prefix_cache(reset_running_requests=True)
+            await engine.pause_generation(mode=mode, clear_cache=False)
+            await engine.resume_generation()
+        return await answers
+
+    traffic.check(asks, bench.engine.run(meddling()))
+
+
+async def _arriving(bench: Bench, asks: list[Ask]) -> list[Any]:
     """What comes of requests that arrive within some seconds, at random."""
-
-    async def all_of_them() -> list[Any]:
-        return await asyncio.gather(*map(late, asks))
 
     async def late(ask: Ask) -> Any:
         await asyncio.sleep(random.uniform(0, len(asks) / 50))
         return await bench.engine.answer(ask)
 
-    return bench.engine.run(all_of_them())
+    return await asyncio.gather(*map(late, asks))
 
 
 def test_as_hugging_face_guidance(bench: Bench, nobody_left: None) -> None:
@@ -283,7 +305,10 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
 
 def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
     plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member((4, 5, 6)),))
-    drawn = [{"temperature": 1.0, "seed": 3} | more for more in ({"n": 2}, {}, {"seed": 4})]
+    drawn = [
+        {"temperature": 1.0, "seed": 3} | more
+        for more in ({"n": 2, "output_kind": RequestOutputKind.FINAL_ONLY}, {}, {"seed": 4})
+    ]
     both, *each = bench.engine.generate(*(Ask([7, 8, 9], plan, 8, sampling) for sampling in drawn))
     assert [one.token_ids for one in both.outputs] == [one.outputs[0].token_ids for one in each]
 
@@ -358,6 +383,7 @@ def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
         ([Member(tuple([5] * MAX_LEN))], "may have 1 to 255"),
         ([Member(())], "a prompt of 0 tokens"),
         ([Member((5, 100_000))], "not in the vocabulary"),
+        ([Member(tuple([5] * 200))] * 3, "need 22 blocks"),
     ],
 )
 def test_what_cannot_run_is_refused(bench: Bench, members: list[Member], said: str) -> None:

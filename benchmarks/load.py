@@ -1,0 +1,44 @@
+"""The load that benchmarks put on an engine."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from uuid import uuid4
+
+from vllm import SamplingParams
+
+from whipstaff.server.engine.launch import Engine, PlanDict
+from whipstaff.server.engine.request import KEY, RequestPlan
+
+PROMPT_LEN, MAX_TOKENS = 32, 48
+
+
+async def throughput(
+    engine: Engine,
+    plan: Callable[[int], RequestPlan] | None,
+    num: int,
+    concurrency: int,
+    temperature: float = 0.0,
+) -> float:
+    """Generated tokens per second of `num` requests, `concurrency` at a time."""
+    vocabulary = engine.model_config.get_vocab_size()
+    gate = asyncio.Semaphore(concurrency)
+    wires = [None if plan is None else plan(index).to_wire() for index in range(num)]
+
+    async def one(index: int) -> None:
+        prompt = {"prompt_token_ids": [(7 * index + 13 * i) % (vocabulary - 3) + 3 for i in range(PROMPT_LEN)]}
+        wire = wires[index]
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if wire is None else {KEY: PlanDict(wire)},
+        )
+        async with gate:
+            async for _ in engine.generate(prompt, params, str(uuid4())):
+                pass
+
+    started = time.perf_counter()
+    await asyncio.gather(*map(one, range(num)))
+    return num * MAX_TOKENS / (time.perf_counter() - started)

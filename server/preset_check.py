@@ -1,0 +1,58 @@
+"""A preset is tried when it is added: it is compiled as a request that names it would be."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+
+from whipstaff.server import schema
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.engine import openai
+from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.presets import Part, Preset
+from whipstaff.server.routes import compile_request
+
+_WORD = "Hello"
+
+
+async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
+    """What depends on a prompt, such as where its messages stand, is left to the requests.
+
+    Raises: WhipstaffError naming the field of the preset that no request could use.
+    """
+    for name, part in (("default", preset.body.default), ("forced", preset.body.forced)):
+        _check_names(part, name)
+    tries: list[tuple[Any, dict[str, Any]]] = [(openai.TextRequest, {"prompt": _WORD})] if preset.is_for_text else []
+    if preset.is_for_chat:
+        tries.append((openai.ChatRequest, {"messages": [{"role": "user", "content": _WORD}]}))
+    for model, body in tries:
+        try:
+            request = openai.parse(model, body)
+            preset.fill(request, body)
+            openai.check_sampling(request)
+            compile_request(request, have)
+        except RequestValidationError as error:
+            raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None
+        except WhipstaffError as error:
+            raise type(error)(error.message, _path(error.param, preset)) from None
+        if preset.said.keys() & {"system", "examples", "prompt"}:
+            await _render(request, preset, app)
+
+
+def _check_names(part: Part, path: str) -> None:
+    for name in part.model_extra or {}:
+        if name not in schema.FIELDS:
+            raise BadRequest("unknown key", f"{path}.{name}")
+
+
+def _path(param: str | None, preset: Preset) -> str | None:
+    """Where in the preset a request's field is."""
+    forced = preset.body.forced.said
+    return param and f"{'forced' if param.split('.')[0].split('[')[0] in forced else 'default'}.{param}"
+
+
+async def _render(request: Any, preset: Preset, app: FastAPI) -> None:
+    """The model's own template must take the preset's messages, and its context hold them."""
+    if (reason := await openai.reason_against(request, app)) is not None:
+        name = next(name for name in ("system", "examples", "prompt") if name in preset.said)
+        raise BadRequest(reason, _path(name, preset))
