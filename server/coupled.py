@@ -8,9 +8,10 @@ from whipstaff.decoding.method import Companion, DecodingError, Mixing
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Adapter, Prompt
 from whipstaff.server.decoded import Decoded
-from whipstaff.server.engine.request import Member, PlacedPlan, RequestPlan
+from whipstaff.server.engine.request import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
 from whipstaff.server.placing import place_plan
+from whipstaff.server.prompts import PromptSource
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
 
@@ -39,7 +40,7 @@ class Coupled:
         limits = [have.max_len, *(have.auxiliaries[model] for model in self.models)]
         room = min(limits) - len(self.member.prompt)
         until = self.member.until
-        return have.max_len if until is not None and until < room else room
+        return have.max_len if until is not None and until + STEPS_AHEAD <= room else room
 
     def rows(self) -> frozenset[Row]:
         """The distinct rows of edits that it may need at once."""
@@ -55,20 +56,9 @@ def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue) -
 
     Raises: BadRequest.
     """
-    found = {}
-    for entry in _coupled(entries):
-        if prompt.source is not None:
-            try:
-                ids = _method(entry).scored(entry.params, prompt.source)
-            except DecodingError as error:
-                raise BadRequest(str(error), entry.path_of(error.param)) from None
-            if len(ids) >= have.max_len:
-                raise BadRequest(
-                    f"{len(ids)} tokens cannot be scored; at most {have.max_len - 1}", entry.path_of("method")
-                )
-            if ids:
-                found[entry.method.name] = ids
-    return found
+    source = prompt.source
+    found = {entry.method.name: _scored(entry, source, have) for entry in _coupled(entries)} if source else {}
+    return {name: ids for name, ids in found.items() if ids}
 
 
 def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: bool) -> list[Coupled]:
@@ -83,7 +73,7 @@ def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: 
     for entry in _coupled(entries):
         if prompt.source is None:
             raise BadRequest("further prompts can only be made of a prompt of text or tokens", entry.path_of("method"))
-        if is_dry and _method(entry).scored(entry.params, prompt.source):
+        if is_dry and _scored(entry, prompt.source, have):
             continue
         try:
             made = _method(entry).companions(entry.params, prompt.source, prompt.scores.get(entry.method.name, ()))
@@ -116,6 +106,16 @@ def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
 def _method(entry: Decoded) -> Mixing[Any]:
     assert isinstance(entry.method, Mixing)
     return entry.method
+
+
+def _scored(entry: Decoded, source: PromptSource, have: Catalogue) -> Sequence[int]:
+    try:
+        ids = _method(entry).scored(entry.params, source)
+    except DecodingError as error:
+        raise BadRequest(str(error), entry.path_of(error.param)) from None
+    if len(ids) >= have.max_len:
+        raise BadRequest(f"{len(ids)} tokens cannot be scored; at most {have.max_len - 1}", entry.path_of("method"))
+    return ids
 
 
 def _checked(entry: Decoded, number: int, companion: Companion, prompt: Prompt, have: Catalogue) -> Coupled:

@@ -9,6 +9,7 @@ from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
 
 KEY = "whipstaff"
+STEPS_AHEAD = 2  # a member that is not needed any more may have been given as many tokens more
 
 
 @dataclass(frozen=True)

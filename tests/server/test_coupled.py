@@ -124,6 +124,11 @@ def test_what_is_only_looked_at_scores_nothing(have: Catalogue, tokenizer: PreTr
     assert made.wanted_scores(prompt_of(tokenizer)) == {}
     made.place(prompt_of(tokenizer))
     assert "sequences" not in made.receipt([])
+    wrong = compiled(have, decoding={"method": "sh2", "context": "It snows."})
+    wrong.is_dry = True
+    with pytest.raises(WhipstaffError) as caught:
+        wrong.place(prompt_of(tokenizer))
+    assert caught.value.param == "decoding.context"
 
 
 ENSEMBLE = {"method": "adapter_ensemble", "weights": {"law": 1.0, "math": 2.0}}
@@ -222,7 +227,9 @@ def test_a_prompt_of_more_than_text_has_no_others(have: Catalogue) -> None:
 
 def test_room_is_counted_until_a_sequence_is_not_needed(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
     long = [5] * (MAX_LEN - 6)
-    assert placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
+    assert placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 4})
+    with pytest.raises(WhipstaffError, match="room for 6"):  # two steps are under way when a sequence is let go
+        placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
     made = compiled(have, guidance_scale=2.0, negative_prompt=long)
     made.place(prompt_of(tokenizer))
     assert made.check(9, 30, is_explicit=False) == 6
