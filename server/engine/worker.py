@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
+from whipstaff.server.engine.adapters import settle_adapters
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
 from whipstaff.server.engine.decoder import Arrival, Decoder
@@ -39,8 +40,8 @@ class SteeredWorker:
         layout = Layout.from_config(config.additional_config)
         runner, hidden_size = self.model_runner, int(config.model_config.get_hidden_size())
         model = runner.get_model()
-        if config.lora_config is not None:  # until the first step, which token uses which adapter is memory of anybody
-            runner._set_active_loras((0,), (0,), set())
+        if config.lora_config is not None:
+            settle_adapters(runner, model)
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
         self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}

@@ -1,12 +1,14 @@
 """Coupled sequences in whole engines: every token is the one that the group, alone in plain transformers, would choose.
 
-WHIPSTAFF_SOAK=500 runs that many groups, and as many other requests, in every mode.
+WHIPSTAFF_SOAK=500 runs that many groups, and as many other requests, in every mode; WHIPSTAFF_SOAK_MINUTES=30 goes on
+for so long in each, and says how many there were (pytest -k soak -s).
 """
 
 import asyncio
 import json
 import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
 SOAK = int(os.environ.get("WHIPSTAFF_SOAK", 0))
+SOAK_MINUTES = float(os.environ.get("WHIPSTAFF_SOAK_MINUTES", 0))
 MAX_LEN, MOST_SEQUENCES, WAVE = 256, 10, 120
 NEAR = 1e-3  # of log-scores: two tokens that near may change places between float32 implementations
 CLAUSES = [  # and the positions that each selects
@@ -242,6 +245,18 @@ def test_random_groups_among_others(bench: Bench, nobody_left: None) -> None:
     asks = traffic.asks(SOAK or (8 if bench.mode.startswith("v2") else 60))
     waves = [asks[first : first + WAVE] for first in range(0, len(asks), WAVE)]
     traffic.check(asks, [output for wave in waves for output in bench.engine.run(_arriving(bench, wave))])
+
+
+@pytest.mark.skipif(not SOAK_MINUTES, reason="WHIPSTAFF_SOAK_MINUTES is not set")
+def test_soak(bench: Bench, nobody_left: None) -> None:
+    started, num = time.monotonic(), 0
+    while time.monotonic() - started < 60 * SOAK_MINUTES:
+        traffic = Traffic(bench, seed=100 + num)
+        asks = traffic.asks(WAVE // 2)
+        traffic.check(asks, bench.engine.run(_arriving(bench, asks)))
+        num += len(asks)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{bench.mode}: {num} requests, half of them groups, in {minutes:.1f} minutes; {bench.engine.counters()}")
 
 
 def test_pauses_and_resets(bench: Bench, nobody_left: None) -> None:
