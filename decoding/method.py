@@ -15,13 +15,15 @@ Within a stage methods run in the order of their table.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.rows import Rows
+
+_MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
@@ -48,6 +50,10 @@ class Words(Protocol):
     """The served model's tokens, as far as methods that speak of text need them."""
 
     @property
+    def num_tokens(self) -> int:
+        """How many there are."""
+
+    @property
     def eos(self) -> Sequence[int]:
         """The ids that end a generation."""
 
@@ -68,6 +74,67 @@ class Depth(NamedTuple):
     is_tied: bool = False  # whether its head is its embedding
     kept: frozenset[int] = frozenset()  # the layers that requests may read
     has_norm: bool = True  # whether its final norm is known
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str = Field(max_length=_MAX_TEXT)
+
+
+Content = Annotated[
+    Annotated[str, Field(min_length=1, max_length=_MAX_TEXT)]
+    | Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1, max_length=1 << 20)]
+    | Annotated[list[Message], Field(min_length=1, max_length=1024)],
+    Field(union_mode="smart"),
+]
+"""A prompt in a request: text, token ids or messages."""
+
+
+class Source(Protocol):
+    """A request's prompt, from which others are made. Everything raises DecodingError where it cannot be done, naming
+    the parameter `param` that asked for it."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Its tokens."""
+
+    @property
+    def text(self) -> str:
+        """Its text; of a chat, the last user message's."""
+
+    def encode(self, content: Content, param: str) -> Sequence[int]:
+        """The tokens of another prompt, made as this one was. In a chat, text takes the last user message's place."""
+
+    def changed(self, text: str) -> Sequence[int]:
+        """The tokens of this prompt with another text in the place of its own."""
+
+    def alone(self, text: str) -> Sequence[int]:
+        """The tokens of a text by itself, as a prompt that starts with it."""
+
+    def without(self, span: str, param: str) -> Sequence[int]:
+        """The tokens of this prompt without a text that stands in it."""
+
+    def as_chat(self, param: str) -> Sequence[int]:
+        """The tokens of this prompt as a chat's: plain text becomes a user message."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+
+
+class Companion(NamedTuple):
+    """A further sequence of a request: another prompt, the same tokens."""
+
+    prompt: Sequence[int]
+    param: str  # the parameter that its prompt comes from
+    steering: str = ""  # the parameter that holds its steering; "": none
+    adapter: tuple[str, str] | None = (
+        None  # a LoRA adapter's name, and the parameter that holds it; None: the request's
+    )
+    said: Mapping[str, Any] = {}  # for the receipt
 
 
 class PromptFacts(Protocol):
@@ -93,6 +160,7 @@ class Method(ABC, Generic[P]):
     params: type[P]
     stream_fields: ClassVar[tuple[str, ...]] = ()  # parameters that name auxiliary models
     head_fields: ClassVar[Mapping[str, str]] = {}  # parameter that names a learned head -> the kind that is wanted
+    needs_adapters: ClassVar[bool] = False  # whether it reads adapters of the served model
     shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
 
     @property
@@ -127,6 +195,23 @@ class Mixing(Method[P]):
     def mix(self, params: P) -> Mix:
         """The weights that these parameters stand for. Raises: DecodingError naming the field."""
 
+    def scored(self, params: P, source: Source) -> Sequence[int]:
+        """A text whose tokens' log-probabilities `companions` must know; empty for most methods. Raises:
+        DecodingError."""
+        return ()
+
+    def companions(self, params: P, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
+        """The sequences that the mix's streams name, in order. Raises: DecodingError naming the field.
+
+        Args:
+            scores: the log-probability of every token but the first of what `scored` gave.
+        """
+        return ()
+
+    def steered(self, params: P) -> Mapping[str, Any]:
+        """Parameter -> the steering of a further sequence that it holds, as a request would say it."""
+        return {}
+
 
 class Rewriting(Method[P]):
     """A method that rewrites rows of logits, all rows that use it at once."""
@@ -134,6 +219,7 @@ class Rewriting(Method[P]):
     needs: ClassVar[frozenset[Need]] = frozenset()
     num_state: ClassVar[int] = 0  # floats kept per request from token to token
     keeps_greedy: ClassVar[bool] = False  # whether the best token always stays the best
+    revives: ClassVar[bool] = False  # whether it may choose a token that was banned; no other method may
 
     @property
     def chooses_temperature(self) -> bool:

@@ -1,7 +1,8 @@
 """Mixing streams: one row of weights per row of logits, rows of different methods side by side, one kernel."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class Stream(NamedTuple):
     model: str = ""  # an auxiliary model; "" is the served model
     member: int = 0  # 0 is the request's own sequence
 
+    @property
+    def label(self) -> str:
+        """As explanations call it: base, an auxiliary model's name, or either with a sequence's number."""
+        return f"{self.model or 'base'}[{self.member}]" if self.member else self.model or "base"
+
 
 MAIN = Stream()
 
@@ -30,16 +36,40 @@ class Term(NamedTuple):
     temperature: float = 1.0
 
 
-class Mix(NamedTuple):
-    """New logits = sum of the terms, on the tokens that the main stream finds plausible.
+class Window(NamedTuple):
+    """When a mix holds, in generated tokens: from `start` to before `end`, fading towards it if `shape` says so."""
 
-    A token is plausible if its logit in the main stream is at least log(alpha) + the best one, and if the mass of the
-    tokens above it is at most top_p. The first term is the main stream's own.
+    start: int = 0
+    end: int | None = None
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+
+    def gain(self, num_generated: int) -> float:
+        """How far to go from the main stream to the mix for the token after so many."""
+        if num_generated < self.start or (self.end is not None and num_generated >= self.end):
+            return 0.0
+        if self.shape == "constant" or self.end is None:
+            return 1.0
+        share = (num_generated - self.start) / (self.end - self.start)
+        return 1 - share if self.shape == "linear" else (1 + math.cos(math.pi * share)) / 2
+
+
+ALWAYS = Window()
+
+
+class Mix(NamedTuple):
+    """New logits = sum of the terms, on the tokens that one of them finds plausible.
+
+    A token is plausible if its logit in that term's stream is at least log(alpha) + the best one, and if the mass of
+    the tokens above it is at most top_p. The first term is the main stream's own. With `is_probability` the new logits
+    are log(sum of weight * softmax(logits / temperature)).
     """
 
     terms: tuple[Term, ...]
     alpha: float = 0.0  # 0 is off
     top_p: float = 1.0  # 1 is off
+    judge: int = 0  # the term whose stream decides what is plausible
+    is_probability: bool = False
+    window: Window = ALWAYS
 
     @staticmethod
     def of(weights: Mapping[str, float]) -> "Mix":
@@ -63,31 +93,47 @@ class Mix(NamedTuple):
 
     @property
     def is_sum(self) -> bool:
-        """Whether it only adds raw logits to the served model's: such mixes add up."""
-        plain = self.terms[0] == Term(MAIN, 1.0) and not any(t.log_softmax or t.temperature != 1 for t in self.terms)
-        return plain and self.alpha == 0 and self.top_p == 1
+        """Whether it only adds raw logits up: such mixes add up themselves."""
+        is_raw = not any(term.log_softmax or term.temperature != 1 for term in self.terms)
+        return is_raw and self[1:] == (0.0, 1.0, 0, False, ALWAYS)
 
     @property
     def is_off(self) -> bool:
         """Whether it gives the main stream's raw logits back, whatever the others hold."""
-        return self.is_sum and not any(term.weight for term in self.terms[1:])
+        return self.is_sum and self.terms[0].weight == 1 and not any(term.weight for term in self.terms[1:])
+
+    def at(self, num_generated: int) -> "Mix | None":
+        """The mix for the token after so many; None where it does not hold."""
+        gain = self.window.gain(num_generated)
+        if gain == 1 or gain == 0:
+            return self if gain else None
+        main, *others = self.terms
+        faded = [term._replace(weight=gain * term.weight) for term in others]
+        return self._replace(terms=(main._replace(weight=1 + gain * (main.weight - 1)), *faded))
 
     def to_wire(self) -> list[Any]:
-        return [[[*term.stream, *term[1:]] for term in self.terms], self.alpha, self.top_p]
+        how = [self.alpha, self.top_p, self.judge, self.is_probability]
+        return [[[*term.stream, *term[1:]] for term in self.terms], how, list(self.window)]
 
     @staticmethod
     def from_wire(wire: Sequence[Any]) -> "Mix":
-        terms, alpha, top_p = wire
-        return Mix(tuple(Term(Stream(model, member), *rest) for model, member, *rest in terms), alpha, top_p)
+        terms, (alpha, top_p, judge, is_probability), window = wire
+        made = tuple(Term(Stream(model, member), *rest) for model, member, *rest in terms)
+        return Mix(made, alpha, top_p, judge, is_probability, Window(*window))
 
 
 def added(mixes: Sequence[Mix]) -> Mix | None:
-    """Several sums as one; None for none."""
+    """Several sums as one, each with coupled sequences of its own, in order; None for none."""
+    main, num_members = 1.0, 0
     weights: dict[Stream, float] = {}
     for mix in mixes:
+        main += mix.terms[0].weight - 1
         for term in mix.terms[1:]:
-            weights[term.stream] = weights.get(term.stream, 0.0) + term.weight
-    return Mix((Term(MAIN, 1.0), *(Term(stream, weight) for stream, weight in weights.items()))) if mixes else None
+            model, member = term.stream
+            stream = Stream(model, member + num_members if member else 0)
+            weights[stream] = weights.get(stream, 0.0) + term.weight
+        num_members += mix.num_members
+    return Mix((Term(MAIN, main), *(Term(stream, weight) for stream, weight in weights.items()))) if mixes else None
 
 
 class MixedRow(NamedTuple):
@@ -114,8 +160,12 @@ def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[Mixed
             vocabulary padding and has no token, keep the served model's value where a mix is a sum, else -inf.
         mixed: the rows concerned. No row that is mixed is a member of another.
     """
-    concerned = [one for one in mixed if not one.mix.is_off]
+    asked = [one for one in mixed if not one.mix.is_off]
     result = logits.to(torch.float32, copy=True)
+    for one in asked:
+        if one.mix.is_probability:
+            result[one.row] = _averaged(one, logits, others)
+    concerned = [one for one in asked if not one.mix.is_probability]
     if not concerned:
         return result
     slots = _slots(concerned)
@@ -127,7 +177,7 @@ def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[Mixed
         more = slots[first : first + _MOST_STREAMS - 1]
         some = [slots[0] if first == 1 else _so_far(more), *more]
         streams = [others[slot.model] if slot.model else shared for slot in some]
-        masks = [(one.row, one.mix.alpha, one.mix.top_p) for one in concerned] if first == 1 else []
+        masks = [(one.row, _column(slots, one), one.mix) for one in concerned] if first == 1 else []
         rows, weights, *tables = _tables(some, masks, len(result), result.device)
         assert rows is not None and weights is not None
         mix_logits_(shared, streams, rows, weights, *tables)
@@ -144,8 +194,25 @@ def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:
             slot = slots[0] if index == 0 else next(fits, None)
             if slot is None:
                 slots.append(slot := _Slot(model, {}))
-            slot.terms[row] = members[member] if members else row, term
-    return slots
+            slot.terms[row] = members[member], term
+    return sorted(slots, key=lambda slot: bool(slot.model))  # masks are of the first pass, and look at the served model
+
+
+def _column(slots: Sequence[_Slot], one: MixedRow) -> int:
+    """The column of the term that decides what is plausible."""
+    judge = one.mix.terms[one.mix.judge]
+    return next(column for column, slot in enumerate(slots) if slot.terms.get(one.row, (0, None))[1] is judge)
+
+
+def _averaged(one: MixedRow, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    """(V,) of one row: a mixture of distributions. Tokens that some stream lacks have no probability there."""
+    total = torch.full_like(logits[one.row], -torch.inf, dtype=torch.float32)
+    for (model, member), weight, _, temperature in one.mix.terms:
+        if weight:
+            row = (others[model] if model else logits)[one.members[member], : len(total)].to(torch.float32)
+            log_p = (row / temperature).log_softmax(-1) + math.log(weight)
+            total[: len(row)] = torch.logaddexp(total[: len(row)], log_p)
+    return total.masked_fill(logits[one.row] == -torch.inf, -torch.inf)
 
 
 def _so_far(more: Sequence[_Slot]) -> _Slot:
@@ -154,7 +221,7 @@ def _so_far(more: Sequence[_Slot]) -> _Slot:
 
 
 def _tables(
-    slots: Sequence[_Slot], masks: Sequence[tuple[int, float, float]], num_rows: int, device: torch.device
+    slots: Sequence[_Slot], masks: Sequence[tuple[int, int, Mix]], num_rows: int, device: torch.device
 ) -> list[Tensor | None]:
     """What `mix_logits_` takes after the streams; made on the host, then sent."""
     rows = torch.full((num_rows, len(slots)), -1, dtype=torch.int32)
@@ -165,8 +232,8 @@ def _tables(
             rows[row, column], weights[row, column] = source, term.weight
             temperatures[row, column], is_log[row, column] = term.temperature, term.log_softmax
     alphas, top_ps = torch.zeros_like(weights), torch.ones_like(weights)
-    for row, alpha, top_p in masks:
-        alphas[row, 0], top_ps[row, 0] = alpha, top_p
+    for row, column, mix in masks:
+        alphas[row, column], top_ps[row, column] = mix.alpha, mix.top_p
     tables = [
         rows,
         weights,

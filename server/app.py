@@ -67,10 +67,10 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
     engine = launch(args, settings, files, client)
     try:
         library = await load(engine, settings, files, store)
-        have = await library.start()
+        del files  # from here on the library alone says which vectors live
         if engine.index == 0:
-            await prove(engine, have)
-            await note_proven(engine, have.lengths.by_place)
+            await prove(engine, await library.current())
+            await note_proven(engine, (await library.current()).lengths.by_place)
         app = await extend(await openai.build(engine, args), engine, library, settings)
         stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:
@@ -110,7 +110,7 @@ def launch(
 
 
 async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: Store | None) -> Library:
-    """Find out what the engine can do, and measure the model's activations: once for all API servers."""
+    """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
     model = ModelShape.model_validate(facts["model"])
     lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
@@ -128,6 +128,9 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         auxiliaries=engine.layout.limits,
         words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer()),
         vocabulary=config.get_vocab_size(),
+        max_len=config.max_model_len,
+        max_seqs=engine.vllm_config.scheduler_config.max_num_seqs,
+        max_adapters=engine.vllm_config.lora_config.max_loras if engine.vllm_config.lora_config else 0,
         dtype=facts["dtype"],
         num_slots=engine.layout.num_slots,
         num_layers=engine.layout.shape.num_layers,
@@ -146,7 +149,9 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         ),
         routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
-    return Library(Residents(engine), have, files, store, settings.presets)
+    library = Library(Residents(engine), have, files, store, settings.presets)
+    await library.start()
+    return library
 
 
 async def prove(engine: Engine, have: Catalogue) -> list[Finding]:

@@ -31,6 +31,9 @@ class Catalogue:
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
     words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
     vocabulary: int = 0  # rows of the served model's head
+    max_len: int = 1 << 30  # tokens of a sequence
+    max_seqs: int = 1 << 30  # sequences at once
+    max_adapters: int = 0  # LoRA adapters in use at once
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
     num_layers: int = 1

@@ -7,15 +7,17 @@ tokens by the tokenizer's own offsets, and only where tokenising the rendered te
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import Any
 
+from whipstaff.server.prompts import PromptSource
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import Messages
 
 Span = tuple[int, int]  # [start, end)
+Adapter = tuple[str, int, str]  # a LoRA adapter's name, number and path
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 
@@ -146,6 +148,10 @@ class Prompt:
     room: int  # the most tokens it may have
     tokenizer: Any
     chat: Chat | None = None  # None where no template made it
+    source: PromptSource | None = None  # of other prompts; None where it is more than text
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # that this server has, by name
+    adapter: Adapter | None = None  # the request's own
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by method, of the text that it wanted scored
 
     def spans(self, chosen: Messages) -> list[Span]:
         """As `Chat.spans`."""

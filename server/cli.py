@@ -97,7 +97,7 @@ async def _findings(args: Namespace, settings: Settings) -> tuple[dict[str, Any]
     engine = app.launch(args, settings, files)
     try:
         library = await app.load(engine, settings, files, store)
-        have = await library.start()
+        have = await library.current()
         return await describe(engine), [finding async for finding in self_test(engine, list(have.auxiliaries))]
     finally:
         engine.shutdown()

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, PromptFacts, Rewriting
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
+from whipstaff.server.steered import Steered
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import MAX_EDITS, Planner
 
 MAX_DECODING = 8
 _GREEDY_BELOW = 1e-5  # as in vLLM
@@ -19,6 +23,14 @@ SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
     field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
 }
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
+
+
+class OwnSteering(NamedTuple):
+    """The steering of a further sequence."""
+
+    plan: SteeringPlan
+    paths: Sequence[str]  # where in the request each edit stands, then each special
+    vectors: Sequence[Vector]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Decoded:
     heads: tuple[str, ...] = ()
     early: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
-    vectors: tuple[Vector, ...] = ()  # the heads themselves
+    vectors: tuple[Vector, ...] = ()  # the files that it reads
+    steered: Mapping[str, OwnSteering] = field(default_factory=dict)  # parameter -> a further sequence's steering
 
     def path_of(self, param: str) -> str:
         """Where in the request a parameter stands."""
@@ -56,7 +69,7 @@ class Decoded:
 
     def said(self) -> dict[str, Any]:
         """The entry as the receipt shows it."""
-        return {**self.params.model_dump(), **({"layers": list(self.early)} if self.early else {})}
+        return {**self.params.model_dump(by_alias=True), **({"layers": list(self.early)} if self.early else {})}
 
 
 def entries_of(
@@ -110,7 +123,10 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     bare = replace(bare, vectors=tuple(heads.values()))
     streams = tuple(method.streams(params).values())
     if isinstance(method, Mixing):
-        return replace(bare, mix=method.mix(params), streams=streams, heads=digests)
+        mix, steered = method.mix(params), method.steered(params)
+        own = {param: _own_steering(said, bare.path_of(param), have) for param, said in steered.items()}
+        vectors = (*bare.vectors, *(vector for each in own.values() for vector in each.vectors))
+        return replace(bare, mix=mix, streams=streams, heads=digests, steered=own, vectors=vectors)
     assert isinstance(method, Rewriting)
     if have.words is None:
         raise Unavailable(
@@ -119,6 +135,30 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     early = tuple(method.early_layers(params, have.depth))
     _check_early(bare, early, have.depth.kept)
     return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests, early=early)
+
+
+def _own_steering(said: Any, path: str, have: Catalogue) -> OwnSteering:
+    """The steering of a further sequence, compiled as a request's own."""
+    planner, entries = Planner(), list[Steered]()
+    for where, entry in entries_at(said, path, MAX_EDITS):
+        entries.append(admit(entry, where, planner, entries, have, []))
+        if entries[-1].soft is not None:
+            raise BadRequest("further sequences have no room for learned rows", f"{where}.vector")
+    paths = [entry.path for entry in entries for _ in entry.edits]
+    paths += [entry.path for entry in entries if entry.special is not None]
+    vectors = [vector for entry in entries for vector in (entry.vector, entry.probe) if vector is not None]
+    return OwnSteering(planner.plan, paths, vectors)
+
+
+def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:
+    """A field's entries by their paths: a list's, or a single object."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        return [(path, value)]
+    if len(value) > most:
+        raise BadRequest(f"{len(value)} entries; at most {most} are taken", path)
+    return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
 
 
 def _check_streams(bare: Decoded, have: Catalogue) -> None:

@@ -52,7 +52,7 @@ class Library:
         self._seen: object = None
         self._turn, self._writers = asyncio.Lock(), asyncio.Lock()
 
-    async def start(self) -> Catalogue:
+    async def start(self) -> None:
         """Give the workers the vectors that fit."""
         for name, file in self._files.items():
             if file.is_fixed:
@@ -62,7 +62,6 @@ class Library:
             if entry.problem is not None:
                 logger.warning("vector %r cannot be used: %s", entry.name, entry.problem)
         self._files = {}
-        return self._have
 
     async def check_presets_with(self, check: CheckPreset) -> None:
         """From here on presets are served, those that `check` does not refuse. Raises: BadPreset."""

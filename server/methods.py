@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
@@ -73,9 +74,11 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     missing = [f"start the server with --vectors PATH of a {method.head_fields[n]}" for n, f in heads.items() if not f]
     if len(have.auxiliaries) < method.num_streams:
         missing.append("start the server with --aux NAME=MODEL")
+    if method.needs_adapters and not have.max_adapters:
+        missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
     if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if isinstance(method, Rewriting) and have.words is None:
+    if (isinstance(method, Rewriting) or issubclass(method.params, CoupledParams)) and have.words is None:
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,

@@ -41,7 +41,7 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
 
 def _check_names(part: Part, path: str) -> None:
     for name in part.model_extra or {}:
-        if name not in (*schema.FIELDS, *schema.NOT_BUILT):
+        if name not in schema.FIELDS:
             raise BadRequest("unknown key", f"{path}.{name}")
 
 

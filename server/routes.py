@@ -1,7 +1,7 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,9 @@ class PreparedRequest:
     explained: Explained | None = None
     num_placed: int = 0  # prompts
 
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+        return self.compiled.wanted_scores(prompt)
+
     def place(self, prompt: Prompt) -> "PlacedRequest":
         with blaming(self.preset, self.filled):
             ids = self.compiled.place(prompt)
@@ -47,7 +50,7 @@ class PreparedRequest:
             self.tally.keeps_tokens = True
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         first, self.num_placed = self.num_placed * self.num_choices, self.num_placed + 1
-        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens)
+        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens, self.compiled.stream_names)
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
@@ -83,6 +86,7 @@ class PlacedRequest:
     plan: RequestPlan
     first_choice: int
     num_tokens: int
+    stream_names: Mapping[str, str]  # as explanations call streams -> as the client knows them
 
     def wire(self, params: Any) -> PlanDict:
         compiled, plan = self.prepared.compiled, self.plan
@@ -95,6 +99,7 @@ class PlacedRequest:
 
     def _explain(self, index: int, record: dict[str, Any]) -> None:
         assert self.prepared.explained is not None
+        record["streams"] = {self.stream_names.get(name, name): seen for name, seen in record["streams"].items()}
         self.prepared.explained.note(self.first_choice + index, record)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
@@ -125,8 +130,7 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
     """Whether a request may have extras."""
-    names = *schema.FIELDS, *schema.NOT_BUILT
-    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in names)
+    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in schema.FIELDS)
 
 
 def prepare(
@@ -158,6 +162,7 @@ def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Cata
     if request.use_beam_search:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
+    compiled.check_grammar(openai.has_grammar(request))
     compiled.check_logprobs(scores_prompt(request))
     return compiled
 
@@ -255,6 +260,8 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
         ready = await prepared(request, raw)
+        if ready is not None:
+            ready.compiled.is_dry = True
         refused = await openai.render(request, raw.app)
         if refused is not None:
             return refused
@@ -313,8 +320,7 @@ async def refuse_extras(raw: Request) -> None:
         return
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    names = (*schema.FIELDS, *schema.NOT_BUILT, FIELD)
-    if present := [name for name in names if fields.get(name) is not None]:
+    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
         raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
 
 

@@ -8,10 +8,12 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
+from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
+from whipstaff.server.coupled import Coupled, couple, wanted_scores
 from whipstaff.server.decoded import (
     MAX_DECODING,
     SHORTHANDS,
@@ -19,6 +21,7 @@ from whipstaff.server.decoded import (
     admit_decoding,
     check_draw,
     draws_itself,
+    entries_at,
     entries_of,
     plan_of,
 )
@@ -35,8 +38,6 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 PLAIN = "plain"
 SEVERAL = "several"
 FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
-# Names that this ecosystem uses for methods that this version lacks. vLLM ignores unknown fields; these must not be.
-NOT_BUILT = ("guidance_scale", "negative_prompt")
 
 OnUnavailable = Literal["error", "ignore"]
 
@@ -54,6 +55,9 @@ class Compiled:
     is_temperature_last: bool = False
     explain: int | None = None  # likeliest tokens of every stream to say
     logprobs_source: LogprobsSource = "final"
+    is_dry: bool = False  # whether it is only looked at
+    coupled: list[Coupled] = field(default_factory=list)  # further sequences of the prompt placed last
+    said_of_sequences: list[dict[str, Any]] = field(default_factory=list)  # of all prompts
 
     @property
     def label(self) -> str:
@@ -80,9 +84,22 @@ class Compiled:
                 path = next(entry.stream_paths[name] for entry in self.decoding if name in entry.stream_paths)
                 raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", path)
             allowed = min(allowed, limit - prompt_len)
-        if self.plan.steering is not None:
-            self._check_steering(self.plan.steering, prompt_len, allowed)
+        for sequence in self.coupled:
+            room = sequence.allowed(self.have)
+            if room < 1 or (is_explicit and max_tokens > room):
+                raise BadRequest(
+                    f"after these {len(sequence.member.prompt)} prompt tokens there is room for {max(room, 0)}, not "
+                    f"{max_tokens if is_explicit else 1}",
+                    sequence.path,
+                )
+            allowed = min(allowed, room)
+        if self.plan.steering is not None or self.coupled:
+            self._check_steering(self.plan.steering or SteeringPlan(()), prompt_len, allowed)
         return allowed
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+        """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
+        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.have)
 
     @property
     def draws_itself(self) -> bool:
@@ -91,6 +108,13 @@ class Compiled:
 
     def check_logprobs(self, scores_prompt: bool) -> None:
         """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
+        alone = next((entry for entry in self.decoding if entry.mix and entry.mix.num_members), None)
+        if alone is not None and scores_prompt and self.logprobs_source == "final":
+            raise BadRequest(
+                f"{alone.method.name} says nothing of a prompt's tokens, which other sequences do not share; score an "
+                "answer with the method `forced`",
+                alone.path_of("method"),
+            )
         if self.logprobs_source == "both" and scores_prompt:
             raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
         if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
@@ -111,6 +135,12 @@ class Compiled:
     def _scores_base(self) -> bool:
         return self.logprobs_source == "base"
 
+    def check_grammar(self, has_grammar: bool) -> None:
+        """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""
+        for entry in self.decoding if has_grammar else ():
+            if isinstance(entry.method, Rewriting) and entry.method.revives:
+                raise BadRequest(f"{entry.method.name} follows no grammar; leave one out", entry.path_of("method"))
+
     def check_draw(self, temperature: float | None) -> None:
         """Check the request's own sampling parameters. Raises: BadRequest."""
         check_draw(self.decoding, temperature)
@@ -122,7 +152,10 @@ class Compiled:
         """
         if self.decoding:
             entries = [entry.placed(prompt) for entry in self.decoding]
-            self.plan = replace(self.plan, decoding=self.decoding_plan(entries))
+            self.coupled = couple(entries, prompt, self.have, self.is_dry)
+            self.said_of_sequences += [sequence.said() for sequence in self.coupled]
+            members = tuple(sequence.member for sequence in self.coupled)
+            self.plan = replace(self.plan, decoding=self.decoding_plan(entries), members=members)
         if self.plan.steering is None:
             return None
         paths = [entry.path for entry in self.steering for _ in entry.edits]
@@ -133,6 +166,18 @@ class Compiled:
         self.plan = replace(self.plan, steering=steering)
         return ids
 
+    @property
+    def stream_names(self) -> dict[str, str]:
+        """As explanations call the streams of further sequences -> by the name or the field that the client gave."""
+        names = [sequence.name for sequence in self.coupled]
+        labels = [one.name if names.count(one.name) == 1 else one.path for one in self.coupled]
+        mix = self.plan.decoding.mix if self.plan.decoding else None
+        return {
+            stream.label: f"{stream.model}[{labels[stream.member - 1]}]" if stream.model else labels[stream.member - 1]
+            for stream in (mix.streams if mix and labels else ())
+            if stream.member
+        }
+
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         self._check_tokens(plan)
         for entry in self.steering:
@@ -142,7 +187,7 @@ class Compiled:
                     planned.where.check(prompt_len, allowed)
                 except SteeringError as error:
                     raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
-        rows = PlacedPlan(self.plan, prompt_len).rows
+        rows = PlacedPlan(self.plan, prompt_len).rows.union(*(sequence.rows() for sequence in self.coupled))
         wanted = sum(num_slots(row, self.have.num_layers) for row in rows)
         if wanted > self.have.num_slots:
             raise Unavailable(
@@ -173,6 +218,7 @@ class Compiled:
         return {
             "steering": [entry.said(plan, fed, self.have) for entry in self.steering],
             "decoding": [entry.said() for entry in self.decoding],
+            **({"sequences": self.said_of_sequences} if self.said_of_sequences else {}),
             "warnings": self.warnings,
         }
 
@@ -182,9 +228,6 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
 
     Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
     """
-    for name in NOT_BUILT:
-        if fields.get(name) is not None:
-            raise Unavailable(f"{name} is not built in this version of Whipstaff; remove it", name)
     if all(fields.get(name) is None for name in FIELDS):
         return None
     is_lenient = _one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore"
@@ -244,14 +287,7 @@ def _loose(value: Any) -> Any:
 
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
-    value = _json(value, name)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        return [(name, value)]
-    if len(value) > most:
-        raise BadRequest(f"{len(value)} entries; at most {most} are taken", name)
-    return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+    return entries_at(_json(value, name), name, most)
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:

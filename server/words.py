@@ -26,6 +26,10 @@ class Words:
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Words(texts, ids, tuple(dict.fromkeys([*own, *eos])), tokenizer)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.texts)
+
     def id_of(self, text: str) -> int | None:
         return self.ids.get(text) if text else None
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.method import Depth, Method, Mixing, Params, Rewriting
-from whipstaff.decoding.mix import MixedRow, mix_rows
+from whipstaff.decoding.method import Content, Depth, Method, Mixing, Params, Rewriting
+from whipstaff.decoding.mix import Mix, MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
 from whipstaff.steering.methods import METHODS as FILES
 
 VOCAB, HIDDEN, WIDTH = 40, 8, 24
+MEMBERS = 3  # further sequences that a row has
 AUXILIARIES = ("first", "second")
 GOLDEN = Path(__file__).parent / "golden" / "decoding"
 SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "inner": 12, "choices": 4}
@@ -31,6 +32,7 @@ class StubWords:
     """A vocabulary whose token v is the letter of that number; 2 ends a text."""
 
     eos = (2,)
+    num_tokens = VOCAB
 
     def __init__(self, texts: Mapping[str, int] | None = None) -> None:
         self._texts = {chr(97 + v): v for v in range(VOCAB)} if texts is None else dict(texts)
@@ -43,6 +45,33 @@ class StubWords:
 
     def encode(self, text: str) -> Sequence[int]:
         return [self._texts[letter] for letter in text if letter in self._texts]
+
+
+class StubSource:
+    """A prompt of letters, each a token; 0 begins what stands alone."""
+
+    def __init__(self, text: str = "abcde") -> None:
+        self.text, self.ids = text, StubWords().encode(text)
+
+    def encode(self, content: Content, param: str) -> Sequence[int]:
+        if isinstance(content, str):
+            return StubWords().encode(content)
+        return [token if isinstance(token, int) else len(token.content) for token in content]
+
+    def changed(self, text: str) -> Sequence[int]:
+        return self.encode(text, "")
+
+    def alone(self, text: str) -> Sequence[int]:
+        return [0, *self.encode(text, "")]
+
+    def without(self, span: str, param: str) -> Sequence[int]:
+        return self.encode(self.text.replace(span, "", 1), param)
+
+    def as_chat(self, param: str) -> Sequence[int]:
+        return [1, *self.ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(97 + token) for token in ids)
 
 
 @dataclass
@@ -60,6 +89,7 @@ class Batch:
 
     rows: Rows
     settings: list[Any]  # a Rewriting's, or a Mixing's parameters; its auxiliary models are the rows' streams
+    members: Tensor | None = None  # (R, MEMBERS, V) logits of a Mixing's further sequences
 
     def take(self, order: Sequence[int]) -> "Batch":
         """A copy of some rows, in that order."""
@@ -76,17 +106,31 @@ class Batch:
             moved["early"] = torch.cat([self.rows.early[:0], *(parts[r] for r in order)])
             moved["early_layers"] = [self.rows.early_layers[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
-        return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order])
+        members = None if self.members is None else self.members[index].clone()
+        return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order], members)
 
 
 def run(method: Method[Any], batch: Batch) -> Tensor:
     """The batch's new logits; the rows' state changes."""
     rows = batch.rows
     if isinstance(method, Mixing):
-        mixes = [method.mix(params) for params in batch.settings]
-        return mix_rows(rows.logits, rows.streams, [MixedRow(r, mix, [r]) for r, mix in enumerate(mixes)])
+        return _mixed([method.mix(params) for params in batch.settings], batch)
     assert isinstance(method, Rewriting)
     return method.rewrite(rows, batch.settings)
+
+
+def _mixed(mixes: Sequence[Mix], batch: Batch) -> Tensor:
+    """Members are rows of the batch behind the others; what auxiliary models say of them is what they say of all."""
+    rows, num = batch.rows, len(mixes)
+    if not any(mix.num_members for mix in mixes):
+        return mix_rows(rows.logits, rows.streams, [MixedRow(r, mix, [r]) for r, mix in enumerate(mixes)])
+    assert batch.members is not None
+    logits = torch.cat([rows.logits, batch.members.flatten(0, 1)])
+    streams = {name: torch.cat([given, given.repeat_interleave(MEMBERS, 0)]) for name, given in rows.streams.items()}
+    places = [[r, *range(num + MEMBERS * r, num + MEMBERS * (r + 1))] for r in range(num)]
+    result = mix_rows(logits, streams, [MixedRow(r, mix, places[r]) for r, mix in enumerate(mixes)])
+    assert torch.equal(result[num:], logits[num:])
+    return result[:num]
 
 
 def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -> Batch:
@@ -103,15 +147,15 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
     settings: list[Any] = list(params)
     if isinstance(method, Mixing):
         rows.streams = {name: 3 * normal(num_rows, VOCAB) for name in AUXILIARIES}
-    else:
-        assert isinstance(method, Rewriting)
-        settings = [method.place(method.resolve(one, StubWords()), StubPrompt()) for one in params]
-        rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
-        rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
-        _add_needs(method, rows, random, normal)
-        if "early" in method.needs:
-            rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
-            rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
+        return Batch(rows, settings, 3 * normal(num_rows, MEMBERS, VOCAB))
+    assert isinstance(method, Rewriting)
+    settings = [method.place(method.resolve(one, StubWords()), StubPrompt()) for one in params]
+    rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
+    rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
+    _add_needs(method, rows, random, normal)
+    if "early" in method.needs:
+        rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
+        rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
     return Batch(rows, settings)
 
 

@@ -2,7 +2,8 @@
 
     s = base + alpha * (expert - antiexpert)        raw logits, cut to the base's vocabulary, float32
 
-Liu et al. 2024, arXiv:2401.08565, eq. 1; greedy and alpha = 1 in all of its evaluations.
+The expert may see the prompt as a chat, or another prompt. Liu et al. 2024, arXiv:2401.08565, eq. 1; greedy and
+alpha = 1 in all of its evaluations.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import DecodingError, Mixing, Params
-from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Params, Source
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
 class ProxyTuningParams(Params):
-    """Which pair of auxiliary models, and how far to move."""
+    """Which pair of auxiliary models, how far to move, and what each sees."""
 
     method: Literal["proxy_tuning"] = "proxy_tuning"
     expert: str = Field(description="auxiliary model: the small tuned one")
     antiexpert: str = Field(description="auxiliary model: the small one before tuning")
     alpha: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False, description="0 changes nothing")
+    expert_chat: bool = Field(False, description="show the expert the prompt as a chat's user message")
+    expert_prompt: Content | None = Field(None, description="show the expert this prompt instead")
+    antiexpert_prompt: Content | None = Field(None, description="show the antiexpert this prompt instead")
 
 
 class ProxyTuning(Mixing[ProxyTuningParams]):
@@ -34,4 +38,14 @@ class ProxyTuning(Mixing[ProxyTuningParams]):
     def mix(self, params: ProxyTuningParams) -> Mix:
         if params.expert == params.antiexpert:
             raise DecodingError("expert and antiexpert are the same model: their difference is zero", "antiexpert")
-        return Mix.of({params.expert: params.alpha, params.antiexpert: -params.alpha})
+        if params.expert_chat and params.expert_prompt is not None:
+            raise DecodingError("the expert sees one prompt", "expert_chat")
+        own = params.expert_chat or params.expert_prompt is not None, params.antiexpert_prompt is not None
+        expert = Term(Stream(params.expert, int(own[0])), params.alpha)
+        antiexpert = Term(Stream(params.antiexpert, sum(own) if own[1] else 0), -params.alpha)
+        return Mix((Term(MAIN, 1.0), expert, antiexpert))
+
+    def companions(self, params: ProxyTuningParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
+        found = [Companion(source.as_chat("expert_chat"), "expert_chat")] if params.expert_chat else []
+        others = {"expert_prompt": params.expert_prompt, "antiexpert_prompt": params.antiexpert_prompt}
+        return [*found, *(Companion(source.encode(one, name), name) for name, one in others.items() if one is not None)]

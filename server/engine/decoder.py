@@ -26,7 +26,7 @@ from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.early import EarlyHead, Stream
-from whipstaff.server.engine.explain import MAIN, Explanations, Row, Snapshot
+from whipstaff.server.engine.explain import Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
 
 NO_TOKEN = -1
@@ -260,8 +260,8 @@ class Decoder:
             self._snapshot = Snapshot(explained, logits)
             self._note_streams(self._snapshot, logits, others)
         if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
-            rows = self._sent(undecoded)
-            self._undecoded = rows, logits[rows].to(torch.float32)
+            told = self._sent(undecoded)
+            self._undecoded = told, logits[told].to(torch.float32)
         decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
@@ -279,9 +279,9 @@ class Decoder:
 
     def _note_streams(self, snapshot: Snapshot, logits: Tensor, others: Mapping[str, Tensor]) -> None:
         for row, mix, members in _mixed(self._places, self._view.members):
-            for model, member in mix.streams:
-                name = model if not member else f"{model or MAIN}[{member}]"
-                snapshot.note_stream(row, name, (others[model] if model else logits)[members[member]])
+            for stream in mix.streams:
+                read = others[stream.model] if stream.model else logits
+                snapshot.note_stream(row, stream.label, read[members[stream.member]])
         for place in self._places:
             for model in dict.fromkeys(model for one in place.request.applied for model in one.streams):
                 snapshot.note_stream(place.row, model, others[model][place.row])
@@ -517,6 +517,7 @@ def _mixed(places: Sequence[Place], members: Mapping[int, tuple[int, ...]]) -> I
     """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
     for place in places:
         mix, rows = place.request.plan.mix, (place.row, *members.get(place.row, ()))
+        mix = mix.at(place.num_generated) if mix is not None else None
         if mix is not None and len(rows) > mix.num_members and ABSENT not in rows[: mix.num_members + 1]:
             yield MixedRow(place.row, mix, rows)
 

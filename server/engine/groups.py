@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.interface import PauseState
@@ -33,10 +34,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from whipstaff.server.engine.request import KEY, Member, RequestPlan
+from whipstaff.server.engine.request import KEY, STEPS_AHEAD, Member, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
-_STEPS_AHEAD = 2  # a member that is dropped may have been given as many tokens more
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
 
 
@@ -75,7 +75,7 @@ class Group:
         """How many tokens can be generated before one of the companions has `max_len`."""
         room = [max_len - companion.num_prompt_tokens for companion in self.members[1:]]
         untils = [self._untils.get(companion.request_id) for companion in self.members[1:]]
-        lasting = [n for n, until in zip(room, untils, strict=True) if until is None or until + _STEPS_AHEAD > n]
+        lasting = [n for n, until in zip(room, untils, strict=True) if until is None or until + STEPS_AHEAD > n]
         return min(lasting, default=max_len)
 
     def limit(self, *limits: tuple[int, str]) -> None:
@@ -117,7 +117,7 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
         pooling_params=None,
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
-        lora_request=primary.lora_request,
+        lora_request=LoRARequest(*member.adapter) if member.adapter else primary.lora_request,
         cache_salt=primary.cache_salt,
         priority=primary.priority,
         block_hasher=primary._block_hasher,

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from uuid import uuid4
 
 import vllm.envs as envs
 from fastapi import FastAPI
@@ -47,9 +48,11 @@ from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest
+from whipstaff.server.prompts import PromptSource
 
 COUNTERS_PATIENCE = 2.0  # seconds
 ChatOf = Callable[[list[int]], Chat]  # of a prompt's token ids
+Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 validate_json_request = vllm_routes.validate_json_request  # a dependency: the content type is JSON
@@ -77,6 +80,9 @@ class Placed(Protocol):
 class Prepared(Protocol):
     """What a request's extras came to."""
 
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+        """Texts to score before placing, or an exception that answers the client."""
+
     def place(self, prompt: Prompt) -> Placed:
         """Find the plan's places in a prompt, or an exception that answers the client."""
 
@@ -84,6 +90,7 @@ class Prepared(Protocol):
 class Extras(BaseModel):
     """The fields that Whipstaff adds. They are checked by `prepare`, which knows what this server has."""
 
+    model: str | None = None  # as vLLM has it
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
     explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
@@ -96,19 +103,49 @@ class Extras(BaseModel):
     def attach(self, prepared: Prepared | None) -> None:
         self._prepared = prepared
 
-    def place(
-        self, inputs: list[Any], serving: Any, max_tokens: int | None, cap: Callable[[int], None], chat: ChatOf | None
-    ) -> None:
-        """Place the plan in every prompt of the request; `cap` lowers the request's own limit if need be."""
-        if self._prepared is None:
-            return
-        allowed = []
+    @property
+    def is_plain(self) -> bool:
+        return self._prepared is None
+
+    @property
+    def _served(self) -> str | None:
+        """The model that the request names, whichever kind it is."""
+        return cast("str | None", getattr(self, "model"))  # noqa: B009 - a field of the other base class
+
+    def prompts(self, inputs: list[Any], serving: Any, max_tokens: int | None, chat: "Chats | None") -> list[Prompt]:
+        """The request's prompts, as far as placing the plan needs them."""
         room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
+        adapters = {name: (name, it.lora_int_id, it.lora_path) for name, it in serving.models.lora_requests.items()}
+        found = []
         for one in inputs:
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
-            num_tokens = serving._extract_prompt_len(one)
-            tokenizer = serving.renderer.tokenizer
-            placed = self._prepared.place(Prompt(num_tokens, ids, room, tokenizer, chat(ids) if chat and ids else None))
+            source = _source(self, one, serving, chat) if ids else None
+            placed_chat = chat.of(ids) if chat and ids else None
+            num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
+            own = adapters.get(self._served or "")
+            found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own))
+        return found
+
+    async def score(self, prompts: list[Prompt], serving: Any) -> None:
+        """Let the engine score the texts that further prompts depend on."""
+        assert self._prepared is not None
+        for prompt in prompts:
+            for name, ids in self._prepared.wanted_scores(prompt).items():
+                prompt.scores[name] = await _log_probabilities(serving, list(ids), self._served)
+
+    def place(
+        self,
+        inputs: list[Any],
+        prompts: list[Prompt],
+        serving: Any,
+        max_tokens: int | None,
+        cap: Callable[[int], None],
+    ) -> None:
+        """Place the plan in every prompt of the request; `cap` lowers the request's own limit if need be."""
+        assert self._prepared is not None
+        allowed = []
+        for one, prompt in zip(inputs, prompts, strict=True):
+            placed, num_tokens = self._prepared.place(prompt), prompt.num_tokens
             if placed.ids is not None:
                 one["prompt_token_ids"], num_tokens = placed.ids, len(placed.ids)
             most = vllm_routes.get_max_tokens(
@@ -149,7 +186,7 @@ class ServingChat(OpenAIServingChat):
 
     async def render_chat_request(self, request: Any) -> Any:
         result = await super().render_chat_request(request)
-        if isinstance(request, ChatRequest) and not isinstance(result, ErrorResponse):
+        if isinstance(request, ChatRequest) and not isinstance(result, ErrorResponse) and not request.is_plain:
 
             def cap(limit: int) -> None:
                 request.max_completion_tokens = limit
@@ -158,9 +195,10 @@ class ServingChat(OpenAIServingChat):
                 request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
             )
             conversation, inputs = result
-            await asyncio.to_thread(  # a long chat takes a while to be told apart
-                request.place, inputs, self, explicit, cap, _chat_of(request, conversation, self)
-            )
+            prompts = request.prompts(inputs, self, explicit, _chats(request, conversation, self))
+            await request.score(prompts, self)
+            # a long chat takes a while to be told apart
+            await asyncio.to_thread(request.place, inputs, prompts, self, explicit, cap)
         return result
 
 
@@ -169,16 +207,27 @@ class ServingCompletion(OpenAIServingCompletion):
 
     async def render_completion_request(self, request: Any) -> Any:
         result = await super().render_completion_request(request)
-        if isinstance(request, TextRequest) and not isinstance(result, ErrorResponse):
+        if isinstance(request, TextRequest) and not isinstance(result, ErrorResponse) and not request.is_plain:
 
             def cap(limit: int) -> None:
                 request.max_tokens = limit
 
-            request.place(result, self, request.max_tokens, cap, None)
+            prompts = request.prompts(result, self, request.max_tokens, None)
+            await request.score(prompts, self)
+            request.place(result, prompts, self, request.max_tokens, cap)
         return result
 
 
-def _chat_of(request: ChatRequest, conversation: list[Any], serving: ServingChat) -> ChatOf | None:
+class Chats(NamedTuple):
+    """A chat request's messages, and what its template makes of messages."""
+
+    messages: Sequence[Any]
+    text_of: Render
+    of: ChatOf
+    adds_special_tokens: bool
+
+
+def _chats(request: ChatRequest, conversation: list[Any], serving: ServingChat) -> Chats | None:
     """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
     renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
     if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
@@ -190,13 +239,52 @@ def _chat_of(request: ChatRequest, conversation: list[Any], serving: ServingChat
     defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
     settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
 
-    def render(messages: Sequence[Any], is_prompt: bool) -> str:
+    def text_of(messages: Sequence[Any], is_prompt: bool) -> str:
         ends_here = {} if is_prompt else {"add_generation_prompt": False, "continue_final_message": False}
         return str(
             safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
         )
 
-    return lambda ids: Chat(tokenizer, conversation, ids, render)
+    def of(ids: list[int]) -> Chat:
+        return Chat(tokenizer, conversation, ids, text_of)
+
+    return Chats(conversation, text_of, of, request.add_special_tokens)
+
+
+def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
+    """A prompt as a source of others; None for chats that no Hugging Face template made."""
+    tokenizer, renderer = serving.renderer.tokenizer, serving.online_renderer
+    if tokenizer is None or (chat is None and isinstance(request, ChatRequest)):
+        return None
+
+    def ids_of(messages: Sequence[Any]) -> list[int]:
+        if chat is not None:
+            text, adds = chat.text_of(messages, True), chat.adds_special_tokens
+        else:
+            template = {"chat_template": renderer.chat_template, "add_generation_prompt": True, "tokenize": False}
+            text = str(safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **template))
+            adds = False
+        found: list[int] = tokenizer.encode(text, add_special_tokens=adds)
+        return found
+
+    adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
+    messages, written = chat.messages if chat else None, prompt.get("prompt")
+    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written)
+
+
+async def _log_probabilities(serving: Any, ids: list[int], model: str | None) -> list[float]:
+    """Of every token but the first, under the served model, or an adapter of it, alone."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
+    async for output in serving.engine_client.generate(prompt, params, f"score-{uuid4()}", lora_request=adapter):
+        said = output.prompt_logprobs or said
+    return [said[position][token].logprob for position, token in enumerate(ids) if position] if said else []
+
+
+def has_grammar(request: ChatRequest | TextRequest) -> bool:
+    """Whether the answer must follow a grammar."""
+    shape = getattr(request.response_format, "type", "text") if request.response_format else "text"
+    return shape != "text" or request.structured_outputs is not None
 
 
 def split_model(model: str | None, app: FastAPI) -> tuple[str | None, str | None]:

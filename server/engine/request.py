@@ -9,6 +9,7 @@ from whipstaff.decoding.plan import DecodingPlan, Draw
 from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
 
 KEY = "whipstaff"
+STEPS_AHEAD = 2  # a member that is not needed any more may have been given as many tokens more
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,18 @@ class Member:
     prompt: tuple[int, ...]
     steering: SteeringPlan | None = None
     until: int | None = None  # generated tokens after which it is not needed any more; None: needed to the end
+    adapter: tuple[str, int, str] | None = None  # a LoRA adapter's name, number and path; None: the request's own
 
     def to_wire(self) -> dict[str, Any]:
         steering = self.steering.to_wire() if self.steering else None
-        return {"prompt": list(self.prompt), "steering": steering, "until": self.until}
+        adapter = None if self.adapter is None else list(self.adapter)
+        return {"prompt": list(self.prompt), "steering": steering, "until": self.until, "adapter": adapter}
 
     @staticmethod
     def from_wire(wire: Mapping[str, Any]) -> "Member":
         steering = SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None
-        return Member(tuple(wire["prompt"]), steering, wire["until"])
+        adapter = wire["adapter"]
+        return Member(tuple(wire["prompt"]), steering, wire["until"], tuple(adapter) if adapter else None)
 
 
 @dataclass(frozen=True)

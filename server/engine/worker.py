@@ -39,6 +39,8 @@ class SteeredWorker:
         layout = Layout.from_config(config.additional_config)
         runner, hidden_size = self.model_runner, int(config.model_config.get_hidden_size())
         model = runner.get_model()
+        if config.lora_config is not None:  # until the first step, which token uses which adapter is memory of anybody
+            runner._set_active_loras((0,), (0,), set())
         auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
         self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from decodings import AUXILIARIES, Batch, StubPrompt, StubWords, random_batch, run
+from decodings import AUXILIARIES, MEMBERS, Batch, StubPrompt, StubSource, StubWords, random_batch, run
 from pydantic import BaseModel, ValidationError
 
 from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, Rewriting, setting_type
@@ -18,6 +18,12 @@ NAMED = {
     "contrastive": {"amateur": "first"},
     "contrastive_beta": {"amateur": "first"},
     "adapter_free_ensemble": {"weights": {"first": 1.0, "second": 3.0}},
+    "cad": {"context": "bc"},
+    "instructive": {"noisy_prompt": "no"},
+    "prompt_ensemble": {"prompts": ["one", "two"]},
+    "adapter_ensemble": {"weights": {"first": 1.0, "second": 3.0}},
+    "streams": {"streams": [{"model": "first", "weight": 0.5}, {"prompt": "other", "weight": -1.0}]},
+    "forced": {"ids": [5, 6, 3, 9]},
     "co_llm": {"assistant": "first", "head": "head"},
     "kwd": {"classifier": "head"},
     "adaptive_temperature": {"head": "head"},
@@ -30,6 +36,18 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "contrastive": [{"alpha": 0.0, "beta": 0.5, "amateur_temperature": 0.5}, {"alpha": 1.0}],
     "contrastive_beta": [{"alpha": 0.0}, {"alpha": 0.4, "beta": 2.0}],
     "adapter_free_ensemble": [{"weights": {"second": 0.3}, "base_weight": 0.0}],
+    "cfg": [{"guidance_scale": 3.0, "negative_prompt": "no"}, {"guidance_scale": 0.4}, {"until": 4, "from": 1}],
+    "cad": [{"alpha": 1.0, "context": None, "prompt_without": [4, 5]}, {"alpha": -0.5, "until": 9, "fade": "linear"}],
+    "sh2": [{"alpha": 6.0, "placement": "append"}, {"relative_top": 0.1, "thinning": {"seed": 3}}, {"alpha": 0.0}],
+    "instructive": [{"epsilon": 0.9, "noisy_prompt": [{"role": "user", "content": "no"}]}],
+    "prompt_ensemble": [{"space": "log"}, {"weights": [0.0, 1.0, 2.0]}, {"prompts": [[3]], "weights": [1.0, 0.0]}],
+    "adapter_ensemble": [{"base_weight": 0.0}, {"weights": {"first": 2.0}}],
+    "streams": [
+        {"streams": [{"prompt": "a", "weight": 0.5}, {"steering": [], "weight": 2.0}], "space": "probability"},
+        {"streams": [{"adapter": "a", "weight": 0.5, "temperature": 2.0}], "space": "log", "top_p": 0.8},
+        {"streams": [{"adapter": "a", "model": "second", "weight": 0.5}], "alpha": 0.1, "base_weight": -0.5},
+    ],
+    "forced": [{"text": "hello", "ids": None}, {"ids": []}],
     "co_llm": [{"threshold": -1.0}, {"threshold": 0.3, "strategy": "compose"}, {"warmup": "cosine"}],
     "kwd": [{"k": 1}, {"k": 7}],
     "dola": [{"layers": [3]}, {"layers": "high", "relative_top": 0.0}, {"layers": [1, 5, 6], "relative_top": 1.0}],
@@ -54,6 +72,11 @@ each_method = pytest.mark.parametrize("name", METHODS)
 def made(name: str, **own: Any) -> Params:
     params: Params = METHODS[name].params(**{**NAMED.get(name, {}), **own})
     return params
+
+
+def revives(name: str) -> bool:
+    """Whether it may choose what was banned."""
+    return getattr(METHODS[name], "revives", False)
 
 
 def varied(name: str) -> list[Params]:
@@ -93,9 +116,27 @@ def test_it_names_its_streams(name: str) -> None:
 
 
 @each_method
+def test_it_makes_the_sequences_that_its_mix_reads(name: str) -> None:
+    method = METHODS[name]
+    for params in varied(name) if isinstance(method, Mixing) else ():
+        mix, source = method.mix(params), StubSource()
+        scores = [-1.0 * index for index in range(len(method.scored(params, source)) - 1)]
+        made = method.companions(params, source, scores)
+        assert len(made) == mix.num_members <= MEMBERS
+        assert all(
+            one.prompt and one.param.partition(".")[0].partition("[")[0] in method.params.model_fields for one in made
+        )
+        assert {one.steering for one in made if one.steering} == set(method.steered(params))
+
+
+def test_only_one_method_says_what_was_banned() -> None:
+    assert [name for name in METHODS if revives(name)] == ["forced"]
+
+
+@each_method
 def test_off_changes_nothing(name: str) -> None:
     if (off := METHODS[name].off(AUXILIARIES, ["head"])) is None:
-        assert name in ("contrastive", "dola", "kwd", "adaptive_temperature")
+        assert name in ("contrastive", "sh2", "prompt_ensemble", "dola", "kwd", "adaptive_temperature")
         return
     batch = random_batch(METHODS[name], [off] * 3)
     before = batch.rows.logits.clone()
@@ -103,6 +144,7 @@ def test_off_changes_nothing(name: str) -> None:
         batch.rows.temperature.fill_(1.0)
     if isinstance(METHODS[name], Mixing):
         batch.rows.streams = {model: torch.full_like(before, torch.nan) for model in AUXILIARIES}
+        batch.members = torch.full((3, MEMBERS, before.shape[1]), torch.nan)
     assert torch.equal(run(METHODS[name], batch), before)
 
 
@@ -133,11 +175,11 @@ def test_bans_stay_and_a_token_stays(name: str) -> None:
         before = batch.rows.logits.clone()
         result = run(METHODS[name], batch)
         assert result.shape == before.shape and result.dtype == torch.float32
-        assert torch.isneginf(result[torch.isneginf(before)]).all()
+        assert revives(name) or torch.isneginf(result[torch.isneginf(before)]).all()
         assert (result > -torch.inf).any(1).all() and (result < torch.inf).all()
 
 
-@each_method
+@pytest.mark.parametrize("name", [name for name in METHODS if not revives(name)])
 def test_one_token_that_is_allowed_stays(name: str) -> None:
     batch = batch_of(name)
     batch.rows.logits[:] = -torch.inf
@@ -231,6 +273,22 @@ def test_what_a_mix_cannot_be_names_its_field() -> None:
         ("dexperts", {"expert": "a", "antiexpert": "a"}, "antiexpert"),
         ("dexperts", {"expert": None, "antiexpert": None}, "expert"),
         ("adapter_free_ensemble", {"weights": {"a": 0.0}}, "weights"),
+        ("adapter_ensemble", {"weights": {"a": 0.0}}, "weights"),
+        ("proxy_tuning", {"expert_chat": True, "expert_prompt": "a"}, "expert_chat"),
+        ("cad", {"context": None}, "context"),
+        ("cad", {"prompt_without": "a"}, "context"),
+        ("sh2", {"template": "no keys"}, "template"),
+        ("prompt_ensemble", {"weights": [1.0]}, "weights"),
+        ("prompt_ensemble", {"weights": [0.0] * 3}, "weights"),
+        ("streams", {"streams": [{"weight": 1.0}]}, "streams[0]"),
+        ("streams", {"streams": [{"model": "a", "weight": -1.0}], "space": "probability"}, "streams[0].weight"),
+        ("streams", {"base_weight": -1.0, "space": "probability"}, "base_weight"),
+        (
+            "streams",
+            {"streams": [{"model": "a", "weight": 0.0}], "base_weight": 0.0, "space": "probability"},
+            "base_weight",
+        ),
+        ("streams", {"streams": [{"model": "a", "weight": 1.0}], "space": "probability", "top_p": 0.5}, "top_p"),
     ):
         method: Method[Any] = METHODS[name]
         assert isinstance(method, Mixing)
@@ -241,4 +299,4 @@ def test_what_a_mix_cannot_be_names_its_field() -> None:
 
 def test_only_what_reads_text_makes_settings_of_its_own() -> None:
     own = {name for name, method in METHODS.items() if isinstance(method, Rewriting) and hasattr(method, "setting")}
-    assert own == {"dry", RuleAdapter.name}
+    assert own == {"dry", "forced", RuleAdapter.name}

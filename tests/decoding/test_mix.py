@@ -1,12 +1,13 @@
 """Mixes of streams: rows of different methods side by side, against sums written out in plain torch."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from whipstaff.decoding.mix import MAIN, Mix, MixedRow, Stream, Term, added, mix_rows
+from whipstaff.decoding.mix import MAIN, Mix, MixedRow, Stream, Term, Window, added, mix_rows
 
 VOCAB = 30
 
@@ -112,6 +113,81 @@ def test_sums_add_up() -> None:
     assert added([]) is None
 
 
+def test_probabilities_are_averaged() -> None:
+    """Beside a row of another kind, with a member, an auxiliary model of a smaller vocabulary, and a banned token."""
+    base, other = normal(3, VOCAB), normal(3, VOCAB - 2, seed=1)
+    base[0, 4] = -torch.inf
+    terms = Term(MAIN, 0.5), Term(Stream("", 1), 0.25), Term(Stream("a"), 0.25, False, 2.0), Term(Stream("a", 1), 0.0)
+    averaged = MixedRow(0, Mix(terms, is_probability=True), (0, 2))
+    result = mix_rows(base, {"a": other}, [averaged, MixedRow(1, Mix.of({"a": 1.0}), (1,))])
+    expected = 0.5 * base[0].softmax(0) + 0.25 * base[2].softmax(0)
+    expected[: VOCAB - 2] += 0.25 * (other[0] / 2).softmax(0)
+    expected[4] = 0
+    torch.testing.assert_close(result[0].exp(), expected)
+    torch.testing.assert_close(result[1, : VOCAB - 2], base[1, : VOCAB - 2] + other[1])
+    assert torch.equal(result[2], base[2]) and torch.isneginf(result[0, 4])
+
+
+@pytest.mark.parametrize("num_models", [0, 9])
+def test_a_mask_may_look_at_another_stream(num_models: int) -> None:
+    """However many models the batch's other rows read."""
+    base = normal(3, VOCAB)
+    others = {f"m{k}": normal(3, VOCAB, seed=k) for k in range(num_models)}
+    mix = Mix((Term(MAIN, -0.5, True), Term(Stream("", 1), 1.5, True)), alpha=0.2, judge=1)
+    result = mix_rows(base, others, [MixedRow(0, Mix.of(dict.fromkeys(others, 1.0)), (0,)), MixedRow(1, mix, (1, 2))])
+    kept = base[2] >= base[2].max() + math.log(0.2)
+    assert torch.equal(result[1] > -torch.inf, kept)
+    torch.testing.assert_close(result[1][kept], (1.5 * base[2].log_softmax(0) - 0.5 * base[1].log_softmax(0))[kept])
+
+
+def test_sums_add_up_each_with_members_of_its_own() -> None:
+    aware = Mix((Term(MAIN, 1.5), Term(Stream("", 1), -0.5)))
+    tuned = Mix((Term(MAIN, 1.0), Term(Stream("a", 1), 1.0), Term(Stream("a"), -1.0)))
+    both = added([aware, tuned, aware])
+    assert both is not None and both.num_members == 3
+    assert both.terms == (
+        Term(MAIN, 2.0),
+        Term(Stream("", 1), -0.5),
+        Term(Stream("a", 2), 1.0),
+        Term(Stream("a"), -1.0),
+        Term(Stream("", 3), -0.5),
+    )
+    assert not aware._replace(window=Window(0, 5)).is_sum and not aware._replace(is_probability=True).is_sum
+
+
+@pytest.mark.parametrize(
+    ("window", "gains"),
+    [
+        (Window(), [1, 1, 1, 1, 1]),
+        (Window(2), [0, 0, 1, 1, 1]),
+        (Window(1, 3), [0, 1, 1, 0, 0]),
+        (Window(0, 4, "linear"), [1, 0.75, 0.5, 0.25, 0]),
+        (Window(1, 3, "cosine"), [0, 1, 0.5, 0, 0]),
+    ],
+)
+def test_windows_and_fades(window: Window, gains: list[float]) -> None:
+    assert [window.gain(num) for num in range(5)] == pytest.approx(gains)
+
+
+def test_a_fading_mix_is_between_the_main_stream_and_itself() -> None:
+    base = normal(2, VOCAB)
+    mix = Mix((Term(MAIN, 3.0), Term(Stream("", 1), -2.0)), window=Window(1, 5, "linear"))
+    whole = 3 * base[0] - 2 * base[1]
+    assert mix.at(0) is None and mix.at(5) is None and mix.at(1) is mix
+    for num in (2, 3, 4):
+        faded, gain = mix.at(num), 1 - (num - 1) / 4
+        assert faded is not None
+        torch.testing.assert_close(
+            mix_rows(base, {}, [MixedRow(0, faded, (0, 1))])[0], gain * whole + (1 - gain) * base[0]
+        )
+
+
+def test_fading_distributions_stay_distributions() -> None:
+    mix = Mix((Term(MAIN, 0.2), Term(Stream("", 1), 0.8)), is_probability=True, window=Window(0, 4, "cosine"))
+    faded = mix.at(1)
+    assert faded is not None and sum(term.weight for term in faded.terms) == pytest.approx(1)
+
+
 def test_what_a_mix_says_of_itself() -> None:
     mix = Mix((Term(MAIN, 1.0), Term(Stream("b", 2), 1.0), Term(Stream("a"), 1.0)), alpha=0.1)
     assert mix.models == ["a", "b"] and mix.num_members == 2
@@ -120,8 +196,11 @@ def test_what_a_mix_says_of_itself() -> None:
 
 
 def test_a_mix_travels() -> None:
-    mix = Mix((Term(MAIN, 1.0, True), Term(Stream("a", 1), -0.25, True, 0.5)), alpha=0.1, top_p=0.9)
-    assert Mix.from_wire(mix.to_wire()) == mix
+    mix = Mix(
+        (Term(MAIN, 1.0, True), Term(Stream("a", 1), -0.25, True, 0.5)), 0.1, 0.9, 1, window=Window(2, 9, "cosine")
+    )
+    for one in (mix, mix._replace(is_probability=True), Mix.of({"a": 1.0})):
+        assert Mix.from_wire(json.loads(json.dumps(one.to_wire()))) == one
 
 
 def test_scores_leave_nothing_raw_beside_them() -> None:

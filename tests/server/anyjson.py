@@ -119,11 +119,45 @@ PROXY = st.fixed_dictionaries(
     {"method": st.just("proxy_tuning"), "expert": st.sampled_from(["expert", "short", "absent"])},
     optional={"antiexpert": st.sampled_from(["anti", "expert"]), "alpha": SCALES},
 )
+CONTENTS = st.sampled_from(["", "a", [5], [], [-1], [10**9], [{"role": "user", "content": "a"}], [{"role": 3}], None])
+WINDOWS = {"from": NUMBERS | st.just(2), "until": st.integers(-1, 4), "fade": st.sampled_from(["linear", "square"])}
+STREAM = st.fixed_dictionaries(
+    {"weight": NUMBERS},
+    optional={
+        "model": st.sampled_from(["expert", "short", "absent"]),
+        "prompt": CONTENTS,
+        "adapter": st.just("absent"),
+        "steering": st.lists(STEERING, max_size=2) | JSON,
+        "temperature": NUMBERS,
+    },
+)
+COUPLED = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(
+            ["cfg", "cad", "instructive", "prompt_ensemble", "adapter_ensemble", "streams", "forced"]
+        )
+    },
+    optional={
+        "guidance_scale": SCALES,
+        "negative_prompt": CONTENTS,
+        "context": CONTENTS,
+        "prompt_without": CONTENTS,
+        "noisy_prompt": CONTENTS,
+        "prompts": st.lists(CONTENTS, max_size=3),
+        "weights": st.lists(NUMBERS, max_size=3) | st.dictionaries(st.just("absent"), NUMBERS),
+        "streams": st.lists(STREAM, max_size=3),
+        "space": st.sampled_from(["log", "probability", "logits"]),
+        "ids": st.lists(st.integers(-1, 9), max_size=3),
+        **WINDOWS,
+    },
+)
 EXTRAS = st.fixed_dictionaries(
     {},
     optional={
         "steering": st.lists(STEERING, max_size=3) | STEERING | NEARLY_RIGHT,
-        "decoding": st.lists(PROXY, max_size=2) | NEARLY_RIGHT,
+        "decoding": st.lists(PROXY | COUPLED, max_size=2) | NEARLY_RIGHT,
+        "guidance_scale": SCALES,
+        "negative_prompt": CONTENTS | JSON,
         "on_unavailable": st.sampled_from(["ignore", "error"]) | JSON,
     },
 )

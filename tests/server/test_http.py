@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods import METHODS as DECODING
-from whipstaff.server.schema import NOT_BUILT
 from whipstaff.steering import artifacts
 from whipstaff.steering.methods import METHODS
 
@@ -577,7 +576,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding.expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
     "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
-    **{name: ({name: 1.5}, 422, name) for name in NOT_BUILT},
+    "empty negative prompt": ({"guidance_scale": 2, "negative_prompt": ""}, 400, "negative_prompt"),
 }
 
 

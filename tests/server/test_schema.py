@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import Depth, Mixing
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix
@@ -33,7 +34,7 @@ from whipstaff.server.errors import (
 )
 from whipstaff.server.methods import method_table
 from whipstaff.server.registry import BadVectorFile, Registry, read_vectors
-from whipstaff.server.schema import NOT_BUILT, Compiled, compile_extras
+from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.steered import Fed, doses
 from whipstaff.server.words import Words
 from whipstaff.steering import artifacts
@@ -496,12 +497,6 @@ def test_on_unavailable_is_error_or_ignore(have: Catalogue, value: Any) -> None:
     assert (error.status, error.param) == (400, "on_unavailable")
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_names_that_others_know_are_not_silently_ignored(have: Catalogue, name: str) -> None:
-    error = refusal(have, **{name: 1.5})
-    assert (error.status, error.param) == (422, name)
-
-
 def test_a_server_with_nothing_loaded_says_what_flag_would_help(nothing: Catalogue) -> None:
     by_vector, by_method = refusal(nothing, steering={"vector": "calm"}), refusal(nothing, decoding=PAIR)
     assert (by_vector.status, by_method.status) == (404, 422)
@@ -899,7 +894,8 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["mote"]["reason"] == "the served model has no experts"
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
-    decoding = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
+    mixing = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
+    decoding = {name for name in mixing if not issubclass(METHODS[name].params, CoupledParams)}
     for name, row in full.items():
         assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
         assert (row["reason"] is None) is row["available"] is (name in {*served, *decoding})

@@ -3,16 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import goldens
 import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, plan
+from reference import dola
 from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from whipstaff.decoding.methods.dola import DolaParams
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.server.engine.request import RequestPlan
 from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Vector
@@ -124,6 +129,41 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
     plain = reference.greedy(model, prompt, 6, [])[0]
     assert engine.tokens(*asks, Ask(prompt, max_tokens=6)) == [*expected, plain]
     assert any(tokens != plain for tokens in expected)
+
+
+def test_early_layers_are_read_by_the_models_own_head(served: Served) -> None:
+    """Soft caps, tied embeddings and scaled ones included; with and without the model's final norm. What is told of a
+    prompt's token is the difference of its log-probabilities at the last layer and at the early one."""
+    engine, layers = served.engine, range(served.engine.shape.num_layers)
+    model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32, attn_implementation="eager").eval()
+    prompt = torch.randint(3, tiny.VOCABULARY, (9,), generator=torch.Generator().manual_seed(4)).tolist()
+    mature, streams = dola.mixed(model, prompt, 0, [], {})
+    settings = [(layer, has_norm) for layer in layers for has_norm in (False, True)]
+    asks = []
+    for layer, has_norm in settings:
+        params = DolaParams(layers=[layer], relative_top=0.0, final_norm_on_candidates=has_norm, post_softmax=False)
+        decoding = DecodingPlan(rewrites=(Rewrite("dola", params.model_dump_json(), early=(layer,)),))
+        asks.append(Ask(prompt, RequestPlan(SteeringPlan((), keeps=(layer,)), decoding), 1, {"prompt_logprobs": 0}))
+    for (layer, has_norm), output in zip(settings, engine.generate(*asks), strict=True):
+        early = _head(model, _norm(model)(streams[layer]) if has_norm else streams[layer])
+        expected = mature.log_softmax(-1) - early.log_softmax(-1)
+        for position, said in enumerate(output.prompt_logprobs[1:]):
+            told = said[prompt[position + 1]].logprob
+            assert told == pytest.approx(expected[position, prompt[position + 1]].item(), abs=2e-3), (layer, has_norm)
+
+
+@torch.no_grad()
+def _head(model: Any, stream: Tensor) -> Tensor:
+    logits: Tensor = model.get_output_embeddings()(stream)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def _norm(model: Any) -> Any:
+    """The final norm, by each family's own name."""
+    if hasattr(model, "transformer"):
+        return model.transformer.ln_f
+    return model.gpt_neox.final_layer_norm if hasattr(model, "gpt_neox") else model.model.norm
 
 
 def test_golden_cases(served: Served) -> None:

@@ -191,7 +191,8 @@ class Traffic:
         return found
 
     def check(self, asks: list[Ask], outputs: list[Any]) -> None:
-        answered = [(ask, output.outputs[0]) for ask, output in zip(asks, outputs, strict=True) if output is not None]
+        both = zip(asks, outputs, strict=True)
+        answered = [(ask, output.outputs[0]) for ask, output in both if ask.abort_after is None]
         assert all(len(answer.token_ids) == ask.max_tokens for ask, answer in answered)
         exact = [self.bench.check(ask, list(answer.token_ids)) for ask, answer in answered]
         assert sum(exact) > 0.97 * len(exact)

@@ -1,0 +1,48 @@
+"""Context-aware decoding: what a context adds to a prompt counts for more.
+
+    s = (1 + alpha) * with_context - alpha * without        raw logits
+
+The context is a text that stands in the prompt, or the prompt without it is given. Shi et al. 2023, arXiv:2305.14739;
+alpha = 0.5 for summaries, 1 where the context contradicts what the model knows. The authors' nucleus filter of each
+branch is off in their data, and not here.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Source
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
+
+
+class CadParams(CoupledParams):
+    """How much more, and what is context."""
+
+    method: Literal["cad"] = "cad"
+    alpha: float = Field(0.5, ge=-1, le=100, allow_inf_nan=False, description="0 changes nothing")
+    context: str | None = Field(None, min_length=1, description="a text that stands in the prompt")
+    prompt_without: Content | None = Field(None, description="instead: the prompt without the context")
+
+
+class Cad(Mixing[CadParams]):
+    name, paper = "cad", "Shi et al. 2023, arXiv:2305.14739"
+    params = CadParams
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> CadParams:
+        return CadParams(alpha=0.0, context="any")
+
+    def mix(self, params: CadParams) -> Mix:
+        if (params.context is None) == (params.prompt_without is None):
+            raise DecodingError("say which text of the prompt is context, or the prompt without it", "context")
+        terms = Term(MAIN, 1 + params.alpha), Term(Stream(member=1), -params.alpha)
+        return Mix(terms, window=params.window) if params.alpha else Mix((Term(MAIN, 1.0),))
+
+    def companions(self, params: CadParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
+        if params.alpha == 0:
+            return ()
+        if params.context is not None:
+            return (Companion(source.without(params.context, "context"), "context"),)
+        assert params.prompt_without is not None
+        return (Companion(source.encode(params.prompt_without, "prompt_without"), "prompt_without"),)

@@ -1,0 +1,49 @@
+"""Classifier-free guidance: away from what another prompt would say.
+
+    s = lp_u + guidance_scale * (lp_c - lp_u)        log-probabilities with this prompt (c) and with the other (u)
+
+Without a negative prompt the other one is this prompt's last token alone. Sanchez et al. 2023, arXiv:2306.17806, as in
+transformers' `guidance_scale`; below 1 it moves towards the negative prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.method import Companion, Content, Mixing, Source
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
+
+
+class CfgParams(CoupledParams):
+    """How far, and away from what."""
+
+    method: Literal["cfg"] = "cfg"
+    guidance_scale: float = Field(1.5, ge=-100, le=100, allow_inf_nan=False, description="1 changes nothing")
+    negative_prompt: Content | None = Field(None, description="text, token ids or messages; none: the last token")
+
+
+class Cfg(Mixing[CfgParams]):
+    name, paper = "cfg", "Sanchez et al. 2023, arXiv:2306.17806"
+    params = CfgParams
+    shorthands: ClassVar[Mapping[str, str]] = {
+        "guidance_scale": "guidance_scale",
+        "negative_prompt": "negative_prompt",
+    }
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> CfgParams:
+        return CfgParams(guidance_scale=1.0)
+
+    def mix(self, params: CfgParams) -> Mix:
+        gamma = params.guidance_scale
+        if gamma == 1:
+            return Mix((Term(MAIN, 1.0),))
+        return Mix((Term(MAIN, gamma, True), Term(Stream(member=1), 1 - gamma, True)), window=params.window)
+
+    def companions(self, params: CfgParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
+        if params.guidance_scale == 1:
+            return ()
+        if params.negative_prompt is None:
+            return (Companion(source.ids[-1:], "guidance_scale"),)
+        return (Companion(source.encode(params.negative_prompt, "negative_prompt"), "negative_prompt"),)

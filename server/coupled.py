@@ -1,0 +1,162 @@
+"""The further sequences of a request: their prompts, their steering, and whether this server can hold them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from whipstaff.decoding.method import Companion, DecodingError, Mixing
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.chat import Adapter, Prompt
+from whipstaff.server.decoded import Decoded
+from whipstaff.server.engine.request import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable
+from whipstaff.server.placing import place_plan
+from whipstaff.server.prompts import PromptSource
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """One further sequence in one prompt of the request."""
+
+    entry: Decoded
+    companion: Companion
+    member: Member
+    models: frozenset[str]  # auxiliary models that read it
+
+    @property
+    def path(self) -> str:
+        """The field that it comes from."""
+        return self.entry.path_of(self.companion.param)
+
+    @property
+    def name(self) -> str:
+        """As the client called it, or else its field."""
+        return str(self.companion.said.get("name", self.path))
+
+    def allowed(self, have: Catalogue) -> int:
+        """How many tokens can follow its prompt while it is needed."""
+        limits = [have.max_len, *(have.auxiliaries[model] for model in self.models)]
+        room = min(limits) - len(self.member.prompt)
+        until = self.member.until
+        return have.max_len if until is not None and until + STEPS_AHEAD <= room else room
+
+    def rows(self) -> frozenset[Row]:
+        """The distinct rows of edits that it may need at once."""
+        return PlacedPlan(RequestPlan(self.member.steering), len(self.member.prompt)).rows
+
+    def said(self) -> dict[str, Any]:
+        """The sequence as the receipt shows it."""
+        return {"field": self.path, "prompt_tokens": len(self.member.prompt), **self.companion.said}
+
+
+def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue) -> dict[str, Sequence[int]]:
+    """The texts whose tokens must be scored before further prompts can be made, by their entry.
+
+    Raises: BadRequest.
+    """
+    source = prompt.source
+    found = {entry.method.name: _scored(entry, source, have) for entry in _coupled(entries)} if source else {}
+    return {name: ids for name, ids in found.items() if ids}
+
+
+def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: bool) -> list[Coupled]:
+    """Every further sequence that the entries ask for, in the order in which their mixes count them.
+
+    Args:
+        is_dry: whether nothing was scored, since nothing will run; what depends on scores is then left out.
+
+    Raises: BadRequest, NotFound, Unavailable.
+    """
+    found: list[Coupled] = []
+    for entry in _coupled(entries):
+        if prompt.source is None:
+            raise BadRequest("further prompts can only be made of a prompt of text or tokens", entry.path_of("method"))
+        if is_dry and _scored(entry, prompt.source, have):
+            continue
+        try:
+            made = _method(entry).companions(entry.params, prompt.source, prompt.scores.get(entry.method.name, ()))
+        except DecodingError as error:
+            raise BadRequest(str(error), entry.path_of(error.param)) from None
+        found += [_checked(entry, number, companion, prompt, have) for number, companion in enumerate(made, 1)]
+    if found:
+        _check_number(found, prompt, have)
+    return found
+
+
+def _check_number(found: Sequence[Coupled], prompt: Prompt, have: Catalogue) -> None:
+    """Whether this server can run all of them at once."""
+    adapters = {prompt.adapter, *(one.member.adapter for one in found)} - {None}
+    for num, most, what, flag in (
+        (len(found) + 1, have.max_seqs, "sequences", "--max-num-seqs"),
+        (len(adapters), have.max_adapters, "adapters", "--max-loras"),
+    ):
+        if num > most:
+            raise Unavailable(
+                f"the request needs {num} {what} at once and this server runs {most}; start it with a larger {flag}",
+                found[0].path,
+            )
+
+
+def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
+    return (entry for entry in entries if entry.mix is not None and entry.mix.num_members)
+
+
+def _method(entry: Decoded) -> Mixing[Any]:
+    assert isinstance(entry.method, Mixing)
+    return entry.method
+
+
+def _scored(entry: Decoded, source: PromptSource, have: Catalogue) -> Sequence[int]:
+    try:
+        ids = _method(entry).scored(entry.params, source)
+    except DecodingError as error:
+        raise BadRequest(str(error), entry.path_of(error.param)) from None
+    if len(ids) >= have.max_len:
+        raise BadRequest(f"{len(ids)} tokens cannot be scored; at most {have.max_len - 1}", entry.path_of("method"))
+    return ids
+
+
+def _checked(entry: Decoded, number: int, companion: Companion, prompt: Prompt, have: Catalogue) -> Coupled:
+    path, ids = entry.path_of(companion.param), companion.prompt
+    if not 0 < len(ids) < have.max_len:
+        raise BadRequest(f"this prompt has {len(ids)} tokens; it may have 1 to {have.max_len - 1}", path)
+    if bad := [token for token in ids if token >= have.vocabulary]:
+        raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {have.vocabulary}", path)
+    assert entry.mix is not None
+    models = frozenset(s.model for s in entry.mix.streams if s.member == number and s.model)
+    steering = _steering(entry, companion, prompt)
+    member = Member(tuple(ids), steering, entry.mix.window.end, _adapter(entry, companion, prompt, have))
+    return Coupled(entry, companion, member, models)
+
+
+def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalogue) -> Adapter | None:
+    if companion.adapter is None:
+        return None
+    name, param = companion.adapter
+    if not have.max_adapters:
+        raise Unavailable(
+            "this server takes no LoRA adapters; start it with --enable-lora --lora-modules NAME=PATH",
+            entry.path_of(param),
+        )
+    if name not in prompt.adapters:
+        known = ", ".join(prompt.adapters) or "none; start it with --lora-modules NAME=PATH"
+        raise NotFound(f"there is no adapter {name!r}; this server has: {known}", entry.path_of(param))
+    return prompt.adapters[name]
+
+
+def _steering(entry: Decoded, companion: Companion, prompt: Prompt) -> SteeringPlan | None:
+    """The steering of a further sequence, placed in its prompt."""
+    if not companion.steering:
+        return None
+    own = entry.steered[companion.steering]
+    num = len(companion.prompt)
+    plan, _ = place_plan(own.plan, own.paths, (), Prompt(num, list(companion.prompt), num, prompt.tokenizer))
+    everything: list[PlannedEdit | PlannedSpecial] = [*plan.edits, *plan.specials]
+    for path, planned in zip(own.paths, everything, strict=True):
+        try:
+            planned.where.check(num, 1 << 30)
+        except SteeringError as error:
+            raise BadRequest(str(error), f"{path}.{error.param}") from None
+    return plan

@@ -1,0 +1,278 @@
+"""Requests of several sequences, without an engine: what they compile to, and what is wrong by its field."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from transformers import PreTrainedTokenizerFast
+
+from whipstaff.decoding.mix import Window
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.chat import Prompt
+from whipstaff.server.engine.request import KEY, Member, RequestPlan
+from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.methods import method_table
+from whipstaff.server.prompts import PromptSource
+from whipstaff.server.registry import Registry
+from whipstaff.server.schema import Compiled, compile_extras
+from whipstaff.server.words import Words
+
+from .anyjson import EXTRAS
+from .serving import SHAPE, VOCABULARY, make_tokenizer
+
+TEXT = "It rains. Is it raining?"
+CFG = {"method": "cfg"}
+ADAPTERS = {name: (name, number, f"/{name}") for number, name in enumerate(("law", "math", "art"), 1)}
+MAX_LEN, MAX_SEQS = 40, 4
+
+
+TOKENIZER = make_tokenizer()
+HAVE = Catalogue(
+    Registry({}, SHAPE),
+    {"expert": 64, "anti": 20},
+    Words.of(TOKENIZER),
+    vocabulary=VOCABULARY,
+    max_len=MAX_LEN,
+    max_seqs=MAX_SEQS,
+    max_adapters=2,
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return TOKENIZER
+
+
+@pytest.fixture
+def have() -> Catalogue:
+    return HAVE
+
+
+def compiled(have: Catalogue, **fields: Any) -> Compiled:
+    made = compile_extras(fields, have)
+    assert made is not None
+    return made
+
+
+def prompt_of(tokenizer: Any, text: str = TEXT, **own: Any) -> Prompt:
+    ids = tokenizer.encode(text)
+
+    def render(messages: Any) -> list[int]:
+        found: list[int] = tokenizer.apply_chat_template(list(messages), return_dict=False)
+        return found
+
+    source = PromptSource(ids, tokenizer, True, render, written=text)
+    return Prompt(
+        **{"num_tokens": len(ids), "ids": ids, "room": MAX_LEN, "tokenizer": tokenizer, "source": source} | own
+    )
+
+
+def placed(have: Catalogue, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Compiled:
+    made = compiled(have, **fields)
+    wanted = made.wanted_scores(prompt)
+    prompt.scores.update({name: [-float(index) for index in range(len(ids) - 1)] for name, ids in wanted.items()})
+    made.place(prompt)
+    made.check(prompt.num_tokens, max_tokens, is_explicit=True)
+    return made
+
+
+def test_members_stand_in_the_order_in_which_their_mixes_count_them(
+    have: Catalogue, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_chat": True}
+    made = placed(have, prompt_of(tokenizer), decoding=[{"method": "cad", "context": "It rains. "}, chat])
+    without, as_chat = tokenizer.encode("Is it raining?"), tokenizer.encode(f"<s>user: {TEXT}\nassistant:")
+    assert made.plan.members == (Member(tuple(without)), Member(tuple(as_chat)))
+    assert made.plan.plan_of(1) is None and made.plan.plan_of(2) == RequestPlan(models=("expert",))
+    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+
+
+def test_the_receipt_tells_every_sequence(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    named = {"prompt": [5, 6, 7], "weight": -1.0, "name": "wet"}
+    said = placed(have, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt([])
+    assert said["sequences"] == [{"field": "decoding.streams[0].prompt", "prompt_tokens": 3, "name": "wet"}]
+    windowed = placed(have, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
+    assert windowed.receipt([])["decoding"][0]["from"] == 2
+    assert windowed.plan.decoding is not None and windowed.plan.decoding.mix is not None
+    assert windowed.plan.decoding.mix.window == Window(2, 8) and windowed.plan.members[0].until == 8
+
+
+def test_shorthands_are_guidance(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    entry = placed(have, prompt_of(tokenizer), decoding=[CFG | {"guidance_scale": 3.0, "negative_prompt": "dry"}])
+    short = placed(have, prompt_of(tokenizer), guidance_scale=3.0, negative_prompt="dry")
+    assert short.plan == entry.plan and short.plan.members == (Member(tuple(tokenizer.encode("dry"))),)
+    last = placed(have, prompt_of(tokenizer), guidance_scale=3.0)
+    assert last.plan.members == (Member(tuple(tokenizer.encode(TEXT)[-1:])),)
+    assert placed(have, prompt_of(tokenizer), guidance_scale=1.0).plan.members == ()
+
+
+def test_keys_are_in_the_receipt_and_the_prompt(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    sh2 = {"method": "sh2", "key_num": 20, "context": "It rains."}
+    made = placed(have, prompt_of(tokenizer), decoding=sh2)
+    (said,) = made.receipt([])["sequences"]
+    ids = tokenizer.encode("It rains.")
+    assert said["key_positions"] == [len(ids) - 1] and said["keys"] == tokenizer.decode(ids[-1:])
+    assert said["prompt"] == f"Pondering: {said['keys']}\n\nContext:{TEXT}"
+    assert made.plan.members == (Member(tuple(tokenizer.encode(said["prompt"]))),)
+
+
+def test_what_is_only_looked_at_scores_nothing(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    made = compiled(have, decoding={"method": "sh2"})
+    made.is_dry = True
+    assert made.wanted_scores(prompt_of(tokenizer)) == {}
+    made.place(prompt_of(tokenizer))
+    assert "sequences" not in made.receipt([])
+    wrong = compiled(have, decoding={"method": "sh2", "context": "It snows."})
+    wrong.is_dry = True
+    with pytest.raises(WhipstaffError) as caught:
+        wrong.place(prompt_of(tokenizer))
+    assert caught.value.param == "decoding.context"
+
+
+ENSEMBLE = {"method": "adapter_ensemble", "weights": {"law": 1.0, "math": 2.0}}
+STREAM = {"weight": 1.0, "prompt": "a"}
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "scale": ({"guidance_scale": "much"}, 400, "guidance_scale"),
+    "empty text": ({"guidance_scale": 2, "negative_prompt": ""}, 400, "negative_prompt"),
+    "no tokens": ({"negative_prompt": []}, 400, "negative_prompt"),
+    "negative token": ({"negative_prompt": [5, -1]}, 400, "negative_prompt[1]"),
+    "not a token": ({"negative_prompt": [5, "a"]}, 400, "negative_prompt[1]"),
+    "not in the vocabulary": ({"negative_prompt": [5, VOCABULARY]}, 400, "negative_prompt"),
+    "message": ({"negative_prompt": [{"role": "user"}]}, 400, "negative_prompt[0].content"),
+    "too long": ({"negative_prompt": [5] * MAX_LEN}, 400, "negative_prompt"),
+    "no room for the answer": ({"negative_prompt": [5] * (MAX_LEN - 3)}, 400, "negative_prompt"),
+    "window": ({"decoding": CFG | {"from": 4, "until": 4}}, 400, "decoding.until"),
+    "endless fade": ({"decoding": CFG | {"fade": "linear"}}, 400, "decoding.fade"),
+    "two contrasts": ({"guidance_scale": 2, "decoding": CFG}, 400, "guidance_scale"),
+    "no sum": ({"decoding": [{"method": "cad", "context": "It"}, CFG]}, 400, "decoding[1].method"),
+    "no context": ({"decoding": {"method": "cad"}}, 400, "decoding.context"),
+    "context": ({"decoding": {"method": "cad", "context": "It snows."}}, 400, "decoding.context"),
+    "nothing left": ({"decoding": {"method": "cad", "context": TEXT}}, 400, "decoding.context"),
+    "scored context": ({"decoding": {"method": "sh2", "context": "It snows."}}, 400, "decoding.context"),
+    "nothing to score": ({"decoding": {"method": "sh2", "context": "I"}}, 400, "decoding.context"),
+    "template": ({"decoding": {"method": "sh2", "template": "{prompt}"}}, 400, "decoding.template"),
+    "noise": ({"decoding": {"method": "instructive"}}, 400, "decoding.noisy_prompt"),
+    "weights": ({"decoding": {"method": "prompt_ensemble", "prompts": ["a"], "weights": [1]}}, 400, "decoding.weights"),
+    "many": ({"decoding": {"method": "prompt_ensemble", "prompts": ["a"] * MAX_SEQS}}, 422, "decoding.prompts[0]"),
+    "itself": ({"decoding": {"method": "streams", "streams": [STREAM, {"weight": 1}]}}, 400, "decoding.streams[1]"),
+    "stream's tokens": (
+        {"decoding": {"method": "streams", "streams": [STREAM | {"prompt": [10**6]}]}},
+        400,
+        "decoding.streams[0].prompt",
+    ),
+    "stream's model": (
+        {"decoding": {"method": "streams", "streams": [STREAM | {"model": "absent"}]}},
+        404,
+        "decoding.streams[0].model",
+    ),
+    "stream's model is short": (
+        {"decoding": {"method": "streams", "streams": [{"prompt": [5] * 18, "model": "anti", "weight": 1}]}},
+        400,
+        "decoding.streams[0].prompt",
+    ),
+    "stream's adapter": (
+        {"decoding": {"method": "streams", "streams": [STREAM | {"adapter": "absent"}]}},
+        404,
+        "decoding.streams[0].adapter",
+    ),
+    "stream's steering": (
+        {"decoding": {"method": "streams", "streams": [{"weight": 1, "steering": [{"vector": "absent"}]}]}},
+        404,
+        "decoding.streams[0].steering[0].vector",
+    ),
+    "adapter": ({"decoding": ENSEMBLE | {"weights": {"absent": 1}}}, 404, "decoding.weights.absent"),
+    "adapters": ({"decoding": ENSEMBLE | {"weights": dict.fromkeys(ADAPTERS, 1)}}, 422, "decoding.weights.law"),
+    "answer": ({"decoding": {"method": "forced"}}, 400, "decoding.text"),
+    "answer's tokens": ({"decoding": {"method": "forced", "ids": [VOCABULARY]}}, 400, "decoding.ids"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_named(have: Catalogue, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    fields, status, param = BAD[name]
+    with pytest.raises(WhipstaffError) as caught:
+        placed(have, prompt_of(tokenizer, adapters=ADAPTERS), **fields)
+    assert (caught.value.status, caught.value.param) == (status, param), caught.value.message
+
+
+def test_a_flag_is_named_where_one_would_help(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    many = {"method": "prompt_ensemble", "prompts": ["a"] * MAX_SEQS}
+    law = ADAPTERS["law"]
+    for server, fields, flag, own in (
+        (have, many, "--max-num-seqs", None),
+        (have, ENSEMBLE, "--max-loras", ADAPTERS["art"]),
+        (replace(have, max_adapters=0), ENSEMBLE, "--enable-lora", None),
+    ):
+        with pytest.raises(WhipstaffError, match=flag) as caught:
+            placed(server, prompt_of(tokenizer, adapters=ADAPTERS, adapter=own), decoding=fields)
+        assert caught.value.status == 422
+    made = placed(have, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
+    assert [member.adapter for member in made.plan.members] == [law, ADAPTERS["math"]]
+
+
+def test_longer_texts_than_the_model_takes_are_not_scored(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    made, prompt = compiled(have, decoding={"method": "sh2"}), prompt_of(tokenizer, "a b c d " * MAX_LEN)
+    with pytest.raises(WhipstaffError, match="at most 39") as caught:
+        made.wanted_scores(prompt)
+    assert caught.value.param == "decoding.method"
+
+
+def test_a_prompt_of_more_than_text_has_no_others(have: Catalogue) -> None:
+    with pytest.raises(WhipstaffError) as caught:
+        compiled(have, decoding=CFG).place(Prompt(9, None, MAX_LEN, None))
+    assert caught.value.param == "decoding.method"
+
+
+def test_room_is_counted_until_a_sequence_is_not_needed(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    long = [5] * (MAX_LEN - 6)
+    assert placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 4})
+    with pytest.raises(WhipstaffError, match="room for 6"):  # two steps are under way when a sequence is let go
+        placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
+    made = compiled(have, guidance_scale=2.0, negative_prompt=long)
+    made.place(prompt_of(tokenizer))
+    assert made.check(9, 30, is_explicit=False) == 6
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_prompts_are_scored_by_the_base_only(have: Catalogue, scores: bool) -> None:
+    for fields in ({"guidance_scale": 2.0}, {"guidance_scale": 2.0, "logprobs_source": "base"}):
+        made = compiled(have, **fields)
+        if scores and "logprobs_source" not in fields:
+            with pytest.raises(WhipstaffError, match="forced") as caught:
+                made.check_logprobs(scores)
+            assert caught.value.param == "guidance_scale"
+        else:
+            made.check_logprobs(scores)
+
+
+def test_what_is_forced_follows_no_grammar(have: Catalogue) -> None:
+    made = compiled(have, decoding=[{"method": "forced", "ids": [5]}])
+    made.check_grammar(False)
+    with pytest.raises(WhipstaffError) as caught:
+        made.check_grammar(True)
+    assert caught.value.param == "decoding[0].method"
+
+
+def test_adapters_need_a_flag_in_the_method_table(have: Catalogue) -> None:
+    for server, reason in ((have, None), (replace(have, max_adapters=0), "start the server with --enable-lora")):
+        (row,) = (row for row in method_table(server) if row["name"] == "adapter_ensemble")
+        assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(fields=EXTRAS)
+def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
+    made = None
+    try:
+        made = compile_extras(fields, HAVE)
+        if made is not None:
+            made = placed(HAVE, prompt_of(TOKENIZER, adapters=ADAPTERS), **fields)
+    except WhipstaffError as error:
+        assert 400 <= error.status < 500 and error.param is not None
+        json.dumps(error.body(), ensure_ascii=False, allow_nan=False).encode()
+        return
+    if made is not None:
+        json.dumps(made.receipt([]), ensure_ascii=False, allow_nan=False).encode()
+        assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan

@@ -1,0 +1,395 @@
+"""Requests of several sequences over HTTP: every token is the best of the same sum in transformers."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from whipstaff.steering import artifacts
+
+from .serving import MAX_LEN, MAX_SEQS, MODEL, Server, serving
+
+pytestmark = pytest.mark.engine
+
+PROMPT = "import os\n\ndef main(argv):\n    return"
+NEGATIVE = "class Nothing:\n    pass"
+NUM_TOKENS = 12
+NEAR = 1e-3  # of log-scores: two tokens that near may change places between float32 implementations
+Post = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(server.models["base"])
+
+
+@pytest.fixture(scope="module")
+def complete(http: httpx.Client) -> Post:
+    """A greedy completion, or what the arguments make of it."""
+
+    def post(prompt: Any = PROMPT, **fields: Any) -> dict[str, Any]:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+        response = http.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def chat(http: httpx.Client) -> Post:
+    def post(content: str, **fields: Any) -> dict[str, Any]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": NUM_TOKENS}
+        more = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        response = http.post("/v1/chat/completions", json=body | more | fields)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    return post
+
+
+def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
+    found: list[int] = answer["choices"][choice]["token_ids"]
+    return found
+
+
+class Reference:
+    """Plain models, one sequence, everything computed at once."""
+
+    def __init__(self, server: Server) -> None:
+        self.models = {
+            name: LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            for name, path in server.models.items()
+        }
+        self.tokenizer = AutoTokenizer.from_pretrained(server.models["base"])
+        self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
+
+    @torch.inference_mode()
+    def logits(self, prompt: Any, answer: list[int], model: str = "base", push: float = 0.0) -> Tensor:
+        """(T, V) that each of the answer's tokens is chosen from; `push` edits from the prompt's last token on."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        handles = [
+            self.models[model].model.layers[layer].register_forward_hook(_adds(push * parts["add"], len(ids) - 1))
+            for (_, layer), parts in (self.push.tensors.items() if push else ())
+        ]
+        try:
+            return self.models[model](torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def log_p(self, *args: Any, **own: Any) -> Tensor:
+        return self.logits(*args, **own).log_softmax(-1)
+
+    def chat(self, content: str) -> list[int]:
+        found: list[int] = self.tokenizer.encode(f"<s>user: {content}\nassistant:")
+        return found
+
+
+def _adds(vector: Tensor, start: int) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        (output[0] if isinstance(output, tuple) else output)[:, start:] += vector
+        return output
+
+    return hook
+
+
+@pytest.fixture(scope="module")
+def reference(server: Server) -> Reference:
+    return Reference(server)
+
+
+def assert_best(answer: dict[str, Any], score: Callable[[list[int]], Tensor], choice: int = 0) -> None:
+    """Every token has the best score, given those before it, ties apart."""
+    said = tokens(answer, choice)
+    assert len(said) == NUM_TOKENS
+    scores = score(said)
+    gaps = scores.amax(-1) - scores[torch.arange(len(said)), said]
+    assert float(gaps.max()) < NEAR, gaps.tolist()
+
+
+@pytest.mark.parametrize("kind", ["text", "ids", "messages", "none"])
+def test_guidance_away_from_another_prompt(
+    complete: Post, reference: Reference, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    ids = tokenizer.encode(NEGATIVE)
+    sent, other = {
+        "text": (NEGATIVE, ids),
+        "ids": (ids, ids),
+        "messages": ([{"role": "user", "content": NEGATIVE}], reference.chat(NEGATIVE)),
+        "none": (None, tokenizer.encode(PROMPT)[-1:]),
+    }[kind]
+    answer = complete(guidance_scale=2.5, **({} if sent is None else {"negative_prompt": sent}))
+    assert_best(answer, lambda said: 2.5 * reference.log_p(PROMPT, said) - 1.5 * reference.log_p(other, said))
+    assert [one["prompt_tokens"] for one in answer["whipstaff"]["sequences"]] == [len(other)]
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(PROMPT))
+    assert tokens(answer) != tokens(complete())
+
+
+def test_guidance_of_a_chat(chat: Post, reference: Reference) -> None:
+    """A text takes the last user message's place."""
+    answer = chat("Why?", guidance_scale=0.4, negative_prompt="Why not?")
+    prompts = reference.chat("Why?"), reference.chat("Why not?")
+    assert_best(answer, lambda said: 0.4 * reference.log_p(prompts[0], said) + 0.6 * reference.log_p(prompts[1], said))
+
+
+@pytest.mark.parametrize(
+    "how", [{"context": "import os\n\n"}, {"prompt_without": PROMPT.removeprefix("import os\n\n")}]
+)
+def test_context_counts_for_more(complete: Post, reference: Reference, how: dict[str, str]) -> None:
+    answer = complete(decoding={"method": "cad", "alpha": 1.0, **how})
+    without = PROMPT.removeprefix("import os\n\n")
+    assert_best(answer, lambda said: 2 * reference.logits(PROMPT, said) - reference.logits(without, said))
+
+
+def test_hard_tokens_are_shown_again(complete: Post, reference: Reference) -> None:
+    answer = complete(decoding={"method": "sh2", "alpha": 1.6, "key_num": 20, "placement": "append", "before": "    "})
+    (said_of,) = answer["whipstaff"]["sequences"]
+    ids = reference.tokenizer.encode(PROMPT)
+    log_p = reference.log_p(ids[:1], ids[1:])[torch.arange(len(ids) - 1), ids[1:]]
+    hardest = log_p.topk(max(int(0.2 * len(log_p)), 1), largest=False).indices + 1
+    assert said_of["key_positions"] == sorted(hardest.tolist())
+    assert said_of["keys"] == reference.tokenizer.decode([ids[position] for position in said_of["key_positions"]])
+    shown = PROMPT.replace("    ", f"\nPondering: {said_of['keys']}    ")
+    assert said_of["prompt"] == shown
+    assert_best(answer, lambda said: 2.6 * reference.log_p(shown, said) - 1.6 * reference.log_p(PROMPT, said))
+
+
+def test_an_expert_sees_a_chat(complete: Post, reference: Reference) -> None:
+    pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_chat": True}
+    assert_best(
+        complete(decoding=pair),
+        lambda said: (
+            reference.logits(PROMPT, said)
+            + reference.logits(reference.chat(PROMPT), said, model="expert")
+            - reference.logits(PROMPT, said, model="anti")
+        ),
+    )
+
+
+def test_away_from_a_noisy_instruction(complete: Post, reference: Reference) -> None:
+    answer = complete(decoding={"method": "instructive", "noisy_prompt": NEGATIVE, "epsilon": 0.6})
+    assert_best(answer, lambda said: reference.logits(PROMPT, said) - 0.6 * reference.logits(NEGATIVE, said))
+
+
+@pytest.mark.parametrize("space", ["probability", "log"])
+def test_prompts_agree(complete: Post, reference: Reference, space: str) -> None:
+    others, weights = [NEGATIVE, "def f(x):"], [1.0, 2.0, 1.0]
+    answer = complete(decoding={"method": "prompt_ensemble", "prompts": others, "weights": weights, "space": space})
+
+    def score(said: list[int]) -> Tensor:
+        rows = torch.stack([reference.log_p(prompt, said) for prompt in (PROMPT, *others)])
+        shares = torch.tensor(weights)[:, None, None] / sum(weights)
+        return (shares * rows.exp()).sum(0).log() if space == "probability" else (shares * rows).sum(0)
+
+    assert_best(answer, score)
+
+
+def test_steering_is_a_stream(complete: Post, reference: Reference) -> None:
+    """A steered copy of the prompt against an unsteered one, beside an auxiliary model that reads another prompt."""
+    named = [
+        {"weight": 1.5, "steering": {"vector": "push", "scale": 0.05}, "name": "pushed"},
+        {"weight": -1.5, "steering": []},
+        {"weight": 0.5, "model": "expert", "prompt": NEGATIVE, "temperature": 2.0},
+        {"weight": -0.25, "model": "anti"},
+    ]
+    answer = complete(decoding={"method": "streams", "streams": named})
+    assert_best(
+        answer,
+        lambda said: (
+            reference.logits(PROMPT, said)
+            + 1.5 * reference.logits(PROMPT, said, push=0.05)
+            - 1.5 * reference.logits(PROMPT, said)
+            + 0.25 * reference.logits(NEGATIVE, said, model="expert")
+            - 0.25 * reference.logits(PROMPT, said, model="anti")
+        ),
+    )
+    assert [one.get("name") for one in answer["whipstaff"]["sequences"]] == ["pushed", None, None]
+
+
+def test_the_requests_own_steering_is_its_own_streams(complete: Post, reference: Reference) -> None:
+    answer = complete(steering={"vector": "push", "scale": 0.05}, guidance_scale=2.0, negative_prompt=NEGATIVE)
+    assert_best(answer, lambda said: 2 * reference.log_p(PROMPT, said, push=0.05) - reference.log_p(NEGATIVE, said))
+
+
+def test_sums_of_two_methods(complete: Post, reference: Reference) -> None:
+    both = [
+        {"method": "cad", "alpha": 0.5, "prompt_without": NEGATIVE},
+        {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "antiexpert_prompt": NEGATIVE},
+    ]
+    assert_best(
+        complete(decoding=both),
+        lambda said: (
+            1.5 * reference.logits(PROMPT, said)
+            - 0.5 * reference.logits(NEGATIVE, said)
+            + reference.logits(PROMPT, said, model="expert")
+            - reference.logits(NEGATIVE, said, model="anti")
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "gain"),
+    [
+        ({"from": 2}, lambda num: float(num >= 2)),
+        ({"until": 5}, lambda num: float(num < 5)),
+        ({"from": 1, "until": 9, "fade": "linear"}, lambda num: (1 - (num - 1) / 8) * (1 <= num < 9)),
+    ],
+)
+def test_guidance_for_a_while(
+    complete: Post, reference: Reference, window: dict[str, Any], gain: Callable[[int], float]
+) -> None:
+    answer = complete(decoding={"method": "cfg", "guidance_scale": 4.0, "negative_prompt": NEGATIVE, **window})
+
+    def score(said: list[int]) -> Tensor:
+        own, other = reference.log_p(PROMPT, said), reference.log_p(NEGATIVE, said)
+        share = torch.tensor([gain(num) for num in range(len(said))])[:, None]
+        return own + share * 3.0 * (own - other)
+
+    assert_best(answer, score)
+
+
+def test_log_probabilities_and_explanations_tell_the_streams(complete: Post, reference: Reference) -> None:
+    answer = complete(
+        guidance_scale=2.0, negative_prompt=NEGATIVE, logprobs=2, explain={"top": 2}, return_tokens_as_token_ids=True
+    )
+    said = tokens(answer)
+    own, other = reference.log_p(PROMPT, said), reference.log_p(NEGATIVE, said)
+    guided = (2 * own - other).log_softmax(-1)
+    told = answer["choices"][0]["logprobs"]["token_logprobs"]
+    index = torch.arange(len(said)), torch.tensor(said)
+    assert told == pytest.approx(guided[index].tolist(), abs=NEAR)
+    explained = answer["choices"][0]["explain"]
+    for name, rows in (("base", own), ("final", guided)):
+        assert [one[name]["logprob"] for one in explained] == pytest.approx(rows[index].tolist(), abs=NEAR)
+    streams = [one["streams"] for one in explained]
+    assert all(one.keys() == {"negative_prompt"} for one in streams)
+    assert [one["negative_prompt"]["logprob"] for one in streams] == pytest.approx(other[index].tolist(), abs=NEAR)
+
+
+def test_answers_are_scored_by_saying_them(complete: Post, reference: Reference) -> None:
+    said = reference.tokenizer.encode(" None  # of several prompts")
+    guidance = {"method": "cfg", "guidance_scale": 2.0, "negative_prompt": NEGATIVE}
+    forced = {"method": "forced", "text": " None  # of several prompts"}
+    answer = complete(decoding=[guidance, forced], max_tokens=len(said), logprobs=0)
+    assert tokens(answer) == said
+    guided = (2 * reference.log_p(PROMPT, said) - reference.log_p(NEGATIVE, said)).log_softmax(-1)
+    expected = guided[torch.arange(len(said)), said]
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(expected.tolist(), abs=NEAR)
+
+
+def test_streaming_says_the_same(http: httpx.Client, complete: Post) -> None:
+    fields = {"guidance_scale": 2.0, "negative_prompt": NEGATIVE}
+    whole = complete(**fields)
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    response = http.post("/v1/completions", json=body | fields | {"stream": True})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line) for line in lines]
+    assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == whole["choices"][0]["text"]
+    (receipt,) = [chunk["whipstaff"] for chunk in chunks if "whipstaff" in chunk]
+    assert receipt["sequences"] == whole["whipstaff"]["sequences"]
+
+
+def test_seeds_and_several_answers(complete: Post) -> None:
+    """With a member that weighs nothing a seed draws what it draws for a plain request."""
+    drawn = {"temperature": 1.0, "seed": 5}
+    nothing = {"decoding": {"method": "streams", "streams": [{"prompt": NEGATIVE, "weight": 0.0}]}}
+    assert tokens(complete(**drawn)) == tokens(complete(**drawn, **nothing))
+    guided = {"guidance_scale": 2.0, "negative_prompt": NEGATIVE}
+    several = complete(n=3, **drawn, **guided)
+    again = complete(n=3, **drawn, **guided)
+    answers = [tokens(several, choice) for choice in range(3)]
+    assert answers == [tokens(again, choice) for choice in range(3)] and answers[0] != answers[1]
+    assert len(several["whipstaff"]["sequences"]) == 1
+
+
+def test_several_prompts_of_one_request(complete: Post, reference: Reference) -> None:
+    answer = complete([PROMPT, "class A:"], guidance_scale=2.0)
+    for choice, prompt in enumerate((PROMPT, "class A:")):
+        last = reference.tokenizer.encode(prompt)[-1:]
+
+        def score(said: list[int], prompt: str = prompt, last: list[int] = last) -> Tensor:
+            return 2 * reference.log_p(prompt, said) - reference.log_p(last, said)
+
+        assert_best(answer, score, choice)
+    assert len(answer["whipstaff"]["sequences"]) == 2
+
+
+def test_stop_strings_and_grammars_end_the_group(complete: Post) -> None:
+    fields = {"guidance_scale": 2.0, "negative_prompt": NEGATIVE}
+    text = complete(**fields)["choices"][0]["text"]
+    stop = text[len(text) // 2 :][:2]
+    assert complete(**fields, stop=[stop])["choices"][0]["text"] == text[: text.index(stop)]
+    choices = ["left", "right"]
+    assert complete(**fields, structured_outputs={"choice": choices}, ignore_eos=False)["choices"][0]["text"] in choices
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "a prompt's scores": ({"guidance_scale": 2, "echo": True, "logprobs": 1}, 400, "guidance_scale"),
+    "scores of a prompt": ({"guidance_scale": 2, "prompt_logprobs": 1}, 400, "guidance_scale"),
+    "too many": (
+        {"decoding": {"method": "prompt_ensemble", "prompts": ["a"] * MAX_SEQS}}, 422, "decoding.prompts[0]"
+    ),
+    "too long": ({"guidance_scale": 2, "negative_prompt": [5] * (MAX_LEN + 1)}, 400, "negative_prompt"),
+    "no room": ({"guidance_scale": 2, "negative_prompt": [5] * (MAX_LEN - 5)}, 400, "negative_prompt"),
+    "vocabulary": ({"guidance_scale": 2, "negative_prompt": [10**6]}, 400, "negative_prompt"),
+    "no adapters": (
+        {"decoding": {"method": "adapter_ensemble", "weights": {"a": 1}}}, 422, "decoding.weights.a"
+    ),
+    "context": ({"decoding": {"method": "cad", "context": "It snows."}}, 400, "decoding.context"),
+    "soft prompt": (
+        {"decoding": {"method": "streams", "streams": [{"weight": 1, "steering": [{"vector": "soft"}]}]}},
+        400,
+        "decoding.streams[0].steering[0].vector",
+    ),
+    "grammar": (
+        {"decoding": {"method": "forced", "text": "a"}, "structured_outputs": {"choice": ["a"]}},
+        400,
+        "decoding.method",
+    ),
+    "no sum": (
+        {"guidance_scale": 2, "decoding": [{"method": "cad", "context": "import"}]}, 400, "guidance_scale"
+    ),
+    "beam search": ({"guidance_scale": 2, "use_beam_search": True}, 400, "use_beam_search"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_by_its_field(http: httpx.Client, name: str) -> None:
+    fields, status, param = REFUSED[name]
+    for path in ("/v1/completions", "/v1/steering/validate"):
+        response = http.post(path, json={"model": MODEL, "prompt": PROMPT, "max_tokens": NUM_TOKENS, **fields})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (status, param), error
+
+
+def test_validation_tells_the_sequences(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "guidance_scale": 2, "negative_prompt": NEGATIVE}
+    plan = http.post("/v1/steering/validate", json=body).json()["plan"]
+    assert [one["field"] for one in plan["sequences"]] == ["negative_prompt"]
+
+
+def test_nothing_is_left(http: httpx.Client) -> None:
+    series = http.get("/metrics").text.splitlines()
+    gauges = dict(line.split() for line in series if line.startswith("whipstaff_") and "{" not in line)
+    assert float(gauges["whipstaff_companions_running"]) == 0 == float(gauges["whipstaff_groups_half_scheduled_total"])
