@@ -416,7 +416,9 @@ class Decoder:
         calls = self._calls(places, (stage,))
         for found in (part for call in calls for part in _parts(call, logits.shape[1])):
             call = self._call(found, logits, others or {}, hidden)
-            logits[call.rows] = call.method.rewrite(call.given, call.settings)
+            rewritten = call.method.rewrite(call.given, call.settings)
+            if rewritten is not logits:
+                logits[call.rows] = rewritten
             if self._snapshot is not None:
                 self._snapshot.note_facts([place.row for place, _ in found], call.given.facts)
             if call.given.state is not None:
@@ -445,7 +447,7 @@ class Decoder:
         slots = self._sent([place.request.slot for place in places]) if places[0].request.slot >= 0 else None
         hidden = self._hidden if hidden is None else hidden
         given = Rows(
-            logits[rows],
+            logits if len(places) == len(logits) else logits[rows],  # all of them need no copy
             [place.request.num_prompt for place in places],
             [place.num_generated for place in places],
             streams={
