@@ -20,8 +20,8 @@ TORCH = "torch==2.13.0+cpu"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 RUNTIME = ["pydantic-settings"]
 DEV = ["triton", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"]
-# Most of what lm_eval requires is for tasks that no test here runs; these two are what it imports.
-LM_EVAL, LM_EVAL_IMPORTS = "lm_eval==0.4.13", ["datasets", "sacrebleu"]
+# Most of what lm_eval requires is for tasks that no test here runs; these are what it imports.
+LM_EVAL, LM_EVAL_IMPORTS = "lm_eval==0.4.13", ["datasets", "sacrebleu", "tenacity"]
 HEADER = "# Written by requirements/relock.py. Install with: pip install --no-deps --require-hashes -r <this file>\n"
 
 

@@ -34,5 +34,5 @@ class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits = rows.logits
-        is_rare = logits.softmax(1) < rows.column(params.epsilon for params in settings)
-        return logits.masked_fill_(is_rare & (logits < logits.amax(1, keepdim=True)), -torch.inf)
+        p, epsilon = logits.softmax(1), rows.column(params.epsilon for params in settings)
+        return logits.masked_fill_(p < torch.minimum(epsilon, p.amax(1, keepdim=True)), -torch.inf)

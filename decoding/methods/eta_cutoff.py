@@ -38,5 +38,5 @@ class EtaCutoff(Rewriting[EtaCutoffParams]):
         logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)
         flat = rows.column(math.sqrt(params.epsilon) for params in settings)
         least = torch.minimum(epsilon, flat * (-explain_rows(logits).entropy[:, None]).exp())
-        is_rare = (logits.softmax(1) < least) & (logits < logits.amax(1, keepdim=True))
-        return logits.masked_fill_(is_rare, -torch.inf)
+        p = logits.softmax(1)
+        return logits.masked_fill_(p < torch.minimum(least, p.amax(1, keepdim=True)), -torch.inf)

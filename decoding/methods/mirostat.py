@@ -42,9 +42,10 @@ class Mirostat(Rewriting[MirostatParams]):
         logits, mu = rows.logits, rows.state
         start = rows.column(2 * params.tau for params in settings)
         mu.copy_(torch.where(mu.isnan(), start, mu))
-        is_on = rows.column(params.mode == 2 for params in settings) > 0
-        is_odd = (_bits(logits) > mu) & (logits < logits.amax(1, keepdim=True))
-        return logits.masked_fill_(is_odd & is_on, -torch.inf)
+        p = logits.softmax(1)
+        least = torch.minimum((-mu).exp2(), p.amax(1, keepdim=True))  # the best token stays
+        least = least * rows.column(params.mode == 2 for params in settings)
+        return logits.masked_fill_(p < least, -torch.inf)
 
     def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
         assert rows.state is not None

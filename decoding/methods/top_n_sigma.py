@@ -34,9 +34,11 @@ class TopNSigma(Rewriting[TopNSigmaParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, n = rows.logits, rows.column(params.n for params in settings)
-        is_allowed = logits > -torch.inf
-        num = is_allowed.sum(1, keepdim=True)
-        mean = torch.where(is_allowed, logits, 0).sum(1, keepdim=True) / num
-        deviation = (torch.where(is_allowed, logits - mean, 0).square().sum(1, keepdim=True) / num).sqrt()
-        is_far = logits < logits.amax(1, keepdim=True) - n * deviation
-        return logits.masked_fill_(is_far & (n > 0), -torch.inf)
+        best = logits.amax(1, keepdim=True)
+        below = (best - logits).nan_to_num_(nan=0.0, posinf=0.0)  # 0 where banned, which adds nothing to the sums
+        num = (logits > -torch.inf).sum(1, keepdim=True)
+        mean = below.sum(1, keepdim=True) / num
+        square = torch.linalg.vector_norm(below, dim=1, keepdim=True).square() / num
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        least = (best - n * deviation).masked_fill(n <= 0, -torch.inf)
+        return logits.masked_fill_(logits < least, -torch.inf)

@@ -15,6 +15,8 @@ from torch import Tensor
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 class XtcParams(Params):
     """How often, and what counts as likely."""
@@ -36,8 +38,7 @@ class Xtc(Rewriting[XtcParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.uniform is not None
         logits = rows.logits
-        is_likely = logits.softmax(1) >= rows.column(params.threshold for params in settings)
-        is_likely &= logits > -torch.inf
-        least = logits.masked_fill(~is_likely, torch.inf).amin(1, keepdim=True)
+        threshold = rows.column(params.threshold for params in settings).clamp(min=_TINY)  # a banned token has p = 0
+        least = logits.masked_fill(logits.softmax(1) < threshold, torch.inf).amin(1, keepdim=True)
         happens = rows.uniform[:, None] < rows.column(params.probability for params in settings)
-        return logits.masked_fill_(is_likely & (logits > least) & happens, -torch.inf)
+        return logits.masked_fill_(logits > least.masked_fill(~happens, torch.inf), -torch.inf)

@@ -260,8 +260,8 @@ class Decoder:
             self._snapshot = Snapshot(explained, logits)
             self._note_streams(self._snapshot, logits, others)
         if undecoded := [place.row for place in self._places if place.request.plan.scores_base]:
-            rows = self._sent(undecoded)
-            self._undecoded = rows, logits[rows].to(torch.float32)
+            told = self._sent(undecoded)
+            self._undecoded = told, logits[told].to(torch.float32)
         decoded = self._decoded(logits, self._places, self._view.members, others, hidden)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)

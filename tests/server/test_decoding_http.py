@@ -283,7 +283,7 @@ def test_a_grammar_holds_whatever_methods_want(chat: Post, complete: Post) -> No
 
 
 def test_penalties_and_biases_come_after_the_mix_and_the_rules(complete: Post) -> None:
-    for entries in (SIX[:2], [DOLA], [CO_LLM]):
+    for entries in (SIX[:2], [DOLA | {"relative_top": 0}], [CO_LLM]):
         free = tokens_of(complete(decoding=entries))
         assert tokens_of(complete(decoding=entries, logit_bias={"77": 1000})) == [77] * NUM_TOKENS
         assert free[0] not in tokens_of(complete(decoding=entries, logit_bias={str(free[0]): -100}))
@@ -591,7 +591,7 @@ def test_lm_eval_scores_as_transformers_does(
     right = 0
     for sample in found["samples"]["lines"]:
         said = [response[0][0] for response in sample["resps"]]
-        expected = [reference.score(*sample["arguments"][i].values(), preset) for i in range(3)]
+        expected = [reference.score(*arguments, preset) for arguments in sample["arguments"]]
         assert said == pytest.approx(expected, abs=0.02)
         right += expected.index(max(expected)) == sample["target"]
     assert found["results"]["lines"]["acc,none"] == right / len(QUESTIONS)
