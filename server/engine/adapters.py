@@ -1,7 +1,7 @@
 """LoRA adapters beside requests without one: two things that vLLM 0.32 leaves undone.
 
-Until its first step, which token uses which adapter is uninitialised memory, and whoever embeds a token reads it. And on
-a CPU, in a step where some tokens use an adapter, those that use none (index -1) get the one in the last slot.
+Until the first step, which token uses which adapter is uninitialised memory, and whoever embeds a token reads it. And
+on a CPU, in a step where some tokens use an adapter, those that use none (index -1) get the one in the last slot.
 """
 
 from typing import Any
