@@ -49,11 +49,6 @@ class Mirostat(Rewriting[MirostatParams]):
 
     def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
         assert rows.state is not None
-        surprise = _bits(rows.logits).gather(1, sampled[:, None])
+        surprise = rows.logits.log_softmax(1).gather(1, sampled[:, None]) / -math.log(2)
         excess = surprise - rows.column(params.tau for params in settings)
         rows.state.sub_(rows.column(params.eta for params in settings) * excess)
-
-
-def _bits(logits: Tensor) -> Tensor:
-    """(R, V) how surprising each token is."""
-    return -logits.log_softmax(1) / math.log(2)

@@ -392,7 +392,7 @@ class Decoder:
         """Let methods with state learn what was drawn: (B,) from the logits that `before_draw` gave."""
         self._is_drawn = True
         for call in self._noted:
-            call.given.logits = logits[call.rows]
+            call.given.logits = _taken(logits, call.rows)
             call.method.note(call.given, call.settings, sampled.flatten()[call.rows].long())
             self._keep_state(call)
         self._noted = []
@@ -447,7 +447,7 @@ class Decoder:
         slots = self._sent([place.request.slot for place in places]) if places[0].request.slot >= 0 else None
         hidden = self._hidden if hidden is None else hidden
         given = Rows(
-            logits if len(places) == len(logits) else logits[rows],  # all of them need no copy
+            _taken(logits, rows),
             [place.request.num_prompt for place in places],
             [place.num_generated for place in places],
             streams={
@@ -500,6 +500,11 @@ class Decoder:
         if made.dtype == torch.float64:
             made = made.to(torch.float32)
         return made.to(self._device, non_blocking=True)
+
+
+def _taken(logits: Tensor, rows: Tensor) -> Tensor:
+    """Some rows, in order; all of them without a copy."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _parts(found: list[tuple[Place, Applied]], vocabulary: int) -> Iterator[list[tuple[Place, Applied]]]:

@@ -547,7 +547,7 @@ QUESTIONS = [
         "choices": ["open(path)", "self.close()", "import os"],
         "answer": 0,
     },
-    {"question": "for line in lines:\n   ", "choices": ["print(line)", "def main", "raise"], "answer": 0},
+    {"question": "for line in lines:", "choices": ["print(line)", "def main", "raise"], "answer": 0},
     {"question": "import os, sys,", "choices": ["return None", "re", "class A:"], "answer": 1},
     {"question": "try:\n    main()\nexcept", "choices": ["while", "[0]", "ValueError:"], "answer": 2},
     {"question": "if x is not None: return", "choices": ["x", "elif", "yield from"], "answer": 0},
@@ -578,7 +578,7 @@ def test_lm_eval_scores_as_transformers_does(
     monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
     from lm_eval.evaluator import evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
 
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     data = {"data_files": {"test": str(tmp_path / "lines.jsonl")}, "cache_dir": str(tmp_path)}
@@ -588,7 +588,7 @@ def test_lm_eval_scores_as_transformers_does(
         tokenizer=server.models["base"],
         tokenizer_backend="huggingface",
     )
-    task = get_task_dict([TASK | {"dataset_kwargs": data}], TaskManager(include_defaults=False))
+    task = TaskManager(include_defaults=False).load([TASK | {"dataset_kwargs": data}])["tasks"]
     found = evaluate(model, task, bootstrap_iters=0, log_samples=True)
     right = 0
     for sample in found["samples"]["lines"]:
