@@ -174,6 +174,7 @@ async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def note(ratios: dict[str, list[float]], name: str, value: float) -> None:
     ratios.setdefault(name, []).append(value)
+    print(json.dumps({"what": name, "round": len(ratios[name]), "value": value}), flush=True)
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 RANK, ALPHA = 4, 8
+Lora = dict[str, tuple[Tensor, Tensor]]  # module name -> A (RANK, in) and B (out, RANK)
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 
-def random_lora(model: torch.nn.Module, seed: int, size: float = 0.2) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> A (RANK, in) and B (out, RANK)."""
+def random_lora(model: torch.nn.Module, seed: int, size: float = 0.2) -> Lora:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
@@ -25,7 +25,7 @@ def random_lora(model: torch.nn.Module, seed: int, size: float = 0.2) -> dict[st
     }
 
 
-def save_lora(folder: Path, lora: dict[str, tuple[Tensor, Tensor]]) -> str:
+def save_lora(folder: Path, lora: Lora) -> str:
     folder.mkdir()
     said = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(said | {"target_modules": list(TARGETS)}))
@@ -37,7 +37,7 @@ def save_lora(folder: Path, lora: dict[str, tuple[Tensor, Tensor]]) -> str:
     return str(folder)
 
 
-def merged(model: torch.nn.Module, lora: dict[str, tuple[Tensor, Tensor]]) -> torch.nn.Module:
+def merged(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     """A copy of the model with an adapter in its weights."""
     found = copy.deepcopy(model)
     for name, (down, up) in lora.items():

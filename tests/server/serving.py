@@ -31,6 +31,7 @@ MAX_SEQS = 16  # sequences at once, and slots for configurations
 START_PATIENCE, STOP_PATIENCE = 240, 30  # seconds
 HIDDEN, LAYERS, HEADS = 128, 3, 4
 FEATURES = 9  # of the sparse autoencoder
+BASE = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
 )
@@ -78,9 +79,8 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast | None, seed: in
 def save_models(folder: Path) -> dict[str, str]:
     """The base, a pair for proxy-tuning and a model with a shorter context: name -> path."""
     tokenizer = make_tokenizer()
-    base = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     return {
-        "base": save_llama(folder / "base", tokenizer, 0, **base),
+        "base": save_llama(folder / "base", tokenizer, 0, **BASE),
         "expert": save_llama(folder / "expert", tokenizer, 1),
         "anti": save_llama(folder / "anti", tokenizer, 2),
         "short": save_llama(folder / "short", tokenizer, 3, max_position_embeddings=SHORT_LEN),

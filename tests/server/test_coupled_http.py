@@ -8,12 +8,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from loras import Lora, merged, random_lora, save_lora
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.steering import artifacts
 
-from .serving import MAX_LEN, MAX_SEQS, MODEL, Server, serving
+from .serving import BASE, MAX_LEN, MAX_SEQS, MODEL, VOCABULARY, Server, serving
 
 pytestmark = pytest.mark.engine
 
@@ -25,8 +26,18 @@ Post = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as running:
+def loras() -> dict[str, Lora]:
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, intermediate_size=2 * BASE["hidden_size"], **BASE))
+    return {name: random_lora(shapes, seed) for seed, name in enumerate(("law", "math"))}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, loras: dict[str, Lora]) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    modules = [f"{name}={save_lora(folder / name, lora)}" for name, lora in loras.items()]
+    flags = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *modules)
+    with serving(folder, *flags) as running:
         yield running
 
 
@@ -115,8 +126,10 @@ def _adds(vector: Tensor, start: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reference(server: Server) -> Reference:
-    return Reference(server)
+def reference(server: Server, loras: dict[str, Lora]) -> Reference:
+    found = Reference(server)
+    found.models |= {name: merged(found.models["base"], lora) for name, lora in loras.items()}
+    return found
 
 
 def assert_best(answer: dict[str, Any], score: Callable[[list[int]], Tensor], choice: int = 0) -> None:
@@ -225,6 +238,20 @@ def test_steering_is_a_stream(complete: Post, reference: Reference) -> None:
         ),
     )
     assert [one.get("name") for one in answer["whipstaff"]["sequences"]] == ["pushed", None, None]
+
+
+def test_adapters_agree(complete: Post, reference: Reference) -> None:
+    """Of a request to the base model, and of one to an adapter."""
+    ensemble = {"method": "adapter_ensemble", "weights": {"law": 1.0, "math": 3.0}}
+    for own in ("base", "law"):
+        assert_best(
+            complete(decoding=ensemble, model=MODEL if own == "base" else own),
+            lambda said, own=own: (  # type: ignore[misc]
+                0.5 * reference.logits(PROMPT, said, model=own)
+                + 0.125 * reference.logits(PROMPT, said, model="law")
+                + 0.375 * reference.logits(PROMPT, said, model="math")
+            ),
+        )
 
 
 def test_the_requests_own_steering_is_its_own_streams(complete: Post, reference: Reference) -> None:
@@ -353,8 +380,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "too long": ({"guidance_scale": 2, "negative_prompt": [5] * (MAX_LEN + 1)}, 400, "negative_prompt"),
     "no room": ({"guidance_scale": 2, "negative_prompt": [5] * (MAX_LEN - 5)}, 400, "negative_prompt"),
     "vocabulary": ({"guidance_scale": 2, "negative_prompt": [10**6]}, 400, "negative_prompt"),
-    "no adapters": (
-        {"decoding": {"method": "adapter_ensemble", "weights": {"a": 1}}}, 422, "decoding.weights.a"
+    "unknown adapter": (
+        {"decoding": {"method": "adapter_ensemble", "weights": {"a": 1}}}, 404, "decoding.weights.a"
     ),
     "context": ({"decoding": {"method": "cad", "context": "It snows."}}, 400, "decoding.context"),
     "soft prompt": (
