@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,14 +225,14 @@ def _tables(
     slots: Sequence[_Slot], masks: Sequence[tuple[int, int, Mix]], num_rows: int, device: torch.device
 ) -> list[Tensor | None]:
     """What `mix_logits_` takes after the streams; made on the host, then sent."""
-    rows = torch.full((num_rows, len(slots)), -1, dtype=torch.int32)
-    weights = torch.zeros(num_rows, len(slots))
-    temperatures, is_log = torch.ones_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+    shape = num_rows, len(slots)
+    rows, is_log = np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
+    weights, alphas = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    temperatures, top_ps = np.ones(shape, np.float32), np.ones(shape, np.float32)
     for column, slot in enumerate(slots):
         for row, (source, term) in slot.terms.items():
             rows[row, column], weights[row, column] = source, term.weight
             temperatures[row, column], is_log[row, column] = term.temperature, term.log_softmax
-    alphas, top_ps = torch.zeros_like(weights), torch.ones_like(weights)
     for row, column, mix in masks:
         alphas[row, column], top_ps[row, column] = mix.alpha, mix.top_p
     tables = [
@@ -242,4 +243,4 @@ def _tables(
         alphas if (alphas > 0).any() else None,
         top_ps if (top_ps < 1).any() else None,
     ]
-    return [table if table is None else table.to(device, non_blocking=True) for table in tables]
+    return [None if table is None else torch.from_numpy(table).to(device, non_blocking=True) for table in tables]
