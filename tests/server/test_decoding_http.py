@@ -204,7 +204,7 @@ def whole_text(response: httpx.Response) -> tuple[list[int], int]:
 
 def said(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry with all that it leaves to defaults, as receipts show it."""
-    return METHODS[entry["method"]].params.model_validate(entry).model_dump(by_alias=True)
+    return METHODS[entry["method"]].params.model_validate(entry).model_dump(by_alias=True, exclude_none=True)
 
 
 def test_every_method_of_one_prompt_is_tried_here() -> None:

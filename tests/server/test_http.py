@@ -234,7 +234,7 @@ def test_extra_body_steers_and_the_answer_holds_the_receipt(client: openai.OpenA
     assert steered.choices[0].message.content != plain.choices[0].message.content
     assert off.choices[0].message.content == plain.choices[0].message.content
     receipt = steered.model_extra["whipstaff"]
-    assert receipt["decoding"] == [PAIR | {"alpha": 1.0}] and receipt["warnings"] == []
+    assert receipt["decoding"] == [PAIR | {"alpha": 1.0, "expert_chat": False}] and receipt["warnings"] == []
     (entry,) = receipt["steering"]
     assert (entry["vector"], entry["scale"], entry["layers"], entry["edited_tokens"]) == ("push", 2.0, [0, 1, 2], 12)
     assert entry["dose"]["relative"] > 0 and entry["dose"]["at"].startswith("resid_post.")
@@ -699,8 +699,8 @@ def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Cl
         assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
         assert row["available"] is (row["reason"] is None), name
     used = {"vector", "caa", "iti", "lofit", "directional_ablation", "sae", "loreft", "probe", "soft_prompt"}
-    headless = {name for name, method in DECODING.items() if not method.head_fields}
-    assert {name for name, row in rows.items() if row["available"]} == used | headless
+    served = {name for name, method in DECODING.items() if not method.head_fields and not method.needs_adapters}
+    assert {name for name, row in rows.items() if row["available"]} == used | served
     assert rows["mote"]["reason"] == "the served model has no experts"
     assert all("--steering-sites attention" in rows[name]["reason"] for name in ("pasta", "prefix_kv"))
     assert rows["caa"]["schema"]["properties"]["vector"]["enum"] == ["late", "push"]
