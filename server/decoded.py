@@ -69,7 +69,8 @@ class Decoded:
 
     def said(self) -> dict[str, Any]:
         """The entry as the receipt shows it."""
-        return {**self.params.model_dump(by_alias=True, exclude_none=True), **({"layers": list(self.early)} if self.early else {})}
+        said = self.params.model_dump(by_alias=True, exclude_none=True)
+        return said | ({"layers": list(self.early)} if self.early else {})
 
 
 def entries_of(
