@@ -27,7 +27,7 @@ from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
 R = TypeVar("R")
-PATIENCE = 300  # seconds; every wait on an engine is bounded
+PATIENCE = 600  # seconds; every wait on an engine is bounded
 
 
 @dataclass
