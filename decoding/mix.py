@@ -1,7 +1,7 @@
 """Mixing streams: one row of weights per row of logits, rows of different methods side by side, one kernel."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -152,37 +152,57 @@ class _Slot(NamedTuple):
     terms: dict[int, tuple[int, Term]]  # row -> the row that is read, and how
 
 
-def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[MixedRow]) -> Tensor:
-    """New float32 logits: rows that are mixed are their mix, all others what they were.
+class MixedRows:
+    """Rows of a batch to be mixed, with the kernel's tables. The same object mixes step after step, as long as the same
+    rows are to be mixed in the same way."""
 
-    Args:
-        logits: (R, V) the served model's, any floating dtype; -inf (a banned token) stays -inf.
-        others: auxiliary model -> (R, V_k). Columns beyond V are cut; columns that some stream lacks, which is
-            vocabulary padding and has no token, keep the served model's value where a mix is a sum, else -inf.
-        mixed: the rows concerned. No row that is mixed is a member of another.
-    """
-    asked = [one for one in mixed if not one.mix.is_off]
-    result = logits.to(torch.float32, copy=True)
-    for one in asked:
-        if one.mix.is_probability:
+    def __init__(self, mixed: Iterable[MixedRow]) -> None:
+        """No row that is mixed is a member of another."""
+        asked = [one for one in mixed if not one.mix.is_off]
+        self._averaged = [one for one in asked if one.mix.is_probability]
+        self._concerned = [one for one in asked if not one.mix.is_probability]
+        self._scored = [one.row for one in self._concerned if not one.mix.is_sum]
+        self._slots = _slots(self._concerned)
+        self._passes: list[tuple[list[_Slot], list[Tensor | None]]] = []
+        self._fits: tuple[int, torch.device] | None = None  # the batch that the tables were made for
+
+    def of(self, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """New float32 logits: rows that are mixed are their mix, all others what they were.
+
+        Args:
+            logits: (R, V) the served model's, any floating dtype; -inf (a banned token) stays -inf.
+            others: auxiliary model -> (R, V_k). Columns beyond V are cut; columns that some stream lacks, which is
+                vocabulary padding and has no token, keep the served model's value where a mix is a sum, else -inf.
+        """
+        result = logits.to(torch.float32, copy=True)
+        for one in self._averaged:
             result[one.row] = _averaged(one, logits, others)
-    concerned = [one for one in asked if not one.mix.is_probability]
-    if not concerned:
+        if not self._concerned:
+            return result
+        width = min([result.shape[-1], *(others[slot.model].shape[-1] for slot in self._slots if slot.model)])
+        shared = result[:, :width]
+        if width < result.shape[-1] and self._scored:
+            result[self._scored, width:] = -torch.inf  # raw logits do not stand beside scores
+        if self._fits != (fits := (len(result), result.device)):
+            self._passes, self._fits = list(self._made(*fits)), fits
+        for slots, tables in self._passes:
+            rows, weights, *more = tables
+            assert rows is not None and weights is not None
+            mix_logits_(shared, [others[slot.model] if slot.model else shared for slot in slots], rows, weights, *more)
         return result
-    slots = _slots(concerned)
-    width = min([result.shape[-1], *(others[slot.model].shape[-1] for slot in slots if slot.model)])
-    shared = result[:, :width]
-    if width < result.shape[-1] and (scored := [one.row for one in concerned if not one.mix.is_sum]):
-        result[scored, width:] = -torch.inf  # raw logits do not stand beside scores
-    for first in range(1, max(len(slots), 2), _MOST_STREAMS - 1):
-        more = slots[first : first + _MOST_STREAMS - 1]
-        some = [slots[0] if first == 1 else _so_far(more), *more]
-        streams = [others[slot.model] if slot.model else shared for slot in some]
-        masks = [(one.row, _column(slots, one), one.mix) for one in concerned] if first == 1 else []
-        rows, weights, *tables = _tables(some, masks, len(result), result.device)
-        assert rows is not None and weights is not None
-        mix_logits_(shared, streams, rows, weights, *tables)
-    return result
+
+    def _made(self, num_rows: int, device: torch.device) -> Iterator[tuple[list[_Slot], list[Tensor | None]]]:
+        """The passes of the kernel, each with its columns and its tables."""
+        masks = [(one.row, _column(self._slots, one), one.mix) for one in self._concerned]
+        for first in range(1, max(len(self._slots), 2), _MOST_STREAMS - 1):
+            more = self._slots[first : first + _MOST_STREAMS - 1]
+            slots = [self._slots[0] if first == 1 else _so_far(more), *more]
+            yield slots, _tables(slots, masks if first == 1 else [], num_rows, device)
+
+
+def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[MixedRow]) -> Tensor:
+    """`MixedRows(mixed).of(logits, others)`, for once."""
+    return MixedRows(mixed).of(logits, others)
 
 
 def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:

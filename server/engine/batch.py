@@ -52,10 +52,13 @@ class BatchView:
     def _taking_part(self, row: int, placed: PlacedPlan, rows: Sequence[int]) -> tuple[int, ...]:
         """Members leave when tokens have been delivered, which may be some steps after they were needed."""
         num_generated = int(self.positions[row] + self.starts[row + 1] - self.starts[row]) - placed.prompt_len
-        needed = [member.until is None or num_generated < member.until for member in placed.plan.members]
-        if any(wanted and other == ABSENT for wanted, other in zip(needed, rows, strict=True)):
+        taking = [
+            other if until is None or num_generated < until else None
+            for until, other in zip(placed.plan.untils, rows, strict=True)
+        ]
+        if ABSENT in taking:
             raise RuntimeError(f"{self.requests[row]} would get token {num_generated} without all of its sequences")
-        return tuple(other if wanted else ABSENT for wanted, other in zip(needed, rows, strict=True))
+        return tuple(ABSENT if other is None else other for other in taking)
 
     @property
     def num_tokens(self) -> int:

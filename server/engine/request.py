@@ -43,6 +43,11 @@ class RequestPlan:
     members: tuple[Member, ...] = ()  # further sequences that emit the same tokens
     models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
 
+    @cached_property
+    def untils(self) -> tuple[int | None, ...]:
+        """Of each member, the generated tokens after which it is not needed any more."""
+        return tuple(member.until for member in self.members)
+
     def plan_of(self, index: int) -> "RequestPlan | None":
         """What a member needs for itself; 1 is the first. None if nothing."""
         terms = self.decoding.mix.terms if self.decoding and self.decoding.mix else ()
@@ -137,7 +142,7 @@ class PlacedPlan:
         latched = {p.probe.column for p in steering.probes if p.probe.is_latched} if steering else set()
         return [column in latched for column in range(self.num_columns)]
 
-    @property
+    @cached_property
     def auxiliaries(self) -> list[str]:
         """The auxiliary models that must run on all of the sequence, sorted."""
         return sorted({*self.plan.models, *(self.plan.decoding.models if self.plan.decoding else ())})

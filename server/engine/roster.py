@@ -1,0 +1,216 @@
+"""Rosters: the rows of a step that become tokens, and what has to be done to which of them.
+
+A batch that decodes keeps its rows from step to step, so what follows from who they are is worked out, and sent to the
+device, once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from whipstaff.decoding.method import Rewriting, Stage
+from whipstaff.decoding.methods import METHODS
+from whipstaff.decoding.mix import MixedRow
+from whipstaff.decoding.plan import DecodingPlan, Draw
+from whipstaff.server.engine.batch import ABSENT, Ints
+
+_ORDER = {name: index for index, name in enumerate(METHODS)}
+Turn = Stage | Literal["late temperature"]
+"""A stage, or its place after truncation for requests that say temperature_last."""
+
+
+class Applied(NamedTuple):
+    """One method of one request, ready to run."""
+
+    method: Rewriting[Any]
+    setting: BaseModel
+    streams: tuple[str, ...]
+    heads: tuple[str, ...]
+    early: tuple[int, ...]
+    state: slice  # which of the request's floats are its own
+
+
+@dataclass(eq=False)
+class Known:
+    """An unfinished request with a decoding plan."""
+
+    plan: DecodingPlan
+    num_prompt: int
+    seed: int
+    scores_prompt: bool
+    bans: bool
+    applied: list[Applied]
+    slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
+    excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
+
+    @property
+    def tells_scores(self) -> bool:
+        return any(one.method.tells_scores(one.setting) for one in self.applied)
+
+    @property
+    def temperature(self) -> float:
+        """The request's own, where a method asks for it."""
+        assert self.plan.draw is not None
+        return self.plan.draw.temperature
+
+    @property
+    def is_tempered_late(self) -> bool:
+        return self.plan.draw is not None and self.plan.draw.is_temperature_last
+
+
+class Seat(NamedTuple):
+    """A row of logits that belongs to a request with a plan."""
+
+    row: int
+    request: Known
+
+
+class Task(NamedTuple):
+    """One method on the rows that use it with the same streams, heads and place among the request's floats."""
+
+    method: Rewriting[Any]
+    streams: tuple[str, ...]
+    heads: tuple[str, ...]
+    state: slice
+    seats: list[int]  # of the roster
+    rows: Tensor  # (n,) int64 of the logits
+    slots: Tensor | None  # (n,) int64; None where the requests need none
+    settings: list[BaseModel]
+    early: list[tuple[int, ...]]  # (n,) which early layers each row reads
+
+
+class Tempered(NamedTuple):
+    """Rows that get their request's own temperature."""
+
+    rows: Tensor  # (n,) int64
+    temperature: Tensor  # (n,) float32
+
+
+class Truncated(NamedTuple):
+    """Rows that get their request's own truncation: see `draw.truncate`."""
+
+    rows: Tensor  # (n,) int64
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+
+
+class Roster:
+    """What `seats` need done, on the device of their logits.
+
+    Args:
+        seats: in the order of their rows.
+        most_early: how many rows of early layers' logits may be there at once; a task beyond that becomes several.
+        is_prompt: whether the rows are a prompt's, to be scored and not drawn from.
+    """
+
+    def __init__(self, seats: Sequence[Seat], device: torch.device, most_early: int, is_prompt: bool = False) -> None:
+        self.seats, self.is_prompt, self._sent = seats, is_prompt, partial(sent, device=device)
+        self.num_prompt = np.array([seat.request.num_prompt for seat in seats], np.int64)
+        self._tasks = self._grouped(most_early)
+        mixes = ((index, seat.row, seat.request.plan.mix) for index, seat in enumerate(seats))
+        self._mixes = [(index, row, mix, 1 + mix.num_members) for index, row, mix in mixes if mix is not None]
+        self.explained = [seat for seat in seats if seat.request.plan.explain is not None]
+        self.scored_base = self._rows(lambda request: request.plan.scores_base)
+        self.banning = self._rows(lambda request: request.bans)
+        self.tempered = {is_late: self._tempered(is_late) for is_late in (False, True)}
+        self.truncated = self._truncated()
+        self.changes_draw = any(seat.request.applied or seat.request.plan.draw for seat in seats)
+
+    def tasks(self, *turns: Turn) -> list[Task]:
+        """In the order in which they run."""
+        return [task for turn in turns for task in self._tasks.get(turn, ())]
+
+    def mixed(self, num_generated: Ints, members: Mapping[int, tuple[int, ...]]) -> list[MixedRow]:
+        """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
+        found = []
+        for index, row, mix, num in self._mixes:
+            now, rows = mix.at(int(num_generated[index])), (row, *members.get(row, ()))
+            if now is not None and len(rows) >= num and ABSENT not in rows[:num]:
+                found.append(MixedRow(row, now, rows))
+        return found
+
+    def _grouped(self, most_early: int) -> dict[Turn, list[Task]]:
+        found: dict[Any, list[tuple[int, Applied]]] = {}
+        for index, (_, request) in enumerate(self.seats):
+            for one in request.applied:
+                is_late = one.method.stage == "temperature" and request.is_tempered_late
+                turn: Turn = "late temperature" if is_late else one.method.stage
+                key = turn, one.method, one.streams, one.heads, one.state.start
+                found.setdefault(key, []).append((index, one))
+        tasks: dict[Turn, list[Task]] = {}
+        for (turn, *_), members in sorted(found.items(), key=lambda item: _ORDER[item[0][1].name]):
+            tasks.setdefault(turn, []).extend(self._task(part) for part in _parts(members, most_early))
+        return tasks
+
+    def _task(self, members: Sequence[tuple[int, Applied]]) -> Task:
+        seats, applied = [index for index, _ in members], [one for _, one in members]
+        slots = [self.seats[index].request.slot for index in seats]
+        method, _, streams, heads, _, state = applied[0]
+        return Task(
+            method,
+            streams,
+            heads,
+            state,
+            seats,
+            self._sent([self.seats[index].row for index in seats]),
+            self._sent(slots) if slots[0] >= 0 else None,
+            [one.setting for one in applied],
+            [one.early for one in applied],
+        )
+
+    def _rows(self, wanted: Any) -> Tensor | None:
+        rows = [row for row, request in self.seats if wanted(request)]
+        return self._sent(rows) if rows else None
+
+    def _drawn(self) -> Iterator[tuple[int, Known, Draw]]:
+        for row, request in self.seats:
+            if request.plan.draw is not None:
+                yield row, request, request.plan.draw
+
+    def _tempered(self, is_late: bool) -> Tempered | None:
+        found = [
+            (row, draw.temperature)
+            for row, request, draw in self._drawn()
+            if draw.is_temperature_last == is_late
+            and draw.temperature != 1
+            and not any(one.method.stage == "temperature" for one in request.applied)
+        ]
+        return Tempered(*map(self._sent, zip(*found, strict=True))) if found else None
+
+    def _truncated(self) -> Truncated | None:
+        found = [(row, draw) for row, _, draw in self._drawn() if draw.truncates]
+        if not found:
+            return None
+        rows, draws = zip(*found, strict=True)
+        return Truncated(
+            self._sent(rows),
+            self._sent([draw.top_k for draw in draws]) if any(draw.top_k for draw in draws) else None,
+            self._sent([draw.top_p for draw in draws]) if any(draw.top_p < 1 for draw in draws) else None,
+            self._sent([draw.min_p for draw in draws]) if any(draw.min_p for draw in draws) else None,
+        )
+
+
+def sent(numbers: Any, device: torch.device) -> Tensor:
+    """Numbers from the host, on the device, without waiting for it; floats become float32."""
+    made = torch.as_tensor(numbers)
+    if made.dtype == torch.float64:
+        made = made.to(torch.float32)
+    return made.to(device, non_blocking=True)
+
+
+def _parts(members: Sequence[tuple[int, Applied]], most_early: int) -> Iterator[Sequence[tuple[int, Applied]]]:
+    """A task's rows, in parts that read no more than `most_early` early streams, or one row's."""
+    first = num_early = 0
+    for index, (_, one) in enumerate(members):
+        num_early += len(one.early)
+        if index > first and num_early > most_early:
+            yield members[first:index]
+            first, num_early = index, len(one.early)
+    yield members[first:]
