@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +25,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+from load import MAX_TOKENS, PROMPT_LEN, make_model
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server import demo
 from whipstaff.server.engine.launch import Engine, PlanDict, start
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
 
-PROMPT_LEN, MAX_TOKENS, SCALE = 32, 48, 1.5
+SCALE = 1.5
 NEGATIVES = {"short": 4, "long": 128}  # tokens
 MAX_COST, MIN_GAIN, MIN_NEIGHBOURS = 1.05, 10.0, 0.95  # bars
 
@@ -179,13 +180,15 @@ def note(ratios: dict[str, list[float]], name: str, value: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(demo.MODELS / "demo"), help="default: the demo model")
+    parser.add_argument("--model", help="default: a random Llama of 16 layers that the script makes")
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     options = parser.parse_args()
-    ratios = asyncio.run(measure(options))
+    with tempfile.TemporaryDirectory() as folder:
+        options.model = options.model or make_model(folder)
+        ratios = asyncio.run(measure(options))
     setup: dict[str, Any] = vars(options) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     medians = {name: statistics.median(each) for name, each in ratios.items()}
     for name, each in ratios.items():

@@ -26,9 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from load import throughput
+from load import HIDDEN, LAYERS, VOCABULARY, make_model, throughput
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.decoding.method import Mixing
@@ -40,7 +39,6 @@ from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import ModelShape
 
-VOCABULARY, HIDDEN, LAYERS = 16384, 512, 16  # a vocabulary as large beside the blocks as in models that people serve
 SMALL = {"expert": 1, "anti": 2}  # auxiliary model -> seed
 SMALL_HIDDEN, SMALL_LAYERS = 256, 8
 CANDIDATES = tuple(range(0, LAYERS, LAYERS // 8))
@@ -93,14 +91,6 @@ class Times:
 
     def of_parts(self) -> list[float]:
         return [mine / parts for parts, mine in zip(self.parts, self.method, strict=True)]
-
-
-def make_model(folder: str, seed: int, hidden: int, layers: int) -> str:
-    torch.manual_seed(seed)
-    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=512, num_attention_heads=8, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def make_heads(shape: ModelShape) -> dict[str, Vector]:
@@ -169,7 +159,7 @@ def running(options: argparse.Namespace, model: str, aux: Mapping[str, str]) -> 
 
 
 async def measure(options: argparse.Namespace, folder: str) -> dict[str, Times]:
-    base = make_model(f"{folder}/base", 0, HIDDEN, LAYERS)
+    base = make_model(f"{folder}/base")
     small = {name: make_model(f"{folder}/{name}", seed, SMALL_HIDDEN, SMALL_LAYERS) for name, seed in SMALL.items()}
     methods = {name: own for name, own in (MIXES | RULES | SAMPLERS).items() if name in (options.only or METHODS)}
     times = {name: Times() for name in methods}

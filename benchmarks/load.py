@@ -1,16 +1,28 @@
-"""The load that benchmarks put on an engine."""
+"""The models that benchmarks make, and the load that they put on an engine."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from uuid import uuid4
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
 
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
 
 PROMPT_LEN, MAX_TOKENS = 32, 48
+VOCABULARY, HIDDEN, LAYERS = 16384, 512, 16  # a vocabulary as large beside the blocks as in models that people serve
+
+
+def make_model(folder: str, seed: int = 0, hidden: int = HIDDEN, layers: int = LAYERS) -> str:
+    """Write a random Llama into a folder, and say which."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=512, num_attention_heads=8, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 async def throughput(
