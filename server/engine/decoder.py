@@ -312,12 +312,15 @@ class Decoder:
         self._run(tasks, decoded, step)
         return decoded
 
-    def before_draw(self, logits: Tensor) -> Tensor:
-        """What the sampler draws from: (B, V) float32, a new tensor where anything changes. After penalties."""
+    def before_draw(self, logits: Tensor, is_spare: bool = False) -> Tensor:
+        """What the sampler draws from: (B, V) float32, a new tensor where anything changes. After penalties.
+
+        With `is_spare`, `logits` may be changed in place: nobody reads them afterwards.
+        """
         step = self._step
         if self._is_drawn or step is None or not step.roster.changes_draw:
             return logits
-        drawn, roster = logits.to(torch.float32, copy=True), step.roster
+        drawn, roster = logits.to(torch.float32, copy=not is_spare), step.roster
         self._run(roster.tasks("penalty", "temperature"), drawn, step)
         _temper(drawn, roster.tempered[False])
         if roster.truncated is not None:

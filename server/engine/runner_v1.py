@@ -64,7 +64,7 @@ def _watch_draws(sampler: Any, decoder: Decoder) -> None:
             return super().apply_logits_processors(decoded, *args, **kwargs)
 
         def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
-            drawn = decoder.before_draw(logits)
+            drawn = decoder.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
             sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
             decoder.after_draw(drawn, sampled)
             return sampled, log_probabilities

@@ -138,6 +138,29 @@ def test_tarot_checkpoints_give_their_best_angles() -> None:
         assert torch.equal(tensors[f"attn_head.{3 + index}.angles"], rows)
 
 
+@pytest.mark.parametrize("name", ["tarot_givens_qwen2", "tarot_rotary_llama", "tarot_scale_llama"])
+def test_a_tarot_search_that_found_a_goldens_edit_is_that_edit(
+    name: str, models: Callable[[str], Any], tmp_path: Path
+) -> None:
+    case = golden(name)
+    (piece,) = case.pieces
+    layers = sorted(int(key.split(".")[1]) for key in piece.tensors)
+    assert layers == list(range(layers[0], layers[-1] + 1))
+    best = torch.stack([tensor.reshape(-1) for _, tensor in sorted(piece.tensors.items())]).reshape(-1)
+    tried = torch.stack([numbers(len(best)), best, numbers(len(best))]).double()
+    found = {"train_X": tried, "train_Y": torch.tensor([[0.3], [-2.0], [0.9]]).double()}
+    checkpoint = tmp_path / "checkpoint.pkl"
+    checkpoint.write_bytes(pickle.dumps(found))
+    header, tensors = import_pickle(checkpoint, goldens.shape_of(case.model), layer=layers[0])
+    assert header.method == "tarot" and set(tensors) == set(piece.tensors)
+    assert all(torch.equal(tensors[key], value) for key, value in piece.tensors.items())
+    write(tmp_path / "vector.safetensors", header, tensors)
+    prompt = case.io["input_ids"].tolist()
+    edits = list(edits_of(tmp_path / "vector.safetensors", piece))
+    got = reference.logits(models(case.model), prompt, len(prompt), edits)
+    assert (got.double() - case.io["logits_f64"]).abs().max() < TOLERANCE
+
+
 # ---- formats of which the goldens have no file: written here as their releases write them
 
 
