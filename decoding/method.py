@@ -76,6 +76,13 @@ class Depth(NamedTuple):
     has_norm: bool = True  # whether its final norm is known
 
 
+class HeadFile(NamedTuple):
+    """What a learned head's file holds."""
+
+    parts: Mapping[str, Tensor]  # float32
+    stated: Mapping[str, Any] = {}  # the parameters that its header states
+
+
 class Message(BaseModel):
     """One message of a chat."""
 
@@ -178,12 +185,12 @@ class Method(ABC, Generic[P]):
         """Parameters that change nothing, exactly, given names for `num_streams` auxiliary models and for its heads;
         None if there are none."""
 
-    def check_heads(self, params: P, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Check parameters against the heads that they name: field -> part -> tensor.
+    def with_heads(self, params: P, heads: Mapping[str, HeadFile]) -> P:
+        """The parameters, checked against the heads that they name (field -> file), with what these say filled in.
 
         Raises: DecodingError naming the field.
         """
-        return None
+        return params
 
 
 class Mixing(Method[P]):

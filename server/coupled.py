@@ -141,8 +141,11 @@ def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalog
             entry.path_of(param),
         )
     if name not in prompt.adapters:
-        known = ", ".join(prompt.adapters) or "none; start it with --lora-modules NAME=PATH"
-        raise NotFound(f"there is no adapter {name!r}; this server has: {known}", entry.path_of(param))
+        known = ", ".join(prompt.adapters) or "none"
+        raise NotFound(
+            f"there is no adapter {name!r}; this server has: {known}; start it with --lora-modules {name}=PATH",
+            entry.path_of(param),
+        )
     return prompt.adapters[name]
 
 

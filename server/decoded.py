@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, PromptFacts, Rewriting
+from whipstaff.decoding.method import STAGES, DecodingError, HeadFile, Method, Mixing, Params, PromptFacts, Rewriting
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
@@ -118,10 +118,11 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     """Raises: WhipstaffError, DecodingError."""
     method, params = bare.method, bare.params
     _check_streams(bare, have)
-    heads = {name: _head(bare, name, kind, have) for name, kind in method.head_fields.items()}
-    method.check_heads(params, {name: head.unplaced for name, head in heads.items()})
+    named = {name: kind for name, kind in method.head_fields.items() if getattr(params, name) is not None}
+    heads = {name: _head(bare, name, kind, have) for name, kind in named.items()}
+    params = method.with_heads(params, {n: HeadFile(head.unplaced, head.header.defaults) for n, head in heads.items()})
     digests = tuple(head.digest for head in heads.values())
-    bare = replace(bare, vectors=tuple(heads.values()))
+    bare = replace(bare, params=params, vectors=tuple(heads.values()))
     streams = tuple(method.streams(params).values())
     if isinstance(method, Mixing):
         mix, steered = method.mix(params), method.steered(params)

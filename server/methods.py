@@ -71,7 +71,11 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     heads = {name: _of_kind(kind, have) for name, kind in method.head_fields.items()}
     for name, fitting in heads.items():
         schema["properties"][name]["enum"] = fitting
-    missing = [f"start the server with --vectors PATH of a {method.head_fields[n]}" for n, f in heads.items() if not f]
+    missing = [
+        f"start the server with --vectors PATH of a {method.head_fields[name]}"
+        for name, fitting in heads.items()
+        if not fitting and method.params.model_fields[name].is_required()
+    ]
     if len(have.auxiliaries) < method.num_streams:
         missing.append("start the server with --aux NAME=MODEL")
     if method.needs_adapters and not have.max_adapters:

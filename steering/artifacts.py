@@ -259,6 +259,7 @@ def _check_defaults(vector: Vector) -> None:
         if missing:
             where = ".".join(map(str, missing[0]["loc"]))
             raise SteeringError(f"header field defaults.{where}: {missing[0]['msg']}") from error
+    vector.method.check_defaults(vector.unplaced, vector.header.defaults)
 
 
 def _said(model: ModelShape) -> str:

@@ -82,6 +82,10 @@ class Method(ABC, Generic[P]):
         """Checks of a request's parameters against a file. Raises: SteeringError naming the field."""
         return None
 
+    def check_defaults(self, tensors: Tensors, defaults: Mapping[str, Any]) -> None:
+        """Checks of the parameters that a file states against its numbers. Raises: SteeringError."""
+        return None
+
     def check_file(self, params: P, defaults: Mapping[str, Any]) -> None:
         """Checks of a request's parameters against those that the file states. Raises: SteeringError."""
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from whipstaff.decoding.draw import temper
-from whipstaff.decoding.method import DecodingError, Params, Rewriting
+from whipstaff.decoding.method import DecodingError, HeadFile, Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
 
@@ -40,10 +40,13 @@ class AdaptiveTemperature(Rewriting[AdaptiveTemperatureParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # the head decides
 
-    def check_heads(self, params: AdaptiveTemperatureParams, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
-        temperatures = heads["head"]["temperatures"]
+    def with_heads(
+        self, params: AdaptiveTemperatureParams, heads: Mapping[str, HeadFile]
+    ) -> AdaptiveTemperatureParams:
+        temperatures = heads["head"].parts["temperatures"]
         if not ((temperatures >= 0) & (temperatures < torch.inf)).all():
             raise DecodingError(f"its temperatures are {temperatures.tolist()}; each must be 0 or more", "head")
+        return params
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.hidden is not None and rows.uniform is not None and rows.state is not None

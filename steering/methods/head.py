@@ -1,9 +1,12 @@
 """Learned heads: small networks on the last hidden state that decoding methods read. They edit nothing; they are files
 of the registry like vectors, for one model, and a request names them in `decoding`."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
+
+from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, Method, Place, Tensors
 from whipstaff.steering.ops import Op
 from whipstaff.steering.shape import ModelShape
@@ -46,3 +49,29 @@ class TokenClassifier(Head):
 
     name, paper = "token_classifier", "Choi et al. 2023 (KWD, KCTS), arXiv:2310.09044"
     parts: ClassVar = {"weight": ("vocab", "hidden"), "bias?": ("vocab",)}
+
+
+class CentresParams(EditParams):
+    """What a file of centres says beside them."""
+
+    adapters: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        [], max_length=1024, description="the LoRA adapter that each centre belongs to"
+    )
+
+
+class AdapterCentres(Head):
+    """Where the training data of LoRA adapters lies: the nearer a query's feature, the more an adapter counts."""
+
+    name, paper = "adapter_centres", "Li et al. 2025 (ELREA), arXiv:2502.00089"
+    params = CentresParams
+    parts: ClassVar = {"centres": ("adapters", "features")}
+
+    def check_defaults(self, tensors: Tensors, defaults: Mapping[str, Any]) -> None:
+        names, centres = defaults.get("adapters", []), tensors["centres"]
+        if len(names) != len(centres):
+            raise SteeringError(f"header field defaults.adapters: {len(names)} names for {len(centres)} centres")
+        if len(set(names)) != len(names):
+            raise SteeringError("header field defaults.adapters: an adapter is named twice")
+        for name, centre in zip(names, centres, strict=True):
+            if not centre.any():
+                raise SteeringError(f"tensor 'centres': that of {name!r} is all 0, which is near to nothing")

@@ -6,7 +6,7 @@ from decodings import golden, random_batch, run
 from reference import adaptive_temperature as reference
 from reference.plain import tempered
 
-from whipstaff.decoding.method import DecodingError
+from whipstaff.decoding.method import DecodingError, HeadFile
 from whipstaff.decoding.methods.adaptive_temperature import AdaptiveTemperature, AdaptiveTemperatureParams, chances
 from whipstaff.decoding.rows import Rows
 
@@ -70,5 +70,5 @@ def test_a_plain_computation() -> None:
 def test_a_head_with_a_negative_temperature_is_refused() -> None:
     head = {"temperatures": torch.tensor([0.5, -1.0])}
     with pytest.raises(DecodingError, match="0 or more") as caught:
-        METHOD.check_heads(AdaptiveTemperatureParams(head="h"), {"head": head})
+        METHOD.with_heads(AdaptiveTemperatureParams(head="h"), {"head": HeadFile(head)})
     assert caught.value.param == "head"

@@ -148,6 +148,9 @@ COUPLED = st.fixed_dictionaries(
         "streams": st.lists(STREAM, max_size=3),
         "space": st.sampled_from(["log", "probability", "logits"]),
         "ids": st.lists(st.integers(-1, 9), max_size=3),
+        "centres": st.sampled_from(["centres", "elsewhere", "absent", None]),
+        "feature": st.lists(NUMBERS, min_size=3, max_size=3) | JSON,
+        "top_m": st.integers(-1, 4),
         **WINDOWS,
     },
 )

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
+from whipstaff.decoding.methods.adapter_ensemble import nearness
 from whipstaff.decoding.mix import Window
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
@@ -15,9 +18,10 @@ from whipstaff.server.engine.request import KEY, Member, RequestPlan
 from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.methods import method_table
 from whipstaff.server.prompts import PromptSource
-from whipstaff.server.registry import Registry
+from whipstaff.server.registry import Registry, VectorFile
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.words import Words
+from whipstaff.steering.artifacts import Header, packed, parse
 
 from .anyjson import EXTRAS
 from .serving import SHAPE, VOCABULARY, make_tokenizer
@@ -29,8 +33,21 @@ MAX_LEN, MAX_SEQS = 40, 4
 
 
 TOKENIZER = make_tokenizer()
+CENTRES = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 2.0]])
+FEATURE = [0.5, 0.4, 0.1]
+
+
+def file_of(method: str, tensors: dict[str, torch.Tensor], **defaults: Any) -> VectorFile:
+    return VectorFile(Path(), parse(packed(Header(method=method, model=SHAPE, defaults=defaults), tensors)))
+
+
+FILES = {
+    "centres": file_of("adapter_centres", {"centres": CENTRES}, adapters=list(ADAPTERS)),
+    "elsewhere": file_of("adapter_centres", {"centres": CENTRES}, adapters=["law", "chess", "art"]),
+    "defer": file_of("defer_head", {"weight": torch.ones(SHAPE.hidden_size)}),
+}
 HAVE = Catalogue(
-    Registry({}, SHAPE),
+    Registry(FILES, SHAPE),
     {"expert": 64, "anti": 20},
     Words.of(TOKENIZER),
     vocabulary=VOCABULARY,
@@ -132,6 +149,7 @@ def test_what_is_only_looked_at_scores_nothing(have: Catalogue, tokenizer: PreTr
 
 
 ENSEMBLE = {"method": "adapter_ensemble", "weights": {"law": 1.0, "math": 2.0}}
+NEAREST = {"method": "adapter_ensemble", "centres": "centres", "feature": FEATURE, "top_m": 2}
 STREAM = {"weight": 1.0, "prompt": "a"}
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "scale": ({"guidance_scale": "much"}, 400, "guidance_scale"),
@@ -184,6 +202,18 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "adapter": ({"decoding": ENSEMBLE | {"weights": {"absent": 1}}}, 404, "decoding.weights.absent"),
     "adapters": ({"decoding": ENSEMBLE | {"weights": dict.fromkeys(ADAPTERS, 1)}}, 422, "decoding.weights.law"),
+    "no weights": ({"decoding": {"method": "adapter_ensemble"}}, 400, "decoding.weights"),
+    "weights and centres": ({"decoding": NEAREST | ENSEMBLE}, 400, "decoding.centres"),
+    "unknown centres": ({"decoding": NEAREST | {"centres": "absent"}}, 404, "decoding.centres"),
+    "no centres": ({"decoding": NEAREST | {"centres": "defer"}}, 400, "decoding.centres"),
+    "no feature": ({"decoding": NEAREST | {"feature": None}}, 400, "decoding.feature"),
+    "short feature": ({"decoding": NEAREST | {"feature": [1.0]}}, 400, "decoding.feature"),
+    "feature's number": ({"decoding": NEAREST | {"feature": [1.0, float("nan"), 0]}}, 400, "decoding.feature[1]"),
+    "empty feature": ({"decoding": NEAREST | {"feature": [0, 0, 0]}}, 400, "decoding.feature"),
+    "feature alone": ({"decoding": ENSEMBLE | {"feature": FEATURE}}, 400, "decoding.feature"),
+    "more than there are": ({"decoding": NEAREST | {"top_m": 4}}, 400, "decoding.top_m"),
+    "centres of adapters": ({"decoding": NEAREST | {"top_m": None}}, 422, "decoding.centres"),
+    "centre's adapter": ({"decoding": NEAREST | {"centres": "elsewhere"}}, 404, "decoding.centres"),
     "answer": ({"decoding": {"method": "forced"}}, 400, "decoding.text"),
     "answer's tokens": ({"decoding": {"method": "forced", "ids": [VOCABULARY]}}, 400, "decoding.ids"),
 }
@@ -210,6 +240,31 @@ def test_a_flag_is_named_where_one_would_help(have: Catalogue, tokenizer: PreTra
         assert caught.value.status == 422
     made = placed(have, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
     assert [member.adapter for member in made.plan.members] == [law, ADAPTERS["math"]]
+
+
+def test_weights_come_from_the_nearest_centres(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    made = placed(have, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
+    assert [member.adapter for member in made.plan.members] == [ADAPTERS["law"], ADAPTERS["math"]]
+    shares = nearness(torch.tensor(FEATURE).double(), CENTRES.double(), 2).tolist()
+    said = made.receipt([])
+    assert said["decoding"][0] == {
+        **{"method": "adapter_ensemble", "centres": "centres", "top_m": 2, "base_weight": 0.5},
+        **{"weights": pytest.approx(dict(zip(("law", "math"), shares, strict=False))), "from": 0, "fade": "constant"},
+    }
+    assert [(one["field"], one["name"]) for one in said["sequences"]] == [
+        ("decoding.centres", "law"),
+        ("decoding.centres", "math"),
+    ]
+    assert made.plan.decoding is not None and made.plan.decoding.mix is not None
+    weights = [term.weight for term in made.plan.decoding.mix.terms]
+    assert weights == pytest.approx([0.5, shares[0] / 2, shares[1] / 2])
+    assert made.vectors == [FILES["centres"].vector]
+
+
+def test_an_adapter_that_is_not_there_names_its_flag(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    fields = NEAREST | {"centres": "elsewhere"}
+    with pytest.raises(WhipstaffError, match=r"law, math, art; start it with --lora-modules chess=PATH"):
+        placed(have, prompt_of(tokenizer, adapters=ADAPTERS), decoding=fields)
 
 
 def test_longer_texts_than_the_model_takes_are_not_scored(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -256,8 +311,10 @@ def test_what_is_forced_follows_no_grammar(have: Catalogue) -> None:
 
 
 def test_adapters_need_a_flag_in_the_method_table(have: Catalogue) -> None:
-    for server, reason in ((have, None), (replace(have, max_adapters=0), "start the server with --enable-lora")):
+    bare = replace(have, registry=Registry({}, SHAPE))
+    for server, reason in ((bare, None), (replace(have, max_adapters=0), "start the server with --enable-lora")):
         (row,) = (row for row in method_table(server) if row["name"] == "adapter_ensemble")
+        assert row["schema"]["properties"]["centres"]["enum"] == ([] if server is bare else ["centres", "elsewhere"])
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from whipstaff import cuda_ext
 from whipstaff.steering import methods
-from whipstaff.steering.artifacts import Header, Vector, parse
+from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Method, Place, Scaled
 from whipstaff.steering.methods import METHODS
@@ -194,6 +194,7 @@ EXAMPLES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         {},
     ),
     "token_classifier": ({"weight": numbers(30, 16)}, {}),
+    "adapter_centres": ({"centres": numbers(2, 9)}, {"adapters": ["law", "math"]}),
     "head_scale": ({"attn_head.1.scale": torch.tensor([0.0, 2.0])}, {}),
     "tarot": ({"attn_head.1.angles": numbers(2, 7)}, {}),
     "directional_ablation": ({"mlp_out.1.direction": numbers(16)}, {}),
@@ -630,6 +631,31 @@ def test_bad_requests_name_the_field(name: str, tensors: dict[str, Tensor], said
         assert error.param == field
     else:
         pytest.fail("accepted")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "change", "message"),
+    [
+        (["law", "math"], {}, None),
+        (["law"], {}, "1 names for 2 centres"),
+        (None, {}, "0 names for 2 centres"),
+        (["law", "law"], {}, "twice"),
+        (["law", ""], {}, r"defaults\.adapters\.1"),
+        ("law", {}, r"defaults\.adapters"),
+        (["law", "math"], {"centres": torch.stack([ROW, 0 * ROW])}, "'math' is all 0"),
+        (["law", "math"], {"centres": ROW}, r"wanted \[adapters, features\]"),
+        (["law", "math"], {"centres": torch.full((2, 3), torch.nan)}, "not finite"),
+    ],
+)
+def test_centres_and_their_names_are_checked_together(adapters: Any, change: Any, message: str | None) -> None:
+    stated = {} if adapters is None else {"adapters": adapters}
+    header = Header(method="adapter_centres", model=SHAPE, defaults=stated)
+    data = packed(header, {"centres": numbers(2, 9)} | change)
+    if message is None:
+        assert parse(data).header.defaults["adapters"] == adapters
+        return
+    with pytest.raises(SteeringError, match=message):
+        parse(data)
 
 
 def test_programs_do_what_the_ops_say() -> None:
