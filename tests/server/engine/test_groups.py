@@ -19,7 +19,7 @@ import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit
 from modes import async_on_cpu, v2_on_cpu
-from reference import steered
+from reference import seeded, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -316,6 +316,26 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
             Ask(prompt, None, 8, sampling), Ask(prompt, coupled, 8, sampling), Ask(prompt, coupled, 8, sampling)
         )
         assert alone == beside == again
+
+
+def test_a_seed_draws_what_a_plain_loop_draws(bench: Bench, nobody_left: None) -> None:
+    """Plain, guided and beside others: the best token of what transformers computes, plus vLLM's noise for the seed."""
+    traffic, temperature, num = Traffic(bench, seed=6), 0.8, 12
+    asks = []
+    for length, scale in ((3, None), (3, 1.5), (70, None), (70, 2.5), (1, 0.5)):
+        members = (Member(tuple(traffic.prompt())),)
+        plan = None if scale is None else RequestPlan(None, DecodingPlan(guidance(scale)), members=members)
+        sampling = {"temperature": temperature, "seed": 40 + length}
+        asks.append(Ask(traffic.stem[:length], plan, num, sampling))
+    others = [traffic.group() for _ in range(2)]
+    together = bench.engine.tokens(*asks, *(replace(ask, abort_after=None) for ask in others))[: len(asks)]
+    assert bench.engine.tokens(asks[3]) == [together[3]]
+    for ask, said in zip(asks, together, strict=True):
+        scores = bench.scores(replace(ask, plan=ask.plan or RequestPlan()), said).double() / temperature
+        drawn = seeded.noise(bench.mode[:2], ask.sampling["seed"], len(ask.prompt), num, tiny.VOCABULARY)
+        noised = scores + torch.stack(list(drawn))
+        assert float((noised.amax(-1) - noised[torch.arange(num), said]).max()) < NEAR, ask
+        assert said != scores.argmax(-1).tolist()
 
 
 def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
