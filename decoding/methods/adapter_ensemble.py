@@ -11,9 +11,9 @@ model enters with half of the weight could not be confirmed; no argmax depends o
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor, tensor
-from torch import float64 as f64
+from torch import Tensor
 
 from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import Companion, DecodingError, HeadFile, Mixing, Source
@@ -63,7 +63,8 @@ class AdapterEnsemble(Mixing[AdapterEnsembleParams]):
             raise DecodingError("it is all 0, which is near to nothing", "feature")
         if params.top_m is not None and params.top_m > len(names):
             raise DecodingError(f"there are {len(names)} centres", "top_m")
-        shares = nearness(tensor(params.feature, dtype=f64), centres.to(f64), params.top_m).tolist()
+        feature = torch.tensor(params.feature, dtype=torch.float64)
+        shares = nearness(feature, centres.double(), params.top_m).tolist()
         weights = {name: share for name, share in zip(names, shares, strict=True) if share}
         return params.model_copy(update={"weights": weights, "feature": None})
 
@@ -100,4 +101,5 @@ def nearness(feature: Tensor, centres: Tensor, top_m: int | None = None) -> Tens
 def _unit(rows: Tensor) -> Tensor:
     """Of length 1, however long they are."""
     rows = rows / rows.abs().amax(-1, keepdim=True)
-    return rows / rows.norm(dim=-1, keepdim=True)
+    found: Tensor = rows / rows.norm(dim=-1, keepdim=True)
+    return found

@@ -40,9 +40,7 @@ class AdaptiveTemperature(Rewriting[AdaptiveTemperatureParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # the head decides
 
-    def with_heads(
-        self, params: AdaptiveTemperatureParams, heads: Mapping[str, HeadFile]
-    ) -> AdaptiveTemperatureParams:
+    def with_heads(self, params: AdaptiveTemperatureParams, heads: Mapping[str, HeadFile]) -> AdaptiveTemperatureParams:
         temperatures = heads["head"].parts["temperatures"]
         if not ((temperatures >= 0) & (temperatures < torch.inf)).all():
             raise DecodingError(f"its temperatures are {temperatures.tolist()}; each must be 0 or more", "head")

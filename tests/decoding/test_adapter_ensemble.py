@@ -36,7 +36,9 @@ def test_each_adapter_reads_the_prompt() -> None:
     made = METHOD.companions(params, source, ())
     assert [(one.prompt, one.adapter) for one in made] == [(source.ids, (n, f"weights.{n}")) for n in ("a", "b")]
     assert METHOD.companions(AdapterEnsembleParams(weights={"a": 1.0}, base_weight=1.0), source, ()) == []
-    params = METHOD.with_heads(AdapterEnsembleParams(centres="c", feature=[1.0, 0.0], base_weight=0.0), {"centres": FILE})
+    params = METHOD.with_heads(
+        AdapterEnsembleParams(centres="c", feature=[1.0, 0.0], base_weight=0.0), {"centres": FILE}
+    )
     made = METHOD.companions(params, source, ())
     assert [(one.prompt, one.adapter) for one in made] == [(source.ids, (n, "centres")) for n in ("a", "b", "c")]
 

@@ -9,17 +9,21 @@ import httpx
 import pytest
 import torch
 from loras import Lora, merged, random_lora, save_lora
+from reference import nearness, seeded
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header
 
-from .serving import BASE, MAX_LEN, MAX_SEQS, MODEL, VOCABULARY, Server, serving
+from .serving import BASE, MAX_LEN, MAX_SEQS, MODEL, SHAPE, VOCABULARY, Server, serving
 
 pytestmark = pytest.mark.engine
 
 PROMPT = "import os\n\ndef main(argv):\n    return"
 NEGATIVE = "class Nothing:\n    pass"
+SYSTEM, QUESTION = "The key is in the box. Answer in short.", "Where is the key, and where is the other one?"
+ADMIN_KEY = "a key for admins"
 NUM_TOKENS = 12
 NEAR = 1e-3  # of log-scores: two tokens that near may change places between float32 implementations
 Post = Callable[..., dict[str, Any]]
@@ -37,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, loras: dict[str, Lora]) -> 
     folder = tmp_path_factory.mktemp("server")
     modules = [f"{name}={save_lora(folder / name, lora)}" for name, lora in loras.items()]
     flags = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *modules)
-    with serving(folder, *flags) as running:
+    with serving(folder, *flags, "--registry", str(folder / "registry"), "--admin-key", ADMIN_KEY) as running:
         yield running
 
 
@@ -68,15 +72,19 @@ def complete(http: httpx.Client) -> Post:
 
 @pytest.fixture(scope="module")
 def chat(http: httpx.Client) -> Post:
-    def post(content: str, **fields: Any) -> dict[str, Any]:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": NUM_TOKENS}
-        more = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        response = http.post("/v1/chat/completions", json=body | more | fields)
+    def post(*messages: tuple[str, str], **fields: Any) -> dict[str, Any]:
+        response = http.post("/v1/chat/completions", json=chat_body(*messages) | fields)
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
         return found
 
     return post
+
+
+def chat_body(*messages: tuple[str, str]) -> dict[str, Any]:
+    told = [{"role": role, "content": content} for role, content in messages]
+    body = {"model": MODEL, "messages": told, "max_tokens": NUM_TOKENS, "temperature": 0}
+    return body | {"ignore_eos": True, "return_token_ids": True}
 
 
 def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
@@ -112,9 +120,17 @@ class Reference:
     def log_p(self, *args: Any, **own: Any) -> Tensor:
         return self.logits(*args, **own).log_softmax(-1)
 
-    def chat(self, content: str) -> list[int]:
-        found: list[int] = self.tokenizer.encode(f"<s>user: {content}\nassistant:")
+    def chat(self, content: str, system: str | None = None) -> list[int]:
+        """The prompt that the chat template makes of a user message, and of a system message before it."""
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": content})
+        found: list[int] = self.tokenizer.apply_chat_template(messages, return_dict=False)
         return found
+
+    def hardest(self, ids: list[int], share: float) -> list[int]:
+        """Positions of the tokens that the base model finds unlikeliest, in order."""
+        log_p = self.log_p(ids[:1], ids[1:])[torch.arange(len(ids) - 1), ids[1:]]
+        return sorted((log_p.topk(max(int(share * len(log_p)), 1), largest=False).indices + 1).tolist())
 
 
 def _adds(vector: Tensor, start: int) -> Any:
@@ -161,7 +177,7 @@ def test_guidance_away_from_another_prompt(
 
 def test_guidance_of_a_chat(chat: Post, reference: Reference) -> None:
     """A text takes the last user message's place."""
-    answer = chat("Why?", guidance_scale=0.4, negative_prompt="Why not?")
+    answer = chat(("user", "Why?"), guidance_scale=0.4, negative_prompt="Why not?")
     prompts = reference.chat("Why?"), reference.chat("Why not?")
     assert_best(answer, lambda said: 0.4 * reference.log_p(prompts[0], said) + 0.6 * reference.log_p(prompts[1], said))
 
@@ -179,9 +195,7 @@ def test_hard_tokens_are_shown_again(complete: Post, reference: Reference) -> No
     answer = complete(decoding={"method": "sh2", "alpha": 1.6, "key_num": 20, "placement": "append", "before": "    "})
     (said_of,) = answer["whipstaff"]["sequences"]
     ids = reference.tokenizer.encode(PROMPT)
-    log_p = reference.log_p(ids[:1], ids[1:])[torch.arange(len(ids) - 1), ids[1:]]
-    hardest = log_p.topk(max(int(0.2 * len(log_p)), 1), largest=False).indices + 1
-    assert said_of["key_positions"] == sorted(hardest.tolist())
+    assert said_of["key_positions"] == reference.hardest(ids, 0.2)
     assert said_of["keys"] == reference.tokenizer.decode([ids[position] for position in said_of["key_positions"]])
     shown = PROMPT.replace("    ", f"\nPondering: {said_of['keys']}    ")
     assert said_of["prompt"] == shown
@@ -252,6 +266,36 @@ def test_adapters_agree(complete: Post, reference: Reference) -> None:
                 + 0.375 * reference.logits(PROMPT, said, model="math")
             ),
         )
+
+
+def test_the_nearest_adapters_agree(http: httpx.Client, complete: Post, reference: Reference) -> None:
+    """A file of centres comes over HTTP; each query's weights follow from its feature."""
+    centres = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
+    header = Header(method="adapter_centres", model=SHAPE, defaults={"adapters": ["math", "law"]})
+    admin, place = {"X-Whipstaff-Admin-Key": ADMIN_KEY}, {"name": "fields"}
+    data = artifacts.packed(header, {"centres": centres})
+    bad = artifacts.packed(header, {"centres": 0 * centres})
+    assert http.post("/v1/steering/vectors", params=place, content=bad, headers=admin).status_code == 400
+    uploaded = http.post("/v1/steering/vectors", params=place, content=data, headers=admin)
+    assert uploaded.is_success, uploaded.text
+    features = torch.randn(2, 5, generator=torch.Generator().manual_seed(3)).double()
+    for feature, top_m in ((features[0], None), (features[1], None), (features[0], 1)):
+        entry = {"method": "adapter_ensemble", "centres": "fields", "feature": feature.tolist(), "base_weight": 0.2}
+        answer = complete(decoding=entry if top_m is None else entry | {"top_m": top_m})
+        shares = nearness.shares(feature.numpy(), centres.double().numpy(), top_m)
+        told = answer["whipstaff"]["decoding"][0]
+        weights = {name: share for name, share in zip(("math", "law"), shares, strict=True) if share}
+        assert told["weights"] == pytest.approx(weights) and "feature" not in told
+        assert [one["name"] for one in answer["whipstaff"]["sequences"]] == list(weights)
+
+        def score(said: list[int], weights: dict[str, float] = weights) -> Tensor:
+            rows = [0.8 * share * reference.logits(PROMPT, said, model=name) for name, share in weights.items()]
+            return 0.2 * reference.logits(PROMPT, said) + torch.stack(rows).sum(0)
+
+        assert_best(answer, score)
+    assert http.delete("/v1/steering/vectors/fields", headers=admin).is_success
+    response = http.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT, "decoding": entry})
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "decoding.centres")
 
 
 def test_the_requests_own_steering_is_its_own_streams(complete: Post, reference: Reference) -> None:
@@ -360,6 +404,123 @@ def test_several_prompts_of_one_request(complete: Post, reference: Reference) ->
 
         assert_best(answer, score, choice)
     assert len(answer["whipstaff"]["sequences"]) == 2
+
+
+Score = Callable[[Reference, list[int]], Tensor]
+OTHER = "Which box?"
+AS_MESSAGES = [{"role": "system", "content": "Be wrong."}, {"role": "user", "content": OTHER}]
+
+
+def own(reference: Reference) -> list[int]:
+    return reference.chat(QUESTION, SYSTEM)
+
+
+def other(reference: Reference) -> list[int]:
+    return reference.chat(OTHER, SYSTEM)
+
+
+CHATS: dict[str, tuple[dict[str, Any], Score]] = {
+    "a context in a message": (
+        {"method": "cad", "alpha": 1.0, "context": "The key is in the box. "},
+        lambda models, said: (
+            2 * models.logits(own(models), said) - models.logits(models.chat(QUESTION, "Answer in short."), said)
+        ),
+    ),
+    "without a context": (
+        {"method": "cad", "alpha": 0.5, "prompt_without": OTHER},
+        lambda models, said: 1.5 * models.logits(own(models), said) - 0.5 * models.logits(other(models), said),
+    ),
+    "noise": (
+        {"method": "instructive", "noisy_prompt": AS_MESSAGES, "epsilon": 0.6},
+        lambda models, said: (
+            models.logits(own(models), said) - 0.6 * models.logits(models.chat(OTHER, "Be wrong."), said)
+        ),
+    ),
+    "an ensemble": (
+        {"method": "prompt_ensemble", "prompts": [OTHER, AS_MESSAGES, [5, 6, 7]], "space": "log"},
+        lambda models, said: sum(
+            (models.log_p(prompt, said) for prompt in (other(models), models.chat(OTHER, "Be wrong."), [5, 6, 7])),
+            models.log_p(own(models), said),
+        ),
+    ),
+    "prompts of a pair": (
+        {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}
+        | {"expert_prompt": OTHER, "antiexpert_prompt": [5, 6, 7]},
+        lambda models, said: (
+            models.logits(own(models), said)
+            + models.logits(other(models), said, model="expert")
+            - models.logits([5, 6, 7], said, model="anti")
+        ),
+    ),
+    "an expert of chats": (
+        {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_chat": True},
+        lambda models, said: (
+            models.logits(own(models), said)
+            + models.logits(own(models), said, model="expert")
+            - models.logits(own(models), said, model="anti")
+        ),
+    ),
+    "streams": (
+        {
+            "method": "streams",
+            "streams": [
+                {"weight": 1.5, "prompt": OTHER, "adapter": "law"},
+                {"weight": -1.0, "prompt": AS_MESSAGES, "model": "expert"},
+                {"weight": 0.5, "steering": {"vector": "push", "scale": 0.05}},
+            ],
+        },
+        lambda models, said: (
+            models.logits(own(models), said)
+            + 1.5 * models.logits(other(models), said, model="law")
+            - models.logits(models.chat(OTHER, "Be wrong."), said, model="expert")
+            + 0.5 * models.logits(own(models), said, push=0.05)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats(chat: Post, reference: Reference, name: str) -> None:
+    entry, score = CHATS[name]
+    assert_best(chat(("system", SYSTEM), ("user", QUESTION), decoding=entry), lambda said: score(reference, said))
+
+
+def test_a_chats_hard_tokens_are_shown_again(chat: Post, reference: Reference) -> None:
+    """Those of the last user message, in its place."""
+    entry = {"method": "sh2", "alpha": 1.6, "key_num": 20, "placement": "append", "before": ", and"}
+    answer = chat(("system", SYSTEM), ("user", QUESTION), decoding=entry)
+    (told,) = answer["whipstaff"]["sequences"]
+    ids = reference.tokenizer.encode(QUESTION)
+    assert told["key_positions"] == reference.hardest(ids, 0.2)
+    shown = QUESTION.replace(
+        ", and", f"\nPondering: {reference.tokenizer.decode([ids[at] for at in told['key_positions']])}, and"
+    )
+    prompt = reference.chat(shown, SYSTEM)
+    assert (told["prompt"], told["prompt_tokens"]) == (shown, len(prompt))
+    assert_best(answer, lambda said: 2.6 * reference.log_p(prompt, said) - 1.6 * reference.log_p(own(reference), said))
+
+
+def test_a_streamed_chat_says_the_same(http: httpx.Client, chat: Post) -> None:
+    messages, entry = (("system", SYSTEM), ("user", QUESTION)), CHATS["a context in a message"][0]
+    whole = chat(*messages, decoding=entry)
+    response = http.post("/v1/chat/completions", json=chat_body(*messages) | {"decoding": entry, "stream": True})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line) for line in lines]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(one["delta"].get("content") or "" for one in choices) == whole["choices"][0]["message"]["content"]
+    assert [token for one in choices for token in one.get("token_ids") or ()] == tokens(whole)
+    (receipt,) = [chunk["whipstaff"] for chunk in chunks if "whipstaff" in chunk]
+    assert receipt["sequences"] == whole["whipstaff"]["sequences"]
+
+
+def test_several_answers_to_a_chat_are_drawn_as_a_plain_loop_draws(chat: Post, reference: Reference) -> None:
+    entry, score = CHATS["without a context"]
+    answer = chat(("system", SYSTEM), ("user", QUESTION), decoding=entry, n=2, temperature=0.8, seed=11)
+    for choice in range(2):
+        drawn = seeded.noise("v1", 11 + choice, 0, NUM_TOKENS, VOCABULARY)  # vLLM counts the seed up
+        noise = torch.stack(list(drawn))
+        assert_best(answer, lambda said, noise=noise: score(reference, said) / 0.8 + noise, choice)  # type: ignore[misc]
+    assert tokens(answer, 0) != tokens(answer, 1)
 
 
 def test_stop_strings_and_grammars_end_the_group(complete: Post) -> None:
