@@ -29,12 +29,18 @@ MAIN = Stream()
 
 
 class Term(NamedTuple):
-    """One stream as it enters a mix: weight * f(logits / temperature), f the identity or log-softmax."""
+    """One stream as it enters a mix: weight * f(logits / temperature), f the identity or log-softmax.
+
+    It may say which tokens are plausible: those whose logit in it is at least log(alpha) + the best one, and above
+    which there is a mass of at most top_p.
+    """
 
     stream: Stream
     weight: float
     log_softmax: bool = False
     temperature: float = 1.0
+    alpha: float = 0.0  # 0 is off
+    top_p: float = 1.0  # 1 is off
 
 
 class Window(NamedTuple):
@@ -58,17 +64,14 @@ ALWAYS = Window()
 
 
 class Mix(NamedTuple):
-    """New logits = sum of the terms, on the tokens that one of them finds plausible.
+    """New logits = sum of the terms, on the tokens that all of them find plausible; where there are none, on the main
+    stream's best one.
 
-    A token is plausible if its logit in that term's stream is at least log(alpha) + the best one, and if the mass of
-    the tokens above it is at most top_p. The first term is the main stream's own. With `is_probability` the new logits
-    are log(sum of weight * softmax(logits / temperature)).
+    The first term is the main stream's own; the served model alone says what is plausible. With `is_probability`, which
+    goes without that, the new logits are log(sum of weight * softmax(logits / temperature)).
     """
 
     terms: tuple[Term, ...]
-    alpha: float = 0.0  # 0 is off
-    top_p: float = 1.0  # 1 is off
-    judge: int = 0  # the term whose stream decides what is plausible
     is_probability: bool = False
     window: Window = ALWAYS
 
@@ -95,8 +98,7 @@ class Mix(NamedTuple):
     @property
     def is_sum(self) -> bool:
         """Whether it only adds raw logits up: such mixes add up themselves."""
-        is_raw = not any(term.log_softmax or term.temperature != 1 for term in self.terms)
-        return is_raw and self[1:] == (0.0, 1.0, 0, False, ALWAYS)
+        return all(term[2:] == (False, 1.0, 0.0, 1.0) for term in self.terms) and self[1:] == (False, ALWAYS)
 
     @property
     def is_off(self) -> bool:
@@ -113,14 +115,13 @@ class Mix(NamedTuple):
         return self._replace(terms=(main._replace(weight=1 + gain * (main.weight - 1)), *faded))
 
     def to_wire(self) -> list[Any]:
-        how = [self.alpha, self.top_p, self.judge, self.is_probability]
-        return [[[*term.stream, *term[1:]] for term in self.terms], how, list(self.window)]
+        return [[[*term.stream, *term[1:]] for term in self.terms], self.is_probability, list(self.window)]
 
     @staticmethod
     def from_wire(wire: Sequence[Any]) -> "Mix":
-        terms, (alpha, top_p, judge, is_probability), window = wire
+        terms, is_probability, window = wire
         made = tuple(Term(Stream(model, member), *rest) for model, member, *rest in terms)
-        return Mix(made, alpha, top_p, judge, is_probability, Window(*window))
+        return Mix(made, is_probability, Window(*window))
 
 
 def added(mixes: Sequence[Mix]) -> Mix | None:
@@ -193,11 +194,10 @@ class MixedRows:
 
     def _made(self, num_rows: int, device: torch.device) -> Iterator[tuple[list[_Slot], list[Tensor | None]]]:
         """The passes of the kernel, each with its columns and its tables."""
-        masks = [(one.row, _column(self._slots, one), one.mix) for one in self._concerned]
         for first in range(1, max(len(self._slots), 2), _MOST_STREAMS - 1):
             more = self._slots[first : first + _MOST_STREAMS - 1]
             slots = [self._slots[0] if first == 1 else _so_far(more), *more]
-            yield slots, _tables(slots, masks if first == 1 else [], num_rows, device)
+            yield slots, _tables(slots, num_rows, device)
 
 
 def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[MixedRow]) -> Tensor:
@@ -219,16 +219,10 @@ def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:
     return sorted(slots, key=lambda slot: bool(slot.model))  # masks are of the first pass, and look at the served model
 
 
-def _column(slots: Sequence[_Slot], one: MixedRow) -> int:
-    """The column of the term that decides what is plausible."""
-    judge = one.mix.terms[one.mix.judge]
-    return next(column for column, slot in enumerate(slots) if slot.terms.get(one.row, (0, None))[1] is judge)
-
-
 def _averaged(one: MixedRow, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """(V,) of one row: a mixture of distributions. Tokens that some stream lacks have no probability there."""
     total = torch.full_like(logits[one.row], -torch.inf, dtype=torch.float32)
-    for (model, member), weight, _, temperature in one.mix.terms:
+    for (model, member), weight, _, temperature, *_ in one.mix.terms:
         if weight:
             row = (others[model] if model else logits)[one.members[member], : len(total)].to(torch.float32)
             log_p = (row / temperature).log_softmax(-1) + math.log(weight)
@@ -241,9 +235,7 @@ def _so_far(more: Sequence[_Slot]) -> _Slot:
     return _Slot("", {row: (row, Term(MAIN, 1.0)) for slot in more for row in slot.terms})
 
 
-def _tables(
-    slots: Sequence[_Slot], masks: Sequence[tuple[int, int, Mix]], num_rows: int, device: torch.device
-) -> list[Tensor | None]:
+def _tables(slots: Sequence[_Slot], num_rows: int, device: torch.device) -> list[Tensor | None]:
     """What `mix_logits_` takes after the streams; made on the host, then sent."""
     shape = num_rows, len(slots)
     rows, is_log = np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
@@ -253,8 +245,7 @@ def _tables(
         for row, (source, term) in slot.terms.items():
             rows[row, column], weights[row, column] = source, term.weight
             temperatures[row, column], is_log[row, column] = term.temperature, term.log_softmax
-    for row, column, mix in masks:
-        alphas[row, column], top_ps[row, column] = mix.alpha, mix.top_p
+            alphas[row, column], top_ps[row, column] = term.alpha, term.top_p
     tables = [
         rows,
         weights,

@@ -1,10 +1,11 @@
 """Context-aware decoding: what a context adds to a prompt counts for more.
 
-    s = (1 + alpha) * with_context - alpha * without        raw logits
+    s = (1 + alpha) * with_context - alpha * without        raw logits, of the tokens in the nuclei of both
 
 The context is a text that stands in the prompt, or the prompt without it is given. Shi et al. 2023, arXiv:2305.14739;
-alpha = 0.5 for summaries, 1 where the context contradicts what the model knows. The authors' nucleus filter of each
-branch is off in their data, and not here.
+alpha = 0.5 for summaries, 1 where the context contradicts what the model knows. The authors' nuclei are whole in their
+data. A token outside of one counts -1000 there or 1000 less; here it is banned. It is the same as long as the nuclei
+share a token; where they do not, the likeliest one with the context is left, which their scores put first, too.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ class CadParams(CoupledParams):
     alpha: float = Field(0.5, ge=-1, le=100, allow_inf_nan=False, description="0 changes nothing")
     context: str | None = Field(None, min_length=1, description="a text that stands in the prompt")
     prompt_without: Content | None = Field(None, description="instead: the prompt without the context")
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus with the context; 1 is off")
+    top_p_without: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus without; 1 is off")
 
 
 class Cad(Mixing[CadParams]):
@@ -36,8 +39,9 @@ class Cad(Mixing[CadParams]):
     def mix(self, params: CadParams) -> Mix:
         if (params.context is None) == (params.prompt_without is None):
             raise DecodingError("say which text of the prompt is context, or the prompt without it", "context")
-        terms = Term(MAIN, 1 + params.alpha), Term(Stream(member=1), -params.alpha)
-        return Mix(terms, window=params.window) if params.alpha else Mix((Term(MAIN, 1.0),))
+        aware = Term(MAIN, 1 + params.alpha, top_p=params.top_p)
+        prior = Term(Stream(member=1), -params.alpha, top_p=params.top_p_without)
+        return Mix((aware, prior) if params.alpha else (aware,), window=params.window)
 
     def companions(self, params: CadParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         if params.alpha == 0:

@@ -34,6 +34,6 @@ class Contrastive(Mixing[ContrastiveParams]):
         return None  # its scores are log-probabilities, whatever the weights
 
     def mix(self, params: ContrastiveParams) -> Mix:
-        expert = Term(MAIN, 1.0, log_softmax=True)
+        expert = Term(MAIN, 1.0, log_softmax=True, alpha=params.alpha)
         amateur = Term(Stream(params.amateur), -params.beta, True, params.amateur_temperature)
-        return Mix((expert, amateur), alpha=params.alpha)
+        return Mix((expert, amateur))

@@ -33,5 +33,5 @@ class ContrastiveBeta(Mixing[ContrastiveBetaParams]):
         return ContrastiveBetaParams(amateur=streams[0], alpha=0.0, beta=0.0)
 
     def mix(self, params: ContrastiveBetaParams) -> Mix:
-        terms = Term(MAIN, 1.0 + params.beta), Term(Stream(params.amateur), -params.beta)
-        return Mix(terms, alpha=params.alpha)
+        expert = Term(MAIN, 1.0 + params.beta, alpha=params.alpha)
+        return Mix((expert, Term(Stream(params.amateur), -params.beta)))

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from whipstaff.decoding.method import DecodingError, Mixing, Params
-from whipstaff.decoding.mix import Mix, Stream, Term
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
 class DExpertsParams(Params):
@@ -42,4 +42,5 @@ class DExperts(Mixing[DExpertsParams]):
         weights = {"": 1.0}
         for model, weight in ((params.expert, params.alpha), (params.antiexpert, -params.alpha)):
             weights[model or ""] = weights.get(model or "", 0.0) + weight
-        return Mix(tuple(Term(Stream(model), weight) for model, weight in weights.items()), top_p=params.top_p)
+        base = Term(MAIN, weights.pop(""), top_p=params.top_p)
+        return Mix((base, *(Term(Stream(model), weight) for model, weight in weights.items())))

@@ -55,8 +55,8 @@ class Sh2(Mixing[Sh2Params]):
     def mix(self, params: Sh2Params) -> Mix:
         if params.template is not None and "{keys}" not in params.template:
             raise DecodingError("a template says where the {keys} stand", "template")
-        terms = Term(MAIN, -params.alpha, True), Term(Stream(member=1), 1 + params.alpha, True)
-        return Mix(terms, alpha=params.relative_top, judge=1, window=params.window)
+        hesitant = Term(Stream(member=1), 1 + params.alpha, True, alpha=params.relative_top)
+        return Mix((Term(MAIN, -params.alpha, True), hesitant), window=params.window)
 
     def scored(self, params: Sh2Params, source: Source) -> Sequence[int]:
         if params.context is not None and params.context not in source.text:

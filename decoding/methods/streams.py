@@ -74,7 +74,8 @@ class Streams(Mixing[StreamsParams]):
         is_log, is_probability = params.space == "log", params.space == "probability"
         if is_probability:
             _check_distributions(params)
-        terms, num_members = [Term(MAIN, params.base_weight, is_log)], 0
+        base = Term(MAIN, params.base_weight, is_log, alpha=params.alpha, top_p=params.top_p)
+        terms, num_members = [base], 0
         for number, stream in enumerate(params.streams):
             if not stream.is_sequence and stream.model is None:
                 raise DecodingError(
@@ -84,7 +85,7 @@ class Streams(Mixing[StreamsParams]):
             num_members += stream.is_sequence
             where = Stream(stream.model or "", num_members if stream.is_sequence else 0)
             terms.append(Term(where, stream.weight, is_log, stream.temperature))
-        return Mix(tuple(terms), params.alpha, params.top_p, is_probability=is_probability, window=params.window)
+        return Mix(tuple(terms), is_probability, params.window)
 
     def companions(self, params: StreamsParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         return [

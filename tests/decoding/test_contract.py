@@ -37,7 +37,11 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "contrastive_beta": [{"alpha": 0.0}, {"alpha": 0.4, "beta": 2.0}],
     "adapter_free_ensemble": [{"weights": {"second": 0.3}, "base_weight": 0.0}],
     "cfg": [{"guidance_scale": 3.0, "negative_prompt": "no"}, {"guidance_scale": 0.4}, {"until": 4, "from": 1}],
-    "cad": [{"alpha": 1.0, "context": None, "prompt_without": [4, 5]}, {"alpha": -0.5, "until": 9, "fade": "linear"}],
+    "cad": [
+        {"alpha": 1.0, "context": None, "prompt_without": [4, 5]},
+        {"alpha": -0.5, "until": 9, "fade": "linear"},
+        {"top_p": 0.4, "top_p_without": 0.3},
+    ],
     "sh2": [{"alpha": 6.0, "placement": "append"}, {"relative_top": 0.1, "thinning": {"seed": 3}}, {"alpha": 0.0}],
     "instructive": [{"epsilon": 0.9, "noisy_prompt": [{"role": "user", "content": "no"}]}],
     "prompt_ensemble": [{"space": "log"}, {"weights": [0.0, 1.0, 2.0]}, {"prompts": [[3]], "weights": [1.0, 0.0]}],

@@ -69,8 +69,9 @@ def test_log_softmax_and_temperature_of_a_term() -> None:
 
 def test_masks_look_at_the_main_stream() -> None:
     base, other = normal(2, VOCAB), normal(2, VOCAB, seed=1)
-    terms = (Term(MAIN, 1.5), Term(Stream("a"), -0.5))
-    result = mix_rows(base, {"a": other}, own({0: Mix(terms, alpha=0.2), 1: Mix(terms, top_p=0.6)}))
+    masked = Term(MAIN, 1.5, alpha=0.2), Term(MAIN, 1.5, top_p=0.6)
+    mixes = {row: Mix((term, Term(Stream("a"), -0.5))) for row, term in enumerate(masked)}
+    result = mix_rows(base, {"a": other}, own(mixes))
     close = base[0] >= base[0].max() + math.log(0.2)
     best_first, order = base[1].softmax(0).sort(descending=True)
     likely = torch.zeros(VOCAB, dtype=torch.bool).scatter(0, order, best_first.cumsum(0) - best_first <= 0.6)
@@ -96,7 +97,7 @@ def test_a_batch_may_need_more_models_than_one_pass_takes(masked: bool) -> None:
     others = {f"m{k}": normal(3, 40, seed=2 + k) for k in range(20)}
     mixes = {0: Mix.of(dict(zip(others, weights[0].tolist(), strict=True))), 2: Mix.of({"m19": 0.3})}
     if masked:
-        mixes = {row: mix._replace(alpha=0.3) for row, mix in mixes.items()}
+        mixes = {row: Mix((mix.terms[0]._replace(alpha=0.3), *mix.terms[1:])) for row, mix in mixes.items()}
     result = mix_rows(base, others, own(mixes))
     stacked = torch.stack(list(others.values()))  # (20, 3, 40)
     expected = {0: base[0] + weights[0] @ stacked[:, 0], 2: base[2] + 0.3 * others["m19"][2]}
@@ -105,6 +106,21 @@ def test_a_batch_may_need_more_models_than_one_pass_takes(masked: bool) -> None:
         assert torch.equal(result[row] > -torch.inf, kept)
         torch.testing.assert_close(result[row][kept], mixed[kept], atol=1e-4, rtol=1e-5)
     assert torch.equal(result[1], base[1])
+
+
+def test_several_streams_may_have_a_say() -> None:
+    """A token must be plausible in each; where none is, the main stream's best one is left."""
+    base = normal(4, VOCAB) / 2
+    base[2, :5] += 20.0
+    base[3, 5:] += 20.0  # these two share no token
+    terms = Term(MAIN, 1.5, top_p=0.7), Term(Stream("", 1), -0.5, top_p=0.8, alpha=0.1)
+    result = mix_rows(base, {}, [MixedRow(0, Mix(terms), (0, 1)), MixedRow(2, Mix(terms), (2, 3))])
+    inner, outer = base[0].softmax(0), base[1].softmax(0)
+    likely = [inner[inner > inner[v]].sum() <= 0.7 and outer[outer > outer[v]].sum() <= 0.8 for v in range(VOCAB)]
+    kept = torch.tensor(likely) & (outer >= 0.1 * outer.max())
+    assert 1 < kept.sum() < sum(likely) < VOCAB and torch.equal(result[0] > -torch.inf, kept)
+    torch.testing.assert_close(result[0][kept], (1.5 * base[0] - 0.5 * base[1])[kept])
+    assert (result[2] > -torch.inf).nonzero().flatten().tolist() == [int(base[2].argmax())]
 
 
 def test_sums_add_up() -> None:
@@ -133,7 +149,7 @@ def test_a_mask_may_look_at_another_stream(num_models: int) -> None:
     """However many models the batch's other rows read."""
     base = normal(3, VOCAB)
     others = {f"m{k}": normal(3, VOCAB, seed=k) for k in range(num_models)}
-    mix = Mix((Term(MAIN, -0.5, True), Term(Stream("", 1), 1.5, True)), alpha=0.2, judge=1)
+    mix = Mix((Term(MAIN, -0.5, True), Term(Stream("", 1), 1.5, True, alpha=0.2)))
     result = mix_rows(base, others, [MixedRow(0, Mix.of(dict.fromkeys(others, 1.0)), (0,)), MixedRow(1, mix, (1, 2))])
     kept = base[2] >= base[2].max() + math.log(0.2)
     assert torch.equal(result[1] > -torch.inf, kept)
@@ -189,16 +205,15 @@ def test_fading_distributions_stay_distributions() -> None:
 
 
 def test_what_a_mix_says_of_itself() -> None:
-    mix = Mix((Term(MAIN, 1.0), Term(Stream("b", 2), 1.0), Term(Stream("a"), 1.0)), alpha=0.1)
+    mix = Mix((Term(MAIN, 1.0, alpha=0.1), Term(Stream("b", 2), 1.0), Term(Stream("a"), 1.0)))
     assert mix.models == ["a", "b"] and mix.num_members == 2
     assert not mix.is_sum and not mix.is_off
     assert Mix.of({"a": 0.0}).is_off and not Mix.of({"a": 1.0}).is_off
 
 
 def test_a_mix_travels() -> None:
-    mix = Mix(
-        (Term(MAIN, 1.0, True), Term(Stream("a", 1), -0.25, True, 0.5)), 0.1, 0.9, 1, window=Window(2, 9, "cosine")
-    )
+    terms = Term(MAIN, 1.0, True), Term(Stream("a", 1), -0.25, True, 0.5, 0.1, 0.9)
+    mix = Mix(terms, window=Window(2, 9, "cosine"))
     for one in (mix, mix._replace(is_probability=True), Mix.of({"a": 1.0})):
         assert Mix.from_wire(json.loads(json.dumps(one.to_wire()))) == one
 

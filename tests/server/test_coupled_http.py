@@ -10,6 +10,7 @@ import pytest
 import torch
 from loras import Lora, merged, random_lora, save_lora
 from reference import nearness, seeded
+from reference.dexperts import top
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -189,6 +190,27 @@ def test_context_counts_for_more(complete: Post, reference: Reference, how: dict
     answer = complete(decoding={"method": "cad", "alpha": 1.0, **how})
     without = PROMPT.removeprefix("import os\n\n")
     assert_best(answer, lambda said: 2 * reference.logits(PROMPT, said) - reference.logits(without, said))
+
+
+def test_context_counts_for_more_within_both_nuclei(complete: Post, reference: Reference) -> None:
+    entry = {"method": "cad", "alpha": 1.0, "context": "import os\n\n", "top_p": 0.6, "top_p_without": 0.8}
+    without = PROMPT.removeprefix("import os\n\n")
+
+    def score(said: list[int]) -> Tensor:
+        rows = [reference.logits(prompt, said) for prompt in (PROMPT, without)]
+        kept = [
+            torch.tensor([[v in top(row.tolist(), p) for v in range(len(row))] for row in each])
+            for each, p in zip(rows, (0.6, 0.8), strict=True)
+        ]
+        found = (2 * rows[0] - rows[1]).masked_fill(~(kept[0] & kept[1]), -torch.inf)
+        empty = ~(found > -torch.inf).any(1)
+        found[empty] = rows[0][empty]
+        return found
+
+    answer = complete(decoding=entry)
+    assert_best(answer, score)
+    unmasked = 2 * reference.logits(PROMPT, tokens(answer)) - reference.logits(without, tokens(answer))
+    assert not torch.equal(unmasked.argmax(1), torch.tensor(tokens(answer)))  # the nuclei matter here
 
 
 def test_hard_tokens_are_shown_again(complete: Post, reference: Reference) -> None:

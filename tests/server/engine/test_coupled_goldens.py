@@ -56,16 +56,17 @@ def guided(case: dict[str, Any]) -> Ask:
 
 
 def aware(case: dict[str, Any]) -> Ask:
-    mix = Cad().mix(CadParams(alpha=case["alpha"], context="any"))
+    nuclei = {"top_p": case["filter_p"], "top_p_without": case["filter_p_prior"]}
+    mix = Cad().mix(CadParams(alpha=case["alpha"], context="any", **nuclei))
     return Ask(case["context_prompt"], coupled(mix, case["prior_prompt"]), len(case["output"]))
 
 
 def test_guidance_and_context_aware_decoding_in_one_batch(base: EngineUnderTest) -> None:
     """Penalties run after guidance, and count the tokens of the plain prompt and of the answer."""
-    unfiltered = [case for case in cases("context_aware_decoding") if case.get("filter_p") == 1.0]
+    contexts = [case for case in cases("context_aware_decoding") if "filter_p" in case]
     guidance = cases("classifier_free_guidance")
-    asks = [*map(guided, guidance), *map(aware, unfiltered)]
-    for case, tokens in zip([*guidance, *unfiltered], base.tokens(*asks), strict=True):
+    asks = [*map(guided, guidance), *map(aware, contexts)]
+    for case, tokens in zip([*guidance, *contexts], base.tokens(*asks), strict=True):
         assert tokens == case["output"], case["id"]
 
 

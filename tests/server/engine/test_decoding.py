@@ -185,7 +185,7 @@ class Bench:
             total += term.weight * (logits.log_softmax(-1) if term.log_softmax else logits)
         p = row.softmax(-1)
         above = torch.stack([p[p > one].sum() for one in p])
-        keep = (p >= mix.alpha * p.max()) & (above <= mix.top_p)
+        keep = (p >= mix.terms[0].alpha * p.max()) & (above <= mix.terms[0].top_p)
         return total.masked_fill(~keep, -torch.inf)
 
     def rewritten(
