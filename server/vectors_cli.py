@@ -101,9 +101,12 @@ def described(name: str, vector: Vector) -> Iterator[str]:
     yield f"model     {shape.architecture} (hidden {shape.hidden_size}, {shape.num_layers} layers, " + (
         f"{shape.num_heads} heads of {shape.head_dim})"
     )
-    yield f"sites     {'; '.join(_sites(vector)) or 'none: rows beside the prompt'}"
-    where = "the method's own" if header.where is None else "the file's"
-    yield f"tokens    {_said(header.where or method.where)} ({where})"
+    if method.served_by == "logits":
+        yield "sites     none: read by `decoding`"
+    else:
+        yield f"sites     {'; '.join(_sites(vector)) or 'none: rows beside the prompt'}"
+        where = "the method's own" if header.where is None else "the file's"
+        yield f"tokens    {_said(header.where or method.where)} ({where})"
     if "scale" in method.params.model_fields:
         yield f"scale     {algebra.strength_of(vector):g} ({'the method' if header.scale is None else 'the file'}'s)"
     if header.defaults:

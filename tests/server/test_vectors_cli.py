@@ -188,6 +188,11 @@ def test_show_takes_every_kind_of_file(tmp_path: Path, capsys: Any) -> None:
     assert "layers 0-19, 30" in (said := capsys.readouterr().out) and "cosine with the next layer" in said
     assert run("show", made(tmp_path / "rows.safetensors", "soft_prompt", {"rows": numbers(3, 16)})) == 0
     assert "rows beside the prompt" in capsys.readouterr().out
+    centres = {"centres": numbers(2, 5)}
+    file = made(tmp_path / "centres.safetensors", "adapter_centres", centres, defaults={"adapters": ["law", "art"]})
+    assert run("show", file) == 0
+    said = capsys.readouterr().out
+    assert "read by `decoding`" in said and "tokens  " not in said
     assert run("show", made(tmp_path / "one.safetensors", "directional_ablation", {"direction": A})) == 0
     knob = made(tmp_path / "knob.safetensors", "context_knob", {"resid_post.1.basis": A[None]})
     assert run("show", knob, "--png", tmp_path / "knob.png") == 0
