@@ -20,6 +20,7 @@ __all__ = [
     "Phi",
     "apply_temperature_",
     "attention_rows",
+    "cut_rows_",
     "diag_edit_",
     "divergences",
     "explain_rows",
@@ -39,6 +40,7 @@ _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
 _divergences = torch.ops.whipstaff.divergences.default
+_cut_rows_ = torch.ops.whipstaff.cut_rows_.default
 _typical_rows_ = torch.ops.whipstaff.typical_rows_.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
@@ -221,6 +223,15 @@ def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
     returns   (P,) float32, in nats
     """
     return cast(Tensor, _divergences(mature, early, owners))
+
+
+def cut_rows_(logits: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> None:
+    """logits[r] <- -inf for every token whose logit is below low[r] or above high[r].
+
+    logits      (R, V) float32, bfloat16 or float16, changed in place; rows may be strided
+    low, high   (>= R,) float32, or None; NaN is no bound
+    """
+    _cut_rows_(logits, low, high)
 
 
 def typical_rows_(logits: Tensor, mass: Tensor) -> None:

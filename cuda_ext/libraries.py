@@ -101,6 +101,12 @@ OPERATORS = [
         _per_early_row,
     ),
     Operator(
+        "whipstaff::cut_rows_",
+        "(Tensor(a!) logits, Tensor? low, Tensor? high) -> ()",
+        reference.cut_rows_,
+        _changes_in_place,
+    ),
+    Operator(
         "whipstaff::typical_rows_",
         "(Tensor(a!) logits, Tensor mass) -> ()",
         reference.typical_rows_,

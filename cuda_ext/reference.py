@@ -230,6 +230,13 @@ def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
     return found
 
 
+def cut_rows_(logits: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+    for bound, is_out in ((low, torch.lt), (high, torch.gt)):
+        if bound is not None:
+            wide = logits.to(compute_type(logits))
+            logits.masked_fill_(is_out(wide, bound[: len(logits), None]), -torch.inf)
+
+
 def typical_rows_(logits: Tensor, mass: Tensor) -> None:
     share = mass[: len(logits), None].double()
     log_p = logits.to(compute_type(logits)).log_softmax(1)

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -41,4 +42,5 @@ class TopNSigma(Rewriting[TopNSigmaParams]):
         square = torch.linalg.vector_norm(below, dim=1, keepdim=True).square() / num
         deviation = (square - mean.square()).clamp(min=0).sqrt()
         least = (best - n * deviation).masked_fill(n <= 0, -torch.inf)
-        return logits.masked_fill_(logits < least, -torch.inf)
+        cut_rows_(logits, least[:, 0])
+        return logits

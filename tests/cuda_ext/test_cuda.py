@@ -65,12 +65,18 @@ def typical_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Argum
     return apart(33, hidden * 8, dtype), mass
 
 
+def cut_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    low = torch.full((38,), -torch.inf) if popularity == "nobody" else torch.randn(38)
+    return strided(33, hidden * 8, dtype), low, torch.randn(38).exp()
+
+
 IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
     "diag_edit_": (cuda_ext.diag_edit_, diag_arguments),
     "diag_edit_ per head": (cuda_ext.diag_edit_, grouped_arguments),
     "lowrank_edit_": (cuda_ext.lowrank_edit_, lowrank_arguments),
     "run_edits_": (cuda_ext.run_edits_, run_edits_arguments),
     "mix_logits_": (cuda_ext.mix_logits_, mix_arguments),
+    "cut_rows_": (cuda_ext.cut_rows_, cut_arguments),
     "typical_rows_": (cuda_ext.typical_rows_, typical_arguments),
 }
 
