@@ -88,7 +88,7 @@ def test_hand_worked():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_mass_leaves_rows_alone(dtype):
-    logits = strided(4, 777, dtype)
+    logits = strided(4, 777, dtype).mul_(60)  # most have next to no mass
     logits[0], logits[1, 3:9], logits[2, 5] = math.nan, -INF, INF
     result = logits.clone()
     cuda_ext.typical_rows_(result, torch.tensor([1.0, 1.0, 7.0, INF]))
@@ -106,6 +106,14 @@ def test_a_token_stays(mass):
     kept = (rows > -INF).sum(1).tolist()
     assert kept[:3] == [1, 4000, 1] and kept[3] >= 1
     assert kept[4] == 0  # none was left before
+
+
+def test_what_has_no_mass_is_not_needed():
+    """However the masses of n equal tokens round, the rest adds nothing to them."""
+    num = torch.arange(1, 300)
+    rows = torch.where(torch.arange(400) < num[:, None], 0.0, -60.0)
+    cuda_ext.typical_rows_(rows, torch.full((len(num),), 1 - 2**-24))
+    assert torch.equal((rows > -INF).sum(1), num)
 
 
 def test_rows_that_are_no_distribution_harm_nobody():
