@@ -149,6 +149,31 @@ def mix_cases(device: str) -> Iterator[Case]:
                 )
 
 
+def row_cases(device: str) -> Iterator[Case]:
+    from whipstaff import cuda_ext
+    from whipstaff.cuda_ext import reference
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_rows, vocab in ((32, 16 * 1024), (32, 128 * 1024)):
+            fresh = torch.randn(num_rows, vocab, device=device).to(dtype)
+            logits, low = fresh.clone(), torch.zeros(num_rows, device=device)
+            mass, setup = low + 0.95, {"rows": num_rows, "vocab": vocab, "dtype": str(dtype)}
+            yield Case(
+                "cut_rows_",
+                setup,
+                lambda logits=logits, low=low: cuda_ext.cut_rows_(logits, low, None),
+                lambda logits=logits, low=low: reference.cut_rows_(logits, low, None),
+                2 * logits.nbytes,
+            )
+            yield Case(
+                "typical_rows_",
+                setup | {"form": "after a copy of the rows"},
+                lambda logits=logits, fresh=fresh, mass=mass: cuda_ext.typical_rows_(logits.copy_(fresh), mass),
+                lambda logits=logits, fresh=fresh, mass=mass: reference.typical_rows_(logits.copy_(fresh), mass),
+                4 * logits.nbytes,
+            )
+
+
 def copy_of(num_bytes: int, device: str) -> Callable[[], object]:
     """A plain copy that moves as many bytes: half of them read, half written."""
     source = torch.zeros(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)
@@ -238,7 +263,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     for device in chosen.device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]):
         print(json.dumps(machine(device) | {"threads": chosen.threads, "python": platform.python_version()}))
-        for cases in (diag_cases, lowrank_cases, program_cases, mix_cases):
+        for cases in (diag_cases, lowrank_cases, program_cases, mix_cases, row_cases):
             for case in cases(device):
                 if not chosen.kernel or case.name in chosen.kernel:
                     print(json.dumps(measure(case, device, chosen.budget)), flush=True)

@@ -20,12 +20,14 @@ __all__ = [
     "Phi",
     "apply_temperature_",
     "attention_rows",
+    "cut_rows_",
     "diag_edit_",
     "divergences",
     "explain_rows",
     "lowrank_edit_",
     "mix_logits_",
     "run_edits_",
+    "typical_rows_",
 ]
 
 IMPLEMENTATION = load()
@@ -38,6 +40,8 @@ _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
 _divergences = torch.ops.whipstaff.divergences.default
+_cut_rows_ = torch.ops.whipstaff.cut_rows_.default
+_typical_rows_ = torch.ops.whipstaff.typical_rows_.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
@@ -219,6 +223,29 @@ def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
     returns   (P,) float32, in nats
     """
     return cast(Tensor, _divergences(mature, early, owners))
+
+
+def cut_rows_(logits: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> None:
+    """logits[r] <- -inf for every token whose logit is below low[r] or above high[r].
+
+    logits      (R, V) float32, bfloat16 or float16, changed in place; rows may be strided
+    low, high   (>= R,) float32, or None; NaN is no bound
+    """
+    _cut_rows_(logits, low, high)
+
+
+def typical_rows_(logits: Tensor, mass: Tensor) -> None:
+    """logits[r] <- -inf for every token outside the locally typical set: the tokens whose surprise is closest to the
+    expected one, as few as have that mass (Meister et al. 2022, arXiv:2202.00666).
+
+    A token deviates by |-log p - H| nats, H = -sum p log p. The row's limit is the least deviation such that the tokens
+    up to it have mass[r]; tokens that deviate as much stay with it. Masses are counted in whole 2^-40, so that no order
+    of adding matters. At least one token stays, and what is banned (-inf) stays banned.
+
+    logits   (R, V) float32, bfloat16 or float16, changed in place; rows may be strided
+    mass     (>= R,) float32; 1 and anything above leave the row alone, bit for bit
+    """
+    _typical_rows_(logits, mass)
 
 
 def attention_rows(

@@ -101,6 +101,18 @@ OPERATORS = [
         _per_early_row,
     ),
     Operator(
+        "whipstaff::cut_rows_",
+        "(Tensor(a!) logits, Tensor? low, Tensor? high) -> ()",
+        reference.cut_rows_,
+        _changes_in_place,
+    ),
+    Operator(
+        "whipstaff::typical_rows_",
+        "(Tensor(a!) logits, Tensor mass) -> ()",
+        reference.typical_rows_,
+        _changes_in_place,
+    ),
+    Operator(
         "whipstaff::attention_rows",
         "(Tensor query, Tensor keys, Tensor block_table, Tensor context, float scale, int max_context, "
         "bool head_max=False) -> Tensor",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext.phi import Phi
 
+WHOLE_MASS = 2.0**40  # sums of whole numbers do not depend on their order
 IS_CHECKED = os.environ.get("WHIPSTAFF_CUDA_EXT_CHECKED") == "1"
 
 
@@ -227,6 +228,25 @@ def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
     found = mature.new_zeros(len(early), dtype=torch.float32)
     found[is_owned] = terms.masked_fill(log_q == -torch.inf, 0).sum(1).float()
     return found
+
+
+def cut_rows_(logits: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+    for bound, is_out in ((low, torch.lt), (high, torch.gt)):
+        if bound is not None:
+            wide = logits.to(compute_type(logits))
+            logits.masked_fill_(is_out(wide, bound[: len(logits), None]), -torch.inf)
+
+
+def typical_rows_(logits: Tensor, mass: Tensor) -> None:
+    share = mass[: len(logits), None].double()
+    log_p = logits.to(compute_type(logits)).log_softmax(1)
+    entropy = explain_rows(logits, None, 0)[0].to(log_p.dtype)
+    deviation = (log_p + entropy[:, None]).abs()  # nats; inf where banned
+    least_first, order = deviation.sort(dim=1)
+    so_far = (log_p.exp() * WHOLE_MASS).long().gather(1, order).cumsum(1)
+    wanted = (share * WHOLE_MASS).long().clamp(min=1).minimum(so_far[:, -1:])
+    limit = least_first.gather(1, (so_far < wanted).sum(1, keepdim=True))
+    logits.masked_fill_((deviation > limit) & (share < 1), -torch.inf)
 
 
 def attention_rows(

@@ -85,24 +85,24 @@ double sum_p_log_p(const float* p, const float* logits, int64_t size, float log_
 
 void explain_row(const Explain& work, int64_t row) {
   const LogitRow final{&work.final, row, work.vocab}, base{&work.base, row, work.vocab};
-  const bool has_base = work.base.data != nullptr;
-  const float final_sum = final.log_sum_exp(final.max(), 1.0f);
-  const float base_sum = has_base ? base.log_sum_exp(base.max(), 1.0f) : 0.0f;
+  const Spread spread = final.spread(final.max());
+  work.entropy[row] = spread.entropy;
+  work.divergence[row] = 0.0f;
+  if (work.base.data == nullptr) return;
+  const float final_sum = spread.log_sum, base_sum = base.spread(base.max()).log_sum;
   LargestChanges changes(work.num_deltas);
   double of_final = 0, of_base = 0;  // sums of p log p and p log q
   final.for_blocks([&](const float* logits, int64_t begin, int64_t size) {
     float p[BLOCK], q[BLOCK], base_logits[BLOCK];
     probabilities(logits, p, size, final_sum);
     of_final += sum_p_log_p(p, logits, size, final_sum);
-    if (!has_base) return;
     base.load(base_logits, begin, size);
     of_base += sum_p_log_p(p, base_logits, size, base_sum);
     probabilities(base_logits, q, size, base_sum);
     for (int64_t i = 0; i < size; ++i) q[i] = p[i] - q[i];
     if (work.num_deltas > 0) changes.look_at(q, begin, size);
   });
-  work.entropy[row] = static_cast<float>(-of_final);
-  work.divergence[row] = has_base ? static_cast<float>(of_final - of_base) : 0.0f;
+  work.divergence[row] = static_cast<float>(of_final - of_base);
   changes.write(work.tokens + row * work.num_deltas, work.deltas + row * work.num_deltas);
 }
 

@@ -81,8 +81,6 @@ __device__ inline Change block_first(Change change) {
   return {first.best, first.best_token};
 }
 
-__device__ inline float log_sum(const Share& share) { return share.best + logf(share.sum_of_exp); }
-
 // Block p compares row p of the early ones with its owner.
 __global__ inline void __launch_bounds__(THREADS) divergence_kernel(const Divergences work) {
   const int64_t pair = blockIdx.x;

@@ -17,6 +17,11 @@ void with_float_type(FloatType type, const Body& body) {
   body(float{});
 }
 
+// What normalises a row of logits, and the entropy of what comes of it, in nats.
+struct Spread {
+  float log_sum = 0, entropy = 0;
+};
+
 // One stream's logits for one row.
 struct LogitRow {
   const LogitStream* stream;
@@ -52,6 +57,18 @@ struct LogitRow {
     for_blocks(
         [&](const float* block, int64_t, int64_t size) { sum += sum_of_exp(block, size, max, 1 / temperature); });
     return max / temperature + static_cast<float>(std::log(sum));
+  }
+
+  // In one pass: with d = logit - max, the entropy is log(sum of e^d) - (sum of d e^d) / (sum of e^d).
+  Spread spread(float max) const {
+    if (max == -INFINITY) return {};
+    double sum = 0, weighted = 0;
+    for_blocks([&](const float* block, int64_t, int64_t size) {
+      const ExpSums part = exp_sums(block, size, max);
+      sum += part.sum, weighted += part.weighted;
+    });
+    const double log_sum = std::log(sum);
+    return {max + static_cast<float>(log_sum), static_cast<float>(log_sum - weighted / sum)};
   }
 };
 

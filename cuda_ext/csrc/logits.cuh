@@ -12,6 +12,8 @@
 
 namespace whipstaff {
 
+constexpr float WHOLE_MASS = 1099511627776.0f;  // 2^40: sums of whole numbers do not depend on their order
+
 enum class FloatType : int32_t { Float32, BFloat16, Float16 };
 
 struct LogitStream {
@@ -91,6 +93,8 @@ __device__ inline Share block_share(const LogitStream& stream, int64_t row, int6
   });
   return block_merge(share, temperature);
 }
+
+__device__ inline float log_sum(const Share& share) { return share.best + logf(share.sum_of_exp); }
 
 #endif  // __CUDACC__
 

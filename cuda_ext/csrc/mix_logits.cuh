@@ -5,6 +5,10 @@
 
 #include <cfloat>
 
+#ifdef __CUDACC__
+#include "select.cuh"
+#endif
+
 namespace whipstaff {
 
 constexpr int MAX_STREAMS = 8;
@@ -66,9 +70,8 @@ struct MixLogits {
 
 #ifdef __CUDACC__
 
-constexpr int MIX_COLUMNS = 4;     // columns per thread and step
-constexpr int NUM_SPLITS = 8;      // blocks that share one row's statistics
-constexpr int NUM_BUCKETS = 2048;  // of logits, by 11 bits of their order at a time
+constexpr int MIX_COLUMNS = 4;  // columns per thread and step
+constexpr int NUM_SPLITS = 8;   // blocks that share one row's statistics
 
 // What one stream adds to a row: scale * logit where logit >= cut.
 struct MixTerm {
@@ -111,59 +114,17 @@ __device__ inline float from_ordered_bits(uint32_t bits) {
   return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
-__device__ inline double block_total(const unsigned long long* mass) {
-  __shared__ unsigned long long total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  unsigned long long sum = 0;
-  for (int i = threadIdx.x; i < NUM_BUCKETS; i += THREADS) sum += mass[i];
-  atomicAdd(&total, sum);
-  __syncthreads();
-  return static_cast<double>(total);
-}
-
-// The first bucket from the top whose mass carries `before` beyond `target`; `before` gains what lies above it.
-__device__ inline int crossing_bucket(const unsigned long long* mass, int num, unsigned long long target,
-                                      unsigned long long& before) {
-  __shared__ unsigned long long of_chunk[THREADS];
-  const int size = num / THREADS;
-  unsigned long long sum = 0;
-  for (int i = 0; i < size; ++i) sum += mass[threadIdx.x * size + i];
-  of_chunk[threadIdx.x] = sum;
-  __syncthreads();
-  int chunk = THREADS - 1;
-  for (; chunk > 0 && before + of_chunk[chunk] <= target; --chunk) before += of_chunk[chunk];
-  int bucket = (chunk + 1) * size - 1;
-  for (; bucket > chunk * size && before + mass[bucket] <= target; --bucket) before += mass[bucket];
-  return bucket;
-}
-
-// The lowest logit that top-p keeps, found 11, 11 and 10 bits at a time from the top; the whole block takes part.
-// Masses are summed as integers, so that the order in which threads arrive does not matter.
+// The lowest logit that top-p keeps; the whole block takes part.
 __device__ inline float top_p_cut(const LogitStream& stream, int64_t row, int64_t vocab, float best, float p) {
-  __shared__ unsigned long long mass[NUM_BUCKETS];
-  constexpr float UNIT = 1099511627776.0f;  // 2^40 steps for the best token's mass
-  const struct {
-    int shift, bits;
-  } rounds[] = {{21, 11}, {10, 11}, {0, 10}};
-  unsigned long long before = 0, target = 0;
-  uint32_t decided = 0;  // the leading bits of the answer
-  for (const auto [shift, bits] : rounds) {
-    for (int i = threadIdx.x; i < NUM_BUCKETS; i += THREADS) mass[i] = 0;
-    __syncthreads();
+  const auto for_keys = [&](const auto& use) {
     for_logits(stream, row, 0, vocab, [&](int64_t, float logit) {
-      const uint32_t key = ordered_bits(logit);
-      const bool is_candidate = logit != -INFINITY && (shift == 21 || key >> (shift + bits) == decided);
-      if (is_candidate)
-        atomicAdd(&mass[(key >> shift) & ((1u << bits) - 1)],
-                  static_cast<unsigned long long>(expf(logit - best) * UNIT));
+      if (logit != -INFINITY) use(ordered_bits(logit), whole_mass(expf(logit - best)));
     });
-    __syncthreads();
-    if (shift == 21) target = static_cast<unsigned long long>(static_cast<double>(p) * block_total(mass));
-    decided = decided << bits | crossing_bucket(mass, 1 << bits, target, before);
-    __syncthreads();
-  }
-  return fmaxf(from_ordered_bits(decided), -FLT_MAX);
+  };
+  const uint32_t key = key_beyond(for_keys, [&](unsigned long long total) {
+    return static_cast<unsigned long long>(static_cast<double>(p) * static_cast<double>(total));
+  });
+  return fmaxf(from_ordered_bits(key), -FLT_MAX);
 }
 
 // Block (row, k): the stream's term in the row's mix. Shared shares are merged; top-p reads the row again.

@@ -43,4 +43,20 @@ inline float sum_of_exp(const float* block, int64_t size, float max, float facto
   return sum;
 }
 
+struct ExpSums {
+  float sum, weighted;  // of e^d, and of d e^d
+};
+
+// Of d = x - max; where d e^d is next to nothing d is bounded, so that -inf adds nothing.
+inline ExpSums exp_sums(const float* block, int64_t size, float max) {
+  float sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < size; ++i) {
+    const float gap = block[i] - max, d = gap > -87.0f ? gap : -87.0f, e = exp_of_negative(d);
+    sum += e;
+    weighted += d * e;
+  }
+  return {sum, weighted};
+}
+
 }  // namespace whipstaff

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
+from whipstaff.decoding.count import num_allowed
 from whipstaff.decoding.draw import temper
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
@@ -42,7 +43,7 @@ class Dynatemp(Rewriting[DynatempParams]):
         own = rows.temperature
         reach = rows.column(params.range for params in settings)[:, 0]
         low, high = (own - reach).clamp(min=0), own + reach
-        most = (rows.logits > -torch.inf).sum(1).log()  # nats, of a flat distribution
+        most = num_allowed(rows.logits).log()  # nats, of a flat distribution
         flatness = explain_rows(rows.logits).entropy.clamp(min=0) / most
         wanted = low + (high - low) * flatness ** rows.column(params.exponent for params in settings)[:, 0]
         tau = torch.where((reach > 0) & (most > 0) & (own > 0), wanted, own)

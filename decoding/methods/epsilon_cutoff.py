@@ -8,10 +8,10 @@ Hewitt et al. 2022, arXiv:2210.15191; 3e-4 to 9e-4 by the size of the model.
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -33,6 +33,7 @@ class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
         return EpsilonCutoffParams(epsilon=0.0)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        logits = rows.logits
-        p, epsilon = logits.softmax(1), rows.column(params.epsilon for params in settings)
-        return logits.masked_fill_(p < torch.minimum(epsilon, p.amax(1, keepdim=True)), -torch.inf)
+        logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]
+        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        cut_rows_(logits, best + (epsilon.log() - log_p).clamp(max=0))
+        return logits

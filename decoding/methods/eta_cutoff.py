@@ -5,7 +5,6 @@
 Hewitt et al. 2022, arXiv:2210.15191; epsilon 3e-4 to 4e-3 by the size of the model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from whipstaff.cuda_ext import explain_rows
+from whipstaff.cuda_ext import cut_rows_, explain_rows
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -35,8 +34,8 @@ class EtaCutoff(Rewriting[EtaCutoffParams]):
         return EtaCutoffParams(epsilon=0.0)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)
-        flat = rows.column(math.sqrt(params.epsilon) for params in settings)
-        least = torch.minimum(epsilon, flat * (-explain_rows(logits).entropy[:, None]).exp())
-        p = logits.softmax(1)
-        return logits.masked_fill_(p < torch.minimum(least, p.amax(1, keepdim=True)), -torch.inf)
+        logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]
+        least = torch.minimum(epsilon.log(), epsilon.log() / 2 - explain_rows(logits).entropy)  # a log probability
+        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        cut_rows_(logits, best + (least - log_p).clamp(max=0))
+        return logits

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -42,10 +43,11 @@ class Mirostat(Rewriting[MirostatParams]):
         logits, mu = rows.logits, rows.state
         start = rows.column(2 * params.tau for params in settings)
         mu.copy_(torch.where(mu.isnan(), start, mu))
-        p = logits.softmax(1)
-        least = torch.minimum((-mu).exp2(), p.amax(1, keepdim=True))  # the best token stays
-        least = least * rows.column(params.mode == 2 for params in settings)
-        return logits.masked_fill_(p < least, -torch.inf)
+        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token, which stays
+        least = best + (-math.log(2) * mu[:, 0] - log_p).clamp(max=0)
+        is_on = rows.column(params.mode == 2 for params in settings)[:, 0] > 0
+        cut_rows_(logits, least.masked_fill(~is_on, -torch.inf))
+        return logits
 
     def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
         assert rows.state is not None

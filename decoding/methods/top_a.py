@@ -8,10 +8,10 @@ Strict where the model is sure, lax where it is not. By the author of RWKV, who 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -33,6 +33,7 @@ class TopA(Rewriting[TopAParams]):
         return TopAParams(a=0.0)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        p = rows.logits.softmax(1)
-        least = rows.column(params.a for params in settings) * p.amax(1, keepdim=True).square()
-        return rows.logits.masked_fill_(p < least, -torch.inf)
+        logits, a = rows.logits, rows.column(params.a for params in settings)[:, 0]
+        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        cut_rows_(logits, best + (a.log() + log_p))
+        return logits

@@ -12,6 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
+from whipstaff.decoding.count import num_allowed
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -36,9 +38,10 @@ class TopNSigma(Rewriting[TopNSigmaParams]):
         logits, n = rows.logits, rows.column(params.n for params in settings)
         best = logits.amax(1, keepdim=True)
         below = (best - logits).nan_to_num_(nan=0.0, posinf=0.0)  # 0 where banned, which adds nothing to the sums
-        num = (logits > -torch.inf).sum(1, keepdim=True)
+        num = num_allowed(logits)[:, None]
         mean = below.sum(1, keepdim=True) / num
         square = torch.linalg.vector_norm(below, dim=1, keepdim=True).square() / num
         deviation = (square - mean.square()).clamp(min=0).sqrt()
         least = (best - n * deviation).masked_fill(n <= 0, -torch.inf)
-        return logits.masked_fill_(logits < least, -torch.inf)
+        cut_rows_(logits, least[:, 0])
+        return logits

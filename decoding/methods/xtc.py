@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
 
@@ -37,8 +38,10 @@ class Xtc(Rewriting[XtcParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.uniform is not None
-        logits = rows.logits
-        threshold = rows.column(params.threshold for params in settings).clamp(min=_TINY)  # a banned token has p = 0
-        least = logits.masked_fill(logits.softmax(1) < threshold, torch.inf).amin(1, keepdim=True)
-        happens = rows.uniform[:, None] < rows.column(params.probability for params in settings)
-        return logits.masked_fill_(logits > least.masked_fill(~happens, torch.inf), -torch.inf)
+        logits, best, log_p = rows.logits, rows.logits.amax(1), rows.logits.log_softmax(1).amax(1)  # of the best token
+        threshold = rows.column(params.threshold for params in settings)[:, 0].clamp(min=_TINY)  # a banned one has 0
+        cut_rows_(turned := -logits, high=log_p - best - threshold.log())
+        least = -turned.amax(1)  # of the likely ones; inf where there are none
+        happens = rows.uniform < rows.column(params.probability for params in settings)[:, 0]
+        cut_rows_(logits, high=least.masked_fill(~happens, torch.inf))
+        return logits

@@ -13,6 +13,7 @@ from .test_attention_rows import paged
 from .test_lowrank_edit import directions, phis
 from .test_mix_logits import rows_for
 from .test_run_edits import WIDTHS, any_edits, batch
+from .test_typical import apart
 from .tolerances import TOLERANCE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,12 +60,24 @@ def mix_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments
     )
 
 
+def typical_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    mass = torch.ones(38) if popularity == "nobody" else torch.rand(38) * 1.2
+    return apart(33, hidden * 8, dtype), mass
+
+
+def cut_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    low = torch.full((38,), -torch.inf) if popularity == "nobody" else torch.randn(38)
+    return strided(33, hidden * 8, dtype), low, torch.randn(38).exp()
+
+
 IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
     "diag_edit_": (cuda_ext.diag_edit_, diag_arguments),
     "diag_edit_ per head": (cuda_ext.diag_edit_, grouped_arguments),
     "lowrank_edit_": (cuda_ext.lowrank_edit_, lowrank_arguments),
     "run_edits_": (cuda_ext.run_edits_, run_edits_arguments),
     "mix_logits_": (cuda_ext.mix_logits_, mix_arguments),
+    "cut_rows_": (cuda_ext.cut_rows_, cut_arguments),
+    "typical_rows_": (cuda_ext.typical_rows_, typical_arguments),
 }
 
 
