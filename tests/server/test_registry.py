@@ -27,8 +27,8 @@ from whipstaff.server import vectors_cli
 from whipstaff.steering.artifacts import Header, packed, parse
 
 from ..steering.test_importers import gguf
+from .asking import assert_refused, metrics, ok, post_json, tokens
 from .serving import API_KEY, HEADS, HIDDEN, MODEL, SHAPE, Server, serving
-from .test_http import assert_refused, metrics, post_json
 
 pytestmark = pytest.mark.engine
 
@@ -100,11 +100,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(server: Server) -> Iterator[Reference]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Reference(server)
-    torch.set_num_threads(num_threads)
+def reference(server: Server) -> Reference:
+    return Reference(server)
 
 
 def direction(number: int) -> Tensor:
@@ -135,16 +132,6 @@ def complete(client: httpx.Client, prompt: Any, **fields: Any) -> httpx.Response
 def chat(client: httpx.Client, content: str = "Why?", **fields: Any) -> httpx.Response:
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0}
     return post_json(client, "/v1/chat/completions", body | fields)
-
-
-def ok(response: httpx.Response) -> Any:
-    assert response.status_code in (200, 201), response.text
-    return response.json()
-
-
-def tokens(response: httpx.Response) -> list[int]:
-    found: list[int] = ok(response)["choices"][0]["token_ids"]
-    return found
 
 
 @contextmanager
