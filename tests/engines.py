@@ -4,13 +4,16 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import uuid4
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from modes import MODES, run_as
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -99,6 +102,11 @@ class EngineUnderTest:
         assert vector.digest == digest
         return vector
 
+    @property
+    def num_preemptions(self) -> float:
+        """Since it started."""
+        return vllm_counters(self.engine.model_config.served_model_name)["vllm:num_preemptions_total"]
+
     def counters(self) -> dict[str, Any]:
         return self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
 
@@ -125,3 +133,26 @@ class EngineUnderTest:
                 await outputs.aclose()
                 return None
         return seen[-1]
+
+
+@contextmanager
+def running(mode: str, model: str, aux: Iterable[tuple[str, str]] = (), **flags: Any) -> Iterator[EngineUnderTest]:
+    """An engine in one of MODES: that it really is, is checked."""
+    with run_as(mode):
+        engine = EngineUnderTest(model, aux, **MODES[mode], **flags)
+    try:
+        assert engine.facts["runner"] == mode[:2]
+        assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
+        yield engine
+    finally:
+        engine.close()
+
+
+def vllm_counters(model: str) -> dict[str, float]:
+    """vLLM's own of engines in this process that serve a model of that name, summed over their other labels."""
+    found: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if sample.labels.get("model_name") == model:
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found

@@ -8,16 +8,13 @@ methods' tensors against them, and test_decoding.py the engine against the metho
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from decodings import StubWords, golden
-from engines import Ask, EngineUnderTest
-from modes import async_on_cpu, v2_on_cpu
+from decodings import GOLDEN, StubWords, golden
+from engines import Ask, EngineUnderTest, running
 from reference import steered
 from transformers import AutoModelForCausalLM
 
@@ -30,16 +27,16 @@ from whipstaff.steering.plan import SteeringPlan
 
 pytestmark = pytest.mark.engine
 
-MODELS = Path(__file__).parents[2] / "golden" / "decoding" / "models"
+MODELS = GOLDEN / "models"
 SAID, TENSORS = golden("contrastive_decoding_voidism")
 PROMPTS: list[list[int]] = [case["prompt"] for case in SAID["cases"][::2]] + [list(range(60, 97))]
 NUM_TOKENS, TOLERANCE = 8, 2e-4
-PAIR = {"expert": "expert", "antiexpert": "anti"}
+PAIR = {"expert": "expert", "antiexpert": "antiexpert"}
 OFF: dict[str, dict[str, Any]] = {
     "proxy_tuning": {**PAIR, "alpha": 0.0},
     "dexperts": {**PAIR, "alpha": 0.0, "top_p": 1.0},
-    "contrastive": {"amateur": "anti", "alpha": 0.3, "beta": 0.0},
-    "contrastive_beta": {"amateur": "anti", "alpha": 0.3, "beta": 0.0},
+    "contrastive": {"amateur": "antiexpert", "alpha": 0.3, "beta": 0.0},
+    "contrastive_beta": {"amateur": "antiexpert", "alpha": 0.3, "beta": 0.0},
     "adapter_free_ensemble": {"weights": {"expert": 1.0}, "base_weight": 1.0},
     "dola": {"layers": [0], "relative_top": 1.0},
     "co_llm": {"assistant": "expert", "head": "head", "threshold": 1.0},
@@ -50,7 +47,7 @@ OFF: dict[str, dict[str, Any]] = {
 
 ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
     "co_llm": ({"assistant": "expert", "head": "head", "threshold": -1.0}, "expert"),
-    "adapter_free_ensemble": ({"weights": {"anti": 2.0}, "base_weight": 0.0}, "anti"),
+    "adapter_free_ensemble": ({"weights": {"antiexpert": 2.0}, "base_weight": 0.0}, "antiexpert"),
     "dexperts": ({"expert": "expert", "alpha": 1.0, "top_p": 1.0}, "expert"),  # base + expert - base
 }
 """Under which it is another model's."""
@@ -58,21 +55,13 @@ ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def engine(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
-    runner = request.param
-    with v2_on_cpu() if runner == "v2" else nullcontext(), async_on_cpu() if runner == "v2" else nullcontext():
-        found = EngineUnderTest(
-            str(MODELS / "base"),
-            [("expert", str(MODELS / "expert")), ("anti", str(MODELS / "antiexpert"))],
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            max_num_batched_tokens=48,
-            max_num_seqs=16,
-        )
-    try:
-        assert found.facts["runner"] == runner
+    if request.param == "v1":
+        yield request.getfixturevalue("recorded")
+        return
+    aux = [(name, str(MODELS / name)) for name in ("expert", "antiexpert")]
+    flags: dict[str, Any] = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "skip_tokenizer_init": True}
+    with running("v2-eager-async", str(MODELS / "base"), aux, **flags) as found:
         yield found
-    finally:
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +74,8 @@ def head(engine: EngineUnderTest) -> Vector:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    names = {"base": "base", "expert": "expert", "anti": "antiexpert"}
-    return {name: AutoModelForCausalLM.from_pretrained(MODELS / it, dtype=torch.float32) for name, it in names.items()}
+    names = ("base", "expert", "antiexpert")
+    return {name: AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32) for name in names}
 
 
 def plan(name: str, own: dict[str, Any], head: Vector) -> RequestPlan:
@@ -108,7 +97,7 @@ def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, hea
     asks = [
         Ask(
             case["prompt"],
-            plan("contrastive", {"amateur": "anti", "alpha": case["relative_top"]}, head),
+            plan("contrastive", {"amateur": "antiexpert", "alpha": case["relative_top"]}, head),
             len(case["output"]),
             {"logprobs": 3},
         )
@@ -129,13 +118,13 @@ def test_contrastive_decoding_in_logit_space_is_its_formula(
     prompts = PROMPTS if engine.facts["runner"] == "v1" else PROMPTS[:1]
     own = [(0.1, 0.5), (0.1, 1.0), (0.3, 0.25)]
     asks = [
-        Ask(prompt, plan("contrastive_beta", {"amateur": "anti", "alpha": alpha, "beta": beta}, head), NUM_TOKENS)
+        Ask(prompt, plan("contrastive_beta", {"amateur": "antiexpert", "alpha": alpha, "beta": beta}, head), NUM_TOKENS)
         for prompt, (alpha, beta) in zip(prompts, own, strict=False)
     ]
     for prompt, (alpha, beta), tokens in zip(prompts, own, engine.tokens(*asks), strict=False):
         ids = list(prompt)
         for token in tokens:
-            expert, amateur = (steered.logits(models[name], ids, 0, [])[-1].double() for name in ("base", "anti"))
+            expert, amateur = (steered.logits(models[name], ids, 0, [])[-1].double() for name in ("base", "antiexpert"))
             scores = (1 + beta) * expert - beta * amateur
             scores[expert.softmax(-1) < alpha * expert.softmax(-1).max()] = -torch.inf
             assert token == int(scores.argmax())
