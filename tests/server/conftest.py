@@ -1,6 +1,9 @@
-"""The server that most tests of HTTP share, and ways to ask it. A module with a server of its own defines `server`."""
+"""The server that most tests of HTTP share, and ways to ask it (a module with a server of its own defines `server`);
+and what servers have loaded, for tests without one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,16 +11,29 @@ import openai
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from whipstaff.decoding.method import Depth
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.registry import Registry, read_vectors
+from whipstaff.server.words import Words
+from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header
+from whipstaff.steering.edits import Lengths
+from whipstaff.steering.experts import Scheme
+from whipstaff.steering.method import Place
+from whipstaff.steering.shape import SITES
+from whipstaff.steering.sites import canonical
+
 from .asking import PROMPT, Post, post_json
+from .catalogues import FILES, LIMITS, PLACES, SHAPE, SPARSE_SHAPE
 from .serving import API_KEY, MODEL, Server
-from .shared import everything
+from .shared import serving_all
 
 GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with everything(tmp_path_factory.mktemp("server")) as running:
+    with serving_all(tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
@@ -56,3 +72,45 @@ def chat(http: httpx.Client) -> Post:
         return post_json(http, "/v1/chat/completions", GREEDY | {"messages": messages} | fields)
 
     return post
+
+
+@pytest.fixture(scope="module")
+def vector_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    for name, (header, tensors) in FILES.items():
+        artifacts.write(folder / f"{name}.safetensors", Header(**{"model": SHAPE} | header), tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def have(vector_files: Path) -> Catalogue:
+    lengths = Lengths(dict.fromkeys(PLACES, 10.0))
+    return Catalogue(
+        Registry(read_vectors([vector_files]), SHAPE), LIMITS, num_layers=4, places=PLACES, lengths=lengths
+    )
+
+
+@pytest.fixture(scope="module")
+def everything(have: Catalogue, vector_files: Path) -> Catalogue:
+    """A server whose model has experts, and whose operator asked for all hooks."""
+    places = frozenset(canonical(Place(site, layer)) for site in SITES for layer in range(4))
+    scheme = Scheme(4, 2, "softmax", True, 1, 1, None)
+    return replace(
+        have,
+        registry=Registry(read_vectors([vector_files]), SPARSE_SHAPE),
+        places=places,
+        attention={"layers": [0, 1, 2, 3], "bias": [0, 1], "lacking": {2: "its scores are capped"}},
+        routing={1: scheme, 2: scheme},
+    )
+
+
+@pytest.fixture(scope="module")
+def nothing() -> Catalogue:
+    return Catalogue(Registry({}, SHAPE), {})
+
+
+@pytest.fixture(scope="module")
+def early(have: Catalogue) -> Catalogue:
+    """A server with a tokenizer, of which two early layers can be read."""
+    words = Words([], {}, (), None)
+    return replace(have, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))

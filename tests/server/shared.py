@@ -28,7 +28,7 @@ SOFT = ("words", "noise")
 
 
 @contextmanager
-def everything(folder: Path) -> Iterator[Server]:
+def serving_all(folder: Path) -> Iterator[Server]:
     """A server that has it all. Nobody can upload to it: what one test leaves there, no other can find."""
     made = save_models(folder)
     save_vectors(folder / "vectors")
