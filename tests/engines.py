@@ -63,7 +63,7 @@ def edit(vector: Vector, scale: float, where: Where, layers: tuple[int, ...] | N
 
 
 class EngineUnderTest:
-    """An engine with greedy defaults. `close` it."""
+    """An engine with greedy defaults. `close` it: nothing waits until its processes are gone, which takes vLLM 10 s."""
 
     def __init__(
         self,
@@ -90,6 +90,9 @@ class EngineUnderTest:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def close(self) -> None:
+        threading.Thread(target=self._close).start()
+
+    def _close(self) -> None:
         self.engine.shutdown(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)

@@ -18,6 +18,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 THREE = ("v1-eager-async", "v1-compiled-sync", "v2-eager-async")
 """Both runners, eager and compiled, synchronous and asynchronous: what is shown in these is shown in all."""
+ON_V1 = THREE[:2]
+"""For what the runners share, where Triton's interpreter would take minutes."""
 
 
 @contextmanager

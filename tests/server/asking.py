@@ -11,6 +11,19 @@ PROMPT = "def main("
 PAIR = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}
 PUSH = {"vector": "push", "scale": 2}
 BOTH = {"steering": [PUSH], "decoding": [PAIR]}
+MOOD = {  # a `response_format`
+    "type": "json_schema",
+    "json_schema": {
+        "name": "answer",
+        "schema": {
+            "type": "object",
+            "properties": {"mood": {"enum": ["calm", "angry"]}, "sure": {"type": "boolean"}},
+            "required": ["mood", "sure"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
 TOLERANCE = 1e-3  # log-probabilities, two float32 implementations
 Post = Callable[..., httpx.Response]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -19,7 +19,19 @@ from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.methods import METHODS
 from whipstaff.steering import artifacts
 
-from .asking import BOTH, PAIR, PROMPT, TOLERANCE, Post, assert_refused, data_events, post_json, streamed_text, texts
+from .asking import (
+    BOTH,
+    MOOD,
+    PAIR,
+    PROMPT,
+    TOLERANCE,
+    Post,
+    assert_refused,
+    data_events,
+    post_json,
+    streamed_text,
+    texts,
+)
 from .asking import tokens as tokens_of
 from .serving import API_KEY, LAYERS, MODEL, Server
 from .shared import PRESETS, PUSHED
@@ -210,17 +222,10 @@ def test_seeds_repeat_and_choices_differ(complete: Post, entries: list[dict[str,
 
 
 def test_a_grammar_holds_whatever_methods_want(chat: Post, complete: Post) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"mood": {"enum": ["calm", "angry"]}, "sure": {"type": "boolean"}},
-        "required": ["mood", "sure"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     alone = [[entry] for entry in (ENTRIES | SAMPLED).values()]
     for entries in [SIX, *alone]:
         fields = {"decoding": entries, "temperature": 1, "seed": 1, "ignore_eos": False}
-        (text,) = texts(chat(response_format=wanted, max_tokens=120, **fields))
+        (text,) = texts(chat(response_format=MOOD, max_tokens=120, **fields))
         assert json.loads(text).keys() == {"mood", "sure"}, entries
         (number,) = texts(complete(structured_outputs={"regex": "[0-9]{4}-[0-9]{2}"}, **fields))
         year, month = number.split("-")

@@ -25,6 +25,7 @@ from whipstaff.steering.methods import METHODS
 from .anyjson import EXTRAS
 from .asking import (
     BOTH,
+    MOOD,
     PAIR,
     PROMPT,
     PUSH,
@@ -401,14 +402,7 @@ def test_token_ids_are_prompts_too_and_several_prompts_answer_as_each_alone(
 
 @pytest.mark.parametrize("extras", [{}, BOTH, {"decoding": PAIR | {"alpha": 100}}], ids=["plain", "both", "far"])
 def test_structured_outputs_hold_under_steering_and_mixing(chat: Post, complete: Post, extras: dict[str, Any]) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"mood": {"enum": ["calm", "angry"]}, "sure": {"type": "boolean"}},
-        "required": ["mood", "sure"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-    (text,) = texts(chat(response_format=wanted, max_tokens=120, temperature=1, seed=1, **extras))
+    (text,) = texts(chat(response_format=MOOD, max_tokens=120, temperature=1, seed=1, **extras))
     assert json.loads(text)["mood"] in ("calm", "angry")
     (choice,) = texts(complete(structured_outputs={"choice": ["left", "right"]}, **extras))
     assert choice in ("left", "right")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from decodings import GOLDEN
-from engines import EngineUnderTest, running
+from engines import Ask, EngineUnderTest, running
 from modes import THREE
 from transformers import AutoModelForCausalLM
 
@@ -48,6 +48,17 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ) as engine:
         models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
         yield Shared(request.param, engine, models)
+
+
+@pytest.fixture
+def nobody_left(shared: Shared) -> Iterator[None]:
+    """After the test nothing of any request is left in the shared engine, and every history is free."""
+    yield
+    shared.engine.generate(
+        Ask([5, 6, 7], max_tokens=1)
+    )  # so that the worker hears of the last to finish
+    counters = shared.engine.counters()
+    assert counters["requests_held"] == counters["histories_used"] == 0
 
 
 @pytest.fixture(scope="session")

@@ -67,10 +67,9 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("bench", [mode for mode in MODES if MODES[mode][0] == "llama_a"], indirect=True)
 def test_golden_cases(bench: Bench) -> None:
     """All five and a plain request in one batch."""
-    if bench.model != "llama_a":
-        pytest.skip("the goldens are of another model")
     engine, asks, cases = bench.engine, [], []
     for name in ("attn_override", "pasta_exclude", "adaption_prompt", "aligner", "prefix_kv"):
         folder = goldens.ROOT / "cases" / f"{name}_llama"

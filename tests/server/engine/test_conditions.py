@@ -5,11 +5,12 @@ requests of which a decision is closer than MARGIN are left out, since floats co
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import modes
 import pytest
 import tiny
 import torch
@@ -28,6 +29,7 @@ from whipstaff.steering.planner import Planner, SteeringParams
 from .conftest import Shared
 
 pytestmark = pytest.mark.engine
+ON_V1 = pytest.mark.parametrize("shared", modes.ON_V1, indirect=True)
 
 NUM_TOKENS = 18
 MARGIN = 1e-3  # of readings and logits, both of order 1
@@ -212,15 +214,6 @@ def _cases(bench: Bench, num: int, seed: int = 0) -> list[Case]:
     return cases
 
 
-@pytest.fixture
-def nobody_left(bench: Bench) -> Iterator[None]:
-    """After each test nothing of any request is left in the engine, and every history is free."""
-    yield
-    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # one more step, so that the worker hears of the last to finish
-    assert bench.engine.counters()["requests_held"] == 0
-    assert bench.engine.counters()["histories_used"] == 0
-
-
 def _is_slow(bench: Bench) -> bool:
     return bench.mode.startswith("v2")
 
@@ -290,11 +283,10 @@ def test_conditions_and_schedules(bench: Bench, nobody_left: None) -> None:
     assert sum(tokens != alone for tokens, alone in zip(expected, unsteered, strict=False)) >= 6
 
 
+@ON_V1
 @pytest.mark.parametrize("side", ["above", "below"])
 def test_a_decision_on_the_prompt_fires_or_not(bench: Bench, nobody_left: None, side: str) -> None:
     """The same request for many prompts: it changes the answer where the probe says so and nothing elsewhere."""
-    if _is_slow(bench):
-        pytest.skip("shown there by the test above")
     when = {"probe": 2, side: _quantile(bench, 2, 0.5)}
     cases = [bench.case(_prompt(200 + i, 12), {"vector": 0, "scale": 3.0, "when": when}) for i in range(16)]
     cases = [case for case in cases if bench.trace(case).margin > MARGIN]
@@ -307,10 +299,9 @@ def test_a_decision_on_the_prompt_fires_or_not(bench: Bench, nobody_left: None, 
     assert [answer for _, answer, _ in answers] == [bench.trace(case).tokens for case in cases]
 
 
+@ON_V1
 def test_a_conversation_that_goes_on_is_not_given_the_cache_of_another_count(bench: Bench, nobody_left: None) -> None:
     """Blocks of generated tokens under a schedule hold how many were generated; to the next turn they are prompt."""
-    if _is_slow(bench):
-        pytest.skip("the scheduler is the same")
     for schedule in (SCHEDULES[2], SCHEDULES[5]):
         entry = {"vector": 0, "scale": 2.0, "where": "all", "schedule": schedule}
         first = bench.case(_prompt(300, 30), entry)
@@ -322,9 +313,8 @@ def test_a_conversation_that_goes_on_is_not_given_the_cache_of_another_count(ben
             assert bench.engine.tokens(case.ask) == [bench.trace(case).tokens]
 
 
+@ON_V1
 def test_more_conditional_requests_than_histories_wait_their_turn(bench: Bench, nobody_left: None) -> None:
-    if _is_slow(bench):
-        pytest.skip("the scheduler is the same")
     cases = []
     for index in range(NUM_HISTORIES + 30):  # of a few configurations, so that slots are not what they wait for
         whens = [_whens(bench, index % 2)[index % 5], _whens(bench, (index + 1) % 2)[(index + 2) % 5]]
@@ -337,10 +327,9 @@ def test_more_conditional_requests_than_histories_wait_their_turn(bench: Bench, 
     assert bench.engine.tokens(*(case.ask for case in cases if case in sure)) == [bench.trace(c).tokens for c in sure]
 
 
+@ON_V1
 def test_readings_are_kept_for_a_while(bench: Bench, nobody_left: None) -> None:
     """Those of a running request, of finished ones up to a bound, and of nobody else."""
-    if _is_slow(bench):
-        pytest.skip("the steerer is the same")
     when = {"probe": 0, "above": 0.0, "decide": "step"}
     cases = [bench.case([9, 8, 7, 6], {"vector": 0, "scale": 1.0, "when": when}) for _ in range(KEPT + 20)]
     for case in cases:

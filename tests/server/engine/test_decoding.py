@@ -15,6 +15,7 @@ import tiny
 import torch
 from decodings import StubPrompt
 from engines import Ask, EngineUnderTest, edit
+from modes import ON_V1
 from reference import steered
 from torch import Tensor
 
@@ -282,10 +283,9 @@ def test_every_method_at_once(bench: Bench) -> None:
     assert bench.engine.counters()["requests_held"] == 0
 
 
+@pytest.mark.parametrize("shared", ON_V1, indirect=True)
 def test_a_request_alone_and_in_a_crowd(bench: Bench) -> None:
     """Seeded draws too: what others ask for changes nothing."""
-    if bench.mode.startswith("v2"):
-        pytest.skip("the same is shown on the legacy runner; here the interpreter takes minutes")
     names = [*ENTRIES, *SAMPLED][::2]
     asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 4), strict=True)]
     together = bench.engine.tokens(*asks)

@@ -7,14 +7,13 @@ GPT-2 models that were not kept (the official contrastive release). No engine ca
 methods' tensors against them, and test_decoding.py the engine against the methods, token by token.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from decodings import GOLDEN, StubWords, golden
-from engines import Ask, EngineUnderTest, running
+from engines import Ask, EngineUnderTest
 from reference import steered
 from transformers import AutoModelForCausalLM
 
@@ -53,22 +52,11 @@ ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
 """Under which it is another model's."""
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
-def engine(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
-    if request.param == "v1":
-        yield request.getfixturevalue("recorded")
-        return
-    aux = [(name, str(MODELS / name)) for name in ("expert", "antiexpert")]
-    flags: dict[str, Any] = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "skip_tokenizer_init": True}
-    with running("v2-eager-async", str(MODELS / "base"), aux, **flags) as found:
-        yield found
-
-
 @pytest.fixture(scope="module")
-def head(engine: EngineUnderTest) -> Vector:
+def head(recorded: EngineUnderTest) -> Vector:
     """Of Co-LLM: sure of nothing."""
-    return engine.add_vector(
-        {"weight": torch.zeros(engine.shape.hidden_size)}, Header(method="defer_head", model=engine.shape)
+    return recorded.add_vector(
+        {"weight": torch.zeros(recorded.shape.hidden_size)}, Header(method="defer_head", model=recorded.shape)
     )
 
 
@@ -91,9 +79,9 @@ def plan(name: str, own: dict[str, Any], head: Vector) -> RequestPlan:
     return RequestPlan(SteeringPlan((), keeps=early) if early else None, DecodingPlan(rewrites=(rewrite,)))
 
 
-def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, head: Vector) -> None:
+def test_contrastive_decoding_is_the_other_releases(recorded: EngineUnderTest, head: Vector) -> None:
     """Its tokens, and its scores as the distribution that is told."""
-    cases = SAID["cases"] if engine.facts["runner"] == "v1" else SAID["cases"][1:2]
+    cases = SAID["cases"]
     asks = [
         Ask(
             case["prompt"],
@@ -103,7 +91,7 @@ def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, hea
         )
         for case in cases
     ]
-    for case, output in zip(cases, engine.generate(*asks), strict=True):
+    for case, output in zip(cases, recorded.generate(*asks), strict=True):
         assert list(output.outputs[0].token_ids) == case["output"]
         scores = TENSORS[f"{case['id']}.scores"].double().log_softmax(-1)
         for step, told in zip(scores, output.outputs[0].logprobs, strict=True):
@@ -112,16 +100,15 @@ def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, hea
 
 
 def test_contrastive_decoding_in_logit_space_is_its_formula(
-    engine: EngineUnderTest, head: Vector, models: dict[str, Any]
+    recorded: EngineUnderTest, head: Vector, models: dict[str, Any]
 ) -> None:
     """In float64, on what transformers computes of both models."""
-    prompts = PROMPTS if engine.facts["runner"] == "v1" else PROMPTS[:1]
     own = [(0.1, 0.5), (0.1, 1.0), (0.3, 0.25)]
     asks = [
         Ask(prompt, plan("contrastive_beta", {"amateur": "antiexpert", "alpha": alpha, "beta": beta}, head), NUM_TOKENS)
-        for prompt, (alpha, beta) in zip(prompts, own, strict=False)
+        for prompt, (alpha, beta) in zip(PROMPTS, own, strict=True)
     ]
-    for prompt, (alpha, beta), tokens in zip(prompts, own, engine.tokens(*asks), strict=False):
+    for prompt, (alpha, beta), tokens in zip(PROMPTS, own, recorded.tokens(*asks), strict=True):
         ids = list(prompt)
         for token in tokens:
             expert, amateur = (steered.logits(models[name], ids, 0, [])[-1].double() for name in ("base", "antiexpert"))
@@ -131,32 +118,31 @@ def test_contrastive_decoding_in_logit_space_is_its_formula(
             ids.append(token)
 
 
-def test_what_a_method_comes_to_at_its_ends(engine: EngineUnderTest, head: Vector, models: dict[str, Any]) -> None:
+def test_what_a_method_comes_to_at_its_ends(recorded: EngineUnderTest, head: Vector, models: dict[str, Any]) -> None:
     """All in one batch: the base itself, or one of the others."""
-    is_v2 = engine.facts["runner"] == "v2"  # where an interpreter stands in for the GPU
     cases = [(name, own, "base") for name, own in OFF.items()] + [(name, *one) for name, one in ANOTHER.items()]
-    cases, num = (cases[5:10], 4) if is_v2 else (cases, NUM_TOKENS)
     prompts = [PROMPTS[index % 3] for index in range(len(cases))]
-    asks = [Ask(prompt, plan(name, own, head), num) for prompt, (name, own, _) in zip(prompts, cases, strict=True)]
-    for prompt, (name, _, model), tokens in zip(prompts, cases, engine.tokens(*asks), strict=True):
-        assert tokens == steered.greedy(models[model], prompt, num), name
+    asks = [
+        Ask(prompt, plan(name, own, head), NUM_TOKENS) for prompt, (name, own, _) in zip(prompts, cases, strict=True)
+    ]
+    for prompt, (name, _, model), tokens in zip(prompts, cases, recorded.tokens(*asks), strict=True):
+        assert tokens == steered.greedy(models[model], prompt, NUM_TOKENS), name
 
 
 def test_truncation_leaves_greedy_alone_unless_temperature_comes_last(
-    engine: EngineUnderTest, head: Vector, models: dict[str, Any]
+    recorded: EngineUnderTest, head: Vector, models: dict[str, Any]
 ) -> None:
     """With temperature first, one token is left to truncate. Last, as in llama.cpp, the best of what was left is taken:
     of the likely tokens, XTC leaves the least likely."""
-    num = 4 if engine.facts["runner"] == "v2" else NUM_TOKENS
     bare = plan("xtc", {"probability": 1.0, "threshold": 0.002}, head)
     assert bare.decoding is not None
 
     def ask(draw: Draw) -> Ask:
         assert bare.decoding is not None
-        return Ask(PROMPTS[0], replace(bare, decoding=replace(bare.decoding, draw=draw)), num)
+        return Ask(PROMPTS[0], replace(bare, decoding=replace(bare.decoding, draw=draw)), NUM_TOKENS)
 
-    first, last = engine.tokens(ask(Draw(0.0)), ask(Draw(0.0, is_temperature_last=True)))
-    assert first == steered.greedy(models["base"], PROMPTS[0], num)
+    first, last = recorded.tokens(ask(Draw(0.0)), ask(Draw(0.0, is_temperature_last=True)))
+    assert first == steered.greedy(models["base"], PROMPTS[0], NUM_TOKENS)
     ids = list(PROMPTS[0])
     for token in last:
         p = steered.logits(models["base"], ids, 0, [])[-1].softmax(-1)

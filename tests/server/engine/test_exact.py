@@ -120,15 +120,6 @@ def _vectors(engine: EngineUnderTest) -> Iterator[Vector]:
         yield engine.add_vector(tensors)
 
 
-@pytest.fixture
-def nobody_left(bench: Bench) -> Iterator[None]:
-    """After each test nothing of any request is left in the engine."""
-    yield
-    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # one more step, so that the worker hears of the last to finish
-    assert bench.engine.counters()["requests_held"] == 0
-    assert bench.engine.counters()["histories_used"] == 0
-
-
 def mixed_asks(bench: Bench, num: int, seed: int) -> list[Ask]:
     """Plain, steered (none to three vectors, every kind of clause), proxy-tuned, and both, over shared prefixes."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, running
-from modes import THREE
+from modes import ON_V1, THREE
 from reference import seeded, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -352,10 +352,12 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     assert (full.outputs[0].finish_reason, full.outputs[0].stop_reason) == ("length", MEMBER_CONTEXT)
 
 
+@pytest.mark.parametrize("bench", ON_V1, indirect=True)
 def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
-    """The grammar is the primary's; members' logits count for what it allows."""
-    if bench.mode.startswith("v2"):
-        pytest.skip("Triton's interpreter cannot run the kernel that applies grammars")
+    """The grammar is the primary's; members' logits count for what it allows.
+
+    Triton's interpreter cannot run the kernel with which V2 applies grammars.
+    """
     choices = ["left", "right"]
     plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)), Member((8,))))
 

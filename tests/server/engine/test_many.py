@@ -309,7 +309,7 @@ def test_model_runner_v2_says_the_same(answers: Answers, path: str) -> None:
     chosen += [i for i, one in enumerate(plans) if one and len(one.edits) == 1][-12::3]
     chosen += [len(asks) - 1]
     with v2_on_cpu():
-        engine = start(path, max_num_seqs=len(chosen), num_gpu_blocks_override=9)
+        engine = start(path, max_num_seqs=len(chosen), num_gpu_blocks_override=9, served_model_name="v2")
     try:
         assert engine.facts["runner"] == "v2"
         outputs = engine.generate(*(asks[i] for i in chosen))
