@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import steered
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -61,30 +62,20 @@ class Reference:
         }
         self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
 
-    @torch.inference_mode()
     def log_probabilities(
         self, ids: list[int], prompt_len: int, push: float = 0.0, alpha: float = 0.0, start: int | None = None
     ) -> Tensor:
         """(T, V): every position's, the stream after each block pushed from `start`, or the last prompt token, on."""
-        base, handles = self.models["base"], []
         first = prompt_len - 1 if start is None else start
-        for (_, layer), parts in self.push.tensors.items():
-
-            def hook(module: Any, args: Any, output: Any, add: Tensor = push * parts["add"]) -> Any:
-                stream = output[0] if isinstance(output, tuple) else output
-                stream[:, first:] += add
-                return output
-
-            handles.append(base.model.layers[layer].register_forward_hook(hook))
-        try:
-            logits = base(torch.tensor([ids])).logits[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-        if alpha:
-            expert, anti = (self.models[name](torch.tensor([ids])).logits[0] for name in ("expert", "anti"))
-            logits = logits + alpha * (expert - anti)
-        return torch.log_softmax(logits, -1)
+        edits = [
+            steered.Edit(place.site, place.layer, push, None, parts["add"], lambda position, _: position >= first)
+            for place, parts in self.push.tensors.items()
+        ]
+        base, expert, anti = (
+            steered.logits(self.models[name], ids, prompt_len, edits if name == "base" else [])
+            for name in ("base", "expert", "anti")
+        )
+        return (base + alpha * (expert - anti)).log_softmax(-1)
 
     def greedy(self, prompt: list[int], num: int, **how: float) -> list[int]:
         ids = list(prompt)

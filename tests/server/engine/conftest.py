@@ -54,9 +54,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def nobody_left(shared: Shared) -> Iterator[None]:
     """After the test nothing of any request is left in the shared engine, and every history is free."""
     yield
-    shared.engine.generate(
-        Ask([5, 6, 7], max_tokens=1)
-    )  # so that the worker hears of the last to finish
+    shared.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
     counters = shared.engine.counters()
     assert counters["requests_held"] == counters["histories_used"] == 0
 
