@@ -31,6 +31,7 @@ from whipstaff.steering.where import Where
 
 R = TypeVar("R")
 PATIENCE = 600  # seconds; every wait on an engine is bounded
+CLOSING: list[threading.Thread] = []  # of engines that were told to end
 
 
 @dataclass
@@ -90,7 +91,8 @@ class EngineUnderTest:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def close(self) -> None:
-        threading.Thread(target=self._close).start()
+        CLOSING.append(threading.Thread(target=self._close))
+        CLOSING[-1].start()
 
     def _close(self) -> None:
         self.engine.shutdown(timeout=10)

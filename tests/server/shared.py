@@ -23,7 +23,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixed": {"decoding": [PAIR], "steering": [PUSHED]},
     "early": {"decoding": [{"method": "dola", "layers": [0, 1, 2], "relative_top": 0}]},
 }
-HEADS = ("defer", "judge", "narrow", "tempers")
+HEADS = {  # and their methods
+    "defer": "defer_head",
+    "judge": "token_classifier",
+    "narrow": "token_classifier",
+    "tempers": "temperature_head",
+}
 SOFT = ("words", "noise")
 
 
@@ -51,20 +56,17 @@ def save_heads(folder: Path) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random)
 
-    files: dict[str, tuple[str, dict[str, Tensor]]] = {
-        "defer": ("defer_head", {"weight": normal(HIDDEN) / 4, "bias": torch.tensor(0.3)}),
-        "judge": ("token_classifier", {"weight": normal(VOCABULARY, HIDDEN)}),
-        "narrow": ("token_classifier", {"weight": normal(40, HIDDEN)}),
-        "tempers": (
-            "temperature_head",
-            {
-                **{"temperatures": torch.tensor([0.0, 0.7, 1.3]), "w0": normal(8, HIDDEN), "b0": normal(8)},
-                **{"w1": normal(8, 8), "b1": normal(8), "w2": normal(3, 8), "b2": normal(3)},
-            },
-        ),
+    files: dict[str, dict[str, Tensor]] = {
+        "defer": {"weight": normal(HIDDEN) / 4, "bias": torch.tensor(0.3)},
+        "judge": {"weight": normal(VOCABULARY, HIDDEN)},
+        "narrow": {"weight": normal(40, HIDDEN)},
+        "tempers": {
+            **{"temperatures": torch.tensor([0.0, 0.7, 1.3]), "w0": normal(8, HIDDEN), "b0": normal(8)},
+            **{"w1": normal(8, 8), "b1": normal(8), "w2": normal(3, 8), "b2": normal(3)},
+        },
     }
-    for name, (kind, tensors) in files.items():
-        artifacts.write(folder / f"{name}.safetensors", Header(method=kind, model=SHAPE), tensors)
+    for name, tensors in files.items():
+        artifacts.write(folder / f"{name}.safetensors", Header(method=HEADS[name], model=SHAPE), tensors)
 
 
 def save_soft(folder: Path, base: str) -> None:

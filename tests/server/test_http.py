@@ -631,9 +631,7 @@ def test_vectors_are_listed_with_what_is_known_of_them(http: httpx.Client) -> No
     assert {name: row["method"] for name, row in rows.items()} == {
         "ablate": "directional_ablation", "both": "vector", "experts": "vector", "iti": "iti", "late": "caa",
         "lofit": "lofit", "loreft": "loreft", "misfit": "caa", "probe": "probe",
-        "push": "caa", "sae": "sae", "soft": "soft_prompt", **dict.fromkeys(SOFT, "soft_prompt"),
-        "defer": "defer_head", "judge": "token_classifier", "narrow": "token_classifier",
-        "tempers": "temperature_head",
+        "push": "caa", "sae": "sae", "soft": "soft_prompt", **dict.fromkeys(SOFT, "soft_prompt"), **HEADS,
     }  # fmt: skip
     assert rows["ablate"]["sites"] == ["attn_out", "mlp_out", "resid_pre"] and rows["soft"]["layers"] == []
     assert "hidden 64" in rows["misfit"]["problem"] and rows["push"]["problem"] is None

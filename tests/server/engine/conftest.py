@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from decodings import GOLDEN
-from engines import Ask, EngineUnderTest, running
+from engines import CLOSING, PATIENCE, Ask, EngineUnderTest, running
 from modes import THREE
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +27,14 @@ class Shared:
     mode: str
     engine: EngineUnderTest
     models: dict[str, Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def none_left() -> Iterator[None]:
+    """At the very end all engines are gone."""
+    yield
+    for thread in CLOSING:
+        thread.join(PATIENCE)
 
 
 @pytest.fixture(scope="session", params=THREE)
