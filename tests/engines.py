@@ -4,13 +4,16 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import uuid4
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from modes import MODES, run_as
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -28,6 +31,7 @@ from whipstaff.steering.where import Where
 
 R = TypeVar("R")
 PATIENCE = 600  # seconds; every wait on an engine is bounded
+CLOSING: list[threading.Thread] = []  # of engines that were told to end
 
 
 @dataclass
@@ -60,7 +64,7 @@ def edit(vector: Vector, scale: float, where: Where, layers: tuple[int, ...] | N
 
 
 class EngineUnderTest:
-    """An engine with greedy defaults. `close` it."""
+    """An engine with greedy defaults. `close` it: nothing waits until its processes are gone, which takes vLLM 10 s."""
 
     def __init__(
         self,
@@ -87,6 +91,10 @@ class EngineUnderTest:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def close(self) -> None:
+        CLOSING.append(threading.Thread(target=self._close))
+        CLOSING[-1].start()
+
+    def _close(self) -> None:
         self.engine.shutdown(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -98,6 +106,11 @@ class EngineUnderTest:
         vector = parse(data)
         assert vector.digest == digest
         return vector
+
+    @property
+    def num_preemptions(self) -> float:
+        """Since it started."""
+        return vllm_counters(self.engine.model_config.served_model_name)["vllm:num_preemptions_total"]
 
     def counters(self) -> dict[str, Any]:
         return self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
@@ -125,3 +138,26 @@ class EngineUnderTest:
                 await outputs.aclose()
                 return None
         return seen[-1]
+
+
+@contextmanager
+def running(mode: str, model: str, aux: Iterable[tuple[str, str]] = (), **flags: Any) -> Iterator[EngineUnderTest]:
+    """An engine in one of MODES: that it really is, is checked."""
+    with run_as(mode):
+        engine = EngineUnderTest(model, aux, **MODES[mode], **flags)
+    try:
+        assert engine.facts["runner"] == mode[:2]
+        assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
+        yield engine
+    finally:
+        engine.close()
+
+
+def vllm_counters(model: str) -> dict[str, float]:
+    """vLLM's own of engines in this process that serve a model of that name, summed over their other labels."""
+    found: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if sample.labels.get("model_name") == model:
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found

@@ -1,13 +1,38 @@
-"""Ways to run the engine that vLLM does not offer on a CPU by itself."""
+"""Ways to run the engine, also those that vLLM does not offer on a CPU by itself."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.platforms.cpu import CpuPlatform
+
+MODES: dict[str, dict[str, Any]] = {
+    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v1-compiled-sync": {"async_scheduling": False},
+    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
+    "v1-compiled-async": {"async_scheduling": True},
+}
+THREE = ("v1-eager-async", "v1-compiled-sync", "v2-eager-async")
+"""Both runners, eager and compiled, synchronous and asynchronous: what is shown in these is shown in all."""
+ON_V1 = THREE[:2]
+"""For what the runners share, where Triton's interpreter would take minutes."""
+
+
+@contextmanager
+def run_as(mode: str) -> Iterator[None]:
+    """While an engine starts: what its mode needs beside its flags."""
+    with ExitStack() as stack:
+        if mode.startswith("v2"):
+            stack.enter_context(v2_on_cpu())
+        if MODES[mode]["async_scheduling"]:
+            stack.enter_context(async_on_cpu())
+        if "tensor_parallel_size" in MODES[mode]:
+            stack.enter_context(a_core_for_each_rank())
+        yield
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from .test_run_edits import WIDTHS, any_edits, batch
 from .test_typical import apart
 from .tolerances import TOLERANCE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 
 S = 5
 Arguments = tuple[Tensor | list[Tensor] | float | bool | None, ...]

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from whipstaff.steering import artifacts
 from whipstaff.steering.artifacts import Header
 
+from . import asking
+from .asking import ok, tokens
 from .serving import BASE, MAX_LEN, MAX_SEQS, MODEL, SHAPE, VOCABULARY, Server, serving
 
 pytestmark = pytest.mark.engine
@@ -47,26 +49,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, loras: dict[str, Lora]) -> 
 
 
 @pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def tokenizer(server: Server) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(server.models["base"])
-
-
-@pytest.fixture(scope="module")
-def complete(http: httpx.Client) -> Post:
-    """A greedy completion, or what the arguments make of it."""
+def complete(complete: asking.Post) -> Post:
+    """What is answered to a greedy completion, or to what the arguments make of it."""
 
     def post(prompt: Any = PROMPT, **fields: Any) -> dict[str, Any]:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-        response = http.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
-        assert response.status_code == 200, response.text
-        found: dict[str, Any] = response.json()
-        return found
+        return dict(ok(complete(prompt, **{"ignore_eos": True} | fields)))
 
     return post
 
@@ -74,10 +61,7 @@ def complete(http: httpx.Client) -> Post:
 @pytest.fixture(scope="module")
 def chat(http: httpx.Client) -> Post:
     def post(*messages: tuple[str, str], **fields: Any) -> dict[str, Any]:
-        response = http.post("/v1/chat/completions", json=chat_body(*messages) | fields)
-        assert response.status_code == 200, response.text
-        found: dict[str, Any] = response.json()
-        return found
+        return dict(ok(http.post("/v1/chat/completions", json=chat_body(*messages) | fields)))
 
     return post
 
@@ -86,11 +70,6 @@ def chat_body(*messages: tuple[str, str]) -> dict[str, Any]:
     told = [{"role": role, "content": content} for role, content in messages]
     body = {"model": MODEL, "messages": told, "max_tokens": NUM_TOKENS, "temperature": 0}
     return body | {"ignore_eos": True, "return_token_ids": True}
-
-
-def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
-    found: list[int] = answer["choices"][choice]["token_ids"]
-    return found
 
 
 class Reference:

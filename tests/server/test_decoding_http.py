@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,23 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.methods import METHODS
 from whipstaff.steering import artifacts
-from whipstaff.steering.artifacts import Header
 
-from .serving import API_KEY, HIDDEN, LAYERS, MODEL, SHAPE, VOCABULARY, Server, serving
-from .test_http import BOTH, PAIR, PROMPT, TOLERANCE, Post, assert_refused, data_events, post_json, streamed_text, texts
-from .test_http import tokens as tokens_of
+from .asking import (
+    BOTH,
+    MOOD,
+    PAIR,
+    PROMPT,
+    TOLERANCE,
+    Post,
+    assert_refused,
+    data_events,
+    post_json,
+    streamed_text,
+    texts,
+)
+from .asking import tokens as tokens_of
+from .serving import API_KEY, LAYERS, MODEL, Server
+from .shared import PRESETS, PUSHED
 
 pytestmark = pytest.mark.engine
 
@@ -58,67 +70,13 @@ SIX = [*(ENTRIES[name] for name in ("proxy_tuning", "rule_adapter", "dry")), SAM
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    save_heads(folder / "heads")
-    for name, fields in PRESETS.items():
-        (folder / f"{name}.json").write_text(json.dumps({"default": fields}))
-    presets = (word for name in PRESETS for word in ("--presets", str(folder / f"{name}.json")))
-    with serving(folder, "--vectors", str(folder / "heads"), *presets) as running:
-        yield running
-
-
-def save_heads(folder: Path) -> None:
-    folder.mkdir()
-    random = torch.Generator().manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random)
-
-    files: dict[str, tuple[str, dict[str, Tensor]]] = {
-        "defer": ("defer_head", {"weight": normal(HIDDEN) / 4, "bias": torch.tensor(0.3)}),
-        "judge": ("token_classifier", {"weight": normal(VOCABULARY, HIDDEN)}),
-        "narrow": ("token_classifier", {"weight": normal(40, HIDDEN)}),
-        "tempers": (
-            "temperature_head",
-            {
-                **{"temperatures": torch.tensor([0.0, 0.7, 1.3]), "w0": normal(8, HIDDEN), "b0": normal(8)},
-                **{"w1": normal(8, 8), "b1": normal(8), "w2": normal(3, 8), "b2": normal(3)},
-            },
-        ),
-    }
-    for name, (kind, tensors) in files.items():
-        artifacts.write(folder / f"{name}.safetensors", Header(method=kind, model=SHAPE), tensors)
+def complete(complete: Post) -> Post:
+    return partial(complete, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def complete(http: httpx.Client) -> Post:
-    def post(prompt: Any = PROMPT, **fields: Any) -> httpx.Response:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "return_token_ids": True}
-        return post_json(http, "/v1/completions", {**body, "ignore_eos": True, **fields})
-
-    return post
-
-
-@pytest.fixture(scope="module")
-def chat(http: httpx.Client) -> Post:
-    def post(content: Any = "Why?", **fields: Any) -> httpx.Response:
-        messages = [{"role": "user", "content": content}]
-        body = {"model": MODEL, "messages": messages, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-        return post_json(http, "/v1/chat/completions", body | fields)
-
-    return post
+def chat(chat: Post) -> Post:
+    return partial(chat, ignore_eos=True)
 
 
 # ---- the reference: transformers, everything at once
@@ -185,11 +143,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(server: Server) -> Iterator[Reference]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the server's threads wait for each other by spinning
-    yield Reference(server)
-    torch.set_num_threads(num_threads)
+def reference(server: Server) -> Reference:
+    return Reference(server)
 
 
 def whole_text(response: httpx.Response) -> tuple[list[int], int]:
@@ -267,17 +222,10 @@ def test_seeds_repeat_and_choices_differ(complete: Post, entries: list[dict[str,
 
 
 def test_a_grammar_holds_whatever_methods_want(chat: Post, complete: Post) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"mood": {"enum": ["calm", "angry"]}, "sure": {"type": "boolean"}},
-        "required": ["mood", "sure"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     alone = [[entry] for entry in (ENTRIES | SAMPLED).values()]
     for entries in [SIX, *alone]:
         fields = {"decoding": entries, "temperature": 1, "seed": 1, "ignore_eos": False}
-        (text,) = texts(chat(response_format=wanted, max_tokens=120, **fields))
+        (text,) = texts(chat(response_format=MOOD, max_tokens=120, **fields))
         assert json.loads(text).keys() == {"mood", "sure"}, entries
         (number,) = texts(complete(structured_outputs={"regex": "[0-9]{4}-[0-9]{2}"}, **fields))
         year, month = number.split("-")
@@ -552,11 +500,6 @@ QUESTIONS = [
     {"question": "try:\n    main()\nexcept", "choices": ["while", "[0]", "ValueError:"], "answer": 2},
     {"question": "if x is not None: return", "choices": ["x", "elif", "yield from"], "answer": 0},
 ]
-PUSHED = {"vector": "push", "scale": 0.5, "where": "all"}
-PRESETS: dict[str, dict[str, Any]] = {
-    "mixed": {"decoding": [PAIR], "steering": [PUSHED]},
-    "early": {"decoding": [DOLA | {"relative_top": 0}]},
-}
 TASK = {
     "task": "lines",
     "dataset_path": "json",

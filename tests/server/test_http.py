@@ -15,96 +15,38 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prometheus_client.parser import text_string_to_metric_families
+from reference import steered
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.steering import artifacts
 from whipstaff.steering.methods import METHODS
 
 from .anyjson import EXTRAS
-from .serving import API_KEY, MAX_LEN, MAX_SEQS, MODEL, SHORT_LEN, STEP_TOKENS, Server, serving
+from .asking import (
+    BOTH,
+    MOOD,
+    PAIR,
+    PROMPT,
+    PUSH,
+    TOLERANCE,
+    Post,
+    Samples,
+    assert_refused,
+    data_events,
+    metrics,
+    post_json,
+    streamed_text,
+    texts,
+    tokens,
+)
+from .serving import API_KEY, MAX_LEN, MAX_SEQS, MODEL, SHORT_LEN, STEP_TOKENS, Server
+from .shared import HEADS, PRESETS, SOFT
 
 pytestmark = pytest.mark.engine
 
-PROMPT = "def main("
 PATIENCE = 30  # seconds, for what should take milliseconds
-TOLERANCE = 1e-3  # log-probabilities, two float32 implementations
-PAIR = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}
-PUSH = {"vector": "push", "scale": 2}
-BOTH = {"steering": [PUSH], "decoding": [PAIR]}
-Post = Callable[..., httpx.Response]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(server: Server) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(server.models["base"])
-
-
-@pytest.fixture(scope="module")
-def complete(http: httpx.Client) -> Post:
-    """Post a greedy completion of 12 tokens, or what the arguments make of it."""
-
-    def post(prompt: Any = PROMPT, **fields: Any) -> httpx.Response:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True} | fields
-        return post_json(http, "/v1/completions", body)
-
-    return post
-
-
-@pytest.fixture(scope="module")
-def chat(http: httpx.Client) -> Post:
-    """The same for a chat completion."""
-
-    def post(content: Any = "Why?", **fields: Any) -> httpx.Response:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0}
-        return post_json(http, "/v1/chat/completions", body | fields)
-
-    return post
-
-
-def post_json(http: httpx.Client, path: str, body: Any) -> httpx.Response:
-    """Post what Python calls JSON: NaN, infinities and lone surrogates included."""
-    return http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
-
-
-def tokens(response: httpx.Response, choice: int = 0) -> list[int]:
-    assert response.status_code == 200, response.text
-    found: list[int] = response.json()["choices"][choice]["token_ids"]
-    return found
-
-
-def texts(response: httpx.Response) -> list[str]:
-    assert response.status_code == 200, response.text
-    return [c["text"] if "text" in c else c["message"]["content"] for c in response.json()["choices"]]
-
-
-def assert_refused(response: httpx.Response, status: int, param: str | None) -> None:
-    """API.md's error: this status, at this path, in exactly this shape."""
-    assert response.status_code == status, response.text
-    assert response.json().keys() == {"error"}
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert (error["param"], error["code"]) == (param, status), error
-    assert error["message"] and error["type"]
 
 
 # ---- the reference: transformers, with hooks
@@ -120,30 +62,20 @@ class Reference:
         }
         self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
 
-    @torch.inference_mode()
     def log_probabilities(
         self, ids: list[int], prompt_len: int, push: float = 0.0, alpha: float = 0.0, start: int | None = None
     ) -> Tensor:
         """(T, V): every position's, the stream after each block pushed from `start`, or the last prompt token, on."""
-        base, handles = self.models["base"], []
         first = prompt_len - 1 if start is None else start
-        for (_, layer), parts in self.push.tensors.items():
-
-            def hook(module: Any, args: Any, output: Any, add: Tensor = push * parts["add"]) -> Any:
-                stream = output[0] if isinstance(output, tuple) else output
-                stream[:, first:] += add
-                return output
-
-            handles.append(base.model.layers[layer].register_forward_hook(hook))
-        try:
-            logits = base(torch.tensor([ids])).logits[0]
-        finally:
-            for handle in handles:
-                handle.remove()
-        if alpha:
-            expert, anti = (self.models[name](torch.tensor([ids])).logits[0] for name in ("expert", "anti"))
-            logits = logits + alpha * (expert - anti)
-        return torch.log_softmax(logits, -1)
+        edits = [
+            steered.Edit(place.site, place.layer, push, None, parts["add"], lambda position, _: position >= first)
+            for place, parts in self.push.tensors.items()
+        ]
+        base, expert, anti = (
+            steered.logits(self.models[name], ids, prompt_len, edits if name == "base" else [])
+            for name in ("base", "expert", "anti")
+        )
+        return (base + alpha * (expert - anti)).log_softmax(-1)
 
     def greedy(self, prompt: list[int], num: int, **how: float) -> list[int]:
         ids = list(prompt)
@@ -153,11 +85,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(server: Server) -> Iterator[Reference]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the server's threads wait for each other by spinning
-    yield Reference(server)
-    torch.set_num_threads(num_threads)
+def reference(server: Server) -> Reference:
+    return Reference(server)
 
 
 CASES = {
@@ -217,7 +146,7 @@ def test_the_official_client_completes_and_chats_as_ever(
         model=MODEL, messages=[{"role": "user", "content": "hi"}], max_completion_tokens=8, temperature=0
     )
     assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert {model.id for model in client.models.list()} == {MODEL, *(f"{MODEL}@{name}" for name in PRESETS)}
 
 
 def test_extra_body_steers_and_the_answer_holds_the_receipt(client: openai.OpenAI) -> None:
@@ -398,16 +327,6 @@ def test_scale_layers_and_where_all_matter(complete: Post) -> None:
 # ---- what OpenAI's API offers beside
 
 
-def data_events(response: httpx.Response) -> list[str]:
-    assert response.status_code == 200, response.text
-    return [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-
-
-def streamed_text(chunks: list[dict[str, Any]], index: int) -> str:
-    pieces = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
-    return "".join(piece["text"] if "text" in piece else piece["delta"].get("content") or "" for piece in pieces)
-
-
 @pytest.mark.parametrize("extras", [BOTH, {}], ids=["both", "plain"])
 @pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}], ids=["", "usage"])
 @pytest.mark.parametrize("endpoint", ["complete", "chat"])
@@ -474,14 +393,7 @@ def test_token_ids_are_prompts_too_and_several_prompts_answer_as_each_alone(
 
 @pytest.mark.parametrize("extras", [{}, BOTH, {"decoding": PAIR | {"alpha": 100}}], ids=["plain", "both", "far"])
 def test_structured_outputs_hold_under_steering_and_mixing(chat: Post, complete: Post, extras: dict[str, Any]) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"mood": {"enum": ["calm", "angry"]}, "sure": {"type": "boolean"}},
-        "required": ["mood", "sure"],
-        "additionalProperties": False,
-    }
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-    (text,) = texts(chat(response_format=wanted, max_tokens=120, temperature=1, seed=1, **extras))
+    (text,) = texts(chat(response_format=MOOD, max_tokens=120, temperature=1, seed=1, **extras))
     assert json.loads(text)["mood"] in ("calm", "angry")
     (choice,) = texts(complete(structured_outputs={"choice": ["left", "right"]}, **extras))
     assert choice in ("left", "right")
@@ -680,7 +592,8 @@ def test_the_users_key_guards_the_steering_routes(server: Server, method: str, p
 
 
 def test_without_an_admin_key_nothing_can_be_changed(http: httpx.Client) -> None:
-    assert http.get("/v1/steering/presets").json() == {"object": "list", "data": []}
+    listed = http.get("/v1/steering/presets").json()
+    assert listed["object"] == "list" and {row["id"] for row in listed["data"]} == PRESETS.keys()
     for method, path in (
         ("POST", "vectors?name=x"),
         ("DELETE", "vectors/push"),
@@ -699,7 +612,7 @@ def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Cl
         assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
         assert row["available"] is (row["reason"] is None), name
     used = {"vector", "caa", "iti", "lofit", "directional_ablation", "sae", "loreft", "probe", "soft_prompt"}
-    served = {name for name, method in DECODING.items() if not method.head_fields and not method.needs_adapters}
+    served = {name for name, method in DECODING.items() if not method.needs_adapters}
     assert {name for name, row in rows.items() if row["available"]} == used | served
     assert rows["mote"]["reason"] == "the served model has no experts"
     assert all("--steering-sites attention" in rows[name]["reason"] for name in ("pasta", "prefix_kv"))
@@ -718,7 +631,7 @@ def test_vectors_are_listed_with_what_is_known_of_them(http: httpx.Client) -> No
     assert {name: row["method"] for name, row in rows.items()} == {
         "ablate": "directional_ablation", "both": "vector", "experts": "vector", "iti": "iti", "late": "caa",
         "lofit": "lofit", "loreft": "loreft", "misfit": "caa", "probe": "probe",
-        "push": "caa", "sae": "sae", "soft": "soft_prompt",
+        "push": "caa", "sae": "sae", "soft": "soft_prompt", **dict.fromkeys(SOFT, "soft_prompt"), **HEADS,
     }  # fmt: skip
     assert rows["ablate"]["sites"] == ["attn_out", "mlp_out", "resid_pre"] and rows["soft"]["layers"] == []
     assert "hidden 64" in rows["misfit"]["problem"] and rows["push"]["problem"] is None
@@ -762,18 +675,6 @@ def test_validate_compiles_without_running(http: httpx.Client, complete: Post, c
 
 # ---- metrics and disconnects
 
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def metrics(http: httpx.Client) -> Samples:
-    """Every sample by its name and labels."""
-    families = text_string_to_metric_families(http.get("/metrics").text)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
 
 def requests(samples: Samples, method: str, outcome: str) -> float:
     return samples.get(("whipstaff_requests_total", (("method", method), ("outcome", outcome))), 0.0)
@@ -807,12 +708,12 @@ def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: 
             assert after[key] - before.get(key, 0) == 1
     key = ("whipstaff_refusals_total", (("status", "404"),))
     assert after[key] - before.get(key, 0) == 1
-    assert after["whipstaff_vectors_loaded", ()] == 11
+    assert after["whipstaff_vectors_loaded", ()] == 11 + len(HEADS) + len(SOFT)
     assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 5 * 5
     labelled = [pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs]
     names = {"plain", "several", *DECODING, *METHODS}
     assert {part for key, value in labelled if key == "method" for part in value.split("+")} <= names
-    assert {key for key, _ in labelled} <= {"method", "outcome", "status", "le"}
+    assert {key for key, _ in labelled} <= {"method", "outcome", "status", "le", "preset"}
 
 
 def test_metrics_say_what_steering_does(http: httpx.Client, complete: Post) -> None:

@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import goldens
 import pytest
 import torch
+from modes import a_core_for_each_rank
 from reference import attended
 from reference.attended import Bias, Override, Prefix, Side
 from safetensors.torch import load_file, save
@@ -26,7 +26,6 @@ from whipstaff.server.engine.attention import CacheLayout, outside, require_eage
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
-    "eager": ("llama_a", {"enforce_eager": True}),
     "compiled": ("llama_a", {}),
     "two ranks": ("llama_a", {"enforce_eager": True, "tensor_parallel_size": 2}),
     "window and soft cap": (
@@ -52,7 +51,7 @@ KNOWN: dict[str, tuple[list[int], Tensor]] = {}  # references, by model and requ
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     name, flags = MODES[request.param]
     path = str(goldens.ROOT / "models" / name)
-    with _environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if "tensor_parallel_size" in flags else None):
+    with a_core_for_each_rank() if "tensor_parallel_size" in flags else nullcontext():
         engine = SteppingEngine(
             path,
             max_num_batched_tokens=48,
@@ -67,24 +66,10 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         engine.close()
 
 
-@contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update({name: value for name, value in values.items() if value is not None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 @pytest.mark.engine
+@pytest.mark.parametrize("bench", [mode for mode in MODES if MODES[mode][0] == "llama_a"], indirect=True)
 def test_golden_cases(bench: Bench) -> None:
     """All five and a plain request in one batch."""
-    if bench.model != "llama_a":
-        pytest.skip("the goldens are of another model")
     engine, asks, cases = bench.engine, [], []
     for name in ("attn_override", "pasta_exclude", "adaption_prompt", "aligner", "prefix_kv"):
         folder = goldens.ROOT / "cases" / f"{name}_llama"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clauses import PLANNED, valid
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,15 @@ def steerer(*plans: tuple[str, PlacedPlan | None]) -> Steerer:
     made.tables = FakeTables()  # type: ignore[assignment]
     made.note_requests([], plans)
     return made
+
+
+@given(planned=st.lists(PLANNED, max_size=4), prompt_len=st.integers(1, 14))
+def test_a_placed_plan_knows_its_rows_and_where_they_begin(planned: list[Any], prompt_len: int) -> None:
+    edits = [PlannedEdit(edit, where) for edit, clause in planned if (where := valid(clause)) is not None]
+    plan = SteeringPlan(tuple(edits))
+    segments, placed = plan.segments(prompt_len), PlacedPlan(RequestPlan(plan if edits else None), prompt_len)
+    assert placed.rows == {row for one in segments for row in (one.row, one.row_at_tokens) if row}
+    assert placed.first_edited == min((one.start for one in segments), default=None)
 
 
 def test_both_adapters_give_the_same_view() -> None:

@@ -5,20 +5,18 @@ requests of which a decision is closer than MARGIN are left out, since floats co
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import modes
 import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest
-from modes import async_on_cpu, v2_on_cpu
 from reference import conditioned
 from reference.conditioned import Probe, Trace
-from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -28,14 +26,11 @@ from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.conditions import fired
 from whipstaff.steering.planner import Planner, SteeringParams
 
-pytestmark = pytest.mark.engine
+from .conftest import Shared
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
-    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
-    "v1-compiled-async": {"async_scheduling": True},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
+pytestmark = pytest.mark.engine
+ON_V1 = pytest.mark.parametrize("shared", modes.ON_V1, indirect=True)
+
 NUM_TOKENS = 18
 MARGIN = 1e-3  # of readings and logits, both of order 1
 KEPT = 256  # finished requests whose readings the worker keeps
@@ -135,37 +130,11 @@ def _prompt(seed: int, num: int) -> list[int]:
     return torch.randint(3, tiny.VOCABULARY, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.fixture(scope="module", params=MODES)
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder, mode = tmp_path_factory.mktemp("models"), request.param
-    paths = {
-        "base": tiny.save("llama", folder / "base", 0, num_hidden_layers=4),
-        "expert": tiny.save("llama", folder / "expert", 1, hidden_size=64, num_attention_heads=2),
-    }
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            paths["base"],
-            [("expert", paths["expert"])],
-            num_slots=256,
-            skip_tokenizer_init=True,
-            max_num_batched_tokens=48,
-            max_num_seqs=16,
-            num_gpu_blocks_override=14,
-            enable_prefix_caching=True,
-            **MODES[mode],
-        )
-    try:
-        assert engine.facts["runner"] == mode[:2]
-        assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
-        models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
-        found = Bench(mode, engine, models)
-        _add_vectors(found)
-        yield found
-    finally:
-        engine.close()
+@pytest.fixture(scope="module")
+def bench(shared: Shared) -> Bench:
+    found = Bench(shared.mode, shared.engine, shared.models)
+    _add_vectors(found)
+    return found
 
 
 def _add_vectors(bench: Bench) -> None:
@@ -245,15 +214,6 @@ def _cases(bench: Bench, num: int, seed: int = 0) -> list[Case]:
     return cases
 
 
-@pytest.fixture
-def nobody_left(bench: Bench) -> Iterator[None]:
-    """After each test nothing of any request is left in the engine, and every history is free."""
-    yield
-    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # one more step, so that the worker hears of the last to finish
-    assert bench.engine.counters()["requests_held"] == 0
-    assert bench.engine.counters()["histories_used"] == 0
-
-
 def _is_slow(bench: Bench) -> bool:
     return bench.mode.startswith("v2")
 
@@ -312,8 +272,10 @@ def test_conditions_and_schedules(bench: Bench, nobody_left: None) -> None:
     ]
     assert any(decided) and not all(decided)
     asks = [*(case.ask for case in cases), *(Ask(case.prompt, None, NUM_TOKENS) for case in plain)]
+    preempted = bench.engine.num_preemptions
     for _ in range(1 if _is_slow(bench) else 2):
         assert bench.engine.tokens(*asks) == expected
+    assert bench.engine.num_preemptions > preempted, "all of them fitted: nothing was computed again"
     assert sum(_assert_readings(bench, case) for case in cases) > 100
     unsteered = [
         conditioned.greedy(bench.models["base"], case.prompt, NUM_TOKENS, [], {}).tokens for case in cases[:12]
@@ -321,25 +283,10 @@ def test_conditions_and_schedules(bench: Bench, nobody_left: None) -> None:
     assert sum(tokens != alone for tokens, alone in zip(expected, unsteered, strict=False)) >= 6
 
 
-def test_preemption_happened(bench: Bench) -> None:
-    """The batch above really did not fit: otherwise it proves nothing about tokens that are computed again."""
-    from prometheus_client import REGISTRY
-
-    found = [
-        sample.value
-        for metric in REGISTRY.collect()
-        for sample in metric.samples
-        if sample.name == "vllm:num_preemptions_total"
-        and sample.labels["model_name"] == bench.engine.engine.model_config.served_model_name
-    ]
-    assert sum(found) > 0
-
-
+@ON_V1
 @pytest.mark.parametrize("side", ["above", "below"])
 def test_a_decision_on_the_prompt_fires_or_not(bench: Bench, nobody_left: None, side: str) -> None:
     """The same request for many prompts: it changes the answer where the probe says so and nothing elsewhere."""
-    if _is_slow(bench):
-        pytest.skip("shown there by the test above")
     when = {"probe": 2, side: _quantile(bench, 2, 0.5)}
     cases = [bench.case(_prompt(200 + i, 12), {"vector": 0, "scale": 3.0, "when": when}) for i in range(16)]
     cases = [case for case in cases if bench.trace(case).margin > MARGIN]
@@ -352,10 +299,9 @@ def test_a_decision_on_the_prompt_fires_or_not(bench: Bench, nobody_left: None, 
     assert [answer for _, answer, _ in answers] == [bench.trace(case).tokens for case in cases]
 
 
+@ON_V1
 def test_a_conversation_that_goes_on_is_not_given_the_cache_of_another_count(bench: Bench, nobody_left: None) -> None:
     """Blocks of generated tokens under a schedule hold how many were generated; to the next turn they are prompt."""
-    if _is_slow(bench):
-        pytest.skip("the scheduler is the same")
     for schedule in (SCHEDULES[2], SCHEDULES[5]):
         entry = {"vector": 0, "scale": 2.0, "where": "all", "schedule": schedule}
         first = bench.case(_prompt(300, 30), entry)
@@ -367,12 +313,11 @@ def test_a_conversation_that_goes_on_is_not_given_the_cache_of_another_count(ben
             assert bench.engine.tokens(case.ask) == [bench.trace(case).tokens]
 
 
+@ON_V1
 def test_more_conditional_requests_than_histories_wait_their_turn(bench: Bench, nobody_left: None) -> None:
-    if _is_slow(bench):
-        pytest.skip("the scheduler is the same")
     cases = []
-    for index in range(NUM_HISTORIES + 30):
-        whens = [_whens(bench, index % 4)[index % 5], _whens(bench, (index + 1) % 4)[(index + 2) % 5]]
+    for index in range(NUM_HISTORIES + 30):  # of a few configurations, so that slots are not what they wait for
+        whens = [_whens(bench, index % 2)[index % 5], _whens(bench, (index + 1) % 2)[(index + 2) % 5]]
         entries = [{"vector": n, "scale": 2.0, "when": when} for n, when in enumerate(whens)]
         case = bench.case(_prompt(400 + index, 4), *entries, mix={})
         case.num_tokens = 3
@@ -382,10 +327,9 @@ def test_more_conditional_requests_than_histories_wait_their_turn(bench: Bench, 
     assert bench.engine.tokens(*(case.ask for case in cases if case in sure)) == [bench.trace(c).tokens for c in sure]
 
 
+@ON_V1
 def test_readings_are_kept_for_a_while(bench: Bench, nobody_left: None) -> None:
     """Those of a running request, of finished ones up to a bound, and of nobody else."""
-    if _is_slow(bench):
-        pytest.skip("the steerer is the same")
     when = {"probe": 0, "above": 0.0, "decide": "step"}
     cases = [bench.case([9, 8, 7, 6], {"vector": 0, "scale": 1.0, "when": when}) for _ in range(KEPT + 20)]
     for case in cases:

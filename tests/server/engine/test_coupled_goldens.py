@@ -1,13 +1,11 @@
 """Coupled prompts through the engine against the papers' and libraries' own code, token for token."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Ask, EngineUnderTest
-from safetensors.torch import load_file
+from decodings import GOLDEN, golden
+from engines import Ask, EngineUnderTest, running
 
 from whipstaff.decoding.methods.cad import Cad, CadParams
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
@@ -19,28 +17,13 @@ from whipstaff.server.engine.request import Member, RequestPlan
 
 pytestmark = pytest.mark.engine
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "decoding"
-FLAGS: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 32}
 TOLERANCE = 2e-4
 UNLIKELY = -1000.0  # what SH2's code counts for an answer's token that its mask excludes
 
 
 def cases(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    found: list[dict[str, Any]] = golden(name)[0]["cases"]
     return found
-
-
-def engine_of(model: str, **flags: Any) -> Iterator[EngineUnderTest]:
-    found = EngineUnderTest(str(GOLDEN / "models" / model), **FLAGS, **flags)
-    try:
-        yield found
-    finally:
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def base() -> Iterator[EngineUnderTest]:
-    yield from engine_of("base", skip_tokenizer_init=True)
 
 
 def coupled(mix: Mix, other: list[int], *rewrites: Rewrite) -> RequestPlan:
@@ -61,19 +44,19 @@ def aware(case: dict[str, Any]) -> Ask:
     return Ask(case["context_prompt"], coupled(mix, case["prior_prompt"]), len(case["output"]))
 
 
-def test_guidance_and_context_aware_decoding_in_one_batch(base: EngineUnderTest) -> None:
+def test_guidance_and_context_aware_decoding_in_one_batch(recorded: EngineUnderTest) -> None:
     """Penalties run after guidance, and count the tokens of the plain prompt and of the answer."""
     contexts = [case for case in cases("context_aware_decoding") if "filter_p" in case]
     guidance = cases("classifier_free_guidance")
     asks = [*map(guided, guidance), *map(aware, contexts)]
-    for case, tokens in zip([*guidance, *contexts], base.tokens(*asks), strict=True):
+    for case, tokens in zip([*guidance, *contexts], recorded.tokens(*asks), strict=True):
         assert tokens == case["output"], case["id"]
 
 
-def test_log_probabilities_are_the_guided_ones(base: EngineUnderTest) -> None:
-    tensors = load_file(GOLDEN / "classifier_free_guidance.safetensors")
+def test_log_probabilities_are_the_guided_ones(recorded: EngineUnderTest) -> None:
+    _, tensors = golden("classifier_free_guidance")
     unpenalised = [case for case in cases("classifier_free_guidance") if case["repetition_penalty"] == 1]
-    for case, output in zip(unpenalised, base.generate(*map(guided, unpenalised)), strict=True):
+    for case, output in zip(unpenalised, recorded.generate(*map(guided, unpenalised)), strict=True):
         expected = tensors[f"{case['id']}.scores_after_processors"].log_softmax(-1)
         for row, said in zip(expected, output.outputs[0].logprobs, strict=True):
             for token, entry in said.items():
@@ -82,7 +65,8 @@ def test_log_probabilities_are_the_guided_ones(base: EngineUnderTest) -> None:
 
 @pytest.fixture(scope="module")
 def hesitant() -> Iterator[EngineUnderTest]:
-    yield from engine_of("sh2")
+    with running("v1-eager-async", str(GOLDEN / "models" / "sh2"), max_num_seqs=32) as engine:
+        yield engine
 
 
 def test_hesitation(hesitant: EngineUnderTest) -> None:

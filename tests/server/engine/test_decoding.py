@@ -6,8 +6,7 @@ the engine (tests/decoding); here it is shown that each row gets its own method,
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +15,9 @@ import tiny
 import torch
 from decodings import StubPrompt
 from engines import Ask, EngineUnderTest, edit
-from modes import async_on_cpu, v2_on_cpu
+from modes import ON_V1
 from reference import steered
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.draw import temper, truncate
 from whipstaff.decoding.method import STAGES, Mixing, Rewriting, setting_type
@@ -33,13 +31,10 @@ from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.where import Where
 
+from .conftest import Shared
+
 pytestmark = pytest.mark.engine
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
-    "v1-compiled-sync": {"async_scheduling": False},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
 NUM_TOKENS, SEED, HIDDEN = 12, 17, 96
 PAIR = {"expert": "expert", "antiexpert": "anti"}
 ENTRIES: dict[str, list[dict[str, Any]]] = {
@@ -232,39 +227,10 @@ class Bench:
         return banned
 
 
-@pytest.fixture(scope="module", params=MODES)
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("models")
-    shapes: dict[str, dict[str, Any]] = {
-        "base": {"num_hidden_layers": 3},
-        "expert": {"hidden_size": 64, "num_attention_heads": 2},
-        "anti": {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": tiny.VOCABULARY + 8},
-    }
-    paths = {
-        name: tiny.save("llama", folder / name, seed, **changes) for seed, (name, changes) in enumerate(shapes.items())
-    }
-    mode = request.param
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            paths["base"],
-            [(name, path) for name, path in paths.items() if name != "base"],
-            skip_tokenizer_init=True,
-            max_num_batched_tokens=48,
-            max_num_seqs=16,
-            num_gpu_blocks_override=20,
-            **MODES[mode],
-        )
-        try:
-            assert engine.facts["runner"] == mode[:2]
-            models = {
-                name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()
-            }
-            yield Bench(mode, engine, _heads(engine), _vector(engine), models)
-        finally:
-            engine.close()
+@pytest.fixture(scope="module")
+def bench(shared: Shared) -> Bench:
+    engine = shared.engine
+    return Bench(shared.mode, engine, _heads(engine), _vector(engine), shared.models)
 
 
 def _heads(engine: EngineUnderTest) -> dict[str, Vector]:
@@ -317,10 +283,9 @@ def test_every_method_at_once(bench: Bench) -> None:
     assert bench.engine.counters()["requests_held"] == 0
 
 
+@pytest.mark.parametrize("shared", ON_V1, indirect=True)
 def test_a_request_alone_and_in_a_crowd(bench: Bench) -> None:
     """Seeded draws too: what others ask for changes nothing."""
-    if bench.mode.startswith("v2"):
-        pytest.skip("the same is shown on the legacy runner; here the interpreter takes minutes")
     names = [*ENTRIES, *SAMPLED][::2]
     asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 4), strict=True)]
     together = bench.engine.tokens(*asks)

@@ -7,17 +7,13 @@ GPT-2 models that were not kept (the official contrastive release). No engine ca
 methods' tensors against them, and test_decoding.py the engine against the methods, token by token.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from decodings import StubWords, golden
+from decodings import GOLDEN, StubWords, golden
 from engines import Ask, EngineUnderTest
-from modes import async_on_cpu, v2_on_cpu
 from reference import steered
 from transformers import AutoModelForCausalLM
 
@@ -30,16 +26,16 @@ from whipstaff.steering.plan import SteeringPlan
 
 pytestmark = pytest.mark.engine
 
-MODELS = Path(__file__).parents[2] / "golden" / "decoding" / "models"
+MODELS = GOLDEN / "models"
 SAID, TENSORS = golden("contrastive_decoding_voidism")
 PROMPTS: list[list[int]] = [case["prompt"] for case in SAID["cases"][::2]] + [list(range(60, 97))]
 NUM_TOKENS, TOLERANCE = 8, 2e-4
-PAIR = {"expert": "expert", "antiexpert": "anti"}
+PAIR = {"expert": "expert", "antiexpert": "antiexpert"}
 OFF: dict[str, dict[str, Any]] = {
     "proxy_tuning": {**PAIR, "alpha": 0.0},
     "dexperts": {**PAIR, "alpha": 0.0, "top_p": 1.0},
-    "contrastive": {"amateur": "anti", "alpha": 0.3, "beta": 0.0},
-    "contrastive_beta": {"amateur": "anti", "alpha": 0.3, "beta": 0.0},
+    "contrastive": {"amateur": "antiexpert", "alpha": 0.3, "beta": 0.0},
+    "contrastive_beta": {"amateur": "antiexpert", "alpha": 0.3, "beta": 0.0},
     "adapter_free_ensemble": {"weights": {"expert": 1.0}, "base_weight": 1.0},
     "dola": {"layers": [0], "relative_top": 1.0},
     "co_llm": {"assistant": "expert", "head": "head", "threshold": 1.0},
@@ -50,43 +46,24 @@ OFF: dict[str, dict[str, Any]] = {
 
 ANOTHER: dict[str, tuple[dict[str, Any], str]] = {
     "co_llm": ({"assistant": "expert", "head": "head", "threshold": -1.0}, "expert"),
-    "adapter_free_ensemble": ({"weights": {"anti": 2.0}, "base_weight": 0.0}, "anti"),
+    "adapter_free_ensemble": ({"weights": {"antiexpert": 2.0}, "base_weight": 0.0}, "antiexpert"),
     "dexperts": ({"expert": "expert", "alpha": 1.0, "top_p": 1.0}, "expert"),  # base + expert - base
 }
 """Under which it is another model's."""
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
-def engine(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
-    runner = request.param
-    with v2_on_cpu() if runner == "v2" else nullcontext(), async_on_cpu() if runner == "v2" else nullcontext():
-        found = EngineUnderTest(
-            str(MODELS / "base"),
-            [("expert", str(MODELS / "expert")), ("anti", str(MODELS / "antiexpert"))],
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            max_num_batched_tokens=48,
-            max_num_seqs=16,
-        )
-    try:
-        assert found.facts["runner"] == runner
-        yield found
-    finally:
-        found.close()
-
-
 @pytest.fixture(scope="module")
-def head(engine: EngineUnderTest) -> Vector:
+def head(recorded: EngineUnderTest) -> Vector:
     """Of Co-LLM: sure of nothing."""
-    return engine.add_vector(
-        {"weight": torch.zeros(engine.shape.hidden_size)}, Header(method="defer_head", model=engine.shape)
+    return recorded.add_vector(
+        {"weight": torch.zeros(recorded.shape.hidden_size)}, Header(method="defer_head", model=recorded.shape)
     )
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    names = {"base": "base", "expert": "expert", "anti": "antiexpert"}
-    return {name: AutoModelForCausalLM.from_pretrained(MODELS / it, dtype=torch.float32) for name, it in names.items()}
+    names = ("base", "expert", "antiexpert")
+    return {name: AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32) for name in names}
 
 
 def plan(name: str, own: dict[str, Any], head: Vector) -> RequestPlan:
@@ -102,19 +79,19 @@ def plan(name: str, own: dict[str, Any], head: Vector) -> RequestPlan:
     return RequestPlan(SteeringPlan((), keeps=early) if early else None, DecodingPlan(rewrites=(rewrite,)))
 
 
-def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, head: Vector) -> None:
+def test_contrastive_decoding_is_the_other_releases(recorded: EngineUnderTest, head: Vector) -> None:
     """Its tokens, and its scores as the distribution that is told."""
-    cases = SAID["cases"] if engine.facts["runner"] == "v1" else SAID["cases"][1:2]
+    cases = SAID["cases"]
     asks = [
         Ask(
             case["prompt"],
-            plan("contrastive", {"amateur": "anti", "alpha": case["relative_top"]}, head),
+            plan("contrastive", {"amateur": "antiexpert", "alpha": case["relative_top"]}, head),
             len(case["output"]),
             {"logprobs": 3},
         )
         for case in cases
     ]
-    for case, output in zip(cases, engine.generate(*asks), strict=True):
+    for case, output in zip(cases, recorded.generate(*asks), strict=True):
         assert list(output.outputs[0].token_ids) == case["output"]
         scores = TENSORS[f"{case['id']}.scores"].double().log_softmax(-1)
         for step, told in zip(scores, output.outputs[0].logprobs, strict=True):
@@ -123,51 +100,49 @@ def test_contrastive_decoding_is_the_other_releases(engine: EngineUnderTest, hea
 
 
 def test_contrastive_decoding_in_logit_space_is_its_formula(
-    engine: EngineUnderTest, head: Vector, models: dict[str, Any]
+    recorded: EngineUnderTest, head: Vector, models: dict[str, Any]
 ) -> None:
     """In float64, on what transformers computes of both models."""
-    prompts = PROMPTS if engine.facts["runner"] == "v1" else PROMPTS[:1]
     own = [(0.1, 0.5), (0.1, 1.0), (0.3, 0.25)]
     asks = [
-        Ask(prompt, plan("contrastive_beta", {"amateur": "anti", "alpha": alpha, "beta": beta}, head), NUM_TOKENS)
-        for prompt, (alpha, beta) in zip(prompts, own, strict=False)
+        Ask(prompt, plan("contrastive_beta", {"amateur": "antiexpert", "alpha": alpha, "beta": beta}, head), NUM_TOKENS)
+        for prompt, (alpha, beta) in zip(PROMPTS, own, strict=True)
     ]
-    for prompt, (alpha, beta), tokens in zip(prompts, own, engine.tokens(*asks), strict=False):
+    for prompt, (alpha, beta), tokens in zip(PROMPTS, own, recorded.tokens(*asks), strict=True):
         ids = list(prompt)
         for token in tokens:
-            expert, amateur = (steered.logits(models[name], ids, 0, [])[-1].double() for name in ("base", "anti"))
+            expert, amateur = (steered.logits(models[name], ids, 0, [])[-1].double() for name in ("base", "antiexpert"))
             scores = (1 + beta) * expert - beta * amateur
             scores[expert.softmax(-1) < alpha * expert.softmax(-1).max()] = -torch.inf
             assert token == int(scores.argmax())
             ids.append(token)
 
 
-def test_what_a_method_comes_to_at_its_ends(engine: EngineUnderTest, head: Vector, models: dict[str, Any]) -> None:
+def test_what_a_method_comes_to_at_its_ends(recorded: EngineUnderTest, head: Vector, models: dict[str, Any]) -> None:
     """All in one batch: the base itself, or one of the others."""
-    is_v2 = engine.facts["runner"] == "v2"  # where an interpreter stands in for the GPU
     cases = [(name, own, "base") for name, own in OFF.items()] + [(name, *one) for name, one in ANOTHER.items()]
-    cases, num = (cases[5:10], 4) if is_v2 else (cases, NUM_TOKENS)
     prompts = [PROMPTS[index % 3] for index in range(len(cases))]
-    asks = [Ask(prompt, plan(name, own, head), num) for prompt, (name, own, _) in zip(prompts, cases, strict=True)]
-    for prompt, (name, _, model), tokens in zip(prompts, cases, engine.tokens(*asks), strict=True):
-        assert tokens == steered.greedy(models[model], prompt, num), name
+    asks = [
+        Ask(prompt, plan(name, own, head), NUM_TOKENS) for prompt, (name, own, _) in zip(prompts, cases, strict=True)
+    ]
+    for prompt, (name, _, model), tokens in zip(prompts, cases, recorded.tokens(*asks), strict=True):
+        assert tokens == steered.greedy(models[model], prompt, NUM_TOKENS), name
 
 
 def test_truncation_leaves_greedy_alone_unless_temperature_comes_last(
-    engine: EngineUnderTest, head: Vector, models: dict[str, Any]
+    recorded: EngineUnderTest, head: Vector, models: dict[str, Any]
 ) -> None:
     """With temperature first, one token is left to truncate. Last, as in llama.cpp, the best of what was left is taken:
     of the likely tokens, XTC leaves the least likely."""
-    num = 4 if engine.facts["runner"] == "v2" else NUM_TOKENS
     bare = plan("xtc", {"probability": 1.0, "threshold": 0.002}, head)
     assert bare.decoding is not None
 
     def ask(draw: Draw) -> Ask:
         assert bare.decoding is not None
-        return Ask(PROMPTS[0], replace(bare, decoding=replace(bare.decoding, draw=draw)), num)
+        return Ask(PROMPTS[0], replace(bare, decoding=replace(bare.decoding, draw=draw)), NUM_TOKENS)
 
-    first, last = engine.tokens(ask(Draw(0.0)), ask(Draw(0.0, is_temperature_last=True)))
-    assert first == steered.greedy(models["base"], PROMPTS[0], num)
+    first, last = recorded.tokens(ask(Draw(0.0)), ask(Draw(0.0, is_temperature_last=True)))
+    assert first == steered.greedy(models["base"], PROMPTS[0], NUM_TOKENS)
     ids = list(PROMPTS[0])
     for token in last:
         p = steered.logits(models["base"], ids, 0, [])[-1].softmax(-1)

@@ -5,16 +5,13 @@ Each engine has a step budget smaller than the long prompts (chunked prefill), b
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from decodings import golden
-from engines import Ask, EngineUnderTest, edit
-from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
+from decodings import GOLDEN, golden
+from engines import Ask, EngineUnderTest, edit, running
 from reference import dola as reference
 from reference.steered import Edit
 from transformers import AutoModelForCausalLM
@@ -30,12 +27,8 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
-    "v1-compiled-async": {"async_scheduling": True},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
-MODELS = Path(__file__).parents[2] / "golden" / "decoding" / "models"
+MODELS = GOLDEN / "models"
+MODES = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
 CASES = [case for case in golden("dola")[0]["cases"] if case["kind"].startswith("greedy")]
 SCORED = [case for case in golden("dola")[0]["cases"] if case.get("mode", "").startswith("dola")]
 NUM_TOKENS = 8
@@ -101,34 +94,25 @@ KNOWN: dict[str, list[int]] = {}  # by request: every mode serves the same model
 
 @pytest.fixture(scope="module", params=MODES)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    mode = request.param
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-        a_core_for_each_rank() if "tensor_parallel_size" in MODES[mode] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            str(MODELS / "dola8"),
-            [("other", str(MODELS / "expert_bigvocab"))],
-            skip_tokenizer_init=True,
-            max_num_batched_tokens=40,
-            max_num_seqs=12,
-            num_gpu_blocks_override=16,
-            enable_prefix_caching=True,
-            **MODES[mode],
+    with running(
+        request.param,
+        str(MODELS / "dola8"),
+        [("other", str(MODELS / "expert_bigvocab"))],
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=40,
+        max_num_seqs=12,
+        num_gpu_blocks_override=16,
+        enable_prefix_caching=True,
+    ) as engine:
+        generator = torch.Generator().manual_seed(3)
+        vector = engine.add_vector(
+            {f"resid_post.{layer}.add": 0.4 * torch.randn(64, generator=generator) for layer in (1, 4)}
         )
-        try:
-            generator = torch.Generator().manual_seed(3)
-            vector = engine.add_vector(
-                {f"resid_post.{layer}.add": 0.4 * torch.randn(64, generator=generator) for layer in (1, 4)}
-            )
-            models = [
-                AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
-                for name in ("dola8", "expert_bigvocab")
-            ]
-            yield Bench(mode.startswith("v2"), engine, vector, *models)
-        finally:
-            engine.close()
+        models = [
+            AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
+            for name in ("dola8", "expert_bigvocab")
+        ]
+        yield Bench(request.param.startswith("v2"), engine, vector, *models)
 
 
 def test_tokens_are_those_of_the_official_loops(bench: Bench) -> None:

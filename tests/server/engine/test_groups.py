@@ -10,15 +10,14 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, edit
-from modes import async_on_cpu, v2_on_cpu
+from engines import Ask, EngineUnderTest, edit, running
+from modes import ON_V1, THREE
 from reference import seeded, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -36,13 +35,6 @@ from ..serving import make_tokenizer
 
 pytestmark = pytest.mark.engine
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
-    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
-    "v1-compiled-async": {"async_scheduling": True},
-    "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
 SOAK = int(os.environ.get("WHIPSTAFF_SOAK", 0))
 SOAK_MINUTES = float(os.environ.get("WHIPSTAFF_SOAK_MINUTES", 0))
 MAX_LEN, MOST_SEQUENCES, WAVE = 256, 10, 120
@@ -120,7 +112,7 @@ class Bench:
         return worst == 0
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=THREE)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, mode = tmp_path_factory.mktemp("models"), request.param
     shapes: dict[str, dict[str, Any]] = {"": {}, "expert": {"hidden_size": 64, "num_attention_heads": 2}}
@@ -130,31 +122,20 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     for path in paths.values():
         make_tokenizer(tiny.VOCABULARY).save_pretrained(path)
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            paths[""],
-            [("expert", paths["expert"])],
-            num_slots=4,
-            structured_outputs_config={"backend": "xgrammar"},
-            max_model_len=MAX_LEN,
-            max_num_batched_tokens=48,
-            max_num_seqs=MOST_SEQUENCES,
-            num_gpu_blocks_override=20,
-            enable_prefix_caching=True,
-            **MODES[mode],
-        )
-        try:
-            assert engine.facts["runner"] == mode[:2]
-            assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
-            models = {
-                name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()
-            }
-            yield Bench(mode, engine, {vector.digest: vector for vector in _vectors(engine)}, models)
-        finally:
-            engine.close()
+    with running(
+        mode,
+        paths[""],
+        [("expert", paths["expert"])],
+        num_slots=4,
+        structured_outputs_config={"backend": "xgrammar"},
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=48,
+        max_num_seqs=MOST_SEQUENCES,
+        num_gpu_blocks_override=20,
+        enable_prefix_caching=True,
+    ) as engine:
+        models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
+        yield Bench(mode, engine, {vector.digest: vector for vector in _vectors(engine)}, models)
 
 
 def _vectors(engine: EngineUnderTest) -> Iterator[Vector]:
@@ -371,10 +352,12 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     assert (full.outputs[0].finish_reason, full.outputs[0].stop_reason) == ("length", MEMBER_CONTEXT)
 
 
+@pytest.mark.parametrize("bench", ON_V1, indirect=True)
 def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
-    """The grammar is the primary's; members' logits count for what it allows."""
-    if bench.mode.startswith("v2"):
-        pytest.skip("Triton's interpreter cannot run the kernel that applies grammars")
+    """The grammar is the primary's; members' logits count for what it allows.
+
+    Triton's interpreter cannot run the kernel with which V2 applies grammars.
+    """
     choices = ["left", "right"]
     plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)), Member((8,))))
 

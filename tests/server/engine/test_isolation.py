@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, plan
+from engines import Ask, EngineUnderTest, plan, vllm_counters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -224,7 +224,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
         traffic = Traffic(random_plans(vectors, kit), random.Random(8))
         outputs = engine.run(in_waves(engine, traffic))
         shared = {name: how_much_is_cached(engine, asks) for name, asks in scenarios(vectors).items()}
-        counted = counters("cached")
+        counted = vllm_counters("cached")
         engine.generate(Ask([5, 6, 7], max_tokens=1))  # one more step, so that the worker hears of the last to finish
         left = engine.counters()
     finally:
@@ -285,18 +285,6 @@ def scenarios(vectors: dict[str, Vector]) -> dict[str, list[Ask]]:
 
 def how_much_is_cached(engine: EngineUnderTest, asks: list[Ask]) -> list[int]:
     return [engine.generate(ask)[0].num_cached_tokens for ask in asks]
-
-
-def counters(model: str) -> dict[str, float]:
-    """vLLM's own, summed over their labels."""
-    from prometheus_client import REGISTRY
-
-    found: dict[str, float] = {}
-    for metric in REGISTRY.collect():
-        for sample in metric.samples:
-            if sample.labels.get("model_name") == model:
-                found[sample.name] = found.get(sample.name, 0) + sample.value
-    return found
 
 
 @engine

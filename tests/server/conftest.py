@@ -1,0 +1,116 @@
+"""The server that most tests of HTTP share, and ways to ask it (a module with a server of its own defines `server`);
+and what servers have loaded, for tests without one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from whipstaff.decoding.method import Depth
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.registry import Registry, read_vectors
+from whipstaff.server.words import Words
+from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header
+from whipstaff.steering.edits import Lengths
+from whipstaff.steering.experts import Scheme
+from whipstaff.steering.method import Place
+from whipstaff.steering.shape import SITES
+from whipstaff.steering.sites import canonical
+
+from .asking import PROMPT, Post, post_json
+from .catalogues import FILES, LIMITS, PLACES, SHAPE, SPARSE_SHAPE
+from .serving import API_KEY, MODEL, Server
+from .shared import serving_all
+
+GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_all(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(server.models["base"])
+
+
+@pytest.fixture(scope="module")
+def complete(http: httpx.Client) -> Post:
+    """Post a greedy completion of 12 tokens, or what the arguments make of it."""
+
+    def post(prompt: Any = PROMPT, **fields: Any) -> httpx.Response:
+        return post_json(http, "/v1/completions", GREEDY | {"prompt": prompt} | fields)
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def chat(http: httpx.Client) -> Post:
+    """The same for a chat completion, of a user's words or of whole messages."""
+
+    def post(content: Any = "Why?", **fields: Any) -> httpx.Response:
+        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+        return post_json(http, "/v1/chat/completions", GREEDY | {"messages": messages} | fields)
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def vector_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vectors")
+    for name, (header, tensors) in FILES.items():
+        artifacts.write(folder / f"{name}.safetensors", Header(**{"model": SHAPE} | header), tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def have(vector_files: Path) -> Catalogue:
+    lengths = Lengths(dict.fromkeys(PLACES, 10.0))
+    return Catalogue(
+        Registry(read_vectors([vector_files]), SHAPE), LIMITS, num_layers=4, places=PLACES, lengths=lengths
+    )
+
+
+@pytest.fixture(scope="module")
+def everything(have: Catalogue, vector_files: Path) -> Catalogue:
+    """A server whose model has experts, and whose operator asked for all hooks."""
+    places = frozenset(canonical(Place(site, layer)) for site in SITES for layer in range(4))
+    scheme = Scheme(4, 2, "softmax", True, 1, 1, None)
+    return replace(
+        have,
+        registry=Registry(read_vectors([vector_files]), SPARSE_SHAPE),
+        places=places,
+        attention={"layers": [0, 1, 2, 3], "bias": [0, 1], "lacking": {2: "its scores are capped"}},
+        routing={1: scheme, 2: scheme},
+    )
+
+
+@pytest.fixture(scope="module")
+def nothing() -> Catalogue:
+    return Catalogue(Registry({}, SHAPE), {})
+
+
+@pytest.fixture(scope="module")
+def early(have: Catalogue) -> Catalogue:
+    """A server with a tokenizer, of which two early layers can be read."""
+    words = Words([], {}, (), None)
+    return replace(have, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))

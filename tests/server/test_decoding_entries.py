@@ -1,0 +1,109 @@
+"""Entries of `decoding` become a mix and rewrites, or the error that names their path."""
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
+from whipstaff.server.errors import (
+    BadRequest,
+)
+from whipstaff.steering.plan import SteeringPlan
+
+from .catalogues import PAIR, compiled, refusal
+
+
+def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
+    other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
+    summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
+    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
+
+
+BAD_DECODING: list[tuple[Any, int, str]] = [
+    ([3], 400, "decoding[0]"),
+    ([{}], 400, "decoding[0].method"),
+    ([{"method": ["proxy_tuning"]}], 400, "decoding[0].method"),
+    ([{"method": "telepathy"}], 422, "decoding[0].method"),
+    ({"method": "telepathy"}, 422, "decoding.method"),
+    ([{"method": "proxy_tuning", "antiexpert": "anti"}], 400, "decoding[0].expert"),
+    ([PAIR, PAIR | {"expert": "absent"}], 404, "decoding[1].expert"),
+    ([PAIR | {"antiexpert": "absent"}], 404, "decoding[0].antiexpert"),
+    ([PAIR | {"antiexpert": "expert"}], 400, "decoding[0].antiexpert"),
+    ([PAIR | {"alpha": "x"}], 400, "decoding[0].alpha"),
+    ([PAIR | {"alpha": math.nan}], 400, "decoding[0].alpha"),
+    ([PAIR | {"alpha": 101}], 400, "decoding[0].alpha"),
+    ([PAIR | {"beta": 1}], 400, "decoding[0].beta"),
+    ([PAIR] * 9, 400, "decoding"),
+]
+
+
+@pytest.mark.parametrize(("value", "status", "param"), BAD_DECODING)
+def test_bad_decoding_is_refused_by_its_path(have: Catalogue, value: Any, status: int, param: str) -> None:
+    error = refusal(have, decoding=value)
+    assert (error.status, error.param) == (status, param), error.message
+
+
+def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None:
+    made = compiled(have, decoding=PAIR | {"expert": "short"})
+    assert made.check(prompt_len=4, max_tokens=50, is_explicit=False) == 6  # not said: as much as fits
+    assert made.check(prompt_len=4, max_tokens=6, is_explicit=True) == 6
+    for prompt_len, max_tokens, is_explicit in ((4, 7, True), (10, 1, False), (99, 1, True)):
+        with pytest.raises(BadRequest, match="follows at most") as caught:
+            made.check(prompt_len, max_tokens, is_explicit)
+        assert caught.value.param == "decoding.expert"
+
+
+@pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
+def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: dict[str, Any]) -> None:
+    layers = [0, 1] if fields.get("dola_layers") == [1, 0] else [0]
+    made = compiled(early, **fields)
+    assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
+    assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
+    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    (said,) = made.receipt([])["decoding"]
+    assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
+    assert made.label == "dola"
+
+
+def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
+    plan = compiled(early, steering={"vector": "calm", "where": "generation"}, dola_layers=[0]).plan
+    assert plan.steering is not None and len(plan.steering.edits) == 1 and plan.steering.keeps == (0,)
+    placed = PlacedPlan(plan, 5)
+    assert (len(placed.rows), placed.first_edited) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "reason"),
+    [
+        ({"dola_layers": [4]}, 400, "dola_layers", "the model has 4 blocks, its early layers are 0 to 3"),
+        ({"dola_layers": [0, -1]}, 400, "dola_layers[1]", "greater than or equal to 0"),
+        ({"dola_layers": "middle"}, 400, "dola_layers", "or a list of layers"),
+        ({"dola_layers": [0, 2]}, 422, "dola_layers", "reads layer 2, .* start it with --early-layers 0,1,2"),
+        ({"decoding": [{"method": "dola", "layers": []}]}, 400, "decoding[0].layers", "or a list of layers"),
+        ({"decoding": [{"method": "dola", "layers": "high"}]}, 422, "decoding[0].layers", "--early-layers 0,1,2"),
+        (
+            {"decoding": {"method": "dola", "relative_top": 1.5}},
+            400,
+            "decoding.relative_top",
+            "less than or equal to 1",
+        ),
+        (
+            {"decoding": {"method": "dola", "final_norm_on_candidates": True}},
+            400,
+            "decoding.final_norm_on_candidates",
+            "does not show its final norm",
+        ),
+    ],
+)
+def test_early_layers_that_are_not_there(
+    early: Catalogue, fields: dict[str, Any], status: int, param: str, reason: str
+) -> None:
+    error = refusal(early, **fields)
+    assert (error.status, error.param) == (status, param)
+    assert re.search(reason, error.message)
