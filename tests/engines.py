@@ -69,6 +69,7 @@ class EngineUnderTest:
         num_slots: int | None = None,
         sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
+        lookahead: bool = False,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -76,12 +77,13 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
-        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites))
+        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
     async def _start(self, *args: Any) -> Engine:
-        return start(*args)
+        *args_, lookahead = args
+        return start(*args_, lookahead=lookahead)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)

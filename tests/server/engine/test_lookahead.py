@@ -1,0 +1,208 @@
+"""Methods that try tokens before one is chosen, in whole engines: knowledge weighted decoding with the classifier that
+looks one token ahead, token by token against a loop over plain transformers that feeds every candidate from scratch.
+
+Each engine has a step budget smaller than the long prompts (chunked prefill), blocks for a part of the requests only
+(preemption) and prompts that share prefixes, which the second round finds cached.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from engines import Ask, EngineUnderTest, edit
+from modes import async_on_cpu, v2_on_cpu
+from reference import kwd as reference
+from reference import steered
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from whipstaff.decoding.methods.dola import DolaParams
+from whipstaff.decoding.methods.kwd import KwdParams
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.server.engine.request import RequestPlan
+from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.where import Where
+
+pytestmark = pytest.mark.engine
+
+MODES: dict[str, dict[str, Any]] = {
+    "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
+    "v1-compiled-async": {"async_scheduling": True},
+    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
+}
+NUM_TOKENS, MAX_LEN, HIDDEN, EARLY = 10, 128, 96, (1,)
+
+
+@dataclass
+class Case:
+    """A request in both worlds."""
+
+    prompt: list[int]
+    k: int = 0  # of the classifier; 0: none
+    looks_ahead: bool = True
+    scale: float = 0.0  # of the vector, on every token
+    weight: float = 0.0  # of the auxiliary model
+    is_dola: bool = False
+    num_tokens: int = NUM_TOKENS
+
+
+@dataclass
+class Bench:
+    mode: str
+    engine: EngineUnderTest
+    heads: dict[bool, Vector]  # whether it looks ahead -> classifier
+    vector: Vector
+    base: Any
+    other: Any
+
+    def ask(self, case: Case) -> Ask:
+        rewrites = []
+        if case.is_dola:
+            rewrites.append(Rewrite("dola", DolaParams(layers=list(EARLY)).model_dump_json(), early=EARLY))
+        if case.k:
+            params = KwdParams(classifier="it", k=case.k)
+            rewrites.append(Rewrite("kwd", params.model_dump_json(), heads=(self.heads[case.looks_ahead].digest,)))
+        mix = Mix.of({"other": case.weight}) if case.weight else None
+        edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
+        steering = SteeringPlan(edits, keeps=EARLY if case.is_dola else ())
+        plan = RequestPlan(steering, DecodingPlan(mix, tuple(rewrites)) if mix or rewrites else None)
+        return Ask(case.prompt, plan, case.num_tokens)
+
+    def streams(self, case: Case, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """(V,) logits and (H,) last hidden state after a text."""
+        seen: list[Tensor] = []
+        handle = self.base.model.norm.register_forward_hook(lambda m, i, output: seen.append(output[0, -1]))
+        edits = [
+            steered.Edit(site, layer, case.scale, None, parts["add"], lambda position, prompt_len: True)
+            for (site, layer), parts in (self.vector.tensors.items() if case.scale else ())
+        ]
+        try:
+            return steered.logits(self.base, ids, len(case.prompt), edits)[-1], seen[0]
+        finally:
+            handle.remove()
+
+    def scores(self, case: Case, ids: list[int]) -> Tensor:
+        """(V,) what the next token is the best of."""
+        row, hidden = self.streams(case, ids)
+        if case.weight:
+            row = row + case.weight * steered.logits(self.other, ids, len(case.prompt), [])[-1]
+        if not case.k:
+            return row
+        head = self.heads[case.looks_ahead].unplaced
+        if not case.looks_ahead:
+            return torch.tensor(reference.rewrite(row.tolist(), (head["weight"] @ hidden).tolist(), case.k))
+
+        def judge(token: int) -> float:
+            classes = head["weight"] @ self.streams(case, [*ids, token])[1] + head["bias"]
+            return float(classes.softmax(-1)[1])
+
+        return torch.tensor(reference.rewrite_ahead(row.tolist(), judge, case.k))
+
+    def check(self, case: Case, tokens: list[int]) -> int:
+        """Every token is the best; how many of them the model alone would not have said."""
+        assert len(tokens) == case.num_tokens
+        ids, changed = list(case.prompt), 0
+        for token in tokens:
+            scores = self.scores(case, ids)
+            assert token == int(scores.argmax()), (case, ids, token, scores.topk(3))
+            changed += token != int(self.streams(case, ids)[0].argmax())
+            ids.append(token)
+        return changed
+
+
+@pytest.fixture(scope="module", params=MODES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder, mode = tmp_path_factory.mktemp("models"), request.param
+    path = tiny.save("llama", folder / "base", 0)
+    other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
+    with (
+        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
+        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
+    ):
+        engine = EngineUnderTest(
+            path,
+            [("other", other)],
+            lookahead=True,
+            skip_tokenizer_init=True,
+            max_model_len=MAX_LEN,
+            max_num_batched_tokens=48,
+            max_num_seqs=8,
+            num_gpu_blocks_override=12,
+            **MODES[mode],
+        )
+        try:
+            assert engine.facts["runner"] == mode[:2]
+            models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (path, other)]
+            yield Bench(mode, engine, _heads(engine), _vector(engine), *models)
+        finally:
+            engine.close()
+
+
+def _heads(engine: EngineUnderTest) -> dict[bool, Vector]:
+    random = torch.Generator().manual_seed(3)
+    ahead = {"weight": torch.randn(2, HIDDEN, generator=random), "bias": torch.tensor([0.5, -0.5])}
+    now = {"weight": torch.randn(tiny.VOCABULARY, HIDDEN, generator=random)}
+    return {
+        True: engine.add_vector(ahead, Header(method="prefix_classifier", model=engine.shape)),
+        False: engine.add_vector(now, Header(method="token_classifier", model=engine.shape)),
+    }
+
+
+def _vector(engine: EngineUnderTest) -> Vector:
+    random = torch.Generator().manual_seed(5)
+    return engine.add_vector(
+        {f"resid_post.{layer}.add": 0.4 * torch.randn(HIDDEN, generator=random) for layer in (0, 2)}
+    )
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    random = torch.Generator().manual_seed(seed)
+    return (3 + torch.randint(tiny.VOCABULARY - 3, (length,), generator=random)).tolist()
+
+
+def test_the_best_of_tokens_that_were_tried(bench: Bench) -> None:
+    case = Case(prompt(9), k=5)
+    (tokens,) = bench.engine.tokens(bench.ask(case))
+    assert bench.check(case, tokens) > 0
+
+
+def test_in_a_mixed_batch(bench: Bench) -> None:
+    """Beside others, under chunked prefill, preemption and, the second time, cached prefixes."""
+    cases = [
+        Case(prompt(9, 1), k=5),
+        Case(prompt(70, 2)),
+        Case(prompt(70, 3), k=8),
+        Case(prompt(33, 4), k=6, scale=1.5),
+        Case(prompt(30, 5), k=6, looks_ahead=False),
+        Case(prompt(31, 6), scale=1.5),
+        Case(prompt(62, 7), k=3, weight=0.7),
+        Case(prompt(40, 2)[:40], k=12, num_tokens=20),
+        Case(prompt(5, 8), weight=-0.5),
+    ]
+    if bench.mode.startswith("v2"):
+        cases = cases[::2]
+    dola = Case(prompt(12, 9), is_dola=True)
+    (alone,) = bench.engine.tokens(bench.ask(dola))
+    changed = 0
+    for _ in range(1 if bench.mode.startswith("v2") else 2):
+        *found, beside = bench.engine.tokens(*map(bench.ask, [*cases, dola]))
+        for case, tokens in zip(cases, found, strict=True):
+            changed += bench.check(case, tokens)
+        assert beside == alone
+    assert changed > 0
+    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
+    assert bench.engine.counters()["requests_held"] == 0
+
+
+def test_up_to_the_last_token_that_the_model_knows(bench: Bench) -> None:
+    case = Case(prompt(MAX_LEN - 4, 11), k=5, num_tokens=4)
+    (tokens,) = bench.engine.tokens(bench.ask(case))
+    bench.check(case, tokens)
+    (again,) = bench.engine.tokens(replace(bench.ask(case), max_tokens=4))
+    assert again == tokens
