@@ -5,6 +5,7 @@ Each engine has a step budget smaller than the long prompts (chunked prefill), b
 (preemption) and prompts that share prefixes, which the second round finds cached.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,18 +16,21 @@ import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit
 from modes import async_on_cpu, v2_on_cpu
+from reference import conditioned, steered
 from reference import kwd as reference
-from reference import steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from whipstaff.decoding.methods.dola import DolaParams
+from whipstaff.decoding.methods.dola import Dola, DolaParams
 from whipstaff.decoding.methods.kwd import KwdParams
-from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.request import RequestPlan
+from whipstaff.decoding.rows import Rows
+from whipstaff.server.engine.request import Member, RequestPlan
 from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.steering.method import Place
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
@@ -36,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
     "v1-compiled-async": {"async_scheduling": True},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
-NUM_TOKENS, MAX_LEN, HIDDEN, EARLY = 10, 128, 96, (1,)
+NUM_TOKENS, MAX_LEN, HIDDEN, EARLY, GUIDANCE = 10, 128, 96, (1,), 1.7
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Case:
     scale: float = 0.0  # of the vector, on every token
     weight: float = 0.0  # of the auxiliary model
     is_dola: bool = False
+    negative: tuple[int, ...] = ()  # another prompt, from which the request is guided away
     num_tokens: int = NUM_TOKENS
 
 
@@ -69,9 +74,12 @@ class Bench:
             params = KwdParams(classifier="it", k=case.k)
             rewrites.append(Rewrite("kwd", params.model_dump_json(), heads=(self.heads[case.looks_ahead].digest,)))
         mix = Mix.of({"other": case.weight}) if case.weight else None
+        if case.negative:
+            mix = Mix((Term(MAIN, GUIDANCE, True), Term(Stream("", 1), 1 - GUIDANCE, True)))
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
         steering = SteeringPlan(edits, keeps=EARLY if case.is_dola else ())
-        plan = RequestPlan(steering, DecodingPlan(mix, tuple(rewrites)) if mix or rewrites else None)
+        decoding = DecodingPlan(mix, tuple(rewrites)) if mix or rewrites else None
+        plan = RequestPlan(steering, decoding, members=(Member(case.negative),) if case.negative else ())
         return Ask(case.prompt, plan, case.num_tokens)
 
     def streams(self, case: Case, ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -92,6 +100,11 @@ class Bench:
         row, hidden = self.streams(case, ids)
         if case.weight:
             row = row + case.weight * steered.logits(self.other, ids, len(case.prompt), [])[-1]
+        if case.negative:
+            away = steered.logits(self.base, [*case.negative, *ids[len(case.prompt) :]], 0, [])[-1]
+            row = GUIDANCE * row.log_softmax(-1) + (1 - GUIDANCE) * away.log_softmax(-1)
+        if case.is_dola:
+            row = self.contrasted(row, ids)
         if not case.k:
             return row
         head = self.heads[case.looks_ahead].unplaced
@@ -103,6 +116,14 @@ class Bench:
             return float(classes.softmax(-1)[1])
 
         return torch.tensor(reference.rewrite_ahead(row.tolist(), judge, case.k))
+
+    def contrasted(self, row: Tensor, ids: list[int]) -> Tensor:
+        """(V,) what DoLa makes of the last row of a text that nobody steers."""
+        with torch.no_grad():
+            hidden = self.base(torch.tensor([ids]), output_hidden_states=True).hidden_states
+            early = self.base.lm_head(torch.stack([hidden[layer][0, -1] for layer in EARLY]))
+        rows = Rows(row[None].clone(), [1], [0], early=early, early_layers=[EARLY])
+        return Dola().rewrite(rows, [DolaParams(layers=list(EARLY))])[0]
 
     def check(self, case: Case, tokens: list[int]) -> int:
         """Every token is the best; how many of them the model alone would not have said."""
@@ -184,6 +205,9 @@ def test_in_a_mixed_batch(bench: Bench) -> None:
         Case(prompt(62, 7), k=3, weight=0.7),
         Case(prompt(40, 2)[:40], k=12, num_tokens=20),
         Case(prompt(5, 8), weight=-0.5),
+        Case(prompt(30, 12), k=4, negative=tuple(prompt(31, 13))),
+        Case(prompt(63, 14), k=4, is_dola=True),
+        Case(prompt(95, 15), k=4),
     ]
     if bench.mode.startswith("v2"):
         cases = cases[::2]
@@ -206,3 +230,61 @@ def test_up_to_the_last_token_that_the_model_knows(bench: Bench) -> None:
     bench.check(case, tokens)
     (again,) = bench.engine.tokens(replace(bench.ask(case), max_tokens=4))
     assert again == tokens
+
+
+def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
+    """What a token is steered by depends on what was read, of the tokens before it and of itself; and what was read of
+    a token that was only tried is forgotten."""
+    random = torch.Generator().manual_seed(8)
+    direction, text = 0.3 * torch.randn(HIDDEN, generator=random), prompt(40, 16)
+    file = bench.engine.add_vector(
+        {"resid_post.0.direction": direction}, Header(method="probe", model=bench.engine.shape)
+    )
+    probe = conditioned.Probe(file.digest, 0, direction)
+    seen = conditioned.Trace([], {}, {}, [set()], math.inf)
+    entry = conditioned.Entry({}, 0.0, lambda position, prompt_len: True, when=conditioned.When(probe, 0.0))
+    conditioned._forward(bench.base, text, len(text), [entry], seen)
+    known = sorted(seen.readings[file.digest])
+    low, high = ((known[share] + known[share + 1]) / 2 for share in (17, 21))
+    said: dict[str, Any] = {
+        "when": {"probe": "p", "above": high, "release": low, "decide": "step"},
+        "schedule": {"shape": "linear", "from": 1.5, "to": 0.5, "tokens": 9},
+    }
+    planner = Planner()
+    params = SteeringParams.model_validate({"vector": "v", "where": "all", "layers": [2]} | said)
+    planner.add(params, {"scale": 2.5}, bench.vector, file)
+    adds = {2: bench.vector.tensors[Place("resid_post", 2)]["add"]}
+    when = conditioned.When(probe, high, True, low, is_once=False)
+    edit_ = conditioned.Entry(adds, 2.5, lambda position, prompt_len: True, when=when, schedule=said["schedule"])
+    trace = conditioned.Trace([], {}, {}, [set()], math.inf)
+
+    def streams(ids: list[int]) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
+        handle = bench.base.model.norm.register_forward_hook(lambda m, i, output: found.append(output[0, -1]))
+        try:
+            return conditioned._forward(bench.base, ids, len(text), [edit_], trace).float(), found[0]
+        finally:
+            handle.remove()
+
+    head, ids = bench.heads[True].unplaced, list(text)
+    case = bench.ask(Case(text, k=6))
+    assert case.plan is not None
+    case.plan = replace(case.plan, steering=planner.plan, ticket="ticket " + bench.mode)
+    beside = Case(prompt(20, 17), k=4)
+    tokens, others = bench.engine.tokens(case, bench.ask(beside))
+    bench.check(beside, others)
+    for token in tokens:
+
+        def judge(tried: int) -> float:
+            classes = head["weight"] @ streams([*ids, tried])[1] + head["bias"]
+            return float(classes.softmax(-1)[1])
+
+        scores = torch.tensor(reference.rewrite_ahead(streams(ids)[0].tolist(), judge, 6))
+        assert token == int(scores.argmax()), (ids, token, scores.topk(3))
+        ids.append(token)
+    streams(ids[:-1])
+    assert len(trace.opened[0]) > 0 and trace.margin > 1e-4
+    (read,) = bench.engine.run(bench.engine.engine.collective_rpc("whipstaff_readings", args=(case.plan.ticket,)))[0]
+    assert read["positions"] == len(ids) - 1
+    for said_, expected in zip(read["columns"][0], trace.readings[file.digest], strict=True):
+        assert said_ is None or said_ == pytest.approx(expected, abs=1e-3)
