@@ -79,6 +79,7 @@ def save_heads(folder: Path) -> None:
         "defer": ("defer_head", {"weight": normal(HIDDEN) / 4, "bias": torch.tensor(0.3)}),
         "judge": ("token_classifier", {"weight": normal(VOCABULARY, HIDDEN)}),
         "narrow": ("token_classifier", {"weight": normal(40, HIDDEN)}),
+        "wary": ("prefix_classifier", {"weight": normal(2, HIDDEN), "bias": torch.tensor([0.5, -0.5])}),
         "tempers": (
             "temperature_head",
             {
@@ -464,6 +465,11 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "a vector as head": ({"decoding": CO_LLM | {"head": "push"}}, 400, "decoding.head"),
     "another head": ({"decoding": ENTRIES["kwd"] | {"classifier": "tempers"}}, 400, "decoding.classifier"),
     "another vocabulary": ({"decoding": ENTRIES["kwd"] | {"classifier": "narrow"}}, 409, "decoding.classifier"),
+    "a classifier that looks ahead": (
+        {"decoding": ENTRIES["kwd"] | {"classifier": "wary"}},
+        422,
+        "decoding.classifier",
+    ),
     "head as vector": ({"steering": [{"vector": "judge"}]}, 400, "steering[0].vector"),
     "layer out of range": ({"decoding": [DOLA | {"layers": [0, LAYERS]}]}, 400, "decoding[0].layers"),
     "layer below zero": ({"decoding": [DOLA | {"layers": [0, -1]}]}, 400, "decoding[0].layers[1]"),

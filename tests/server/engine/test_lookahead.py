@@ -66,6 +66,10 @@ class Bench:
     base: Any
     other: Any
 
+    @property
+    def is_slow(self) -> bool:
+        return self.mode.startswith("v2")  # Triton's interpreter
+
     def ask(self, case: Case) -> Ask:
         rewrites = []
         if case.is_dola:
@@ -209,12 +213,12 @@ def test_in_a_mixed_batch(bench: Bench) -> None:
         Case(prompt(63, 14), k=4, is_dola=True),
         Case(prompt(95, 15), k=4),
     ]
-    if bench.mode.startswith("v2"):
+    if bench.is_slow:
         cases = cases[::2]
     dola = Case(prompt(12, 9), is_dola=True)
     (alone,) = bench.engine.tokens(bench.ask(dola))
     changed = 0
-    for _ in range(1 if bench.mode.startswith("v2") else 2):
+    for _ in range(1 if bench.is_slow else 2):
         *found, beside = bench.engine.tokens(*map(bench.ask, [*cases, dola]))
         for case, tokens in zip(cases, found, strict=True):
             changed += bench.check(case, tokens)
@@ -230,6 +234,35 @@ def test_up_to_the_last_token_that_the_model_knows(bench: Bench) -> None:
     bench.check(case, tokens)
     (again,) = bench.engine.tokens(replace(bench.ask(case), max_tokens=4))
     assert again == tokens
+
+
+def test_rows_that_enter_a_new_block_together(bench: Bench) -> None:
+    """The place where a token is tried is the request's own, also before any of the block is computed."""
+    cases = [Case(prompt(29, 20 + index), k=4, num_tokens=6) for index in range(3 if bench.is_slow else 6)]
+    for case, tokens in zip(cases, bench.engine.tokens(*map(bench.ask, cases)), strict=True):
+        bench.check(case, tokens)
+
+
+def test_what_is_kept_of_a_prompt_that_is_scored_stays(bench: Bench) -> None:
+    """DoLa scores prompts by streams that are read once the step's tokens are drawn."""
+    if bench.is_slow:
+        pytest.skip("the same is shown on the legacy runner; here the interpreter takes minutes")
+    scored = [bench.ask(Case(prompt(90, 30 + index), is_dola=True, num_tokens=1)) for index in range(3)]
+    for ask in scored:
+        ask.sampling = {"prompt_logprobs": 0}
+    running = [
+        bench.ask(Case(prompt(6, 40 + index), k=3, is_dola=True, num_tokens=4 + 2 * index)) for index in range(8)
+    ]
+    alone = [_scores(bench.engine.generate(ask)[0]) for ask in scored]
+    together = bench.engine.generate(*running, *scored)[len(running) :]
+    for one, other in zip(alone, map(_scores, together), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def _scores(output: Any) -> list[float]:
+    """Of a prompt's tokens but the first."""
+    ids, said = output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+    return [position[token].logprob for token, position in zip(ids, said, strict=True)]
 
 
 def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
