@@ -34,7 +34,7 @@ _FIRST_SLOTS = 8
 EARLY_ROOM = 1 << 26  # logits of early layers that may be there at once
 LAST_RESORT = 1e4  # logits: beyond any temperature's reach
 Heads = Callable[[str], Mapping[str, Tensor]]  # of a digest: part -> tensor
-LookAhead = Callable[[BatchView, Sequence[tuple[int, int]]], Callable[[Tensor], Tensor]]  # see `lookahead`
+LookAhead = Callable[[BatchView, Sequence[int], Ints], Callable[[Tensor], Tensor]]  # see `Lookahead.after`
 
 
 class Arrival(NamedTuple):
@@ -398,7 +398,7 @@ class Decoder:
                 ]
             )
         if "ahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
-            given.ahead = self.look_ahead(self._view, [(place.row, place.position) for place in places])
+            given.ahead = self.look_ahead(self._view, [step.roster.seats[index].row for index in task.seats], positions)
         if method.num_state:
             assert task.slots is not None
             given.state = self._state[task.slots, task.state]

@@ -8,6 +8,7 @@ graphs are not replayed.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from whipstaff.server.engine.batch import BatchView
+from whipstaff.server.engine.batch import BatchView, Ints
+from whipstaff.server.engine.roster import sent
 from whipstaff.server.engine.steerer import Steerer
 
 BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
@@ -36,17 +38,18 @@ class Lookahead:
         self._runner, self._base, self._steerer, self._block_tables = runner, base, steerer, block_tables
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
-    def after(self, view: BatchView, rows: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> Callable[[Tensor], Tensor]:
         """What tries a token for each of R rows of a step: (R,) ids -> (R, H) last hidden states, after the final norm.
         To be called before the step's draw.
 
         Args:
-            rows: (row of the step, absolute position of its last token).
+            rows: of the step.
+            positions: (R,) absolute, of each row's last token.
         """
-        tried, positions, attention, slots = self._prepared(view, rows)
+        prepared = cache(lambda: self._prepared(view, rows, positions + 1))  # not for who never tries
 
         def try_(tokens: Tensor) -> Tensor:
-            ids = tokens.to(torch.int32)
+            (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
             with (
                 self._steerer.trying(tried, ids),
                 set_forward_context(
@@ -57,26 +60,25 @@ class Lookahead:
                     slot_mapping=slots,
                 ),
             ):
-                return self._base(ids, positions, None, None)
+                return self._base(ids, at, None, None)
 
         return try_
 
     def _prepared(
-        self, view: BatchView, rows: Sequence[tuple[int, int]]
+        self, view: BatchView, rows: Sequence[int], positions: Ints
     ) -> tuple[BatchView, Tensor, dict[str, Any], dict[str, Tensor]]:
         """The rows with a token each, the tokens' positions, and by layer what attention reads and where it writes."""
-        indices, positions = [row for row, _ in rows], np.array([last + 1 for _, last in rows])
         assert positions.max() < self._max_len, "the token that is drawn would not fit the model's context"
         tried = BatchView(
-            plans=[view.plans[row] for row in indices],
+            plans=[view.plans[row] for row in rows],
             starts=np.arange(len(rows) + 1),
             positions=positions,
-            requests=[view.requests[row] for row in indices],
+            requests=[view.requests[row] for row in rows],
         )
         device = self._runner.device
-        here, at = torch.tensor(indices, device=device), torch.from_numpy(positions).to(device)
+        here, at = sent(rows, device), sent(positions.astype(np.int64), device)
         starts = torch.arange(len(rows) + 1, dtype=torch.int32)
-        lengths = torch.from_numpy(positions + 1).to(torch.int32)
+        lengths = torch.from_numpy(positions.astype(np.int32) + 1)
         attention: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
         cached = self._runner.kv_cache_config.kv_cache_groups
