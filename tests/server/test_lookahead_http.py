@@ -90,7 +90,7 @@ def test_it_goes_together_with_the_rest(complete: Post, chat: Post) -> None:
     when = {"probe": "probe", "above": 0.0, "decide": "step"}
     others: list[dict[str, Any]] = [
         {"steering": push},
-        {"steering": push | {"when": when}},
+        {"steering": push | {"when": when, "layers": [1, 2]}},
         {"steering": push | {"schedule": {"shape": "linear", "tokens": 4}}},
         {"decoding": [PAIR, KWD]},
         {"decoding": [{"method": "cfg", "guidance_scale": 2.0, "negative_prompt": "import"}, KWD]},
