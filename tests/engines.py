@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -38,6 +39,7 @@ class Ask:
     plan: RequestPlan | None = None
     max_tokens: int = 16
     sampling: dict[str, Any] = field(default_factory=dict)
+    adapter: tuple[str, int, str] | None = None  # of LoRA: name, number and path
     abort_after: int | None = None  # outputs after which the client goes away
 
 
@@ -119,7 +121,9 @@ class EngineUnderTest:
         extra = {KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
-        outputs = self.engine.generate({"prompt_token_ids": ask.prompt}, params, f"test-{uuid4()}")
+        adapter = LoRARequest(*ask.adapter) if ask.adapter else None
+        prompt = {"prompt_token_ids": ask.prompt}
+        outputs = self.engine.generate(prompt, params, f"test-{uuid4()}", lora_request=adapter)
         seen: list[Any] = []
         async for output in outputs:
             seen.append(output)

@@ -263,7 +263,6 @@ def _refuse_lookahead(config: VllmConfig) -> None:
         "a model with an encoder": model.is_encoder_decoder,
         "a model that takes embeddings": model.is_multimodal_model or model.enable_prompt_embeds,
         "positions of several dimensions": model.uses_mrope,
-        "--enable-lora": config.lora_config is not None,
         "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "--enable-eplb": config.parallel_config.enable_eplb,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,

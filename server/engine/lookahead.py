@@ -8,6 +8,7 @@ graphs are not replayed.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from whipstaff.server.engine.adapters import StepAdapters
 from whipstaff.server.engine.batch import BatchView, Ints
 from whipstaff.server.engine.roster import sent
 from whipstaff.server.engine.steerer import Steerer
@@ -36,6 +38,7 @@ class Lookahead:
             block_tables: of the runner in a step; see `runner_v1.block_tables`.
         """
         self._runner, self._base, self._steerer, self._block_tables = runner, base, steerer, block_tables
+        self._adapters = StepAdapters(runner) if runner.lora_config is not None else None
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
     def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> Callable[[Tensor], Tensor]:
@@ -46,11 +49,13 @@ class Lookahead:
             rows: of the step.
             positions: (R,) absolute, of each row's last token.
         """
+        last = [int(view.starts[row + 1]) - 1 for row in rows]
         prepared = cache(lambda: self._prepared(view, rows, positions + 1))  # not for who never tries
 
         def try_(tokens: Tensor) -> Tensor:
             (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
             with (
+                self._adapters.after(last) if self._adapters is not None else nullcontext(),
                 self._steerer.trying(tried, ids),
                 set_forward_context(
                     attention,

@@ -85,7 +85,10 @@ def test_lookahead_is_in_the_layout(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
-    [({"enable_lora": True}, "--enable-lora"), ({"enable_prompt_embeds": True}, "a model that takes embeddings")],
+    [
+        ({"enable_prompt_embeds": True}, "a model that takes embeddings"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    ],
 )
 def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[str, Any], reason: str) -> None:
     configure(config_of(model, **flags))
