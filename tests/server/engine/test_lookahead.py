@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit
-from modes import async_on_cpu, v2_on_cpu
+from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
 from reference import conditioned, steered
 from reference import kwd as reference
 from torch import Tensor
@@ -36,7 +36,7 @@ from whipstaff.steering.where import Where
 pytestmark = pytest.mark.engine
 
 MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-sync": {"enforce_eager": True, "async_scheduling": False},
+    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
     "v1-compiled-async": {"async_scheduling": True},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
 }
@@ -148,6 +148,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
     with (
         v2_on_cpu() if mode.startswith("v2") else nullcontext(),
+        a_core_for_each_rank() if mode.endswith("ranks") else nullcontext(),
         async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
     ):
         engine = EngineUnderTest(
