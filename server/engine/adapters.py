@@ -55,9 +55,6 @@ class StepAdapters:
     def after(self, tokens: Sequence[int]) -> Iterator[None]:
         """A pass over one token after each of some of the step's `tokens`, by the adapters that those use."""
         _, numbers, adapters, *more = self._step
-        if not any(numbers):
-            yield
-            return
         mine = tuple(numbers[token] for token in tokens)
         self._set(mine, mine, adapters, *more)
         try:

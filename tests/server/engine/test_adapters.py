@@ -175,3 +175,4 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
             scores.append(kwd.rewrite_ahead(row.tolist(), judge, k))
         assert_best(torch.tensor(scores), said)
     assert len(set(map(tuple, found))) == len(found)
+    assert bench.engine.tokens(asks[3]) == [found[3]]  # where nobody uses an adapter
