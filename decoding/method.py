@@ -27,7 +27,7 @@ _MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "uniform", "temperature", "early"]  # see `Rows`
+Need = Literal["tokens", "hidden", "uniform", "temperature", "early", "ahead"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -167,6 +167,9 @@ class Method(ABC, Generic[P]):
     params: type[P]
     stream_fields: ClassVar[tuple[str, ...]] = ()  # parameters that name auxiliary models
     head_fields: ClassVar[Mapping[str, str]] = {}  # parameter that names a learned head -> the kind that is wanted
+    ahead_fields: ClassVar[Mapping[str, str]] = {}
+    """Parameter -> a further kind of learned head that it may name: one that reads tokens before they are chosen, for
+    which the server must look one token ahead."""
     needs_adapters: ClassVar[bool] = False  # whether it reads adapters of the served model
     shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
 

@@ -1,6 +1,6 @@
 """Rows: logits of the requests that use one method, side by side, and what else of them a method may read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ class Rows:
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
     early: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
     early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
+    ahead: Callable[[Tensor], Tensor] | None = None  # (R,) tokens to try -> (R, H) hidden states they lead to; or None
     is_prompt: bool = False  # whether the rows are a prompt's, to be scored and not drawn from
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
 

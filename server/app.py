@@ -99,6 +99,7 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "vectors": [file.vector for file in files],
         "sites": settings.steering_sites,
         "early_layers": settings.early_layers,
+        "lookahead": settings.lookahead,
     }
 
 
@@ -147,6 +148,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
             frozenset(engine.layout.early_layers),
             facts["has_final_norm"],
         ),
+        looks_ahead=engine.layout.looks_ahead,
         routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
     library = Library(Residents(engine), have, files, store, settings.presets)

@@ -45,6 +45,7 @@ class Catalogue:
     logprobs_mode: str = "raw_logprobs"  # vLLM's
     attention: Mapping[str, Any] | None = None  # what the attention layers obey; None: they were left alone
     depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
+    looks_ahead: bool = False  # whether methods may try tokens before one is chosen
     routing: Mapping[int, Scheme] = field(default_factory=dict)  # how each layer with experts selects them
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

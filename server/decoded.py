@@ -47,6 +47,7 @@ class Decoded:
     early: tuple[int, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
     vectors: tuple[Vector, ...] = ()  # the files that it reads
+    ahead: str = ""  # the parameter that names a head which reads tokens before one is chosen; "": none
     steered: Mapping[str, OwnSteering] = field(default_factory=dict)  # parameter -> a further sequence's steering
 
     def path_of(self, param: str) -> str:
@@ -118,11 +119,12 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     """Raises: WhipstaffError, DecodingError."""
     method, params = bare.method, bare.params
     _check_streams(bare, have)
-    named = {name: kind for name, kind in method.head_fields.items() if getattr(params, name) is not None}
-    heads = {name: _head(bare, name, kind, have) for name, kind in named.items()}
+    named = [name for name in method.head_fields if getattr(params, name) is not None]
+    heads = {name: _head(bare, name, have) for name in named}
     params = method.with_heads(params, {n: HeadFile(head.unplaced, head.header.defaults) for n, head in heads.items()})
     digests = tuple(head.digest for head in heads.values())
-    bare = replace(bare, params=params, vectors=tuple(heads.values()))
+    vectors, ahead = tuple(heads.values()), _ahead(bare, heads, have.looks_ahead)
+    bare = replace(bare, params=params, vectors=vectors, ahead=ahead)
     streams = tuple(method.streams(params).values())
     if isinstance(method, Mixing):
         mix, steered = method.mix(params), method.steered(params)
@@ -190,11 +192,32 @@ def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> 
         )
 
 
-def _head(bare: Decoded, name: str, kind: str, have: Catalogue) -> Vector:
+def head_kinds(method: Method[Any], name: str) -> list[str]:
+    """The kinds of learned heads that a parameter may name; the first needs no look ahead."""
+    return [fields[name] for fields in (method.head_fields, method.ahead_fields) if name in fields]
+
+
+def _ahead(bare: Decoded, heads: Mapping[str, Vector], looks_ahead: bool) -> str:
+    """The parameter that names a head which reads tokens before one is chosen. Raises: Unavailable."""
+    for name, kind in bare.method.ahead_fields.items():
+        if name in heads and heads[name].header.method == kind:
+            if not looks_ahead:
+                raise Unavailable(
+                    f"a {kind} judges tokens once they are fed, and this server does not look ahead; start it with "
+                    "--lookahead",
+                    bare.path_of(name),
+                )
+            return name
+    return ""
+
+
+def _head(bare: Decoded, name: str, have: Catalogue) -> Vector:
     path, wanted = bare.path_of(name), getattr(bare.params, name)
     vector = have.registry.usable(wanted, path)
-    if vector.header.method != kind:
-        raise BadRequest(f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {kind}", path)
+    if vector.header.method not in (kinds := head_kinds(bare.method, name)):
+        raise BadRequest(
+            f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {' or '.join(kinds)}", path
+        )
     if (num := judged_tokens(vector)) not in (None, have.vocabulary):
         raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
     return vector

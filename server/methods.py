@@ -9,7 +9,7 @@ from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.decoded import judged_tokens
+from whipstaff.server.decoded import head_kinds, judged_tokens
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
@@ -68,11 +68,11 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     schema = method.params.model_json_schema()
     for name in method.stream_fields:
         schema["properties"][name]["enum"] = list(have.auxiliaries)
-    heads = {name: _of_kind(kind, have) for name, kind in method.head_fields.items()}
+    heads = {name: _fitting(method, name, have) for name in method.head_fields}
     for name, fitting in heads.items():
         schema["properties"][name]["enum"] = fitting
     missing = [
-        f"start the server with --vectors PATH of a {method.head_fields[name]}"
+        f"start the server with --vectors PATH of a {' or, with --lookahead, a '.join(head_kinds(method, name))}"
         for name, fitting in heads.items()
         if not fitting and method.params.model_fields[name].is_required()
     ]
@@ -95,8 +95,10 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     }
 
 
-def _of_kind(kind: str, have: Catalogue) -> list[str]:
-    fitting = [entry for entry in have.registry if entry.problem is None and entry.vector.header.method == kind]
+def _fitting(method: DecodingMethod[Any], name: str, have: Catalogue) -> list[str]:
+    """The learned heads that a parameter may name on this server."""
+    kinds = head_kinds(method, name)[: None if have.looks_ahead else 1]
+    fitting = [entry for entry in have.registry if entry.problem is None and entry.vector.header.method in kinds]
     return [entry.name for entry in fitting if judged_tokens(entry.vector) in (None, have.vocabulary)]
 
 

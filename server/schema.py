@@ -115,6 +115,13 @@ class Compiled:
                 "answer with the method `forced`",
                 alone.path_of("method"),
             )
+        trying = next((entry for entry in self.decoding if entry.ahead), None)
+        if trying is not None and scores_prompt and self.logprobs_source == "final":
+            raise BadRequest(
+                f"{trying.method.name} tries what may come next, and does so for tokens that are generated only; score "
+                "an answer with the method `forced`",
+                trying.path_of(trying.ahead),
+            )
         if self.logprobs_source == "both" and scores_prompt:
             raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
         if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
@@ -252,11 +259,23 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     steering = planner.plan if compiled.steering else None
+    _check_ahead(compiled)
     if decoding and decoding.early_layers:
         steering = replace(steering or SteeringPlan(()), keeps=decoding.early_layers)
     compiled.plan = RequestPlan(steering, decoding, uuid4().hex if steering and steering.num_columns else "")
     compiled.limits = {name: catalogue.auxiliaries[name] for name in models}
     return compiled
+
+
+def _check_ahead(compiled: Compiled) -> None:
+    """A token that is tried is steered as if it were chosen, which nothing may depend on. Raises: BadRequest."""
+    trying = [entry.path_of(entry.ahead) for entry in compiled.decoding if entry.ahead]
+    for entry in compiled.steering if trying else ():
+        if entry.params.schedule is not None and entry.params.schedule.shape == "entropy":
+            raise BadRequest(
+                f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
+                f"{entry.path}.schedule",
+            )
 
 
 def _one_of(choices: Any, fields: Mapping[str, Any], name: str, default: str) -> Any:

@@ -61,6 +61,12 @@ class Settings(BaseSettings):
         "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
     )
 
+    lookahead: bool = Field(
+        False,
+        description="let methods try tokens before one is chosen, such as kwd with a prefix_classifier; every running "
+        "request gets room for one token more",
+    )
+
     @field_validator("early_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
@@ -139,6 +145,8 @@ class Settings(BaseSettings):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
+        help_text = Settings.model_fields["lookahead"].description
+        group.add_argument("--lookahead", dest="whipstaff_lookahead", action="store_const", const=True, help=help_text)
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

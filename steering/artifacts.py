@@ -179,7 +179,7 @@ def check_shapes(method: Method[Any], parts: Tensors, place: Place | None, model
         actual = tuple(parts[name].shape)
         if place is not None and "width" not in known:
             known["width"] = model.width(place.site)
-        wanted = [known.get(symbol, symbol) for symbol in shape]
+        wanted = [int(symbol) if symbol.isdecimal() else known.get(symbol, symbol) for symbol in shape]
         if len(actual) != len(shape) or any(isinstance(w, int) and w != a for w, a in zip(wanted, actual, strict=True)):
             raise SteeringError(f"tensor {name!r}{where} has shape {list(actual)}, wanted {_listed(wanted)}")
         known |= dict(zip(shape, actual, strict=True))

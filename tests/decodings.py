@@ -20,7 +20,7 @@ VOCAB, HIDDEN, WIDTH = 40, 8, 24
 MEMBERS = 3  # further sequences that a row has
 AUXILIARIES = ("first", "second")
 GOLDEN = Path(__file__).parent / "golden" / "decoding"
-SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "inner": 12, "choices": 4}
+SIZES = {"vocab": VOCAB, "hidden": HIDDEN, "inner": 12, "choices": 4, "2": 2}
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

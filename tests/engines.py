@@ -16,6 +16,7 @@ from modes import MODES, run_as
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -42,6 +43,7 @@ class Ask:
     plan: RequestPlan | None = None
     max_tokens: int = 16
     sampling: dict[str, Any] = field(default_factory=dict)
+    adapter: tuple[str, int, str] | None = None  # of LoRA: name, number and path
     abort_after: int | None = None  # outputs after which the client goes away
 
 
@@ -73,6 +75,7 @@ class EngineUnderTest:
         num_slots: int | None = None,
         sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
+        lookahead: bool = False,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -80,12 +83,13 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
-        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites))
+        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
     async def _start(self, *args: Any) -> Engine:
-        return start(*args)
+        *args_, lookahead = args
+        return start(*args_, lookahead=lookahead)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
@@ -130,7 +134,9 @@ class EngineUnderTest:
         extra = {KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
-        outputs = self.engine.generate({"prompt_token_ids": ask.prompt}, params, f"test-{uuid4()}")
+        adapter = LoRARequest(*ask.adapter) if ask.adapter else None
+        prompt = {"prompt_token_ids": ask.prompt}
+        outputs = self.engine.generate(prompt, params, f"test-{uuid4()}", lora_request=adapter)
         seen: list[Any] = []
         async for output in outputs:
             seen.append(output)

@@ -4,6 +4,8 @@ Until the first step, which token uses which adapter is uninitialised memory, an
 on a CPU, in a step where some tokens use an adapter, those that use none (index -1) get the one in the last slot.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,3 +37,27 @@ def _spared(x: Tensor, adapters: Tensor) -> Tensor:
     """(T, n) with the rows of tokens that use no adapter at 0."""
     rows = x.view(-1, x.shape[-1])
     return rows.masked_fill((adapters < 0)[:, None], 0)
+
+
+class StepAdapters:
+    """Which adapter each token of a step uses, for passes over tokens that follow some of them."""
+
+    def __init__(self, runner: Any) -> None:
+        self._set = runner._set_active_loras
+        self._step: tuple[Any, ...] = ((), (), set())  # adapters' numbers by row, by token, and the adapters
+        runner._set_active_loras = self._note
+
+    def _note(self, *step: Any) -> None:
+        self._step = step
+        self._set(*step)
+
+    @contextmanager
+    def after(self, tokens: Sequence[int]) -> Iterator[None]:
+        """A pass over one token after each of some of the step's `tokens`, by the adapters that those use."""
+        _, numbers, adapters, *more = self._step
+        mine = tuple(numbers[token] for token in tokens)
+        self._set(mine, mine, adapters, *more)
+        try:
+            yield
+        finally:
+            self._set(*self._step)

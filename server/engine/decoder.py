@@ -3,7 +3,7 @@
 worker.execute_model -> note_requests          who came and went, with what plan
 steerer.begin_step   -> begin_step             which rows become tokens, and the tokens that are known by now
 model (composite.py) -> needed_auxiliaries     in its forward pass
-model (composite.py) -> decode, decode_prompt  stages mix and rule
+model (composite.py) -> decode, decode_prompt  stages mix and rule; `lookahead` lets methods try tokens meanwhile
 runner's sampler     -> before_draw            stages penalty, temperature and truncation
 runner's sampler     -> after_draw             methods with state learn what was drawn
 """
@@ -34,6 +34,7 @@ _FIRST_SLOTS = 8
 EARLY_ROOM = 1 << 26  # logits of early layers that may be there at once
 LAST_RESORT = 1e4  # logits: beyond any temperature's reach
 Heads = Callable[[str], Mapping[str, Tensor]]  # of a digest: part -> tensor
+LookAhead = Callable[[BatchView, Sequence[int], Ints], Callable[[Tensor], Tensor]]  # see `Lookahead.after`
 
 
 class Arrival(NamedTuple):
@@ -95,6 +96,7 @@ class Decoder:
         self._explanations: Explanations | None = None
         self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
         self.early: EarlyHead | None = None
+        self.look_ahead: LookAhead | None = None
 
     @property
     def num_requests(self) -> int:
@@ -395,6 +397,8 @@ class Decoder:
                     for layer in layers
                 ]
             )
+        if "ahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
+            given.ahead = self.look_ahead(self._view, [step.roster.seats[index].row for index in task.seats], positions)
         if method.num_state:
             assert task.slots is not None
             given.state = self._state[task.slots, task.state]

@@ -390,11 +390,11 @@ class GroupedScheduling(Scheduler):
         self, request: Request, num_tokens: int, num_computed: int, cached: KVCacheBlocks | None = None
     ) -> int:
         """What a sequence of that length takes, of which so many tokens are computed, in blocks of its own or
-        `cached` ones."""
+        `cached` ones; with the place where tokens are tried."""
         manager = self.kv_cache_manager
         num: int = manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
-            num_tokens=num_tokens,
+            num_tokens=min(num_tokens + self.num_lookahead_tokens, self.max_model_len),
             new_computed_blocks=(cached or manager.empty_kv_cache_blocks).blocks,
             num_encoder_tokens=0,
             total_computed_tokens=num_computed,

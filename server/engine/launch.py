@@ -90,6 +90,7 @@ def start(
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
+    lookahead: bool = False,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -102,6 +103,7 @@ def start(
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
         early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.RowKeep`.
+        lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -113,7 +115,7 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers)
+    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -136,9 +138,12 @@ def configure(
     vectors: Iterable[Vector] = (),
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
+    lookahead: bool = False,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
+    if lookahead:
+        _refuse_lookahead(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     shape = model_shape(config.model_config)
     needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), hooks := tuple(sites))
@@ -159,6 +164,7 @@ def configure(
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
         early_layers=early,
         auxiliaries=specs,
+        looks_ahead=lookahead,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -247,3 +253,20 @@ def _refuse_unsupported(config: VllmConfig) -> None:
     for setting, is_on in refused.items():
         if is_on:
             raise UnsupportedEngine(f"{setting} is not supported together with per-request steering")
+
+
+def _refuse_lookahead(config: VllmConfig) -> None:
+    """What a token that is tried and not chosen would leave behind, or what a further pass would lack."""
+    model = config.model_config
+    refused = {
+        "a model with recurrent state": model.is_hybrid or model.has_inner_state or model.is_attention_free,
+        "a model with an encoder": model.is_encoder_decoder,
+        "a model that takes embeddings": model.is_multimodal_model or model.enable_prompt_embeds,
+        "positions of several dimensions": model.uses_mrope,
+        "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "--enable-eplb": config.parallel_config.enable_eplb,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    for setting, is_on in refused.items():
+        if is_on:
+            raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")

@@ -39,6 +39,7 @@ class Layout(BaseModel):
     encoders: tuple[tuple[Site, int, int], ...] = ()  # (site, layer, features) of TopK autoencoders
     early_layers: tuple[int, ...] = ()  # whose streams can be kept; see `steering.plan.RowKeep`
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
+    looks_ahead: bool = False  # whether tokens can be tried before one is chosen; see `lookahead`
 
     @property
     def limits(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from whipstaff.server.engine.batch import NOBODY, BatchView
 from whipstaff.server.engine.decoder import Decoder
@@ -94,3 +95,11 @@ def unfinished_generators(runner: Any) -> dict[int, Any]:
         return {}
     rows = np.nonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs])[0]
     return {int(row): generators.pop(int(row)) for row in rows if int(row) in generators}
+
+
+def block_tables(runner: Any) -> list[tuple[Tensor, int]]:
+    """Of every group of KV caches, the (rows, blocks) block table in the step's order, and the tokens of a block."""
+    num_rows = runner.input_batch.num_reqs
+    return [
+        (table.get_device_tensor(num_rows), table.block_size) for table in runner.input_batch.block_table.block_tables
+    ]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from whipstaff.server.engine.batch import NOBODY, BatchView
 from whipstaff.server.engine.decoder import Decoder
@@ -89,3 +90,8 @@ def view(input_batch: Any, steerer: Steerer) -> BatchView:
         requests=input_batch.req_ids,
         draws=positions + np.diff(starts) >= input_batch.prefill_len_np[:num],
     ).in_groups(steerer.groups)
+
+
+def block_tables(runner: Any) -> list[tuple[Tensor, int]]:
+    """Of every group of KV caches, the (rows, blocks) block table in the step's order, and the tokens of a block."""
+    return list(zip(runner.block_tables.input_block_tables, runner.block_tables.block_sizes, strict=True))

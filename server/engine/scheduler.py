@@ -53,6 +53,8 @@ class SteeredScheduling(GroupedScheduling):
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
+        if self._layout.looks_ahead:
+            self.num_lookahead_tokens = 1  # where tokens are tried
         self._rows_in_use: Counter[Row] = Counter()  # how many admitted sequences may need each row
         self._slots_in_use = self._histories_in_use = 0
         self._placed: dict[str, PlacedPlan] = {}  # admitted and held sequences with rows

@@ -4,12 +4,14 @@ worker.execute_model  -> note_requests    who came and went, with what plan
 runner adapter        -> begin_step       what happens to this step's tokens
 model (sites.py)      -> run_edits_       edits activations by the token table
 model (composite.py)  -> note_logits      entropies, for schedules that follow them
+lookahead             -> trying           what happens to tokens that are tried between a step and its draw
 runner adapter        -> end_step
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,6 +173,44 @@ class Steerer:
             self.specials.begin_step(pieces, view.num_tokens)
         if self.soft is not None:
             self.soft.begin_step(view)
+
+    @contextmanager
+    def trying(self, view: BatchView, tokens: Tensor) -> Iterator[None]:
+        """A forward pass beside the step's own, over a token for each row that may come next: it is steered as if it
+        did, and nothing that was read or kept on the way stays.
+
+        Args:
+            view: the rows, each with its one token.
+            tokens: (B,) ids.
+        """
+        pieces, reached, kept = self._pieces(view), dict(self._reached), self._kept_by(view)
+        histories = [(row, piece.position) for piece in pieces for row in self._histories.get(piece.request, ())]
+        rows, positions = (
+            torch.tensor(histories, dtype=torch.int64, device=self.history.device).reshape(-1, 2).unbind(1)
+        )
+        places = rows[:, None], torch.stack([positions, torch.zeros_like(positions)], 1)  # 0: where latches are
+        read = self.history[places]
+        if pieces or self._dirty:
+            self._write_tokens(view, pieces, tokens)
+        if self.specials is not None:
+            self.specials.begin_step(pieces, view.num_tokens)
+        if self.soft is not None:
+            self.soft.begin_step(view)
+        try:
+            yield
+        finally:
+            if self.specials is not None:
+                self.specials.end_step()
+            self.history[places], self._reached = read, reached
+            for buffer, before in kept:
+                buffer[: len(before)] = before
+
+    def _kept_by(self, view: BatchView) -> list[tuple[Tensor, Tensor]]:
+        """The early layers' streams that a pass of those rows would write over, and copies of them."""
+        plans = [placed.plan.steering for _, placed in view.planned()]
+        layers = {layer for plan in plans if plan is not None for layer in plan.keeps}
+        buffers = [self.tables.kept(layer) for layer in sorted(layers)] if self.tables is not None else []
+        return [(buffer, buffer[: view.num_tokens].clone()) for buffer in buffers]
 
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""

@@ -1,5 +1,6 @@
 """The worker: vLLM's own, plus a steerer, sites and auxiliary models attached to what it loads."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from whipstaff.server.engine.decoder import Arrival, Decoder
 from whipstaff.server.engine.explain import attach
 from whipstaff.server.engine.groups import GroupUse
 from whipstaff.server.engine.layout import Layout, max_tokens
+from whipstaff.server.engine.lookahead import Lookahead
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.engine.scheduler import SlotUse
 from whipstaff.server.engine.sites import install_sites
@@ -74,8 +76,12 @@ class SteeredWorker:
             edits_router="router" in layout.sites,
             edits_attention=layout.edits_attention,
         )
+        base = partial(type(model).forward, model)
         compose(model, auxiliaries, self._steerer, hidden_size)
-        (runner_v2 if _is_v2(runner) else runner_v1).attach(runner, self._steerer)
+        adapter = runner_v2 if _is_v2(runner) else runner_v1
+        adapter.attach(runner, self._steerer)
+        if layout.looks_ahead:
+            decoder.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables).after
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]

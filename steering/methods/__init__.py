@@ -9,7 +9,13 @@ from whipstaff.steering.methods.angular import Angular
 from whipstaff.steering.methods.attention import AttentionOverride, Pasta
 from whipstaff.steering.methods.context_knob import ContextKnob
 from whipstaff.steering.methods.direction import AddDirection, DirectionalAblation, DirectionalPatch
-from whipstaff.steering.methods.head import AdapterCentres, DeferHead, TemperatureHead, TokenClassifier
+from whipstaff.steering.methods.head import (
+    AdapterCentres,
+    DeferHead,
+    PrefixClassifier,
+    TemperatureHead,
+    TokenClassifier,
+)
 from whipstaff.steering.methods.head_scale import HeadScale
 from whipstaff.steering.methods.iti import ITI
 from whipstaff.steering.methods.lofit import LoFiT
@@ -65,5 +71,6 @@ METHODS: dict[str, Method[Any]] = {
         TemperatureHead(),
         TokenClassifier(),
         AdapterCentres(),
+        PrefixClassifier(),
     )
 }

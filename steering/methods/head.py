@@ -75,3 +75,10 @@ class AdapterCentres(Head):
         for name, centre in zip(names, centres, strict=True):
             if not centre.any():
                 raise SteeringError(f"tensor 'centres': that of {name!r} is all 0, which is near to nothing")
+
+
+class PrefixClassifier(Head):
+    """How good a text is that ends here: class 1 of softmax(weight . h + bias), h of its last token."""
+
+    name, paper = "prefix_classifier", "Choi et al. 2023 (KWD, KCTS), arXiv:2310.09044"
+    parts: ClassVar = {"weight": ("2", "hidden"), "bias?": ("2",)}

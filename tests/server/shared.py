@@ -28,6 +28,7 @@ HEADS = {  # and their methods
     "judge": "token_classifier",
     "narrow": "token_classifier",
     "tempers": "temperature_head",
+    "wary": "prefix_classifier",
 }
 SOFT = ("words", "noise")
 
@@ -44,6 +45,7 @@ def serving_all(folder: Path) -> Iterator[Server]:
     flags = [
         *("--vectors", str(folder / "heads"), "--vectors", str(folder / "soft")),
         *(word for name in PRESETS for word in ("--presets", str(folder / f"{name}.json"))),
+        "--lookahead",
     ]
     with serving(folder, *flags) as running:
         yield running
@@ -64,6 +66,7 @@ def save_heads(folder: Path) -> None:
             **{"temperatures": torch.tensor([0.0, 0.7, 1.3]), "w0": normal(8, HIDDEN), "b0": normal(8)},
             **{"w1": normal(8, 8), "b1": normal(8), "w2": normal(3, 8), "b2": normal(3)},
         },
+        "wary": {"weight": normal(2, HIDDEN), "bias": torch.tensor([0.5, -0.5])},
     }
     for name, tensors in files.items():
         artifacts.write(folder / f"{name}.safetensors", Header(method=HEADS[name], model=SHAPE), tensors)

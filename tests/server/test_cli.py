@@ -83,7 +83,10 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert (own.steering_sites, own.max_dose, own.dose_policy) == (["router"], 2.0, "refuse")
     for said, layers in (("all", "all"), ("none", []), ("6,2, 4,2", [2, 4, 6])):
         assert cli.parse("serve", ["some/model", "--early-layers", said])[1].early_layers == layers
-    assert own.early_layers is None
+    assert own.early_layers is None and not own.lookahead
+    assert cli.parse("serve", ["some/model", "--lookahead"])[1].lookahead
+    monkeypatch.setenv("WHIPSTAFF_LOOKAHEAD", "1")
+    assert cli.parse("doctor", ["some/model"])[1].lookahead
 
 
 def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine.request import KEY, PlacedPlan, RequestPlan
-from whipstaff.server.errors import (
-    BadRequest,
-)
+from whipstaff.server.errors import BadRequest
+from whipstaff.server.methods import method_table
+from whipstaff.server.registry import Registry, read_vectors
+from whipstaff.server.words import Words
+from whipstaff.steering import artifacts
+from whipstaff.steering.artifacts import Header
 from whipstaff.steering.plan import SteeringPlan
 
-from .catalogues import PAIR, compiled, refusal
+from .catalogues import PAIR, SHAPE, TENSORS, UNIT, compiled, refusal
 
 
 def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
@@ -107,3 +111,56 @@ def test_early_layers_that_are_not_there(
     error = refusal(early, **fields)
     assert (error.status, error.param) == (status, param)
     assert re.search(reason, error.message)
+
+
+# ---- what is tried before it is chosen
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory, have: Catalogue) -> Catalogue:
+    """A server that looks ahead, with both kinds of KWD's classifiers and a vector."""
+    folder = tmp_path_factory.mktemp("ahead")
+    artifacts.write(
+        folder / "prefix.safetensors", Header(method="prefix_classifier", model=SHAPE), {"weight": UNIT[:2]}
+    )
+    artifacts.write(folder / "token.safetensors", Header(method="token_classifier", model=SHAPE), {"weight": UNIT})
+    artifacts.write(folder / "calm.safetensors", Header(method="vector", model=SHAPE), TENSORS)
+    registry = Registry(read_vectors([folder]), SHAPE)
+    return replace(have, registry=registry, words=Words([], {}, (), None), vocabulary=8, looks_ahead=True)
+
+
+KWD = {"method": "kwd", "classifier": "prefix"}
+
+
+def test_a_classifier_of_either_kind(ahead: Catalogue) -> None:
+    found = {name: compiled(ahead, decoding=KWD | {"classifier": name}) for name in ("prefix", "token")}
+    assert [one.decoding[0].ahead for one in found.values()] == ["classifier", ""]
+    for one in found.values():
+        one.check_logprobs(scores_prompt=False)
+    found["token"].check_logprobs(scores_prompt=True)
+    with pytest.raises(BadRequest, match="score an answer with the method `forced`") as error:
+        found["prefix"].check_logprobs(scores_prompt=True)
+    assert error.value.param == "decoding.classifier"
+    compiled(ahead, decoding=KWD, logprobs_source="base").check_logprobs(scores_prompt=True)
+
+
+def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Catalogue) -> None:
+    calm = {"vector": "calm", "schedule": {"shape": "entropy", "low": 1, "high": 2}}
+    error = refusal(ahead, steering=[calm], decoding=[KWD])
+    assert (error.status, error.param) == (400, "steering[0].schedule") and "decoding[0].classifier" in error.message
+    compiled(ahead, steering=[calm], decoding=[KWD | {"classifier": "token"}])
+    compiled(ahead, steering=[{"vector": "calm", "schedule": {"shape": "linear", "tokens": 4}}], decoding=[KWD])
+
+
+def test_who_does_not_look_ahead_names_the_flag(ahead: Catalogue) -> None:
+    blind = replace(ahead, looks_ahead=False)
+    error = refusal(blind, decoding=KWD)
+    assert (error.status, error.param) == (422, "decoding.classifier") and "--lookahead" in error.message
+    skipped = compiled(blind, decoding=KWD, on_unavailable="ignore")
+    assert not skipped.decoding and "--lookahead" in skipped.warnings[0]
+    rows = [next(row for row in method_table(server) if row["name"] == "kwd") for server in (ahead, blind)]
+    assert [row["schema"]["properties"]["classifier"]["enum"] for row in rows] == [["prefix", "token"], ["token"]]
+    (row,) = (row for row in method_table(replace(blind, registry=Registry({}, SHAPE))) if row["name"] == "kwd")
+    assert row["reason"] == (
+        "start the server with --vectors PATH of a token_classifier or, with --lookahead, a prefix_classifier"
+    )

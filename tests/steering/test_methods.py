@@ -194,6 +194,7 @@ EXAMPLES: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         {},
     ),
     "token_classifier": ({"weight": numbers(30, 16)}, {}),
+    "prefix_classifier": ({"weight": numbers(2, 16), "bias": numbers(2)}, {}),
     "adapter_centres": ({"centres": numbers(2, 9)}, {"adapters": ["law", "math"]}),
     "head_scale": ({"attn_head.1.scale": torch.tensor([0.0, 2.0])}, {}),
     "tarot": ({"attn_head.1.angles": numbers(2, 7)}, {}),

@@ -11,15 +11,16 @@ import torch
 from engines import Ask, EngineUnderTest, edit
 from loras import merged, random_lora, save_lora
 from modes import v2_on_cpu
-from reference import steered
+from reference import kwd, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.methods.adapter_ensemble import AdapterEnsemble, AdapterEnsembleParams
+from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
-from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.request import Member, RequestPlan
-from whipstaff.steering.artifacts import Vector
+from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.where import Where
 
@@ -39,12 +40,25 @@ class Bench:
 
     def logits(self, name: str, prompt: list[int], said: list[int], scale: float = 0.0) -> Tensor:
         """(T, V) that each token was chosen from."""
-        edits = [
+        found = steered.logits(self.models[name], prompt + said[:-1], len(prompt), self.edits(scale))
+        return found[len(prompt) - 1 :, : tiny.VOCABULARY]
+
+    def hidden(self, name: str, ids: list[int], prompt_len: int, scale: float) -> Tensor:
+        """(H,) after a text, after the final norm."""
+        seen: list[Tensor] = []
+        model: Any = self.models[name]
+        handle = model.model.norm.register_forward_hook(lambda m, i, output: seen.append(output[0, -1]))
+        try:
+            steered.logits(model, ids, prompt_len, self.edits(scale))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def edits(self, scale: float) -> list[steered.Edit]:
+        return [
             steered.Edit(site, layer, scale, parts.get("gain"), parts.get("add"), lambda position, length: True)
             for (site, layer), parts in (self.vector.tensors.items() if scale else ())
         ]
-        found = steered.logits(self.models[name], prompt + said[:-1], len(prompt), edits)
-        return found[len(prompt) - 1 :, : tiny.VOCABULARY]
 
     def steering(self, scale: float) -> SteeringPlan:
         return SteeringPlan((edit(self.vector, scale, Where.of("all")),))
@@ -63,7 +77,13 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     flags: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     with v2_on_cpu() if request.param == "v2" else nullcontext():
         engine = EngineUnderTest(
-            path, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=64, **flags
+            path,
+            lookahead=True,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_num_seqs=16,
+            max_num_batched_tokens=64,
+            **flags,
         )
         try:
             assert engine.facts["runner"] == request.param
@@ -116,3 +136,43 @@ def test_adapters_that_are_steered(bench: Bench) -> None:
             bench.logits("law", prompt, said),
         ]
         assert_best(rows[0] + rows[1] - 0.5 * rows[2], said)
+
+
+def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
+    """With an adapter, without, steered, and without one but in front of sequences with some."""
+    generator, k = torch.Generator().manual_seed(4), 4
+    weight = torch.randn(2, bench.engine.shape.hidden_size, generator=generator)
+    head = bench.engine.add_vector({"weight": weight}, Header(method="prefix_classifier", model=bench.engine.shape))
+    setting = KwdParams(classifier="it", k=k).model_dump_json()
+    rewrites = (Rewrite("kwd", setting, heads=(head.digest,)),)
+    weights = {"law": 1.0, "math": 3.0}
+    mix = AdapterEnsemble().mix(AdapterEnsembleParams(weights=weights))
+    prompt, num = PROMPTS[0], 6
+    members = tuple(Member(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
+    asks = [
+        Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), members=members), num),
+        Ask(prompt, RequestPlan(None, DecodingPlan(None, rewrites)), num, adapter=bench.adapters["law"]),
+        Ask(
+            prompt, RequestPlan(bench.steering(0.5), DecodingPlan(None, rewrites)), num, adapter=bench.adapters["math"]
+        ),
+        Ask(prompt, RequestPlan(None, DecodingPlan(None, rewrites)), num),
+        Ask(prompt, None, num, adapter=bench.adapters["math"]),
+    ]
+    found = bench.engine.tokens(*asks)
+    assert_best(bench.logits("math", prompt, found[-1]), found[-1])
+    for said, name, scale in zip(found, ("", "law", "math", ""), (0.0, 0.0, 0.5, 0.0), strict=False):
+        rows = bench.logits(name, prompt, said, scale)
+        if said is found[0]:
+            base, law, math = (bench.logits(one, prompt, said) for one in ("", *NAMES))
+            rows = 0.5 * base + 0.5 * (0.25 * law + 0.75 * math)
+        scores = []
+        for index, row in enumerate(rows):
+            ids = prompt + said[:index]
+
+            def judge(token: int, ids: list[int] = ids, name: str = name, scale: float = scale) -> float:
+                return float((weight @ bench.hidden(name, [*ids, token], len(prompt), scale)).softmax(-1)[1])
+
+            scores.append(kwd.rewrite_ahead(row.tolist(), judge, k))
+        assert_best(torch.tensor(scores), said)
+    assert len(set(map(tuple, found))) == len(found)
+    assert bench.engine.tokens(asks[3]) == [found[3]]  # where nobody uses an adapter

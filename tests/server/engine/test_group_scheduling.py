@@ -44,6 +44,7 @@ class Case:
     threshold: int = 0
     num_slots: int = 2
     caches: bool = True
+    looks_ahead: bool = False
 
 
 CASES = {
@@ -55,6 +56,8 @@ CASES = {
     "starved": Case(num_blocks=12, max_num_seqs=4, budget=8),
     "starved_async": Case(is_async=True, num_blocks=12, max_num_seqs=5, budget=8, caches=False),
     "thresholds": Case(is_async=True, threshold=5, budget=64, max_num_seqs=12),
+    "ahead": Case(is_async=True, num_blocks=14, looks_ahead=True),
+    "starved_ahead": Case(num_blocks=12, max_num_seqs=4, budget=8, looks_ahead=True),
 }
 
 
@@ -79,7 +82,7 @@ def scheduler(model: str, case: Case) -> Any:
     with async_on_cpu():
         config = args.create_engine_config()
     config.scheduler_config.async_scheduling = case.is_async
-    configure(config, num_slots=case.num_slots)
+    configure(config, num_slots=case.num_slots, lookahead=case.looks_ahead)
     config.cache_config.num_gpu_blocks = case.num_blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cls = AsyncSteeredScheduler if case.is_async else SteeredScheduler
@@ -122,6 +125,8 @@ class Worker:
             end = computed[name] + output.num_scheduled_tokens[name]
             assert end <= self.known[name], f"{name} computes {end} of {self.known[name]}"
             samples = end == self.known[name]
+            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+            assert len(blocks) * BLOCK >= end + self.scheduler.num_lookahead_tokens, f"{name} has nowhere to try tokens"
             is_member = "/" in name or self.scheduler.requests[name].sampling_params.extra_args
             if is_member and name in self.scheduler._group_of:
                 assert samples == (name in together), f"{name} samples alone"

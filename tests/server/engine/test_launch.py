@@ -78,6 +78,24 @@ def test_a_layer_that_is_not_there_cannot_be_kept(model: str) -> None:
         configure(config_of(model), early_layers=[0, 3])
 
 
+def test_lookahead_is_in_the_layout(model: str) -> None:
+    assert configure(config_of(model), lookahead=True).looks_ahead
+    assert not configure(config_of(model)).looks_ahead
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"enable_prompt_embeds": True}, "a model that takes embeddings"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    ],
+)
+def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[str, Any], reason: str) -> None:
+    configure(config_of(model, **flags))
+    with pytest.raises(UnsupportedEngine, match=f"--lookahead is not supported together with {reason}"):
+        configure(config_of(model, **flags), lookahead=True)
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])
 def test_other_versions_of_vllm_are_refused(version: str) -> None:
     with pytest.raises(UnsupportedEngine, match=rf"vLLM {version} is installed"):
