@@ -40,20 +40,24 @@ def _spared(x: Tensor, adapters: Tensor) -> Tensor:
 
 
 class StepAdapters:
-    """Which adapter each token of a step uses, for passes over tokens that follow some of them."""
+    """Which adapter each token of a step uses, for what is computed of some of them once more."""
 
     def __init__(self, runner: Any) -> None:
-        self._set = runner._set_active_loras
+        self._set: Any = None
         self._step: tuple[Any, ...] = ((), (), set())  # adapters' numbers by row, by token, and the adapters
-        runner._set_active_loras = self._note
+        if runner.lora_config is not None:
+            self._set, runner._set_active_loras = runner._set_active_loras, self._note
 
     def _note(self, *step: Any) -> None:
         self._step = step
         self._set(*step)
 
     @contextmanager
-    def after(self, tokens: Sequence[int]) -> Iterator[None]:
-        """A pass over one token after each of some of the step's `tokens`, by the adapters that those use."""
+    def of(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Rows by the adapters that these tokens of the step use: a pass over one token each, or the head."""
+        if self._set is None:
+            yield
+            return
         _, numbers, adapters, *more = self._step
         mine = tuple(numbers[token] for token in tokens)
         self._set(mine, mine, adapters, *more)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.adapters import StepAdapters
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.decoder import Decoder
 from whipstaff.server.engine.early import EarlyHead
@@ -25,7 +26,9 @@ _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bflo
 _NUM_TAGS = 2
 
 
-def compose(base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer, hidden_size: int) -> None:
+def compose(
+    base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer, hidden_size: int, adapters: StepAdapters
+) -> None:
     """Give the base model's instance a subclass of its class that decodes."""
     cls: Any = type(base)
     by_name = {auxiliary.name: auxiliary for auxiliary in auxiliaries}
@@ -73,7 +76,8 @@ def compose(base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer,
     Composite.__module__ = cls.__module__
     base.__class__ = Composite
     assert steerer.tables is not None
-    decoder.early = EarlyHead(partial(cls.compute_logits, base), final_norm(base, KINDS), steerer.tables)
+    head = partial(cls.compute_logits, base)
+    decoder.early = EarlyHead(head, final_norm(base, KINDS), steerer.tables, adapters)
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from whipstaff.server.engine.adapters import StepAdapters
 from whipstaff.steering.tables import Tables
 
 
@@ -20,13 +21,15 @@ class Stream(NamedTuple):
 class EarlyHead:
     """Reads the buffers of `Tables.kept` with the model's head; valid from a forward pass to the next."""
 
-    def __init__(self, head: Callable[[Tensor], Tensor], norm: nn.Module | None, tables: Tables) -> None:
+    def __init__(
+        self, head: Callable[[Tensor], Tensor], norm: nn.Module | None, tables: Tables, adapters: StepAdapters
+    ) -> None:
         """
         Args:
             head: (P, H) hidden states -> (P, V) logits, as the model itself computes them.
             norm: the model's final norm, if its structure shows it.
         """
-        self._head, self._norm, self._tables = head, norm, tables
+        self._head, self._norm, self._tables, self._adapters = head, norm, tables, adapters
 
     @property
     def has_norm(self) -> bool:
@@ -46,4 +49,5 @@ class EarlyHead:
         if normed := [index for index, stream in enumerate(streams) if stream.is_normed]:
             assert self._norm is not None
             hidden[normed] = self._norm(hidden[normed])
-        return self._head(hidden)
+        with self._adapters.of([stream.token for stream in streams]):
+            return self._head(hidden)

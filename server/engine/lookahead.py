@@ -8,7 +8,6 @@ graphs are not replayed.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -30,7 +29,14 @@ BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 class Lookahead:
     """Of one worker."""
 
-    def __init__(self, runner: Any, base: Callable[..., Tensor], steerer: Steerer, block_tables: BlockTables) -> None:
+    def __init__(
+        self,
+        runner: Any,
+        base: Callable[..., Tensor],
+        steerer: Steerer,
+        block_tables: BlockTables,
+        adapters: StepAdapters,
+    ) -> None:
         """
         Args:
             runner: vLLM's model runner.
@@ -38,7 +44,7 @@ class Lookahead:
             block_tables: of the runner in a step; see `runner_v1.block_tables`.
         """
         self._runner, self._base, self._steerer, self._block_tables = runner, base, steerer, block_tables
-        self._adapters = StepAdapters(runner) if runner.lora_config is not None else None
+        self._adapters = adapters
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
     def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> Callable[[Tensor], Tensor]:
@@ -55,7 +61,7 @@ class Lookahead:
         def try_(tokens: Tensor) -> Tensor:
             (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
             with (
-                self._adapters.after(last) if self._adapters is not None else nullcontext(),
+                self._adapters.of(last),
                 self._steerer.trying(tried, ids),
                 set_forward_context(
                     attention,

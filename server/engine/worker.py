@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import runner_v1, runner_v2
-from whipstaff.server.engine.adapters import settle_adapters
+from whipstaff.server.engine.adapters import StepAdapters, settle_adapters
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
 from whipstaff.server.engine.decoder import Arrival, Decoder
@@ -76,12 +76,12 @@ class SteeredWorker:
             edits_router="router" in layout.sites,
             edits_attention=layout.edits_attention,
         )
-        base = partial(type(model).forward, model)
-        compose(model, auxiliaries, self._steerer, hidden_size)
+        base, adapters = partial(type(model).forward, model), StepAdapters(runner)
+        compose(model, auxiliaries, self._steerer, hidden_size, adapters)
         adapter = runner_v2 if _is_v2(runner) else runner_v1
         adapter.attach(runner, self._steerer)
         if layout.looks_ahead:
-            decoder.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables).after
+            decoder.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables, adapters).after
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]

@@ -11,11 +11,12 @@ import torch
 from engines import Ask, EngineUnderTest, edit
 from loras import merged, random_lora, save_lora
 from modes import v2_on_cpu
-from reference import kwd, steered
+from reference import dola, kwd, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.methods.adapter_ensemble import AdapterEnsemble, AdapterEnsembleParams
+from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
@@ -176,3 +177,16 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
         assert_best(torch.tensor(scores), said)
     assert len(set(map(tuple, found))) == len(found)
     assert bench.engine.tokens(asks[3]) == [found[3]]  # where nobody uses an adapter
+
+
+def test_early_layers_are_read_by_the_requests_own_adapter(bench: Bench) -> None:
+    """Fewer and more rows than the batch has pass the head."""
+    layers = (0, 1)
+    rewrites = (Rewrite("dola", DolaParams(layers=list(layers)).model_dump_json(), early=layers),)
+    plan = RequestPlan(SteeringPlan((), keeps=layers), DecodingPlan(None, rewrites))
+    asks = [Ask(prompt, plan, 6, adapter=bench.adapters.get(name)) for prompt in PROMPTS for name in ("", *NAMES)]
+    found = [*bench.engine.tokens(*asks), *bench.engine.tokens(asks[1], *map(Ask, PROMPTS))]
+    names = [name for _ in PROMPTS for name in ("", *NAMES)]
+    for ask, name, said in zip([*asks, asks[1]], [*names, "law"], found, strict=False):
+        ids, first = ask.prompt + said[:-1], len(ask.prompt) - 1
+        assert_best(dola.scores(bench.models[name], ids, first + 1, layers, 0.1, [], {}, False, first), said)
