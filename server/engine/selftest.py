@@ -1,5 +1,6 @@
 """The self-test: through the running engine, in the mode it will serve in, every site must obey an edit and every
-auxiliary model a weight; and an edit of scale 0 must change nothing. Shown by log-probabilities, not by counters."""
+auxiliary model a weight, and a look ahead must see something; an edit of scale 0 must change nothing. Shown by
+log-probabilities, not by counters."""
 
 import json
 import math
@@ -11,8 +12,9 @@ from uuid import uuid4
 import torch
 from vllm import SamplingParams
 
+from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import Mix
-from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.engine.request import KEY, RequestPlan
 from whipstaff.steering.artifacts import Header, packed
@@ -77,7 +79,7 @@ def _plain_text(engine: Engine) -> list[int]:
 
 
 async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Finding]:
-    """Try every place, attention and experts where they are edited, then every auxiliary model."""
+    """Try every place, attention and experts where they are edited, a look ahead, then every auxiliary model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
     places = [Place(*place) for place in facts["sites"]]
@@ -92,6 +94,8 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
             await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
     async for finding in _try_specials(engine, facts["specials"], plain):
         yield finding
+    if engine.layout.looks_ahead:
+        yield await _try_ahead(engine, shape, plain)
     for name in auxiliaries:
         mixes = [DecodingPlan(Mix.of({name: weight})) for weight in (1.0, 0.0)]
         shown = [await _log_probabilities(engine, RequestPlan(decoding=mix)) for mix in mixes]
@@ -115,6 +119,23 @@ async def _try_specials(engine: Engine, facts: dict[str, Any], plain: list[dict[
             for where in (Where.of("all"), Where(generation=[(_NUM_TOKENS, None)]))
         ]
         yield Finding(what, shown[0] != plain, shown[1] == plain)
+
+
+async def _try_ahead(engine: Engine, shape: ModelShape, plain: list[dict[int, float]]) -> Finding:
+    """Opposite opinions of tokens once they are fed must differ, and no opinion must change no token."""
+    weight = torch.randn(2, shape.hidden_size, generator=torch.Generator().manual_seed(1))
+    shown = []
+    for sign in (1, -1, 0):
+        data = packed(Header(method="prefix_classifier", model=shape), {"weight": sign * weight})
+        digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]
+        setting = KwdParams(classifier="self-test", k=8).model_dump_json()
+        plan = RequestPlan(decoding=DecodingPlan(rewrites=(Rewrite("kwd", setting, heads=(digest,)),)))
+        try:
+            shown.append(await _log_probabilities(engine, plan))
+        finally:
+            await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
+    best = [[max(step, key=step.__getitem__) for step in steps] for steps in (shown[2], plain)]
+    return Finding("tokens that are tried", shown[0] != shown[1], best[0] == best[1])
 
 
 def _edit(digest: str, layer: int, scale: float) -> RequestPlan:

@@ -562,6 +562,8 @@ BAD_FILES: list[tuple[str, dict[str, Tensor]]] = [
     ("prefix_kv", {"attn_head.0.key": numbers(2, 2, 8), "attn_head.0.value": numbers(2, 2, 8)}),
     ("side_attention", {"tokens": numbers(65, 16), "attn_head.1.gate": numbers(1)}),
     ("side_attention", {"tokens": numbers(2, 16), "attn_head.1.gate": numbers(3)}),
+    ("prefix_classifier", {"weight": numbers(3, 16)}),
+    ("prefix_classifier", {"weight": numbers(2, 16), "bias": numbers(1)}),
 ]
 
 

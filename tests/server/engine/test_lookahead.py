@@ -27,6 +27,7 @@ from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.request import Member, RequestPlan
+from whipstaff.server.engine.selftest import Finding, self_test
 from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import SteeringPlan
@@ -322,3 +323,13 @@ def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
     assert read["positions"] == len(ids) - 1
     for said_, expected in zip(read["columns"][0], trace.readings[file.digest], strict=True):
         assert said_ is None or said_ == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_self_test_tries_it(bench: Bench) -> None:
+    if bench.is_slow:
+        pytest.skip("the same is shown on the legacy runner; here the interpreter takes minutes")
+
+    async def findings() -> list[Finding]:
+        return [finding async for finding in self_test(bench.engine.engine, [])]
+
+    assert bench.engine.run(findings())[-1] == Finding("tokens that are tried", True, True)
