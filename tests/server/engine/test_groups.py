@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, edit, running
+from engines import PATIENCE, Ask, EngineUnderTest, edit, running
 from modes import ON_V1, THREE
 from reference import seeded, steered
 from torch import Tensor
@@ -229,6 +229,7 @@ def test_random_groups_among_others(bench: Bench, nobody_left: None) -> None:
 
 
 @pytest.mark.skipif(not SOAK_MINUTES, reason="WHIPSTAFF_SOAK_MINUTES is not set")
+@pytest.mark.timeout(60 * SOAK_MINUTES + PATIENCE)
 def test_soak(bench: Bench, nobody_left: None) -> None:
     started, num = time.monotonic(), 0
     while time.monotonic() - started < 60 * SOAK_MINUTES:
