@@ -13,6 +13,7 @@ MODES: dict[str, dict[str, Any]] = {
     "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
     "v1-compiled-sync": {"async_scheduling": False},
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
     "v1-compiled-async": {"async_scheduling": True},
 }

@@ -67,11 +67,11 @@ def nobody_left(shared: Shared) -> Iterator[None]:
     assert counters["requests_held"] == counters["histories_used"] == 0
 
 
-@pytest.fixture(scope="session")
-def recorded() -> Iterator[EngineUnderTest]:
+@pytest.fixture(scope="session", params=["v1-eager-async", "v2-eager-sync"])
+def recorded(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
     """On the models of which most of the decoding goldens were recorded."""
     models = GOLDEN / "models"
     aux = [(name, str(models / name)) for name in ("expert", "antiexpert", "expert_bigvocab")]
     flags: dict[str, Any] = {"max_num_batched_tokens": 48, "max_num_seqs": 32, "skip_tokenizer_init": True}
-    with running("v1-eager-async", str(models / "base"), aux, **flags) as engine:
+    with running(request.param, str(models / "base"), aux, **flags) as engine:
         yield engine
