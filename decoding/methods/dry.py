@@ -105,9 +105,8 @@ class Dry(Rewriting[DryParams]):
         longest = min(max(one.allowed_length + math.ceil(one.exponent) for one in settings), _LONGEST)
         run, follower = _runs(text, window, _free_run(text, is_breaker, settings), longest)
         is_known, follower = _in_vocabulary(follower, logits.shape[1])
-        penalty = _penalties(rows, settings, run).masked_fill_(~is_known, 0)
-        taken = torch.zeros_like(logits).scatter_reduce_(1, follower, penalty, "amax")
-        return logits.sub_(taken.masked_fill_(is_breaker, 0))
+        penalty = _penalties(rows, settings, run).masked_fill_(~is_known | is_breaker.gather(1, follower), 0)
+        return logits.scatter_reduce_(1, follower, logits.gather(1, follower) - penalty, "amin")
 
 
 def _penalties(rows: Rows, settings: Sequence[DrySetting], run: Tensor) -> Tensor:

@@ -104,10 +104,9 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         logits = rows.logits
         _add(logits, [_biases(setting, done) for setting, done in zip(settings, rows.num_generated, strict=True)])
         rows.facts["rules"] = torch.tensor(list(map(_acting, settings, rows.num_generated))).view(-1, 4)
-        if not any(setting.is_repetition for setting in settings):
-            return logits
-        is_seen = _seen(rows, rows.column(setting.first for setting in settings))
-        return logits.add_(is_seen * rows.column(_AGAIN * setting.is_repetition for setting in settings))
+        if any(setting.is_repetition for setting in settings):
+            _add_again(rows, rows.column(s.first if s.is_repetition else torch.inf for s in settings))
+        return logits
 
 
 def _known(words: Words, vocabulary: str) -> Mapping[str, int]:
@@ -151,10 +150,12 @@ def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
         logits.index_put_((place[0], place[1]), logits[place[0], place[1]] + added)
 
 
-def _seen(rows: Rows, first: Tensor) -> Tensor:
-    """(R, V) bool: the tokens that stand at position `first` (R, 1) or later."""
+def _add_again(rows: Rows, first: Tensor) -> None:
+    """Add what repetition costs, once, to the tokens that stand at position `first` (R, 1) or later."""
     assert rows.tokens is not None
-    num_rows, vocab = rows.logits.shape
-    position = torch.arange(rows.tokens.shape[1], device=first.device)
-    counted = rows.tokens.masked_fill((rows.tokens < 0) | (position < first), vocab).clamp(max=vocab)
-    return torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=first.device).scatter_(1, counted, True)[:, :vocab]
+    logits, tokens = rows.logits, rows.tokens
+    position = torch.arange(tokens.shape[1], device=first.device)
+    counts = (tokens >= 0) & (tokens < logits.shape[1]) & (position >= first)
+    tokens = tokens.clamp(0, logits.shape[1] - 1)
+    penalised = (logits.gather(1, tokens) + _AGAIN).masked_fill_(~counts, torch.inf)
+    logits.scatter_reduce_(1, tokens, penalised, "amin")
