@@ -388,7 +388,7 @@ def test_methods_are_listed_with_what_they_can_name(http: httpx.Client) -> None:
             assert row["schema"]["properties"][param]["enum"] == ["expert", "anti", "short"]
     heads = {name: rows[name]["schema"]["properties"] for name in ("co_llm", "kwd", "adaptive_temperature")}
     assert heads["co_llm"]["head"]["enum"] == ["defer"] and heads["adaptive_temperature"]["head"]["enum"] == ["tempers"]
-    assert heads["kwd"]["classifier"]["enum"] == ["judge"]  # not the one that knows another vocabulary
+    assert heads["kwd"]["classifier"]["enum"] == ["judge", "wary"]  # not the one that knows another vocabulary
 
 
 def test_validate_says_what_a_request_would_do(http: httpx.Client) -> None:
