@@ -31,3 +31,7 @@ class Rows:
     def column(self, values: Iterable[float]) -> Tensor:
         """(R, 1) float32 beside the logits: one number per row, sent without waiting for the device."""
         return torch.tensor(list(values), dtype=torch.float32).to(self.logits.device, non_blocking=True)[:, None]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """(R,) the best token's logit, and (R,) its log-probability."""
+        return self.logits.amax(1), self.logits.log_softmax(1).amax(1)

@@ -83,13 +83,12 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
-        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead))
+        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
-    async def _start(self, *args: Any) -> Engine:
-        *args_, lookahead = args
-        return start(*args_, lookahead=lookahead)
+    async def _start(self, *args: Any, **flags: Any) -> Engine:
+        return start(*args, **flags)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)

@@ -34,6 +34,6 @@ class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]
-        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        best, log_p = rows.best()
         cut_rows_(logits, best + (epsilon.log() - log_p).clamp(max=0))
         return logits

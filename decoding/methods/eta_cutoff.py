@@ -36,6 +36,6 @@ class EtaCutoff(Rewriting[EtaCutoffParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]
         least = torch.minimum(epsilon.log(), epsilon.log() / 2 - explain_rows(logits).entropy)  # a log probability
-        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        best, log_p = rows.best()
         cut_rows_(logits, best + (least - log_p).clamp(max=0))
         return logits

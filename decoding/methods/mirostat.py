@@ -43,7 +43,7 @@ class Mirostat(Rewriting[MirostatParams]):
         logits, mu = rows.logits, rows.state
         start = rows.column(2 * params.tau for params in settings)
         mu.copy_(torch.where(mu.isnan(), start, mu))
-        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token, which stays
+        best, log_p = rows.best()  # which stays
         least = best + (-math.log(2) * mu[:, 0] - log_p).clamp(max=0)
         is_on = rows.column(params.mode == 2 for params in settings)[:, 0] > 0
         cut_rows_(logits, least.masked_fill(~is_on, -torch.inf))

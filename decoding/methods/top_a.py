@@ -34,6 +34,6 @@ class TopA(Rewriting[TopAParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, a = rows.logits, rows.column(params.a for params in settings)[:, 0]
-        best, log_p = logits.amax(1), logits.log_softmax(1).amax(1)  # of the best token
+        best, log_p = rows.best()
         cut_rows_(logits, best + (a.log() + log_p))
         return logits

@@ -38,7 +38,7 @@ class Xtc(Rewriting[XtcParams]):
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.uniform is not None
-        logits, best, log_p = rows.logits, rows.logits.amax(1), rows.logits.log_softmax(1).amax(1)  # of the best token
+        logits, (best, log_p) = rows.logits, rows.best()
         threshold = rows.column(params.threshold for params in settings)[:, 0].clamp(min=_TINY)  # a banned one has 0
         cut_rows_(turned := -logits, high=log_p - best - threshold.log())
         least = -turned.amax(1)  # of the likely ones; inf where there are none
