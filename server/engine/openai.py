@@ -46,6 +46,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine import request as plans
+from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.prompts import PromptSource
@@ -235,7 +236,7 @@ def _chats(request: ChatRequest, conversation: list[Any], serving: ServingChat) 
     tools = None
     if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
         tools = [tool.model_dump() for tool in request.tools]
-    params = request.build_chat_params(renderer.chat_template, renderer.chat_template_content_format)
+    params = chat_params(request, renderer)
     defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
     settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
 

@@ -40,12 +40,12 @@ def test_a_wrong_call_is_usage_on_stderr_and_2(words: list[str], capsys: pytest.
     assert capsys.readouterr().err == cli.USAGE
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3", "0.33.0"])
 def test_every_0_32_is_supported(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.32.0", "0.3", "0.320.0"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.32.0", "0.3", "0.320.0"])
 def test_any_other_vllm_is_refused_with_what_to_install(version: str) -> None:
     with pytest.raises(UnsupportedEngine, match=rf"vLLM {re.escape(version)} is installed. Install vllm==0\.32"):
         check_version(version)

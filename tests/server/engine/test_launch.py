@@ -96,11 +96,12 @@ def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[st
         configure(config_of(model, **flags), lookahead=True)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.3.2"])
 def test_other_versions_of_vllm_are_refused(version: str) -> None:
     with pytest.raises(UnsupportedEngine, match=rf"vLLM {version} is installed"):
         check_version(version)
 
 
-def test_this_version_of_vllm_is_taken() -> None:
-    check_version("0.32.4")
+@pytest.mark.parametrize("version", ["0.32.4", "0.33.0"])
+def test_supported_versions_of_vllm_are_taken(version: str) -> None:
+    check_version(version)

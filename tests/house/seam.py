@@ -1,0 +1,265 @@
+"""The seam to vLLM as a list: every member that `server/engine` imports, overrides or reaches into.
+
+What is imported and what is overridden follows from our sources; what is reached into is said here. By minor version
+`vllm-X.Y.json` holds each member's signature and, of what we override and so rely on the inside of, a digest of its
+source. In this folder's parent:
+
+    python -m house.seam                      what the installed vLLM moved
+    python -m house.seam FOLDER               what another version's unpacked `vllm/` would move
+    python -m house.seam [FOLDER] --write     take it as reviewed
+"""
+
+import argparse
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from house.sources import Definition, Missing, Sources
+
+HERE = Path(__file__).parent
+ENGINE = HERE.parents[1] / "server" / "engine"
+V1, V2 = "vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
+SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+REQUEST = "vllm.v1.request.Request"
+ATTENTION = "vllm.model_executor.layers.attention.attention.Attention"
+BLOCK_POOL = "vllm.v1.core.block_pool.BlockPool"
+COORDINATOR = "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator"
+KV_MANAGER = "vllm.v1.core.kv_cache_manager.KVCacheManager"
+SERVING = "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion"
+ROUTERS = "vllm.model_executor.layers.fused_moe.router"
+
+# Our class -> vLLM's that it is laid over: a base class, or what an instance was before its class was swapped.
+LAID_OVER: dict[str, tuple[str, ...]] = {
+    "adapters._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
+    "attention.EditedAttention": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    ),
+    "composite.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
+    "explain.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
+    "explain.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
+    "groups.GroupedScheduling": (SCHEDULER,),
+    "launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
+    "openai.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
+    "openai.TextRequest": ("vllm.entrypoints.openai.completion.protocol.CompletionRequest",),
+    "openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
+    "openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
+    "openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
+    "openai.Guard": ("vllm.entrypoints.serve.middleware.authenticate.AuthenticationMiddleware",),
+    "routing.EditedRouter": (
+        f"{ROUTERS}.cpu_router.CPURouter",
+        f"{ROUTERS}.custom_routing_router.CustomRoutingRouter",
+        f"{ROUTERS}.fused_topk_bias_router.FusedTopKBiasRouter",
+        f"{ROUTERS}.fused_topk_router.FusedTopKRouter",
+        f"{ROUTERS}.grouped_topk_router.GroupedTopKRouter",
+    ),
+    "runner_v1.SteeredRunner": (V1,),
+    "runner_v1.WatchedSampler": ("vllm.v1.sample.sampler.Sampler",),
+    "runner_v2.SteeredRunner": (V2,),
+    "runner_v2.WatchedSampler": ("vllm.v1.worker.gpu.sample.sampler.Sampler",),
+    "runner_v2.WatchedScorer": ("vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker",),
+    "scheduler.SteeredScheduling": (SCHEDULER,),
+    "scheduler.SteeredScheduler": (SCHEDULER,),
+    "scheduler.AsyncSteeredScheduler": ("vllm.v1.core.sched.async_scheduler.AsyncScheduler",),
+    "sites.EditedBlock": ("vllm.model_executor.models.llama.LlamaDecoderLayer",),
+    "sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
+    "sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
+    "sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
+    "soft.Overridden": ("vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",),
+    "worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
+    "worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
+    "worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
+}
+
+
+def _of(owner: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{owner}.{name}" for name in names.split())
+
+
+# Members that are called or read on vLLM's objects; which of our files do so is found by name.
+REACHED: tuple[str, ...] = (
+    *_of(V1, "input_batch query_start_loc discard_request_mask sampler lora_config kv_cache_config attn_groups"),
+    *_of(V1, "_set_active_loras"),
+    *_of(
+        "vllm.v1.worker.gpu_input_batch.InputBatch",
+        "req_ids num_reqs num_computed_tokens_cpu generators block_table",
+    ),
+    *_of("vllm.v1.worker.block_table.MultiGroupBlockTable", "block_tables"),
+    *_of("vllm.v1.worker.block_table.BlockTable", "get_device_tensor block_size"),
+    *_of(V2, "sampler prompt_logprobs_worker block_tables"),
+    *_of(
+        "vllm.v1.worker.gpu.input_batch.InputBatch",
+        "req_ids num_reqs query_start_loc_np num_computed_tokens_np prefill_len_np input_ids",
+    ),
+    *_of("vllm.v1.worker.gpu.block_table.BlockTables", "input_block_tables block_sizes"),
+    *_of(
+        SCHEDULER,
+        "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "
+        "max_num_active_reqs max_num_scheduled_tokens max_num_encoder_input_tokens max_model_len parallel_config "
+        "scheduler_config need_mamba_block_aligned_split grammar_compile_error_reqs num_waiting_for_streaming_input "
+        "_pause_state _inflight_prefill_reserved_blocks",
+    ),
+    *_of(
+        REQUEST,
+        "_all_token_ids _block_hasher arrival_time block_hashes cache_salt client_index drop_stale_output "
+        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_output_placeholders num_output_tokens "
+        "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id sampling_params "
+        "skip_reading_prefix_cache status stop_reason update_block_hashes",
+    ),
+    *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
+    *_of(KV_MANAGER, "watermark_blocks"),
+    *_of(BLOCK_POOL, "get_num_free_blocks num_gpu_blocks"),
+    *_of(COORDINATOR, "get_num_blocks_to_allocate single_type_managers"),
+    *_of(
+        "vllm.v1.core.sched.output.CachedRequestData",
+        "all_token_ids new_block_ids new_token_ids num_computed_tokens num_output_tokens req_ids resumed_req_ids",
+    ),
+    *_of("vllm.v1.core.sched.output.NewRequestData", "from_request num_computed_tokens prompt_token_ids"),
+    *_of("vllm.v1.core.sched.output.NewRequestData", "sampling_params"),
+    *_of("vllm.v1.core.sched.output.SchedulerOutput", "finished_req_ids num_scheduled_tokens scheduled_cached_reqs"),
+    *_of("vllm.v1.core.sched.output.SchedulerOutput", "scheduled_new_reqs"),
+    *_of("vllm.v1.engine.EngineCoreOutput", "kv_transfer_params new_token_ids request_id"),
+    *_of("vllm.v1.engine.EngineCoreOutputs", "outputs scheduler_stats"),
+    *_of(ATTENTION, "attn_backend attn_type has_sink head_size head_size_v impl kv_cache kv_cache_dtype"),
+    *_of(ATTENTION, "kv_cache_torch_dtype kv_sharing_target_layer_name num_heads num_kv_heads query_quant"),
+    *_of(ATTENTION, "sliding_window use_mm_prefix _k_scale"),
+    *_of(SERVING, "_extract_prompt_len default_sampling_params models online_renderer renderer"),
+    *_of(f"{ROUTERS}.base_router.BaseRouter", "top_k"),
+    *_of("vllm.model_executor.layers.linear.RowParallelLinear", "input_size_per_partition output_size"),
+    *_of("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase", "token_lora_indices sampler_indices"),
+    *_of("vllm.v1.engine.async_llm.AsyncLLM", "output_processor collective_rpc from_vllm_config get_supported_tasks"),
+    *_of("vllm.engine.arg_utils.AsyncEngineArgs", "_api_process_count _api_process_rank create_engine_config"),
+)
+
+
+class Seam:
+    """What our sources use of vLLM."""
+
+    def __init__(self, only: str = "*") -> None:
+        """`only` one of our modules."""
+        self._trees = {path.stem: ast.parse(path.read_text()) for path in sorted(ENGINE.rglob(f"{only}.py"))}
+
+    def imported(self) -> set[str]:
+        """Everything that is imported from vLLM."""
+        return {
+            f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+            for tree in self._trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (node.module if isinstance(node, ast.ImportFrom) else alias.name or "").split(".")[0] == "vllm"
+        }
+
+    def classes(self) -> Iterator[tuple[str, ast.ClassDef]]:
+        """Classes that are laid over vLLM's: named so in LAID_OVER, or with a base of vLLM's or one called `cls`."""
+        for module, tree in self._trees.items():
+            ours = {alias.asname or alias.name for node in ast.walk(tree) for alias in _from_vllm(node)} | {"cls"}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                    if bases & ours or f"{module}.{node.name}" in LAID_OVER:
+                        yield f"{module}.{node.name}", node
+
+    def overridden(self, vllm: Sources) -> set[str]:
+        """Members of vLLM's classes that ours define anew."""
+        return {
+            f"{theirs}.{member.name}"
+            for name, node in self.classes()
+            for theirs in LAID_OVER.get(name, ())
+            for member in node.body
+            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef)
+            if vllm.has(f"{theirs}.{member.name}")
+        }
+
+    def read(self) -> set[str]:
+        """Every name of an attribute in our sources, and of a parameter that is passed by name."""
+        nodes = [node for tree in self._trees.values() for node in ast.walk(tree)]
+        return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+    def private(self) -> set[str]:
+        """Names with an underscore that are read on anything but `self`, less those that our sources define."""
+        ours = {"_replace"}.union(*map(_defined, self._trees.values()))  # a named tuple's
+        return {
+            node.attr
+            for tree in self._trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        } - ours
+
+
+def _from_vllm(node: ast.AST) -> list[ast.alias]:
+    return node.names if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm" else []
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def said(vllm: Sources) -> dict[str, str]:
+    """Every member of the list: what is known of it in this version."""
+    seam = Seam()
+    overridden = seam.overridden(vllm)
+    names = seam.imported() | overridden | set(REACHED)
+    names |= {theirs for each in LAID_OVER.values() for theirs in each}
+    return {name: _described(vllm, name, name in overridden) for name in sorted(names)}
+
+
+def _described(vllm: Sources, name: str, with_inside: bool) -> str:
+    try:
+        found: Definition = vllm.find(name)
+    except Missing as missing:
+        return f"missing: {missing}"
+    parts = [found.signature, found.digest if with_inside else ""]
+    return " ".join(part for part in parts if part) or "here"
+
+
+def version_of(vllm: Sources) -> str:
+    """ "0.32" and so on."""
+    found = re.search(r"__version__ = version = '(\d+\.\d+)", (vllm.folder / "_version.py").read_text())
+    assert found is not None, f"{vllm.folder} is no vLLM"
+    return found[1]
+
+
+def recorded(version: str) -> dict[str, str]:
+    """The list as it was reviewed for a version; {} if it never was."""
+    file = HERE / f"vllm-{version}.json"
+    found: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def moved(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """What differs, a line each."""
+    return [
+        f"{name}\n    - {before.get(name, 'not listed')}\n    + {after.get(name, 'not listed')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="an unpacked vLLM; default: the installed one")
+    parser.add_argument("--against", help="the reviewed version to compare with; default: the same, or the newest")
+    parser.add_argument("--write", action="store_true", help="record the list as reviewed")
+    args = parser.parse_args()
+    vllm = Sources("vllm", args.folder)
+    version, found = version_of(vllm), said(vllm)
+    if args.write:
+        (HERE / f"vllm-{version}.json").write_text(json.dumps(found, indent=0) + "\n")
+        return
+    reviewed = sorted(file.stem.removeprefix("vllm-") for file in HERE.glob("vllm-*.json"))
+    against = args.against or (version if version in reviewed else reviewed[-1])
+    print("\n".join([f"vLLM {version} against the list of {against}:", *moved(recorded(against), found)]))
+
+
+if __name__ == "__main__":
+    main()
