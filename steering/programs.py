@@ -43,7 +43,6 @@ class Gate:
         """Whether it can be anything but 0 and 1."""
         return self.lane >= 0 or self.ramp is not None
 
-
     @property
     def outline(self) -> "Gate":
         """A gate that takes as many instructions and merges edits alike, whatever its numbers."""
@@ -236,6 +235,8 @@ def _emit_directions(program: Program, op: Directions, source: str) -> None:
     for index, phi in enumerate(op.phi):
         read = -1 if op.read is None else Line.shared(op.read[index])
         starts = int(index % MAX_GROUP == 0)
-        program.add(Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index], sums[index]])
+        program.add(
+            Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index], sums[index]]
+        )
     if op.norm != "none":
         program.add(Code.NORM_IN, [0])
