@@ -345,6 +345,14 @@ def test_actadd_has_a_position_for_every_row() -> None:
     assert windows() == [(0, [(0, 1)]), (1, [(1, 2)]), (2, [(2, 3)])]
     assert windows(location="back") == [(0, [(-3, -2)]), (1, [(-2, -1)]), (2, [(-1, None)])]
     assert windows(location=7, row=1) == [(1, [(8, 9)])]
+    spread = method.spread(method.params.model_validate({"location": "mid"}), vector.tensors, Where.of("prompt"))
+    clauses = [where for _, where in spread]
+    for prompt_len in range(3, 12):  # the release's rule
+        start = prompt_len // 2 - 3 // 2
+        assert [where.intervals(prompt_len) for where in clauses] == [[(start + n, start + n + 1)] for n in range(3)]
+    with pytest.raises(SteeringError):
+        for where in clauses:
+            where.check(prompt_len=2, max_tokens=4)
     last = Where(prompt=windows()[-1][1])
     with pytest.raises(SteeringError):  # a prompt of two tokens has none for the third row
         last.check(prompt_len=2, max_tokens=4)
@@ -596,7 +604,7 @@ REFT_FILE = {f"resid_post.1.{part}": numbers(40, 16) for part in ("weight", "rot
 BAD_REQUESTS: list[tuple[str, dict[str, Tensor], dict[str, Any], str]] = [
     ("caa", EXAMPLES["caa"][0], {"scale": 1e5}, "scale"),
     ("caa", EXAMPLES["caa"][0], {"scales": 1.0}, "scales"),
-    ("actadd", EXAMPLES["actadd"][0], {"location": "mid"}, "location"),
+    ("actadd", EXAMPLES["actadd"][0], {"location": "centre"}, "location"),
     ("actadd", {"resid_pre.1.rows": numbers(3, 16)}, {"location": -2}, "location"),
     ("actadd", EXAMPLES["actadd"][0], {"row": 1}, "row"),
     ("repe", EXAMPLES["repe"][0], {"operator": "cubic"}, "operator"),
