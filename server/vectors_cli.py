@@ -19,7 +19,7 @@ from whipstaff.steering.artifacts import Header, Vector, packed, parse, read
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import FORMATS, PICKLES, import_file, import_pickle
 from whipstaff.steering.importers.importer import Hints
-from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.shape import ModelShape, config_shape
 from whipstaff.steering.where import SHORTHANDS, Where
 
 MODEL_HELP = (
@@ -287,19 +287,7 @@ def _configured(path: Path) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        text = config.get_text_config()
-        num_heads = text.num_attention_heads
-        experts = ("num_local_experts", "num_experts", "n_routed_experts")
-        return ModelShape(
-            architecture=(config.architectures or ["unnamed"])[0],
-            hidden_size=text.hidden_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=num_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or 0,
-            num_experts=next((number for name in experts if (number := getattr(text, name, None))), 0),
-        )
+        return config_shape(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError, AttributeError) as error:  # ValidationError is a ValueError
         raise ArgumentTypeError(f"{path} has no config.json that transformers knows: {error}") from error
 

@@ -80,9 +80,13 @@ class Vector:
             norms |= {f"{site}.{layer}.{part}": float(t.norm()) for part, t in parts.items() if part not in norms}
         return norms
 
+    def fits(self, model: ModelShape) -> bool:
+        """Whether it can be used on a model; only what edits heads asks for their size."""
+        return self.header.model.fits(model, has_heads="attn_head" in self.sites)
+
     def check_fits(self, model: ModelShape) -> None:
         """Raises: VectorMismatch, with both shapes."""
-        if not self.header.model.fits(model):
+        if not self.fits(model):
             raise VectorMismatch(
                 f"the vector was made for {_said(self.header.model)}, the served model is {_said(model)}", "vector"
             )

@@ -13,8 +13,8 @@ from whipstaff.steering.growth import Bound, bound
 from whipstaff.steering.method import EditParams, Place, Scaled
 from whipstaff.steering.ops import Diagonal, Op
 from whipstaff.steering.plan import RowEdit
-from whipstaff.steering.programs import OPEN, Program, Step, assemble
-from whipstaff.steering.sites import canonical, pool_of
+from whipstaff.steering.programs import Step, assemble, lines_of
+from whipstaff.steering.sites import canonical
 
 T = TypeVar("T")
 _MAX_SETTINGS = 256  # of one vector, whose weights and doses are kept
@@ -62,17 +62,21 @@ def _only_adds(op: Op) -> bool:
 
 
 class Weight(NamedTuple):
-    """What an edit takes of the engine's tables, and how far it reaches."""
+    """What an edit takes of the engine's tables, and how far it reaches.
 
-    num_lines: int
-    num_instructions: int
+    Edits that share a row take no more than the sum: neighbours that become one have fewer lines and instructions, and
+    lines that are the same are held once.
+    """
+
+    num_lines: int  # of the pool from which it takes most
+    num_instructions: int  # of its longest program
     bounds: tuple[tuple[Place, Bound], ...]
     only_adds: bool  # and so commutes with others that do
 
 
 def weigh(vector: Vector, edit: RowEdit) -> Weight:
     """Raises: SteeringError when the edit cannot be made so."""
-    return _weigh(vector, edit._replace(gate=OPEN))
+    return _weigh(vector, edit._replace(gate=edit.gate.outline))
 
 
 @_by_vector
@@ -80,15 +84,12 @@ def _weigh(vector: Vector, edit: RowEdit) -> Weight:
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
     made = edits_of(vector, edit)
-    lines: dict[str, set[int]] = {}
-    longest = 0
-    for place, ops in made.items():
-        program: Program = assemble([], [Step(ops, renorm=edit.renorm)])
-        lines.setdefault(pool_of(place.site), set()).update(line.data_ptr() for line in program.lines)
-        longest = max(longest, len(program.codes))
+    programs = {place: assemble([], [Step(ops, edit.gate, edit.renorm)]) for place, ops in made.items()}
+    num_lines = max(map(len, lines_of(programs).values()), default=0)
+    longest = max((len(program.codes) for program in programs.values()), default=0)
     bounds = tuple((place, bound(ops)) for place, ops in sorted(made.items(), key=lambda item: item[0].layer))
     only_adds = not edit.renorm and all(_only_adds(op) for ops in made.values() for op in ops)
-    return Weight(max(map(len, lines.values()), default=0), longest + _GATE_SIZE, bounds, only_adds)
+    return Weight(num_lines, longest, bounds, only_adds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +104,6 @@ def strongest(vector: Vector, edit: RowEdit, lengths: Lengths) -> Dose | None:
     """The largest relative dose of an edit, over the places whose lengths are known."""
     known = lengths.by_place
     return largest({place: dose(ops, known[place]) for place, ops in edits_of(vector, edit).items() if place in known})
-
-
-_GATE_SIZE = 5  # instructions of a gate and of its end
 
 
 def _can_normalize(vector: Vector, edit: RowEdit) -> bool:

@@ -100,7 +100,7 @@ class Method(ABC, Generic[P]):
 
     @abstractmethod
     def ops(self, tensors: Tensors, params: P, place: Place, model: ModelShape) -> Sequence[Op]:
-        """The edits at one place, applied in order; the same tensor objects wherever the numbers are the same."""
+        """The edits at one place, applied in order."""
 
     def spread(self, params: P, tensors: Mapping[Place, Tensors], where: Where) -> Iterator[tuple[P, Where]]:
         """The edit as one or more, each with its own tokens; most methods make one."""

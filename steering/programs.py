@@ -4,7 +4,7 @@ A row's entries are made in the order given. Neighbouring diagonal edits that ar
 instruction, so that three vectors cost what one costs; everything else follows in order.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from whipstaff.cuda_ext import Op as Code
+from whipstaff.steering.method import Place
 from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op
+from whipstaff.steering.sites import pool_of
 
 MAX_GROUP = 64  # directions that the kernel reads at once
-
-Instruction = tuple[list[int | Tensor | None], list[float]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,36 @@ class Gate:
         """Whether it can be anything but 0 and 1."""
         return self.lane >= 0 or self.ramp is not None
 
+    @property
+    def outline(self) -> "Gate":
+        """A gate that takes as many instructions and merges edits alike, whatever its numbers."""
+        ramp = None if self.ramp is None else (0, 0.0, 0.0, 0.0, 0.0)
+        return Gate(min(self.lane, 0), min(self.column, 0), ramp=ramp)
+
 
 OPEN = Gate()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of numbers that instructions read, and that tables hold once for each name.
+
+    Attributes:
+        numbers: (width,) float32.
+    """
+
+    name: Hashable
+    numbers: Tensor = field(compare=False, repr=False)
+
+    @staticmethod
+    def own(numbers: Tensor) -> "Line":
+        """A line that stands for itself alone, as those of diagonal edits: merged with others, they are new numbers."""
+        return Line(object(), numbers)
+
+    @staticmethod
+    def shared(numbers: Tensor) -> "Line":
+        """A line that is the same wherever its numbers are."""
+        return Line(numbers.numpy().tobytes(), numbers)
 
 
 @dataclass(frozen=True)
@@ -81,22 +109,30 @@ class Reading:
 class Program:
     """Instructions whose operands are lines, not yet placed in a pool.
 
-    `operands[i]` holds for every instruction its five integers; a Tensor stands for the line that will hold it.
+    `operands[i]` holds for every instruction its five integers; a Line stands for where that will be.
     """
 
     codes: list[int] = field(default_factory=list)
-    operands: list[list[int | Tensor]] = field(default_factory=list)
+    operands: list[list[int | Line]] = field(default_factory=list)
     numbers: list[list[float]] = field(default_factory=list)
     encodings: list[Encoding] = field(default_factory=list)
 
-    def add(self, code: Code, operands: Sequence[int | Tensor] = (), numbers: Sequence[float] = ()) -> None:
+    def add(self, code: Code, operands: Sequence[int | Line] = (), numbers: Sequence[float] = ()) -> None:
         self.codes.append(int(code))
         self.operands.append([*operands, *[0] * (5 - len(operands))])
         self.numbers.append([*numbers, *[0.0] * (6 - len(numbers))])
 
     @property
-    def lines(self) -> Iterator[Tensor]:
-        return (operand for operands in self.operands for operand in operands if isinstance(operand, Tensor))
+    def lines(self) -> Iterator[Line]:
+        return (operand for operands in self.operands for operand in operands if isinstance(operand, Line))
+
+
+def lines_of(programs: Mapping[Place, Program]) -> dict[str, list[Line]]:
+    """The lines that the programs of a row take, by pool, each once."""
+    found: dict[str, dict[Line, None]] = {}
+    for place, program in programs.items():
+        found.setdefault(pool_of(place.site), {}).update(dict.fromkeys(program.lines))
+    return {pool: list(lines) for pool, lines in found.items() if lines}
 
 
 def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool = False) -> Program:
@@ -104,7 +140,7 @@ def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool =
     program = Program()
     for reading in readings:
         flags = [reading.column, int(reading.is_latched), int(reading.is_cosine)]
-        program.add(Code.PROBE, [reading.direction, *flags], [0, 0, 0, 0, reading.bias])
+        program.add(Code.PROBE, [Line.own(reading.direction), *flags], [0, 0, 0, 0, reading.bias])
     gate = OPEN
     for (wanted, renorm), together in _stages(steps):
         if wanted != gate:
@@ -180,9 +216,9 @@ def _emit_gate(program: Program, gate: Gate) -> None:
 
 def _emit(program: Program, op: Op, source: str) -> None:
     if isinstance(op, Diagonal):
-        program.add(Code.DIAG, [-1 if op.mul is None else op.mul, -1 if op.add is None else op.add])
+        program.add(Code.DIAG, [-1 if row is None else Line.own(row) for row in (op.mul, op.add)])
     elif isinstance(op, Cross):
-        program.add(Code.CROSS, [op.mul, op.cross, op.stride])
+        program.add(Code.CROSS, [Line.own(op.mul), Line.own(op.cross), op.stride])
     else:
         _emit_directions(program, op, source)
 
@@ -197,8 +233,10 @@ def _emit_directions(program: Program, op: Directions, source: str) -> None:
     biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()
     sums = [0.0] * len(op.phi) if op.read is None or op.norm != "layer_norm" else op.read.sum(1).tolist()
     for index, phi in enumerate(op.phi):
-        read = -1 if op.read is None else op.read[index]
+        read = -1 if op.read is None else Line.shared(op.read[index])
         starts = int(index % MAX_GROUP == 0)
-        program.add(Code.DIR, [read, op.write[index], int(phi), starts], [*args[index], biases[index], sums[index]])
+        program.add(
+            Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index], sums[index]]
+        )
     if op.norm != "none":
         program.add(Code.NORM_IN, [0])

@@ -1,6 +1,7 @@
 """The shape of a model as steering sees it: its sites and how wide they are."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,12 +31,16 @@ class ModelShape(BaseModel):
     num_kv_heads: int = Field(0, ge=0, description="0 where a vector does not care")
     num_experts: int = Field(0, ge=0, description="routed experts per layer; 0 for dense models")
 
-    def fits(self, other: "ModelShape") -> bool:
-        """Whether what was made for this shape can be used on the other."""
-        same = self.model_dump(exclude={"architecture", "num_kv_heads", "num_experts"})
-        return all(getattr(other, name) == value for name, value in same.items()) and all(
+    def fits(self, other: "ModelShape", has_heads: bool = True) -> bool:
+        """Whether what was made for this shape can be used on the other.
+
+        Args:
+            has_heads: whether it holds numbers of single heads; what does not care about their size.
+        """
+        every = ("hidden_size", "num_layers", "num_heads", *(("head_dim",) if has_heads else ()))
+        return all(getattr(self, name) == getattr(other, name) for name in every) and all(
             0 in (mine := getattr(self, name), theirs := getattr(other, name)) or mine == theirs
-            for name in ("num_kv_heads", "num_experts")  # 0: it does not matter, or there are none
+            for name in (*(("num_kv_heads",) if has_heads else ()), "num_experts")
         )
 
     def width(self, site: Site) -> int:
@@ -43,3 +48,61 @@ class ModelShape(BaseModel):
         if site == "attn_head":
             return self.num_heads * self.head_dim
         return self.num_experts if site == "router" else self.hidden_size
+
+
+def config_shape(config: Any, text: Any = None) -> ModelShape:
+    """The whole model's shape, from its config: the same for a folder on a disk and for a model that is served.
+
+    Args:
+        config: a transformers config; only read.
+        text: the part of it that describes the language model; None: as transformers finds it.
+
+    Raises: AttributeError where the config says too little, ValueError where it makes no sense.
+    """
+    text = config.get_text_config() if text is None else text
+    num_layers = text.num_layers if text.model_type == "longcat_flash" else text.num_hidden_layers  # or sublayers
+    num_heads: int = text.num_attention_heads
+    return ModelShape(
+        architecture=(config.architectures or ["unnamed"])[0],
+        hidden_size=text.hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=_first(text, _HEAD_DIM) or text.hidden_size // num_heads,
+        num_kv_heads=_num_kv_heads(text) or num_heads,
+        num_experts=_num_experts(text),
+    )
+
+
+# Under latent attention a head has one size as a query and another, the first here, as what it gives.
+_HEAD_DIM = ("v_head_dim", "head_dim", "hidden_size_per_head", "attention_head_dim")
+_KV_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups")
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+
+
+def _num_kv_heads(text: Any) -> int:
+    """0 where every head has keys and values of its own."""
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    if blocks := [block.attention for block in _blocks(text) if not getattr(block.attention, "no_op", True)]:
+        return int(text.num_attention_heads // blocks[0].n_heads_in_group)
+    return _first(text, _KV_HEADS) or _first(getattr(text, "attn_config", None), ("kv_n_heads",))
+
+
+def _num_experts(text: Any) -> int:
+    parts = (text, getattr(text, "ffn_config", None), *_blocks(text))
+    return max(_first(part, _EXPERTS) for part in parts)
+
+
+def _blocks(text: Any) -> Iterable[Any]:
+    """The blocks of a model whose config describes each."""
+    return getattr(text, "block_configs", None) or ()
+
+
+def _first(config: Any, names: Iterable[str]) -> int:
+    """The first number above 0 under one of these names; 0 where there is none."""
+    for name in names:
+        value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        number = value[0] if isinstance(value, list) and value else value
+        if isinstance(number, int) and number > 0:
+            return number
+    return 0

@@ -19,7 +19,7 @@ from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowKeep, RowMeter, RowProbe, RowSpecial
-from whipstaff.steering.programs import Encoding, Program, Reading, Step, assemble, meter
+from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
 from whipstaff.steering.sites import canonical, entering, pool_of
 
 NOTHING = -1  # the address of tokens that are left alone
@@ -197,15 +197,13 @@ class Tables:
         programs = self._programs(row)
         longest = max((len(program.codes) for program in programs.values()), default=1)
         num_frames = max(1, -(-longest // FRAME_ROOM))
-        wanted: dict[str, dict[int, Tensor]] = {name: {} for name in self._pools}
-        for place, program in programs.items():
-            wanted[pool_of(place.site)].update((line.data_ptr(), line) for line in program.lines)
+        wanted = lines_of(programs)
         while len(self._free_frames) < num_frames or any(
             len(self._pools[name].free) < len(lines) for name, lines in wanted.items()
         ):
             self._evict(in_use)
         frames = [self._free_frames.pop() for _ in range(num_frames)]
-        addresses = {name: self._write_lines(self._pools[name], lines) for name, lines in wanted.items() if lines}
+        addresses = {name: self._write_lines(self._pools[name], lines) for name, lines in wanted.items()}
         self._write_code(programs, frames, addresses)
         self.num_uploads += 1
         self._held[row] = _Held(frames, {name: list(found.values()) for name, found in addresses.items()})
@@ -245,15 +243,15 @@ class Tables:
         return {place: assemble(readings.get(place, ()), steps.get(place, ()), place in kept) for place in touched}
 
     @staticmethod
-    def _write_lines(pool: Pool, lines: dict[int, Tensor]) -> dict[int, int]:
-        """Where each line went, by the memory it came from."""
+    def _write_lines(pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
+        """Where each line went."""
         places = [pool.free.pop() for _ in lines]
-        stacked = torch.stack([line[pool.mine] for line in lines.values()])
+        stacked = torch.stack([line.numbers[pool.mine] for line in lines])
         pool.lines[torch.tensor(places, device=pool.lines.device)] = stacked.to(pool.lines.device)
         return dict(zip(lines, places, strict=True))
 
     def _write_code(
-        self, programs: dict[Place, Program], frames: list[int], addresses: dict[str, dict[int, int]]
+        self, programs: dict[Place, Program], frames: list[int], addresses: dict[str, dict[Line, int]]
     ) -> None:
         room = len(frames) * FRAME
         code, args = torch.zeros(len(self.places), room, 6, dtype=torch.int32), torch.zeros(len(self.places), room, 6)
@@ -265,7 +263,7 @@ class Tables:
             index, found = self._index[place], addresses.get(pool_of(place.site), {})
             at = [FRAME * (i // FRAME_ROOM) + i % FRAME_ROOM for i in range(len(program.codes))]
             said = [
-                [what, *(found[operand.data_ptr()] if isinstance(operand, Tensor) else operand for operand in operands)]
+                [what, *(found[operand] if isinstance(operand, Line) else operand for operand in operands)]
                 for what, operands in zip(program.codes, program.operands, strict=True)
             ]
             for encoding in program.encodings:

@@ -58,13 +58,15 @@ class Region(BaseModel):
     wherever they stand.
 
     `prompt` windows count from the prompt's start, or from its end when negative; `generation` windows count generated
-    tokens from 0. An end of null is the end of that part. `tokens` are ids, or texts that are one token each.
+    tokens from 0. An end of null is the end of that part. `middle` windows count from the prompt's middle, the token at
+    its length // 2, to both sides. `tokens` are ids, or texts that are one token each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: Windows = "none"
     generation: Windows = "none"
+    middle: Annotated[list[Window], Field(min_length=1, max_length=64)] | None = None
     messages: Annotated[list[Messages], Field(min_length=1, max_length=64)] | None = None
     tokens: Annotated[list[Token], Field(min_length=1, max_length=256)] | None = None
 
@@ -78,6 +80,9 @@ class Region(BaseModel):
                 raise ValueError(f"generation window [{start}, {end}]: generated tokens are counted from 0 upwards")
             if end is not None and end <= start:
                 raise ValueError(f"generation window [{start}, {end}] is empty: windows are half-open, end > start")
+        for start, end in self.middle or ():
+            if end is not None and end <= start:
+                raise ValueError(f"middle window [{start}, {end}] is empty: windows are half-open, end > start")
         return self
 
     def intervals(self, prompt_len: int) -> list[Interval]:
@@ -85,6 +90,11 @@ class Region(BaseModel):
         found: list[Interval] = []
         for start, end in _listed(self.prompt):
             first, last = resolve_window(start, end, prompt_len)
+            if first < last:
+                found.append((first, last))
+        for start, end in self.middle or ():
+            first = max(prompt_len // 2 + start, 0)
+            last = prompt_len if end is None else min(prompt_len // 2 + end, prompt_len)
             if first < last:
                 found.append((first, last))
         for start, end in _listed(self.generation):
@@ -205,7 +215,7 @@ def _resolved(region: Region, spans: Spans, id_of: Ids, path: str) -> dict[str, 
             tokens = [token if isinstance(token, int) else id_of(token) for token in region.tokens]
         except SteeringError as error:
             raise SteeringError(str(error), f"where.{path}tokens") from None
-    return {"prompt": windows, "generation": region.generation, "tokens": tokens}
+    return {"prompt": windows, "generation": region.generation, "middle": region.middle, "tokens": tokens}
 
 
 def _from_start(index: int, length: int) -> int:

@@ -23,6 +23,7 @@ REGION = st.fixed_dictionaries(
     optional={
         "prompt": windows(PROMPT_WINDOW),
         "generation": windows(GENERATION_WINDOW),
+        "middle": st.lists(PROMPT_WINDOW, min_size=1, max_size=3),
         "tokens": st.just([3, 4]),
     },
 )
@@ -40,6 +41,9 @@ def selected(region: dict[str, Any], prompt_len: int, is_named: bool = False) ->
         chosen = region.get(name, "none")
         for start, end in [(0, None)] if chosen == "all" else [] if chosen == "none" else chosen:
             found |= set(positions[start:end])
+    for start, end in region.get("middle", ()):
+        offsets = ((position, position - prompt_len // 2) for position in range(prompt_len))
+        found |= {position for position, offset in offsets if start <= offset and (end is None or offset < end)}
     return found
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from transformers import AutoTokenizer
-from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
@@ -21,7 +21,7 @@ from whipstaff.server.engine.explain import listen
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout, max_tokens
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.needs import Hook, Needs
-from whipstaff.steering.shape import SITES, ModelShape
+from whipstaff.steering.shape import SITES, ModelShape, config_shape
 from whipstaff.steering.sites import CORE, entering
 
 _WORKERS = {
@@ -146,7 +146,7 @@ def configure(
         _refuse_lookahead(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     shape = model_shape(config.model_config)
-    needs = Needs.of((vector for vector in vectors if vector.header.model.fits(shape)), hooks := tuple(sites))
+    needs = Needs.of((vector for vector in vectors if vector.fits(shape)), hooks := tuple(sites))
     if "router" in hooks and not shape.num_experts:
         raise UnsupportedEngine("--steering-sites router: the served model has no experts")
     early = _early_layers(early_layers, config, shape)
@@ -180,16 +180,7 @@ def configure(
 
 def model_shape(config: ModelConfig) -> ModelShape:
     """The whole model's shape, whatever one rank holds of it."""
-    one_rank = ParallelConfig()
-    return ModelShape(
-        architecture=config.architectures[0],
-        hidden_size=config.get_hidden_size(),
-        num_layers=config.get_total_num_hidden_layers(),
-        num_heads=config.get_num_attention_heads(one_rank),
-        head_dim=config.get_head_size(),
-        num_kv_heads=config.get_total_num_kv_heads(),
-        num_experts=config.get_num_experts(),
-    )
+    return config_shape(config.hf_config, config.hf_text_config)
 
 
 def _early_layers(wanted: EarlyLayers, config: VllmConfig, shape: ModelShape) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Activation addition: x[p_i] <- x[p_i] + scale * rows[i], the states of a short prompt added to one of ours.
 
-Rows go to consecutive prompt positions, one each: from the front, at the back, or from any position on. The release's
-`mid` starts at len(prompt) // 2 - n // 2; name that number. Prompts with fewer tokens than rows are refused.
+Rows go to consecutive prompt positions, one each: from the front, around the middle, at the back, or from any position
+on. `mid` starts at len(prompt) // 2 - n // 2, as in the release. Prompts with fewer tokens than rows are refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +20,10 @@ _Start = Annotated[int, Field(strict=True, ge=-(1 << 30), lt=1 << 30)]
 
 
 class ActAddParams(Scaled):
-    location: Literal["front", "back"] | _Start = Field(
+    location: Literal["front", "mid", "back"] | _Start = Field(
         "front",
-        description="where row 0 goes: to the front, so that the last row meets the last token, or a position",
+        description="where row 0 goes: to the front, so that the rows lie around the middle or the last row meets the "
+        "last token, or a position",
     )
     row: int | None = Field(None, strict=True, ge=0, description="only this row; none: all of them")
 
@@ -54,11 +55,17 @@ class ActAdd(ScaledMethod[ActAddParams]):
         if where != Where.of(self.where):
             raise SteeringError("actadd's rows have positions of their own; say `location` instead", "where")
         num_rows = _num_rows(tensors)
-        start = params.location if isinstance(params.location, int) else 0 if params.location == "front" else -num_rows
         for row in range(num_rows) if params.row is None else [params.row]:
-            first = start + row
-            window = (first, None if first == -1 else first + 1)
-            yield params.model_copy(update={"row": row}), Where(prompt=[window])
+            yield params.model_copy(update={"row": row}), _position(params.location, row, num_rows)
+
+
+def _position(location: str | int, row: int, num_rows: int) -> Where:
+    """Where one row goes."""
+    if location == "mid":
+        first = row - num_rows // 2
+        return Where(middle=[(first, first + 1)])
+    first = row + (location if isinstance(location, int) else 0 if location == "front" else -num_rows)
+    return Where(prompt=[(first, None if first == -1 else first + 1)])
 
 
 def _num_rows(tensors: Mapping[Place, Tensors]) -> int:

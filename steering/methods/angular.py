@@ -9,7 +9,6 @@ how much: no angle is off.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -53,7 +52,6 @@ class Angular(Method[AngularParams]):
         return (directions(plane, plane, Phi.ANGLE, a=math.radians(params.angle), b=threshold),)
 
 
-@lru_cache(maxsize=256)  # by identity: places that share their directions share their plane
 def _plane(first: Tensor, second: Tensor) -> Tensor:
     """(2, width) orthonormal rows."""
     b1 = first / first.norm()

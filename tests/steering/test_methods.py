@@ -8,6 +8,8 @@ from typing import Any
 import goldens
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference import ops as reference
 from safetensors.torch import save
@@ -17,14 +19,18 @@ from transformers import AutoModelForCausalLM
 from whipstaff import cuda_ext
 from whipstaff.steering import methods
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Method, Place, Scaled
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.mote import Routing
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.ops import diagonal
-from whipstaff.steering.programs import Step, assemble
+from whipstaff.steering.plan import Row, RowEdit, RowKeep, RowProbe, num_slots
+from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_of
 from whipstaff.steering.shape import SITES, ModelShape
+from whipstaff.steering.sites import canonical
+from whipstaff.steering.tables import SiteSpec, Tables
 from whipstaff.steering.where import Where
 
 MODELS = ("gemma2_a", "gpt2_a", "llama_a", "mixtral_a", "qwen2_a")
@@ -32,6 +38,7 @@ CASES = [case for model in MODELS for case in goldens.cases(model)]
 OTHERS = [case for model in MODELS for case in goldens.others(model)]
 TOLERANCE = 2e-4  # logits, float32 model against float64 references (the goldens' README)
 ENTRY_FIELDS = {"renorm"}  # of a request's entry, not of a method
+CPU = torch.device("cpu")
 SHAPE = ModelShape(
     architecture="Toy", hidden_size=16, num_layers=3, num_heads=2, head_dim=8, num_kv_heads=1, num_experts=4
 )
@@ -305,14 +312,17 @@ def test_strength_is_how_far_to_go(name: str) -> None:
 
 
 def test_rows_of_one_file_share_their_numbers() -> None:
-    """Places without parts of their own give the engine the same tensors, so that it keeps them once."""
+    """The engine keeps the numbers of places without parts of their own once."""
+
+    def num_lines(ops: Mapping[Place, Any]) -> int:
+        return len(lines_of({place: assemble([], [Step(tuple(found))]) for place, found in ops.items()})["hidden"])
+
     ablation = ops_of(file_of("directional_ablation", {"direction": numbers(16)}))
-    assert len(ablation) == 3 * SHAPE.num_layers
-    assert len({op.write.data_ptr() for (op,) in ablation.values()}) == 1
+    assert len(ablation) == 3 * SHAPE.num_layers and num_lines(ablation) == 1
     directions = {"first_direction": numbers(16), "second_direction": numbers(16)}
     angular = ops_of(file_of("angular", directions), angle=90)
     assert Place("attn_in", 0) not in angular and len(angular) == 2 * SHAPE.num_layers - 1
-    assert len({op.write.data_ptr() for (op,) in angular.values()}) == 1
+    assert num_lines(angular) == 2
 
 
 def test_iti_normalises_its_directions_and_leaves_other_heads() -> None:
@@ -335,6 +345,14 @@ def test_actadd_has_a_position_for_every_row() -> None:
     assert windows() == [(0, [(0, 1)]), (1, [(1, 2)]), (2, [(2, 3)])]
     assert windows(location="back") == [(0, [(-3, -2)]), (1, [(-2, -1)]), (2, [(-1, None)])]
     assert windows(location=7, row=1) == [(1, [(8, 9)])]
+    spread = method.spread(method.params.model_validate({"location": "mid"}), vector.tensors, Where.of("prompt"))
+    clauses = [where for _, where in spread]
+    for prompt_len in range(3, 12):  # the release's rule
+        start = prompt_len // 2 - 3 // 2
+        assert [where.intervals(prompt_len) for where in clauses] == [[(start + n, start + n + 1)] for n in range(3)]
+    with pytest.raises(SteeringError):
+        for where in clauses:
+            where.check(prompt_len=2, max_tokens=4)
     last = Where(prompt=windows()[-1][1])
     with pytest.raises(SteeringError):  # a prompt of two tokens has none for the third row
         last.check(prompt_len=2, max_tokens=4)
@@ -586,7 +604,7 @@ REFT_FILE = {f"resid_post.1.{part}": numbers(40, 16) for part in ("weight", "rot
 BAD_REQUESTS: list[tuple[str, dict[str, Tensor], dict[str, Any], str]] = [
     ("caa", EXAMPLES["caa"][0], {"scale": 1e5}, "scale"),
     ("caa", EXAMPLES["caa"][0], {"scales": 1.0}, "scales"),
-    ("actadd", EXAMPLES["actadd"][0], {"location": "mid"}, "location"),
+    ("actadd", EXAMPLES["actadd"][0], {"location": "centre"}, "location"),
     ("actadd", {"resid_pre.1.rows": numbers(3, 16)}, {"location": -2}, "location"),
     ("actadd", EXAMPLES["actadd"][0], {"row": 1}, "row"),
     ("repe", EXAMPLES["repe"][0], {"operator": "cubic"}, "operator"),
@@ -680,8 +698,8 @@ def executed(ops: Any, x: Tensor) -> None:
     code = torch.zeros(len(program.codes), 6, dtype=torch.int32)
     for row, (number, operands) in enumerate(zip(program.codes, program.operands, strict=True)):
         for column, operand in enumerate(operands):
-            if isinstance(operand, Tensor):
-                lines.append(operand)
+            if isinstance(operand, Line):
+                lines.append(operand.numbers)
                 operands[column] = len(lines) - 1
         code[row] = torch.tensor([number, *operands])
     encoder, encoder_bias = next(((each.weight, each.bias) for each in program.encodings), (None, None))
@@ -690,3 +708,61 @@ def executed(ops: Any, x: Tensor) -> None:
     table = torch.stack(lines) if lines else torch.zeros(1, x.shape[1])
     gains, history = torch.ones(len(x), 1), torch.zeros(1, 1)
     cuda_ext.run_edits_(x, table, code, numbers_, tokens, gains, history, None, None, encoder, encoder_bias)
+
+
+PROGRAMS = [name for name in EXAMPLES if METHODS[name].served_by == "edits" and name != "probe"]
+GATES = [OPEN, Gate(lane=0), Gate(lane=1), Gate(column=0, on=0.5, off=0.5), Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0))]
+PROBE = file_of("probe", EXAMPLES["probe"][0])
+PLACES = sorted({canonical(Place(site, layer)) for site in SITES if site != "router" for layer in range(3)})
+
+
+@st.composite
+def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, RowEdit]:
+    """An entry whose file has the example's numbers at several places, some of them alike and some the same stream."""
+    name = name or draw(st.sampled_from(PROGRAMS))
+    tensors, said = EXAMPLES[name]
+    method: Any = METHODS[name]
+    examples = {label.split(".")[-1]: tensor for label, tensor in tensors.items()}
+    is_of_heads = next(iter(tensors)).startswith("attn_head")
+    sites = [site for site in method.sites if (site == "attn_head") == is_of_heads and site != "router"]
+    chosen = st.tuples(st.sampled_from(sites), st.integers(0, 2), st.sampled_from([1.0, 0.5]))
+    places = draw(st.lists(chosen, min_size=1, max_size=8, unique_by=lambda place: place[:2]))
+    placed = {f"{site}.{layer}.{part}": by * each for site, layer, by in places for part, each in examples.items()}
+    vector = file_of(name, examples if method.places(SHAPE) and draw(st.booleans()) else placed)
+    params = next(method.spread(method.params.model_validate(said), vector.tensors, Where.of(method.where)))[0]
+    edit = RowEdit(vector.digest, params.model_dump_json(), None, gate=draw(st.sampled_from(GATES)))
+    edit = edit._replace(renorm=draw(st.booleans()), normalize=draw(st.booleans()) and weigh(vector, edit).only_adds)
+    weight = weigh(vector, edit)
+    return vector, edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
+
+
+def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
+    """A model's tables, with room for the encoders of `vectors`."""
+    specs = [SiteSpec(place, 0, SHAPE.width(place.site)) for place in PLACES]
+    kept = {layer: torch.zeros(1, 16) for layer in (0, 2)}
+    held = Tables(specs, slots, SHAPE.num_layers, CPU, vectors.__getitem__, dict.fromkeys(PLACES, 100), kept)
+    assume(not any(map(held.reserve, vectors.values())))
+    return held
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject) -> None:
+    vector, edit = data.draw(entries(name))
+    held = room(1000, {vector.digest: vector})
+    held.acquire([(edit,)])
+    assert edit.num_lines == max(map(len, held._held[(edit,)].lines.values()))
+    assert edit.num_instructions == max(len(program.codes) for program in held._programs((edit,)).values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(entries(), max_size=4), min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_rows_that_fit_by_count_fit_the_tables(rows: list[Any], is_probed: bool, is_kept: bool) -> None:
+    """However their entries merge: the scheduler lets in what a step can hold."""
+    vectors = {vector.digest: vector for row in rows for vector, _ in row} | {PROBE.digest: PROBE}
+    probes = (RowProbe(PROBE.digest, 1, 0, False),) * is_probed
+    wanted: list[Row] = [
+        (*probes, *(edit for _, edit in row), *((RowKeep((0, 2)),) * is_kept)) for row in rows if row or is_probed
+    ]
+    room(sum(num_slots(row, SHAPE.num_layers) for row in set(wanted)), vectors).acquire(wanted)

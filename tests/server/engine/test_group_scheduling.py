@@ -24,7 +24,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from whipstaff.server.engine.launch import configure
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
 from whipstaff.server.engine.scheduler import AsyncSteeredScheduler, SteeredScheduler
+from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.planner import Planner, SteeringParams
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.tables import SiteSpec, Tables
 from whipstaff.steering.where import Where
 
 BLOCK, MAX_LEN = 16, 128
@@ -293,3 +298,58 @@ def test_random_groups(model: str, case: Case, seed: int) -> None:
     traffic.drain()
     traffic.check()
     assert len(traffic.asked) > 30
+
+
+SCHEDULES = [{"shape": "linear", "from": 1.0, "to": to, "tokens": 20} for to in (0.0, 0.5, 2.0)]
+
+
+def everywhere(model: str) -> Vector:
+    """A vector for every stream of the model, most of them edited as what leaves one block and enters the next."""
+    shape = ModelShape(architecture="Llama", hidden_size=96, num_layers=3, num_heads=4, head_dim=32)
+    tensors = {
+        f"{site}.{layer}.{part}": torch.randn(96)
+        for layer in range(3)
+        for site in ("resid_pre", "resid_post")
+        for part in ("add", "gain")
+    }
+    return parse(packed(Header(method="vector", model=shape), tensors))
+
+
+class Loading(Worker):
+    """A worker that also makes room for the rows of every step."""
+
+    def __init__(self, scheduler: Any, vector: Vector, num_slots: int) -> None:
+        super().__init__(scheduler)
+        places = [Place("resid_pre", 0), *(Place("resid_post", layer) for layer in range(3))]
+        specs = [SiteSpec(place, 0, 96) for place in places]
+        self.tables = Tables(specs, num_slots, 3, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+
+    def run(self, output: Any) -> ModelRunnerOutput:
+        self.tables.acquire(row for name in output.num_scheduled_tokens for row in self.scheduler._placed[name].rows)
+        return super().run(output)
+
+
+@pytest.mark.parametrize("is_async", (False, True))
+def test_requests_with_more_lines_than_there_is_room_for_wait(
+    model: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request has three schedules over a file of many lines; no step may ask for more than the tables hold."""
+    case, vector = Case(is_async=is_async, num_blocks=200, max_num_seqs=16, budget=512, num_slots=16), everywhere(model)
+    traffic = Traffic(model, case, seed=0)
+    traffic.worker = worker = Loading(traffic.scheduler, vector, case.num_slots)
+
+    def steered(members: int) -> dict[str, Any]:
+        planner = Planner()
+        for schedule in SCHEDULES:
+            params = SteeringParams.model_validate({"vector": "v", "where": "all", "schedule": schedule})
+            planner.add(params, {"scale": traffic.chance.random()}, vector, None)
+        return {KEY: RequestPlan(planner.plan).to_wire()}
+
+    monkeypatch.setattr(traffic, "plan", steered)
+    for _ in range(16):
+        traffic.add(members=0)
+    traffic.step()
+    assert 0 < len(traffic.scheduler._held) < 16
+    traffic.drain()
+    traffic.check()
+    assert worker.tables.num_uploads == 16 and all(str(asked.end) == "length" for asked in traffic.asked.values())

@@ -89,7 +89,9 @@ def files() -> dict[str, File]:
         ),
         "function_vector": file("function_vector", scales, heads(add=(0.5, HEAD))),
         "task_vector": file("task_vector", [{"scale": 0.5}, {}], {"resid_post.1.state": normal(WIDTH)}),
-        "actadd": file("actadd", [{}, {"location": "back"}], {"resid_pre.1.rows": normal(4, WIDTH)}),
+        "actadd": file(
+            "actadd", [{}, {"location": "mid"}, {"location": "back"}], {"resid_pre.1.rows": normal(4, WIDTH)}
+        ),
         "iti": file("iti", [{"scale": 2.0}], heads(direction=(1.0, HEAD)) | _on_heads("sigma", torch.ones(HEADS))),
         "lofit": file("lofit", scales, heads(A=(0.4, HEAD), v=(0.4, HEAD))),
         "site": file("site", [{}], heads(task=(1.0, HEAD)) | _on_heads("alpha", torch.tensor([0.0, 0.3, 0.6, 1.0]))),
@@ -192,6 +194,7 @@ class Answers:
     num_steps: int  # that it took together
     ordered: list[Any]  # to `ordered`
     by_token: Any  # to `by_token`
+    around: list[Any]  # to `around`
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +206,8 @@ def answers(path: str) -> Answers:
         together = engine.generate(*asks)
         num_steps = engine.counters()["steps"] - before
         alone = [engine.generate(one)[0] for one in asks]
-        return Answers(together, alone, num_steps, engine.generate(*ordered()), engine.generate(by_token())[0])
+        apart = engine.generate(*ordered()), engine.generate(by_token())[0], engine.generate(*around())
+        return Answers(together, alone, num_steps, *apart)
     finally:
         engine.close()
 
@@ -244,6 +248,27 @@ def test_edits_are_made_in_the_order_given(answers: Answers, path: str) -> None:
             assert said[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
         found.append(logits)
     assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def around() -> list[Ask]:
+    """ActAdd's rows around the middle of prompts of odd lengths."""
+    return [ask(prompt, {"vector": "actadd", "location": "mid"}) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_rows_lie_around_the_middle_as_in_the_release(answers: Answers, path: str, index: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt, rows = PROMPTS[index], FILES["actadd"].data["resid_pre.1.rows"]
+    first = len(prompt) // 2 - len(rows) // 2
+    edits = [
+        reference.Edit("resid_pre", 1, [Diagonal(None, row)], lambda position, _, at=first + n: position == at)
+        for n, row in enumerate(rows)
+    ]
+    tokens, logits = reference.greedy(model, prompt, NUM_TOKENS, edits)
+    assert list(answers.around[index].outputs[0].token_ids) == tokens
+    for token, said, row in zip(tokens, answers.around[index].outputs[0].logprobs, logits.log_softmax(-1), strict=True):
+        assert said[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+    assert (logits - reference.greedy(model, prompt, NUM_TOKENS, [])[1]).abs().max() > 0.1
 
 
 TOKENS = PROMPTS[1][2:5]
