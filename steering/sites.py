@@ -1,4 +1,4 @@
-"""Finding the places to edit in any decoder model, by structure and never by the model's name.
+"""Finding the places to edit in a decoder model, by structure and never by the model's name.
 
 A decoder is a list of blocks, each holding an attention module and, beside it, an MLP or a mixture of experts. The
 residual stream after a block is the block's output; the head outputs are what the attention's output projection
@@ -91,7 +91,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:
-    attention = next(child for child in block.children() if any(map(kinds.is_attention, child.modules())))
+    attention = next((child for child in block.children() if any(map(kinds.is_attention, child.modules()))), None)
+    if attention is None:
+        raise SitesNotFound(f"layer {index}: {type(block).__name__} has no attention; hybrid models cannot be steered")
     first, last = _mlp(block, attention, kinds.is_linear)
     projection = _output_projection(block, kinds.is_attention, kinds.is_projection, index)
     return DecoderLayer(index, block, attention, projection, first, last)

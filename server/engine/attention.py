@@ -114,14 +114,11 @@ class Stretch:
     edit: AttentionEdit
 
 
-def outside(spans: Iterable[tuple[int, int]], prompt_len: int) -> list[tuple[int, int]]:
-    """The windows of the prompt that no span covers, for PASTA's `exclude`."""
-    found, reached = [], 0
-    for start, end in [*sorted(spans), (prompt_len, prompt_len)]:
-        if reached < start:
-            found.append((reached, min(start, prompt_len)))
-        reached = max(reached, end)
-    return found
+def outside(span: tuple[int, int], prompt_len: int) -> list[tuple[int, int]]:
+    """The windows of the prompt that a span does not cover, for PASTA's `exclude`."""
+    start, end = (min(place, prompt_len) for place in span)
+    windows = [(0, start), (max(start, end), prompt_len)]
+    return [(first, last) for first, last in windows if first < last]
 
 
 def require_eager_attention(config: CompilationConfig) -> None:

@@ -356,7 +356,10 @@ class Decoder:
             if rewritten is not logits:
                 logits[task.rows] = rewritten
             if self._snapshot is not None:
-                self._snapshot.note_facts([step.roster.seats[index].row for index in task.seats], given.facts)
+                read = [step.roster.seats[index].row for index in task.seats]
+                self._snapshot.note_facts(read, given.facts)
+                if given.early is not None:
+                    self._snapshot.note_early(read, given.early_layers, given.early)
             if given.state is not None:
                 self._keep_state(task, given)
                 self._noted.append((task, given))

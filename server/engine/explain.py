@@ -77,6 +77,13 @@ class Snapshot:
         if row in self._at:
             self._streams.append((self._at[row], name, logits[: self._final.shape[1]]))
 
+    def note_early(self, rows: Sequence[int], layers: Sequence[Sequence[int]], early: Tensor) -> None:
+        """The early layers that a method read of its rows: (P, V) row after row, of which only ours are kept."""
+        pairs = [(row, layer) for row, own in zip(rows, layers, strict=True) for layer in own]
+        for (row, layer), logits in zip(pairs, early, strict=True):
+            if row in self._at:
+                self.note_stream(row, f"layer {layer}", logits.clone())
+
     def note_facts(self, rows: Sequence[int], facts: Mapping[str, Tensor]) -> None:
         """What a method said of its rows: (len(rows),) or (len(rows), ...) each."""
         for name, values in facts.items():

@@ -172,7 +172,7 @@ def score_biases(params: PastaParams, prompt_len: int) -> Iterator[ScoreBias]:
     """PASTA's additions to scores, one per span as in the release; they add up."""
     for start, end in params.spans:
         span = resolve_window(start, end, prompt_len)
-        windows = outside([span], prompt_len) if params.scale_position == "exclude" else [span]
+        windows = outside(span, prompt_len) if params.scale_position == "exclude" else [span]
         amounts = tuple((first, last, float(np.log(params.alpha))) for first, last in windows)
         for layer, heads in params.heads.items():
             yield ScoreBias(layer, tuple(heads), amounts)

@@ -1,5 +1,6 @@
 """Co-LLM against the authors' decoding loop on table models, and a plain computation."""
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,26 @@ def test_tokens_are_those_of_the_official_loop(case: dict[str, Any]) -> None:
         chances.append(chance)
     assert text == case["output"]
     assert chances == pytest.approx(case["deferral_prob"], abs=1e-5)
+    assert sum(chance > threshold_at(params, done) for done, chance in enumerate(chances)) == case["n_assistant_calls"]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("strategy", ["defer", "compose"])
+def test_texts_from_every_token_of_the_table_models(strategy: str, threshold: float) -> None:
+    """The recorded text never makes the base unsure enough for 0.6; others do."""
+    params, differ = CoLlmParams(**ONE, threshold=threshold, strategy=strategy), 0
+    for first in range(2, 50):
+        last = first
+        for done in range(6):
+            row, chance = step(params, last, done)
+            base, assistant = (TENSORS[f"dec.{name}_table"][last].tolist() for name in ("base", "assistant"))
+            logit = TENSORS["dec.defer_logit_table"][last].tolist()
+            expected = reference.rewrite(base, assistant, [logit], [1.0], 0.0, threshold, strategy)
+            assert chance == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
+            torch.testing.assert_close(row, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+            last = int(row.argmax())
+            differ += last != max(range(50), key=lambda v, base=base: base[v])  # type: ignore[misc]
+    assert differ > 10
 
 
 def test_limits_are_one_model_alone() -> None:

@@ -22,10 +22,10 @@ def test_the_run_is_the_golden_one() -> None:
         assert float(state) == pytest.approx(step["mu_before"], abs=1e-4)
         assert int((rows.logits > -torch.inf).sum()) == step["kept"]
         best_first, order = rows.logits[0].softmax(0).sort(descending=True)
-        drawn = int(order[int((best_first.cumsum(0) <= uniform).sum())])
+        assert step["token"] == int(order[int((best_first.cumsum(0) <= uniform).sum())])
         METHOD.note(rows, [params], torch.tensor([step["token"]]))
         assert float(state) == pytest.approx(step["mu_after"], abs=1e-4)
-        assert drawn == step["token"] or int((row > row[step["token"]]).sum()) < step["kept"]
+        assert 10 * (step["mu_before"] - float(state)) + 3 == pytest.approx(step["observed_surprise"], abs=1e-2)
 
 
 def test_a_plain_run() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from decodings import golden
 
+from whipstaff.decoding.draw import temper, truncate
 from whipstaff.decoding.method import DecodingError
 from whipstaff.decoding.methods.proxy_tuning import ProxyTuning, ProxyTuningParams
 from whipstaff.decoding.mix import MixedRow, mix_rows
@@ -26,6 +27,27 @@ def mixed(case: dict[str, Any]) -> torch.Tensor:
 def test_scores_are_those_of_the_official_class(name: str) -> None:
     torch.testing.assert_close(mixed(CASES[name]), TENSORS[f"{name}.dexperts"].float(), atol=1e-4, rtol=0)
     assert mixed(CASES[name]).argmax(-1).tolist() == CASES[name]["output"]
+
+
+def test_temperature_and_top_p_come_after_the_mix() -> None:
+    """What was recorded of `warp` is what its argmax saw."""
+    case = CASES["warp"]
+    scores = truncate(temper(mixed(case), torch.full((8,), case["temperature"])), top_p=torch.full((8,), case["top_p"]))
+    recorded = TENSORS["warp.dexperts"].float()
+    assert torch.equal(torch.isneginf(scores), torch.isneginf(recorded))
+    assert 0 < int(torch.isneginf(scores).sum()) < scores.numel() - len(scores)
+    torch.testing.assert_close(scores, recorded, atol=1e-4, rtol=0)
+    assert scores.argmax(-1).tolist() == case["output"]
+
+
+def test_penalties_come_after_the_mix() -> None:
+    """HF's rule, by hand, on the tokens so far."""
+    case, scores = CASES["reppen"], mixed(CASES["reppen"])
+    for step, row in enumerate(scores):
+        seen = list({*case["prompt"], *case["output"][:step]})
+        row[seen] = torch.where(row[seen] > 0, row[seen] / 1.2, row[seen] * 1.2)
+    torch.testing.assert_close(scores, TENSORS["reppen.dexperts"].float(), atol=1e-4, rtol=0)
+    assert scores.argmax(-1).tolist() == case["output"]
 
 
 def test_a_model_against_itself_is_refused() -> None:

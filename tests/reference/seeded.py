@@ -1,5 +1,8 @@
-"""vLLM's random numbers for a seed: the best token of logits / temperature + noise is the one that is drawn."""
+"""vLLM's random numbers for a seed: the best token of logits / temperature + noise is the one that is drawn. And the
+numbers that methods draw themselves.
+"""
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,12 @@ def noise(runner: str, seed: int, num_prompt: int, num_tokens: int, vocabulary: 
         else:  # vllm/v1/worker/gpu/sample/gumbel.py
             uniform = 1 - _of_position(seed, num_prompt + step - 1, vocabulary)
         yield torch.from_numpy(-np.log(-np.log(uniform)))
+
+
+def number(seed: int, position: int, method: str) -> float:
+    """In [0, 1): SplitMix64 of the request's seed and the method's name, at the position of the last token."""
+    start = (seed ^ zlib.crc32(method.encode())) * 0xD1342543DE82EF95 + position * 0x9E3779B97F4A7C15
+    return int(_split_mix(np.array([start % 2**64], _U64))[0] >> _U64(40)) / 2**24
 
 
 def _of_step(seed: int, vocabulary: int) -> Any:

@@ -299,10 +299,11 @@ def test_explanations_are_what_transformers_computes(complete: Post, reference: 
         log_p, log_q = final[position].log_softmax(-1), seen["base"][position].log_softmax(-1)
         kl = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0).sum()
         assert record["kl"] == pytest.approx(kl.item(), abs=TOLERANCE)
-        named = {"proxy_tuning": ["expert", "anti"], "co_llm": ["expert"]}.get(name or "", [])
+        layers = [f"layer {layer}" for layer in DOLA["layers"]]
+        named = {"proxy_tuning": ["expert", "anti"], "co_llm": ["expert"], "dola": layers}.get(name or "", [])
         assert list(record["streams"]) == named
         for stream in named:
-            assert_seen(record["streams"][stream], seen[stream][position], token)
+            assert_seen(record["streams"][stream], seen[stream.removeprefix("layer ")][position], token)
         facts = record["facts"]
         assert facts.keys() == {"dola": {"layer"}, "co_llm": {"defer_probability"}}.get(name or "", set())
         if name == "dola":

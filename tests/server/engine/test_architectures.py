@@ -167,8 +167,8 @@ def _norm(model: Any) -> Any:
 
 
 def test_golden_cases(served: Served) -> None:
-    """The papers' own code on these models, all cases at once in one batch: prompt logits, tokens, step logits. Those
-    of which there is a file as its community has it once more, with the vector out of that."""
+    """All cases of these models at once in one batch: prompt logits, tokens, step logits. Those of which there is a
+    file as its community has it once more, with the vector out of that."""
     cases = [*goldens.cases(served.name), *goldens.others(served.name)] if served.name in GOLDEN else []
     if served.name in RANDOM:
         assert not cases
@@ -183,10 +183,14 @@ def test_golden_cases(served: Served) -> None:
         for position, said in enumerate(output.prompt_logprobs[-len(prompt_rows) + 1 :]):
             for token, entry in said.items():
                 assert entry.logprob == pytest.approx(prompt_rows[position, token].item(), abs=TOLERANCE), case.name
-        if "greedy_ids_f64" not in case.io:
-            continue
-        assert list(output.outputs[0].token_ids) == case.io["greedy_ids_f64"].tolist(), case.name
-        steps = case.io["step_logits_f64"].log_softmax(-1)
+        last = case.io["logits_f64"][
+            -1:
+        ]  # all that there is of those that were scored once, and what is edited of them
+        if "base_last_logits_f64" in case.io:
+            assert (last - case.io["base_last_logits_f64"]).abs().max() > 100 * TOLERANCE, case.name
+        if "greedy_ids_f64" in case.io:
+            assert list(output.outputs[0].token_ids) == case.io["greedy_ids_f64"].tolist(), case.name
+        steps = case.io.get("step_logits_f64", last).log_softmax(-1)
         for step, said in zip(steps, output.outputs[0].logprobs, strict=True):
             for token, entry in said.items():
                 assert entry.logprob == pytest.approx(step[token].item(), abs=TOLERANCE), case.name

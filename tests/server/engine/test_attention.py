@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.attention import CacheLayout, outside, require_eager_attention
+from whipstaff.server.engine.specials import score_biases
+from whipstaff.steering.methods.attention import PastaParams
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,10 +88,8 @@ def test_golden_cases(bench: Bench) -> None:
                 engine.rpc("add_override", f"{name}{number}", *(edit[k] for k in ("layer", "head", "keys", "weights")))
                 asked.append([f"{name}{number}", len(prompt) - 1, len(prompt)])
         elif name == "pasta_exclude":
-            spans = [(*window, math.log(said["alpha"])) for window in outside(said["spans"], len(prompt))]
-            for layer, heads in said["heads"].items():
-                engine.rpc("add_bias", f"{name}{layer}", int(layer), heads, spans)
-                asked.append([f"{name}{layer}", 0, None])
+            own = {field: said[field] for field in ("heads", "spans", "alpha", "scale_position")}
+            asked = _pasta(engine, name, PastaParams(**own), len(prompt))
         elif name == "prefix_kv":
             rows = params["prompt_embeddings"]
             engine.rpc("add_prefix", name, save({"rows": rows.view(len(rows), 8, 2, 32)}))
@@ -103,6 +104,46 @@ def test_golden_cases(bench: Bench) -> None:
         assert list(output.outputs[0].token_ids) == case["greedy_ids_f64"].tolist()
         _assert_close(steps(output), case["step_logits_f64"])
     _assert_close(steps(plain), cases[0]["base_last_logits_f64"][None])
+
+
+def _pasta(engine: SteppingEngine, name: str, params: PastaParams, prompt_len: int) -> list[list[Any]]:
+    """What it comes to for a prompt of that length, given to the engine; what a request asks for."""
+    asked: list[list[Any]] = []
+    for number, bias in enumerate(score_biases(params, prompt_len)):
+        engine.rpc("add_bias", f"{name}{number}", bias.layer, list(bias.heads), list(bias.spans))
+        asked.append([f"{name}{number}", 0, None])
+    return asked
+
+
+HIGHLIGHTED: dict[str, tuple[list[tuple[int, int | None]], list[range]]] = {  # as requests say it, and of 20 tokens
+    "one": ([(5, 9)], [range(5, 9)]),
+    "apart": ([(2, 5), (-3, None)], [range(2, 5), range(17, 20)]),
+    "over each other": ([(4, 9), (2, 6), (5, 12)], [range(4, 9), range(2, 6), range(5, 12)]),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("bench", ["compiled"], indirect=True)
+def test_pasta_counts_every_span(bench: Bench) -> None:
+    """As the release's loop over spans does: of k, a key inside one is weakened k - 1 times, one outside all k times;
+    the other way round where the factor is for what is inside."""
+    prompt, heads = (
+        load_file(goldens.ROOT / "cases" / "pasta_exclude_llama" / "io.safetensors")["input_ids"].tolist(),
+        [0, 3],
+    )
+    asks, expected = [], []
+    for name, (spans, keys) in HIGHLIGHTED.items():
+        for position in ("exclude", "include"):
+            params = PastaParams(heads={1: heads}, spans=spans, alpha=0.2, scale_position=position)
+            asked = _pasta(bench.engine, f"{name} {position}", params, len(prompt))
+            asks.append((prompt, {"attention": asked}, 8, f"{name} {position}"))
+            counts = [sum((key in span) == (position == "include") for span in keys) for key in range(len(prompt))]
+            amounts = [(key, key + 1, count * math.log(0.2)) for key, count in enumerate(counts)]
+            expected.append(attended.greedy(bench.reference, prompt, 8, [(Bias(1, heads, amounts), 0, None)]))
+    for output, (tokens, rows) in zip(bench.engine.generate(*asks), expected, strict=True):
+        assert list(output.outputs[0].token_ids) == tokens
+        _assert_close(steps(output), rows)
+    assert all((one - other).abs().max() > 100 * TOLERANCE for (_, one), (_, other) in combinations(expected, 2))
 
 
 def _side_tensors(name: str, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,12 +237,12 @@ def _edits(
     return made
 
 
-def test_outside_of_spans() -> None:
-    assert outside([(5, 9)], 20) == [(0, 5), (9, 20)]
-    assert outside([(12, 14), (0, 3), (2, 6), (13, 13)], 14) == [(6, 12)]
-    assert outside([], 4) == [(0, 4)]
-    assert outside([(0, 99)], 4) == []
-    assert outside([(8, 12)], 4) == [(0, 4)]
+def test_outside_of_a_span() -> None:
+    assert outside((5, 9), 20) == [(0, 5), (9, 20)]
+    assert outside((0, 3), 14) == [(3, 14)]
+    assert outside((12, 14), 14) == [(0, 12)]
+    assert outside((0, 99), 4) == []
+    assert outside((8, 12), 4) == [(0, 4)]
 
 
 def test_graphs_are_split_at_attention() -> None:

@@ -1,13 +1,14 @@
 """Every decoding method through the engine, token by token against a loop over plain transformers.
 
 The loop recomputes everything at every token, one sequence at a time: logits and the last hidden state from
-transformers, then the request's methods on a batch of one. That the methods are what their papers say is shown below
-the engine (tests/decoding); here it is shown that each row gets its own method, parameters, tokens, head and state.
+transformers, then the request's methods by the plain computations of tests/reference, then the draw with vLLM's own
+noise. Nothing of it is the product's but the vectors that both are given.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,16 +17,14 @@ import torch
 from decodings import StubPrompt
 from engines import Ask, EngineUnderTest, edit
 from modes import ON_V1
-from reference import steered
+from reference import seeded, steered
+from reference.decoded import Decoding, Seen
 from torch import Tensor
 
-from whipstaff.decoding.draw import temper, truncate
-from whipstaff.decoding.method import STAGES, Mixing, Rewriting, setting_type
+from whipstaff.decoding.method import Mixing
 from whipstaff.decoding.methods import METHODS
-from whipstaff.decoding.mix import MAIN, Mix, added
+from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.decoding.rows import Rows
-from whipstaff.server.engine.decoder import uniforms
 from whipstaff.server.engine.request import RequestPlan
 from whipstaff.steering.artifacts import Header, Vector
 from whipstaff.steering.plan import SteeringPlan
@@ -36,6 +35,8 @@ from .conftest import Shared
 pytestmark = pytest.mark.engine
 
 NUM_TOKENS, SEED, HIDDEN = 12, 17, 96
+TEMPERATURE, TOP_K = 0.9, 60  # of requests that draw
+NEAR = 1e-3  # of scores: two tokens that near may change places between float32 implementations
 PAIR = {"expert": "expert", "antiexpert": "anti"}
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "proxy_tuning": [{"method": "proxy_tuning", **PAIR}],
@@ -90,13 +91,12 @@ class Letters:
         return [ord(letter) % tiny.VOCABULARY for letter in text]
 
 
-@dataclass
-class Sequence_:
-    """One request of the loop: its methods and what they keep from token to token."""
-
-    plan: DecodingPlan
-    num_prompt: int
-    state: dict[str, Tensor] = field(default_factory=dict)
+LETTERS: dict[str, Any] = {  # what the rules come to: those of their texts that are one letter
+    "style": {ord("<"): -4.0, ord("|"): -4.0, ord("I"): -5.0, ord("\n"): 1.0, ord("!"): 1.0},
+    "ends": (2,),
+    "user": StubPrompt().user,
+    "breakers": frozenset(map(ord, '\n:"*')),
+}
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Bench:
 
     def ask(self, name: str, prompt: list[int], steering: SteeringPlan | None = None) -> Ask:
         sampling: dict[str, Any] = {"temperature": 1.0, "seed": SEED} if name in SAMPLED else {}
-        draw = Draw(temperature=0.9, top_k=60) if name in SAMPLED else None
+        draw = Draw(temperature=TEMPERATURE, top_k=TOP_K) if name in SAMPLED else None
         plan = self.plan((ENTRIES | SAMPLED)[name], draw)
         return Ask(prompt, RequestPlan(steering, plan), NUM_TOKENS, sampling)
 
@@ -153,78 +153,39 @@ class Bench:
                 found.append(steered.Edit(site, layer, scale, None, parts["add"], lambda position, prompt_len: True))
         return found
 
-    def step(self, one: Sequence_, ids: list[int], steering: SteeringPlan | None) -> Tensor:
-        """(V,) what the next token is drawn from, greedy if one is left or the best is taken."""
-        row = self.logits("base", ids, one.num_prompt, steering)
-        if one.plan.mix is not None:
-            row = self.mixed(one.plan.mix, row, ids)
-        applied = [(METHODS[rewrite.method], rewrite) for rewrite in one.plan.rewrites]
-        draw = one.plan.draw
-        for stage in STAGES:
-            if stage == "temperature" and draw and not any(m.stage == "temperature" for m, _ in applied):
-                row = temper(row[None].clone(), torch.tensor([draw.temperature]))[0]
-            if stage == "truncation" and draw:
-                row = truncate(row[None].clone(), torch.tensor([draw.top_k]))[0]
-            for method, rewrite in sorted(applied, key=lambda pair: list(METHODS).index(pair[0].name)):
-                if method.stage == stage:
-                    assert isinstance(method, Rewriting)
-                    row = self.rewritten(method, rewrite, row, one, ids, steering)
-        return row
+    def decoding(self, name: str, prompt: list[int]) -> Decoding:
+        """A request as the loop decodes it."""
+        drawn: dict[str, Any] = {"seed": SEED, "temperature": TEMPERATURE, "top_k": TOP_K} if name in SAMPLED else {}
+        heads = {kind: {part: x.tolist() for part, x in file.unplaced.items()} for kind, file in self.heads.items()}
+        return Decoding((ENTRIES | SAMPLED)[name], len(prompt), heads, **drawn, **LETTERS)
 
-    def mixed(self, mix: Mix, row: Tensor, ids: list[int]) -> Tensor:
-        """The formula, term by term."""
-        total = torch.zeros_like(row)
-        for term in mix.terms:
-            logits = row if term.stream == MAIN else self.logits(term.stream.model, ids, 0, None)
-            logits = logits / term.temperature
-            total += term.weight * (logits.log_softmax(-1) if term.log_softmax else logits)
-        p = row.softmax(-1)
-        above = torch.stack([p[p > one].sum() for one in p])
-        keep = (p >= mix.terms[0].alpha * p.max()) & (above <= mix.terms[0].top_p)
-        return total.masked_fill(~keep, -torch.inf)
+    def seen(self, ids: list[int], num_prompt: int, steering: SteeringPlan | None) -> Seen:
+        others = {name: self.logits(name, ids, 0, None).tolist() for name in ("expert", "anti")}
+        base = self.logits("base", ids, num_prompt, steering).tolist()
+        return Seen(base, others, self.hidden(ids, num_prompt, steering).tolist())
 
-    def rewritten(
-        self, method: Any, rewrite: Rewrite, row: Tensor, one: Sequence_, ids: list[int], steering: SteeringPlan | None
-    ) -> Tensor:
-        setting = setting_type(method).model_validate_json(rewrite.setting)
-        given = Rows(row[None].clone(), [one.num_prompt], [max(0, len(ids) - one.num_prompt)])
-        given.tokens = torch.tensor([ids])
-        given.hidden = self.hidden(ids, one.num_prompt, steering)[None]
-        given.temperature = torch.tensor([one.plan.draw.temperature if one.plan.draw else 1.0])
-        given.uniform = torch.from_numpy(uniforms([SEED], [len(ids) - 1], method.name))
-        given.state = one.state.setdefault(method.name, torch.full((1, method.num_state), torch.nan))
-        given.streams = {
-            name: self.logits(model, ids, 0, None)[None]
-            for name, model in zip(method.stream_fields, rewrite.streams, strict=True)
-        }
-        by_digest = {head.digest: head for head in self.heads.values()}
-        given.heads = {
-            name: by_digest[digest].unplaced for name, digest in zip(method.head_fields, rewrite.heads, strict=True)
-        }
-        return method.rewrite(given, [setting])[0]
+    def check(self, name: str, ask: Ask, tokens: list[int]) -> int:
+        """Every token is the best one, or the one that is drawn; how many were banned."""
+        key = repr((self.mode[:2], name, ask.prompt, tokens, ask.plan and ask.plan.steering))
+        if key not in CHECKED:
+            CHECKED[key] = self._banned(name, ask, tokens)
+        return CHECKED[key]
 
-    def note(self, one: Sequence_, row: Tensor, token: int) -> None:
-        for rewrite in one.plan.rewrites:
-            method: Any = METHODS[rewrite.method]
-            if method.num_state:
-                setting = setting_type(method).model_validate_json(rewrite.setting)
-                given = Rows(row[None], [one.num_prompt], [0], state=one.state[method.name])
-                method.note(given, [setting], torch.tensor([token]))
-
-    def check(self, ask: Ask, tokens: list[int]) -> int:
-        """Every token is the best one, or one of those allowed where the request draws; how many were banned."""
-        assert ask.plan is not None and ask.plan.decoding is not None
-        one, ids, banned = Sequence_(ask.plan.decoding, len(ask.prompt)), list(ask.prompt), 0
-        for token in tokens:
-            row = self.step(one, ids, ask.plan.steering)
-            if ask.plan.decoding.draw is None:
-                assert token == int(row.argmax()), (ids, token, row.topk(3))
-            else:
-                assert row[token] > -torch.inf, (ids, token, row.topk(3))
-                banned += int((row == -torch.inf).sum())
-            self.note(one, row, token)
+    def _banned(self, name: str, ask: Ask, tokens: list[int]) -> int:
+        assert ask.plan is not None
+        one, ids, banned = self.decoding(name, ask.prompt), list(ask.prompt), 0
+        noise = seeded.noise(self.mode[:2], SEED, len(ids), len(tokens), tiny.VOCABULARY)
+        for token, drawn in zip(tokens, noise, strict=True):
+            row = one.row(ids, self.seen(ids, len(ask.prompt), ask.plan.steering))
+            scores = torch.tensor(row, dtype=torch.float64) + (drawn if name in SAMPLED else 0)
+            assert scores.max() - scores[token] < NEAR, (name, len(ids), token, scores.topk(3))
+            banned += row.count(-math.inf)
+            one.note(row, token)
             ids.append(token)
         return banned
+
+
+CHECKED: dict[str, int] = {}  # by request and answer: every mode serves the same models
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +235,8 @@ def test_every_method_at_once(bench: Bench) -> None:
     banned = 0
     for _ in range(1 if bench.mode.startswith("v2") else 2):
         found = bench.engine.tokens(*asks, *plain)
-        for ask, tokens in zip(asks, found[: len(asks)], strict=True):
-            banned += bench.check(ask, tokens)
+        for name, ask, tokens in zip(names, asks, found[: len(asks)], strict=True):
+            banned += bench.check(name, ask, tokens)
         for ask, tokens in zip(plain, found[len(asks) :], strict=True):
             assert tokens == steered.greedy(bench.models["base"], ask.prompt, NUM_TOKENS)
     assert banned > 0
@@ -296,8 +257,8 @@ def test_steering_and_decoding_in_one_request(bench: Bench) -> None:
     steering = SteeringPlan((edit(bench.vector, 1.5, Where.of("all")),))
     names = ["rules_and_mix", "co_llm", "kwd", "mirostat_mixed"]
     asks = [bench.ask(name, prompt, steering) for name, prompt in zip(names, prompts(4, 6), strict=True)]
-    for ask, tokens in zip(asks, bench.engine.tokens(*asks), strict=True):
-        bench.check(ask, tokens)
+    for name, ask, tokens in zip(names, asks, bench.engine.tokens(*asks), strict=True):
+        bench.check(name, ask, tokens)
     unsteered = [Ask(ask.prompt, replace(ask.plan, steering=None), NUM_TOKENS, ask.sampling) for ask in asks]
     assert bench.engine.tokens(*unsteered) != bench.engine.tokens(*asks)
 
@@ -307,10 +268,9 @@ def test_penalties_follow_the_mix(bench: Bench) -> None:
     ask = bench.ask("contrastive", prompts(1, 8)[0])
     ask.sampling = {"repetition_penalty": 1.4}
     (tokens,) = bench.engine.tokens(ask)
-    assert ask.plan is not None and ask.plan.decoding is not None
-    one, ids = Sequence_(ask.plan.decoding, len(ask.prompt)), list(ask.prompt)
+    one, ids = bench.decoding("contrastive", ask.prompt), list(ask.prompt)
     for token in tokens:
-        row = bench.step(one, ids, None)
+        row = torch.tensor(one.row(ids, bench.seen(ids, len(ask.prompt), None)))
         seen = torch.zeros_like(row, dtype=torch.bool)
         seen[ids] = True
         row = torch.where(seen, torch.where(row > 0, row / 1.4, row * 1.4), row)
@@ -345,10 +305,11 @@ def test_prompt_log_probabilities_are_those_of_the_decoded_model(bench: Bench) -
     asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(8, 10)[3::4] * 2, strict=True)]
     for ask in asks:
         ask.max_tokens, ask.sampling = 1, {"prompt_logprobs": 0}
-    for ask, output in zip(asks, bench.engine.generate(*asks, bench.ask("dry", [5, 6, 7])), strict=False):
-        assert ask.plan is not None and ask.plan.decoding is not None
+    outputs = bench.engine.generate(*asks, bench.ask("dry", [5, 6, 7]))
+    for name, ask, output in zip(names, asks, outputs, strict=False):
+        one = bench.decoding(name, ask.prompt)
         for position in range(1, len(ask.prompt), 7):
-            one = Sequence_(ask.plan.decoding, len(ask.prompt))
-            row = bench.step(one, ask.prompt[:position], None).log_softmax(-1)
+            ids = ask.prompt[:position]
+            row = torch.tensor(one.row(ids, bench.seen(ids, len(ask.prompt), None))).log_softmax(-1)
             said = output.prompt_logprobs[position][ask.prompt[position]].logprob
             assert said == pytest.approx(float(row[ask.prompt[position]]), abs=5e-4)

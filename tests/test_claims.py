@@ -1,0 +1,157 @@
+"""What the READMEs say that can be counted: methods, goldens, flags, endpoints, limits, files."""
+
+import json
+import re
+from argparse import ArgumentParser
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from fastapi.routing import APIRoute
+
+from whipstaff.decoding.method import STAGES
+from whipstaff.decoding.methods import METHODS as DECODING
+from whipstaff.decoding.methods import dry
+from whipstaff.server import admin, routes
+from whipstaff.server.settings import Settings
+from whipstaff.steering import conditions, planner
+from whipstaff.steering.methods import METHODS as STEERING
+from whipstaff.steering.shape import SITES
+from whipstaff.steering.where import Shorthand
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+READMES = {path: (ROOT / path / "README.md").read_text() for path in (".", "steering", "decoding", "tests/golden")}
+
+
+def words(name: str) -> str:
+    """A README as one line."""
+    return " ".join(READMES[name].split())
+
+
+def table(name: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its head."""
+    text = READMES[name].split(f"\n## {heading}\n", 1)[1]
+    (rows,) = re.findall(r"\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", text.split("\n## ", 1)[0])[:1]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows.strip().split("\n")]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([\w.]+)`", cell)
+
+
+def kind(provenance: str) -> str:
+    """Whose code made a golden case."""
+    kinds = {
+        r"published .* executed": "own",
+        r"re-expressed|^hook equivalent": "hooks",
+        r"^independent": "independent",
+        r"^PEFT library": "PEFT",
+        r"SAELens classes": "SAELens",
+        r"^official": "own",
+        r"^transformers": "transformers",
+    }
+    (found,) = {name for pattern, name in kinds.items() if re.search(pattern, provenance)}
+    return found
+
+
+def test_whose_code_made_the_goldens() -> None:
+    cases = [json.loads(path.read_text()) for path in (GOLDEN / "steering" / "cases").glob("*/case.json")]
+    files = [json.loads(path.read_text()) for path in (GOLDEN / "decoding").glob("*.json")]
+    made, recorded = (Counter(kind(said["provenance"]) for said in some) for some in (cases, files))
+    assert (
+        f"all {made.total()} steering goldens on five small models through the engine, many at once in one batch: "
+        f"{made['own']} by the papers' own code, {made['hooks']} by its hooks written anew, {made['independent']} by "
+        f"independent computations from the formulas, {made['PEFT']} by PEFT, {made['SAELens']} by SAELens"
+    ) in words(".")
+    assert (
+        f"of the {made.total()} steering cases it is the papers' own code in {made['own']}, its hooks written anew in "
+        f"{made['hooks']}, PEFT in {made['PEFT']} and SAELens in {made['SAELens']}, and in {made['independent']} an "
+        f"independent computation from the formula. Of the {recorded.total()} decoding files, {recorded['own']} come "
+        f"from the papers' own code, {recorded['transformers']} from transformers, {recorded['independent']} from "
+        "independent computations"
+    ) in words("tests/golden")
+    assert len(list((GOLDEN / "steering" / "models").iterdir())) == 5
+
+
+def test_every_method_is_in_its_table_and_counted() -> None:
+    steering = [name for first, *_ in table("steering", "Methods") for name in names(first)]
+    decoding = {name: row[1] for row in table("decoding", "Methods") for name in names(row[0])}
+    assert sorted(steering) == sorted(STEERING) and decoding == {name: m.stage for name, m in DECODING.items()}
+    assert f"| {len(STEERING)} [steering methods]" in words(".") and f"| {len(DECODING)} [decoding methods]" in words(
+        "."
+    )
+
+
+def test_methods_of_a_stage_stand_in_the_order_in_which_they_run() -> None:
+    """Of mixes a request has one."""
+    rows = [name for row in table("decoding", "Methods") for name in names(row[0]) if row[1] != "mix"]
+    assert rows == [name for name, method in DECODING.items() if method.stage != "mix"]
+    assert [stage for stage, _ in table("decoding", "The pipeline") if not stage.startswith("[")] == list(STAGES)
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_defaults_of_decoding_methods(name: str) -> None:
+    """`name` (default), or under a shorthand's name, as the table says it."""
+    (said,) = [row[2] for row in table("decoding", "Methods") if name in names(row[0])]
+    fields = DECODING[name].params.model_fields
+    shorthands = DECODING[name].shorthands
+    for param, default in re.findall(r"`(\w+)` \(([\w.-]+)[;)]", said):
+        field = fields[shorthands.get(param, param)]
+        if not field.is_required() and default not in ("all", "none", "a", "low"):
+            assert json.loads(json.dumps(field.default)) == _value(default), (name, param)
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def test_flags() -> None:
+    parser = ArgumentParser()
+    Settings.add_flags(parser)
+    ours = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    listed = set(re.findall(r"^    (--[\w-]+) ", READMES["."], re.M))
+    assert listed <= ours
+    assert ours - listed == {"--max-upload-bytes"}  # said where uploads are
+
+
+def test_endpoints() -> None:
+    ours = {
+        (method, route.path)
+        for router in (routes.router, admin.router)
+        for route in router.routes
+        if isinstance(route, APIRoute) and route.path.startswith("/v1/steering")
+        for method in route.methods
+    }
+    assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets"}
+    for method, path in ours:
+        tail = path.removeprefix("/v1/steering/").split("/")[0]
+        assert re.search(rf"`?{method} (?:/v1/steering|\.\.\.)/(?:{tail}|\{{name\}})", words(".")), (method, path)
+
+
+def test_limits() -> None:
+    assert (
+        f"At most {planner.MAX_EDITS} entries, {conditions.MAX_SCHEDULES} different schedules, "
+        f"{conditions.MAX_CONDITIONS} different readings"
+    ) in words("steering")
+    assert f"DRY counts runs of up to {dry._LONGEST} tokens" in words("decoding")
+
+
+def test_sites_and_clauses() -> None:
+    assert {name for first, *_ in table("steering", "Sites") for name in names(first)} == {*SITES, "attention"}
+    for name in get_args(Shorthand):
+        assert f"`{name}`" in words("steering") and f"`{name}`" in words(".")
+
+
+def test_files_that_are_named_are_there() -> None:
+    """Those of "How it works", and what READMEs link to."""
+    told = READMES["."].split("\n## How it works\n")[1].split("\n## ")[0]
+    for path in re.findall(r"`([\w/]+\.py|[\w/]+/)`", told):
+        assert any((ROOT / folder / path).exists() for folder in ("", "server", "server/engine", "steering")), path
+    for name, text in READMES.items():
+        for target in re.findall(r"\]\(([^)#:]+)[)#]", text):
+            assert (ROOT / name / target).exists(), (name, target)
