@@ -1,9 +1,9 @@
 # Every target is what a person could type by hand. The environment is .venv; a second run reuses it.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>&- && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-next check bench doctor clean
+.PHONY: serve test test-next check bench doctor wheel clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -26,17 +26,18 @@ check: .venv/.dev          ## lint, formatting and types
 bench: .venv/.runtime      ## ratios against stock vLLM and transformers, as JSON lines
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
+wheel: .venv/.runtime      ## dist/*.whl, for requirements/install.py --venv FOLDER --wheel FILE
+	WHIPSTAFF_BUILD_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
 clean:                     ## remove the environment and everything built
 	rm -rf .venv build whipstaff.egg-info cuda_ext/*.so
 
-# --no-deps: the lock is complete. torch comes from pip's own settings (PyTorch's CPU index, or a folder of wheels). A CPU
-# environment loads no CUDA library, so none is built here; cuda_ext/check_cuda_build.sh compiles it.
-.venv/.runtime: requirements/cpu.lock setup.py pyproject.toml $(wildcard cuda_ext/csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
-	WHIPSTAFF_BUILD_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+# install.py says what the machine lacks before it downloads anything. A CPU environment loads no CUDA library, so none is
+# built here; cuda_ext/check_cuda_build.sh compiles it.
+.venv/.runtime: requirements/cpu.lock requirements/install.py setup.py pyproject.toml $(wildcard cuda_ext/csrc/*)
+	$(PYTHON) requirements/install.py
 	touch $@
 
 .venv/.dev: requirements/dev.lock .venv/.runtime
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/dev.lock
+	$(PYTHON) requirements/install.py --dev --packages-only
 	touch $@
