@@ -14,8 +14,8 @@ Within a stage methods run in the order of their table.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Container, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -44,6 +44,13 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str
+
+
+def in_ten_thousandths(value: Any) -> Any:
+    """A cutoff as a probability: Hugging Face says it so, while text-generation-webui and Aphrodite count in 1e-4. No
+    probability is 1 or more, and no sensible count is less."""
+    is_count = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+    return value * 1e-4 if is_count else value
 
 
 class Words(Protocol):
@@ -93,12 +100,34 @@ class Message(BaseModel):
 
 
 Content = Annotated[
-    Annotated[str, Field(min_length=1, max_length=_MAX_TEXT)]
+    Annotated[str, Field(max_length=_MAX_TEXT)]
     | Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1, max_length=1 << 20)]
     | Annotated[list[Message], Field(min_length=1, max_length=1024)],
     Field(union_mode="smart"),
 ]
-"""A prompt in a request: text, token ids or messages."""
+"""A prompt in a request: text, token ids or messages. An empty text is the token that begins texts, alone."""
+
+Contents = Annotated[
+    Content
+    | Annotated[
+        list[
+            Annotated[str, Field(max_length=_MAX_TEXT)]
+            | Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1, max_length=1 << 20)]
+        ],
+        Field(min_length=1, max_length=1 << 16),
+    ],
+    Field(union_mode="smart"),
+]
+"""The same, or one for each of the request's prompts, as text or token ids."""
+
+
+def content_of(contents: Contents, index: int, num: int, param: str) -> Content:
+    """What is meant for prompt `index` of a request's `num`. Raises: DecodingError."""
+    is_one = not isinstance(contents, list) or isinstance(contents[0], int | Message)
+    if not is_one and len(contents) != num:
+        raise DecodingError(f"there are {len(contents)} for the request's {num}; give one, or one for each", param)
+    found: Any = contents if is_one else contents[index]
+    return cast(Content, found)
 
 
 class Source(Protocol):
@@ -172,6 +201,27 @@ class Method(ABC, Generic[P]):
     which the server must look one token ahead."""
     needs_adapters: ClassVar[bool] = False  # whether it reads adapters of the served model
     shorthands: ClassVar[Mapping[str, str]] = {}  # top-level field of a request -> the parameter that it stands for
+    switches: ClassVar[Sequence[frozenset[str]]] = ()
+    """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
+    The others alone do nothing, as at the servers whose names they are."""
+    texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
+    gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
+
+    def is_switched_on(self, said: Container[str]) -> bool:
+        """Whether shorthands that say these parameters turn the method on."""
+        return any(all(param in said for param in switch) for switch in self.switches)
+
+    def read(self, field: str, value: Any) -> Any:
+        """A shorthand's value in the parameter's own terms; None as if it was not said. Raises: DecodingError."""
+        return value
+
+    def is_off(self, params: P) -> bool:
+        """Whether a request with these parameters gets exactly what it would get without the method."""
+        return False
+
+    def of_prompt(self, params: P, index: int, num: int) -> P:
+        """The parameters for prompt `index` of a request's `num`. Raises: DecodingError naming the field."""
+        return params
 
     @property
     def num_streams(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,7 +34,7 @@ _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit
 def admit(
     entry: Any, path: str, planner: Planner, others: list[Steered], have: Catalogue, warnings: list[str]
 ) -> Steered:
-    """Check one entry and add it to the plan.
+    """Check one entry and add it to the plan, unless it is off.
 
     Args:
         others: the request's entries before this one.
@@ -45,8 +46,12 @@ def admit(
     vector = _named(params, path, have)
     probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
     _check_sites(vector, params, path, have)
+    own = _part(entry, path, own=True)
     try:
-        admitted = _add(_part(entry, path, own=True), params, vector, probe, path, planner, others, have, warnings)
+        if vector.method.served_by != "rows" and vector.method.is_off(Planner.checked(vector, own)):
+            planner, others, warnings = Planner(), [], []  # as if it stood alone, for its errors
+            return replace(_add(own, params, vector, probe, path, planner, others, have, warnings), is_off=True)
+        admitted = _add(own, params, vector, probe, path, planner, others, have, warnings)
     except ValidationError as error:
         raise bad_field(error, entry, path) from None
     except SteeringError as error:

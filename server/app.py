@@ -177,8 +177,8 @@ async def extend(app: FastAPI, engine: Engine, library: Library, settings: Setti
     ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
-        if isinstance(route, APIRoute) and "POST" in route.methods and route.path not in _NOT_GENERATING:
-            _first(route, routes.refuse_extras)
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            _first(route, routes.drop_preset if route.path in _NOT_GENERATING else routes.refuse_extras)
         elif isinstance(route, APIRoute) and route.path == "/metrics":
             _first(route, routes.read_worker)
     app.include_router(routes.router)

@@ -151,6 +151,8 @@ class Prompt:
     source: PromptSource | None = None  # of other prompts; None where it is more than text
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # that this server has, by name
     adapter: Adapter | None = None  # the request's own
+    index: int = 0  # among the request's prompts
+    num: int = 1  # of those
     scores: dict[str, list[float]] = field(default_factory=dict)  # by method, of the text that it wanted scored
 
     def spans(self, chosen: Messages) -> list[Span]:

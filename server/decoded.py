@@ -11,6 +11,7 @@ from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
+from whipstaff.server.names import said_of_methods
 from whipstaff.server.steered import Steered
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
@@ -19,9 +20,6 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 MAX_DECODING = 8
 _GREEDY_BELOW = 1e-5  # as in vLLM
-SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
-    field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
-}
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
 
 
@@ -31,6 +29,21 @@ class OwnSteering(NamedTuple):
     plan: SteeringPlan
     paths: Sequence[str]  # where in the request each edit stands, then each special
     vectors: Sequence[Vector]
+
+
+class Asked(NamedTuple):
+    """An entry of a request's `decoding`, or what its top-level fields say of one method."""
+
+    path: str  # "": of top-level fields
+    entry: Any
+    names: Mapping[str, str] = {}  # parameter -> the request's field, for shorthands
+    fields: Sequence[str] = ()  # all of these fields
+    why_off: str = ""
+
+    @property
+    def where(self) -> str:
+        """As warnings call it."""
+        return self.path or ", ".join(self.fields)
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Decoded:
     vectors: tuple[Vector, ...] = ()  # the files that it reads
     ahead: str = ""  # the parameter that names a head which reads tokens before one is chosen; "": none
     steered: Mapping[str, OwnSteering] = field(default_factory=dict)  # parameter -> a further sequence's steering
+    why_off: str = ""  # why it is left out; "": it is not
 
     def path_of(self, param: str) -> str:
         """Where in the request a parameter stands."""
@@ -59,11 +73,11 @@ class Decoded:
         """Auxiliary model -> the field that names it."""
         return {name: self.path_of(where) for where, name in self.method.streams(self.params).items()}
 
-    def placed(self, prompt: PromptFacts) -> "Decoded":
-        """The entry in one prompt. Raises: BadRequest."""
-        if not isinstance(self.method, Rewriting):
-            return self
+    def placed(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "Decoded":
+        """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
         try:
+            if not isinstance(self.method, Rewriting):
+                return replace(self, params=self.method.of_prompt(self.params, index, num))
             return replace(self, setting=self.method.place(self.setting, prompt))
         except (DecodingError, SteeringError) as error:
             raise BadRequest(str(error), self.path_of(error.param)) from None
@@ -74,25 +88,31 @@ class Decoded:
         return said | ({"layers": list(self.early)} if self.early else {})
 
 
-def entries_of(
-    fields: Mapping[str, Any], named: Sequence[tuple[str, Any]]
-) -> Iterator[tuple[str, Any, dict[str, str]]]:
-    """Every entry with its path and, of those that top-level fields stand for, the fields' names by parameter."""
+def entries_of(fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merges: bool = False) -> Iterator[Asked]:
+    """Every entry: of `decoding`, and those that top-level fields stand for.
+
+    Args:
+        merges: whether the entries of `decoding` are defaults, whose parameters top-level fields overrule.
+
+    Raises: BadRequest.
+    """
+    short = said_of_methods(fields)
     for path, entry in named:
-        yield path, entry, {}
-    short: dict[str, dict[str, str]] = {}
-    for name, (method, param) in SHORTHANDS.items():
-        if fields.get(name) is not None:
-            short.setdefault(method, {})[param] = name
-    for method, names in short.items():
-        yield "", {"method": method, **{param: fields[name] for param, name in names.items()}}, names
+        name = entry.get("method") if isinstance(entry, dict) else None
+        if merges and isinstance(name, str) and (said := short.pop(name, None)):
+            yield Asked(path, {**entry, **said.params}, said.names, said.fields, said.gate and f"{said.gate} is false")
+        else:
+            yield Asked(path, entry)
+    for name, said in short.items():
+        yield Asked("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
 
 
-def admit_decoding(entry: Any, path: str, names: Mapping[str, str], have: Catalogue) -> Decoded:
+def admit_decoding(asked: Asked, have: Catalogue) -> Decoded:
     """Check one entry.
 
     Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
     """
+    entry, path, names = asked.entry, asked.path, asked.names
     if not isinstance(entry, dict):
         raise BadRequest("an entry is a JSON object", path)
     name = entry.get("method")
@@ -106,13 +126,16 @@ def admit_decoding(entry: Any, path: str, names: Mapping[str, str], have: Catalo
     except BadRequest as error:
         param = (error.param or "").removeprefix(path).lstrip(".")
         raise BadRequest(error.message, _path_of(path, names, param)) from None
-    bare = Decoded(path, method, params, names=names)
+    why_off = asked.why_off or ("it is off" if method.is_off(params) else "")
+    bare = Decoded(path, method, params, names=names, why_off=why_off)
+    if asked.why_off:
+        return bare
     try:
         return _resolved(bare, have)
     except DecodingError as error:
-        raise BadRequest(
-            str(error), field_path(path, error.param, entry) if path else bare.path_of(error.param)
-        ) from None
+        where = bare.path_of(error.param)
+        is_short = not path or where in names.values()
+        raise BadRequest(str(error), where if is_short else field_path(path, error.param, entry)) from None
 
 
 def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
@@ -133,6 +156,8 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
         return replace(bare, mix=mix, streams=streams, heads=digests, steered=own, vectors=vectors)
     assert isinstance(method, Rewriting)
     if have.words is None:
+        if bare.why_off:
+            return bare
         raise Unavailable(
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
@@ -145,7 +170,9 @@ def _own_steering(said: Any, path: str, have: Catalogue) -> OwnSteering:
     """The steering of a further sequence, compiled as a request's own."""
     planner, entries = Planner(), list[Steered]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        entries.append(admit(entry, where, planner, entries, have, []))
+        if (admitted := admit(entry, where, planner, entries, have, [])).is_off:
+            continue
+        entries.append(admitted)
         if entries[-1].soft is not None:
             raise BadRequest("further sequences have no room for learned rows", f"{where}.vector")
     paths = [entry.path for entry in entries for _ in entry.edits]
@@ -281,6 +308,14 @@ def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
             )
 
 
+def bounds_draw(entries: Sequence[Decoded]) -> bool:
+    """Whether, however hot the request's own temperature, not every token becomes about as likely."""
+    return any(
+        entry.method.stage == "truncation" or (isinstance(entry.method, Rewriting) and entry.method.chooses_temperature)
+        for entry in entries
+    )
+
+
 def draws_itself(entries: Sequence[Decoded], is_temperature_last: bool) -> bool:
     """Whether temperature and truncation are ours to do, in an order that vLLM's sampler does not have."""
     return is_temperature_last or any(entry.method.stage in ("temperature", "truncation") for entry in entries)
@@ -288,6 +323,8 @@ def draws_itself(entries: Sequence[Decoded], is_temperature_last: bool) -> bool:
 
 def _path_of(path: str, names: Mapping[str, str], param: str) -> str:
     first = param.partition(".")[0].partition("[")[0]
-    if not path:  # a shorthand: its field is the parameter
-        return names.get(first, "") + param.removeprefix(first) if first in names else next(iter(names.values()), "")
+    if first in names:  # a shorthand: its field is the parameter
+        return names[first] + param.removeprefix(first)
+    if not path:
+        return next(iter(names.values()), "")
     return f"{path}.{param}" if param and not param.startswith("[") else path + param

@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from whipstaff.server import schema
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine import openai
 from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.names import FIELDS, near
 from whipstaff.server.presets import Part, Preset
 from whipstaff.server.routes import compile_request
 
@@ -29,8 +29,8 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
         try:
             request = openai.parse(model, body)
             preset.fill(request, body)
-            openai.check_sampling(request)
-            compile_request(request, have)
+            compiled = compile_request(request, have)
+            openai.check_sampling(request, is_hot_taken=compiled is not None and compiled.is_hot)
         except RequestValidationError as error:
             raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None
         except WhipstaffError as error:
@@ -41,8 +41,9 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
 
 def _check_names(part: Part, path: str) -> None:
     for name in part.model_extra or {}:
-        if name not in schema.FIELDS:
-            raise BadRequest("unknown key", f"{path}.{name}")
+        if name not in FIELDS:
+            known = {*FIELDS, *Part.model_fields}
+            raise BadRequest(f"unknown key{near(name, known)}", f"{path}.{name}")
 
 
 def _path(param: str | None, preset: Preset) -> str | None:

@@ -7,7 +7,7 @@ Under `default` a request's own value wins; what is `forced` a request may not s
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from whipstaff.server import names
 from whipstaff.server.errors import BadRequest, WhipstaffError, bad_field
+from whipstaff.server.names import ALIASES, FIELDS, TEXTS, thing
 from whipstaff.server.store import Stamp, stamp_of
 
 MAX_BYTES = 1 << 20
 PROMPT = "{prompt}"  # where a template has the request's own prompt
 _TEXT = ("system", "examples", "prompt")  # of a part, beside fields of requests
-_OTHER_NAMES = {"max_tokens": "max_completion_tokens"}
 
 
 class BadPreset(RuntimeError):
@@ -61,6 +62,15 @@ class Part(BaseModel):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renames(cls, said: Any) -> Any:
+        for theirs, name in ALIASES.items() if isinstance(said, dict) else ():
+            if theirs in said and name in said:
+                raise ValueError(f"{theirs} and {name} are one thing")
+            said = {name if key == theirs else key: value for key, value in said.items()}
+        return said
+
     @field_validator("prompt")
     @classmethod
     def _has_room(cls, text: str | None) -> str | None:
@@ -91,7 +101,8 @@ class Body(BaseModel):
 
     @model_validator(mode="after")
     def _says_once(self) -> "Body":
-        if both := self.default.said.keys() & self.forced.said.keys():
+        forced = set(map(thing, self.forced.said))
+        if both := [name for name in self.default.said if thing(name) in forced]:
             raise ValueError(f"{min(both)} is both default and forced")
         return self
 
@@ -143,12 +154,12 @@ class Preset:
 
         Raises: BadRequest naming a field that it forces and the request sends, or a prompt that it has no place for.
         """
-        sent = _sent(body)
-        for name in self.body.forced.fields:
-            if name in sent:
-                raise BadRequest(f"the preset {self.name!r} sets {name}; leave it out", sent[name])
-        chosen = {name: value for name, value in self.body.default.fields.items() if name not in sent}
-        chosen |= self.body.forced.fields
+        sent, paths = _sent(body)
+        if clash := names.clash(self.body.forced.fields, sent):
+            raise BadRequest(f"the preset {self.name!r} sets {clash[0]}; leave it out", paths[clash[1]])
+        for name in names.all_names(self.body.forced.fields):  # what is left of these changes nothing
+            _unsay(request, name)
+        chosen = names.not_said(self.body.default.fields, sent) | self.body.forced.fields
         for name, value in chosen.items():
             setattr(request, name, value)
         if hasattr(request, "messages"):
@@ -156,6 +167,10 @@ class Preset:
         else:
             self._write(request)
         return frozenset(chosen)
+
+    def gives(self, filled: Container[str], name: str) -> bool:
+        """Whether a field that was filled in is a default of this preset."""
+        return name in filled and name in self.body.default.fields
 
     def _converse(self, request: Any) -> None:
         if not self.is_for_chat:
@@ -195,12 +210,29 @@ def blaming(preset: Preset | None, fields: Iterable[str]) -> Iterator[None]:
         raise type(error)(f"preset {preset.name!r}, {error.param}: {error.message}", "model") from None
 
 
-def _sent(body: Mapping[str, Any]) -> dict[str, str]:
-    """The fields that a client sent, each with its path."""
-    found = {name: name for name, value in body.items() if value is not None}
+def _sent(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a client sent, by field, and each field's path."""
+    paths = {name: name for name, value in body.items() if value is not None}
+    values = {name: body[name] for name in paths}
     if isinstance(xargs := body.get("vllm_xargs"), Mapping):
-        found = {name: f"vllm_xargs.{name}" for name in xargs} | found
-    return found | {ours: found[theirs] for ours, theirs in _OTHER_NAMES.items() if theirs in found}
+        paths = {name: f"vllm_xargs.{name}" for name in xargs} | paths
+        values = {**xargs, **values}
+    return {name: _unpacked(name, value) for name, value in values.items()}, paths
+
+
+def _unpacked(name: str, value: Any) -> Any:
+    """A value, or what a string of JSON holds."""
+    try:
+        return json.loads(value) if isinstance(value, str) and name in FIELDS and name not in TEXTS else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _unsay(request: Any, name: str) -> None:
+    if getattr(request, name, None) is not None:
+        setattr(request, name, None)
+    if isinstance(xargs := getattr(request, "vllm_xargs", None), dict):
+        xargs.pop(name, None)
 
 
 def _role(message: Any) -> Any:

@@ -28,12 +28,21 @@ class PromptSource:
         return str(self.messages[self._last_user]["content"])
 
     def encode(self, content: Content, param: str) -> Sequence[int]:
+        if content == "":
+            return self._beginning(param)
         if isinstance(content, str):
             is_chat = self.messages is not None
             return self.changed(content, param) if is_chat else self._tokens(content, self.adds_special_tokens)
         if isinstance(content[0], Message):
             return self._chat([one.model_dump() for one in content if isinstance(one, Message)], param)
         return [token for token in content if isinstance(token, int)]
+
+    def _beginning(self, param: str) -> Sequence[int]:
+        """The token that begins texts, alone."""
+        bos: int | None = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise DecodingError("an empty text is the token that begins texts, and this model's has none", param)
+        return [bos]
 
     def changed(self, text: str, param: str = "") -> Sequence[int]:
         if self.messages is None:

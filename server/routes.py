@@ -9,23 +9,27 @@ from typing import Any
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from whipstaff.server import metrics, schema
+from whipstaff.server import metrics
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.engine.request import RequestPlan, take_draw
-from whipstaff.server.errors import BadRequest, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.explained import Explained
 from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
+from whipstaff.server.names import FIELDS, TEXTS, header_of, unknown_warnings
 from whipstaff.server.presets import Preset, blaming
 from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
-from whipstaff.server.schema import Compiled, compile_extras
+from whipstaff.server.schema import Compiled, compile_extras, loose, on_unknown
 from whipstaff.server.steered import Fed, doses
 
 router = APIRouter()
+NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
+OURS = "/v1/chat/completions and /v1/completions"  # the routes that take presets and extras
+WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
 
 @dataclass
@@ -115,9 +119,9 @@ async def catalogue(request: Request) -> Catalogue:
 
 async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> PreparedRequest | None:
     """Compile a request's extras, wherever they came in, and those of the preset in its model's name, and attach them
-    to it; None for a plain request."""
+    to it; None for a plain request of which there is nothing to say."""
     base, name = openai.split_model(request.model, raw.app)
-    if name is None and not _asks(request):
+    if name is None and not _asks(request) and not unknown_names(request):
         return None
     have = await catalogue(raw)
     preset = None if name is None else have.preset(name, "model")
@@ -130,7 +134,13 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
     """Whether a request may have extras."""
-    return bool(request.vllm_xargs) or any(getattr(request, name, None) is not None for name in schema.FIELDS)
+    named = any(getattr(request, name, None) is not None for name in FIELDS)
+    return named or bool(request.vllm_xargs) or openai.is_hot(request)
+
+
+def unknown_names(request: openai.ChatRequest | openai.TextRequest) -> list[str]:
+    """The fields of a request that neither OpenAI's protocol, vLLM nor Whipstaff knows."""
+    return [name for name in openai.unknown_names(request) if name not in FIELDS]
 
 
 def prepare(
@@ -142,24 +152,49 @@ def prepare(
     """The same, for a preset that is known, and the request as it was sent."""
     filled = preset.fill(request, body or {}) if preset else frozenset()
     with blaming(preset, filled):
-        compiled = compile_request(request, have)
-    if compiled is None and preset is None:
+        fields = _extras(request)
+        unknown = warn_of(unknown_names(request), fields, openai.known_names(type(request)))
+        compiled = compile_request(request, have, fields, preset is not None and preset.gives(filled, "decoding"))
+    if compiled is None and preset is None and not unknown:
         return None
     ready = PreparedRequest(compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled)
+    ready.compiled.warnings[:0] = unknown
     ready.compiled.have = have.facts
     if ready.compiled.explain is not None:
         ready.explained = Explained(have.words)
-    if compiled is not None:
+    if not ready.compiled.is_plain:
         request.attach(ready)
     return ready
 
 
-def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Catalogue) -> Compiled | None:
-    """Raises: WhipstaffError."""
-    compiled = compile_extras(_extras(request), have)
+def warn_of(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+    """What to say of names that nobody knows. Raises: BadRequest where the request wants them refused."""
+    refuses = on_unknown(fields) == "error"
+    warnings = unknown_warnings(names, known.union(FIELDS))
+    if refuses and warnings:
+        name, warning = next(iter(warnings.items()))
+        raise BadRequest(warning, name)
+    return list(warnings.values())
+
+
+def compile_request(
+    request: openai.ChatRequest | openai.TextRequest,
+    have: Catalogue,
+    fields: Mapping[str, Any] | None = None,
+    merges: bool = False,
+) -> Compiled | None:
+    """Compile a request's extras, or those of its `fields` that were taken out of it; see `compile_extras`.
+
+    Raises: WhipstaffError.
+    """
+    compiled = compile_extras(_extras(request) if fields is None else fields, have, merges)
+    if openai.is_hot(request):
+        assert request.temperature is not None
+        compiled = compiled or Compiled(RequestPlan(), {}, have)
+        compiled.take_heat(request.temperature, openai.truncates(request))
     if compiled is None:
         return None
-    if request.use_beam_search:
+    if request.use_beam_search and not compiled.is_plain:
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
     compiled.check_grammar(openai.has_grammar(request))
@@ -169,7 +204,7 @@ def compile_request(request: openai.ChatRequest | openai.TextRequest, have: Cata
 
 def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
     """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
-    present = {name: getattr(request, name, None) for name in schema.FIELDS} | (request.model_extra or {})
+    present = {name: getattr(request, name, None) for name in FIELDS} | (request.model_extra or {})
     return _with_xargs(present, request.vllm_xargs)
 
 
@@ -185,10 +220,16 @@ def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
         return fields
     if FIELD in xargs:
         raise BadRequest("reserved: send `steering` and `decoding` instead", f"vllm_xargs.{FIELD}")
-    for name in schema.FIELDS:
+    for name in FIELDS:
         if name in xargs and fields.get(name) is not None:
             raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
-    return fields | {name: xargs.pop(name) for name in schema.FIELDS if name in xargs}
+    return fields | {name: _scalar(name, xargs.pop(name)) for name in FIELDS if name in xargs}
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """A value of vllm_xargs, where lists are JSON strings; of a field that takes texts, a string is one that holds a
+    list."""
+    return loose(value) if name in TEXTS and isinstance(value, str) and value.startswith("[") else value
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request)])
@@ -211,16 +252,26 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
         result = await openai.answer(request, raw)
     if isinstance(result, Response):
         return result
+    headers = {WARNINGS: header_of(ready.compiled.warnings)} if ready is not None and ready.compiled.warnings else {}
     if hasattr(result, "__aiter__"):
         if ready is not None:
             result = with_extras(result, partial(ready.receipt, openai.readings(raw)), ready.explained)
-        return openai.event_stream(result, raw)
+        return openai.event_stream(result, raw, headers)
     body = result.model_dump()
     if ready is not None:
         body[FIELD] = await ready.receipt(openai.readings(raw))
         if ready.explained is not None:
             ready.explained.add_to(body)
-    return JSONResponse(body, headers=openai.load_headers(raw))
+    return JSONResponse(body, headers={**(openai.load_headers(raw) or {}), **headers})
+
+
+@router.get("/v1/models/{name:path}")
+async def show_model(name: str, raw: Request) -> dict[str, Any]:
+    """A model, an adapter or a preset of one, as the list of all shows it."""
+    shown = await openai.models(raw.app)
+    if name not in shown:
+        raise NotFound(f"The model `{name}` does not exist.", "model")
+    return shown[name]
 
 
 @router.get("/v1/steering/methods")
@@ -254,8 +305,7 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """
     started = time.perf_counter()
     if "messages" not in body and "prompt" not in body:
-        compiled = compile_extras(_with_xargs(body, body.get("vllm_xargs")), await catalogue(raw))
-        plan = compiled.receipt([]) if compiled else None
+        plan = _validated(body, await catalogue(raw))
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
@@ -266,9 +316,21 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
         if refused is not None:
             return refused
         plan = ready.said([]) if ready else None
-    nothing: dict[str, Any] = {"steering": [], "decoding": [], "warnings": []}
     took = (time.perf_counter() - started) * 1e3
-    return JSONResponse({"valid": True, "plan": plan or nothing, "milliseconds": took})
+    return JSONResponse({"valid": True, "plan": plan or NOTHING, "milliseconds": took})
+
+
+def _validated(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
+    """The plan of fields without a prompt. Raises: WhipstaffError."""
+    fields = _with_xargs(body, body.get("vllm_xargs"))
+    known = openai.known_names(openai.ChatRequest) | openai.known_names(openai.TextRequest)
+    names = [name for name, value in body.items() if value is not None and name not in known and name not in FIELDS]
+    unknown = warn_of(names, fields, known)
+    compiled = compile_extras(fields, have)
+    if compiled is None:
+        return {**NOTHING, "warnings": unknown} if unknown else None
+    compiled.warnings[:0] = unknown
+    return compiled.receipt([])
 
 
 @router.get("/v1/steering/presets")
@@ -311,17 +373,37 @@ def said_vector(entry: Entry) -> dict[str, Any]:
 
 
 async def refuse_extras(raw: Request) -> None:
-    """A dependency of vLLM's other routes: they would silently ignore the extra fields."""
+    """A dependency of vLLM's other routes: they would silently ignore the extra fields, and know no preset."""
+    body = await _sent(raw)
+    _, preset = openai.split_model(_model(body), raw.app)
+    if preset is not None and preset in (await catalogue(raw)).presets:
+        raise Unavailable(f"presets work on {OURS}; here, name the model without @{preset}", "model")
+    xargs = body.get("vllm_xargs")
+    fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
+    if present := [name for name in (*FIELDS, FIELD) if fields.get(name) is not None]:
+        raise Unavailable(f"{present[0]} works on {OURS}", present[0])
+
+
+async def drop_preset(raw: Request) -> None:
+    """A dependency of vLLM's routes that generate nothing: to them, a preset of a model is that model."""
+    body = await _sent(raw)
+    base, preset = openai.split_model(_model(body), raw.app)
+    if preset is not None:
+        (await catalogue(raw)).preset(preset, "model")
+        body["model"] = base  # in what the route is about to parse
+
+
+async def _sent(raw: Request) -> dict[str, Any]:
+    """A request's JSON; empty where it is no object, which is its route's own business."""
     try:
         body = await raw.json()
     except (ValueError, RecursionError):
-        return  # no JSON, or none at all: the route's own business
-    if not isinstance(body, dict):
-        return
-    xargs = body.get("vllm_xargs")
-    fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    if present := [name for name in (*schema.FIELDS, FIELD) if fields.get(name) is not None]:
-        raise Unavailable(f"{present[0]} works on /v1/chat/completions and /v1/completions", present[0])
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _model(body: Mapping[str, Any]) -> str | None:
+    return model if isinstance(model := body.get("model"), str) else None
 
 
 async def read_worker(raw: Request) -> None:

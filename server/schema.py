@@ -16,9 +16,9 @@ from whipstaff.server.chat import Prompt
 from whipstaff.server.coupled import Coupled, couple, wanted_scores
 from whipstaff.server.decoded import (
     MAX_DECODING,
-    SHORTHANDS,
     Decoded,
     admit_decoding,
+    bounds_draw,
     check_draw,
     draws_itself,
     entries_at,
@@ -28,6 +28,7 @@ from whipstaff.server.decoded import (
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field, parsed
 from whipstaff.server.explained import ExplainParams, LogprobsSource
+from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
 from whipstaff.steering.artifacts import Vector
@@ -37,9 +38,10 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 PLAIN = "plain"
 SEVERAL = "several"
-FIELDS = ("steering", "decoding", "explain", "logprobs_source", "on_unavailable", "temperature_last", *SHORTHANDS)
+MAX_TEMPERATURE = 100.0
 
 OnUnavailable = Literal["error", "ignore"]
+OnUnknown = Literal["warn", "error"]
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Compiled:
     decoding: list[Decoded] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     is_temperature_last: bool = False
+    is_hot: bool = False  # whether its temperature is one that vLLM does not take
     explain: int | None = None  # likeliest tokens of every stream to say
     logprobs_source: LogprobsSource = "final"
     is_dry: bool = False  # whether it is only looked at
@@ -71,6 +74,11 @@ class Compiled:
         """Those of the registry that the engine will look up: kept until it is done with them."""
         named = [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
         return [*named, *(head for entry in self.decoding for head in entry.vectors)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the engine does nothing differently for it."""
+        return self.plan.steering is None and self.plan.decoding is None
 
     def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
         """Check the plan against a prompt; what may be generated, at most.
@@ -104,7 +112,7 @@ class Compiled:
     @property
     def draws_itself(self) -> bool:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
-        return draws_itself(self.decoding, self.is_temperature_last)
+        return draws_itself(self.decoding, self.is_temperature_last or self.is_hot)
 
     def check_logprobs(self, scores_prompt: bool) -> None:
         """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
@@ -134,7 +142,8 @@ class Compiled:
     def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
         """The entries as one plan. Raises: BadRequest."""
         plan = plan_of(entries)
-        if plan is None and not (self.is_temperature_last or self.explain is not None or self._scores_base):
+        draws = self.is_temperature_last or self.is_hot
+        if plan is None and not (draws or self.explain is not None or self._scores_base):
             return None
         return replace(plan or DecodingPlan(), explain=self.explain, scores_base=self._scores_base)
 
@@ -152,13 +161,26 @@ class Compiled:
         """Check the request's own sampling parameters. Raises: BadRequest."""
         check_draw(self.decoding, temperature)
 
+    def take_heat(self, temperature: float, truncates: bool) -> None:
+        """Take a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""
+        if not (truncates or bounds_draw(self.decoding)):
+            raise BadRequest(
+                f"{temperature:g} is taken where something truncates, such as min_p, top_n_sigma, top_k or top_p; "
+                "alone, at most 2 is: beyond, every token is about as likely",
+                "temperature",
+            )
+        if not temperature <= MAX_TEMPERATURE:
+            raise BadRequest(f"at most {MAX_TEMPERATURE:g} is taken", "temperature")
+        self.is_hot = True
+        self.plan = replace(self.plan, decoding=self.decoding_plan(self.decoding))
+
     def place(self, prompt: Prompt) -> list[int] | None:
         """Place the plan in a prompt; the prompt with room for inserted rows, None if it stays as it is.
 
         Raises: BadRequest for a field that does not go with this prompt.
         """
         if self.decoding:
-            entries = [entry.placed(prompt) for entry in self.decoding]
+            entries = [entry.placed(prompt, prompt.index, prompt.num) for entry in self.decoding]
             self.coupled = couple(entries, prompt, self.have, self.is_dry)
             self.said_of_sequences += [sequence.said() for sequence in self.coupled]
             members = tuple(sequence.member for sequence in self.coupled)
@@ -219,6 +241,10 @@ class Compiled:
                             f"{entry.path}.where.{name}",
                         )
 
+    def leave_out(self, what: str, why: str) -> None:
+        """Say that something changes nothing, and was left out."""
+        self.warnings.append(f"{what} was left out: {why}")
+
     def receipt(self, fed: list[Fed]) -> dict[str, Any]:
         """What was done, for the response; `fed` are the finished sequences."""
         plan = self.plan.steering or SteeringPlan(())
@@ -230,8 +256,11 @@ class Compiled:
         }
 
 
-def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled | None:
+def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue, merges: bool = False) -> Compiled | None:
     """Compile a request's `steering` and `decoding`; None for a plain request.
+
+    Args:
+        merges: whether `decoding` is a preset's default, which the request's other fields overrule.
 
     Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
     """
@@ -245,13 +274,16 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     planner = Planner()
     for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
         try:
-            compiled.steering.append(admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings))
+            steered = admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings)
+            compiled.leave_out(path, "it is off") if steered.is_off else compiled.steering.append(steered)
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-    for path, entry, names in entries_of({name: _loose(fields.get(name)) for name in SHORTHANDS}, named):
+    short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
+    for asked in entries_of(short, named, merges):
         try:
-            compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
+            decoded = admit_decoding(asked, catalogue)
+            compiled.leave_out(asked.where, decoded.why_off) if decoded.why_off else compiled.decoding.append(decoded)
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     decoding = compiled.decoding_plan(compiled.decoding)
@@ -286,6 +318,12 @@ def _one_of(choices: Any, fields: Mapping[str, Any], name: str, default: str) ->
         raise bad_field(error, value, name) from None
 
 
+def on_unknown(fields: Mapping[str, Any]) -> str:
+    """What to do with names that nobody knows. Raises: BadRequest."""
+    found: str = _one_of(OnUnknown, fields, "on_unknown", "warn")
+    return found
+
+
 def _json(value: Any, name: str) -> Any:
     """A value, or what a JSON string holds (vllm_xargs' way)."""
     if not isinstance(value, str):
@@ -296,7 +334,7 @@ def _json(value: Any, name: str) -> Any:
         raise BadRequest(f"not JSON: {error}", name) from None
 
 
-def _loose(value: Any) -> Any:
+def loose(value: Any) -> Any:
     """What a JSON string holds, or the string if it is none, such as `low`."""
     try:
         return _json(value, "")
@@ -310,7 +348,7 @@ def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = _loose(fields.get(name))
+    value = loose(fields.get(name))
     if value not in (None, False, True):  # 0 and 1 too: what vLLM's xargs make of the two
         raise BadRequest("true or false", name)
     return bool(value)

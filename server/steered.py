@@ -42,6 +42,7 @@ class Steered:
     soft: SoftPrompt | None = None
     special: int | None = None  # which of the plan's edits of the router or of attention it became
     probe: Vector | None = None  # that its condition reads
+    is_off: bool = False  # whether it changes nothing and is left out
 
     @property
     def label(self) -> str:

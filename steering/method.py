@@ -70,6 +70,10 @@ class Method(ABC, Generic[P]):
     `head_dim`, `experts`, and free names such as `rank`, which agree within one place. A name that ends in `?` says
     that the part may be absent."""
 
+    def is_off(self, params: P) -> bool:
+        """Whether an entry with these parameters leaves the model alone, bit for bit."""
+        return False
+
     def places(self, model: ModelShape) -> list[Place]:
         """Where parts without a place of their own apply."""
         return []
@@ -114,6 +118,9 @@ class ScaledMethod(Method[S]):
     """A method with a strength: at 0 it makes no edit at all."""
 
     off: ClassVar = {"scale": 0.0}
+
+    def is_off(self, params: S) -> bool:
+        return params.scale == 0
 
     def ops(self, tensors: Tensors, params: S, place: Place, model: ModelShape) -> Sequence[Op]:
         return self.edits(tensors, params, place, model) if params.scale else ()

@@ -80,7 +80,7 @@ class Planner:
 
         Raises: SteeringError naming the field.
         """
-        settings = self._checked(vector, own)
+        settings = self.checked(vector, own)
         layers = _layers(params.layers, vector)
         where = Where.of(params.where or vector.header.where or vector.method.where)
         first = len(self.edits)
@@ -100,7 +100,7 @@ class Planner:
 
         Raises: SteeringError naming the field, pydantic.ValidationError.
         """
-        settings = self._checked(vector, own)
+        settings = self.checked(vector, own)
         for name in ("layers", "when", "schedule", "normalize", "renorm"):
             if getattr(params, name):
                 raise SteeringError(f"{vector.method.name} is not an edit of activations and takes no {name}", name)
@@ -113,7 +113,8 @@ class Planner:
         return self.specials[-1]
 
     @staticmethod
-    def _checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
+    def checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
+        """A method's parameters. Raises: SteeringError naming the field, pydantic.ValidationError."""
         settings = _settings(vector, own)
         vector.method.check_params(settings, vector.tensors)
         vector.method.check_file(settings, vector.header.known_defaults)

@@ -46,6 +46,9 @@ class AdapterEnsemble(Mixing[AdapterEnsembleParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> AdapterEnsembleParams:
         return AdapterEnsembleParams(weights={"any": 1.0}, base_weight=1.0)
 
+    def is_off(self, params: AdapterEnsembleParams) -> bool:
+        return params.base_weight == 1
+
     def with_heads(self, params: AdapterEnsembleParams, heads: Mapping[str, HeadFile]) -> AdapterEnsembleParams:
         if "centres" not in heads:
             for param in ("feature", "top_m"):

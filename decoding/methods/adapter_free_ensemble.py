@@ -36,6 +36,9 @@ class AdapterFreeEnsemble(Mixing[AdapterFreeEnsembleParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> AdapterFreeEnsembleParams:
         return AdapterFreeEnsembleParams(weights=dict.fromkeys(streams, 1.0), base_weight=1.0)
 
+    def is_off(self, params: AdapterFreeEnsembleParams) -> bool:
+        return params.base_weight == 1
+
     def mix(self, params: AdapterFreeEnsembleParams) -> Mix:
         total = sum(params.weights.values())
         if total == 0:

@@ -36,6 +36,9 @@ class Cad(Mixing[CadParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> CadParams:
         return CadParams(alpha=0.0, context="any")
 
+    def is_off(self, params: CadParams) -> bool:
+        return params.alpha == 0 and params.top_p == 1
+
     def mix(self, params: CadParams) -> Mix:
         if (params.context is None) == (params.prompt_without is None):
             raise DecodingError("say which text of the prompt is context, or the prompt without it", "context")

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.decoding.coupled import CoupledParams
-from whipstaff.decoding.method import Companion, Content, Mixing, Source
+from whipstaff.decoding.method import Companion, Contents, Mixing, Source, content_of
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -21,7 +21,9 @@ class CfgParams(CoupledParams):
 
     method: Literal["cfg"] = "cfg"
     guidance_scale: float = Field(1.5, ge=-100, le=100, allow_inf_nan=False, description="1 changes nothing")
-    negative_prompt: Content | None = Field(None, description="text, token ids or messages; none: the last token")
+    negative_prompt: Contents | None = Field(
+        None, description="text, token ids or messages; a list has one for each prompt; none: the last token"
+    )
 
 
 class Cfg(Mixing[CfgParams]):
@@ -29,11 +31,17 @@ class Cfg(Mixing[CfgParams]):
     params = CfgParams
     shorthands: ClassVar[Mapping[str, str]] = {
         "guidance_scale": "guidance_scale",
+        "cfg_scale": "guidance_scale",
         "negative_prompt": "negative_prompt",
     }
+    switches = (frozenset({"guidance_scale"}),)
+    texts = ("negative_prompt",)
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> CfgParams:
         return CfgParams(guidance_scale=1.0)
+
+    def is_off(self, params: CfgParams) -> bool:
+        return params.guidance_scale == 1
 
     def mix(self, params: CfgParams) -> Mix:
         gamma = params.guidance_scale
@@ -46,4 +54,11 @@ class Cfg(Mixing[CfgParams]):
             return ()
         if params.negative_prompt is None:
             return (Companion(source.ids[-1:], "guidance_scale"),)
-        return (Companion(source.encode(params.negative_prompt, "negative_prompt"), "negative_prompt"),)
+        one = content_of(params.negative_prompt, 0, 1, "negative_prompt")
+        return (Companion(source.encode(one, "negative_prompt"), "negative_prompt"),)
+
+    def of_prompt(self, params: CfgParams, index: int, num: int) -> CfgParams:
+        if params.negative_prompt is None:
+            return params
+        one = content_of(params.negative_prompt, index, num, "negative_prompt")
+        return params.model_copy(update={"negative_prompt": one})

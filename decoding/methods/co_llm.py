@@ -63,6 +63,9 @@ class CoLlm(Rewriting[CoLlmParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> CoLlmParams:
         return CoLlmParams(assistant=streams[0], head=heads[0], threshold=1.0)
 
+    def is_off(self, params: CoLlmParams) -> bool:
+        return params.threshold == 1
+
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.hidden is not None
         head, logits = rows.heads["head"], rows.logits

@@ -32,6 +32,9 @@ class ContrastiveBeta(Mixing[ContrastiveBetaParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> ContrastiveBetaParams:
         return ContrastiveBetaParams(amateur=streams[0], alpha=0.0, beta=0.0)
 
+    def is_off(self, params: ContrastiveBetaParams) -> bool:
+        return params.alpha == 0 and params.beta == 0
+
     def mix(self, params: ContrastiveBetaParams) -> Mix:
         expert = Term(MAIN, 1.0 + params.beta, alpha=params.alpha)
         return Mix((expert, Term(Stream(params.amateur), -params.beta)))

@@ -34,6 +34,9 @@ class DExperts(Mixing[DExpertsParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> DExpertsParams:
         return DExpertsParams(expert=streams[0], alpha=0.0, top_p=1.0)
 
+    def is_off(self, params: DExpertsParams) -> bool:
+        return params.alpha == 0 and params.top_p == 1
+
     def mix(self, params: DExpertsParams) -> Mix:
         if params.expert == params.antiexpert:
             if params.expert is None:

@@ -56,6 +56,7 @@ class Dola(Rewriting[DolaParams]):
     stage, params = "mix", DolaParams
     needs = frozenset({"early"})
     shorthands: ClassVar[Mapping[str, str]] = {"dola_layers": "layers"}
+    switches = (frozenset({"layers"}),)
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         """No layer to contrast with is no DoLa; relative_top 1 is greedy."""

@@ -7,6 +7,7 @@ Runs do not reach over a sequence breaker, and a token that holds a breaker is n
 it is p-e-w's proposal; of breakers that span tokens, only their own tokenisation is found.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor
 from torch.nn.functional import pad
 
-from whipstaff.decoding.method import Params, Rewriting, Words
+from whipstaff.decoding.method import DecodingError, Params, Rewriting, Words
 from whipstaff.decoding.rows import Rows
 
 Breaker = Annotated[str, Field(min_length=1, max_length=40)]
@@ -80,10 +81,22 @@ class Dry(Rewriting[DryParams]):
         "dry_penalty_last_n": "penalty_last_n",
         "dry_sequence_breakers": "sequence_breakers",
     }
+    switches = (frozenset({"multiplier"}),)
+    texts = ("dry_sequence_breakers",)
     needs = frozenset({"tokens"})
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> DryParams:
         return DryParams(multiplier=0.0)
+
+    def is_off(self, params: DryParams) -> bool:
+        return params.multiplier == 0 or params.penalty_last_n == 0
+
+    def read(self, field: str, value: Any) -> Any:
+        """llama.cpp's server takes a base below 1 for none; text-generation-webui's breakers are a list's JSON without
+        its brackets."""
+        if field == "dry_base" and isinstance(value, int | float) and value < 1:
+            return None
+        return _listed(value) if field == "dry_sequence_breakers" and isinstance(value, str) else value
 
     def resolve(self, params: DryParams, words: Words) -> DrySetting:
         breakers: set[int] = set()
@@ -107,6 +120,14 @@ class Dry(Rewriting[DryParams]):
         is_known, follower = _in_vocabulary(follower, logits.shape[1])
         penalty = _penalties(rows, settings, run).masked_fill_(~is_known | is_breaker.gather(1, follower), 0)
         return logits.scatter_reduce_(1, follower, logits.gather(1, follower) - penalty, "amin")
+
+
+def _listed(text: str) -> Any:
+    """A list from its JSON, with or without brackets. Raises: DecodingError."""
+    try:
+        return json.loads(text if text.lstrip().startswith("[") else f"[{text}]" if text.strip() else text or "[]")
+    except (ValueError, RecursionError):
+        raise DecodingError("a list of texts, or its JSON", "sequence_breakers") from None
 
 
 def _penalties(rows: Rows, settings: Sequence[DrySetting], run: Tensor) -> Tensor:

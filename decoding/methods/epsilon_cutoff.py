@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import Params, Rewriting, in_ten_thousandths
 from whipstaff.decoding.rows import Rows
 
 
@@ -27,10 +27,17 @@ class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
     name, paper = "epsilon_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EpsilonCutoffParams
     shorthands: ClassVar[Mapping[str, str]] = {"epsilon_cutoff": "epsilon"}
+    switches = (frozenset({"epsilon"}),)
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> EpsilonCutoffParams:
         return EpsilonCutoffParams(epsilon=0.0)
+
+    def is_off(self, params: EpsilonCutoffParams) -> bool:
+        return params.epsilon == 0
+
+    def read(self, field: str, value: Any) -> Any:
+        return in_ten_thousandths(value)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]

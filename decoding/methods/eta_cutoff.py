@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_, explain_rows
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import Params, Rewriting, in_ten_thousandths
 from whipstaff.decoding.rows import Rows
 
 
@@ -28,10 +28,17 @@ class EtaCutoff(Rewriting[EtaCutoffParams]):
     name, paper = "eta_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EtaCutoffParams
     shorthands: ClassVar[Mapping[str, str]] = {"eta_cutoff": "epsilon"}
+    switches = (frozenset({"epsilon"}),)
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> EtaCutoffParams:
         return EtaCutoffParams(epsilon=0.0)
+
+    def is_off(self, params: EtaCutoffParams) -> bool:
+        return params.epsilon == 0
+
+    def read(self, field: str, value: Any) -> Any:
+        return in_ten_thousandths(value)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, epsilon = rows.logits, rows.column(params.epsilon for params in settings)[:, 0]

@@ -38,6 +38,9 @@ class Forced(Rewriting[ForcedParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> ForcedParams:
         return ForcedParams(ids=[])
 
+    def is_off(self, params: ForcedParams) -> bool:
+        return not (params.ids or params.text)
+
     def resolve(self, params: ForcedParams, words: Words) -> ForcedSetting:
         if (params.text is None) == (params.ids is None):
             raise DecodingError("give the answer's text, or its ids", "text")

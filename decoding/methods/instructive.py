@@ -30,6 +30,9 @@ class Instructive(Mixing[InstructiveParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> InstructiveParams:
         return InstructiveParams(noisy_prompt="any", epsilon=0.0)
 
+    def is_off(self, params: InstructiveParams) -> bool:
+        return params.epsilon == 0
+
     def mix(self, params: InstructiveParams) -> Mix:
         if params.epsilon == 0:
             return Mix((Term(MAIN, 1.0),))

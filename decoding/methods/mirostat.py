@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
@@ -24,19 +24,35 @@ class MirostatParams(Params):
 
     method: Literal["mirostat"] = "mirostat"
     mode: Literal[0, 2] = Field(2, description="llama.cpp's numbers: 2 is mirostat 2, 0 is off")
-    tau: float = Field(5.0, gt=0, le=100, allow_inf_nan=False, description="target surprise in bits")
+    tau: float = Field(5.0, ge=0, le=100, allow_inf_nan=False, description="target surprise in bits")
     eta: float = Field(0.1, ge=0, le=10, allow_inf_nan=False, description="learning rate; 0 stays at 2 * tau")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _is_served(cls, mode: Any) -> Any:
+        if mode == 1:
+            raise ValueError("mirostat 1 is not served; 2 is, and 0 is off")
+        return mode
 
 
 class Mirostat(Rewriting[MirostatParams]):
     name, paper = "mirostat", "Basu et al. 2021, arXiv:2007.14966, algorithm 2"
     stage, params = "truncation", MirostatParams
-    shorthands: ClassVar[Mapping[str, str]] = {"mirostat": "mode", "mirostat_tau": "tau", "mirostat_eta": "eta"}
+    shorthands: ClassVar[Mapping[str, str]] = {
+        "mirostat": "mode",
+        "mirostat_mode": "mode",
+        "mirostat_tau": "tau",
+        "mirostat_eta": "eta",
+    }
+    switches = (frozenset({"mode"}),)
     num_state = 1  # mu
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> MirostatParams:
         return MirostatParams(mode=0)
+
+    def is_off(self, params: MirostatParams) -> bool:
+        return params.mode == 0
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.state is not None

@@ -35,6 +35,9 @@ class ProxyTuning(Mixing[ProxyTuningParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> ProxyTuningParams:
         return ProxyTuningParams(expert=streams[0], antiexpert=streams[1], alpha=0.0)
 
+    def is_off(self, params: ProxyTuningParams) -> bool:
+        return params.alpha == 0
+
     def mix(self, params: ProxyTuningParams) -> Mix:
         if params.expert == params.antiexpert:
             raise DecodingError("expert and antiexpert are the same model: their difference is zero", "antiexpert")

@@ -83,6 +83,9 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> RuleAdapterParams:
         return RuleAdapterParams(ramp=False, style=False, repetition=False)
 
+    def is_off(self, params: RuleAdapterParams) -> bool:
+        return not (params.ramp or params.style or params.repetition or params.opening)
+
     def resolve(self, params: RuleAdapterParams, words: Words) -> RuleAdapterSetting:
         known = _known(words, params.vocabulary)
 

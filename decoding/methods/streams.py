@@ -66,6 +66,9 @@ class Streams(Mixing[StreamsParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> StreamsParams:
         return StreamsParams(streams=[StreamParams(model=streams[0], weight=0.0)])
 
+    def is_off(self, params: StreamsParams) -> bool:
+        return params == StreamsParams(streams=params.streams) and not any(stream.weight for stream in params.streams)
+
     def streams(self, params: StreamsParams) -> Mapping[str, str]:
         named = {f"streams[{number}].model": stream.model for number, stream in enumerate(params.streams)}
         return {where: model for where, model in named.items() if model is not None}

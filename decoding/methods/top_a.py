@@ -27,10 +27,14 @@ class TopA(Rewriting[TopAParams]):
     name, paper = "top_a", "RWKV-LM, top-a sampling"
     stage, params = "truncation", TopAParams
     shorthands: ClassVar[Mapping[str, str]] = {"top_a": "a"}
+    switches = (frozenset({"a"}),)
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> TopAParams:
         return TopAParams(a=0.0)
+
+    def is_off(self, params: TopAParams) -> bool:
+        return params.a == 0
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, a = rows.logits, rows.column(params.a for params in settings)[:, 0]

@@ -28,11 +28,15 @@ class TopNSigmaParams(Params):
 class TopNSigma(Rewriting[TopNSigmaParams]):
     name, paper = "top_n_sigma", "Tang et al. 2024, arXiv:2411.07641"
     stage, params = "truncation", TopNSigmaParams
-    shorthands: ClassVar[Mapping[str, str]] = {"top_n_sigma": "n"}
+    shorthands: ClassVar[Mapping[str, str]] = {"top_n_sigma": "n", "nsigma": "n"}
+    switches = (frozenset({"n"}),)
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> TopNSigmaParams:
         return TopNSigmaParams(n=0.0)
+
+    def is_off(self, params: TopNSigmaParams) -> bool:
+        return params.n <= 0
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         logits, n = rows.logits, rows.column(params.n for params in settings)

@@ -26,10 +26,14 @@ class TypicalPParams(Params):
 class TypicalP(Rewriting[TypicalPParams]):
     name, paper = "typical_p", "Meister et al. 2022, arXiv:2202.00666"
     stage, params = "truncation", TypicalPParams
-    shorthands: ClassVar[Mapping[str, str]] = {"typical_p": "p"}
+    shorthands: ClassVar[Mapping[str, str]] = {"typical_p": "p", "typical": "p"}
+    switches = (frozenset({"p"}),)
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> TypicalPParams:
         return TypicalPParams(p=1.0)
+
+    def is_off(self, params: TypicalPParams) -> bool:
+        return params.p == 1
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         typical_rows_(rows.logits, rows.column(params.p for params in settings)[:, 0])

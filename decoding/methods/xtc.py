@@ -31,10 +31,14 @@ class Xtc(Rewriting[XtcParams]):
     name, paper = "xtc", "llama.cpp, xtc_probability"
     stage, params = "truncation", XtcParams
     shorthands: ClassVar[Mapping[str, str]] = {"xtc_probability": "probability", "xtc_threshold": "threshold"}
+    switches = (frozenset({"probability"}),)
     needs = frozenset({"uniform"})
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> XtcParams:
         return XtcParams(probability=0.0)
+
+    def is_off(self, params: XtcParams) -> bool:
+        return params.probability == 0 or params.threshold > 0.5
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         assert rows.uniform is not None

@@ -10,10 +10,10 @@ import json
 import signal
 from argparse import Namespace
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from uuid import uuid4
 
@@ -21,7 +21,9 @@ import vllm.envs as envs
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
+from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -49,6 +51,7 @@ from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest
+from whipstaff.server.names import ALIASES
 from whipstaff.server.prompts import PromptSource
 
 COUNTERS_PATIENCE = 2.0  # seconds
@@ -62,6 +65,12 @@ validate_json_request = vllm_routes.validate_json_request  # a dependency: the c
 def cancellable(handler: Handler) -> Handler:
     """Cancel a route's work when its client disconnects, and count it in vLLM's server load."""
     return cast(Handler, vllm_routes.with_cancellation(vllm_routes.load_aware_call(handler)))
+
+
+OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream")) - {
+    "best_of"
+}  # which vLLM ignores, and which changes the answer
+_HOTTEST = 2.0  # temperature that vLLM takes
 
 
 class Placed(Protocol):
@@ -98,8 +107,14 @@ class Extras(BaseModel):
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
+    on_unknown: Any = Field(None, description='"warn" (default) of fields that nobody knows, or "error"')
     _prepared: Prepared | None = PrivateAttr(None)
     _placed: deque[Placed] = PrivateAttr(default_factory=deque)  # of the prompts not yet scheduled, in order
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renames(cls, body: Any) -> Any:
+        return renamed(body, cls.model_fields) if isinstance(body, dict) else body
 
     def attach(self, prepared: Prepared | None) -> None:
         self._prepared = prepared
@@ -118,13 +133,14 @@ class Extras(BaseModel):
         room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
         adapters = {name: (name, it.lora_int_id, it.lora_path) for name, it in serving.models.lora_requests.items()}
         found = []
-        for one in inputs:
+        for index, one in enumerate(inputs):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
             source = _source(self, one, serving, chat) if ids else None
             placed_chat = chat.of(ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._served or "")
-            found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own))
+            where = index, len(inputs)
+            found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own, *where))
         return found
 
     async def score(self, prompts: list[Prompt], serving: Any) -> None:
@@ -161,10 +177,23 @@ class Extras(BaseModel):
         if any(capped < most for most, capped in allowed):
             cap(min(capped for _, capped in allowed))
 
-    def add_plan(self, params: SamplingParams) -> SamplingParams:
-        """vLLM asks for the sampling parameters of each prompt once, in order."""
+    def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
+        """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
+        one that our own stages apply."""
+        params = self.cooled(make) if self._placed and is_hot(self) else make()
         if self._placed:
             params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire(params)}
+        return params
+
+    def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
+        """With a temperature that vLLM does not take."""
+        own = getattr(self, "temperature")  # noqa: B009 - a field of the other base class
+        self.temperature = 1.0
+        try:
+            params = make()
+        finally:
+            self.temperature = own
+        params.temperature = own
         return params
 
 
@@ -172,14 +201,14 @@ class ChatRequest(ChatCompletionRequest, Extras):
     """A chat completion with the extra fields."""
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        return self.add_plan(super().to_sampling_params(*args, **kwargs))
+        return self.planned(partial(super().to_sampling_params, *args, **kwargs))
 
 
 class TextRequest(CompletionRequest, Extras):
     """A text completion with the extra fields."""
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        return self.add_plan(super().to_sampling_params(*args, **kwargs))
+        return self.planned(partial(super().to_sampling_params, *args, **kwargs))
 
 
 class ServingChat(OpenAIServingChat):
@@ -282,6 +311,45 @@ async def _log_probabilities(serving: Any, ids: list[int], model: str | None) ->
     return [said[position][token].logprob for position, token in enumerate(ids) if position] if said else []
 
 
+def renamed(body: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with other servers' names of vLLM's fields replaced. Raises: BadRequest."""
+    for theirs, name in ALIASES.items() if ALIASES.keys() & body.keys() else ():
+        if (value := body.get(theirs)) is None:
+            continue
+        try:
+            checked = TypeAdapter(fields[name].annotation).validate_python(value)
+        except ValidationError as error:
+            raise BadRequest(str(error.errors()[0]["msg"]), theirs) from None
+        if body.get(name) not in (None, checked):
+            raise BadRequest(f"given twice: {name} is {body[name]!r}", theirs)
+        body = {key: other for key, other in body.items() if key != theirs} | {name: checked}
+    return body
+
+
+@cache
+def known_names(model: type[BaseModel]) -> frozenset[str]:
+    """The fields of a request that mean something, or that OpenAI's protocol has."""
+    aliases = {field.alias for field in model.model_fields.values() if field.alias}
+    return OPENAI.union(model.model_fields, aliases, ALIASES)
+
+
+def unknown_names(request: "ChatRequest | TextRequest") -> list[str]:
+    """The fields of a request that are none of these, in its order."""
+    more = request.model_extra or {}
+    return [name for name, value in more.items() if value is not None and name not in known_names(type(request))]
+
+
+def is_hot(request: Any) -> bool:
+    """Whether a request's temperature is one that vLLM does not take."""
+    return request.temperature is not None and request.temperature > _HOTTEST and not request.use_beam_search
+
+
+def truncates(request: "ChatRequest | TextRequest") -> bool:
+    """Whether the request itself leaves out what is unlikely."""
+    is_nucleus = request.top_p is not None and request.top_p < 1
+    return is_nucleus or (request.top_k or 0) > 0 or (request.min_p or 0) > 0
+
+
 def has_grammar(request: ChatRequest | TextRequest) -> bool:
     """Whether the answer must follow a grammar."""
     shape = getattr(request.response_format, "type", "text") if request.response_format else "text"
@@ -335,6 +403,12 @@ def list_models(app: FastAPI, presets: Callable[[], Awaitable[Iterable[str]]]) -
     app.state.openai_serving_models.presets = presets
 
 
+async def models(app: FastAPI) -> dict[str, dict[str, Any]]:
+    """Everything that /v1/models lists, by its name."""
+    shown = await app.state.openai_serving_models.show_available_models()
+    return {card.id: card.model_dump() for card in shown.data}
+
+
 class Guard(AuthenticationMiddleware):
     """vLLM's check of the user's key, and a way past it."""
 
@@ -357,10 +431,11 @@ def admit(app: FastAPI, admits: Callable[[str, Headers], bool]) -> None:
             layer.cls = partial(Guard, admits=admits)
 
 
-def check_sampling(request: ChatRequest | TextRequest) -> None:
+def check_sampling(request: ChatRequest | TextRequest, is_hot_taken: bool) -> None:
     """Check the ranges of a request's sampling parameters. Raises: BadRequest."""
+    make = partial(request.to_sampling_params, max(request.max_tokens or 1, request.min_tokens), {})
     try:
-        request.to_sampling_params(max(request.max_tokens or 1, request.min_tokens), {})
+        request.cooled(make) if is_hot_taken else make()
     except (ValueError, VLLMClientError) as error:
         raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
 
@@ -437,10 +512,11 @@ def load_headers(raw: Request) -> dict[str, str] | None:
     return cast("dict[str, str] | None", metrics_header(wanted))
 
 
-def event_stream(events: Any, raw: Request) -> StreamingResponse:
+def event_stream(events: Any, raw: Request, headers: Mapping[str, str]) -> StreamingResponse:
     """Server-sent events with vLLM's keep-alive comments."""
     interval = float(getattr(raw.app.state.args, "sse_keep_alive_interval", 0))
-    return StreamingResponse(with_sse_keep_alive(events, interval), media_type="text/event-stream")
+    stream = with_sse_keep_alive(events, interval)
+    return StreamingResponse(stream, media_type="text/event-stream", headers=dict(headers))
 
 
 async def build(engine: Engine, args: Namespace) -> FastAPI:

@@ -96,6 +96,9 @@ class Pasta(Method[PastaParams]):
     off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
     parts: ClassVar = {}
 
+    def is_off(self, params: PastaParams) -> bool:
+        return params.alpha == 1
+
     def check_model(self, params: PastaParams, model: ModelShape) -> None:
         for layer, heads in params.heads.items():
             for index, head in enumerate(heads):

@@ -153,14 +153,13 @@ NEAREST = {"method": "adapter_ensemble", "centres": "centres", "feature": FEATUR
 STREAM = {"weight": 1.0, "prompt": "a"}
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "scale": ({"guidance_scale": "much"}, 400, "guidance_scale"),
-    "empty text": ({"guidance_scale": 2, "negative_prompt": ""}, 400, "negative_prompt"),
     "no tokens": ({"negative_prompt": []}, 400, "negative_prompt"),
     "negative token": ({"negative_prompt": [5, -1]}, 400, "negative_prompt[1]"),
     "not a token": ({"negative_prompt": [5, "a"]}, 400, "negative_prompt[1]"),
-    "not in the vocabulary": ({"negative_prompt": [5, VOCABULARY]}, 400, "negative_prompt"),
+    "not in the vocabulary": ({"guidance_scale": 2, "negative_prompt": [5, VOCABULARY]}, 400, "negative_prompt"),
     "message": ({"negative_prompt": [{"role": "user"}]}, 400, "negative_prompt[0].content"),
-    "too long": ({"negative_prompt": [5] * MAX_LEN}, 400, "negative_prompt"),
-    "no room for the answer": ({"negative_prompt": [5] * (MAX_LEN - 3)}, 400, "negative_prompt"),
+    "too long": ({"guidance_scale": 2, "negative_prompt": [5] * MAX_LEN}, 400, "negative_prompt"),
+    "no room for the answer": ({"guidance_scale": 2, "negative_prompt": [5] * (MAX_LEN - 3)}, 400, "negative_prompt"),
     "window": ({"decoding": CFG | {"from": 4, "until": 4}}, 400, "decoding.until"),
     "endless fade": ({"decoding": CFG | {"fade": "linear"}}, 400, "decoding.fade"),
     "two contrasts": ({"guidance_scale": 2, "decoding": CFG}, 400, "guidance_scale"),
