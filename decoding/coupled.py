@@ -1,6 +1,6 @@
-"""What methods that read further sequences have in common: when they hold."""
+"""What methods that read further sequences have in common: when they hold, and how those sequences are steered."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
@@ -9,7 +9,7 @@ from whipstaff.decoding.mix import Window
 
 
 class CoupledParams(Params):
-    """From which generated token until which, and whether the effect fades."""
+    """From which generated token until which, whether the effect fades, and the further sequences' steering."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -18,6 +18,7 @@ class CoupledParams(Params):
         None, ge=1, le=1 << 20, description="generated tokens after which it ends, and costs nothing more"
     )
     fade: Literal["constant", "linear", "cosine"] = Field("constant", description="from full to nothing at `until`")
+    steering: Any = Field(None, description="of its further sequences; none: the request's own, []: no steering")
 
     @field_validator("until")
     @classmethod

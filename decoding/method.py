@@ -166,7 +166,7 @@ class Companion(NamedTuple):
 
     prompt: Sequence[int]
     param: str  # the parameter that its prompt comes from
-    steering: str = ""  # the parameter that holds its steering; "": none
+    steering: str = "steering"  # the parameter that holds its steering; where it says nothing, the request's holds
     adapter: tuple[str, str] | None = (
         None  # a LoRA adapter's name, and the parameter that holds it; None: the request's
     )
@@ -269,8 +269,10 @@ class Mixing(Method[P]):
         return ()
 
     def steered(self, params: P) -> Mapping[str, Any]:
-        """Parameter -> the steering of a further sequence that it holds, as a request would say it."""
-        return {}
+        """Parameter -> the steering of further sequences that it holds, as a request would say it; those that say
+        nothing are left out."""
+        said = getattr(params, "steering", None)
+        return {} if said is None else {"steering": said}
 
 
 class Rewriting(Method[P]):

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from whipstaff.server.catalogue import Catalogue, Limit
-from whipstaff.server.errors import BadRequest, Unavailable, bad_field, field_path, parsed
+from whipstaff.server.errors import BadRequest, Unavailable, bad_field, check_given_once, field_path, no_entry, parsed
 from whipstaff.server.placing import SoftPrompt
 from whipstaff.server.steered import Steered, largest_dose
 from whipstaff.steering.artifacts import Vector
@@ -27,6 +27,7 @@ from whipstaff.steering.ops import Directions
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial
 from whipstaff.steering.planner import OWN_FIELDS, Planner, SteeringParams
 from whipstaff.steering.sites import canonical
+from whipstaff.steering.where import Where
 
 _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit
 
@@ -46,7 +47,9 @@ def admit(
     vector = _named(params, path, have)
     probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
     _check_sites(vector, params, path, have)
+    _check_tokens(vector, params, path, have.vocabulary)
     own = _part(entry, path, own=True)
+    check_given_once(vector.method.params, own, path)
     try:
         if vector.method.served_by != "rows" and vector.method.is_off(Planner.checked(vector, own)):
             planner, others, warnings = Planner(), [], []  # as if it stood alone, for its errors
@@ -128,8 +131,18 @@ def _named(params: SteeringParams, path: str, have: Catalogue) -> Vector:
 def _part(entry: Any, path: str, own: bool) -> dict[str, Any]:
     """The fields that every entry may have, or its method's own."""
     if not isinstance(entry, dict):
-        raise BadRequest("an entry is a JSON object", path)
+        raise no_entry(entry, path, "vector")
     return {name: value for name, value in entry.items() if (name not in OWN_FIELDS) == own}
+
+
+def _check_tokens(vector: Vector, params: SteeringParams, path: str, vocabulary: int) -> None:
+    """The tokens that a clause tells apart must exist."""
+    where = Where.of(params.where or vector.header.where or vector.method.where)
+    for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
+        for index, token in enumerate((region.tokens if region else None) or ()):
+            if isinstance(token, int) and token >= vocabulary:
+                named = f"{path}.where.{name}[{index}]" if params.where is not None else f"{path}.vector"
+                raise BadRequest(f"token {token} is not in the vocabulary, which has {vocabulary}", named)
 
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:

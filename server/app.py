@@ -27,6 +27,7 @@ from whipstaff.server.registry import Registry, VectorFile, misfit, read_stored,
 from whipstaff.server.schema import PLAIN
 from whipstaff.server.settings import Settings
 from whipstaff.server.store import Store
+from whipstaff.server.text import check_text
 from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.experts import Scheme
@@ -134,6 +135,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         max_adapters=engine.vllm_config.lora_config.max_loras if engine.vllm_config.lora_config else 0,
         dtype=facts["dtype"],
         num_slots=engine.layout.num_slots,
+        num_histories=engine.layout.num_histories,
         num_layers=engine.layout.shape.num_layers,
         places=frozenset(Place(*place) for place in facts["sites"]),
         lengths=Lengths(lengths),
@@ -179,6 +181,7 @@ async def extend(app: FastAPI, engine: Engine, library: Library, settings: Setti
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             _first(route, routes.drop_preset if route.path in _NOT_GENERATING else routes.refuse_extras)
+            _first(route, check_text)
         elif isinstance(route, APIRoute) and route.path == "/metrics":
             _first(route, routes.read_worker)
     app.include_router(routes.router)

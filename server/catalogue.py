@@ -36,6 +36,7 @@ class Catalogue:
     max_adapters: int = 0  # LoRA adapters in use at once
     dtype: str = "float32"  # of the served model's activations
     num_slots: int = 256  # rows of edits in use at once
+    num_histories: int = 64  # conditions in use at once
     num_layers: int = 1
     places: frozenset[Place] = frozenset()  # where edits can be made
     lengths: Lengths = field(default_factory=lambda: Lengths({}))

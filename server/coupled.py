@@ -2,18 +2,33 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from whipstaff.decoding.method import Companion, DecodingError, Mixing
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Adapter, Prompt
-from whipstaff.server.decoded import Decoded
+from whipstaff.server.decoded import Decoded, Unplaced
 from whipstaff.server.engine.request import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
 from whipstaff.server.placing import place_plan
 from whipstaff.server.prompts import PromptSource
+from whipstaff.server.steered import Steered
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
+
+
+class Scoring(NamedTuple):
+    """A text whose tokens the served model is to score."""
+
+    ids: Sequence[int]  # with placeholders of inserted rows
+    steering: SteeringPlan | None
+
+    @property
+    def positions(self) -> list[int]:
+        """Where its own tokens stand."""
+        inserts = self.steering.inserts if self.steering else ()
+        rows = {position for insert in inserts for position in range(insert.start, insert.start + insert.num)}
+        return [position for position in range(len(self.ids)) if position not in rows]
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class Coupled:
     companion: Companion
     member: Member
     models: frozenset[str]  # auxiliary models that read it
+    entries: Sequence[Steered] = ()  # what its steering came of
 
     @property
     def path(self) -> str:
@@ -35,12 +51,13 @@ class Coupled:
         """As the client called it, or else its field."""
         return str(self.companion.said.get("name", self.path))
 
-    def allowed(self, have: Catalogue) -> int:
-        """How many tokens can follow its prompt while it is needed."""
-        limits = [have.max_len, *(have.auxiliaries[model] for model in self.models)]
-        room = min(limits) - len(self.member.prompt)
+    def room(self, have: Catalogue) -> tuple[int, int]:
+        """How many tokens can follow its prompt while it is needed, and the longest it may become. The scheduler itself
+        ends a request whose sequence reaches the served model's context; see `groups`."""
+        most = min([have.max_len, *(have.auxiliaries[model] for model in self.models)])
+        room = most - len(self.member.prompt)
         until = self.member.until
-        return have.max_len if until is not None and until + STEPS_AHEAD <= room else room
+        return (have.max_len if until is not None and until + STEPS_AHEAD <= room else room), most
 
     def rows(self) -> frozenset[Row]:
         """The distinct rows of edits that it may need at once."""
@@ -48,23 +65,34 @@ class Coupled:
 
     def said(self) -> dict[str, Any]:
         """The sequence as the receipt shows it."""
-        return {"field": self.path, "prompt_tokens": len(self.member.prompt), **self.companion.said}
+        said = {"field": self.path, "prompt_tokens": len(self.member.prompt), **self.companion.said}
+        return {**said, "steered": self.member.steering is not None}
 
 
-def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue) -> dict[str, Sequence[int]]:
-    """The texts whose tokens must be scored before further prompts can be made, by their entry.
+def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, request: Unplaced) -> dict[str, Scoring]:
+    """The texts whose tokens must be scored before further prompts can be made, by their entry; `request` is the
+    request's own steering.
 
     Raises: BadRequest.
     """
+    found: dict[str, Scoring] = {}
     source = prompt.source
-    found = {entry.method.name: _scored(entry, source, have) for entry in _coupled(entries)} if source else {}
-    return {name: ids for name, ids in found.items() if ids}
+    for entry in _coupled(entries) if source else ():
+        assert source is not None
+        if ids := _scored(entry, source, have):
+            own = entry.steered.get("steering")
+            plan, expanded = _placed(request if own is None else own, own is None, ids, prompt, have, entry.path_of(""))
+            found[entry.method.name] = Scoring(expanded, plan)
+    return found
 
 
-def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: bool) -> list[Coupled]:
+def couple(
+    entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, request: Unplaced, is_dry: bool
+) -> list[Coupled]:
     """Every further sequence that the entries ask for, in the order in which their mixes count them.
 
     Args:
+        request: the request's own steering, which holds for sequences that have none of their own.
         is_dry: whether nothing was scored, since nothing will run; what depends on scores is then left out.
 
     Raises: BadRequest, NotFound, Unavailable.
@@ -79,7 +107,7 @@ def couple(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, is_dry: 
             made = _method(entry).companions(entry.params, prompt.source, prompt.scores.get(entry.method.name, ()))
         except DecodingError as error:
             raise BadRequest(str(error), entry.path_of(error.param)) from None
-        found += [_checked(entry, number, companion, prompt, have) for number, companion in enumerate(made, 1)]
+        found += [_checked(entry, number, companion, prompt, have, request) for number, companion in enumerate(made, 1)]
     if found:
         _check_number(found, prompt, have)
     return found
@@ -118,17 +146,21 @@ def _scored(entry: Decoded, source: PromptSource, have: Catalogue) -> Sequence[i
     return ids
 
 
-def _checked(entry: Decoded, number: int, companion: Companion, prompt: Prompt, have: Catalogue) -> Coupled:
+def _checked(
+    entry: Decoded, number: int, companion: Companion, prompt: Prompt, have: Catalogue, request: Unplaced
+) -> Coupled:
     path, ids = entry.path_of(companion.param), companion.prompt
     if not 0 < len(ids) < have.max_len:
         raise BadRequest(f"this prompt has {len(ids)} tokens; it may have 1 to {have.max_len - 1}", path)
     if bad := [token for token in ids if token >= have.vocabulary]:
         raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {have.vocabulary}", path)
     assert entry.mix is not None
-    models = frozenset(s.model for s in entry.mix.streams if s.member == number and s.model)
-    steering = _steering(entry, companion, prompt)
-    member = Member(tuple(ids), steering, entry.mix.window.end, _adapter(entry, companion, prompt, have))
-    return Coupled(entry, companion, member, models)
+    models = frozenset(s.model for s in entry.mix.streams if s.member == number)
+    own = entry.steered.get(companion.steering)
+    steering = (request if own is None else own) if "" in models else Unplaced()  # only the served model is steered
+    plan, expanded = _placed(steering, own is None, ids, prompt, have, path)
+    member = Member(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, have))
+    return Coupled(entry, companion, member, models - {""}, steering.entries)
 
 
 def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalogue) -> Adapter | None:
@@ -149,17 +181,35 @@ def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalog
     return prompt.adapters[name]
 
 
-def _steering(entry: Decoded, companion: Companion, prompt: Prompt) -> SteeringPlan | None:
-    """The steering of a further sequence, placed in its prompt."""
-    if not companion.steering:
-        return None
-    own = entry.steered[companion.steering]
-    num = len(companion.prompt)
-    plan, _ = place_plan(own.plan, own.paths, (), Prompt(num, list(companion.prompt), num, prompt.tokenizer))
-    everything: list[PlannedEdit | PlannedSpecial] = [*plan.edits, *plan.specials]
-    for path, planned in zip(own.paths, everything, strict=True):
-        try:
-            planned.where.check(num, 1 << 30)
-        except SteeringError as error:
-            raise BadRequest(str(error), f"{path}.{error.param}") from None
-    return plan
+def _placed(
+    steering: Unplaced, is_shared: bool, ids: Sequence[int], prompt: Prompt, have: Catalogue, path: str
+) -> tuple[SteeringPlan | None, Sequence[int]]:
+    """Steering in a further prompt, and that prompt with room for inserted rows. Raises: BadRequest.
+
+    Args:
+        is_shared: whether it is the request's own: a clause of that need not select anything here.
+        path: the field that the prompt comes from.
+    """
+    if not steering.entries:
+        return None, ids
+    assert prompt.source is not None
+    here = Prompt(len(ids), list(ids), have.max_len - 1, prompt.tokenizer, prompt.source.chat(ids), prompt.source)
+    try:
+        plan, expanded = place_plan(steering.plan, steering.paths, steering.soft, here, is_shared)
+        num = len(ids if expanded is None else expanded)
+        for entry in steering.entries:
+            entry.check_keys(plan, num, have)
+            for planned in () if is_shared else entry.planned(plan):
+                _check_selects(planned, num, entry.path)
+    except BadRequest as error:
+        raise BadRequest(
+            f"{error.message} (in the further sequence of {path}, which `steering: []` there leaves alone)", error.param
+        ) from None
+    return plan, ids if expanded is None else expanded
+
+
+def _check_selects(planned: PlannedEdit | PlannedSpecial, num_tokens: int, path: str) -> None:
+    try:
+        planned.where.check(num_tokens, 1 << 30)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{path}.{error.param}") from None

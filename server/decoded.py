@@ -10,8 +10,9 @@ from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, parsed
+from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
 from whipstaff.server.names import said_of_methods
+from whipstaff.server.placing import SoftPrompt
 from whipstaff.server.steered import Steered
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
@@ -23,12 +24,28 @@ _GREEDY_BELOW = 1e-5  # as in vLLM
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
 
 
-class OwnSteering(NamedTuple):
-    """The steering of a further sequence."""
+class Unplaced(NamedTuple):
+    """Steering that waits for a prompt: the request's, or a further sequence's own."""
 
-    plan: SteeringPlan
-    paths: Sequence[str]  # where in the request each edit stands, then each special
-    vectors: Sequence[Vector]
+    entries: Sequence[Steered] = ()
+    plan: SteeringPlan = SteeringPlan(())
+
+    @property
+    def paths(self) -> list[str]:
+        """Where in the request each edit of the plan stands, then each special."""
+        paths = [entry.path for entry in self.entries for _ in entry.edits]
+        return paths + [entry.path for entry in self.entries if entry.special is not None]
+
+    @property
+    def soft(self) -> list[SoftPrompt]:
+        """The rows that a prompt must have room for; a KV prefix stands first."""
+        prefix_first = sorted(self.entries, key=lambda entry: entry.special is None)
+        return [entry.soft for entry in prefix_first if entry.soft is not None]
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """The files that it reads."""
+        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
 
 
 class Asked(NamedTuple):
@@ -61,7 +78,7 @@ class Decoded:
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
     vectors: tuple[Vector, ...] = ()  # the files that it reads
     ahead: str = ""  # the parameter that names a head which reads tokens before one is chosen; "": none
-    steered: Mapping[str, OwnSteering] = field(default_factory=dict)  # parameter -> a further sequence's steering
+    steered: Mapping[str, Unplaced] = field(default_factory=dict)  # parameter -> further sequences' own steering
     why_off: str = ""  # why it is left out; "": it is not
 
     def path_of(self, param: str) -> str:
@@ -114,7 +131,7 @@ def admit_decoding(asked: Asked, have: Catalogue) -> Decoded:
     """
     entry, path, names = asked.entry, asked.path, asked.names
     if not isinstance(entry, dict):
-        raise BadRequest("an entry is a JSON object", path)
+        raise no_entry(entry, path, "method")
     name = entry.get("method")
     if not isinstance(name, str):
         raise BadRequest(f"name a method: one of {', '.join(METHODS)}", f"{path}.method")
@@ -166,19 +183,13 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
     return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests, early=early)
 
 
-def _own_steering(said: Any, path: str, have: Catalogue) -> OwnSteering:
+def _own_steering(said: Any, path: str, have: Catalogue) -> Unplaced:
     """The steering of a further sequence, compiled as a request's own."""
     planner, entries = Planner(), list[Steered]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        if (admitted := admit(entry, where, planner, entries, have, [])).is_off:
-            continue
-        entries.append(admitted)
-        if entries[-1].soft is not None:
-            raise BadRequest("further sequences have no room for learned rows", f"{where}.vector")
-    paths = [entry.path for entry in entries for _ in entry.edits]
-    paths += [entry.path for entry in entries if entry.special is not None]
-    vectors = [vector for entry in entries for vector in (entry.vector, entry.probe) if vector is not None]
-    return OwnSteering(planner.plan, paths, vectors)
+        if not (admitted := admit(entry, where, planner, entries, have, [])).is_off:
+            entries.append(admitted)
+    return Unplaced(entries, planner.plan)
 
 
 def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:

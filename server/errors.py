@@ -11,9 +11,10 @@ WhipstaffError
  |- Unavailable     422  a method that this server could run, were it started otherwise
 """
 
-from typing import Any, ClassVar, TypeVar
+import json
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
 P = TypeVar("P", bound=BaseModel)
 _OTHER_NAMES = {"scale": ("strength", "coefficient")}
@@ -105,10 +106,29 @@ def field_path(prefix: str, param: str, data: Any) -> str:
     return path
 
 
+def no_entry(entry: Any, path: str, key: str) -> BadRequest:
+    """For what is no JSON object where one is wanted: what to write instead."""
+    name = entry if isinstance(entry, str) and entry else "NAME"
+    return BadRequest(f"an entry is a JSON object: write {json.dumps({key: name}, ensure_ascii=False)}", path)
+
+
+def check_given_once(model: type[BaseModel], entry: Any, path: str) -> None:
+    """A field that has several names may come by one of them. Raises: BadRequest naming the second."""
+    for name, field in model.model_fields.items() if isinstance(entry, dict) else ():
+        aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else [field.alias]
+        first, *more = [one for one in dict.fromkeys([name, *aliases]) if one in entry] or [""]
+        if more:
+            raise BadRequest(f"given twice, here and as {first!r}", f"{path}.{more[0]}" if path else more[0])
+        for inner in get_args(field.annotation) or (field.annotation,):
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and first:
+                check_given_once(inner, entry[first], f"{path}.{first}")
+
+
 def parsed(model: type[P], entry: Any, path: str) -> P:
     """An entry of a request as its model. Raises: BadRequest with the path of what is wrong."""
     if not isinstance(entry, dict):
         raise BadRequest("an entry is a JSON object", path)
+    check_given_once(model, entry, path)
     try:
         return model.model_validate(entry)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts
 from whipstaff.steering.methods.virtual_tokens import ROWS, InsertParams
 from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import SteeringParams
-from whipstaff.steering.where import Messages
+from whipstaff.steering.where import NOWHERE, Messages
 
 Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)
 
@@ -40,18 +40,19 @@ class SoftPrompt:
 
 
 def place_plan(
-    plan: SteeringPlan, paths: Sequence[str], soft: Sequence[SoftPrompt], prompt: Prompt
+    plan: SteeringPlan, paths: Sequence[str], soft: Sequence[SoftPrompt], prompt: Prompt, is_further: bool = False
 ) -> tuple[SteeringPlan, list[int] | None]:
     """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.
 
     Args:
         paths: where in the request each of the plan's edits stands, then each of its specials.
+        is_further: whether the plan was written for another prompt of the request: its messages need not be in this.
 
     Raises:
         BadRequest: naming the field that does not go with this prompt.
     """
     if not soft:
-        return _resolved(plan, paths, prompt), None
+        return _resolved(plan, paths, prompt, is_further), None
     if prompt.ids is None:
         raise BadRequest("rows can only be inserted into a prompt of text or tokens", f"{soft[0].path}.vector")
     wanted = [Wanted(one.digest, one.num, _index(one, prompt)) for one in soft]
@@ -62,7 +63,7 @@ def place_plan(
             f"{soft[-1].path}.vector",
         )
     _, inserts = place_inserts(prompt.ids, wanted)
-    placed = _resolved(plan, paths, prompt, inserts)
+    placed = _resolved(plan, paths, prompt, is_further, inserts)
     expanded, _ = place_inserts(prompt.ids, wanted, placed.token_ids)
     return replace(placed, inserts=inserts), expanded
 
@@ -74,11 +75,16 @@ def _index(soft: SoftPrompt, prompt: Prompt) -> int:
         raise BadRequest(str(error), f"{soft.path}.{error.param or 'insert'}") from None
 
 
-def _resolved(plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, inserts: Sequence[Insert] = ()) -> SteeringPlan:
+def _resolved(
+    plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, is_further: bool, inserts: Sequence[Insert] = ()
+) -> SteeringPlan:
     """The plan with clauses in windows and token ids only."""
 
     def spans(chosen: Messages) -> list[Span]:
-        return [shift(span, inserts) for span in prompt.spans(chosen)]
+        if is_further and prompt.chat is None:
+            return [NOWHERE]
+        found = [shift(span, inserts) for span in prompt.spans(chosen)]
+        return found or ([NOWHERE] if is_further else [])
 
     def resolved(planned: Planned, path: str) -> Planned:
         if not planned.where.needs_prompt:

@@ -1,13 +1,14 @@
 """The prompt of a request as a source of others, for methods that read further sequences."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from whipstaff.decoding.method import Content, DecodingError, Message
 
 Render = Callable[[Sequence[Mapping[str, Any]]], list[int]]
+PlaceChat = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Any]  # messages, their prompt -> `chat.Chat`
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class PromptSource:
     render: Render  # of messages, by the served model's template; it may raise whatever the template does
     messages: Sequence[Mapping[str, Any]] | None = None  # None: the prompt is no chat
     written: str | None = None  # the text that the client sent; None: it sent tokens
+    place: PlaceChat | None = None  # finds the messages of a chat in a prompt; None where that cannot be done
+    _rendered: dict[tuple[int, ...], Sequence[Mapping[str, Any]]] = field(default_factory=dict, compare=False)
 
     @property
     def text(self) -> str:
@@ -67,6 +70,12 @@ class PromptSource:
     def as_chat(self, param: str) -> Sequence[int]:
         return self.ids if self.messages is not None else self._chat([{"role": "user", "content": self.text}], param)
 
+    def chat(self, ids: Sequence[int]) -> Any:
+        """The chat that a prompt made here was rendered from, a `chat.Chat`; None where it is none."""
+        is_own = self.messages is not None and list(ids) == list(self.ids)
+        messages = self.messages if is_own else self._rendered.get(tuple(ids))
+        return None if messages is None or self.place is None else self.place(messages, ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
@@ -103,6 +112,8 @@ class PromptSource:
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], param: str) -> list[int]:
         try:
-            return self.render(messages)
+            ids = self.render(messages)
         except Exception as error:  # a template, or the lack of one, may raise anything
             raise DecodingError(f"the chat template does not take these messages: {error}", param) from error
+        self._rendered[tuple(ids)] = messages
+        return ids

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from whipstaff.server import metrics
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
+from whipstaff.server.coupled import Scoring
 from whipstaff.server.engine import openai
 from whipstaff.server.engine.launch import PlanDict
 from whipstaff.server.engine.request import RequestPlan, take_draw
@@ -25,6 +26,7 @@ from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
 from whipstaff.server.schema import Compiled, compile_extras, loose, on_unknown
 from whipstaff.server.steered import Fed, doses
+from whipstaff.server.text import check_text
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
@@ -44,7 +46,15 @@ class PreparedRequest:
     explained: Explained | None = None
     num_placed: int = 0  # prompts
 
-    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+    @property
+    def scores_prompts(self) -> bool:
+        return self.compiled.scores_prompts
+
+    def check_sampling(self, params: Any) -> None:
+        with blaming(self.preset, self.filled):
+            self.compiled.check_grammar(params.structured_outputs is not None)
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
         return self.compiled.wanted_scores(prompt)
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
@@ -198,7 +208,9 @@ def compile_request(
         raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
     compiled.check_grammar(openai.has_grammar(request))
-    compiled.check_logprobs(scores_prompt(request))
+    compiled.check_logprobs(request.scores_prompt)
+    if isinstance(request, openai.ChatRequest) and request.echo and request.logprobs and not compiled.scores_prompts:
+        compiled.warnings.append(f"prompt_logprobs are left out: {compiled.silence_on_prompts}")
     return compiled
 
 
@@ -206,12 +218,6 @@ def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
     """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
     present = {name: getattr(request, name, None) for name in FIELDS} | (request.model_extra or {})
     return _with_xargs(present, request.vllm_xargs)
-
-
-def scores_prompt(request: openai.ChatRequest | openai.TextRequest) -> bool:
-    """Whether log-probabilities of its prompt are wanted."""
-    echoes = getattr(request, "echo", False) and getattr(request, "logprobs", None) is not None
-    return request.prompt_logprobs is not None or echoes
 
 
 def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
@@ -232,14 +238,14 @@ def _scalar(name: str, value: Any) -> Any:
     return loose(value) if name in TEXTS and isinstance(value, str) and value.startswith("[") else value
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request)])
+@router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
 async def create_chat_completion(request: openai.ChatRequest, raw_request: Request) -> Response:
     """OpenAI's chat completions, with `steering` and `decoding`."""
     return await _generate(request, raw_request)
 
 
-@router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request)])
+@router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
 async def create_completion(request: openai.TextRequest, raw_request: Request) -> Response:
     """OpenAI's completions, with `steering` and `decoding`."""
@@ -297,7 +303,7 @@ async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, A
     }
 
 
-@router.post("/v1/steering/validate")
+@router.post("/v1/steering/validate", dependencies=[Depends(check_text)])
 async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """Compile a request without running it: its plan, or the error that the request would get.
 

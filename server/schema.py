@@ -13,10 +13,11 @@ from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.chat import Prompt
-from whipstaff.server.coupled import Coupled, couple, wanted_scores
+from whipstaff.server.coupled import Coupled, Scoring, couple, wanted_scores
 from whipstaff.server.decoded import (
     MAX_DECODING,
     Decoded,
+    Unplaced,
     admit_decoding,
     bounds_draw,
     check_draw,
@@ -26,11 +27,21 @@ from whipstaff.server.decoded import (
     plan_of,
 )
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, WhipstaffError, bad_field, parsed
+from whipstaff.server.errors import (
+    BadRequest,
+    NotFound,
+    Unavailable,
+    VectorUnfit,
+    WhipstaffError,
+    bad_field,
+    no_entry,
+    parsed,
+)
 from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.placing import place_plan
 from whipstaff.server.steered import Fed, Steered
+from whipstaff.server.text import check_characters
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
@@ -60,6 +71,7 @@ class Compiled:
     logprobs_source: LogprobsSource = "final"
     is_dry: bool = False  # whether it is only looked at
     coupled: list[Coupled] = field(default_factory=list)  # further sequences of the prompt placed last
+    asked: SteeringPlan = SteeringPlan(())  # noqa: RUF009 - frozen; what `steering` became, not placed in any prompt
     said_of_sequences: list[dict[str, Any]] = field(default_factory=list)  # of all prompts
 
     @property
@@ -91,23 +103,31 @@ class Compiled:
                 wanted = f"{prompt_len} prompt tokens" + (f" and max_tokens {max_tokens}" if is_explicit else "")
                 path = next(entry.stream_paths[name] for entry in self.decoding if name in entry.stream_paths)
                 raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", path)
-            allowed = min(allowed, limit - prompt_len)
+            if limit - prompt_len < allowed:
+                allowed = limit - prompt_len
+                self.warnings.append(
+                    f"the answer may have {allowed} tokens: auxiliary model {name!r} follows at most {limit}"
+                )
         for sequence in self.coupled:
-            room = sequence.allowed(self.have)
+            room, its_limit = sequence.room(self.have)
             if room < 1 or (is_explicit and max_tokens > room):
                 raise BadRequest(
                     f"after these {len(sequence.member.prompt)} prompt tokens there is room for {max(room, 0)}, not "
                     f"{max_tokens if is_explicit else 1}",
                     sequence.path,
                 )
-            allowed = min(allowed, room)
+            if room < allowed and its_limit < self.have.max_len:
+                allowed = room
+                self.warnings.append(
+                    f"the answer may have {allowed} tokens: the sequence of {sequence.path} is followed for {its_limit}"
+                )
         if self.plan.steering is not None or self.coupled:
             self._check_steering(self.plan.steering or SteeringPlan(()), prompt_len, allowed)
         return allowed
 
-    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
         """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
-        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.have)
+        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.have, self.unplaced)
 
     @property
     def draws_itself(self) -> bool:
@@ -116,20 +136,8 @@ class Compiled:
 
     def check_logprobs(self, scores_prompt: bool) -> None:
         """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
-        alone = next((entry for entry in self.decoding if entry.mix and entry.mix.num_members), None)
-        if alone is not None and scores_prompt and self.logprobs_source == "final":
-            raise BadRequest(
-                f"{alone.method.name} says nothing of a prompt's tokens, which other sequences do not share; score an "
-                "answer with the method `forced`",
-                alone.path_of("method"),
-            )
-        trying = next((entry for entry in self.decoding if entry.ahead), None)
-        if trying is not None and scores_prompt and self.logprobs_source == "final":
-            raise BadRequest(
-                f"{trying.method.name} tries what may come next, and does so for tokens that are generated only; score "
-                "an answer with the method `forced`",
-                trying.path_of(trying.ahead),
-            )
+        if scores_prompt and (silent := self._silent_on_prompts) is not None:
+            raise BadRequest(self.silence_on_prompts, silent.path_of(silent.ahead or "method"))
         if self.logprobs_source == "both" and scores_prompt:
             raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
         if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
@@ -138,6 +146,33 @@ class Compiled:
                 f"{self.have.logprobs_mode}",
                 "logprobs_source",
             )
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether log-probabilities of a prompt's tokens can be told."""
+        return self._silent_on_prompts is None
+
+    @property
+    def silence_on_prompts(self) -> str:
+        """Why they cannot."""
+        silent = self._silent_on_prompts
+        if silent is None:
+            return ""
+        if silent.ahead:
+            return (
+                f"{silent.method.name} tries what may come next, and does so for tokens that are generated only; score "
+                "an answer with the method `forced`"
+            )
+        return (
+            f"{silent.method.name} says nothing of a prompt's tokens, which other sequences do not share; score an "
+            "answer with the method `forced`"
+        )
+
+    @property
+    def _silent_on_prompts(self) -> Decoded | None:
+        """The method that says nothing of a prompt's tokens; None where there is none, or nobody asks it."""
+        silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_members))
+        return next(silent, None) if self.logprobs_source == "final" else None
 
     def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
         """The entries as one plan. Raises: BadRequest."""
@@ -181,19 +216,31 @@ class Compiled:
         """
         if self.decoding:
             entries = [entry.placed(prompt, prompt.index, prompt.num) for entry in self.decoding]
-            self.coupled = couple(entries, prompt, self.have, self.is_dry)
+            self.coupled = couple(entries, prompt, self.have, self.unplaced, self.is_dry)
+            self._note_idle()
             self.said_of_sequences += [sequence.said() for sequence in self.coupled]
             members = tuple(sequence.member for sequence in self.coupled)
             self.plan = replace(self.plan, decoding=self.decoding_plan(entries), members=members)
         if self.plan.steering is None:
             return None
-        paths = [entry.path for entry in self.steering for _ in entry.edits]
-        paths += [entry.path for entry in self.steering if entry.special is not None]
-        prefix_first = sorted(self.steering, key=lambda entry: entry.special is None)
-        soft = [entry.soft for entry in prefix_first if entry.soft is not None]
-        steering, ids = place_plan(self.plan.steering, paths, soft, prompt)
-        self.plan = replace(self.plan, steering=steering)
+        unplaced = self.unplaced
+        steering, ids = place_plan(unplaced.plan, unplaced.paths, unplaced.soft, prompt)
+        self.plan = replace(self.plan, steering=replace(steering, keeps=self.plan.steering.keeps))
         return ids
+
+    @property
+    def unplaced(self) -> Unplaced:
+        """The request's own steering, for any of its sequences."""
+        return Unplaced(self.steering, self.asked)
+
+    def _note_idle(self) -> None:
+        """Say so where an entry of the request's steering finds nothing to edit in a further sequence."""
+        for sequence in self.coupled:
+            plan, num_tokens = sequence.member.steering, len(sequence.member.prompt)
+            for entry in self.steering if plan is not None and sequence.entries is self.steering else ():
+                assert plan is not None
+                if not any(one.where.selects(num_tokens) for one in entry.planned(plan)) and entry.soft is None:
+                    self.warnings.append(f"{entry.path} selects no token of the sequence of {sequence.path}")
 
     @property
     def stream_names(self) -> dict[str, str]:
@@ -216,12 +263,23 @@ class Compiled:
                     planned.where.check(prompt_len, allowed)
                 except SteeringError as error:
                     raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
+        self._check_columns(plan)
         rows = PlacedPlan(self.plan, prompt_len).rows.union(*(sequence.rows() for sequence in self.coupled))
         wanted = sum(num_slots(row, self.have.num_layers) for row in rows)
         if wanted > self.have.num_slots:
             raise Unavailable(
                 f"these vectors overlap in {len(rows)} different ways that take {wanted} slots together, and this "
                 f"server has {self.have.num_slots}; start it with a larger --steering-slots",
+                "steering",
+            )
+
+    def _check_columns(self, plan: SteeringPlan) -> None:
+        further = [sequence.member.steering for sequence in self.coupled]
+        wanted = plan.num_columns + sum(one.num_columns for one in further if one is not None)
+        if wanted > self.have.num_histories:
+            raise Unavailable(
+                f"the conditions of the request's {1 + len(further)} sequences read {wanted} things, and this server "
+                f"keeps {self.have.num_histories} at once",
                 "steering",
             )
 
@@ -288,9 +346,11 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue, merges: bool
             _skip(error, compiled, is_lenient)
     decoding = compiled.decoding_plan(compiled.decoding)
     models = decoding.models if decoding else []
-    if models and (soft := next((entry.soft for entry in compiled.steering if entry.soft), None)):
+    everybodys = [compiled.steering, *(own.entries for entry in compiled.decoding for own in entry.steered.values())]
+    if models and (soft := next((entry.soft for entries in everybodys for entry in entries if entry.soft), None)):
         raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
     steering = planner.plan if compiled.steering else None
+    compiled.asked = planner.plan
     _check_ahead(compiled)
     if decoding and decoding.early_layers:
         steering = replace(steering or SteeringPlan(()), keeps=decoding.early_layers)
@@ -329,9 +389,11 @@ def _json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"not JSON: {error}", name) from None
+    check_characters(found, name)
+    return found
 
 
 def loose(value: Any) -> Any:
@@ -344,6 +406,8 @@ def loose(value: Any) -> Any:
 
 def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
     """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
+    if isinstance(value, str) and value.strip()[:1] not in ("{", "[", '"'):
+        raise no_entry(value, name, "method" if name == "decoding" else "vector")
     return entries_at(_json(value, name), name, most)
 
 

@@ -20,6 +20,7 @@ Index = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]  # the wir
 Window = tuple[Index, Index | None]
 Windows = Literal["all", "none"] | Annotated[list[Window], Field(max_length=64)]
 Interval = tuple[int, int | None]  # [start, end) in absolute positions; None = no end
+NOWHERE = ((1 << 31) - 2, (1 << 31) - 1)  # a window that no prompt reaches
 
 SHORTHANDS: dict[str, tuple[Windows, Windows]] = {
     "all": ("all", "all"),
@@ -35,7 +36,7 @@ Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] | Annotated[str, Fi
 def _known_shorthand(value: object) -> object:
     if isinstance(value, str) and value not in SHORTHANDS:
         raise ValueError(
-            f"{value!r} is none of {', '.join(SHORTHANDS)}, nor an object with prompt, generation, exclude"
+            f"{value!r} is none of {', '.join(SHORTHANDS)}, nor an object with {', '.join(Where.model_fields)}"
         )
     return value
 
@@ -174,6 +175,11 @@ class Where(Region):
         exclude = None if self.exclude is None else Region(**_resolved(self.exclude, spans, id_of, "exclude."))
         return Where(**_resolved(self, spans, id_of, ""), exclude=exclude)
 
+    def selects(self, prompt_len: int, num_fed: int = 1 << 30) -> bool:
+        """Whether it can touch a token of a sequence with that prompt, of which so many are fed."""
+        chosen = [*self.intervals(prompt_len), *(self.intervals_at_tokens(prompt_len) if self.tokens else ())]
+        return any(start < num_fed for start, _ in chosen)
+
     def check(self, prompt_len: int, max_tokens: int) -> None:
         """Refuse a clause that cannot touch any token of this request.
 
@@ -182,9 +188,7 @@ class Where(Region):
         Raises:
             SteeringError: no position below that is selected.
         """
-        fed = prompt_len + max_tokens - 1
-        chosen = [*self.intervals(prompt_len), *(self.intervals_at_tokens(prompt_len) if self.tokens else ())]
-        if not any(start < fed for start, _ in chosen):
+        if not self.selects(prompt_len, prompt_len + max_tokens - 1):
             raise SteeringError(
                 f"the clause selects no token: the prompt has {prompt_len} tokens and max_tokens is {max_tokens}"
                 " (the last generated token is never fed back to the model)",

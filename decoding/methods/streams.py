@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class StreamParams(BaseModel):
-    """One stream. What is not said is as in the request, but for steering: none unless the stream says so itself."""
+    """One stream. What is not said is as in the request; the request's steering is that of its served model only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class StreamParams(BaseModel):
     model: str | None = Field(None, description="auxiliary model; none: the served model")
     prompt: Content | None = Field(None, description="text, token ids or messages; none: the request's prompt")
     adapter: str | None = Field(None, description="adapter of this server")
-    steering: Any = Field(None, description="as in a request; [] is a copy without steering")
+    steering: Any = Field(None, description="as in a request; none: the request's own, []: a copy without steering")
     temperature: float = Field(1.0, gt=0, le=100, allow_inf_nan=False)
 
     @property
@@ -42,7 +42,7 @@ class StreamParams(BaseModel):
         return Companion(
             source.ids if self.prompt is None else source.encode(self.prompt, f"{path}.prompt"),
             path if self.prompt is None else f"{path}.prompt",
-            f"{path}.steering" if self.steering else "",
+            "steering" if self.steering is None else f"{path}.steering",
             None if self.adapter is None else (self.adapter, f"{path}.adapter"),
             {} if self.name is None else {"name": self.name},
         )
@@ -85,6 +85,8 @@ class Streams(Mixing[StreamsParams]):
                     "this stream is the request itself; say its model, prompt, adapter or steering",
                     f"streams[{number}]",
                 )
+            if stream.model is not None and stream.steering:
+                raise DecodingError("an auxiliary model is not steered", f"streams.{number}.steering")
             num_members += stream.is_sequence
             where = Stream(stream.model or "", num_members if stream.is_sequence else 0)
             terms.append(Term(where, stream.weight, is_log, stream.temperature))
@@ -96,11 +98,12 @@ class Streams(Mixing[StreamsParams]):
         ]
 
     def steered(self, params: StreamsParams) -> Mapping[str, Any]:
-        return {
+        own = {
             f"streams[{number}].steering": stream.steering
             for number, stream in enumerate(params.streams)
-            if stream.steering
+            if stream.steering is not None
         }
+        return {**super().steered(params), **own}
 
 
 def _check_distributions(params: StreamsParams) -> None:

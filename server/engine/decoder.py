@@ -27,7 +27,7 @@ from whipstaff.server.engine.batch import NOBODY, BatchView, Ints
 from whipstaff.server.engine.early import EarlyHead, Stream
 from whipstaff.server.engine.explain import Explanations, Row, Snapshot
 from whipstaff.server.engine.request import PlacedPlan
-from whipstaff.server.engine.roster import Applied, Known, Roster, Seat, Task, Tempered, sent
+from whipstaff.server.engine.roster import Applied, Biased, Known, Roster, Seat, Task, Tempered, sent
 
 NO_TOKEN = -1
 _FIRST_SLOTS = 8
@@ -46,6 +46,7 @@ class Arrival(NamedTuple):
     seed: int | None = None
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
     bans: bool = False  # whether vLLM may ban tokens after rules: a grammar, lists of tokens or words, a least length
+    bias: Mapping[int, float] = {}  # what vLLM will add to the logits of some tokens
 
 
 class Step(NamedTuple):
@@ -131,7 +132,9 @@ class Decoder:
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )
         assert arrival.placed is not None
-        known = Known(plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied)
+        known = Known(
+            plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied, bias=arrival.bias
+        )
         if num_state or any("tokens" in one.method.needs for one in applied):
             known.slot = self._new_slot(num_state)
             self._state[known.slot] = torch.nan
@@ -225,6 +228,8 @@ class Decoder:
         decoded = self._decoded(logits, step, mixed)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
+        if decoded is not logits and roster.biased is not None:
+            _lift(decoded, logits, roster.biased)
         if decoded is not logits and roster.banning is not None:
             self._add_last_resorts(decoded, logits, roster.banning)
         return decoded
@@ -416,6 +421,17 @@ class Decoder:
         lengths, width = sent(positions + 1, self._device), int(positions.max()) + 1
         tokens = self._tokens[task.slots, :width].long()
         return tokens.masked_fill(torch.arange(width, device=self._device) >= lengths[:, None], NO_TOKEN)
+
+
+def _lift(decoded: Tensor, logits: Tensor, biased: Biased) -> None:
+    """Keep tokens, too, that vLLM's logit bias will put above all those that a method keeps: a bias may ban what a mask
+    leaves, or force what it excludes. They stand where the model has them beside the best token that is kept."""
+    kept, own = decoded[biased.rows], logits[biased.rows].to(torch.float32)
+    later = own.index_put((biased.which, biased.tokens), biased.values, accumulate=True)
+    is_out = kept == -torch.inf
+    own_best, later_best = (some.masked_fill(is_out, -torch.inf).amax(1, keepdim=True) for some in (own, later))
+    is_lifted = is_out & (later > later_best) & (later - own > later_best - own_best)
+    decoded[biased.rows] = torch.where(is_lifted, own - own_best + kept.amax(1, keepdim=True), kept)
 
 
 def _taken(logits: Tensor, rows: Tensor) -> Tensor:

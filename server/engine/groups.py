@@ -16,6 +16,7 @@ A prompt of one token has nothing to compute alone. Such a member is given its t
 then introduced to the worker anew, with the one.
 """
 
+import hashlib
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,10 +120,20 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
         lora_request=LoRARequest(*member.adapter) if member.adapter else primary.lora_request,
-        cache_salt=primary.cache_salt,
+        cache_salt=_salt(primary, member),
         priority=primary.priority,
         block_hasher=primary._block_hasher,
     )
+
+
+def _salt(primary: Request, member: Member) -> str | None:
+    """Edits that follow the entropy of what tokens are drawn from depend on everything that the primary asks for."""
+    salt: str | None = primary.cache_salt
+    if member.steering is None or member.steering.entropy_column < 0:
+        return salt
+    asked = (primary.sampling_params.extra_args or {}).get(KEY) if primary.sampling_params else None
+    said = [salt, primary.prompt_token_ids, {**(asked or {}), "ticket": ""}]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:

@@ -47,15 +47,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server.chat import Chat, Prompt
+from whipstaff.server.coupled import Scoring
 from whipstaff.server.engine import request as plans
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.launch import Engine, PlanDict
-from whipstaff.server.errors import BadRequest
+from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.names import ALIASES
-from whipstaff.server.prompts import PromptSource
+from whipstaff.server.prompts import PlaceChat, PromptSource
 
 COUNTERS_PATIENCE = 2.0  # seconds
-ChatOf = Callable[[list[int]], Chat]  # of a prompt's token ids
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -90,7 +90,14 @@ class Placed(Protocol):
 class Prepared(Protocol):
     """What a request's extras came to."""
 
-    def wanted_scores(self, prompt: Prompt) -> dict[str, Sequence[int]]:
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether log-probabilities of a prompt's tokens can be told."""
+
+    def check_sampling(self, params: SamplingParams) -> None:
+        """Check the extras beside what vLLM will sample by, or an exception that answers the client."""
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
         """Texts to score before placing, or an exception that answers the client."""
 
     def place(self, prompt: Prompt) -> Placed:
@@ -136,19 +143,43 @@ class Extras(BaseModel):
         for index, one in enumerate(inputs):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
             source = _source(self, one, serving, chat) if ids else None
-            placed_chat = chat.of(ids) if chat and ids else None
+            placed_chat = chat.place(chat.messages, ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._served or "")
             where = index, len(inputs)
             found.append(Prompt(num_tokens, ids, room, tokenizer, placed_chat, source, adapters, own, *where))
         return found
 
+    async def check(self, inputs: list[Any], serving: Any, max_tokens: int | None) -> None:
+        """Everything that vLLM checks when it schedules the request, before anything of ours. Raises: whatever it does;
+        BadRequest."""
+        tasks = await serving.engine_client.get_supported_tasks()
+        for number, one in enumerate(inputs):
+            params = self.sampling(serving._extract_prompt_len(one), serving, max_tokens)
+            processor = serving.engine_client.input_processor
+            made = await processor.process_inputs_async(f"check-{uuid4()}", one, params, tasks)
+            check_something_is_left(made.sampling_params)
+            if self._prepared is not None:
+                with naming_prompt(number, len(inputs)):
+                    self._prepared.check_sampling(made.sampling_params)
+
+    @property
+    def lists_tokens(self) -> bool:
+        """Whether it says which tokens are allowed, of which nothing may be left."""
+        return getattr(self, "allowed_token_ids") is not None and not getattr(self, "use_beam_search")  # noqa: B009
+
+    def sampling(self, num_tokens: int, serving: Any, max_tokens: int | None) -> SamplingParams:
+        """What vLLM will sample a prompt of that length by."""
+        most = _most_tokens(num_tokens, serving, max_tokens)
+        params: SamplingParams = getattr(self, "to_sampling_params")(most, serving.default_sampling_params)  # noqa: B009
+        return params
+
     async def score(self, prompts: list[Prompt], serving: Any) -> None:
         """Let the engine score the texts that further prompts depend on."""
         assert self._prepared is not None
         for prompt in prompts:
-            for name, ids in self._prepared.wanted_scores(prompt).items():
-                prompt.scores[name] = await _log_probabilities(serving, list(ids), self._served)
+            for name, wanted in self._prepared.wanted_scores(prompt).items():
+                prompt.scores[name] = await _log_probabilities(serving, wanted, self._served)
 
     def place(
         self,
@@ -161,18 +192,13 @@ class Extras(BaseModel):
         """Place the plan in every prompt of the request; `cap` lowers the request's own limit if need be."""
         assert self._prepared is not None
         allowed = []
-        for one, prompt in zip(inputs, prompts, strict=True):
-            placed, num_tokens = self._prepared.place(prompt), prompt.num_tokens
-            if placed.ids is not None:
-                one["prompt_token_ids"], num_tokens = placed.ids, len(placed.ids)
-            most = vllm_routes.get_max_tokens(
-                serving.model_config.max_model_len,
-                max_tokens,
-                num_tokens,
-                serving.default_sampling_params,
-                serving.override_max_tokens,
-            )
-            allowed.append((most, placed.check(most, max_tokens is not None)))
+        for number, (one, prompt) in enumerate(zip(inputs, prompts, strict=True)):
+            with naming_prompt(number, len(inputs)):
+                placed, num_tokens = self._prepared.place(prompt), prompt.num_tokens
+                if placed.ids is not None:
+                    one["prompt_token_ids"], num_tokens = placed.ids, len(placed.ids)
+                most = max(_most_tokens(num_tokens, serving, max_tokens), 1)  # to echo alone, vLLM generates one, too
+                allowed.append((most, placed.check(most, max_tokens is not None)))
             self._placed.append(placed)
         if any(capped < most for most, capped in allowed):
             cap(min(capped for _, capped in allowed))
@@ -180,7 +206,7 @@ class Extras(BaseModel):
     def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
         one that our own stages apply."""
-        params = self.cooled(make) if self._placed and is_hot(self) else make()
+        params = self.cooled(make) if not self.is_plain and is_hot(self) else make()
         if self._placed:
             params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire(params)}
         return params
@@ -200,12 +226,26 @@ class Extras(BaseModel):
 class ChatRequest(ChatCompletionRequest, Extras):
     """A chat completion with the extra fields."""
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted. `echo` repeats the text of the last message."""
+        return self.prompt_logprobs is not None
+
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        return self.planned(partial(super().to_sampling_params, *args, **kwargs))
+        params = self.planned(partial(super().to_sampling_params, *args, **kwargs))
+        if self._prepared is not None and not self.scores_prompt and not self._prepared.scores_prompts:
+            # vLLM scores the prompt of every chat that echoes, asked or not: here it would be without the method
+            params.prompt_logprobs, params.skip_reading_prefix_cache = None, False
+        return params
 
 
 class TextRequest(CompletionRequest, Extras):
     """A text completion with the extra fields."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted."""
+        return self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None)
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         return self.planned(partial(super().to_sampling_params, *args, **kwargs))
@@ -216,15 +256,17 @@ class ServingChat(OpenAIServingChat):
 
     async def render_chat_request(self, request: Any) -> Any:
         result = await super().render_chat_request(request)
-        if isinstance(request, ChatRequest) and not isinstance(result, ErrorResponse) and not request.is_plain:
+        if not isinstance(request, ChatRequest) or isinstance(result, ErrorResponse):
+            return result
+        conversation, inputs = result
+        explicit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        if not request.is_plain or request.lists_tokens:
+            await request.check(inputs, self, explicit)
+        if not request.is_plain:
 
             def cap(limit: int) -> None:
                 request.max_completion_tokens = limit
 
-            explicit = (
-                request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-            )
-            conversation, inputs = result
             prompts = request.prompts(inputs, self, explicit, _chats(request, conversation, self))
             await request.score(prompts, self)
             # a long chat takes a while to be told apart
@@ -232,12 +274,41 @@ class ServingChat(OpenAIServingChat):
         return result
 
 
+class TokenName(str):
+    """What a token is told as, `token_id:5`; as long as its text, by which vLLM counts on through a stream."""
+
+    length: int
+
+    @staticmethod
+    def of(name: str, text: str) -> "TokenName":
+        made = TokenName(name)
+        made.length = len(text)
+        return made
+
+    def __len__(self) -> int:
+        return self.length
+
+
 class ServingCompletion(OpenAIServingCompletion):
     """Places plans between tokenising and scheduling."""
 
+    def _create_completion_logprobs(self, *args: Any, return_as_token_id: bool | None = None, **kwargs: Any) -> Any:
+        """vLLM counts text offsets in whatever tokens are told as; they are those of the text."""
+        said = super()._create_completion_logprobs(*args, return_as_token_id=return_as_token_id, **kwargs)
+        is_named = self.return_tokens_as_token_ids if return_as_token_id is None else return_as_token_id
+        if is_named and self.renderer.tokenizer is not None:
+            texts = super()._create_completion_logprobs(*args, return_as_token_id=False, **kwargs)
+            said.text_offset = texts.text_offset
+            said.tokens = list(map(TokenName.of, said.tokens, texts.tokens))
+        return said
+
     async def render_completion_request(self, request: Any) -> Any:
         result = await super().render_completion_request(request)
-        if isinstance(request, TextRequest) and not isinstance(result, ErrorResponse) and not request.is_plain:
+        if not isinstance(request, TextRequest) or isinstance(result, ErrorResponse):
+            return result
+        if not request.is_plain or request.lists_tokens:
+            await request.check(result, self, request.max_tokens)
+        if not request.is_plain:
 
             def cap(limit: int) -> None:
                 request.max_tokens = limit
@@ -248,12 +319,52 @@ class ServingCompletion(OpenAIServingCompletion):
         return result
 
 
+def _most_tokens(num_tokens: int, serving: Any, max_tokens: int | None) -> int:
+    """How many tokens vLLM lets follow a prompt of that length."""
+    most: int = vllm_routes.get_max_tokens(
+        serving.model_config.max_model_len,
+        max_tokens,
+        num_tokens,
+        serving.default_sampling_params,
+        serving.override_max_tokens,
+    )
+    return most
+
+
+def check_something_is_left(params: SamplingParams) -> None:
+    """Refuse bans that leave none of the allowed tokens: vLLM would generate padding. Raises: BadRequest.
+
+    Args:
+        params: with the tokens of words and the ones that stop, as vLLM's input processor leaves them.
+    """
+    if params.allowed_token_ids is None:
+        return
+    left = set(params.allowed_token_ids) - {word[0] for word in params.bad_words_token_ids or () if len(word) == 1}
+    if not left:
+        raise BadRequest("these are all of allowed_token_ids: no token is left to generate", "bad_words")
+    if params.min_tokens and params.structured_outputs is None and not left - params.all_stop_token_ids:
+        raise BadRequest(
+            "no token is left to generate before so many: those of allowed_token_ids all end the answer", "min_tokens"
+        )
+
+
+@contextmanager
+def naming_prompt(number: int, num_prompts: int) -> Iterator[None]:
+    """Errors of one of several prompts say which."""
+    try:
+        yield
+    except WhipstaffError as error:
+        if num_prompts == 1:
+            raise
+        raise type(error)(f"prompt[{number}]: {error.message}", error.param) from None
+
+
 class Chats(NamedTuple):
     """A chat request's messages, and what its template makes of messages."""
 
     messages: Sequence[Any]
     text_of: Render
-    of: ChatOf
+    place: PlaceChat
     adds_special_tokens: bool
 
 
@@ -275,10 +386,10 @@ def _chats(request: ChatRequest, conversation: list[Any], serving: ServingChat) 
             safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
         )
 
-    def of(ids: list[int]) -> Chat:
-        return Chat(tokenizer, conversation, ids, text_of)
+    def place(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
+        return Chat(tokenizer, messages, ids, text_of)
 
-    return Chats(conversation, text_of, of, request.add_special_tokens)
+    return Chats(conversation, text_of, place, request.add_special_tokens)
 
 
 def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
@@ -299,16 +410,20 @@ def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> P
 
     adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
     messages, written = chat.messages if chat else None, prompt.get("prompt")
-    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written)
+    place = None if chat is None else chat.place
+    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, place)
 
 
-async def _log_probabilities(serving: Any, ids: list[int], model: str | None) -> list[float]:
-    """Of every token but the first, under the served model, or an adapter of it, alone."""
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None) -> list[float]:
+    """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked."""
+    plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), keeps=wanted) if wanted.steering else None
+    extra = {plans.KEY: plan} if plan else None
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
+    ids = list(wanted.ids)
     prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
     async for output in serving.engine_client.generate(prompt, params, f"score-{uuid4()}", lora_request=adapter):
         said = output.prompt_logprobs or said
-    return [said[position][token].logprob for position, token in enumerate(ids) if position] if said else []
+    return [said[position][ids[position]].logprob for position in wanted.positions[1:]] if said else []
 
 
 def renamed(body: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ device, once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +46,7 @@ class Known:
     scores_prompt: bool
     bans: bool
     applied: list[Applied]
+    bias: Mapping[int, float] = field(default_factory=dict)  # that vLLM will add to the logits of some tokens
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
     excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
@@ -92,6 +93,15 @@ class Tempered(NamedTuple):
     temperature: Tensor  # (n,) float32
 
 
+class Biased(NamedTuple):
+    """Rows to which vLLM will add a logit bias."""
+
+    rows: Tensor  # (n,) int64
+    which: Tensor  # (m,) int64 of these rows
+    tokens: Tensor  # (m,) int64 the token whose logit there
+    values: Tensor  # (m,) float32 what is added
+
+
 class Truncated(NamedTuple):
     """Rows that get their request's own truncation: see `draw.truncate`."""
 
@@ -119,6 +129,7 @@ class Roster:
         self.explained = [seat for seat in seats if seat.request.plan.explain is not None]
         self.scored_base = self._rows(lambda request: request.plan.scores_base)
         self.banning = self._rows(lambda request: request.bans)
+        self.biased = self._biased()
         self.tempered = {is_late: self._tempered(is_late) for is_late in (False, True)}
         self.truncated = self._truncated()
         self.changes_draw = any(seat.request.applied or seat.request.plan.draw for seat in seats)
@@ -168,6 +179,13 @@ class Roster:
     def _rows(self, wanted: Any) -> Tensor | None:
         rows = [row for row, request in self.seats if wanted(request)]
         return self._sent(rows) if rows else None
+
+    def _biased(self) -> Biased | None:
+        found = [(row, request.bias) for row, request in self.seats if request.bias]
+        if not found:
+            return None
+        said = [(index, *one) for index, (_, bias) in enumerate(found) for one in bias.items()]
+        return Biased(self._sent([row for row, _ in found]), *map(self._sent, zip(*said, strict=True)))
 
     def _drawn(self) -> Iterator[tuple[int, Known, Draw]]:
         for row, request in self.seats:

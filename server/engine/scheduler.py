@@ -18,12 +18,15 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.decoding.method import Rewriting
+from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.explain import relay
 from whipstaff.server.engine.groups import GroupedScheduling, companions
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.request import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import Row, num_slots
 
+NO_TOKEN_LEFT = "no_token_left"  # the stop reason of requests whose bans left nothing to say
 Hasher = Callable[[Request], list[bytes]]
 
 
@@ -115,6 +118,15 @@ class SteeredScheduling(GroupedScheduling):
         finished: list[Request] = super().finish_requests(wanted, finished_status)
         return [*(unit.primary for unit in dropped), *finished]
 
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        if not found or not is_banned(request, found[-1]):
+            return found, stopped
+        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
+        return found[:-1], True
+
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()
         return running, waiting + len(self._held)
@@ -155,6 +167,34 @@ class SteeredScheduler(SteeredScheduling, Scheduler):
 
 class AsyncSteeredScheduler(SteeredScheduling, AsyncScheduler):
     """For asynchronous scheduling."""
+
+
+def is_banned(request: Request, token: int) -> bool:
+    """Whether the token that was drawn last is one that the request bans: what vLLM draws where nothing else is left.
+
+    Methods that say what was banned do so on purpose.
+    """
+    params = request.sampling_params
+    if params is None or (params.allowed_token_ids is None and not params.bad_words_token_ids):
+        return False
+    if params.allowed_token_ids is not None and token not in _allowed(request, params.allowed_token_ids):
+        return not _revives(request)
+    words, said = params.bad_words_token_ids or (), request.output_token_ids
+    return any(list(said[-len(word) :]) == word for word in words) and not _revives(request)
+
+
+def _allowed(request: Request, ids: Iterable[int]) -> frozenset[int]:
+    """The same as a set that is made once; a list may be as long as the vocabulary."""
+    if not hasattr(request, "whipstaff_allowed"):
+        request.whipstaff_allowed = frozenset(ids)
+    found: frozenset[int] = request.whipstaff_allowed
+    return found
+
+
+def _revives(request: Request) -> bool:
+    plan = _plan_of(request)
+    rewrites = plan.decoding.rewrites if plan is not None and plan.decoding is not None else ()
+    return any(isinstance(method := METHODS[one.method], Rewriting) and method.revives for one in rewrites)
 
 
 def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
@@ -200,5 +240,5 @@ def _digest(placed: PlacedPlan) -> bytes:
     if steering is not None:
         said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
         if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
-            said.append(placed.plan.decoding)
+            said += [placed.plan.decoding, placed.plan.members]
     return hashlib.sha256(repr(said).encode()).digest()

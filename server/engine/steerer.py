@@ -292,6 +292,7 @@ class Steerer:
 
     def _await_entropies(self, view: BatchView) -> None:
         found: list[tuple[int, int, int]] = []
+        drawn_for = dict(view.followers)  # companions' tokens come from the distributions of their primaries
         for index, placed in view.planned():
             plan, following = (
                 placed.plan.steering,
@@ -299,7 +300,7 @@ class Steerer:
             )
             if plan is not None and plan.entropy_column >= 0 and placed.prompt_len <= following < self.history.shape[1]:
                 histories = self._histories[view.requests[index]]
-                found.append((index, histories[plan.entropy_column], following))
+                found.append((drawn_for.get(index, index), histories[plan.entropy_column], following))
         if found:
             rows, histories_, positions = torch.tensor(found, device=self.history.device).unbind(1)
             self._entropies = rows, histories_, positions

@@ -226,4 +226,5 @@ def _arrival(new: Any) -> Arrival:
     placed = PlacedPlan(plan, int(new.prompt_len))
     scores_prompt = parameters.prompt_logprobs is not None
     bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
-    return Arrival(new.req_id, placed, new.prompt_token_ids or (), parameters.seed, scores_prompt, any(bans))
+    ids, bias = new.prompt_token_ids or (), parameters.logit_bias or {}
+    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias)

@@ -86,7 +86,7 @@ def vector_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def have(vector_files: Path) -> Catalogue:
     lengths = Lengths(dict.fromkeys(PLACES, 10.0))
     return Catalogue(
-        Registry(read_vectors([vector_files]), SHAPE), LIMITS, num_layers=4, places=PLACES, lengths=lengths
+        Registry(read_vectors([vector_files]), SHAPE), LIMITS, None, 512, num_layers=4, places=PLACES, lengths=lengths
     )
 
 

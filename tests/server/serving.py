@@ -178,6 +178,21 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
         *(word for name in ("expert", "anti", "short") for word in ("--aux", f"{name}={made[name]}")),
         *flags,
     ]
+    with _running(words, port, made, log) as server:
+        yield server
+
+
+@contextmanager
+def serving_demo(folder: Path) -> Iterator[Server]:
+    """The same for the embedded demo and what is served with it, by anybody's key."""
+    port = free_port()
+    words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", "64M"]
+    with _running(words, port, {}, folder / "server.log") as server:
+        yield server
+
+
+@contextmanager
+def _running(words: list[str], port: int, made: dict[str, str], log: Path) -> Iterator[Server]:
     with log.open("w") as output:
         process = subprocess.Popen(
             whipstaff(*words), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True

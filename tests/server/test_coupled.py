@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from whipstaff.decoding.methods.adapter_ensemble import nearness
 from whipstaff.decoding.mix import Window
 from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.chat import Prompt
+from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
 from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.methods import method_table
@@ -22,6 +22,7 @@ from whipstaff.server.registry import Registry, VectorFile
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.words import Words
 from whipstaff.steering.artifacts import Header, packed, parse
+from whipstaff.steering.method import Place
 
 from .anyjson import EXTRAS
 from .serving import SHAPE, VOCABULARY, make_tokenizer
@@ -89,7 +90,8 @@ def prompt_of(tokenizer: Any, text: str = TEXT, **own: Any) -> Prompt:
 def placed(have: Catalogue, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Compiled:
     made = compiled(have, **fields)
     wanted = made.wanted_scores(prompt)
-    prompt.scores.update({name: [-float(index) for index in range(len(ids) - 1)] for name, ids in wanted.items()})
+    numbers = {name: range(len(one.positions) - 1) for name, one in wanted.items()}
+    prompt.scores.update({name: [-float(index) for index in each] for name, each in numbers.items()})
     made.place(prompt)
     made.check(prompt.num_tokens, max_tokens, is_explicit=True)
     return made
@@ -109,7 +111,8 @@ def test_members_stand_in_the_order_in_which_their_mixes_count_them(
 def test_the_receipt_tells_every_sequence(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
     named = {"prompt": [5, 6, 7], "weight": -1.0, "name": "wet"}
     said = placed(have, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt([])
-    assert said["sequences"] == [{"field": "decoding.streams[0].prompt", "prompt_tokens": 3, "name": "wet"}]
+    (one,) = said["sequences"]
+    assert one == {"field": "decoding.streams[0].prompt", "prompt_tokens": 3, "name": "wet", "steered": False}
     windowed = placed(have, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
     assert windowed.receipt([])["decoding"][0]["from"] == 2
     assert windowed.plan.decoding is not None and windowed.plan.decoding.mix is not None
@@ -286,7 +289,145 @@ def test_room_is_counted_until_a_sequence_is_not_needed(have: Catalogue, tokeniz
         placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
     made = compiled(have, guidance_scale=2.0, negative_prompt=long)
     made.place(prompt_of(tokenizer))
-    assert made.check(9, 30, is_explicit=False) == 6
+    assert made.check(9, 30, is_explicit=False) == 30 and not made.warnings  # the scheduler ends it, and says why
+
+
+def test_room_beside_an_auxiliary_model_is_told(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}  # which follows 20 tokens
+    made = compiled(have, decoding=pair)
+    made.place(prompt_of(tokenizer))
+    assert made.check(9, 30, is_explicit=False) == 11
+    assert made.warnings == ["the answer may have 11 tokens: auxiliary model 'anti' follows at most 20"]
+    free = {"method": "streams", "streams": [{"weight": 1, "model": "anti", "prompt": [5] * 13}]}
+    made = compiled(have, decoding=free)
+    made.place(prompt_of(tokenizer))
+    made.limits = {}  # of the request's own sequence
+    assert made.check(9, 30, is_explicit=False) == 7
+    assert made.warnings == [
+        "the answer may have 7 tokens: the sequence of decoding.streams[0].prompt is followed for 20"
+    ]
+
+
+STEERED = Catalogue(
+    Registry(
+        {
+            "push": file_of("caa", {"resid_post.1.add": torch.ones(SHAPE.hidden_size)}),
+            "probe": file_of("probe", {"resid_post.0.direction": torch.ones(SHAPE.hidden_size)}),
+            "soft": file_of("soft_prompt", {"rows": torch.ones(3, SHAPE.hidden_size)}),
+        },
+        SHAPE,
+    ),
+    {"expert": 64, "anti": 20},
+    Words.of(TOKENIZER),
+    vocabulary=VOCABULARY,
+    max_len=MAX_LEN,
+    max_seqs=MAX_SEQS,
+    num_layers=SHAPE.num_layers,
+    places=frozenset(Place("resid_post", layer) for layer in range(SHAPE.num_layers)),
+)
+PUSH = {"vector": "push", "scale": 2}
+GUIDED = {"guidance_scale": 2.0, "negative_prompt": "dry"}
+COUPLED: dict[str, dict[str, Any]] = {
+    "cfg": CFG | GUIDED,
+    "cad": {"method": "cad", "context": "It rains. "},
+    "sh2": {"method": "sh2"},
+    "instructive": {"method": "instructive", "noisy_prompt": "dry"},
+    "prompt_ensemble": {"method": "prompt_ensemble", "prompts": ["dry", "wet"]},
+    "streams": {"method": "streams", "streams": [{"weight": -1, "prompt": "dry"}]},
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_steering_is_that_of_all_sequences_unless_one_says_otherwise(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    entry = COUPLED[name]
+    plan = compiled(STEERED, steering=PUSH).asked
+    shared = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry)
+    assert [member.steering for member in shared.plan.members] == [plan] * len(shared.plan.members)
+    assert all(one["steered"] for one in shared.receipt([])["sequences"])
+    off = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": []})
+    assert off.plan.steering == plan and not any(member.steering for member in off.plan.members)
+    own = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": PUSH | {"scale": 3}})
+    other = compiled(STEERED, steering=PUSH | {"scale": 3}).asked
+    assert all(member.steering == other for member in own.plan.members) and own.plan.steering == plan
+    assert not any(member.steering for member in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.members)
+
+
+def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    for steering, expected in (({}, compiled(STEERED, steering=PUSH).asked), ({"steering": []}, None)):
+        made = compiled(STEERED, steering=PUSH, decoding={"method": "sh2"} | steering)
+        assert made.wanted_scores(prompt_of(tokenizer))["sh2"].steering == expected
+    made = compiled(STEERED, steering={"vector": "soft", "insert": 1}, decoding={"method": "sh2"})
+    wanted = made.wanted_scores(prompt_of(tokenizer))["sh2"]
+    ids = tokenizer.encode(TEXT)
+    assert [wanted.ids[position] for position in wanted.positions] == ids and len(wanted.ids) == len(ids) + 3
+
+
+def test_rows_are_inserted_into_every_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = placed(STEERED, prompt_of(tokenizer), steering={"vector": "soft"}, **GUIDED)
+    (member,) = made.plan.members
+    assert member.steering is not None and made.plan.steering is not None
+    assert member.steering.inserts == made.plan.steering.inserts and member.steering.inserts[0].num == 3
+    assert list(member.prompt[3:]) == tokenizer.encode("dry")
+    with pytest.raises(WhipstaffError, match="negative_prompt") as caught:  # it has no token 5
+        placed(STEERED, prompt_of(tokenizer), steering={"vector": "soft", "insert": 5}, **GUIDED)
+    assert caught.value.param == "steering.insert"
+
+
+def test_auxiliary_models_are_not_steered(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_prompt": "wet"}
+    made = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=pair)
+    assert made.plan.members[0].steering is None and not made.receipt([])["sequences"][0]["steered"]
+    free = {"method": "streams", "streams": [{"weight": 1, "model": "expert", "steering": [PUSH]}]}
+    with pytest.raises(WhipstaffError, match="not steered") as caught:
+        compiled(STEERED, decoding=free)
+    assert caught.value.param == "decoding.streams[0].steering"
+
+
+def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    late = {**PUSH, "where": {"prompt": [[6, 8]]}}
+    made = placed(STEERED, prompt_of(tokenizer), steering=late, **GUIDED)
+    (member,) = made.plan.members
+    assert member.steering is not None and not member.steering.segments(len(member.prompt))
+    assert made.warnings == ["steering selects no token of the sequence of negative_prompt"]
+    own = CFG | GUIDED | {"steering": late}
+    with pytest.raises(WhipstaffError, match="selects no token") as caught:
+        placed(STEERED, prompt_of(tokenizer), decoding=own)
+    assert caught.value.param == "decoding.steering.where"
+
+
+def test_conditions_of_all_sequences_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    when = {**PUSH, "layers": None, "when": {"probe": "probe", "above": 0}}
+    few = replace(STEERED, num_histories=1)
+    assert placed(few, prompt_of(tokenizer), steering=when).plan.steering is not None
+    with pytest.raises(WhipstaffError, match="2 sequences read 2 things") as caught:
+        placed(few, prompt_of(tokenizer), steering=when, **GUIDED)
+    assert caught.value.param == "steering"
+    assert placed(STEERED, prompt_of(tokenizer), steering=when, **GUIDED).plan.members[0].steering is not None
+
+
+def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    def text_of(messages: Any, is_prompt: bool) -> str:
+        said = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        return str(said if is_prompt else said.removesuffix("assistant:"))
+
+    def ids_of(messages: Any) -> list[int]:
+        return list(tokenizer.encode(text_of(messages, True)))
+
+    def place(messages: Any, ids: Any) -> Chat:
+        return Chat(tokenizer, messages, ids, text_of)
+
+    messages = [{"role": "user", "content": TEXT}]
+    ids = ids_of(messages)
+    source = PromptSource(ids, tokenizer, False, ids_of, messages, place=place)
+    prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, place(messages, ids), source)
+    user = {**PUSH, "where": {"messages": [{"role": "user"}]}}
+    made = placed(STEERED, prompt, steering=user, **GUIDED)
+    (member,) = made.plan.members
+    assert member.steering is not None
+    ((start, end),) = [(one.start, one.end) for one in member.steering.segments(len(member.prompt))]
+    assert tokenizer.decode(member.prompt[start:end]).strip() == "dry"
 
 
 @pytest.mark.parametrize("scores", [True, False])
