@@ -55,6 +55,7 @@ FORMATS: dict[str, Importer] = {
         DRO(),
     )
 }
+MAX_WARNINGS = 64  # of one file
 PICKLES: dict[str, Pickle] = {pickle.name: pickle for pickle in (AngularFile(), TaRotFile())}
 
 
@@ -134,7 +135,7 @@ def _finished(
     said_name = source.name.encode(errors="replace").decode()
     provenance: dict[str, Any] = {"format": name, "source": said_name, "sha256": source.digest}
     if notes:
-        provenance["warnings"] = notes[:64]
+        provenance["warnings"] = notes[:MAX_WARNINGS]
     if said := hints.model_dump(exclude_defaults=True, exclude=set(HEADER)):
         provenance["hints"] = {key: v.name if isinstance(v, Path) else v for key, v in said.items()}
     header = Header(
@@ -148,5 +149,7 @@ def _finished(
         licence=hints.licence,
     )
     tensors = dict(draft.tensors)
-    parse(packed(header, tensors))
+    warnings = parse(packed(header, tensors)).warnings[:MAX_WARNINGS]
+    if warnings:
+        header = header.model_copy(update={"provenance": provenance | {"warnings": warnings}})
     return header, tensors

@@ -105,6 +105,13 @@ def check_size(said: object, right: int, name: str, file: str) -> None:
         raise SteeringError(f"{name} of {file} is {said!r}, its tensors say {right}")
 
 
+def k_of(said: object, file: str) -> int:
+    """How many features are active, which topk needs. Raises: SteeringError."""
+    if not isinstance(said, int) or isinstance(said, bool) or said < 1:
+        raise SteeringError(f"k of {file} is {said!r:.64}; topk needs a whole number above 0")
+    return said
+
+
 def drafted(site: Site, layer: int, parts: Mapping[str, Tensor], own: Mapping[str, Any], notes: list[str]) -> Draft:
     """`own` are the method's parameters that the file states."""
     tensors = {f"{site}.{layer}.{part}": tensor for part, tensor in parts.items()}

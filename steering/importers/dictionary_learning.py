@@ -26,6 +26,7 @@ from whipstaff.steering.importers.autoencoder import (
     drafted,
     filled,
     gated,
+    k_of,
     parts_of,
     rescaled,
     scalar,
@@ -183,9 +184,7 @@ def _k(trainer: Ledger, found: Ledger) -> int:
     if isinstance(stored, Tensor) and stored.numel() == 1:
         check_size(said, int(stored), "k", _CONFIG)
         return int(stored)
-    if not isinstance(said, int):
-        raise SteeringError(f"neither {_CONFIG} nor ae.pt says k")
-    return said
+    return k_of(said, _CONFIG)
 
 
 def _has_unit_rows(decoder: Tensor) -> bool:

@@ -95,15 +95,13 @@ class Pyvene(Importer):
                 "which tokens it was trained on: say positions, such as f7+l7",
                 "positions",
             )
-        files = _files(source, model, hints)
+        name = hints.method or (_kind(source.json("config.json")) if has_config else None)
+        if name is not None:
+            _check_known(name)
+        states = {place: _State(source.torch(file), file) for place, file in _files(source, model, hints).items()}
+        kind = _KINDS[name := name or _shown(states)]
         if "pytorch_model.bin" in source.names:
             source.torch("pytorch_model.bin")  # weights of the model that were trained too: they are left over
-        states = {place: _State(source.torch(file), file) for place, file in files.items()}
-        kind = _KINDS.get(name := hints.method or (_kind(source.json("config.json")) if has_config else _shown(states)))
-        if kind is None:
-            raise SteeringError(
-                f"interventions of type {name!r} are not known; known are {', '.join(_KINDS)}", "method"
-            )
         tensors: dict[str, Tensor] = {}
         for place, state in states.items():
             parts = kind.parts(state)
@@ -248,6 +246,11 @@ def _shown(states: Mapping[Place, "_State"]) -> str:
         f"classes; say the method: {', '.join(_KINDS)}",
         "method",
     )
+
+
+def _check_known(name: str) -> None:
+    if name not in _KINDS:
+        raise SteeringError(f"interventions of type {name!r} are not known; known are {', '.join(_KINDS)}", "method")
 
 
 def _check_config(config: Ledger) -> None:

@@ -8,7 +8,6 @@ sparsify     cfg.json and sae.safetensors (EleutherAI/sparsify): encoder.weight 
 """
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from whipstaff.steering.importers.autoencoder import (
     check_size,
     drafted,
     gated,
+    k_of,
     parts_of,
     rescaled,
     transposed,
@@ -179,11 +179,11 @@ class Sparsify(Importer):
         parts, notes = parts_of(weights, site, model)
         check_size(config.get("d_in"), model.width(site), "d_in", _CONFIG)
         check_size(config.get("num_latents") or None, len(parts["encoder"]), "num_latents", _CONFIG)
-        own = {"activation": "topk", "k": config.get("k"), "apply_b_dec_to_input": True}
+        own = {"activation": "topk", "k": k_of(config.get("k"), _CONFIG), "apply_b_dec_to_input": True}
         return drafted(site, layer, parts, own, notes)
 
 
-def _architecture(config: Ledger) -> tuple[str, Any]:
+def _architecture(config: Ledger) -> tuple[str, int | None]:
     """relu, jumprelu, topk or gated, and k. Raises: SteeringError."""
     architecture = config.get("architecture", "standard")
     said = config.get("activation_fn", config.get("activation_fn_str"))
@@ -192,7 +192,7 @@ def _architecture(config: Ledger) -> tuple[str, Any]:
         reads, writes = (config.section("metadata").get(name) or "one hook" for name in ("hook_name", "hook_name_out"))
         raise SteeringError(TRANSCODER.format(what=f"architecture {architecture!r}", reads=reads, writes=writes))
     if architecture == "topk" or (architecture == "standard" and said == "topk"):
-        return "topk", k
+        return "topk", k_of(k, _CONFIG)
     if architecture in ("jumprelu", "gated") and said in (None, "relu"):
         return architecture, None
     if architecture == "standard" and said in (None, "relu"):
