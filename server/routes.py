@@ -374,6 +374,7 @@ def said_vector(entry: Entry) -> dict[str, Any]:
         "digest": vector.digest,
         "layers": vector.layers,
         "sites": vector.sites,
+        "warnings": vector.warnings,
         **header.model_dump(exclude={"format"}),
     }
 

@@ -65,7 +65,7 @@ def add(args: Namespace) -> int:
     found = _asked(args, "POST", "/v1/steering/vectors", params=params, file=args.file)
     what = "added" if found["replaced"] is None else "replaced" if found["replaced"] != found["digest"] else "the same"
     print(f"{found['id']}: {what}, {found['method']}, sha256 {found['digest']}")
-    for warning in found["provenance"].get("warnings", []):
+    for warning in found["warnings"]:
         print(f"warning: {warning}")
     return 0
 

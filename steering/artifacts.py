@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,12 +85,31 @@ class Vector:
         """Whether it can be used on a model; only what edits heads asks for their size."""
         return self.header.model.fits(model, has_heads="attn_head" in self.sites)
 
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What its maker was told, and which of its numbers are all zero and so change nothing."""
+        said = self.header.provenance.get("warnings")
+        told = [str(each) for each in said] if isinstance(said, list) else []
+        return told + [each for each in zeros(self) if each not in told]
+
     def check_fits(self, model: ModelShape) -> None:
         """Raises: VectorMismatch, with both shapes."""
         if not self.fits(model):
             raise VectorMismatch(
                 f"the vector was made for {_said(self.header.model)}, the served model is {_said(model)}", "vector"
             )
+
+
+def zeros(vector: Vector) -> list[str]:
+    """Warnings of parts that a method needs, or of all parts of a place, that are all zero."""
+    needed = {name for name in vector.method.parts if not name.endswith("?")}
+    places = {f"{site}.{layer}": parts for (site, layer), parts in vector.tensors.items()}
+    found = []
+    for name, parts in (places or {"the file": vector.unplaced}).items():
+        empty = [part for part, tensor in parts.items() if not tensor.any()]
+        if empty and (len(empty) == len(parts) or needed & set(empty)):
+            found.append(f"{', '.join(sorted(empty))} of {name} is all zeros")
+    return found
 
 
 def method_of(name: str) -> Method[Any]:

@@ -13,15 +13,17 @@ from torch import Tensor
 from whipstaff.steering.artifacts import Header, packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import CAAFiles, EasySteer, RefusalDirection, XLVLMs
+from whipstaff.steering.importers.dictionary_learning import DictionaryLearning, Goodfire
 from whipstaff.steering.importers.function_vector import FunctionVectorFiles
 from whipstaff.steering.importers.gguf import Repeng
 from whipstaff.steering.importers.honest_llama import Baked, HonestLlama
-from whipstaff.steering.importers.importer import COMMON, Draft, Hints, Importer
+from whipstaff.steering.importers.importer import COMMON, HEADER, Draft, Hints, Importer
 from whipstaff.steering.importers.lofit import LoFiTFiles
 from whipstaff.steering.importers.peft import PEFT
 from whipstaff.steering.importers.pickles import AngularFile, Pickle, TaRotFile, unpickled
 from whipstaff.steering.importers.pyvene import Projection, Pyvene
-from whipstaff.steering.importers.sae import GemmaScope, SAELens, Sparsify
+from whipstaff.steering.importers.sae import SAELens, Sparsify
+from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2
 from whipstaff.steering.importers.site import SITEFiles
 from whipstaff.steering.importers.soft_prompt import DRO, SPRING
 from whipstaff.steering.importers.source import Source
@@ -44,18 +46,31 @@ FORMATS: dict[str, Importer] = {
         Pyvene(),
         SAELens(),
         GemmaScope(),
+        GemmaScope2(),
+        DictionaryLearning(),
+        Goodfire(),
         Sparsify(),
         PEFT(),
         SPRING(),
         DRO(),
     )
 }
+MAX_WARNINGS = 64  # of one file
 PICKLES: dict[str, Pickle] = {pickle.name: pickle for pickle in (AngularFile(), TaRotFile())}
 
 
-def detect(path: Path) -> str:
+def detect(path: Path, model: ModelShape | None = None) -> str:
     """The name of the format of a file or folder. Raises: SteeringError if there is none, or more than one."""
-    return _detected(Source(path))
+    source = Source(path)
+    found = [name for name, importer in FORMATS.items() if importer.claims(source)]
+    if len(found) > 1 and model is not None:
+        found = [name for name in found if FORMATS[name].fits(source, model)] or found
+    if len(found) > 1:
+        meanings = "; or ".join(f"{name}, {FORMATS[name].files}" for name in found)
+        raise SteeringError(f"{source.name} has more than one meaning; say the format: {meanings}", "format")
+    if not found:
+        raise _unknown(source)
+    return found[0]
 
 
 def import_file(
@@ -65,13 +80,14 @@ def import_file(
 
     Raises: SteeringError; its `param` names the hint that is missing or wrong.
     """
-    source = Source(path)
-    name = _detected(source) if format is None else format
+    name = detect(path, model) if format is None else format
     if name not in FORMATS:
         wanted = f"convert it with --unsafe-pickle: {PICKLES[name].files}" if name in PICKLES else ", ".join(FORMATS)
         raise SteeringError(f"{name!r} is no format that is read here; {wanted}", "format")
     said = _hints(FORMATS[name].takes, name, hints)
-    return _finished(name, source, FORMATS[name].draft(source, model, said), model, said)
+    source = Source(path)  # a new one: what was looked at to find the format is not yet accounted for
+    draft = FORMATS[name].draft(source, model, said)
+    return _finished(name, source, draft, model, said)
 
 
 def import_pickle(
@@ -86,19 +102,15 @@ def import_pickle(
         raise SteeringError(f"{source.name} is none of the pickles known here ({known})", "format")
     pickle = PICKLES[found[0]]
     said = _hints(pickle.takes, found[0], hints)
-    return _finished(found[0], source, pickle.draft(content, model, said), model, said)
+    account = source.account(content.fresh())
+    return _finished(found[0], source, pickle.draft(account, model, said), model, said)
 
 
-def _detected(source: Source) -> str:
-    found = [name for name, importer in FORMATS.items() if importer.claims(source)]
-    if len(found) > 1:
-        raise SteeringError(f"{source.name} may be {' or '.join(found)}; say which", "format")
-    if not found:
-        if not source.is_folder and source.name.endswith(".npy"):
-            raise SteeringError(f"{source.name} is {PICKLES['angular'].files}; convert it offline with --unsafe-pickle")
-        known = "; ".join(f"{name}: {importer.files}" for name, importer in FORMATS.items())
-        raise SteeringError(f"{source.name} has no format that is known here. Known are {known}", "format")
-    return found[0]
+def _unknown(source: Source) -> SteeringError:
+    if not source.is_folder and source.name.endswith(".npy"):
+        return SteeringError(f"{source.name} is {PICKLES['angular'].files}; convert it offline with --unsafe-pickle")
+    known = "; ".join(f"{name}: {importer.files}" for name, importer in FORMATS.items())
+    return SteeringError(f"{source.name} has no format that is known here. Known are {known}", "format")
 
 
 def _hints(takes: frozenset[str], name: str, said: dict[str, Any]) -> Hints:
@@ -118,17 +130,18 @@ def _hints(takes: frozenset[str], name: str, said: dict[str, Any]) -> Hints:
 def _finished(
     name: str, source: Source, draft: Draft, model: ModelShape, hints: Hints
 ) -> tuple[Header, dict[str, Tensor]]:
-    """The header, checked with the tensors as a server would."""
+    """The header, checked with the tensors as a server would, once all that the files hold is accounted for."""
+    notes = [*draft.notes, *(f"{ignored} was ignored, as was said" for ignored in source.settle(hints.ignore))]
     said_name = source.name.encode(errors="replace").decode()
     provenance: dict[str, Any] = {"format": name, "source": said_name, "sha256": source.digest}
-    if draft.notes:
-        provenance["warnings"] = list(draft.notes)[:64]
-    if said := hints.model_dump(exclude_defaults=True, exclude=set(COMMON)):
+    if notes:
+        provenance["warnings"] = notes[:MAX_WARNINGS]
+    if said := hints.model_dump(exclude_defaults=True, exclude=set(HEADER)):
         provenance["hints"] = {key: v.name if isinstance(v, Path) else v for key, v in said.items()}
     header = Header(
         method=draft.method,
         model=draft.model or model,
-        scale=hints.scale,
+        scale=draft.scale if hints.scale is None else hints.scale,
         defaults={**draft.defaults, **hints.defaults},
         where=draft.where if hints.where is None else hints.where,
         description=hints.description,
@@ -136,5 +149,7 @@ def _finished(
         licence=hints.licence,
     )
     tensors = dict(draft.tensors)
-    parse(packed(header, tensors))
+    warnings = parse(packed(header, tensors)).warnings[:MAX_WARNINGS]
+    if warnings:
+        header = header.model_copy(update={"provenance": provenance | {"warnings": warnings}})
     return header, tensors

@@ -78,11 +78,12 @@ class XLVLMs(Importer):
         return isinstance(found, Mapping) and any(str(key).startswith("steering_vector") for key in found)
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        found = dict(source.tensors(source.name))
-        vectors = {key: _flat(tensor) for key, tensor in found.items() if key.startswith("steering_vector")}
+        found = source.named(source.name)
+        found.harmless("concepts*", "activations*")  # what the vectors were made of
+        vectors = {key: _flat(found[key]) for key in found if key.startswith("steering_vector")}
         single = sorted(key for key, tensor in vectors.items() if tensor.ndim == 1)
         key = hints.key or ("steering_vector" if "steering_vector" in single else None)
-        if key not in single:
+        if key is None or key not in single:
             raise SteeringError(f"say which of the file's vectors is meant: {', '.join(single)[:2000]}", "key")
         tensor = numbers(key, vectors[key], model.hidden_size)
         return Draft("shift_vector", {f"resid_post.{layer_of(hints, model)}.add": tensor})
@@ -105,7 +106,9 @@ class RefusalDirection(Importer):
             return Draft(method, {"direction": tensor})
         stated = None
         if "direction_metadata.json" in source.names:
-            stated = source.json("direction_metadata.json").get("layer")
+            metadata = source.json("direction_metadata.json")
+            metadata.harmless("pos", "*_score")  # where the direction was read, and how it was chosen
+            stated = metadata.get("layer")
         layer = layer_of(hints, model, stated if isinstance(stated, int) else None)
         return Draft(method, {f"resid_pre.{layer}.direction": tensor})
 

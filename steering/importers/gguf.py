@@ -2,7 +2,8 @@
 
 GGUF: "GGUF", version u32, numbers of tensors and of fields u64; fields (key, type u32, value); tensors (name, number of
 dimensions u32, sizes u64, type u32, offset u64); then the numbers, aligned. Here general.architecture is
-"controlvector" and tensor direction.N is what is added to resid_post of block N.
+"controlvector" and tensor direction.N is what is added to resid_post of block N. GLP (msuiche/weightless) writes the
+same with fields glp.*: where `glp.mode` is project, h <- h - alpha (h . d) d with d the direction at length 1.
 """
 
 import re
@@ -15,20 +16,66 @@ from torch import Tensor
 
 from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.autoencoder import check_sandwich
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
+from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
-from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.shape import ModelShape, Site
 
 MAX_ENTRIES = 4096
 MAX_STRING = 1 << 16
 MAX_ARRAY = 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LABELS = (  # about the file and its maker
+    "GGUF.*",
+    "controlvector.layer_count",
+    "general.alignment",
+    "general.author",
+    "general.base_model.*",
+    "general.basename",
+    "general.description",
+    "general.doi",
+    "general.file_type",
+    "general.finetune",
+    "general.languages",
+    "general.license*",
+    "general.name",
+    "general.organization",
+    "general.quantization_version",
+    "general.quantized_by",
+    "general.repo_url",
+    "general.size_label",
+    "general.source.*",
+    "general.tags",
+    "general.type",
+    "general.url",
+    "general.uuid",
+    "general.version",
+)
+_GLP_LABELS = (
+    "glp.base_model*",
+    "glp.base_revision",
+    "glp.content_sha256",
+    "glp.contrast",
+    "glp.derived_at",
+    "glp.generator",
+    "glp.layer_ids_zero_based",
+    "glp.method",
+    "glp.orthonormal",
+    "glp.structure",
+)
+_GLP_MODES = {"project": ("directional_ablation", "direction"), "add": ("vector", "add")}
+_GLP_HOOKS: dict[str, Site] = {
+    "residual_stream_post_layer": "resid_post",
+    "ffn_out_pre_residual": "mlp_out",
+    "attn_out_pre_residual": "attn_out",
+}
 _DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
 class GGUF(NamedTuple):
-    """Fields, without arrays, and tensors."""
+    """Fields, of arrays no more than their length, and tensors."""
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -42,23 +89,54 @@ class Repeng(Importer):
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         found = read_gguf(source.file(source.name))
-        if (kind := found.fields.get("general.architecture")) != "controlvector":
+        said = source.account(Ledger(f"the metadata of {source.name}", found.fields))
+        said.harmless(*_LABELS)
+        if (kind := said.get("general.architecture")) != "controlvector":
             raise SteeringError(f"{source.name} is a GGUF file of architecture {kind!r}, wanted 'controlvector'")
-        tensors, notes = {}, []
-        for name, tensor in found.tensors.items():
-            match = re.fullmatch(r"direction\.(0|[1-9]\d{0,3})", name)
-            if match is None:
-                notes.append(f"tensor {name[:64]!r} was ignored")
-                continue
-            if match[1] == "0":
-                notes.append("direction.0: llama.cpp does not apply it, Whipstaff does")
-            tensors[f"resid_post.{match[1]}.add"] = numbers(name, tensor, model.hidden_size)
-        if not tensors:
+        rows = _directions(source.account(Ledger(source.name, found.tensors)), model)
+        if not rows:
             raise SteeringError(f"{source.name} has no tensors direction.N")
-        hint = str(found.fields.get("controlvector.model_hint", ""))
-        if hint and hint.lower().replace("_", "") not in model.architecture.lower():
-            notes.append(f"the file was made for {hint[:64]!r}, the model is {model.architecture}")
-        return Draft("control_vector", tensors, notes=notes)
+        notes = _hinted(str(said.get("controlvector.model_hint", "")), model)
+        if any(name.startswith("glp.") for name in said):
+            return _projected(said, rows, model, notes)
+        if 0 in rows:
+            notes.append("direction.0: llama.cpp does not apply it, Whipstaff does")
+        return Draft("control_vector", {f"resid_post.{layer}.add": row for layer, row in rows.items()}, notes=notes)
+
+
+def _directions(tensors: Ledger, model: ModelShape) -> dict[int, Tensor]:
+    """By layer."""
+    found = {}
+    for name in tensors:
+        if match := re.fullmatch(r"direction\.(0|[1-9]\d{0,3})", name):
+            found[int(match[1])] = numbers(name, tensors[name], model.hidden_size)
+    return found
+
+
+def _hinted(hint: str, model: ModelShape) -> list[str]:
+    if not hint or hint.lower().replace("_", "") in model.architecture.lower():
+        return []
+    return [f"the file was made for {hint[:64]!r}, the model is {model.architecture}"]
+
+
+def _projected(said: Ledger, rows: dict[int, Tensor], model: ModelShape, notes: list[str]) -> Draft:
+    """GLP's: `glp.mode` is what is done with a direction, `glp.hook_point` where, `glp.alpha_default` how much."""
+    said.harmless(*_GLP_LABELS)
+    mode, hook = said.get("glp.mode"), said.get("glp.hook_point", "residual_stream_post_layer")
+    if mode not in _GLP_MODES or hook not in _GLP_HOOKS or said.get("glp.rank", 1) != 1:
+        raise SteeringError(
+            f"glp.mode {mode!r} at glp.hook_point {hook!r}, glp.rank {said.get('glp.rank', 1)}; known are the modes "
+            f"{', '.join(_GLP_MODES)} of rank 1 at {', '.join(_GLP_HOOKS)}"
+        )
+    if said.get("glp.spec_version", 1) not in (1, 2):
+        raise SteeringError(f"glp.spec_version {said['glp.spec_version']!r}; 1 and 2 are known")
+    method, part = _GLP_MODES[mode]
+    check_sandwich(_GLP_HOOKS[hook], model)
+    alpha = said.get("glp.alpha_default", 1.0)
+    if not isinstance(alpha, int | float):
+        raise SteeringError(f"glp.alpha_default {alpha!r} is no number")
+    tensors = {f"{_GLP_HOOKS[hook]}.{layer}.{part}": row for layer, row in rows.items()}
+    return Draft(method, tensors, where="all", scale=float(alpha), notes=notes)
 
 
 def read_gguf(path: Path) -> GGUF:
@@ -122,7 +200,7 @@ class _Reader:
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:  # of no use here
+        if kind == _ARRAY:  # of no use here, but that there is one
             inner, length = self.one("I"), self.count("array entries", MAX_ARRAY)
             if inner == _STRING:
                 for _ in range(length):
@@ -131,7 +209,7 @@ class _Reader:
                 self.one(f"{length * struct.calcsize('<' + _SCALARS[inner])}s")
             else:
                 raise SteeringError(f"type {inner} of a GGUF array")
-            return None
+            return f"an array of {length}" if length else None
         if kind not in _SCALARS:
             raise SteeringError(f"type {kind} of a GGUF field")
         return self.one(_SCALARS[kind])

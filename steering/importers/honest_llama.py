@@ -16,7 +16,7 @@ from torch import Tensor
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.heads import by_layer, existing, float_rows, read_float_npy, read_heads
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
-from whipstaff.steering.importers.source import Source, as_tensor, is_object_array, numbers, read_npy
+from whipstaff.steering.importers.source import WEIGHTS, Source, as_tensor, is_object_array, numbers, read_npy
 from whipstaff.steering.shape import ModelShape
 
 _BIAS = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.self_attn\.o_proj\.bias")
@@ -72,16 +72,17 @@ class Baked(Importer):
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         config = source.json("config.json")
+        config.harmless("*")  # of the model
         if not config.get("oproj_bias") and not hints.projected:
             raise SteeringError(_UNPROJECTED, "projected")
         tensors: dict[str, Tensor] = {}
         for name in source.checkpoints():
+            source.named(name).harmless(*WEIGHTS)
             for key, tensor in source.tensors(name, _BIAS):
                 match = _BIAS.fullmatch(key)
-                if match and int(match[1]) < model.num_layers:
-                    bias = numbers(key, tensor, model.hidden_size)
-                    if bias.any():
-                        tensors[f"attn_out.{match[1]}.add"] = bias
+                bias = numbers(key, tensor, model.hidden_size)
+                if match and bias.any():
+                    tensors[f"attn_out.{match[1]}.add"] = bias
         if not tensors:
             raise SteeringError(f"{source.name} has no o_proj.bias that is not 0")
         note = "baked: the offsets act on all tokens, which is not what ITI does; their strength is in them"

@@ -35,6 +35,9 @@ class Hints(BaseModel):
     alphas: Path | None = Field(None, description=".pt of SITE's alphas [layers, heads]")
     effects: Path | None = Field(None, description=".pt of indirect effects [prompts, layers, heads]")
     weights: Path | None = Field(None, description="the base model's folder, for its output projections")
+    ignore: str | None = Field(
+        None, max_length=4096, description="names in the file, with commas between, that are known to change nothing"
+    )
     # for any format
     scale: float | None = Field(None, allow_inf_nan=False, description="strength when a request names none")
     where: Clause | None = Field(None, description="tokens when a request names none")
@@ -43,7 +46,8 @@ class Hints(BaseModel):
     licence: str = Field("", max_length=128)
 
 
-COMMON = frozenset({"scale", "where", "defaults", "description", "licence"})
+HEADER = frozenset({"scale", "where", "defaults", "description", "licence"})  # said of the vector, not of the file
+COMMON = HEADER | {"ignore"}  # what any format takes
 
 
 class Draft(NamedTuple):
@@ -54,6 +58,7 @@ class Draft(NamedTuple):
     where: Clause | None = None
     defaults: Mapping[str, Any] = {}
     notes: Sequence[str] = ()  # what a user should know
+    scale: float | None = None  # strength, where the file states it
     model: ModelShape | None = None  # where the file says more than the given one
 
 
@@ -68,9 +73,16 @@ class Importer(ABC):
     def claims(self, source: Source) -> bool:
         """Whether it looks like this format."""
 
+    def fits(self, source: Source, model: ModelShape) -> bool:
+        """Of a file whose shapes have several meanings: whether they have this one for this model."""
+        return True
+
     @abstractmethod
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        """Raises: SteeringError."""
+        """The vector. What is in the files and neither asked for nor called harmless is refused afterwards.
+
+        Raises: SteeringError.
+        """
 
 
 def layer_of(hints: Hints, model: ModelShape, found: int | None = None) -> int:

@@ -13,7 +13,7 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import is_torch
 from whipstaff.steering.importers.heads import by_layer, read_heads
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
-from whipstaff.steering.importers.source import Source, numbers
+from whipstaff.steering.importers.source import WEIGHTS, Source, numbers
 from whipstaff.steering.shape import ModelShape
 
 _KEY = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.(?:self_attn|attn|attention)\.attn_([Av])\.(\d{1,4})")
@@ -33,6 +33,7 @@ class LoFiTFiles(Importer):
         heads = read_heads(hints, model)
         rows: dict[str, dict[tuple[int, int], Tensor]] = {"A": {}, "v": {}}
         for name in source.checkpoints():
+            source.named(name).harmless(*WEIGHTS)
             for part, place, tensor in _rows(source, name):
                 if place in heads:
                     rows[part][place] = numbers(f"attn_{part} of {place}", tensor, model.head_dim)
@@ -58,8 +59,10 @@ def _rows(source: Source, name: str) -> Iterator[tuple[str, tuple[int, int], Ten
             yield match[2], (int(match[1]), int(match[3])), tensor
     if not is_torch(name):
         return
-    for key, rows in source.torch(name).items():
+    found = source.torch(name)
+    for key in found:
         layer = _LAYER.fullmatch(str(key))
-        for key_, tensor in rows.items() if layer and isinstance(rows, Mapping) else ():
+        rows = found[key] if layer else {}
+        for key_ in rows if isinstance(rows, Mapping) else {}:
             if (head := _HEAD.fullmatch(str(key_))) and layer:
-                yield "v", (int(layer[1]), int(head[1])), tensor
+                yield "v", (int(layer[1]), int(head[1])), rows[key_]

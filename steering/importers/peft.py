@@ -6,15 +6,28 @@ ADAPTION_PROMPT          per layer adaption_prompt [1, tokens, hidden] and adapt
 """
 
 import re
-from collections.abc import Mapping
 
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
+from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape
 
+_LABELS = (  # where an adapter comes from, how it was trained, what its model is
+    "auto_mapping",
+    "base_model_name_or_path",
+    "encoder_*",
+    "inference_mode",
+    "num_attention_heads",
+    "peft_version",
+    "prefix_projection",
+    "prompt_tuning_init*",
+    "revision",
+    "task_type",
+    "tokenizer_*",
+)
 _ADAPTION = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.self_attn\.adaption_(prompt|gate)")
 
 
@@ -32,7 +45,10 @@ class PEFT(Importer):
             raise SteeringError(f"{source.name} has no adapter_model.safetensors")
         if config.get("num_transformer_submodules") not in (None, 1):
             raise SteeringError("the adapter is for an encoder-decoder model")
-        found = dict(source.tensors(name))
+        config.harmless(*_LABELS)
+        found = source.named(name)
+        if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+            _check_prompt(config, found.get("prompt_embeddings"), model)
         if kind in ("PROMPT_TUNING", "P_TUNING"):
             return Draft(
                 "soft_prompt", {"rows": numbers(name, found.get("prompt_embeddings"), None, model.hidden_size)}
@@ -40,8 +56,17 @@ class PEFT(Importer):
         if kind == "PREFIX_TUNING":
             return _prefix(found.get("prompt_embeddings"), model)
         if kind == "ADAPTION_PROMPT":
-            return _adaption(found, model)
+            return _adaption(config, found, model)
         raise SteeringError(f"adapters of type {kind!r} change weights or are unknown; vLLM itself serves LoRA")
+
+
+def _check_prompt(config: Ledger, stored: object, model: ModelShape) -> None:
+    """What an adapter's config says of its numbers must be so. Raises: SteeringError."""
+    rows = len(stored) if isinstance(stored, Tensor) and stored.ndim else 0
+    for name, right in (("num_virtual_tokens", rows), ("num_layers", model.num_layers), ("modules_to_save", None)):
+        if (said := config.get(name)) not in (None, right):
+            raise SteeringError(f"{name} of adapter_config.json is {said!r}, the adapter and the model have {right!r}")
+    config.harmless("token_dim")  # of prefixes it is narrower than the model's; the shape itself is checked
 
 
 def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:
@@ -61,7 +86,8 @@ def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:
     return Draft("prefix_kv", tensors, model=model.model_copy(update={"num_kv_heads": num_kv_heads}))
 
 
-def _adaption(found: Mapping[str, Tensor], model: ModelShape) -> Draft:
+def _adaption(config: Ledger, found: Ledger, model: ModelShape) -> Draft:
+    config.harmless("adapter_len", "adapter_layers", "target_modules")  # as its tensors show
     tensors = {}
     for key, tensor in found.items():
         match = _ADAPTION.fullmatch(key)

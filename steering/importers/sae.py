@@ -1,22 +1,32 @@
-"""Sparse autoencoders. Whose features are steered, a request says.
+"""Sparse autoencoders of SAELens and of sparsify. Whose features are steered, a request says.
 
 saelens      cfg.json and sae_weights.safetensors (jbloomAus/SAELens): W_enc [hidden, features], b_enc, W_dec [features,
-             hidden], b_dec, threshold. Releases before 6 have other keys in cfg.json.
-gemma_scope  params.npz with the same arrays (google/gemma-scope-*); the layer is in the folder's name, layer_{l}
+             hidden], b_dec, threshold; gated ones r_mag, b_mag, b_gate. Releases before 6 have other keys in cfg.json,
+             and may have a scaling_factor [features] of what is decoded.
 sparsify     cfg.json and sae.safetensors (EleutherAI/sparsify): encoder.weight [features, hidden], encoder.bias, W_dec
              [features, hidden], b_dec; the layer is the folder's name, layers.{l}; TopK
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.autoencoder import (
+    TRANSCODER,
+    check_sandwich,
+    check_size,
+    drafted,
+    gated,
+    k_of,
+    parts_of,
+    rescaled,
+    transposed,
+)
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
-from whipstaff.steering.importers.source import Source, numbers, read_npz
+from whipstaff.steering.importers.ledger import Ledger
+from whipstaff.steering.importers.source import Source
 from whipstaff.steering.shape import ModelShape, Site
 
 _HOOKS: dict[str, Site] = {
@@ -26,8 +36,85 @@ _HOOKS: dict[str, Site] = {
     "hook_attn_out": "attn_out",
     "hook_mlp_out": "mlp_out",
 }
-_SANDWICHED = ("Gemma2", "Gemma3")  # a norm follows the attention's and the MLP's output, and these hooks come after it
-_PARTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_GATED = {name: name for name in ("r_mag", "b_mag", "b_gate")}
+_NORMS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+_CONFIG = "cfg.json"
+_TRAINING = (  # what a run of SAELens was told, which its weights show or which is over; releases 1 to 6
+    "act_store_device",
+    "activation_store_batch_size",
+    "activations_mixing_fraction",
+    "adam_beta*",
+    "autocast*",
+    "aux_loss_coefficient",
+    "b_dec_init_method",
+    "cached_activations_path",
+    "checkpoint_path",
+    "compile_*",
+    "context_size",
+    "d_sae_explicit",
+    "dataset*",
+    "dead_feature_*",
+    "decoder_*init*",
+    "decoder_orthogonal_init",
+    "device",
+    "disable_concat_sequences",
+    "dtype",
+    "eval_*",
+    "exclude_special_tokens",
+    "expansion_factor",
+    "feature_sampling_*",
+    "finetuning_method",
+    "finetuning_tokens",
+    "from_pretrained_path",
+    "hook_eval",
+    "hook_layer",
+    "hook_point_layer",
+    "init_encoder_as_decoder_transpose",
+    "is_dataset_tokenized",
+    "jumprelu_*",
+    "l0_*",
+    "l1_*",
+    "llm_*",
+    "log_*",
+    "logger",
+    "lp_norm",
+    "lr*",
+    "mse_loss_normalization",
+    "n_*",
+    "neuronpedia_id",
+    "noise_scale",
+    "normalize_sae_decoder",
+    "output_path",
+    "pre_act_loss_coefficient",
+    "prefetch_llm_batches",
+    "prepend_bos",
+    "resume*",
+    "run_name",
+    "sae_compilation_mode",
+    "sae_lens_*version",
+    "save_final_checkpoint",
+    "scale_sparsity_penalty_by_decoder_norm",
+    "seed",
+    "seqpos_slice",
+    "sequence_separator_token",
+    "sparsity_*",
+    "store_batch_size*",
+    "streaming",
+    "target_l0",
+    "tokens_per_buffer",
+    "topk_threshold_lr",
+    "train_batch_size*",
+    "training_tokens",
+    "use_cached_activations",
+    "use_chat_formatting",
+    "use_ghost_grads",
+    "use_sparse_activations",
+    "verbose",
+    "wandb_*",
+    "model_class_name",
+    "model_name",
+    "model_kwargs",
+)
 
 
 class SAELens(Importer):
@@ -35,55 +122,34 @@ class SAELens(Importer):
     takes = frozenset({"layer", "site", "input_scale"})
 
     def claims(self, source: Source) -> bool:
-        return "cfg.json" in source.names and "sae_weights.safetensors" in source.names
+        return _CONFIG in source.names and "sae_weights.safetensors" in source.names
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        config = _settings(source.json("cfg.json"))
-        found = {name: tensor for name, tensor in source.tensors("sae_weights.safetensors") if name in _PARTS}
-        site, layer = _place(str(config["hook"]), hints, model)
-        activation, k = config["activation"], config["k"]
-        norm = config["norm"]
-        notes: list[str] = []
-        if norm == "expected_average_only_in":
-            if hints.input_scale is None:
-                raise SteeringError(
-                    "the autoencoder's input is scaled by a factor that its folder lacks (expected_average_only_in)",
-                    "input_scale",
-                )
-            norm = "none"
-        parts = _parts(found, site, model)
-        if config["rescale"]:
-            parts, notes = _rescaled(parts), ["rescale_acts_by_decoder_norm was folded into the encoder and decoder"]
-        if activation == "jumprelu" and "threshold" not in parts:
+        config, found = source.json(_CONFIG), source.named("sae_weights.safetensors")
+        metadata = config.section("metadata")
+        for each in (config, metadata):
+            each.harmless(*_TRAINING)
+        kind, k = _architecture(config)
+        site, layer = _place(config, metadata, hints, model)
+        weights = {name: found.get(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+        if kind == "gated":
+            weights |= gated({name: found.get(name) for name in ("W_enc", *_GATED)}, _GATED)
+            kind = "jumprelu"
+        if kind == "jumprelu" and weights["threshold"] is None:
             raise SteeringError("a jumprelu autoencoder without threshold")
+        parts, notes = parts_of(weights, site, model)
+        check_size(config.get("d_in"), model.width(site), "d_in", _CONFIG)
+        check_size(config.get("d_sae"), len(parts["encoder"]), "d_sae", _CONFIG)
+        notes += _centred(parts, config, metadata, site) + _scaled(parts, config, found)
+        if config.get("rescale_acts_by_decoder_norm") and kind == "topk":
+            parts = rescaled(parts)
+            notes.append("rescale_acts_by_decoder_norm was folded into the encoder and decoder")
+        norm = _norm(config, hints)
         if hints.input_scale is not None:
             parts["input_scale"] = torch.tensor(hints.input_scale)
-        own = {"activation": activation, "k": k, "normalize_activations": norm}
-        own["apply_b_dec_to_input"] = config["apply_b_dec_to_input"]
-        return _drafted(site, layer, parts, own, notes)
-
-
-class GemmaScope(Importer):
-    name, files = "gemma_scope", "params.npz, below a folder layer_{l}"
-    takes = frozenset({"layer", "site"})
-
-    def claims(self, source: Source) -> bool:
-        return any(name.endswith(".npz") for name in source.names)
-
-    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        names = [name for name in source.names if name.endswith(".npz")]
-        if len(names) != 1:
-            raise SteeringError(f"{source.name} has {len(names)} .npz files; name one")
-        known = {part.lower(): part for part in _PARTS}
-        arrays = read_npz(source.file(names[0]))
-        found = {known[name.lower()]: array for name, array in arrays if name.lower() in known}
-        where = str(source.path.absolute())
-        match = re.search(r"layer_(\d{1,4})(?:/|$)", where)
-        layer = layer_of(hints, model, int(match[1]) if match else None)
-        site = hints.site or _scope_site(where)
-        _check_sandwich(site, model)
-        own = {"activation": "jumprelu" if "threshold" in found else "relu", "apply_b_dec_to_input": False}
-        return _drafted(site, layer, _parts(found, site, model), own, [])
+        own = {"activation": kind, "k": k, "normalize_activations": norm}
+        own["apply_b_dec_to_input"] = _flag(config, "apply_b_dec_to_input", True)
+        return drafted(site, layer, parts, own, notes)
 
 
 class Sparsify(Importer):
@@ -91,130 +157,159 @@ class Sparsify(Importer):
     takes = frozenset({"layer", "site"})
 
     def claims(self, source: Source) -> bool:
-        return "cfg.json" in source.names and "sae.safetensors" in source.names
+        return _CONFIG in source.names and "sae.safetensors" in source.names
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        config = source.json("cfg.json")
+        config, found = source.json(_CONFIG), source.named("sae.safetensors")
+        config.harmless("expansion_factor", "normalize_decoder")  # as its tensors show, and a constraint of training
         if config.get("transcode") or config.get("skip_connection"):
-            raise SteeringError("a transcoder reads one place and writes another; it is no autoencoder")
-        if config.get("activation", "topk") != "topk" or config.get("multi_topk"):
-            raise SteeringError(f"activation {config.get('activation')!r} (multi_topk: {config.get('multi_topk')})")
-        found = dict(source.tensors("sae.safetensors"))
-        match = re.fullmatch(r"(?:layers|h)\.(\d{1,4})(\.mlp|\.attn|\.self_attn)?", source.path.absolute().name)
-        inner: dict[str | None, Site] = {None: "resid_post", ".mlp": "mlp_out"}
-        site = hints.site or inner.get(match[2] if match else None, "attn_out")
-        layer = layer_of(hints, model, int(match[1]) if match else None)
-        own = {"activation": "topk", "k": config.get("k"), "apply_b_dec_to_input": True}
-        theirs = {
-            "W_enc": _transposed(found.get("encoder.weight")),
+            raise SteeringError(TRANSCODER.format(what="the folder", reads="a module's input", writes="its output"))
+        if (activation := config.get("activation", "topk")) != "topk":
+            raise SteeringError(f"activation {activation!r}; of sparsify's, topk is served")
+        if config.get("signed"):
+            raise SteeringError("signed: the k largest by size, of either sign, which is not what topk is here")
+        config.harmless("multi_topk")  # a second loss of training
+        site, layer = _sparsify_place(source, model, hints)
+        weights = {
+            "W_enc": transposed(found.get("encoder.weight")),
             "b_enc": found.get("encoder.bias"),
-            "W_dec": found.get("W_dec", _transposed(found.get("decoder.weight"))),
+            "W_dec": found.get("W_dec", transposed(found.get("decoder.weight"))),
             "b_dec": found.get("b_dec"),
         }
-        parts = _parts({name: tensor for name, tensor in theirs.items() if tensor is not None}, site, model)
-        return _drafted(site, layer, parts, own, [])
+        parts, notes = parts_of(weights, site, model)
+        check_size(config.get("d_in"), model.width(site), "d_in", _CONFIG)
+        check_size(config.get("num_latents") or None, len(parts["encoder"]), "num_latents", _CONFIG)
+        own = {"activation": "topk", "k": k_of(config.get("k"), _CONFIG), "apply_b_dec_to_input": True}
+        return drafted(site, layer, parts, own, notes)
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json of any release."""
-    metadata = config.get("metadata")
-    metadata = metadata if isinstance(metadata, Mapping) else {}
-    options = config.get("activation_fn_kwargs")
-    options = options if isinstance(options, Mapping) else {}
-    said = config.get("activation_fn", config.get("activation_fn_str"))
+def _architecture(config: Ledger) -> tuple[str, int | None]:
+    """relu, jumprelu, topk or gated, and k. Raises: SteeringError."""
     architecture = config.get("architecture", "standard")
-    k = config.get("k", options.get("k"))
+    said = config.get("activation_fn", config.get("activation_fn_str"))
+    k = config.get("k", config.section("activation_fn_kwargs").get("k"))
+    if isinstance(architecture, str) and ("transcoder" in architecture or config.get("d_out") is not None):
+        reads, writes = (config.section("metadata").get(name) or "one hook" for name in ("hook_name", "hook_name_out"))
+        raise SteeringError(TRANSCODER.format(what=f"architecture {architecture!r}", reads=reads, writes=writes))
     if architecture == "topk" or (architecture == "standard" and said == "topk"):
-        activation = "topk"
-    elif architecture == "jumprelu":
-        activation, k = "jumprelu", None
-    elif architecture == "standard" and said in (None, "relu"):
-        activation, k = "relu", None
-    else:
-        raise SteeringError(f"architecture {architecture!r} with activation {said!r}; wanted ReLU, JumpReLU or TopK")
+        return "topk", k_of(k, _CONFIG)
+    if architecture in ("jumprelu", "gated") and said in (None, "relu"):
+        return architecture, None
+    if architecture == "standard" and said in (None, "relu"):
+        return "relu", None
+    raise SteeringError(
+        f"architecture {architecture!r} with activation {said!r}; served are standard with relu, gated, jumprelu, topk"
+    )
+
+
+def _norm(config: Ledger, hints: Hints) -> str:
+    """How rows are scaled before encoding. Raises: SteeringError."""
     norm = config.get("normalize_activations", "none")
-    if norm is None or isinstance(norm, bool):
+    if norm is None or isinstance(norm, bool):  # before release 3
         norm = "expected_average_only_in" if norm else "none"
-    if norm not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
-        raise SteeringError(f"normalize_activations {norm!r}")
-    names = ("hook_name", "hook_point")
-    hook = next((each[name] for each in (metadata, config) for name in names if each.get(name)), "")
-    return {
-        "activation": activation,
-        "k": k,
-        "norm": norm,
-        "hook": hook,
-        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
-        "rescale": bool(config.get("rescale_acts_by_decoder_norm")) and activation == "topk",
+    if norm not in _NORMS:
+        raise SteeringError(f"normalize_activations {norm!r}; served are {', '.join(_NORMS)}")
+    if norm != "expected_average_only_in":
+        return str(norm)
+    if hints.input_scale is None:
+        raise SteeringError(
+            "the autoencoder's input is scaled by a factor that its folder lacks (expected_average_only_in)",
+            "input_scale",
+        )
+    return "none"
+
+
+def _centred(parts: dict[str, Tensor], config: Ledger, metadata: Ledger, site: Site) -> list[str]:
+    """What the run did to the model before it read it. Raises: SteeringError for what cannot be done to the weights."""
+    notes = []
+    for each in (config, metadata):
+        options = each.section("model_from_pretrained_kwargs")
+        options.harmless(
+            "dtype", "n_devices", "device", "torch_dtype", "trust_remote_code", "center_unembed", "revision"
+        )
+        if site.startswith("resid"):
+            options.harmless("fold_ln", "fold_value_biases")  # they leave the stream as it is
+        if options.get("center_writing_weights") and site.startswith("resid"):
+            parts["encoder"] = parts["encoder"] - parts["encoder"].mean(dim=1, keepdim=True)
+            notes.append("center_writing_weights: the stream less its mean is read, which was folded into the encoder")
+        elif options.get("center_writing_weights"):
+            raise SteeringError(
+                f"the run centred the model's weights (center_writing_weights), which changes its {site}"
+            )
+    return notes
+
+
+def _scaled(parts: dict[str, Tensor], config: Ledger, found: Ledger) -> list[str]:
+    """SAELens' scaling_factor multiplies features as they are decoded, if the config says that it is in use."""
+    in_use = _flag(config, "finetuning_scaling_factor", False)
+    factor = found.get("scaling_factor")
+    if factor is None:
+        if in_use:
+            raise SteeringError("finetuning_scaling_factor is true, and the weights have no scaling_factor")
+        return []
+    size = len(parts["decoder"])
+    if not isinstance(factor, Tensor) or factor.shape != (size,) or not factor.is_floating_point():
+        raise SteeringError(f"scaling_factor has shape {list(getattr(factor, 'shape', []))}, wanted [{size}]")
+    if not in_use:
+        if not (factor == 1).all():
+            raise SteeringError(
+                "the weights have a scaling_factor that is not 1; finetuning_scaling_factor does not say so"
+            )
+        return []
+    parts["decoder"] = parts["decoder"] * factor.float().view(-1, *[1] * (parts["decoder"].ndim - 1))
+    return ["the finetuned scaling_factor was folded into the decoder"]
+
+
+def _flag(config: Ledger, name: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise SteeringError(f"{name} of {config.file} is {value!r:.64}, wanted true or false")
+    return default if value is None else value
+
+
+def _place(config: Ledger, metadata: Ledger, hints: Hints, model: ModelShape) -> tuple[Site, int]:
+    """Where it reads and writes. Raises: SteeringError."""
+    said = {
+        name: next((value for each in (metadata, config) if (value := each.get(name)) is not None), None)
+        for name in ("hook_name", "hook_point", "hook_head_index", "hook_point_head_index", "hf_hook_name")
     }
-
-
-def _place(hook: str, hints: Hints, model: ModelShape) -> tuple[Site, int]:
-    site, layer = hints.site, None
-    if match := re.fullmatch(r"blocks\.(\d{1,4})\.([\w.]+)", hook):
-        site, layer = site or _HOOKS.get(match[2]), int(match[1])
-    elif match := re.fullmatch(r"(?:.*\.)?layers\.(\d{1,4})", hook):
-        site, layer = site or "resid_post", int(match[1])
+    if (head := said["hook_head_index"]) is not None or (head := said["hook_point_head_index"]) is not None:
+        raise SteeringError(
+            f"the autoencoder is of head {head!r:.64} alone (hook_head_index); whole rows are edited here"
+        )
+    hook = str(said["hook_name"] or said["hook_point"] or said["hf_hook_name"] or "")
+    site, layer = _of_hook(hook, hints)
     if site is None:
-        raise SteeringError(f"hook {hook[:128]!r} is none of {', '.join(_HOOKS)}; say the site", "site")
-    _check_sandwich(site, model)
+        raise SteeringError(
+            f"hook {hook[:128]!r} is none of {', '.join(_HOOKS)} of a block; say the site if it is one of Whipstaff's",
+            "site",
+        )
+    check_sandwich(site, model)
+    if (shape := config.get("reshape_activations")) not in (None, "none", "hook_z") or (shape == "hook_z") > (
+        site == "attn_head"
+    ):
+        raise SteeringError(
+            f"reshape_activations {shape!r:.64} at {hook[:128]!r}; heads' outputs are reshaped, nothing else"
+        )
     return site, layer_of(hints, model, layer)
 
 
-def _check_sandwich(site: Site, model: ModelShape) -> None:
-    if site in ("attn_out", "mlp_out") and model.architecture.startswith(_SANDWICHED):
+def _of_hook(hook: str, hints: Hints) -> tuple[Site | None, int | None]:
+    if match := re.fullmatch(r"blocks\.(\d{1,4})\.([\w.]+)", hook):
+        return hints.site or _HOOKS.get(match[2]), int(match[1])
+    if match := re.fullmatch(r"(?:.*\.)?layers\.(\d{1,4})", hook):
+        return hints.site or "resid_post", int(match[1])
+    return hints.site, None
+
+
+def _sparsify_place(source: Source, model: ModelShape, hints: Hints) -> tuple[Site, int]:
+    name = source.path.absolute().name
+    match = re.fullmatch(r"(?:layers|h)\.(\d{1,4})(\.mlp|\.attn|\.self_attn)?", name)
+    inner: dict[str | None, Site] = {None: "resid_post", ".mlp": "mlp_out"}
+    site = hints.site or (inner.get(match[2], "attn_out") if match else None)
+    if site is None:
         raise SteeringError(
-            f"the autoencoder reads the {site} of {model.architecture} after the norm behind it; Whipstaff edits before"
+            f"folder {name!r} does not say what was read, as layers.3 or layers.3.mlp do; say the site", "site"
         )
-
-
-def _scope_site(where: str) -> Site:
-    if re.search(r"-mlp\b|/mlp/", where):
-        return "mlp_out"
-    return "attn_head" if re.search(r"-att\b|/attn/", where) else "resid_post"
-
-
-def _parts(found: Mapping[str, Tensor], site: Site, model: ModelShape) -> dict[str, Tensor]:
-    """As our files have them: both matrices with a row per feature."""
-    if missing := [name for name in ("W_enc", "W_dec") if name not in found]:
-        raise SteeringError(f"the file has no {missing[0]}; it has {', '.join(sorted(found)) or 'nothing known'}")
-    width = model.width(site)
-    if found["W_enc"].ndim != 2:
-        raise SteeringError(f"W_enc has shape {list(found['W_enc'].shape)}, wanted [{width}, features]")
-    size = found["W_enc"].shape[1]
-    parts = {
-        "encoder": numbers("W_enc", found["W_enc"].T, size, width),
-        "decoder": numbers("W_dec", found["W_dec"], size, width),
-    }
-    if site == "attn_head":
-        parts = {name: rows.view(size, model.num_heads, model.head_dim) for name, rows in parts.items()}
-    for theirs, ours, num in (("b_enc", "encoder_bias", size), ("threshold", "threshold", size)):
-        if theirs in found:
-            parts[ours] = numbers(theirs, found[theirs], num)
-    if "b_dec" in found:
-        bias = numbers("b_dec", found["b_dec"], width)
-        parts["decoder_bias"] = bias.view(model.num_heads, model.head_dim) if site == "attn_head" else bias
-    return parts
-
-
-def _rescaled(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Readings times the norms of the decoder's rows, before TopK; what is written, by as much less."""
-    norms = parts["decoder"].flatten(1).norm(dim=1)
-    if not norms.all():
-        raise SteeringError("a row of W_dec has length 0")
-    column = norms.view(-1, *[1] * (parts["decoder"].ndim - 1))
-    scaled = {"encoder": parts["encoder"] * column, "decoder": parts["decoder"] / column}
-    if "encoder_bias" in parts:
-        scaled["encoder_bias"] = parts["encoder_bias"] * norms
-    return parts | scaled
-
-
-def _transposed(tensor: Tensor | None) -> Tensor | None:
-    return tensor.T if tensor is not None and tensor.ndim == 2 else tensor
-
-
-def _drafted(site: Site, layer: int, parts: Mapping[str, Tensor], own: dict[str, Any], notes: list[str]) -> Draft:
-    tensors = {f"{site}.{layer}.{part}": tensor for part, tensor in parts.items()}
-    return Draft(
-        "sae", tensors, defaults={name: value for name, value in own.items() if value is not None}, notes=notes
-    )
+    check_sandwich(site, model)
+    return site, layer_of(hints, model, int(match[1]) if match else None)

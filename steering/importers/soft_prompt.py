@@ -35,6 +35,7 @@ class DRO(Importer):
         return any(source.tensors(source.name, _KEY))
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        for key, tensor in source.tensors(source.name, _KEY):
-            return Draft("soft_prompt", {"rows": numbers(key, tensor, None, model.hidden_size)})
-        raise SteeringError(f"{source.name} has no tensor soft_prompt")
+        found = source.named(source.name).get("soft_prompt")
+        if found is None:
+            raise SteeringError(f"{source.name} has no tensor soft_prompt")
+        return Draft("soft_prompt", {"rows": numbers("soft_prompt", found, None, model.hidden_size)})

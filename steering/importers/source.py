@@ -2,7 +2,8 @@
 
 A `Source` is the file or folder that a user named. Names inside it are matched against its own listing, so that no file
 can point elsewhere. Torch files are loaded with weights_only and mapped, safetensors by their library, arrays of numpy
-without pickle. Whatever is wrong is a SteeringError.
+without pickle. Whatever is wrong is a SteeringError. All that is read with names comes as a `Ledger`, so that `settle`
+can say what nobody asked for.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,12 +24,30 @@ from torch import Tensor
 
 from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.ledger import Ledger, settle
 
 MAX_JSON = 16 << 20  # bytes of any description of a file, which Python takes apart
 MAX_FILES = 4096  # of a folder
 MAX_TENSORS = 1 << 16  # named in one file
+WEIGHTS = ("*.weight", "*.bias", "*.inv_freq", "*.masked_bias")
+"""The names of a model's own numbers, beside which some checkpoints keep an edit."""
+L = TypeVar("L", bound=Ledger)
 _FORMAT: Any = np.lib.format  # not annotated
 _CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
+_LABELS = (
+    "format",
+    "name",
+    "description",
+    "author",
+    "licen?e",
+    "url",
+    "tags",
+    "created*",
+    "date",
+    "*version",
+    "total_size",
+)
+"""What a safetensors file's metadata say that is about the file, not about its numbers."""
 
 
 class Source:
@@ -39,7 +59,8 @@ class Source:
         if not path.is_dir() and not path.is_file():
             raise SteeringError(f"{path} is neither a file nor a folder")
         self.path = path
-        self._torch: dict[str, Any] = {}
+        self._contents: dict[str, Any] = {}
+        self._ledgers: list[Ledger] = []
         self._read: set[str] = set()
 
     @property
@@ -67,32 +88,62 @@ class Source:
         self._read.add(name)
         return self.path / name if self.is_folder else self.path
 
-    def json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads(_bytes(self.file(name), MAX_JSON))
-        except (ValueError, RecursionError) as error:
-            raise SteeringError(f"{name} is not sound JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise SteeringError(f"{name} holds no JSON object")
-        return found
+    def json(self, name: str) -> Ledger:
+        """The fields of a JSON file, read once."""
+        if name not in self._contents:
+            try:
+                found = json.loads(_bytes(self.file(name), MAX_JSON))
+            except (ValueError, RecursionError) as error:
+                raise SteeringError(f"{name} is not sound JSON: {error}") from error
+            if not isinstance(found, dict):
+                raise SteeringError(f"{name} holds no JSON object")
+            self._contents[name] = self.account(Ledger(name, found))
+        return cast(Ledger, self._contents[name])
 
     def torch(self, name: str) -> Any:
-        """What a torch file holds, read once."""
-        if name not in self._torch:
-            self._torch[name] = read_torch(self.file(name))
-        return self._torch[name]
+        """What a torch file holds, read once; a ledger if it is a dict."""
+        if name not in self._contents:
+            found = read_torch(self.file(name))
+            self._contents[name] = self.account(Ledger(name, found)) if isinstance(found, Mapping) else found
+        return self._contents[name]
+
+    def named(self, name: str) -> Ledger:
+        """The tensors of a checkpoint file: safetensors, torch's, or an archive of numpy's."""
+        if name.endswith(".safetensors"):
+            return self._safetensors(name)
+        found = self.arrays(name) if name.endswith(".npz") else self.torch(name)
+        if not isinstance(found, Ledger) or not all(isinstance(key, str) for key in found):
+            raise SteeringError(f"{name} holds no named tensors")
+        return found
+
+    def arrays(self, name: str) -> Ledger:
+        """The arrays of an archive of numpy's, whatever it is called."""
+        if name not in self._contents:
+            self._contents[name] = self.account(Ledger(name, dict(read_npz(self.file(name)))))
+        return cast(Ledger, self._contents[name])
 
     def tensors(self, name: str, form: re.Pattern[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a checkpoint file, safetensors or torch's, one at a time; those with names of that form."""
-        if name.endswith(".safetensors"):
-            yield from read_safetensors(self.file(name), form)
-            return
-        found = self.torch(name)
-        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-            raise SteeringError(f"{name} holds no named tensors")
-        for key, value in found.items():
-            if isinstance(value, Tensor) and (form is None or form.fullmatch(key)):
+        """The tensors of a checkpoint file, one at a time: those with names of that form, which are used by that."""
+        found = self.named(name)
+        for key in found:
+            if (form is None or form.fullmatch(key)) and isinstance(value := found[key], Tensor):
                 yield key, value
+
+    def account(self, ledger: L) -> L:
+        """Let `settle` ask for it."""
+        self._ledgers.append(ledger)
+        return ledger
+
+    def settle(self, ignored: str | None = None) -> list[str]:
+        """See `ledger.settle`: all that was read has been used, is harmless, or is ignored by a user's own word."""
+        return settle(self._ledgers, ignored)
+
+    def _safetensors(self, name: str) -> Ledger:
+        if name not in self._contents:
+            found = Safetensors(self.file(name))
+            self.account(Ledger(f"the metadata of {name}", found.metadata)).harmless(*_LABELS)
+            self._contents[name] = self.account(Ledger(name, found))
+        return cast(Ledger, self._contents[name])
 
     def checkpoints(self) -> list[str]:
         """The names of files with weights, safetensors only where there are both."""
@@ -125,19 +176,40 @@ def read_torch(path: Path) -> Any:
         raise SteeringError(f"{path.name} is refused by torch's safe loader: {_first_line(error)}") from error
 
 
-def read_safetensors(path: Path, form: re.Pattern[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with names of that form; the others are not read."""
+class Safetensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for, and the metadata. Raises: SteeringError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _opened(path) as file:
+            self.names: dict[str, None] = dict.fromkeys(file.keys())
+            self.metadata: dict[str, str] = file.metadata() or {}
+        if len(self.names) > MAX_TENSORS:
+            raise SteeringError(f"{path.name} names {len(self.names)} tensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with _opened(self.path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if len(names) > MAX_TENSORS:
-                raise SteeringError(f"{path.name} names {len(names)} tensors")
-            for name in names:
-                if form is None or form.fullmatch(name):
-                    yield name, file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        if isinstance(error, SteeringError):
-            raise
         raise SteeringError(f"{path.name} is not a sound safetensors file: {_first_line(error)}") from error
 
 

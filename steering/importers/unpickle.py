@@ -82,6 +82,8 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor], said: dict[str, 
         tensors[name] = torch.from_numpy(native)
     elif isinstance(value, str | bool | int | float):
         said[name] = value
+    elif value is not None:
+        said[name] = f"a {type(value).__name__}"
 
 
 if __name__ == "__main__":

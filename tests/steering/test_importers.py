@@ -151,7 +151,7 @@ def test_a_tarot_search_that_found_a_goldens_edit_is_that_edit(
     found = {"train_X": tried, "train_Y": torch.tensor([[0.3], [-2.0], [0.9]]).double()}
     checkpoint = tmp_path / "checkpoint.pkl"
     checkpoint.write_bytes(pickle.dumps(found))
-    header, tensors = import_pickle(checkpoint, goldens.shape_of(case.model), layer=layers[0])
+    header, tensors = import_pickle(checkpoint, goldens.shape_of(case.model), layer=layers[0], site="attn_head")
     assert header.method == "tarot" and set(tensors) == set(piece.tensors)
     assert all(torch.equal(tensors[key], value) for key, value in piece.tensors.items())
     write(tmp_path / "vector.safetensors", header, tensors)
@@ -194,8 +194,8 @@ def gguf(*tensors: tuple[str, Tensor], architecture: str = "controlvector", hint
 
     fields = text("general.architecture") + struct.pack("<I", 8) + text(architecture)
     fields += text("controlvector.model_hint") + struct.pack("<I", 8) + text(hint)
-    fields += text("tags") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
-    fields += text("sizes") + struct.pack("<IIQ3H", 9, 2, 3, 1, 2, 3)
+    fields += text("general.tags") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    fields += text("general.source.sizes") + struct.pack("<IIQ3H", 9, 2, 3, 1, 2, 3)
     infos, data = b"", b""
     kinds = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
     for name, tensor in tensors:
@@ -233,7 +233,7 @@ def placed(place: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _repeng(root: Path) -> Made:
     path = root / "v.gguf"
-    path.write_bytes(gguf(("direction.1", V), ("direction.2", V.half()), ("other", numbers(2, 3))))
+    path.write_bytes(gguf(("direction.1", V), ("direction.2", V.half())))
     return Made(path, {}, "control_vector", {"resid_post.1.add": V, "resid_post.2.add": V.half().float()})
 
 
@@ -338,11 +338,33 @@ def _saelens(root: Path) -> Made:
 
 
 def _gemma_scope(root: Path) -> Made:
-    path = root / "layer_2" / "width_16k" / "average_l0_71" / "params.npz"
+    path = root / "gemma-scope-2b-pt-res" / "layer_2" / "width_16k" / "average_l0_71" / "params.npz"
     path.parent.mkdir(parents=True)
     threshold = torch.rand(24, generator=GENERATOR)
     np.savez(path, **{name: tensor.numpy() for name, tensor in (SAE | {"threshold": threshold}).items()})
     return Made(path, {}, "sae", placed("resid_post.2", SAE_HERE | {"threshold": threshold}))
+
+
+def _gemma_scope_2(root: Path) -> Made:
+    config = {"hf_hook_point_in": "model.layers.1.output", "type": "sae", "width": 24, "architecture": "jump_relu"}
+    threshold = torch.rand(24, generator=GENERATOR)
+    weights = {name.lower(): tensor for name, tensor in (SAE | {"threshold": threshold}).items()}
+    path = folder(root / "layer_1_width_16k_l0_small", config__json=config, params__safetensors=weights)
+    return Made(path, {}, "sae", placed("resid_post.1", SAE_HERE | {"threshold": threshold}))
+
+
+def _dictionary_learning(root: Path) -> Made:
+    trainer = {"dict_class": "AutoEncoderNew", "layer": 1, "activation_dim": 16, "dict_size": 24, "lr": 1e-3}
+    path = folder(root / "ae", config__json={"trainer": trainer, "buffer": {"ctx_len": 128, "io": "out"}})
+    weights = {"encoder.weight": ENCODER.T, "encoder.bias": B_ENC, "decoder.weight": DECODER.T, "decoder.bias": B_DEC}
+    saved(path / "ae.pt", weights)
+    return Made(path, {}, "sae", placed("resid_post.1", SAE_HERE))
+
+
+def _goodfire(root: Path) -> Made:
+    weights = {"encoder_linear.weight": ENCODER.T, "encoder_linear.bias": B_ENC}
+    weights |= {"decoder_linear.weight": DECODER.T, "decoder_linear.bias": B_DEC}
+    return Made(saved(root / "Llama-SAE-l2.pth", weights), {}, "sae", placed("resid_post.2", SAE_HERE))
 
 
 def _sparsify(root: Path) -> Made:
@@ -398,6 +420,9 @@ MAKERS: dict[str, list[Callable[[Path], Made]]] = {
     "pyvene": [_pyvene],
     "saelens": [_saelens],
     "gemma_scope": [_gemma_scope],
+    "gemma_scope_2": [_gemma_scope_2],
+    "dictionary_learning": [_dictionary_learning],
+    "goodfire": [_goodfire],
     "sparsify": [_sparsify],
     "peft": [_peft],
     "spring": [_spring],
@@ -587,7 +612,7 @@ def test_sae_settings_of_both_generations(tmp_path: Path) -> None:
     assert tensors["mlp_out.0.input_scale"] == 0.5
     with pytest.raises(SteeringError, match="norm behind"):
         import_file(path, SHAPE.model_copy(update={"architecture": "Gemma2ForCausalLM"}), input_scale=0.5)
-    for bad in ({"architecture": "gated"}, {"activation_fn": "tanh-relu"}, {"normalize_activations": ["x"]}):
+    for bad in ({"architecture": "gated"}, {"activation_fn_str": "tanh-relu"}, {"normalize_activations": ["x"]}):
         path = folder(tmp_path / "bad", cfg__json=old | bad, sae_weights__safetensors=SAE)
         with pytest.raises(SteeringError):
             import_file(path, SHAPE)
@@ -692,11 +717,12 @@ def bad_files(root: Path) -> Iterator[Bad]:
     archive = root / "bomb.npz"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("W_enc.npy", npy("(16, 16)", data=bytes(16 << 20)))
-    yield Bad(archive, "bytes", layer)
+    stream = layer | {"site": "resid_post"}
+    yield Bad(archive, "bytes", stream)
     with zipfile.ZipFile(root / "object.npz", "w") as file:
         file.writestr("W_enc.npy", npy("()", "'|O'", pickle.dumps(Runs())))
-    yield Bad(root / "object.npz", "pickle", layer)
-    yield Bad(raw("no.npz", b"PK\3\4 nothing"), "npz", layer)
+    yield Bad(root / "object.npz", "pickle", stream)
+    yield Bad(raw("no.npz", b"PK\3\4 nothing"), "npz", stream)
     yield Bad(raw("lies.safetensors", struct.pack("<Q", 1 << 40) + b"{}"), "sound safetensors")
     header = json.dumps({"soft_prompt": {"dtype": "F32", "shape": [4, 16], "data_offsets": [0, 1 << 40]}}).encode()
     yield Bad(raw("offsets.safetensors", struct.pack("<Q", len(header)) + header), "sound safetensors")
