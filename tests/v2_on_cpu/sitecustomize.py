@@ -36,3 +36,7 @@ class _PlantBackend(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 if os.environ.get("WHIPSTAFF_TEST_TRITON_CPU"):
     os.environ["TRITON_INTERPRET"] = "1"
     sys.meta_path.insert(0, _PlantBackend())
+if os.environ.get("WHIPSTAFF_TEST_MUTANT"):  # Python imports one sitecustomize only, and tests/mutation has another
+    from mutants import plant
+
+    plant(os.environ["WHIPSTAFF_TEST_MUTANT"])
