@@ -128,7 +128,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
     have = Catalogue(
         registry=Registry({}, model),
         auxiliaries=engine.layout.limits,
-        words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer()),
+        words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer(), most=config.get_vocab_size()),
         vocabulary=config.get_vocab_size(),
         max_len=config.max_model_len,
         max_seqs=engine.vllm_config.scheduler_config.max_num_seqs,

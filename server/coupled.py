@@ -12,7 +12,7 @@ from whipstaff.server.engine.request import STEPS_AHEAD, Member, PlacedPlan, Req
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
 from whipstaff.server.placing import place_plan
 from whipstaff.server.prompts import PromptSource
-from whipstaff.server.steered import Steered
+from whipstaff.server.steered import Steered, check_one_set
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
 
@@ -196,6 +196,7 @@ def _placed(
     here = Prompt(len(ids), list(ids), have.max_len - 1, prompt.tokenizer, prompt.source.chat(ids), prompt.source)
     try:
         plan, expanded = place_plan(steering.plan, steering.paths, steering.soft, here, is_shared)
+        check_one_set(steering.entries, plan)
         num = len(ids if expanded is None else expanded)
         for entry in steering.entries:
             entry.check_keys(plan, num, have)

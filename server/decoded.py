@@ -311,7 +311,7 @@ def _check_together(entries: Sequence[Decoded]) -> None:
 
 def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
     """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
-    for entry in entries if temperature is not None and temperature < _GREEDY_BELOW else ():
+    for entry in entries if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
         if isinstance(entry.method, Rewriting) and entry.method.chooses_temperature:
             raise BadRequest(
                 f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",

@@ -12,6 +12,7 @@ WhipstaffError
 """
 
 import json
+import re
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import AliasChoices, BaseModel, ValidationError
@@ -95,9 +96,10 @@ def json_path(loc: tuple[int | str, ...], data: Any) -> str:
 
 
 def field_path(prefix: str, param: str, data: Any) -> str:
-    """The dotted path of a field as a JSON path below `prefix`, as far as `data` goes and one step beyond."""
+    """The path of a field, its indices after dots or in brackets, as a JSON path below `prefix`: as far as `data` goes
+    and one step beyond."""
     path = prefix
-    for step in filter(None, param.split(".")):
+    for step in filter(None, re.split(r"[.\[\]]", param)):
         if isinstance(data, dict):
             name = next((name for name in (step, *_OTHER_NAMES.get(step, ())) if name in data), step)
             path, data = f"{path}.{name}", data.get(name)

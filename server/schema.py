@@ -40,7 +40,7 @@ from whipstaff.server.errors import (
 from whipstaff.server.explained import ExplainParams, LogprobsSource
 from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.placing import place_plan
-from whipstaff.server.steered import Fed, Steered
+from whipstaff.server.steered import Fed, Steered, check_one_set
 from whipstaff.server.text import check_characters
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.errors import SteeringError
@@ -255,7 +255,7 @@ class Compiled:
         }
 
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
-        self._check_tokens(plan)
+        check_one_set(self.steering, plan)
         for entry in self.steering:
             entry.check_keys(plan, prompt_len, self.have)
             for planned in entry.planned(plan):
@@ -282,22 +282,6 @@ class Compiled:
                 f"keeps {self.have.num_histories} at once",
                 "steering",
             )
-
-    def _check_tokens(self, plan: SteeringPlan) -> None:
-        """The engine tells apart one set of tokens per request."""
-        first: frozenset[int] = frozenset()
-        for entry in self.steering:
-            for planned in entry.planned(plan):
-                where = planned.where
-                for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
-                    ids = region.ids if region else frozenset()
-                    first = first or ids
-                    if ids and ids != first:
-                        raise BadRequest(
-                            f"a request may tell one set of tokens apart; these are {sorted(ids)}, and before them "
-                            f"came {sorted(first)}",
-                            f"{entry.path}.where.{name}",
-                        )
 
     def leave_out(self, what: str, why: str) -> None:
         """Say that something changes nothing, and was left out."""

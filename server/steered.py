@@ -112,6 +112,23 @@ class Steered:
         }
 
 
+def check_one_set(entries: Iterable[Steered], plan: SteeringPlan) -> None:
+    """The engine tells apart one set of tokens per sequence. Raises: BadRequest."""
+    first: frozenset[int] = frozenset()
+    for entry in entries:
+        for planned in entry.planned(plan):
+            where = planned.where
+            for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
+                ids = region.ids if region else frozenset()
+                first = first or ids
+                if ids and ids != first:
+                    raise BadRequest(
+                        f"a request may tell one set of tokens apart; these are {sorted(ids)}, and before them "
+                        f"came {sorted(first)}",
+                        f"{entry.path}.where.{name}",
+                    )
+
+
 def largest_dose(vector: Vector, planned: Iterable[PlannedEdit], lengths: Lengths, gain: float = 1.0) -> Dose | None:
     """The largest relative dose of an entry's edits, when a schedule multiplies them by `gain`; None if not known."""
     doses = (strongest(vector, one.edit._replace(gate=OPEN), lengths) for one in planned)

@@ -16,9 +16,11 @@ class Words:
     tokenizer: Any
 
     @staticmethod
-    def of(tokenizer: Any, eos: Iterable[int] = ()) -> "Words":
-        """`eos` are further tokens that end a generation, beside the tokenizer's own."""
-        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    def of(tokenizer: Any, eos: Iterable[int] = (), most: int | None = None) -> "Words":
+        """`eos` are further tokens that end a generation, beside the tokenizer's own; of `most` tokens the model says
+        how likely they are, whatever more the tokenizer knows."""
+        num = len(tokenizer) if most is None else min(len(tokenizer), most)
+        pieces = tokenizer.convert_ids_to_tokens(range(num))
         texts = [_text(tokenizer, piece) for piece in pieces]
         ids: dict[str, int] = {}
         for index, text in enumerate(texts):

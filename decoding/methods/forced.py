@@ -46,7 +46,8 @@ class Forced(Rewriting[ForcedParams]):
             raise DecodingError("give the answer's text, or its ids", "text")
         ids = tuple(words.encode(params.text or "") if params.ids is None else params.ids)
         if bad := [token for token in ids if not 0 <= token < words.num_tokens]:
-            raise DecodingError(f"{bad[0]} is no token of this model, which has {words.num_tokens}", "ids")
+            named = "text" if params.ids is None else "ids"
+            raise DecodingError(f"{bad[0]} is no token of this model, which has {words.num_tokens}", named)
         return ForcedSetting(ids=ids)
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:

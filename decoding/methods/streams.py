@@ -86,7 +86,7 @@ class Streams(Mixing[StreamsParams]):
                     f"streams[{number}]",
                 )
             if stream.model is not None and stream.steering:
-                raise DecodingError("an auxiliary model is not steered", f"streams.{number}.steering")
+                raise DecodingError("an auxiliary model is not steered", f"streams[{number}].steering")
             num_members += stream.is_sequence
             where = Stream(stream.model or "", num_members if stream.is_sequence else 0)
             terms.append(Term(where, stream.weight, is_log, stream.temperature))

@@ -184,7 +184,7 @@ class Roster:
         found = [(row, request.bias) for row, request in self.seats if request.bias]
         if not found:
             return None
-        said = [(index, *one) for index, (_, bias) in enumerate(found) for one in bias.items()]
+        said = [(index, token, float(by)) for index, (_, bias) in enumerate(found) for token, by in bias.items()]
         return Biased(self._sent([row for row, _ in found]), *map(self._sent, zip(*said, strict=True)))
 
     def _drawn(self) -> Iterator[tuple[int, Known, Draw]]:

@@ -397,6 +397,14 @@ def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTo
     assert caught.value.param == "decoding.steering.where"
 
 
+def test_a_sequence_tells_one_set_of_tokens_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    two = [{**PUSH, "where": {"tokens": [token]}} for token in (5, 6)]
+    with pytest.raises(WhipstaffError, match="one set") as caught:
+        placed(STEERED, prompt_of(tokenizer), decoding=CFG | GUIDED | {"steering": two})
+    assert caught.value.param == "decoding.steering[1].where.tokens"
+    placed(STEERED, prompt_of(tokenizer), steering=two[0], decoding=CFG | GUIDED | {"steering": two[1]})
+
+
 def test_conditions_of_all_sequences_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     when = {**PUSH, "layers": None, "when": {"probe": "probe", "above": 0}}
     few = replace(STEERED, num_histories=1)

@@ -107,9 +107,9 @@ class Reference:
         found: list[int] = self.tokenizer.apply_chat_template(messages, return_dict=False)
         return found
 
-    def hardest(self, ids: list[int], share: float) -> list[int]:
+    def hardest(self, ids: list[int], share: float, push: float = 0.0) -> list[int]:
         """Positions of the tokens that the base model finds unlikeliest, in order."""
-        log_p = self.log_p(ids[:1], ids[1:])[torch.arange(len(ids) - 1), ids[1:]]
+        log_p = self.log_p(ids[:1], ids[1:], push=push)[torch.arange(len(ids) - 1), ids[1:]]
         return sorted((log_p.topk(max(int(share * len(log_p)), 1), largest=False).indices + 1).tolist())
 
 
@@ -299,9 +299,32 @@ def test_the_nearest_adapters_agree(http: httpx.Client, complete: Post, referenc
     assert (response.status_code, response.json()["error"]["param"]) == (404, "decoding.centres")
 
 
-def test_the_requests_own_steering_is_its_own_streams(complete: Post, reference: Reference) -> None:
-    answer = complete(steering={"vector": "push", "scale": 0.05}, guidance_scale=2.0, negative_prompt=NEGATIVE)
-    assert_best(answer, lambda said: 2 * reference.log_p(PROMPT, said, push=0.05) - reference.log_p(NEGATIVE, said))
+@pytest.mark.parametrize("negative", [NEGATIVE, NEGATIVE * 20], ids=["short", "chunked"])
+def test_the_requests_steering_is_that_of_all_its_streams(complete: Post, reference: Reference, negative: str) -> None:
+    push = {"vector": "push", "scale": 0.05}
+
+    def guided(said: list[int], other: float) -> Tensor:
+        return 2 * reference.log_p(PROMPT, said, push=0.05) - reference.log_p(negative, said, push=other)
+
+    cfg = {"method": "cfg", "guidance_scale": 2.0, "negative_prompt": negative}
+    for other, fields in (
+        (0.05, {"guidance_scale": 2.0, "negative_prompt": negative}),
+        (0.0, {"decoding": cfg | {"steering": []}}),
+        (-0.05, {"decoding": cfg | {"steering": push | {"scale": -0.05}}}),
+    ):
+        for _ in range(2):  # the second time from the cache
+            answer = complete(steering=push, **fields)
+            assert_best(answer, lambda said, other=other: guided(said, other))  # type: ignore[misc]
+            assert [one["steered"] for one in answer["whipstaff"]["sequences"]] == [bool(other)]
+
+
+def test_what_a_steered_model_finds_hard_is_shown_again(complete: Post, reference: Reference) -> None:
+    push = {"vector": "push", "scale": 0.3, "where": "all"}
+    entry = {"method": "sh2", "key_num": 30}
+    ids = reference.tokenizer.encode(PROMPT)
+    for steering, scale in (({}, 0.3), ({"steering": []}, 0.0)):
+        (told,) = complete(steering=push, decoding=entry | steering)["whipstaff"]["sequences"]
+        assert told["key_positions"] == reference.hardest(ids, 0.3, scale)
 
 
 def test_sums_of_two_methods(complete: Post, reference: Reference) -> None:
@@ -547,9 +570,9 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "context": ({"decoding": {"method": "cad", "context": "It snows."}}, 400, "decoding.context"),
     "soft prompt": (
-        {"decoding": {"method": "streams", "streams": [{"weight": 1, "steering": [{"vector": "soft"}]}]}},
+        {"guidance_scale": 2, "negative_prompt": [5], "steering": {"vector": "soft", "insert": 2}},
         400,
-        "decoding.streams[0].steering[0].vector",
+        "steering.insert",
     ),
     "grammar": (
         {"decoding": {"method": "forced", "text": "a"}, "structured_outputs": {"choice": ["a"]}},

@@ -32,6 +32,7 @@ def test_paths_hold_the_steps_that_are_in_the_data(loc: tuple[int | str, ...], d
         ("", {}, "p"),
         ("a", {}, "p.a"),
         ("a.1.b", {"a": [0, {"b": 3}]}, "p.a[1].b"),
+        ("a[1].b", {"a": [0, {"b": 3}]}, "p.a[1].b"),
         ("heads.3.1", {"heads": {"3": [0, 9]}}, "p.heads.3[1]"),
         ("where.prompt", {"where": "all"}, "p.where"),
         ("features.0", {}, "p.features"),  # the file's own: the request has none

@@ -18,7 +18,7 @@ QUESTION = {"role": "user", "content": "Where does Mara live?"}
 PREFILL = [QUESTION, {"role": "assistant", "content": "Gladly! Mara lives in"}]
 GOES_ON = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
 TUNED = {"expert": "tuned", "antiexpert": "untuned"}
-LONG = "Mara walked to the fields. " * 200
+LONG = "Mara walked to the fields. " * 160  # some 970 tokens of the demo's 1024
 MASKS: dict[str, dict[str, Any]] = {
     "sh2": {"method": "sh2", "relative_top": 0.5},
     "contrastive": {"method": "contrastive", "amateur": "untuned"},
@@ -105,7 +105,9 @@ def test_bans_that_leave_nothing_are_refused(complete: Post, chat: Post, name: s
     fields, param = NOTHING_LEFT[name]
     for answer in (complete(**fields, **extra), chat(**fields, **extra)):
         assert_blames(answer, param)
-    assert ids(complete(**{**fields, "allowed_token_ids": [16, 300, 2]}, max_tokens=2, **extra))[0] in (16, 300)
+    banned = fields["allowed_token_ids"][0]
+    (first,) = ids(complete(**{**fields, "allowed_token_ids": [16, 300, 2], "min_tokens": 0}, max_tokens=1, **extra))
+    assert first in {16, 300, 2} - ({banned} if param == "bad_words" else set())
 
 
 # ---- steering of further sequences
@@ -189,7 +191,7 @@ def test_echo_of_a_chat_scores_nothing_that_was_not_asked_for(chat: Post) -> Non
 
 
 def test_echo_of_a_completion_scores_what_was_asked_for(complete: Post) -> None:
-    answer = ok(complete(echo=True, guidance_scale=1.5))
+    answer = ok(complete(echo=True, guidance_scale=1.5, return_token_ids=False))
     assert answer["choices"][0]["text"].startswith(("<bos>" + PROMPT, PROMPT))
     assert_blames(complete(echo=True, logprobs=0, guidance_scale=1.5), "guidance_scale", "forced")
     assert_blames(complete(prompt_logprobs=0, guidance_scale=1.5), "guidance_scale", "forced")
@@ -285,12 +287,15 @@ def test_half_a_character_is_refused_elsewhere(http: httpx.Client) -> None:
 
 
 def test_text_offsets_count_text(complete: Post) -> None:
-    expected = [0, 5, 7, 11, 19, 24, 31, 35, 40, 41, 45, 47, 52, 59]
-    named = {"logprobs": 0, "echo": True, "max_tokens": 4, "return_tokens_as_token_ids": True}
+    scored = {"logprobs": 0, "echo": True, "max_tokens": 4}
+    expected = ok(complete(**scored))["choices"][0]["logprobs"]["text_offset"]
+    assert expected[:12] == [0, 5, 7, 11, 19, 24, 31, 35, 40, 41, 45, 47] and len(expected) == 14
+    named = scored | {"return_tokens_as_token_ids": True}
     said = ok(complete(**named))["choices"][0]["logprobs"]
-    assert said["text_offset"] == expected and said["tokens"][-1].startswith("token_id:")
-    found, events = [], complete(**named, stream=True).text.split("data: ")
-    for event in events[1:-1]:
+    assert said["text_offset"] == expected and all(name.startswith("token_id:") for name in said["tokens"])
+    found: dict[str, list[Any]] = {"text_offset": [], "tokens": []}
+    for event in complete(**named, stream=True).text.split("data: ")[1:-1]:
         for choice in json.loads(event)["choices"]:
-            found += (choice["logprobs"] or {"text_offset": []})["text_offset"]
-    assert found == expected
+            for name, values in found.items():
+                values += (choice["logprobs"] or {}).get(name, [])
+    assert found == {name: said[name] for name in found}

@@ -36,6 +36,17 @@ def test_rows_that_are_embeddings_do_as_their_tokens(complete: Post, tokenizer: 
     assert tokens(complete(PROMPT, steering={"vector": "noise"})) != tokens(complete(PROMPT))
 
 
+def test_rows_stand_in_every_sequence_of_a_request(complete: Post, tokenizer: Any) -> None:
+    ids, other = tokenizer.encode(PROMPT), tokenizer.encode("import os")
+    guided = {"guidance_scale": 2.0}
+    plain = complete([*WORDS, *ids], **guided, negative_prompt=[*WORDS, *other])
+    soft = complete(PROMPT, **guided, negative_prompt=other, steering={"vector": "words"})
+    assert tokens(soft) == tokens(plain) and soft.json()["whipstaff"]["sequences"][0]["steered"]
+    cfg = {"method": "cfg", **guided, "negative_prompt": other, "steering": []}
+    alone = complete([*WORDS, *ids], **guided, negative_prompt=other)
+    assert tokens(complete(PROMPT, decoding=cfg, steering={"vector": "words"})) == tokens(alone)
+
+
 def test_streams_count_the_rows_too(complete: Post, tokenizer: Any) -> None:
     noise = {"vector": "noise"}
     whole = complete(PROMPT, steering=noise)

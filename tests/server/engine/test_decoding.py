@@ -299,6 +299,23 @@ def test_banned_tokens_stay_banned(bench: Bench) -> None:
     assert all(set(tokens) <= set(allowed) for tokens in bench.engine.tokens(*asks))
 
 
+def test_a_bias_bans_and_forces_what_masks_keep_and_exclude(bench: Bench) -> None:
+    """As it does where nothing is masked: what was said first is not said any more, and a token is said alone."""
+    names = ["contrastive", "contrastive_beta", "dexperts", "kwd"]
+    forced = 40
+    asks = [bench.ask(name, prompt) for name, prompt in zip(names, prompts(len(names), 11), strict=True)]
+    said = bench.engine.tokens(*asks)
+    banning = [
+        replace(ask, sampling={**ask.sampling, "logit_bias": dict.fromkeys(tokens, -100.0)})
+        for ask, tokens in zip(asks, said, strict=True)
+    ]
+    forcing = [replace(ask, sampling={**ask.sampling, "logit_bias": {forced: 100.0}}) for ask in asks]
+    found = bench.engine.tokens(*banning, *forcing)
+    for tokens, others in zip(said, found, strict=False):
+        assert not set(tokens) & set(others)
+    assert found[len(asks) :] == [[forced] * len(tokens) for tokens in said]
+
+
 def test_prompt_log_probabilities_are_those_of_the_decoded_model(bench: Bench) -> None:
     """Of every method whose stages come before penalties; chunk by chunk, beside others."""
     names = ["contrastive_beta", "rule_adapter", "co_llm_compose", "kwd"]

@@ -1,5 +1,6 @@
 """Groups in the scheduler alone: random arrivals, aborts, pauses and resets, with blocks and seats for a fraction."""
 
+import json
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.launch import configure
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
-from whipstaff.server.engine.scheduler import AsyncSteeredScheduler, SteeredScheduler
+from whipstaff.server.engine.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
 from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
@@ -196,11 +198,18 @@ class Traffic:
         )
         return {KEY: RequestPlan(mine, members=theirs).to_wire()} if mine or theirs else None
 
-    def add(self, members: int, max_tokens: int | None = None, prompt: list[int] | None = None) -> Asked:
+    def add(
+        self, members: int, max_tokens: int | None = None, prompt: list[int] | None = None, **sampling: Any
+    ) -> Asked:
         name = next(self.names)
+        bad_words = sampling.pop("bad_words", None)
         params = SamplingParams(
-            max_tokens=max_tokens or self.chance.randint(1, 30), extra_args=self.plan(members), stop_token_ids=[STOP]
+            max_tokens=max_tokens or self.chance.randint(1, 30),
+            extra_args=self.plan(members),
+            stop_token_ids=[STOP],
+            **sampling,
         )
+        params._bad_words_token_ids = bad_words
         request = Request(
             name,
             prompt or self.prompt(),
@@ -353,3 +362,34 @@ def test_requests_with_more_lines_than_there_is_room_for_wait(
     traffic.drain()
     traffic.check()
     assert worker.tables.num_uploads == 16 and all(str(asked.end) == "length" for asked in traffic.asked.values())
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "v2"])
+@pytest.mark.parametrize("members", [0, 2])
+def test_a_banned_token_was_drawn_since_no_other_was_left(model: str, name: str, members: int) -> None:
+    """It is not told, and the request ends."""
+    said = [token("0", index) for index in range(4)]
+    assert len({*said, STOP}) == 5
+    limits: dict[str, dict[str, Any]] = {
+        "a list": {"allowed_token_ids": said[:3]},
+        "a word of two tokens": {"bad_words": [said[2:4], [299]]},
+        "neither": {"allowed_token_ids": list(range(300)), "bad_words": [said[1:3][::-1]]},
+    }
+    for kind, sampling in limits.items():
+        traffic = Traffic(model, CASES[name], 1)
+        asked = traffic.add(members, 4, [5] * 20, **sampling)
+        traffic.drain()
+        reason = None if kind == "neither" else NO_TOKEN_LEFT
+        assert asked.got == (said if reason is None else said[:3])
+        assert (str(asked.end), asked.request.stop_reason) == ("stop" if reason else "length", reason)
+        pool = traffic.scheduler.kv_cache_manager.block_pool
+        assert not traffic.scheduler.requests and pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def test_a_method_that_says_what_was_banned_goes_on(model: str) -> None:
+    rewrite = Rewrite("forced", json.dumps({"ids": [token("0", 0)]}))
+    traffic = Traffic(model, CASES["async"], 1)
+    traffic.plan = lambda members: {KEY: RequestPlan(None, DecodingPlan(rewrites=(rewrite,))).to_wire()}  # type: ignore[method-assign]
+    asked = traffic.add(0, 4, [5] * 20, allowed_token_ids=[299])
+    traffic.drain()
+    assert asked.got == [token("0", index) for index in range(4)]
