@@ -238,7 +238,7 @@ def test_what_somebody_knows_is_not_told_of(complete: Post, chat: Post) -> None:
 
 def test_unknown_names_beside_a_preset_and_in_validation(http: httpx.Client, chat: Post) -> None:
     answer = chat(model="demo@helpful", smoothing_factor=1, naïve=1)
-    assert [said.partition(":")[0] for said in warnings(answer)] == ["smoothing_factor", "naïve"]
+    assert [said.partition(" ")[0] for said in warnings(answer)] == ["smoothing_factor", "naïve"]
     assert answer.headers[HEADER].isascii() and "na\\xefve" in answer.headers[HEADER]
     for body in ({"xtc_probabilty": 1}, {"model": MODEL, "prompt": PROMPT, "xtc_probabilty": 1}):
         plan = ok(http.post("/v1/steering/validate", json=body))["plan"]
