@@ -60,7 +60,7 @@ class Asked(NamedTuple):
     @property
     def where(self) -> str:
         """As warnings call it."""
-        return self.path or ", ".join(self.fields)
+        return ", ".join([*filter(None, [self.path]), *self.fields])
 
 
 @dataclass(frozen=True)

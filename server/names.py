@@ -105,15 +105,17 @@ def is_off(entry: Any) -> bool:
         return False
 
 
-def unknown_warnings(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+def unknown_reasons(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Of names that nobody knows, by name, what to say."""
-    return {name: f"{name}: nobody knows this field, and it did nothing{near(name, known)}" for name in names}
+    return {name: f"this server has no such field{near(name, known)}" for name in names}
 
 
 def near(name: str, known: Collection[str]) -> str:
     """The nearest name that exists, as the end of a sentence; "" where none is near."""
     if name.startswith("guided_"):  # vLLM's own, which it has no more
         return "; did you mean structured_outputs?"
+    if (same := _SAME.get(name)) in known:
+        return f"; did you mean {same}?"
     found = difflib.get_close_matches(name, sorted(known), 1, _NEAR)
     return f"; did you mean {found[0]}?" if found else ""
 

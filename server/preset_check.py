@@ -28,8 +28,8 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
     for model, body in tries:
         try:
             request = openai.parse(model, body)
-            preset.fill(request, body)
-            compiled = compile_request(request, have)
+            filled = preset.fill(request, body)
+            compiled = compile_request(request, have, merges=preset.gives(filled, "decoding"))
             openai.check_sampling(request, is_hot_taken=compiled is not None and compiled.is_hot)
         except RequestValidationError as error:
             raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None

@@ -20,7 +20,7 @@ from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable,
 from whipstaff.server.explained import Explained
 from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
-from whipstaff.server.names import FIELDS, TEXTS, header_of, unknown_warnings
+from whipstaff.server.names import FIELDS, TEXTS, header_of, unknown_reasons
 from whipstaff.server.presets import Preset, blaming
 from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
@@ -179,12 +179,10 @@ def prepare(
 
 def warn_of(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[str]) -> list[str]:
     """What to say of names that nobody knows. Raises: BadRequest where the request wants them refused."""
-    refuses = on_unknown(fields) == "error"
-    warnings = unknown_warnings(names, known.union(FIELDS))
-    if refuses and warnings:
-        name, warning = next(iter(warnings.items()))
-        raise BadRequest(warning, name)
-    return list(warnings.values())
+    refuses, reasons = on_unknown(fields) == "error", unknown_reasons(names, known.union(FIELDS))
+    for name, reason in reasons.items() if refuses else ():
+        raise BadRequest(reason, name)
+    return [f"{name} did nothing: {reason}" for name, reason in reasons.items()]
 
 
 def compile_request(

@@ -59,14 +59,14 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "dry": [{"allowed_length": 1, "base": 1.0}, {"penalty_last_n": 6, "sequence_breakers": ["e"]}, {"multiplier": 0}],
     "adaptive_temperature": [{"choose": "sample"}, {"level": "sequence"}, {"level": "sequence", "choose": "sample"}],
     "edt": [{"t0": 1.5, "theta": 0.3}, {"n": 1.0}, {"t0": 0.0}],
-    "dynatemp": [{"range": 2.0, "exponent": 0.5}, {"range": 0.0}],
+    "dynatemp": [{"range": 2.0, "exponent": 0.5}, {"range": 0.0}, {"low": 0.2, "high": 1.7}, {"low": 1.0, "high": 1.0}],
     "top_n_sigma": [{"n": 0.3}, {"n": -1}],
     "typical_p": [{"p": 0.2}, {"p": 1.0}],
     "top_a": [{"a": 1.0}],
     "epsilon_cutoff": [{"epsilon": 0.2}],
     "eta_cutoff": [{"epsilon": 0.5}],
     "xtc": [{"probability": 1.0, "threshold": 0.02}, {"threshold": 0.05}],
-    "mirostat": [{"mode": 0}, {"tau": 0.5}, {"tau": 1.5, "eta": 1.0}],
+    "mirostat": [{"mode": 0}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 1.5, "eta": 1.0}],
 }
 """Further parameters, so that rows of a batch differ."""
 
@@ -153,6 +153,30 @@ def test_off_changes_nothing(name: str) -> None:
         batch.rows.streams = {model: torch.full_like(before, torch.nan) for model in AUXILIARIES}
         batch.members = torch.full((3, MEMBERS, before.shape[1]), torch.nan)
     assert torch.equal(run(METHODS[name], batch), before)
+
+
+@each_method
+def test_what_is_off_is_what_changes_nothing(name: str) -> None:
+    """Whatever else it says. A method that takes the temperature's place is never off: the request had one."""
+    method = METHODS[name]
+    off = method.off(AUXILIARIES, ["head"])
+    assert off is None or method.is_off(off) == (name != "edt")
+    assert not method.is_off(made(name))
+    for params in filter(method.is_off, varied(name)):
+        batch = random_batch(method, [params])
+        before = batch.rows.logits.clone()
+        if batch.rows.temperature is not None:
+            batch.rows.temperature.fill_(1.0)
+        assert torch.equal(run(method, batch), before)
+
+
+def test_a_prompt_each() -> None:
+    cfg = METHODS["cfg"]
+    for given, wanted in (("a", "a"), ([5, 6], [5, 6]), (["a", "b"], "b"), ([[5], [6, 7]], [6, 7]), (None, None)):
+        assert cfg.of_prompt(made("cfg", negative_prompt=given), 1, 2).model_dump()["negative_prompt"] == wanted
+    with pytest.raises(DecodingError) as caught:
+        cfg.of_prompt(made("cfg", negative_prompt=["a"]), 1, 2)
+    assert caught.value.param == "negative_prompt"
 
 
 @each_method

@@ -30,3 +30,13 @@ def test_a_flat_distribution_is_as_warm_as_it_gets() -> None:
     batch.rows.temperature = torch.tensor([0.7])
     run(METHOD, batch)
     assert batch.rows.facts["temperature"].tolist() == pytest.approx([1.0])
+
+
+def test_the_ends_may_be_said_instead() -> None:
+    """Of whatever temperature the request has, unless it is 0."""
+    batch = random_batch(METHOD, [DynatempParams(low=0.4, high=1.6, exponent=2.0)] * 3)
+    batch.rows.temperature = torch.tensor([1.0, 0.3, 0.0])
+    rows = batch.rows.logits.tolist()
+    expected = [reference.temperature(row, 1.0, 0.6, 2.0) for row in rows[:2]] + [0.0]
+    run(METHOD, batch)
+    assert batch.rows.facts["temperature"].tolist() == pytest.approx(expected, rel=1e-4)

@@ -162,5 +162,13 @@ EXTRAS = st.fixed_dictionaries(
         "guidance_scale": SCALES,
         "negative_prompt": CONTENTS | JSON,
         "on_unavailable": st.sampled_from(["ignore", "error"]) | JSON,
+        "on_unknown": st.sampled_from(["warn", "error"]) | JSON,
+        "dynatemp_low": SCALES,
+        "dynatemp_high": SCALES,
+        "dynamic_temperature": st.booleans() | JSON,
+        "dry_sequence_breakers": JSON,
+        "dry_multiplier": SCALES,
+        "repeat_penalty": SCALES | JSON,
+        "nobody_knows": JSON,
     },
 )

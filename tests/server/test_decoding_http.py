@@ -63,7 +63,7 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "epsilon_cutoff": {"method": "epsilon_cutoff", "epsilon": 0.02},
     "eta_cutoff": {"method": "eta_cutoff", "epsilon": 0.02},
     "xtc": {"method": "xtc", "probability": 0.6, "threshold": 0.05},
-    "mirostat": {"method": "mirostat", "tau": 2.0, "eta": 0.3},
+    "mirostat": {"method": "mirostat", "mode": 2, "tau": 2.0, "eta": 0.3},
 }
 DRAWN = {"temperature": 1.0, "seed": 5}
 SIX = [*(ENTRIES[name] for name in ("proxy_tuning", "rule_adapter", "dry")), SAMPLED["xtc"], SAMPLED["mirostat"]]
@@ -430,7 +430,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "two mixes": ({"decoding": [PAIR, ENTRIES["contrastive"]]}, 400, "decoding[1].method"),
     "a mask beside a mix": ({"decoding": [ENTRIES["dexperts"], PAIR]}, 400, "decoding[1].method"),
     "twice": ({"decoding": [ENTRIES["dry"], PAIR, ENTRIES["dry"]]}, 400, "decoding[2]"),
-    "twice, once short": ({"decoding": [ENTRIES["dry"]], "dry_base": 2}, 400, "dry_base"),
+    "twice, once short": ({"decoding": [ENTRIES["dry"]], "dry_multiplier": 2}, 400, "dry_multiplier"),
     "two temperatures": ({"decoding": SAMPLED["edt"], "dynatemp_range": 0.1}, 400, "dynatemp_range"),
     "greedy and a temperature": (
         {"decoding": [SAMPLED["adaptive_temperature"]], "temperature": 0},

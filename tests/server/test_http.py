@@ -488,7 +488,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding.expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
     "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
-    "empty negative prompt": ({"guidance_scale": 2, "negative_prompt": ""}, 400, "negative_prompt"),
+    "no negative prompt": ({"guidance_scale": 2, "negative_prompt": []}, 400, "negative_prompt"),
 }
 
 

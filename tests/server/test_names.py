@@ -11,7 +11,7 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.server import names
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
-from whipstaff.server.names import GATES, SHORTHANDS, header_of, near, thing, unknown_warnings
+from whipstaff.server.names import GATES, SHORTHANDS, header_of, near, thing, unknown_reasons
 from whipstaff.server.presets import Preset
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.words import Words
@@ -380,8 +380,9 @@ def test_the_nearest_name_is_said() -> None:
     known = {*names.FIELDS, "structured_outputs", "temperature"}
     assert near("dry_multipler", known) == "; did you mean dry_multiplier?"
     assert near("guided_regex", known) == "; did you mean structured_outputs?"
+    assert near("max_completion_tokens", {"max_tokens"}) == "; did you mean max_tokens?"
     assert near("smoothing_factor", known) == ""
-    assert list(unknown_warnings(["a", "b"], known)) == ["a", "b"]
+    assert list(unknown_reasons(["a", "b"], known)) == ["a", "b"]
 
 
 def test_a_header_is_ascii_and_bounded() -> None:
