@@ -54,12 +54,12 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     ],
     "kwd": [{"method": "kwd", "classifier": "token_classifier", "k": 20}],
     "rule_adapter": [{"method": "rule_adapter"}],
-    "dry": [{"method": "dry", "multiplier": 3.0, "allowed_length": 1}],
     "rules_and_mix": [
         {"method": "proxy_tuning", **PAIR},
         {"method": "rule_adapter"},
-        {"method": "dry", "multiplier": 9.0, "allowed_length": 0},
+        {"method": "dry", "multiplier": 6.0, "allowed_length": 0},
     ],
+    "dry": [{"method": "dry", "multiplier": 6.0, "allowed_length": 0}],
 }
 SAMPLED: dict[str, list[dict[str, Any]]] = {
     "adaptive_temperature": [{"method": "adaptive_temperature", "head": "temperature_head"}],
