@@ -53,6 +53,13 @@ def test_a_nucleus_of_the_prompt_alone() -> None:
     assert mixed(params, row, -row).tolist() == [[3.0, pytest.approx(2.99), -torch.inf, -torch.inf]]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
+def test_a_nucleus_keeps_what_the_authors_filter_keeps(p: float) -> None:
+    logits = TENSORS["nucleus.logits"].float()
+    scores = mixed(CadParams(alpha=0.0, context="any", top_p=max(p, 1e-9)), logits, logits)
+    assert torch.equal(scores > -torch.inf, TENSORS[f"nucleus.keep_p{p}"])
+
+
 def test_the_context_is_taken_out_or_the_prompt_without_it_given() -> None:
     source = StubSource("abcde")
     for own in ({"context": "bc"}, {"prompt_without": "ade"}, {"prompt_without": [0, 3, 4]}):

@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 import torch
-from reference import dola, steered
+from reference import dola, seeded, steered
+from reference.decoded import Decoding, Seen
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -34,7 +35,7 @@ from .asking import (
 )
 from .asking import tokens as tokens_of
 from .serving import API_KEY, LAYERS, MODEL, Server
-from .shared import PRESETS, PUSHED
+from .shared import HEADS, PRESETS, PUSHED
 
 pytestmark = pytest.mark.engine
 
@@ -92,7 +93,12 @@ class Reference:
         }
         self.tokenizer = AutoTokenizer.from_pretrained(server.models["base"])
         self.push = artifacts.read(server.log.parent / "vectors" / "push.safetensors")
-        self.defer = artifacts.read(server.log.parent / "heads" / "defer.safetensors").unplaced
+        files = {name: artifacts.read(server.log.parent / "heads" / f"{name}.safetensors") for name in HEADS}
+        self.defer = files["defer"].unplaced
+        self.heads = {
+            files[name].method.name: {part: tensor.tolist() for part, tensor in files[name].unplaced.items()}
+            for name in ("defer", "judge", "tempers")
+        }
 
     @torch.inference_mode()
     def streams(self, ids: list[int]) -> dict[str, Tensor]:
@@ -216,6 +222,24 @@ def test_seeds_repeat_and_choices_differ(complete: Post, entries: list[dict[str,
     first, again, other = (complete(seed=seed, **fields) for seed in (11, 11, 12))
     assert texts(first) == texts(again) != texts(other)
     assert len(set(texts(first))) > 1
+
+
+@pytest.mark.parametrize("name", [*(name for name in ENTRIES if name not in ("dola", "rule_adapter", "dry")), *SAMPLED])
+def test_every_token_is_that_of_a_plain_loop(complete: Post, reference: Reference, name: str) -> None:
+    """The best one, or with vLLM's own noise the one that is drawn, of what plain computations make of transformers'
+    logits. DoLa has tests of its own here; rules and repetitions go by token in tests/server/engine."""
+    entry, draw = (ENTRIES | SAMPLED)[name], DRAWN if name in SAMPLED else {}
+    ids, start = whole_text(complete(decoding=[entry], **draw))
+    drawn: dict[str, Any] = {"seed": DRAWN["seed"], "temperature": DRAWN["temperature"]} if draw else {}
+    one, seen = Decoding([entry], start, reference.heads, **drawn), reference.streams(ids)
+    noise = list(seeded.noise("v1", DRAWN["seed"], start, NUM_TOKENS, seen["base"].shape[1]))
+    for position, token in enumerate(ids[start:], start):
+        others = {model: seen[model][position - 1].tolist() for model in ("expert", "anti")}
+        models = Seen(seen["base"][position - 1].tolist(), others, seen["hidden"][position - 1].tolist())
+        row = one.row(ids[:position], models)
+        scores = torch.tensor(row, dtype=torch.float64) + (noise[position - start] if draw else 0)
+        assert scores.max() - scores[token] < TOLERANCE, (position - start, token, scores.topk(3))
+        one.note(row, token)
 
 
 # ---- what goes together

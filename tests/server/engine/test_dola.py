@@ -16,8 +16,7 @@ from reference import dola as reference
 from reference.steered import Edit
 from transformers import AutoModelForCausalLM
 
-from whipstaff.decoding.method import Depth
-from whipstaff.decoding.methods.dola import Dola, DolaParams
+from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.request import RequestPlan
@@ -32,7 +31,7 @@ MODES = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
 CASES = [case for case in golden("dola")[0]["cases"] if case["kind"].startswith("greedy")]
 SCORED = [case for case in golden("dola")[0]["cases"] if case.get("mode", "").startswith("dola")]
 NUM_TOKENS = 8
-DEPTH = Depth(8)
+HALVES = {"low": [0, 2], "high": [4, 6]}  # of eight blocks, as in Hugging Face's port
 
 
 @dataclass
@@ -47,7 +46,8 @@ class Case:
 
     @property
     def layers(self) -> list[int]:
-        return list(Dola().early_layers(self.params, DEPTH)) if self.params else []
+        named = self.params.layers if self.params else []
+        return HALVES[named] if isinstance(named, str) else sorted(named)
 
     def ask(self, vector: Vector, **sampling: Any) -> Ask:
         edits = (edit(vector, self.scale, Where.of("all")),) if self.scale else ()

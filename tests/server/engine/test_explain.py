@@ -1,0 +1,23 @@
+"""What is kept of a step's rows until their tokens are drawn, and what is said of them then."""
+
+import pytest
+import torch
+
+from whipstaff.server.engine.explain import Row, Snapshot
+
+
+def test_early_layers_are_said_of_the_rows_that_ask() -> None:
+    """Of three rows that read early layers, the second asks; what others read is not kept."""
+    base, early = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).split(1)
+    base, early = base[0], torch.cat([early[0], early[0].flip(1)])
+    snapshot = Snapshot([Row("asks", 1, 2)], base)
+    snapshot.note_early([0, 1, 2], [[4], [0, 2], [0, 2, 4]], early)
+    kept = early.clone()
+    early.zero_()  # the buffer is somebody else's in the next step
+    (said,) = snapshot.drawn(torch.tensor([0, 3, 5])).said().values()
+    assert list(said["streams"]) == ["layer 0", "layer 2"]
+    for layer, logits in zip(("layer 0", "layer 2"), kept[1:3], strict=True):
+        log_p, one = logits.log_softmax(0), said["streams"][layer]
+        assert one["logprob"] == pytest.approx(log_p[3].item(), abs=1e-6)
+        assert one["rank"] == 1 + int((log_p > log_p[3]).sum())
+        assert [token["id"] for token in one["top"]] == log_p.topk(2).indices.tolist()
