@@ -141,8 +141,8 @@ def pip(python: str) -> "list[str]":
 def elsewhere(mirror: str) -> str:
     """What a person can do where a download fails."""
     return (
-        f"behind a proxy set HTTPS_PROXY, where a mirror is to be asked set {mirror} to its address, and without a "
-        "network set PIP_FIND_LINKS to a folder of wheels"
+        "behind a proxy set HTTPS_PROXY (and PIP_CERT where it has a certificate of its own), where a mirror is to be "
+        f"asked set {mirror} to its address, and without a network set PIP_FIND_LINKS to a folder of wheels"
     )
 
 

@@ -222,6 +222,12 @@ def installer() -> ModuleType:
     return load()
 
 
+def test_the_lock_has_a_torch_for_every_python(installer: ModuleType) -> None:
+    lines = (ROOT / "requirements" / "cpu.lock").read_text().splitlines()
+    (torch,) = [each for each in lines if each.startswith("torch==")]
+    assert len(set(re.findall("--hash=sha256:[0-9a-f]{64}", torch))) == len(installer.PYTHONS)
+
+
 def test_this_machine_lacks_nothing(installer: ModuleType) -> None:
     installer.check()
 
