@@ -15,6 +15,7 @@ from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import Row, RowEdit, RowKeep, num_slots
+from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 
@@ -213,6 +214,15 @@ def test_a_stream_has_one_autoencoder_of_a_file() -> None:
     vector("sae", codes, activation="relu")
     with pytest.raises(SteeringError, match="are the same stream"):
         vector("sae", codes, activation="topk", k=2)
+
+
+def test_a_shared_line_is_known_by_its_numbers_and_an_own_one_by_itself() -> None:
+    one = torch.randn(4096)
+    other = one.clone()
+    other[5] += 1
+    assert Line.shared(one) == Line.shared(one.clone()) != Line.shared(other)
+    assert len({Line.shared(one), Line.shared(one.clone()), Line.shared(other), Line.own(one), Line.own(one)}) == 4
+    assert Line.shared(torch.zeros(3)) != Line.shared(-torch.zeros(3))
 
 
 def test_what_is_kept_of_a_vector_does_not_keep_it() -> None:
