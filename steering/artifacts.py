@@ -24,6 +24,7 @@ from whipstaff.steering.errors import SteeringError, VectorMismatch
 from whipstaff.steering.method import Method, Place, Tensors
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.shape import SITES, ModelShape
+from whipstaff.steering.sites import canonical
 from whipstaff.steering.where import Clause
 
 MAX_BYTES = 1 << 30
@@ -183,6 +184,7 @@ def parse(data: bytes) -> Vector:
         check_shapes(method, unplaced, None, header.model)
     vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), unplaced)
     _check_defaults(vector)
+    _check_encoders(vector)
     return vector
 
 
@@ -284,6 +286,19 @@ def _check_defaults(vector: Vector) -> None:
             where = ".".join(map(str, missing[0]["loc"]))
             raise SteeringError(f"header field defaults.{where}: {missing[0]['msg']}") from error
     vector.method.check_defaults(vector.unplaced, vector.header.defaults)
+
+
+def _check_encoders(vector: Vector) -> None:
+    """Readings that compete with each other belong to one autoencoder at a place."""
+    found: dict[Place, Place] = {}
+    for place, tensors in vector.tensors.items():
+        if not vector.method.encoder_size(tensors, vector.header.defaults):
+            continue
+        if (other := found.setdefault(canonical(place), place)) != place:
+            raise SteeringError(
+                f"{other.site}.{other.layer} and {place.site}.{place.layer} are the same stream; a file has one "
+                "autoencoder there whose largest features count: make two files"
+            )
 
 
 def _said(model: ModelShape) -> str:

@@ -57,67 +57,80 @@ class _Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._patch(module)
 
 
+def swap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put what `make` makes of an attribute in its place. Raises: AttributeError where it is gone."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
 def _steering(name: str) -> dict[str, Patch]:
     def off(module: ModuleType) -> None:
-        method = module.METHODS[name]
-        type(method).ops = lambda *args: ()
-        if hasattr(method, "routing"):
-            type(method).routing = lambda *args: {}
+        method = type(module.METHODS[name])
+        swap(method, "ops", lambda ops: lambda *args: ())
+        if method.served_by == "router":
+            swap(method, "routing", lambda routing: lambda *args: {})
 
+    further: dict[str, Patch] = {}
+    if name == "probe":
+        further = {"steering.tables": _unread}
+    elif name == "soft_prompt":
+        further = {"server.engine.soft": _uninserted}
     return {
         "steering.methods": off,
-        "steering.tables": lambda module: _unread(module) if name == "probe" else None,
         "server.engine.specials": lambda module: _unmade(module, name),
-        "server.engine.soft": lambda module: _uninserted(module) if name == "soft_prompt" else None,
         "server.engine.worker": lambda module: _headless(module, name),
+        **further,
     }
 
 
 def _unread(module: ModuleType) -> None:
     """A probe's readings are 0."""
-    reading = module._reading
 
-    def zero(*args: Any) -> Any:
-        found = reading(*args)
+    def zero(found: Any) -> Any:
         return type(found)(0 * found.direction, 0.0, found.column, found.is_latched, False)
 
-    module._reading = zero
+    swap(module, "_reading", lambda reading: lambda *args: zero(reading(*args)))
 
 
 def _unmade(module: ModuleType, name: str) -> None:
     """An edit of attention is not made."""
-    make = module.Specials._make
 
-    def made(self: Any, special: Any, prompt_len: int) -> Any:
-        return () if self._vector_of(special.digest).method.name == name else make(self, special, prompt_len)
+    def skipping(make: Any) -> Any:
+        def made(self: Any, special: Any, prompt_len: int) -> Any:
+            is_it = self._vector_of(special.digest).method.name == name
+            return () if is_it else make(self, special, prompt_len)
 
-    module.Specials._make = made
+        return made
+
+    swap(module.Specials, "_make", skipping)
 
 
 def _uninserted(module: ModuleType) -> None:
-    module.SoftRows._pieces = lambda self, view: iter(())
+    swap(module.SoftRows, "_pieces", lambda pieces: lambda self, view: iter(()))
 
 
 def _headless(module: ModuleType, name: str) -> None:
     """A learned head's numbers are 0."""
-    head = module.SteeredWorker._head
 
-    def zeros(self: Any, digest: str) -> Any:
-        found = head(self, digest)
-        is_it = self._vectors[digest].method.name == name
-        return {part: 0 * tensor for part, tensor in found.items()} if is_it else found
+    def zeroing(head: Any) -> Any:
+        def zeros(self: Any, digest: str) -> Any:
+            found = head(self, digest)
+            is_it = self._vectors[digest].method.name == name
+            return {part: 0 * tensor for part, tensor in found.items()} if is_it else found
 
-    module.SteeredWorker._head = zeros
+        return zeros
+
+    swap(module.SteeredWorker, "_head", zeroing)
 
 
 def _decoding(name: str) -> dict[str, Patch]:
     def off(module: ModuleType) -> None:
-        cls: Any = type(module.METHODS[name])
-        if hasattr(cls, "rewrite"):
-            cls.rewrite = lambda self, rows, settings: rows.logits
-        if hasattr(cls, "mix"):
-            mix = cls.mix
-            cls.mix = lambda self, params: _weightless(mix(self, params))
+        method = type(module.METHODS[name])
+        parts = [part for part in ("rewrite", "mix") if hasattr(method, part)]
+        assert parts, f"{name} does nothing that is known here"
+        if "rewrite" in parts:
+            swap(method, "rewrite", lambda rewrite: lambda self, rows, settings: rows.logits)
+        if "mix" in parts:
+            swap(method, "mix", lambda mix: lambda self, params: _weightless(mix(self, params)))
 
     return {"decoding.methods": off}
 
@@ -130,29 +143,30 @@ def _weightless(mix: Any) -> Any:
 
 def _stage(name: str) -> dict[str, Patch]:
     def roster(module: ModuleType) -> None:
-        tasks = module.Roster.tasks
-        module.Roster.tasks = lambda self, *turns: tasks(self, *(turn for turn in turns if turn != name))
         if name == "mix":
-            module.Roster.mixed = lambda self, *args: []
+            swap(module.Roster, "mixed", lambda mixed: lambda self, *args: [])
+        swap(module.Roster, "tasks", lambda tasks: lambda self, *turns: tasks(self, *(t for t in turns if t != name)))
 
     def decoder(module: ModuleType) -> None:
         if name == "own temperature":
-            module._temper = lambda *args: None
-        if name == "own truncation":
-            module.truncate = lambda logits, *args: logits
+            swap(module, "_temper", lambda temper: lambda *args: None)
+        elif name == "own truncation":
+            swap(module, "truncate", lambda truncate: lambda logits, *args: logits)
 
     return {"server.engine.roster": roster, "server.engine.decoder": decoder}
 
 
 def _site(name: str) -> dict[str, Patch]:
-    def sites(module: ModuleType) -> None:
-        run = module._run
-        module._run = lambda owner, site, *args: None if site == name else run(owner, site, *args)
-
     def specials(module: ModuleType) -> None:
         if name == "attention":
-            module.Specials._make = lambda self, *args: ()
-        if name == "router":
-            module.routing_of = lambda *args: {}
+            swap(module.Specials, "_make", lambda make: lambda self, *args: ())
+        elif name == "router":
+            swap(module, "routing_of", lambda routing_of: lambda *args: {})
+
+    def sites(module: ModuleType) -> None:
+        def skipping(run: Any) -> Any:
+            return lambda owner, site, *args: None if site == name else run(owner, site, *args)
+
+        swap(module, "_run", skipping)
 
     return {"server.engine.sites": sites, "server.engine.specials": specials}

@@ -12,8 +12,10 @@ from torch import Tensor
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.steering.artifacts import Header, Vector, parse
 from whipstaff.steering.edits import edits_of, weigh
+from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import Row, RowEdit, RowKeep, num_slots
+from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 
@@ -181,6 +183,9 @@ def test_a_forgotten_vector_leaves_no_row_and_no_room_behind() -> None:
     check(held, held.acquire(ROWS))
 
 
+PAIR = ("resid_pre.2", "resid_post.1")
+
+
 def autoencoder(num_features: int, seed: int) -> Vector:
     codes = torch.randn(num_features, 8, generator=torch.Generator().manual_seed(seed))
     return vector("sae", {"resid_post.1.encoder": codes, "resid_post.1.decoder": codes.clone()}, activation="topk", k=2)
@@ -201,6 +206,23 @@ def test_encoders_take_the_room_that_was_set_apart_and_give_it_back() -> None:
     bare = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__)
     assert "the 0 that this server set apart" in str(bare.reserve(small))
     assert bare.reserve(VECTORS[1]) is None
+
+
+def test_a_stream_has_one_autoencoder_of_a_file() -> None:
+    """What leaves a block enters the next: two encoders there would overwrite each other's room."""
+    codes = {f"{name}.{part}": torch.randn(4, 8) for name in PAIR for part in ("encoder", "decoder")}
+    vector("sae", codes, activation="relu")
+    with pytest.raises(SteeringError, match="are the same stream"):
+        vector("sae", codes, activation="topk", k=2)
+
+
+def test_a_shared_line_is_known_by_its_numbers_and_an_own_one_by_itself() -> None:
+    one = torch.randn(4096)
+    other = one.clone()
+    other[5] += 1
+    assert Line.shared(one) == Line.shared(one.clone()) != Line.shared(other)
+    assert len({Line.shared(one), Line.shared(one.clone()), Line.shared(other), Line.own(one), Line.own(one)}) == 4
+    assert Line.shared(torch.zeros(3)) != Line.shared(-torch.zeros(3))
 
 
 def test_what_is_kept_of_a_vector_does_not_keep_it() -> None:
