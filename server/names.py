@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -30,6 +31,7 @@ FIELDS = (
 
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # other servers' names of vLLM's fields
 _MAX_HEADER = 1000  # characters
+_MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")
 _NEAR = 0.75  # of difflib's ratio
@@ -106,8 +108,14 @@ def is_off(entry: Any) -> bool:
 
 
 def unknown_reasons(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Of names that nobody knows, by name, what to say."""
-    return {name: f"this server has no such field{near(name, known)}" for name in names}
+    """Of names that nobody knows, by name, what to say; of the first ones, where there are many."""
+    some = (_utf8(name)[:_MAX_NAME] for name in islice(names, _MAX_NAMES))
+    return {name: f"this server has no such field{near(name, known)}" for name in some}
+
+
+def _utf8(text: str) -> str:
+    """A text that can be sent: JSON's may hold half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def near(name: str, known: Collection[str]) -> str:

@@ -182,7 +182,8 @@ def warn_of(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[st
     refuses, reasons = on_unknown(fields) == "error", unknown_reasons(names, known.union(FIELDS))
     for name, reason in reasons.items() if refuses else ():
         raise BadRequest(reason, name)
-    return [f"{name} did nothing: {reason}" for name, reason in reasons.items()]
+    more = [f"{len(names) - len(reasons)} more fields did nothing"] if len(names) > len(reasons) else []
+    return [*(f"{name} did nothing: {reason}" for name, reason in reasons.items()), *more]
 
 
 def compile_request(

@@ -385,6 +385,11 @@ def test_the_nearest_name_is_said() -> None:
     assert list(unknown_reasons(["a", "b"], known)) == ["a", "b"]
 
 
+def test_names_that_nobody_knows_are_bounded_and_can_be_sent() -> None:
+    found = unknown_reasons(["\ud800", "y" * 10**6, *map(str, range(10**5))], {"temperature"})
+    assert list(found)[:3] == ["\\ud800", "y" * 64, "0"] and len(found) == 32
+
+
 def test_a_header_is_ascii_and_bounded() -> None:
     value = header_of(["naïve\r\nSet-Cookie: x", "y" * 5000])
     assert value.isascii() and value.isprintable() and len(value) == 1000 and value.startswith("na\\xefve  Set")
