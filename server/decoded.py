@@ -31,6 +31,7 @@ class Unplaced(NamedTuple):
 
     entries: Sequence[Steered] = ()
     plan: SteeringPlan = SteeringPlan(())
+    warnings: Sequence[str] = ()  # for the receipt
 
     @property
     def paths(self) -> list[str]:
@@ -160,10 +161,10 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
 
 def _own_steering(said: Any, path: str, have: Catalogue) -> Unplaced:
     """The steering of a further sequence, compiled as a request's own."""
-    planner, entries = Planner(), list[Steered]()
+    planner, entries, warnings = Planner(), list[Steered](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        entries.append(admit(entry, where, planner, entries, have, []))
-    return Unplaced(entries, planner.plan)
+        entries.append(admit(entry, where, planner, entries, have, warnings))
+    return Unplaced(entries, planner.plan, warnings)
 
 
 def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:

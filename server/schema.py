@@ -294,6 +294,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue) -> Compiled 
     for path, entry, names in entries_of({name: _loose(fields.get(name)) for name in SHORTHANDS}, named):
         try:
             compiled.decoding.append(admit_decoding(entry, path, names, catalogue))
+            compiled.warnings += [said for own in compiled.decoding[-1].steered.values() for said in own.warnings]
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     decoding = compiled.decoding_plan(compiled.decoding)
