@@ -29,6 +29,7 @@ class Unplaced(NamedTuple):
 
     entries: Sequence[Steered] = ()
     plan: SteeringPlan = SteeringPlan(())
+    warnings: Sequence[str] = ()  # for the receipt
 
     @property
     def paths(self) -> list[str]:
@@ -185,11 +186,14 @@ def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
 
 def _own_steering(said: Any, path: str, have: Catalogue) -> Unplaced:
     """The steering of a further sequence, compiled as a request's own."""
-    planner, entries = Planner(), list[Steered]()
+    planner, entries, warnings = Planner(), list[Steered](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        if not (admitted := admit(entry, where, planner, entries, have, [])).is_off:
+        admitted = admit(entry, where, planner, entries, have, warnings)
+        if admitted.is_off:
+            warnings.append(f"{where} was left out: it is off")
+        else:
             entries.append(admitted)
-    return Unplaced(entries, planner.plan)
+    return Unplaced(entries, planner.plan, warnings)
 
 
 def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:

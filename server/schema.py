@@ -325,7 +325,11 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue, merges: bool
     for asked in entries_of(short, named, merges):
         try:
             decoded = admit_decoding(asked, catalogue)
-            compiled.leave_out(asked.where, decoded.why_off) if decoded.why_off else compiled.decoding.append(decoded)
+            if decoded.why_off:
+                compiled.leave_out(asked.where, decoded.why_off)
+            else:
+                compiled.decoding.append(decoded)
+                compiled.warnings += [said for own in decoded.steered.values() for said in own.warnings]
         except (NotFound, VectorUnfit, Unavailable) as error:
             _skip(error, compiled, is_lenient)
     decoding = compiled.decoding_plan(compiled.decoding)

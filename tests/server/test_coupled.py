@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods.adapter_ensemble import nearness
 from whipstaff.decoding.mix import Window
-from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.catalogue import Catalogue, Limit
 from whipstaff.server.chat import Chat, Prompt
 from whipstaff.server.engine.request import KEY, Member, RequestPlan
 from whipstaff.server.errors import WhipstaffError
@@ -22,6 +22,7 @@ from whipstaff.server.registry import Registry, VectorFile
 from whipstaff.server.schema import Compiled, compile_extras
 from whipstaff.server.words import Words
 from whipstaff.steering.artifacts import Header, packed, parse
+from whipstaff.steering.edits import Lengths
 from whipstaff.steering.method import Place
 
 from .anyjson import EXTRAS
@@ -395,6 +396,12 @@ def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTo
     with pytest.raises(WhipstaffError, match="selects no token") as caught:
         placed(STEERED, prompt_of(tokenizer), decoding=own)
     assert caught.value.param == "decoding.steering.where"
+
+
+def test_what_an_operator_weakens_in_a_sequence_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    few = replace(STEERED, limit=Limit(1e-3, "clamp"), lengths=Lengths(dict.fromkeys(STEERED.places, 10.0)))
+    made = placed(few, prompt_of(tokenizer), decoding=CFG | GUIDED | {"steering": PUSH})
+    assert made.warnings[0].startswith("decoding.steering: weakened to scale")
 
 
 def test_a_sequence_tells_one_set_of_tokens_apart(tokenizer: PreTrainedTokenizerFast) -> None:

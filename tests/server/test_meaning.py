@@ -1,20 +1,31 @@
 """What fields of requests mean, without an engine: who is to blame, what is given twice, what a bias does to masks."""
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice
+from vllm.logprobs import Logprob
 
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.engine.decoder import _lift
-from whipstaff.server.engine.openai import ChatRequest, TextRequest, check_something_is_left, naming_prompt
+from whipstaff.server.engine.openai import (
+    ChatRequest,
+    ServingCompletion,
+    TextRequest,
+    check_something_is_left,
+    naming_prompt,
+)
 from whipstaff.server.engine.roster import Biased
 from whipstaff.server.errors import BadRequest, NotFound
 from whipstaff.server.routes import compile_request
 from whipstaff.server.text import check_characters
 
 from .catalogues import check, compiled, refusal
+from .serving import make_tokenizer
 
 CALM = {"vector": "calm"}
 OUT = -torch.inf
@@ -195,3 +206,31 @@ def test_half_a_character_is_found(body: Any, param: str | None) -> None:
 
 def test_whole_characters_pass() -> None:
     check_characters({"a": ["\U0001f600", "\ud7ff\ue000", {"b": None}], "c": 1.5})
+
+
+def test_text_offsets_are_those_of_the_text_from_chunk_to_chunk() -> None:
+    """However tokens are told: vLLM goes on from the length of the last one's name."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("import os, sys and more")
+    texts = [tokenizer.decode(token) for token in ids]
+    serving: Any = ServingCompletion.__new__(ServingCompletion)
+    serving.return_tokens_as_token_ids, serving.renderer = False, SimpleNamespace(tokenizer=tokenizer)
+    offset, told, found = 0, [], []
+    for first in range(0, len(ids), 2):
+        chunk, names = ids[first : first + 2], texts[first : first + 2]
+        scores = [{token: Logprob(-1.0, 1, text)} if first else None for token, text in zip(chunk, names, strict=True)]
+        said = serving._create_completion_logprobs(
+            token_ids=chunk,
+            top_logprobs=scores,
+            num_output_top_logprobs=0,
+            tokenizer=tokenizer,
+            initial_text_offset=offset,
+            return_as_token_id=True,
+        )
+        offset = said.text_offset[-1] + len(said.tokens[-1])
+        choice = CompletionResponseStreamChoice(index=0, text="", logprobs=said)
+        sent = json.loads(choice.model_dump_json())["logprobs"]
+        assert sent == choice.model_dump()["logprobs"]
+        told, found = told + sent["tokens"], found + sent["text_offset"]
+    assert told == [f"token_id:{token}" for token in ids]
+    assert found == [len("".join(texts[:index])) for index in range(len(ids))]

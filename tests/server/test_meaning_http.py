@@ -110,6 +110,18 @@ def test_bans_that_leave_nothing_are_refused(complete: Post, chat: Post, name: s
     assert first in {16, 300, 2} - ({banned} if param == "bad_words" else set())
 
 
+@pytest.mark.parametrize("extra", [{}, {"decoding": {"method": "proxy_tuning", **TUNED}}, {"guidance_scale": 2}])
+def test_an_answer_ends_where_nothing_is_left(complete: Post, extra: dict[str, Any]) -> None:
+    """A full stop may be said, but not two of them."""
+    fields = {"allowed_token_ids": [16], "bad_words": [".."], "logprobs": 1, **extra}
+    answer = ok(complete(**fields))
+    (choice,) = answer["choices"]
+    assert (choice["token_ids"], choice["text"], choice["logprobs"]["tokens"]) == ([16], ".", ["."])
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "no_token_left")
+    assert answer["usage"]["completion_tokens"] == 1
+    assert '"stop_reason":"no_token_left"' in complete(**fields, stream=True).text
+
+
 # ---- steering of further sequences
 
 
