@@ -129,7 +129,7 @@ def rescaled(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_size(said: object, right: int, name: str, file: str) -> None:
     """That a config's number is the tensors'. Raises: SteeringError."""
     if said is not None and said != right:
-        raise SteeringError(f"{name} of {file} is {said!r}, its tensors say {right}")
+        raise SteeringError(f"{name} of {file} is {said!r:.64}, its tensors say {right}")
 
 
 def k_of(said: object, file: str) -> int:
