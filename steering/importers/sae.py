@@ -204,6 +204,10 @@ def _norm(config: Ledger, hints: Hints) -> str:
         norm = "expected_average_only_in" if norm else "none"
     if norm not in _NORMS:
         raise SteeringError(f"normalize_activations {norm!r}; served are {', '.join(_NORMS)}")
+    if norm in ("constant_norm_rescale", "layer_norm") and hints.input_scale is not None:
+        raise SteeringError(
+            f"normalize_activations {norm!r} scales every row by itself; input_scale is for none", "input_scale"
+        )
     if norm != "expected_average_only_in":
         return str(norm)
     if hints.input_scale is None:

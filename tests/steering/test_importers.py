@@ -921,7 +921,10 @@ def test_a_tarot_point_of_heads_or_of_mlp_outputs_is_a_question(tmp_path: Path) 
     assert found.value.param == "site"
     _, tensors = import_pickle(path, SHAPE, site="attn_head", layer=1)
     assert torch.equal(tensors["attn_head.1.angles"], best[:8].view(2, 4)) and "attn_head.2.angles" in tensors
+    header, tensors = import_pickle(path, SHAPE, site="mlp_out")
+    assert set(tensors) == {"mlp_out.0.angles", "mlp_out.1.angles"} and "layer" in header.provenance["warnings"][0]
     header, tensors = import_pickle(path, SHAPE, site="mlp_out", layer=1)
+    assert "warnings" not in header.provenance
     assert torch.equal(tensors["mlp_out.2.angles"], best[8:][None]) and header.method == "tarot"
     with pytest.raises(SteeringError, match="mean other things"):
         import_pickle(path, SHAPE, site="mlp_out", key="givens")
@@ -1013,6 +1016,15 @@ def test_an_unused_scaling_factor_is_one(factor: float, is_refused: bool, tmp_pa
             import_file(path, SHAPE)
     else:
         assert torch.equal(import_file(path, SHAPE)[1]["resid_post.1.decoder"], DECODER)
+
+
+def test_rows_are_scaled_by_themselves_or_by_a_factor(tmp_path: Path) -> None:
+    config = {"hook_name": "blocks.1.hook_resid_post", "normalize_activations": "layer_norm"}
+    path = folder(tmp_path / "sae", cfg__json=config, sae_weights__safetensors=SAE)
+    import_file(path, SHAPE)
+    with pytest.raises(SteeringError, match="by itself") as found:
+        import_file(path, SHAPE, input_scale=2.0)
+    assert found.value.param == "input_scale"
 
 
 def test_a_centred_models_stream_is_read_centred(tmp_path: Path) -> None:
