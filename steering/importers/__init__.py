@@ -23,7 +23,7 @@ from whipstaff.steering.importers.peft import PEFT
 from whipstaff.steering.importers.pickles import AngularFile, Pickle, TaRotFile, unpickled
 from whipstaff.steering.importers.pyvene import Projection, Pyvene
 from whipstaff.steering.importers.sae import SAELens, Sparsify
-from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2
+from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2, LlamaScope
 from whipstaff.steering.importers.site import SITEFiles
 from whipstaff.steering.importers.soft_prompt import DRO, SPRING
 from whipstaff.steering.importers.source import Source
@@ -47,6 +47,7 @@ FORMATS: dict[str, Importer] = {
         SAELens(),
         GemmaScope(),
         GemmaScope2(),
+        LlamaScope(),
         DictionaryLearning(),
         Goodfire(),
         Sparsify(),

@@ -5,6 +5,7 @@ is where z > b_mag - exp(r) b_gate. A threshold below 0 acts as 0, for relu come
 decoded is one on the decoder's rows.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.importers.importer import Draft
+from whipstaff.steering.importers.importer import Draft, Hints
 from whipstaff.steering.importers.source import numbers
 from whipstaff.steering.shape import ModelShape, Site
 
@@ -20,6 +21,13 @@ TRANSCODER = (
     "{what} is a transcoder: it reads {reads} and writes {writes}. Whipstaff's features are those of an autoencoder, "
     "which writes where it reads, so its numbers have no meaning here"
 )
+HOOKS: dict[str, Site] = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_post": "resid_post",
+    "attn.hook_z": "attn_head",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+}
 _SANDWICHED = ("Gemma2", "Gemma3")  # a norm follows the attention's and the MLP's output, and these hooks come after it
 
 
@@ -32,9 +40,28 @@ def check_sandwich(site: Site, model: ModelShape) -> None:
         )
 
 
+def of_hook(hook: str, hints: Hints) -> tuple[Site | None, int | None]:
+    """The site and layer of a TransformerLens hook, as far as it names them; what a user said of the site wins."""
+    if match := re.fullmatch(r"blocks\.(\d{1,4})\.([\w.]+)", hook):
+        return hints.site or HOOKS.get(match[2]), int(match[1])
+    if match := re.fullmatch(r"(?:.*\.)?layers\.(\d{1,4})", hook):
+        return hints.site or "resid_post", int(match[1])
+    return hints.site, None
+
+
 def transposed(tensor: object) -> object:
     """torch's Linear keeps [out, in]."""
     return tensor.T if isinstance(tensor, Tensor) and tensor.ndim == 2 else tensor
+
+
+def linear(found: Mapping[str, Any], encoder: str, decoder: str, bias: str) -> dict[str, Any]:
+    """W_enc, b_enc, W_dec and b_dec of two of torch's Linears; `bias` names the decoder's."""
+    return {
+        "W_enc": transposed(found.get(f"{encoder}.weight")),
+        "b_enc": found.get(f"{encoder}.bias"),
+        "W_dec": transposed(found.get(f"{decoder}.weight")),
+        "b_dec": found.get(bias),
+    }
 
 
 def gated(found: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -102,7 +129,7 @@ def rescaled(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_size(said: object, right: int, name: str, file: str) -> None:
     """That a config's number is the tensors'. Raises: SteeringError."""
     if said is not None and said != right:
-        raise SteeringError(f"{name} of {file} is {said!r}, its tensors say {right}")
+        raise SteeringError(f"{name} of {file} is {said!r:.64}, its tensors say {right}")
 
 
 def k_of(said: object, file: str) -> int:

@@ -27,10 +27,10 @@ from whipstaff.steering.importers.autoencoder import (
     filled,
     gated,
     k_of,
+    linear,
     parts_of,
     rescaled,
     scalar,
-    transposed,
 )
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.ledger import Ledger
@@ -128,22 +128,13 @@ class Goodfire(Importer):
         match = re.search(r"-l(\d{1,4})(?:\.|-|$)", source.name)
         layer = layer_of(hints, model, int(match[1]) if match else None)
         parts, notes = parts_of(
-            _linear(found, "encoder_linear", "decoder_linear", "decoder_linear.bias"), "resid_post", model
+            linear(found, "encoder_linear", "decoder_linear", "decoder_linear.bias"), "resid_post", model
         )
         return drafted("resid_post", layer, parts, {"activation": "relu", "apply_b_dec_to_input": False}, notes)
 
 
-def _linear(found: Ledger, encoder: str, decoder: str, bias: str) -> dict[str, Any]:
-    return {
-        "W_enc": transposed(found.get(f"{encoder}.weight")),
-        "b_enc": found.get(f"{encoder}.bias"),
-        "W_dec": transposed(found.get(f"{decoder}.weight")),
-        "b_dec": found.get(bias),
-    }
-
-
 def _gated(found: Ledger) -> dict[str, Any]:
-    weights = _linear(found, "encoder", "decoder", "decoder_bias")
+    weights = linear(found, "encoder", "decoder", "decoder_bias")
     named = {"W_enc": weights["W_enc"], **{name: found.get(name) for name in _GATED.values()}}
     return weights | gated(named, _GATED)
 
@@ -159,18 +150,18 @@ def _batched(found: Ledger) -> dict[str, Any]:
     value = scalar(found.get("threshold"))
     if value is None:
         raise SteeringError("the file has no threshold, one number, which a batch's k becomes after training")
-    weights = _linear(found, "encoder", "decoder", "b_dec")
+    weights = linear(found, "encoder", "decoder", "b_dec")
     return weights | {"threshold": filled(value, weights["W_enc"])}
 
 
 def _topped(found: Ledger) -> dict[str, Any]:
     found.harmless("threshold")  # which the library's encode leaves alone unless it is told to
-    return _linear(found, "encoder", "decoder", "b_dec")
+    return linear(found, "encoder", "decoder", "b_dec")
 
 
 _CLASSES = {
-    "AutoEncoder": _Class(lambda found: _linear(found, "encoder", "decoder", "bias"), "relu", True),
-    "AutoEncoderNew": _Class(lambda found: _linear(found, "encoder", "decoder", "decoder.bias"), "relu", False),
+    "AutoEncoder": _Class(lambda found: linear(found, "encoder", "decoder", "bias"), "relu", True),
+    "AutoEncoderNew": _Class(lambda found: linear(found, "encoder", "decoder", "decoder.bias"), "relu", False),
     "GatedAutoEncoder": _Class(_gated, "jumprelu", True),
     "JumpReluAutoEncoder": _Class(_plain, "jumprelu", False),
     "AutoEncoderTopK": _Class(_topped, "topk", True),

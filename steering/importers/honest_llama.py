@@ -34,16 +34,16 @@ class HonestLlama(Importer):
     def claims(self, source: Source) -> bool:
         return not source.is_folder and source.name.endswith(".npy") and not is_object_array(source.path)
 
+    def fits(self, source: Source, model: ModelShape) -> bool:
+        shape = read_npy(source.file(source.name)).shape
+        return _is_of_features(shape, model) or _is_of_directions(shape, model)
+
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         array = read_float_npy(source.file(source.name), "")
         width = model.num_heads * model.head_dim
-        if array.ndim == 3 and array.shape[1:] == (model.num_layers, width):
+        if _is_of_features(array.shape, model):
             return _fitted(source, model, hints)
-        if array.shape not in (
-            (model.num_layers, model.num_heads, model.head_dim),
-            (model.num_layers * model.num_heads, model.head_dim),
-            (model.num_layers, width),
-        ):
+        if not _is_of_directions(array.shape, model):
             raise SteeringError(
                 f"{source.name} has shape {list(array.shape)}; wanted features [N, {model.num_layers}, {width}] or "
                 f"directions [{model.num_layers}, {model.num_heads}, {model.head_dim}]"
@@ -87,6 +87,15 @@ class Baked(Importer):
             raise SteeringError(f"{source.name} has no o_proj.bias that is not 0")
         note = "baked: the offsets act on all tokens, which is not what ITI does; their strength is in them"
         return Draft("vector", tensors, where="all", notes=[note])
+
+
+def _is_of_features(shape: tuple[int, ...], model: ModelShape) -> bool:
+    return len(shape) == 3 and shape[1:] == (model.num_layers, model.num_heads * model.head_dim)
+
+
+def _is_of_directions(shape: tuple[int, ...], model: ModelShape) -> bool:
+    layers, heads, head_dim = model.num_layers, model.num_heads, model.head_dim
+    return shape in ((layers, heads, head_dim), (layers * heads, head_dim), (layers, heads * head_dim))
 
 
 def _fitted(source: Source, model: ModelShape, hints: Hints) -> Draft:

@@ -137,7 +137,10 @@ class TaRotFile(Pickle):
         rows = best.view(found.layers, found.blocks, -1)
         part = "scale" if found.kind == "scale" else "angles"
         rows = rows[:, :, 0] if part == "scale" else rows
-        return Draft("tarot", {f"{found.site}.{start + i}.{part}": row.clone() for i, row in enumerate(rows)})
+        tensors = {f"{found.site}.{start + i}.{part}": row.clone() for i, row in enumerate(rows)}
+        is_guessed = hints.layer is None and found.layers < model.num_layers
+        notes = [f"the file does not name its first of {found.layers} layers; 0 was taken: say layer if it is another"]
+        return Draft("tarot", tensors, notes=notes if is_guessed else ())
 
 
 class _Rotations(NamedTuple):

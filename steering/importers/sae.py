@@ -14,12 +14,14 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.autoencoder import (
+    HOOKS,
     TRANSCODER,
     check_sandwich,
     check_size,
     drafted,
     gated,
     k_of,
+    of_hook,
     parts_of,
     rescaled,
     transposed,
@@ -29,13 +31,6 @@ from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source
 from whipstaff.steering.shape import ModelShape, Site
 
-_HOOKS: dict[str, Site] = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_post": "resid_post",
-    "attn.hook_z": "attn_head",
-    "hook_attn_out": "attn_out",
-    "hook_mlp_out": "mlp_out",
-}
 _GATED = {name: name for name in ("r_mag", "b_mag", "b_gate")}
 _NORMS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 _CONFIG = "cfg.json"
@@ -209,6 +204,10 @@ def _norm(config: Ledger, hints: Hints) -> str:
         norm = "expected_average_only_in" if norm else "none"
     if norm not in _NORMS:
         raise SteeringError(f"normalize_activations {norm!r}; served are {', '.join(_NORMS)}")
+    if norm in ("constant_norm_rescale", "layer_norm") and hints.input_scale is not None:
+        raise SteeringError(
+            f"normalize_activations {norm!r} scales every row by itself; input_scale is for none", "input_scale"
+        )
     if norm != "expected_average_only_in":
         return str(norm)
     if hints.input_scale is None:
@@ -278,10 +277,10 @@ def _place(config: Ledger, metadata: Ledger, hints: Hints, model: ModelShape) ->
             f"the autoencoder is of head {head!r:.64} alone (hook_head_index); whole rows are edited here"
         )
     hook = str(said["hook_name"] or said["hook_point"] or said["hf_hook_name"] or "")
-    site, layer = _of_hook(hook, hints)
+    site, layer = of_hook(hook, hints)
     if site is None:
         raise SteeringError(
-            f"hook {hook[:128]!r} is none of {', '.join(_HOOKS)} of a block; say the site if it is one of Whipstaff's",
+            f"hook {hook[:128]!r} is none of {', '.join(HOOKS)} of a block; say the site if it is one of Whipstaff's",
             "site",
         )
     check_sandwich(site, model)
@@ -292,14 +291,6 @@ def _place(config: Ledger, metadata: Ledger, hints: Hints, model: ModelShape) ->
             f"reshape_activations {shape!r:.64} at {hook[:128]!r}; heads' outputs are reshaped, nothing else"
         )
     return site, layer_of(hints, model, layer)
-
-
-def _of_hook(hook: str, hints: Hints) -> tuple[Site | None, int | None]:
-    if match := re.fullmatch(r"blocks\.(\d{1,4})\.([\w.]+)", hook):
-        return hints.site or _HOOKS.get(match[2]), int(match[1])
-    if match := re.fullmatch(r"(?:.*\.)?layers\.(\d{1,4})", hook):
-        return hints.site or "resid_post", int(match[1])
-    return hints.site, None
 
 
 def _sparsify_place(source: Source, model: ModelShape, hints: Hints) -> tuple[Site, int]:

@@ -1,11 +1,17 @@
-"""Gemma Scope's autoencoders, of JumpReLU, whose decoder's bias is not taken off before they encode.
+"""Gemma Scope's and Llama Scope's autoencoders, of JumpReLU; the decoder's bias is not taken off before they encode.
 
 gemma_scope    params.npz with W_enc [hidden, features], b_enc, W_dec [features, hidden], b_dec, threshold in a folder
                gemma-scope-{model}-{res,mlp,att}/layer_{l}/...; that name is all that tells a transcoder from them
 gemma_scope_2  config.json and params.safetensors, the same in lower case; the config names the hooks
+llama_scope    hyperparams.json and checkpoints/final.safetensors with encoder.weight [features, hidden], encoder.bias,
+               decoder.weight, decoder.bias (OpenMOSS); one jump_relu_threshold. Rows are multiplied by a factor that
+               brings their average norm to the root of their width, and the threshold too, as SAELens reads them
 """
 
 import re
+
+import torch
+from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.autoencoder import (
@@ -13,6 +19,8 @@ from whipstaff.steering.importers.autoencoder import (
     check_sandwich,
     check_size,
     drafted,
+    linear,
+    of_hook,
     parts_of,
 )
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
@@ -33,6 +41,24 @@ _HF_HOOKS: dict[str, Site] = {
     "self_attn.o_proj.input": "attn_head",
     "post_feedforward_layernorm.output": "mlp_out",
 }
+_HYPERPARAMS = "hyperparams.json"
+_TRAINING = (  # what a run of Llama Scope was told, which is over
+    "*_coefficient",
+    "*_size",
+    "ddp*",
+    "device",
+    "dtype",
+    "expansion_factor",
+    "init_*",
+    "lp",
+    "remove_gradient_*",
+    "sae_pretrained_name_or_path",
+    "seed",
+    "strict_mode",
+    "top_k",
+    "use_decoder_bias",
+    "use_ghost_grads",
+)
 _PARTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
@@ -78,6 +104,71 @@ class GemmaScope2(Importer):
                 "site",
             )
         return _drafted(found, site, layer_of(hints, model, layer), model)
+
+
+class LlamaScope(Importer):
+    name, files = "llama_scope", "a folder with hyperparams.json and checkpoints/final.safetensors"
+    takes = frozenset({"layer", "site"})
+
+    def claims(self, source: Source) -> bool:
+        return "hyperparams.json" in source.names
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        config = source.json(_HYPERPARAMS)
+        config.harmless(*_TRAINING)
+        site, layer = _hooks(config, hints, model)
+        files = [name for name in source.names if name.endswith(".safetensors")]
+        if len(files) != 1:
+            raise SteeringError(
+                f"{source.name} has {len(files)} files of weights; wanted checkpoints/final.safetensors"
+            )
+        parts, notes = parts_of(linear(source.named(files[0]), "encoder", "decoder", "decoder.bias"), site, model)
+        check_size(config.get("d_model"), model.width(site), "d_model", _HYPERPARAMS)
+        check_size(config.get("d_sae"), len(parts["encoder"]), "d_sae", _HYPERPARAMS)
+        factor = _factor(config, model.width(site))
+        parts["input_scale"] = torch.tensor(factor)
+        parts["threshold"] = torch.full((len(parts["encoder"]),), factor * _threshold(config, parts))
+        return drafted(site, layer, parts, {"activation": "jumprelu", "apply_b_dec_to_input": False}, notes)
+
+
+def _hooks(config: Ledger, hints: Hints, model: ModelShape) -> tuple[Site, int]:
+    """Where it reads and writes. Raises: SteeringError."""
+    reads = config.get("hook_point_in")
+    if (writes := config.get("hook_point_out", reads)) != reads or config.get("use_glu_encoder"):
+        raise SteeringError(TRANSCODER.format(what="the folder's", reads=reads, writes=writes))
+    site, layer = of_hook(str(reads), hints)
+    if site is None:
+        raise SteeringError(f"hook_point_in {reads!r:.128} is no hook that is known here; say the site", "site")
+    return site, layer_of(hints, model, layer)
+
+
+def _factor(config: Ledger, width: int) -> float:
+    """What a row is multiplied by before it is encoded: its mean length becomes the root of its width.
+
+    Raises: SteeringError.
+    """
+    norms = config.section("dataset_average_activation_norm")
+    given = [norms.get(name) for name in ("in", "out")]
+    if config.get("norm_activation") != "dataset-wise" or not isinstance(given[0], int | float) or given[0] <= 0:
+        raise SteeringError(f"norm_activation of {_HYPERPARAMS} is not 'dataset-wise' with an average norm")
+    if given[1] not in (None, given[0]):
+        raise SteeringError(f"the average norms of {_HYPERPARAMS} differ, {given[0]} in and {given[1]} out")
+    return float(width**0.5 / given[0])
+
+
+def _threshold(config: Ledger, parts: dict[str, Tensor]) -> float:
+    """Raises: SteeringError for activations that compute something else."""
+    value = config.get("jump_relu_threshold")
+    if config.get("act_fn") != "jumprelu" or not isinstance(value, int | float):
+        raise SteeringError(
+            f"act_fn {config.get('act_fn')!r:.64} with jump_relu_threshold {value!r:.64}; wanted jumprelu"
+        )
+    if config.get("apply_decoder_bias_to_pre_encoder"):
+        raise SteeringError("apply_decoder_bias_to_pre_encoder is true; in the releases it is false")
+    uneven = (parts["decoder"].flatten(1).norm(dim=1) - 1).abs().max() > 0.02  # bfloat16's
+    if config.get("sparsity_include_decoder_norm") and uneven:
+        raise SteeringError("sparsity_include_decoder_norm is true, and the decoder's rows are not of length 1")
+    return float(value)
 
 
 def _drafted(found: Ledger, site: Site, layer: int, model: ModelShape) -> Draft:

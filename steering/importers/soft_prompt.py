@@ -22,6 +22,10 @@ class SPRING(Importer):
         tensor = bare_tensor(source)
         return tensor is not None and tensor.ndim == 2 and (len(tensor) > 1 or "embeddings" in source.name)
 
+    def fits(self, source: Source, model: ModelShape) -> bool:
+        tensor = bare_tensor(source)
+        return tensor is not None and tensor.shape[-1] == model.hidden_size
+
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         return Draft("soft_prompt", {"rows": numbers(source.name, source.torch(source.name), None, model.hidden_size)})
 

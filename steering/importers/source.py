@@ -33,6 +33,7 @@ WEIGHTS = ("*.weight", "*.bias", "*.inv_freq", "*.masked_bias")
 """The names of a model's own numbers, beside which some checkpoints keep an edit."""
 L = TypeVar("L", bound=Ledger)
 _FORMAT: Any = np.lib.format  # not annotated
+_BELOW = ("checkpoints/final.safetensors",)  # Llama Scope's
 _CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth")
 _LABELS = (
     "format",
@@ -73,10 +74,11 @@ class Source:
 
     @cached_property
     def names(self) -> list[str]:
-        """The names of the folder's files, without those of folders in it; or the file's own."""
+        """The names of the folder's files, of those in folders in it only the known ones; or the file's own."""
         if not self.is_folder:
             return [self.name]
         found = sorted(each.name for each in self.path.iterdir() if each.is_file())
+        found += [name for name in _BELOW if (self.path / name).is_file()]
         if len(found) > MAX_FILES:
             raise SteeringError(f"{self.name} has {len(found)} files; at most {MAX_FILES} are looked at")
         return found
@@ -147,7 +149,8 @@ class Source:
 
     def checkpoints(self) -> list[str]:
         """The names of files with weights, safetensors only where there are both."""
-        kinds = [[name for name in self.names if name.endswith(suffix)] for suffix in _CHECKPOINTS]
+        own = [name for name in self.names if name not in _BELOW]
+        kinds = [[name for name in own if name.endswith(suffix)] for suffix in _CHECKPOINTS]
         return next((names for names in kinds if names), [])
 
     @property

@@ -29,6 +29,8 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import FORMATS, PICKLES, detect, import_file, import_pickle
 from whipstaff.steering.importers.gguf import parse_gguf
 from whipstaff.steering.importers.householder import orthogonal
+from whipstaff.steering.importers.importer import Draft, Hints, Importer
+from whipstaff.steering.importers.source import Source
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
@@ -353,6 +355,21 @@ def _gemma_scope_2(root: Path) -> Made:
     return Made(path, {}, "sae", placed("resid_post.1", SAE_HERE | {"threshold": threshold}))
 
 
+def _llama_scope(root: Path) -> Made:
+    hook, rows = "blocks.1.hook_resid_post", DECODER / DECODER.norm(dim=1, keepdim=True)
+    config = {"act_fn": "jumprelu", "jump_relu_threshold": 0.5, "norm_activation": "dataset-wise", "d_sae": 24}
+    config |= {
+        "dataset_average_activation_norm": {"in": 8.0, "out": 8.0},
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+    }
+    path = folder(root / "L1R", hyperparams__json=config)
+    weights = {"encoder.weight": ENCODER.T, "encoder.bias": B_ENC, "decoder.weight": rows.T, "decoder.bias": B_DEC}
+    folder(path / "checkpoints", final__safetensors=weights)
+    wanted = SAE_HERE | {"decoder": rows, "threshold": torch.full((24,), 0.25), "input_scale": torch.tensor(0.5)}
+    return Made(path, {}, "sae", placed("resid_post.1", wanted))
+
+
 def _dictionary_learning(root: Path) -> Made:
     trainer = {"dict_class": "AutoEncoderNew", "layer": 1, "activation_dim": 16, "dict_size": 24, "lr": 1e-3}
     path = folder(root / "ae", config__json={"trainer": trainer, "buffer": {"ctx_len": 128, "io": "out"}})
@@ -421,6 +438,7 @@ MAKERS: dict[str, list[Callable[[Path], Made]]] = {
     "saelens": [_saelens],
     "gemma_scope": [_gemma_scope],
     "gemma_scope_2": [_gemma_scope_2],
+    "llama_scope": [_llama_scope],
     "dictionary_learning": [_dictionary_learning],
     "goodfire": [_goodfire],
     "sparsify": [_sparsify],
@@ -888,3 +906,200 @@ def test_configs_may_say_anything(name: str, tmp_path: Path) -> None:
         parse(packed(header, tensors))
 
     check()
+
+
+# ---- shapes with several meanings
+
+
+def test_a_tarot_point_of_heads_or_of_mlp_outputs_is_a_question(tmp_path: Path) -> None:
+    """Half of every head's width times the heads is half of the model's: the file alone cannot say which."""
+    best = numbers(2 * 8)  # rotary angles of 2 layers, of 2 heads of 8 or of rows of 16
+    path = tmp_path / "checkpoint.pkl"
+    path.write_bytes(pickle.dumps({"train_X": torch.stack([best, -best]), "train_Y": torch.tensor([[-1.0], [0.0]])}))
+    with pytest.raises(SteeringError, match=r"site attn_head.*; or site mlp_out") as found:
+        import_pickle(path, SHAPE)
+    assert found.value.param == "site"
+    _, tensors = import_pickle(path, SHAPE, site="attn_head", layer=1)
+    assert torch.equal(tensors["attn_head.1.angles"], best[:8].view(2, 4)) and "attn_head.2.angles" in tensors
+    header, tensors = import_pickle(path, SHAPE, site="mlp_out")
+    assert set(tensors) == {"mlp_out.0.angles", "mlp_out.1.angles"} and "layer" in header.provenance["warnings"][0]
+    header, tensors = import_pickle(path, SHAPE, site="mlp_out", layer=1)
+    assert "warnings" not in header.provenance
+    assert torch.equal(tensors["mlp_out.2.angles"], best[8:][None]) and header.method == "tarot"
+    with pytest.raises(SteeringError, match="mean other things"):
+        import_pickle(path, SHAPE, site="mlp_out", key="givens")
+
+
+def test_a_tarot_search_over_mlp_outputs_turns_whole_rows(tmp_path: Path) -> None:
+    """15 givens angles fit no heads of 8, so nothing is asked; the rotation is the method's own at mlp_out."""
+    best = 0.3 * numbers(15)
+    path = tmp_path / "checkpoint.pkl"
+    path.write_bytes(pickle.dumps({"train_X": best[None].double(), "train_Y": torch.tensor([[0.0]]).double()}))
+    header, tensors = import_pickle(path, SHAPE, layer=2)
+    assert set(tensors) == {"mlp_out.2.angles"} and tensors["mlp_out.2.angles"].shape == (1, 15)
+    assert parse(packed(header, tensors)).sites == ["mlp_out"]
+
+
+class _Rows(Importer):
+    """Another reading of a bare matrix: a vector per layer."""
+
+    name, files = "rows_by_layer", "a stack [layers, hidden]"
+
+    def claims(self, source: Source) -> bool:
+        return source.name.endswith(".pt")
+
+    def fits(self, source: Source, model: ModelShape) -> bool:
+        return len(source.torch(source.name)) == model.num_layers
+
+    def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
+        rows = source.torch(source.name)
+        return Draft("vector", {f"resid_post.{at}.add": row.clone() for at, row in enumerate(rows)})
+
+
+def test_shapes_with_two_meanings_are_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, _Rows.name, _Rows())
+    path = saved(tmp_path / "vectors.pt", numbers(3, 16))
+    with pytest.raises(SteeringError, match=r"spring, .*; or rows_by_layer, a stack") as found:
+        import_file(path, SHAPE)
+    assert found.value.param == "format"
+    assert import_file(path, SHAPE, format="rows_by_layer")[0].method == "vector"
+    assert import_file(path, SHAPE, format="spring")[0].method == "soft_prompt"
+    longer = saved(tmp_path / "longer.pt", numbers(7, 16))  # of a model with 3 layers that is a soft prompt
+    assert import_file(longer, SHAPE)[0].method == "soft_prompt"
+
+
+# ---- what SAELens' folders may also say
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"architecture": "transcoder"}, "transcoder"),
+        ({"architecture": "jumprelu_skip_transcoder"}, "transcoder"),
+        ({"d_out": 16}, "transcoder"),
+        ({"architecture": "matching_pursuit"}, "served are"),
+        ({"architecture": "abstopk", "k": 3}, "served are"),
+        ({"architecture": "temporal"}, "served are"),
+        ({"hook_head_index": 1}, "hook_head_index"),
+        ({"hook_name": "blocks.1.hook_resid_mid"}, "say the site"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations"),
+        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ({"activation_fn_kwargs": {"alpha": 2}}, "activation_fn_kwargs.alpha"),
+        ({"d_sae": 25}, "d_sae"),
+        ({"d_in": 8}, "d_in"),
+        ({"finetuning_scaling_factor": True}, "no scaling_factor"),
+        ({"finetuning_scaling_factor": "yes"}, "true or false"),
+        ({"apply_b_dec_to_input": 1}, "true or false"),
+        ({"architecture": "topk"}, "k of cfg.json"),
+        ({"architecture": "topk", "k": True}, "k of cfg.json"),
+        ({"architecture": "gated"}, "r_mag"),
+        ({"metadata": [1]}, "no JSON object"),
+        ({"model_from_pretrained_kwargs": {"fold_something": True}}, "fold_something"),
+    ],
+)
+def test_what_else_saelens_says_is_refused(said: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    config = {"architecture": "standard", "d_in": 16, "d_sae": 24, "hook_name": "blocks.1.hook_resid_post"}
+    path = folder(tmp_path / "sae", cfg__json=config, sae_weights__safetensors=SAE)
+    import_file(path, SHAPE)
+    folder(path, cfg__json=config | said)
+    with pytest.raises(SteeringError, match=reason):
+        import_file(path, SHAPE)
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(1.0, False), (3.0, True)])
+def test_an_unused_scaling_factor_is_one(factor: float, is_refused: bool, tmp_path: Path) -> None:
+    config = {"architecture": "standard", "hook_name": "blocks.1.hook_resid_post"}
+    weights = SAE | {"scaling_factor": torch.full((24,), factor)}
+    path = folder(tmp_path / "sae", cfg__json=config, sae_weights__safetensors=weights)
+    if is_refused:
+        with pytest.raises(SteeringError, match="scaling_factor that is not 1"):
+            import_file(path, SHAPE)
+    else:
+        assert torch.equal(import_file(path, SHAPE)[1]["resid_post.1.decoder"], DECODER)
+
+
+def test_rows_are_scaled_by_themselves_or_by_a_factor(tmp_path: Path) -> None:
+    config = {"hook_name": "blocks.1.hook_resid_post", "normalize_activations": "layer_norm"}
+    path = folder(tmp_path / "sae", cfg__json=config, sae_weights__safetensors=SAE)
+    import_file(path, SHAPE)
+    with pytest.raises(SteeringError, match="by itself") as found:
+        import_file(path, SHAPE, input_scale=2.0)
+    assert found.value.param == "input_scale"
+
+
+def test_a_centred_models_stream_is_read_centred(tmp_path: Path) -> None:
+    """TransformerLens' center_writing_weights takes the mean off every row of the stream."""
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True, "fold_ln": True}}
+    config = {"architecture": "standard", "hook_name": "blocks.1.hook_resid_post", **kwargs}
+    path = folder(tmp_path / "sae", cfg__json=config, sae_weights__safetensors=SAE)
+    _, tensors = import_file(path, SHAPE)
+    x = numbers(5, 16)
+    wanted = (x - x.mean(dim=1, keepdim=True)) @ ENCODER
+    torch.testing.assert_close(x @ tensors["resid_post.1.encoder"].T, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"transcode": True}, "transcoder"),
+        ({"skip_connection": True}, "transcoder"),
+        ({"activation": "groupmax"}, "groupmax"),
+        ({"signed": True}, "signed"),
+        ({"k": 0}, "k of cfg.json"),
+        ({"d_in": 12}, "d_in"),
+        ({"num_latents": 25}, "num_latents"),
+    ],
+)
+def test_what_else_sparsify_says_is_refused(said: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    made = _sparsify(tmp_path)
+    config = json.loads((made.path / "cfg.json").read_text())
+    folder(made.path, cfg__json=config | said)
+    with pytest.raises(SteeringError, match=reason):
+        import_file(made.path, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"trainer": {"dict_class": "CrossCoder"}}, "dict_class"),
+        ({"trainer": {"submodule_name": "embed"}}, "say the site"),
+        ({"trainer": {"layer": None}}, "layer"),
+        ({"trainer": {"dict_size": 25}}, "dict_size"),
+        ({"buffer": {"io": "in_and_out"}}, "transcoder"),
+        ({"buffer": {"layer": 3}}, "buffer.layer"),
+    ],
+)
+def test_what_else_dictionary_learning_says_is_refused(
+    said: dict[str, dict[str, Any]], reason: str, tmp_path: Path
+) -> None:
+    made = _dictionary_learning(tmp_path)
+    config = json.loads((made.path / "config.json").read_text())
+    folder(made.path, config__json={part: inner | said.get(part, {}) for part, inner in config.items()})
+    with pytest.raises(SteeringError, match=reason):
+        import_file(made.path, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1, "block_output", "pos", 1, 2, None, None, [[0, 1]], None, None, None, None, None, None], "subspaces"),
+        ([1, "block_output", "pos", 1, 2, None, None, None, None, 0, None, None, None, None], "links"),
+        ([1, "block_output", "h.pos", 1, 2, *[None] * 9], "unit pos"),
+        ([1, "block_output", "pos", 2, 2, *[None] * 9], "unit pos"),
+    ],
+)
+def test_pyvenes_links_and_subspaces_are_refused(row: list[Any], reason: str, tmp_path: Path) -> None:
+    made = _pyvene(tmp_path)
+    config = json.loads((made.path / "config.json").read_text())
+    folder(made.path, config__json=config | {"representations": [row]})
+    with pytest.raises(SteeringError, match=reason):
+        import_file(made.path, SHAPE)
+
+
+def test_a_reft_with_trained_weights_of_its_model_is_refused(tmp_path: Path) -> None:
+    made = _pyvene(tmp_path)
+    saved(made.path / "pytorch_model.bin", {})
+    import_file(made.path, SHAPE)
+    saved(made.path / "pytorch_model.bin", {"score.weight": numbers(2, 16)})
+    with pytest.raises(SteeringError, match=r"score\.weight"):
+        import_file(made.path, SHAPE)
