@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 from fastapi.routing import APIRoute
 
+from whipstaff.decoding.coupled import CoupledParams
 from whipstaff.decoding.method import STAGES
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.decoding.methods import dry
@@ -82,6 +83,31 @@ def test_every_method_is_in_its_table_and_counted() -> None:
     assert f"| {len(STEERING)} [steering methods]" in words(".") and f"| {len(DECODING)} [decoding methods]" in words(
         "."
     )
+
+
+def test_what_a_steering_method_reads_and_where() -> None:
+    """Its file's parts; the tokens that it edits unless a request says others; whether it needs a file."""
+    told: dict[str, str] = {}
+    for first, parts, _, tokens, _ in table("steering", "Methods"):
+        told = told if parts == "the same" else dict.fromkeys(re.findall(r"`(\w+)\??`", parts), "")
+        for name in names(first):
+            method = STEERING[name]
+            own = {part.rstrip("?") for part in method.parts}
+            others = {"defaults", "adapters", "noreft", "project_bias"} | (own & {"on", "off"})
+            assert own - told.keys() <= others and told.keys() - own <= others, name
+            assert tokens in ("", method.where), name
+    assert "Three methods need no file" in words("steering")
+    assert sum(not method.needs_file for method in STEERING.values()) == 3
+
+
+def test_every_parameter_and_shorthand_of_a_decoding_method_is_named() -> None:
+    """By the shorthand where the table says that; what all of several prompts take stands below the table."""
+    for name, method in DECODING.items():
+        (row,) = [row for row in table("decoding", "Methods") if name in names(row[0])]
+        by_param = {param: field for field, param in method.shorthands.items()}
+        said, common = set(names(row[2])), {"method", *CoupledParams.model_fields}
+        assert all({param, by_param.get(param)} & said for param in set(method.params.model_fields) - common), name
+        assert method.shorthands.keys() <= said, name
 
 
 def test_methods_of_a_stage_stand_in_the_order_in_which_they_run() -> None:
