@@ -3,18 +3,20 @@
 import os
 import sys
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvloop
 from pydantic import ValidationError
 
-from whipstaff.server import demo
+from whipstaff.server import demo, vectors_flags
 from whipstaff.server.engine import UnsupportedEngine, vllm_version
-from whipstaff.server.settings import Settings
+
+if TYPE_CHECKING:
+    from whipstaff.server.settings import Settings
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
+       whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -31,9 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with the reason on stderr."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["vectors"]:
+        flags = vectors_flags.parse(words[1:])  # help and wrong calls end here, before torch is imported
         from whipstaff.server import vectors_cli
 
-        sys.exit(vectors_cli.main(words[1:]))
+        sys.exit(vectors_cli.run(flags))
     if not words or words[0] not in ("serve", "doctor"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
@@ -48,9 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
+def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
     """vLLM's flags and ours."""
     from whipstaff.server.engine import flags
+    from whipstaff.server.settings import Settings
 
     parser = flags.parser(f"whipstaff {command}")
     Settings.add_flags(parser)
@@ -66,7 +70,9 @@ def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
     return args, Settings.from_args(args)
 
 
-def _serve(args: Namespace, settings: Settings) -> None:
+def _serve(args: Namespace, settings: "Settings") -> None:
+    import uvloop
+
     from whipstaff.server import app
 
     if (args.api_server_count or 1) > 1:
@@ -75,8 +81,10 @@ def _serve(args: Namespace, settings: Settings) -> None:
         uvloop.run(app.serve(args, settings))  # the event loop that `vllm serve` runs on
 
 
-def _doctor(args: Namespace, settings: Settings) -> None:
+def _doctor(args: Namespace, settings: "Settings") -> None:
     """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
+    import uvloop
+
     facts, findings = uvloop.run(_findings(args, settings))
     print(f"vLLM {vllm_version()}, model runner {facts['runner']}, {facts['model']['architecture']}, pid {os.getpid()}")
     for finding in findings:
@@ -89,7 +97,7 @@ def _doctor(args: Namespace, settings: Settings) -> None:
         sys.exit(1)
 
 
-async def _findings(args: Namespace, settings: Settings) -> tuple[dict[str, Any], list[Any]]:
+async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, Any], list[Any]]:
     from whipstaff.server import app
     from whipstaff.server.engine.selftest import describe, self_test
 

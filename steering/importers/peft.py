@@ -1,6 +1,7 @@
 """PEFT's prompt-learning adapters (huggingface/peft): adapter_config.json and adapter_model.safetensors, or .bin.
 
-PROMPT_TUNING, P_TUNING  prompt_embeddings [tokens, hidden]                                      -> soft_prompt
+PROMPT_TUNING, P_TUNING, CPT  prompt_embeddings [tokens, hidden], as they are inserted           -> soft_prompt
+MULTITASK_PROMPT_TUNING  the same, times prefix_task_cols[t] @ prefix_task_rows[t] of task t     -> soft_prompt
 PREFIX_TUNING            prompt_embeddings [tokens, 2 * layers * kv_heads * head_dim], even K    -> prefix_kv
 ADAPTION_PROMPT          per layer adaption_prompt [1, tokens, hidden] and adaption_gate [1]     -> side_attention
 """
@@ -19,7 +20,11 @@ _ADAPTION = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.self_attn\.adaption_(prompt
 
 
 class PEFT(Importer):
-    name, files = "peft", "a folder with adapter_config.json: prompt tuning, prefix tuning, LLaMA-Adapter"
+    name, files = (
+        "peft",
+        "a folder with adapter_config.json: prompt tuning, also of several tasks and CPT, prefix tuning, LLaMA-Adapter",
+    )
+    takes = frozenset({"part"})
 
     def claims(self, source: Source) -> bool:
         return "adapter_config.json" in source.names
@@ -33,7 +38,11 @@ class PEFT(Importer):
         if config.get("num_transformer_submodules") not in (None, 1):
             raise SteeringError("the adapter is for an encoder-decoder model")
         found = dict(source.tensors(name))
-        if kind in ("PROMPT_TUNING", "P_TUNING"):
+        if hints.part is not None and kind != "MULTITASK_PROMPT_TUNING":
+            raise SteeringError("only adapters of several tasks have parts: MULTITASK_PROMPT_TUNING", "part")
+        if kind == "MULTITASK_PROMPT_TUNING":
+            return _of_task(found, hints.part, model)
+        if kind in ("PROMPT_TUNING", "P_TUNING", "CPT"):
             return Draft(
                 "soft_prompt", {"rows": numbers(name, found.get("prompt_embeddings"), None, model.hidden_size)}
             )
@@ -42,6 +51,20 @@ class PEFT(Importer):
         if kind == "ADAPTION_PROMPT":
             return _adaption(found, model)
         raise SteeringError(f"adapters of type {kind!r} change weights or are unknown; vLLM itself serves LoRA")
+
+
+def _of_task(found: Mapping[str, Tensor], task: int | None, model: ModelShape) -> Draft:
+    """The rows of one task: those of all tasks, each number times the task's own."""
+    shared = numbers("prompt_embeddings", found.get("prompt_embeddings"), None, model.hidden_size)
+    cols = numbers("prefix_task_cols", found.get("prefix_task_cols"), None, len(shared), None)
+    rows = numbers("prefix_task_rows", found.get("prefix_task_rows"), len(cols), cols.shape[2], model.hidden_size)
+    if unknown := set(found) - {"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}:
+        raise SteeringError(f"the adapter holds {min(unknown)!r}, which no multitask prompt does")
+    if task is None and len(cols) != 1:
+        raise SteeringError(f"the adapter has the tasks 0 to {len(cols) - 1}; say which is meant", "part")
+    if task is not None and task >= len(cols):
+        raise SteeringError(f"the adapter has the tasks 0 to {len(cols) - 1}", "part")
+    return Draft("soft_prompt", {"rows": shared * (cols[task or 0] @ rows[task or 0])})
 
 
 def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:

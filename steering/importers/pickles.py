@@ -20,6 +20,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.importer import Draft, Hints
+from whipstaff.steering.importers.sight import refused_pickle
 from whipstaff.steering.importers.source import numbers
 from whipstaff.steering.shape import ModelShape
 
@@ -41,6 +42,19 @@ class Pickled(dict[str, Tensor]):
             grouped.setdefault(first, {})[rest] = tensor
         return grouped
 
+    def nested(self) -> Any:
+        """As it was pickled, but for lists, which are dicts of their places here."""
+        if not (whole := {**self, **self.said}).keys() - {""}:
+            return whole.get("")
+        content: dict[str, Any] = {}
+        for path, value in whole.items():
+            inner = content
+            *keys, last = path.split(SEPARATOR)
+            for key in keys:
+                inner = inner.setdefault(key, {})
+            inner[last] = value
+        return content
+
 
 def unpickled(path: Path) -> Pickled:
     """Open a pickle in a process of its own. Raises: SteeringError with what it says."""
@@ -53,7 +67,7 @@ def unpickled(path: Path) -> Pickled:
         said = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"the process ended with {done.returncode}"
         ]
-        raise SteeringError(f"{path.name} is refused: {said[-1][:500]}")
+        raise SteeringError(refused_pickle(path.name, said[-1]))
     try:
         found = Pickled(load(done.stdout))
         length = int.from_bytes(done.stdout[:8], "little")

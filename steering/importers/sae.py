@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.contents import names
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.source import Source, numbers, read_npz
 from whipstaff.steering.shape import ModelShape, Site
@@ -68,7 +69,8 @@ class GemmaScope(Importer):
     takes = frozenset({"layer", "site"})
 
     def claims(self, source: Source) -> bool:
-        return any(name.endswith(".npz") for name in source.names)
+        found = [name for name in source.names if name.endswith(".npz")]
+        return (source.is_folder and bool(found)) or any("w_dec" in map(str.lower, names(source)) for _ in found)
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         names = [name for name in source.names if name.endswith(".npz")]

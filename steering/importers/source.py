@@ -22,6 +22,7 @@ from torch import Tensor
 
 from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.sight import check_sight, first_line, refused_pickle
 
 MAX_JSON = 16 << 20  # bytes of any description of a file, which Python takes apart
 MAX_FILES = 4096  # of a folder
@@ -38,6 +39,8 @@ class Source:
             raise SteeringError(f"{path}: no such file or folder")
         if not path.is_dir() and not path.is_file():
             raise SteeringError(f"{path} is neither a file nor a folder")
+        if path.is_file():
+            check_sight(path)
         self.path = path
         self._torch: dict[str, Any] = {}
         self._read: set[str] = set()
@@ -64,6 +67,8 @@ class Source:
         """One of `names`."""
         if name not in self.names:
             raise SteeringError(f"{self.name} has no file {name!r}")
+        if name not in self._read and self.is_folder:
+            check_sight(self.path / name)
         self._read.add(name)
         return self.path / name if self.is_folder else self.path
 
@@ -75,6 +80,15 @@ class Source:
         if not isinstance(found, dict):
             raise SteeringError(f"{name} holds no JSON object")
         return found
+
+    @property
+    def held(self) -> Any:
+        """What the file is known to hold, where it was opened already; None where it was not."""
+        return None if self.is_folder else self._torch.get(self.name)
+
+    def hold(self, content: Any) -> None:
+        """From here on this is what the file holds: a process of its own has opened it."""
+        self._torch[self.name] = content
 
     def torch(self, name: str) -> Any:
         """What a torch file holds, read once."""
@@ -118,15 +132,25 @@ def read_torch(path: Path) -> Any:
 
     Mapped, a tensor that claims more than its storage holds is refused instead of grown.
     """
-    _check_zip(path, "torch file in the zip format (torch 1.6 or later); load and save it again with a newer torch")
+    _check_torch(path)
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # torch's reader fails on bad bytes in any way it likes
-        raise SteeringError(f"{path.name} is refused by torch's safe loader: {_first_line(error)}") from error
+        raise SteeringError(refused_pickle(path.name, error)) from error
 
 
-def read_safetensors(path: Path, form: re.Pattern[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with names of that form; the others are not read."""
+def names_of_safetensors(path: Path) -> list[str]:
+    """Raises: SteeringError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SteeringError(f"{path.name} is not a sound safetensors file: {first_line(error)}") from error
+
+
+def read_safetensors(path: Path, form: re.Pattern[str] | str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with names of that form, or the one of that name; the others are not read."""
+    form = re.compile(re.escape(form)) if isinstance(form, str) else form
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -138,7 +162,7 @@ def read_safetensors(path: Path, form: re.Pattern[str] | None = None) -> Iterato
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         if isinstance(error, SteeringError):
             raise
-        raise SteeringError(f"{path.name} is not a sound safetensors file: {_first_line(error)}") from error
+        raise SteeringError(f"{path.name} is not a sound safetensors file: {first_line(error)}") from error
 
 
 def read_npy(path: Path) -> np.ndarray[Any, Any]:
@@ -153,15 +177,22 @@ def read_npy(path: Path) -> np.ndarray[Any, Any]:
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
-def read_npz(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The arrays of an archive, one at a time."""
+def names_of_npz(path: Path) -> list[str]:
+    """Raises: SteeringError."""
+    return [info.filename.removesuffix(".npy") for info in _check_zip(path, "npz archive", are_stored=False)]
+
+
+def read_npz(path: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The arrays of an archive, or the one of that name, one at a time."""
     for info in _check_zip(path, "npz archive", are_stored=False):
         name = info.filename.removesuffix(".npy")
+        if only not in (None, name):
+            continue
         try:
             with zipfile.ZipFile(path) as archive, archive.open(info) as member:
                 data = member.read(info.file_size + 1)
         except Exception as error:  # zipfile fails on bad bytes in many ways
-            raise SteeringError(f"{path.name}: member {name!r} is damaged: {_first_line(error)}") from error
+            raise SteeringError(f"{path.name}: member {name!r} is damaged: {first_line(error)}") from error
         file = io.BytesIO(data)
         shape, dtype, fortran = _npy_header(file, f"{path.name}: {name}")
         _check_length(f"{path.name}: {name}", shape, dtype, len(data) - file.tell())
@@ -204,7 +235,7 @@ def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], b
     try:
         shape, fortran, dtype = _header_of(file, _FORMAT.read_magic(file))
     except Exception as error:  # numpy parses the header as a Python literal
-        raise SteeringError(f"{name} is not a sound .npy array: {_first_line(error)}") from error
+        raise SteeringError(f"{name} is not a sound .npy array: {first_line(error)}") from error
     if dtype.hasobject:
         raise SteeringError(f"{name} is a pickle, which can run code when it is read; convert it offline")
     if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype.shape:
@@ -229,13 +260,25 @@ def _check_length(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], num_b
         raise SteeringError(f"{name} says {list(shape)} of {dtype}, {wanted} bytes, and has {num_bytes}")
 
 
+def _check_torch(path: Path) -> None:
+    """A file of torch's zip format, and no other."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80":
+        raise SteeringError(
+            f"{path.name} is no torch file in the zip format: it is a bare pickle, or torch's format before 1.6; "
+            "convert it offline with --unsafe-pickle, or load and save it again with a newer torch"
+        )
+    _check_zip(path, "torch file in the zip format (it may be cut off, or be something else under that name)")
+
+
 def _check_zip(path: Path, what: str, are_stored: bool = True) -> list[zipfile.ZipInfo]:
     """The members of an archive that does not blow up."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except Exception as error:  # see above
-        raise SteeringError(f"{path.name} is no {what}: {_first_line(error)}") from error
+        raise SteeringError(f"{path.name} is no {what}: {first_line(error)}") from error
     if len(members) > MAX_TENSORS:
         raise SteeringError(f"{path.name} has {len(members)} members")
     if are_stored and any(each.compress_type != zipfile.ZIP_STORED for each in members):
@@ -253,8 +296,3 @@ def _bytes(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise SteeringError(f"{path.name} has more than {most} bytes")
     return data
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
