@@ -1,14 +1,16 @@
 """The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
 
+import logging
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from whipstaff.server import demo, vectors_flags
-from whipstaff.server.engine import UnsupportedEngine, vllm_version
+from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
     from whipstaff.server.settings import Settings
@@ -41,14 +43,16 @@ def main(argv: list[str] | None = None) -> None:
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
         sys.exit(0 if is_help else 2)
-    try:
-        args, settings = parse(words[0], words[1:])
-        run = _serve if words[0] == "serve" else _doctor
-        run(args, settings)
-    except (UnsupportedEngine, ValidationError, RuntimeError) as error:
-        sys.exit(f"whipstaff: {_said(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with causes.asked() as told:
+        try:
+            args, settings = parse(words[0], words[1:])
+            run = _serve if words[0] == "serve" else _doctor
+            run(args, settings)
+        except (UnsupportedEngine, ValidationError, RuntimeError, ValueError, OSError) as error:
+            _log_details(error)
+            sys.exit(f"whipstaff: {_said(error, told)}")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
@@ -67,7 +71,17 @@ def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
             args.whipstaff_presets = [*(args.whipstaff_presets or []), str(demo.PRESETS)]
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
+    _check_model(str(args.model))
     return args, Settings.from_args(args)
+
+
+def _check_model(model: str) -> None:
+    """Raises: UnsupportedEngine if it can only be a path, and leads nowhere or to a folder that is no model's."""
+    path = Path(model).expanduser()
+    if model.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise UnsupportedEngine(f"{model}: no such folder; MODEL is a folder with a model, or a name on the hub")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):
+        raise UnsupportedEngine(f"{model} has no config.json; MODEL is a folder with a model, or a name on the hub")
 
 
 def _serve(args: Namespace, settings: "Settings") -> None:
@@ -111,9 +125,16 @@ async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, An
         engine.shutdown()
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception, told: causes.Causes) -> str:
+    """One sentence: of a flag of ours or vLLM's, or of what the engine's processes stumbled on."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
-        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
-    return str(error)
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        return name + " ".join(first["msg"].removeprefix("Value error, ").split())[: causes.MAX_CHARACTERS]
+    return told.of(error)
+
+
+def _log_details(error: Exception) -> None:
+    """A traceback above the sentence that comes last, where the error may be no user's."""
+    if not isinstance(error, RuntimeError | ValidationError):
+        logging.getLogger("vllm.whipstaff").error("the server cannot run", exc_info=error)
