@@ -130,7 +130,10 @@ def _said(error: Exception, told: causes.Causes) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
-        return name + " ".join(first["msg"].removeprefix("Value error, ").split())[: causes.MAX_CHARACTERS]
+        said = (
+            first["msg"].removeprefix("Value error, ").partition(" Supported architectures: ")[0]
+        )  # hundreds of names
+        return name + " ".join(said.split())[: causes.MAX_CHARACTERS]
     return told.of(error)
 
 

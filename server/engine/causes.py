@@ -14,7 +14,7 @@ from pathlib import Path
 _KEY = "WHIPSTAFF_CAUSE_FILE"
 _REFERS = "root cause"  # what vLLM says where the cause is in the log
 _PLAIN = (ValueError, RuntimeError, OSError)  # their messages are sentences; others need their class beside them
-MAX_CHARACTERS = 2000
+MAX_CHARACTERS = 500
 
 
 class Causes:
