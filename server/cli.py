@@ -1,20 +1,24 @@
 """The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
 
+import logging
 import os
 import sys
 from argparse import Namespace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import uvloop
 from pydantic import ValidationError
 
-from whipstaff.server import demo
-from whipstaff.server.engine import UnsupportedEngine, vllm_version
-from whipstaff.server.settings import Settings
+from whipstaff.server import demo, vectors_flags
+from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
+
+if TYPE_CHECKING:
+    from whipstaff.server.settings import Settings
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
+       whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -31,26 +35,30 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with the reason on stderr."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["vectors"]:
+        flags = vectors_flags.parse(words[1:])  # help and wrong calls end here, before torch is imported
         from whipstaff.server import vectors_cli
 
-        sys.exit(vectors_cli.main(words[1:]))
+        sys.exit(vectors_cli.run(flags))
     if not words or words[0] not in ("serve", "doctor"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
         sys.exit(0 if is_help else 2)
-    try:
-        args, settings = parse(words[0], words[1:])
-        run = _serve if words[0] == "serve" else _doctor
-        run(args, settings)
-    except (UnsupportedEngine, ValidationError, RuntimeError) as error:
-        sys.exit(f"whipstaff: {_said(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with causes.asked() as told:
+        try:
+            args, settings = parse(words[0], words[1:])
+            run = _serve if words[0] == "serve" else _doctor
+            run(args, settings)
+        except (UnsupportedEngine, ValidationError, RuntimeError, ValueError, OSError) as error:
+            _log_details(error)
+            sys.exit(f"whipstaff: {_said(error, told)}")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
-def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
+def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
     """vLLM's flags and ours."""
     from whipstaff.server.engine import flags
+    from whipstaff.server.settings import Settings
 
     parser = flags.parser(f"whipstaff {command}")
     Settings.add_flags(parser)
@@ -63,10 +71,22 @@ def parse(command: str, words: list[str]) -> tuple[Namespace, Settings]:
             args.whipstaff_presets = [*(args.whipstaff_presets or []), str(demo.PRESETS)]
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
+    _check_model(str(args.model))
     return args, Settings.from_args(args)
 
 
-def _serve(args: Namespace, settings: Settings) -> None:
+def _check_model(model: str) -> None:
+    """Raises: UnsupportedEngine if it can only be a path, and leads nowhere or to a folder that is no model's."""
+    path = Path(model).expanduser()
+    if model.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise UnsupportedEngine(f"{model}: no such folder; MODEL is a folder with a model, or a name on the hub")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):
+        raise UnsupportedEngine(f"{model} has no config.json; MODEL is a folder with a model, or a name on the hub")
+
+
+def _serve(args: Namespace, settings: "Settings") -> None:
+    import uvloop
+
     from whipstaff.server import app
 
     if (args.api_server_count or 1) > 1:
@@ -75,8 +95,10 @@ def _serve(args: Namespace, settings: Settings) -> None:
         uvloop.run(app.serve(args, settings))  # the event loop that `vllm serve` runs on
 
 
-def _doctor(args: Namespace, settings: Settings) -> None:
+def _doctor(args: Namespace, settings: "Settings") -> None:
     """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
+    import uvloop
+
     facts, findings = uvloop.run(_findings(args, settings))
     print(f"vLLM {vllm_version()}, model runner {facts['runner']}, {facts['model']['architecture']}, pid {os.getpid()}")
     for finding in findings:
@@ -89,7 +111,7 @@ def _doctor(args: Namespace, settings: Settings) -> None:
         sys.exit(1)
 
 
-async def _findings(args: Namespace, settings: Settings) -> tuple[dict[str, Any], list[Any]]:
+async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, Any], list[Any]]:
     from whipstaff.server import app
     from whipstaff.server.engine.selftest import describe, self_test
 
@@ -103,9 +125,19 @@ async def _findings(args: Namespace, settings: Settings) -> tuple[dict[str, Any]
         engine.shutdown()
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception, told: causes.Causes) -> str:
+    """One sentence: of a flag of ours or vLLM's, or of what the engine's processes stumbled on."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "settings"
-        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
-    return str(error)
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        said = (
+            first["msg"].removeprefix("Value error, ").partition(" Supported architectures: ")[0]
+        )  # hundreds of names
+        return name + " ".join(said.split())[: causes.MAX_CHARACTERS]
+    return told.of(error)
+
+
+def _log_details(error: Exception) -> None:
+    """A traceback above the sentence that comes last, where the error may be no user's."""
+    if not isinstance(error, RuntimeError | ValidationError):
+        logging.getLogger("vllm.whipstaff").error("the server cannot run", exc_info=error)

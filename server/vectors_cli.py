@@ -2,9 +2,8 @@
 
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,20 +11,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whipstaff.server import vectors_remote
+from whipstaff.server import vectors_flags as flags
+from whipstaff.server import vectors_remote as remote
 from whipstaff.server.store import write_whole
 from whipstaff.steering import algebra
 from whipstaff.steering.artifacts import Header, Vector, packed, parse, read
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.hints import Hints
 from whipstaff.steering.importers import FORMATS, PICKLES, import_file, import_pickle
-from whipstaff.steering.importers.importer import Hints
+from whipstaff.steering.importers.importer import Importer
+from whipstaff.steering.importers.nearest import unknown_name
+from whipstaff.steering.importers.pickles import Pickle
 from whipstaff.steering.shape import ModelShape, config_shape
-from whipstaff.steering.where import SHORTHANDS, Where
 
-MODEL_HELP = (
-    "the model that the vector is for: its folder or config.json, a Whipstaff vector made for it, or its shape as "
-    "hidden=4096,layers=32,heads=32,head_dim=128[,kv_heads=8][,experts=0][,architecture=LlamaForCausalLM]"
-)
 PICKLE_WARNING = """\
 WARNING: {name} is opened as a pickle. A pickle is a program: whoever wrote it decides what it does when it is read.
 WARNING: It is opened in a process of its own that knows arrays only, and has few means. Trust its author all the same.
@@ -40,20 +38,36 @@ _SHAPE_NAMES = {
     "experts": "num_experts",
     "architecture": "architecture",
 }
-_TRANSFORMS = {"add": 2, "subtract": 2, "scale": 1, "average": 2, "orthogonalise": 2}  # least number of files
 
 
 def main(words: list[str]) -> int:
     """The exit status: 0, 1 with the reason on stderr; argparse itself exits with 2 for a wrong call."""
-    args = _parser().parse_args(words)
+    return run(flags.parse(words))
+
+
+def run(args: Namespace) -> int:
+    """Do what the flags say; the exit status."""
     try:
-        return int(args.run(args))
+        return int(COMMANDS[args.command](args))
     except SteeringError as error:
-        where = f"--{error.param.replace('_', '-')}: " if error.param in Hints.model_fields else ""
+        where = f"--{error.param.replace('_', '-')}: " if error.param in (*Hints.model_fields, "format") else ""
         print(f"whipstaff vectors {args.command}: {where}{error}", file=sys.stderr)
     except OSError as error:
         print(f"whipstaff vectors {args.command}: {error}", file=sys.stderr)
     return 2 if args.command == "diff" else 1
+
+
+# ---- formats
+
+
+def formats(args: Namespace) -> int:
+    """Every foreign format, and the flags that it takes beside those that all take."""
+    known: dict[str, Importer | Pickle] = {**FORMATS, **PICKLES}
+    for name, one in known.items():
+        taken = " ".join(f"--{hint.replace('_', '-')}" for hint in sorted(one.takes))
+        print(f"{name:<20}{one.files}" + (f"  [{taken}]" if taken else ""))
+    print(f"\n{' and '.join(PICKLES)} are pickles, as any other may be: --unsafe-pickle")
+    return 0
 
 
 # ---- convert
@@ -66,6 +80,8 @@ def convert(args: Namespace) -> int:
     _check_target(args.target, args.force)
     if args.unsafe_pickle:
         print(PICKLE_WARNING.format(name=args.source), file=sys.stderr, end="", flush=True)
+    if args.format not in (None, *FORMATS, *PICKLES):
+        raise SteeringError(unknown_name(args.format, FORMATS), "format")
     importing = import_pickle if args.unsafe_pickle else import_file
     header, tensors = importing(args.source, args.model, args.format, **hints)
     for warning in header.provenance.get("warnings", []):
@@ -195,7 +211,7 @@ def _cosines(group: str, rows: Mapping[int, Tensor]) -> Iterator[str]:
 
 
 def combine(args: Namespace) -> int:
-    least = _TRANSFORMS[args.operation]
+    least = flags.TRANSFORMS[args.operation]
     if len(args.files) < least or (args.operation == "scale" and len(args.files) > 1):
         raise SteeringError(f"{args.operation} takes {'one file' if least == 1 else f'at least {least} files'}")
     if (args.factor is None) == (args.operation == "scale"):
@@ -261,7 +277,7 @@ def shape_of(text: str) -> ModelShape:
         if path.exists():
             return _configured(path)
         if "=" not in text:
-            raise ArgumentTypeError(f"{text}: no such folder or file. {MODEL_HELP}")
+            raise ArgumentTypeError(f"{text}: no such folder or file. {flags.MODEL_HELP}")
         return _spelled(text)
     except (SteeringError, OSError) as error:
         raise ArgumentTypeError(f"{text}: {error}") from error
@@ -314,87 +330,13 @@ def _said(where: Any) -> str:
     return cast(str, where if isinstance(where, str) else where.model_dump_json(exclude_none=True))
 
 
-# ---- flags
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="whipstaff vectors", description="Vector files on this machine, and a server's.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_convert(commands)
-    one = commands.add_parser("show", help="method, sites, layers, norms and cosines of a vector file")
-    one.add_argument("file", type=Path)
-    one.add_argument("--png", type=Path, metavar="FILE", help="plot norms and cosines")
-    one.add_argument("--force", action="store_true", help="replace FILE")
-    one.set_defaults(run=show)
-    one = commands.add_parser("combine", help="a new vector file from others")
-    one.add_argument("operation", choices=_TRANSFORMS, help="subtract and orthogonalise: the first, less the others")
-    one.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    one.add_argument("-o", "--output", type=Path, required=True, metavar="TARGET")
-    one.add_argument("--factor", type=float, help="of scale")
-    one.add_argument("--where", type=_clause, help="tokens, where the files' own differ")
-    one.add_argument("--description")
-    one.add_argument("--force", action="store_true", help="replace TARGET")
-    one.set_defaults(run=combine)
-    one = commands.add_parser("diff", help="what differs; exits with 0 for nothing, 1 for something, 2 for trouble")
-    one.add_argument("a", type=Path)
-    one.add_argument("b", type=Path)
-    one.set_defaults(run=diff)
-    vectors_remote.add_commands(commands, partial(_add_hints, with_files=False))
-    return parser
-
-
-def _add_convert(commands: Any) -> None:
-    files = {name: one.files for name, one in FORMATS.items()} | {name: one.files for name, one in PICKLES.items()}
-    formats = "\n".join(f"  {name:<20}{its}" for name, its in files.items())
-    parser = commands.add_parser(
-        "convert",
-        help="a vector file from a foreign file or folder",
-        formatter_class=RawDescriptionHelpFormatter,
-        epilog=f"formats:\n{formats}\n\nangular and tarot are pickles: --unsafe-pickle",
-    )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--model", type=shape_of, required=True, help=MODEL_HELP)
-    parser.add_argument("--format", choices=[*FORMATS, *PICKLES], metavar="FORMAT", help="default: found out")
-    parser.add_argument("--unsafe-pickle", action="store_true", help="open a pickle, in a process of its own")
-    parser.add_argument("--force", action="store_true", help="replace TARGET")
-    _add_hints(parser)
-    parser.set_defaults(run=convert)
-
-
-def _add_hints(parser: ArgumentParser, with_files: bool = True) -> None:
-    """What foreign files leave unsaid; `with_files`, further files too."""
-    for name, field in Hints.model_fields.items():
-        flag = "--" + name.replace("_", "-")
-        if field.annotation == Path | None and not with_files:
-            continue
-        if name == "projected":
-            parser.add_argument(flag, action="store_true", default=None, help=field.description)
-        elif name == "defaults":
-            parser.add_argument(
-                "--default", dest=name, action="append", type=_pair, metavar="NAME=JSON", help=field.description
-            )
-        elif name == "where":
-            parser.add_argument(flag, type=_clause, help=f"{field.description}: {', '.join(SHORTHANDS)} or JSON")
-        else:
-            parser.add_argument(flag, help=field.description)
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ArgumentTypeError(f"{text!r} is not NAME=JSON")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value  # a bare word
-
-
-def _clause(text: str) -> Any:
-    if text in SHORTHANDS:
-        return text
-    try:
-        return Where.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArgumentTypeError(f"none of {', '.join(SHORTHANDS)}, nor a clause in JSON: {first['msg']}") from error
+COMMANDS = {
+    "formats": formats,
+    "convert": convert,
+    "show": show,
+    "combine": combine,
+    "diff": diff,
+    "list": remote.list_vectors,
+    "add": remote.add,
+    "remove": remote.remove,
+}

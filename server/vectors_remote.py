@@ -1,9 +1,8 @@
 """`whipstaff vectors list | add | remove`: the vectors of a running server."""
 
 import json
-import os
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +10,10 @@ import httpx
 from tqdm import tqdm
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.importers import FORMATS
-from whipstaff.steering.importers.importer import Hints
+from whipstaff.steering.hints import Hints
 
 _CHUNK = 1 << 20  # bytes
 _PATIENCE = httpx.Timeout(30, read=600)  # a large file is checked and loaded before the answer
-
-
-def add_commands(commands: Any, add_hints: Callable[[ArgumentParser], None]) -> None:
-    """Put the three into a parser; `add_hints` adds what foreign files leave unsaid."""
-    one = commands.add_parser("list", help="the vectors of a running server")
-    one.set_defaults(run=list_vectors)
-    _add_server(one)
-    one = commands.add_parser("add", help="upload a vector, or replace the one of that name")
-    one.add_argument("file", type=Path, help="a vector file, or a foreign file of a format that is one file")
-    one.add_argument("--name", help="default: the file's, without its ending")
-    one.add_argument("--format", choices=FORMATS, metavar="FORMAT", help="default: found out")
-    add_hints(one)
-    one.set_defaults(run=add)
-    _add_server(one)
-    one = commands.add_parser("remove", help="remove a vector; requests that run keep it until they end")
-    one.add_argument("name")
-    one.set_defaults(run=remove)
-    _add_server(one)
-
-
-def _add_server(parser: ArgumentParser) -> None:
-    env = os.environ
-    parser.add_argument("--url", default=env.get("WHIPSTAFF_URL", "http://localhost:8000"), help="or WHIPSTAFF_URL")
-    parser.add_argument("--api-key", default=env.get("VLLM_API_KEY"), help="the user's, if any; or VLLM_API_KEY")
-    parser.add_argument("--admin-key", default=env.get("WHIPSTAFF_ADMIN_KEY"), help="or WHIPSTAFF_ADMIN_KEY")
 
 
 def list_vectors(args: Namespace) -> int:

@@ -87,6 +87,13 @@ def test_steering_methods_are_all_described() -> None:
     assert f"{len(METHODS)} [steering methods]" in (ROOT / "README.md").read_text()
 
 
+def test_foreign_formats_are_all_described() -> None:
+    from whipstaff.steering.importers import FORMATS, PICKLES
+
+    said = (ROOT / "steering" / "README.md").read_text().partition("## Foreign files")[2].partition("\n## ")[0]
+    assert [name for name in (*FORMATS, *PICKLES) if f"`{name}`" not in said] == []
+
+
 def test_decoding_methods_are_all_described() -> None:
     from whipstaff.decoding.methods import METHODS
 

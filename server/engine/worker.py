@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from whipstaff.server.engine import runner_v1, runner_v2
+from whipstaff.server.engine import causes, runner_v1, runner_v2
 from whipstaff.server.engine.adapters import StepAdapters, settle_adapters
 from whipstaff.server.engine.auxiliary import Auxiliary
 from whipstaff.server.engine.composite import compose
@@ -35,6 +35,10 @@ class SteeredWorker:
     model_runner: Any
     _slot_use, _group_use = SlotUse(), GroupUse()
     _proven: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        causes.tell()
+        super().__init__(*args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]

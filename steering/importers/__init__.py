@@ -10,15 +10,18 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from whipstaff.steering.artifacts import Header, packed, parse
+from whipstaff.steering.artifacts import Header, is_native, packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import CAAFiles, EasySteer, RefusalDirection, XLVLMs
+from whipstaff.steering.importers.cache import Cache
 from whipstaff.steering.importers.dictionary_learning import DictionaryLearning, Goodfire
 from whipstaff.steering.importers.function_vector import FunctionVectorFiles
 from whipstaff.steering.importers.gguf import Repeng
 from whipstaff.steering.importers.honest_llama import Baked, HonestLlama
 from whipstaff.steering.importers.importer import COMMON, HEADER, Draft, Hints, Importer
+from whipstaff.steering.importers.layers import LayerFiles
 from whipstaff.steering.importers.lofit import LoFiTFiles
+from whipstaff.steering.importers.nearest import question, unknown, unknown_name
 from whipstaff.steering.importers.peft import PEFT
 from whipstaff.steering.importers.pickles import AngularFile, Pickle, TaRotFile, unpickled
 from whipstaff.steering.importers.pyvene import Projection, Pyvene
@@ -26,7 +29,8 @@ from whipstaff.steering.importers.sae import SAELens, Sparsify
 from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2, LlamaScope
 from whipstaff.steering.importers.site import SITEFiles
 from whipstaff.steering.importers.soft_prompt import DRO, SPRING
-from whipstaff.steering.importers.source import Source
+from whipstaff.steering.importers.source import Source, is_object_array
+from whipstaff.steering.importers.svec import Svec
 from whipstaff.steering.shape import ModelShape
 
 FORMATS: dict[str, Importer] = {
@@ -40,6 +44,9 @@ FORMATS: dict[str, Importer] = {
         FunctionVectorFiles(),
         CAAFiles(),
         EasySteer(),
+        LayerFiles(),
+        Svec(),
+        Cache(),
         XLVLMs(),
         RefusalDirection(),
         Projection(),
@@ -57,21 +64,13 @@ FORMATS: dict[str, Importer] = {
     )
 }
 MAX_WARNINGS = 64  # of one file
+MAX_HEADER = 1 << 24  # bytes of a file that are looked at for a vector file's header
 PICKLES: dict[str, Pickle] = {pickle.name: pickle for pickle in (AngularFile(), TaRotFile())}
 
 
 def detect(path: Path, model: ModelShape | None = None) -> str:
     """The name of the format of a file or folder. Raises: SteeringError if there is none, or more than one."""
-    source = Source(path)
-    found = [name for name, importer in FORMATS.items() if importer.claims(source)]
-    if len(found) > 1 and model is not None:
-        found = [name for name in found if FORMATS[name].fits(source, model)] or found
-    if len(found) > 1:
-        meanings = "; or ".join(f"{name}, {FORMATS[name].files}" for name in found)
-        raise SteeringError(f"{source.name} has more than one meaning; say the format: {meanings}", "format")
-    if not found:
-        raise _unknown(source)
-    return found[0]
+    return _detected(Source(path), model)
 
 
 def import_file(
@@ -81,37 +80,71 @@ def import_file(
 
     Raises: SteeringError; its `param` names the hint that is missing or wrong.
     """
-    name = detect(path, model) if format is None else format
-    if name not in FORMATS:
-        wanted = f"convert it with --unsafe-pickle: {PICKLES[name].files}" if name in PICKLES else ", ".join(FORMATS)
-        raise SteeringError(f"{name!r} is no format that is read here; {wanted}", "format")
-    said = _hints(FORMATS[name].takes, name, hints)
-    source = Source(path)  # a new one: what was looked at to find the format is not yet accounted for
-    draft = FORMATS[name].draft(source, model, said)
-    return _finished(name, source, draft, model, said)
+    return _imported(Source(path), model, format, hints)
 
 
 def import_pickle(
     path: Path, model: ModelShape, format: str | None = None, **hints: Any
 ) -> tuple[Header, dict[str, Tensor]]:
-    """As `import_file`, for formats that are pickles: the file is unpickled, restricted, in a process of its own."""
+    """As `import_file`, of a pickle, which is opened, restricted, in a process of its own: those of `PICKLES`, and
+    any other format in a pickle or a torch file that the safe loader refuses."""
     source = Source(path)
     content = unpickled(source.file(source.name))
     found = [name for name, pickle in PICKLES.items() if pickle.knows(content)] if format is None else [format]
-    if len(found) != 1 or found[0] not in PICKLES:
-        known = "; ".join(f"{pickle.name}: {pickle.files}" for pickle in PICKLES.values())
-        raise SteeringError(f"{source.name} is none of the pickles known here ({known})", "format")
+    if not found or found[0] not in PICKLES:
+        source.hold(content.whole)
+        return _imported(source, model, format, hints)
     pickle = PICKLES[found[0]]
     said = _hints(pickle.takes, found[0], hints)
     account = source.account(content.fresh())
     return _finished(found[0], source, pickle.draft(account, model, said), model, said)
 
 
-def _unknown(source: Source) -> SteeringError:
-    if not source.is_folder and source.name.endswith(".npy"):
-        return SteeringError(f"{source.name} is {PICKLES['angular'].files}; convert it offline with --unsafe-pickle")
-    known = "; ".join(f"{name}: {importer.files}" for name, importer in FORMATS.items())
-    return SteeringError(f"{source.name} has no format that is known here. Known are {known}", "format")
+def _imported(
+    source: Source, model: ModelShape, format: str | None, hints: dict[str, Any]
+) -> tuple[Header, dict[str, Tensor]]:
+    name = _detected(source, model) if format is None else format
+    if name in PICKLES and not source.is_held:
+        raise SteeringError(
+            f"{name} ({PICKLES[name].files}) is a pickle: convert it offline with --unsafe-pickle", "format"
+        )
+    if name not in FORMATS:
+        raise SteeringError(unknown_name(name, FORMATS), "format")
+    said = _hints(FORMATS[name].takes, name, hints)
+    source = source.again()  # what was looked at to find the format is not yet accounted for
+    return _finished(name, source, FORMATS[name].draft(source, model, said), model, said)
+
+
+def _detected(source: Source, model: ModelShape | None) -> str:
+    found = [name for name, importer in FORMATS.items() if importer.claims(source)]
+    if len(found) > 1 and model is not None:
+        found = [name for name in found if FORMATS[name].fits(source, model)] or found
+    if len(found) > 1:
+        raise SteeringError(question(source, found, FORMATS), "format")
+    if not found:
+        raise _unclaimed(source)
+    return found[0]
+
+
+def _unclaimed(source: Source) -> SteeringError:
+    if not source.is_folder and not source.is_held and _is_pickle(source.path):
+        return SteeringError(
+            f"{source.name} is a pickle, which can run code when it is read (angular steering's, TaRot's, or a "
+            "dict of vectors by layer, perhaps); convert it offline with --unsafe-pickle"
+        )
+    if not source.is_folder and _is_native(source.path):
+        return SteeringError(f"{source.name} is a Whipstaff vector already; use it as it is")
+    return SteeringError(unknown(source, FORMATS), "format")
+
+
+def _is_native(path: Path) -> bool:
+    with path.open("rb") as file:
+        return is_native(file.read(MAX_HEADER))
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or is_object_array(path)
 
 
 def _hints(takes: frozenset[str], name: str, said: dict[str, Any]) -> Hints:

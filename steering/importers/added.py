@@ -1,7 +1,8 @@
 """Torch files of single vectors that are added to the stream.
 
-caa        vec_layer_{l}_{model}.pt, one tensor each (nrimsky/CAA), or a folder of them
-easysteer  a bare vector whose layer is a request's business there (ZJU-REAL/EasySteer, `direct`)
+caa        vec_layer_{l}_{model}.pt or vec_layer_{l}.pt, one tensor each (nrimsky/CAA), or a folder of them
+easysteer  a bare vector whose layer is a request's business there (ZJU-REAL/EasySteer, `direct`); any file with one
+           vector, [hidden] or with sizes of 1 beside it
 xl_vlms    a dict with steering_vector, or steering_vector_concept_{i}_to_{j} (mshukor/xl-vlms)
 refusal    direction.pt beside direction_metadata.json with its layer (andyrdt/refusal_direction)
 """
@@ -12,17 +13,19 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.contents import described, entry, flat, is_vector, lone, shape
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
+from whipstaff.steering.importers.keys import key_of
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape
 
-_CAA = re.compile(r"vec_layer_(\d{1,4})_.*\.pt")
-_ADDING = {"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector"}
+_CAA = re.compile(r"vec_layer_(\d{1,4})(?:_.*)?\.pt")
+ADDING = {"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector"}
 _TURNING = {"add_direction", "directional_ablation", "directional_patch"}
 
 
 class CAAFiles(Importer):
-    name, files = "caa", "vec_layer_{l}_{model}.pt, or a folder of them"
+    name, files = "caa", "vec_layer_{l}.pt or vec_layer_{l}_{model}.pt, or a folder of them"
     takes = frozenset({"layer"})
 
     def claims(self, source: Source) -> bool:
@@ -34,35 +37,47 @@ class CAAFiles(Importer):
             match = _CAA.fullmatch(name)
             if match is None and source.is_folder:
                 continue
-            layer = layer_of(hints, model, int(match[1]) if match else None)
-            place = f"resid_post.{layer}.add"
+            stated = int(match[1]) if match else None
+            if source.is_folder and hints.layer not in (None, stated):
+                continue
+            place = f"resid_post.{layer_of(hints, model, stated)}.add"
+            layer = place.split(".")[1]
             if place in tensors:
                 raise SteeringError(f"two files hold the vector of layer {layer}; name one of them")
-            tensors[place] = numbers(name, _flat(source.torch(name)), model.hidden_size)
+            tensors[place] = numbers(name, flat(name, source.torch(name)), model.hidden_size)
         if not tensors:
-            raise SteeringError(f"{source.name} holds no files vec_layer_{{l}}_{{model}}.pt")
+            which = "" if hints.layer is None else f" of layer {hints.layer}"
+            raise SteeringError(f"{source.name} holds no file vec_layer_{{l}}.pt{which}", "layer" if which else "")
         return Draft("caa", tensors)
 
 
 class EasySteer(Importer):
     name, files = (
         "easysteer",
-        "a bare vector [hidden] in a .pt file (EasySteer and others; EasySteer's .gguf is repeng)",
+        "one vector [hidden] in a .pt, .safetensors, .npz or .npy file, with --layer (EasySteer and others; "
+        "EasySteer's .gguf is repeng)",
     )
     takes = frozenset({"layer", "site", "method"})
 
     def claims(self, source: Source) -> bool:
-        tensor = bare_tensor(source)
-        named = ("vec_layer_", "direction.pt", "function_vector", "added_token_embeddings")
-        return tensor is not None and _flat(tensor).ndim == 1 and not any(name in source.name for name in named)
+        named = ("vec_layer_", "direction.pt", "function_vector", "embed", "prompt")
+        name = lone(source)
+        if name is None or key_of(name) or any(word in f"{source.name} {name}" for word in named):
+            return False
+        is_xl_vlms = is_torch(source.name) and name.startswith("steering_vector")
+        return is_vector(shape(source, name)) and not is_xl_vlms
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         method = hints.method or ("control_vector" if hints.site in (None, "resid_post") else "vector")
-        if method not in _ADDING:
+        if method not in ADDING:
             raise SteeringError(
-                f"the file is one vector; methods that add it are {', '.join(sorted(_ADDING))}", "method"
+                f"the file is one vector; methods that add it are {', '.join(sorted(ADDING))}", "method"
             )
-        tensor = numbers(source.name, _flat(source.torch(source.name)), model.width(hints.site or "resid_post"))
+        name = lone(source)
+        if name is None:
+            raise SteeringError(f"{source.name} holds {described(source)}, wanted one vector [{model.hidden_size}]")
+        vector = flat(source.name, entry(source, name))
+        tensor = numbers(source.name, vector, model.width(hints.site or "resid_post"))
         if hints.site == "attn_head":
             tensor = tensor.view(model.num_heads, model.head_dim)
         place = f"{hints.site or 'resid_post'}.{layer_of(hints, model)}.add"
@@ -80,7 +95,7 @@ class XLVLMs(Importer):
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         found = source.named(source.name)
         found.harmless("concepts*", "activations*")  # what the vectors were made of
-        vectors = {key: _flat(found[key]) for key in found if key.startswith("steering_vector")}
+        vectors = {key: flat(key, found[key]) for key in found if key.startswith("steering_vector")}
         single = sorted(key for key, tensor in vectors.items() if tensor.ndim == 1)
         key = hints.key or ("steering_vector" if "steering_vector" in single else None)
         if key is None or key not in single:
@@ -101,7 +116,7 @@ class RefusalDirection(Importer):
         if method not in _TURNING:
             raise SteeringError(f"methods of one direction are {', '.join(sorted(_TURNING))}", "method")
         name = "direction.pt" if source.is_folder else source.name
-        tensor = numbers(name, _flat(source.torch(name)), model.hidden_size)
+        tensor = numbers(name, flat(name, source.torch(name)), model.hidden_size)
         if method == "directional_ablation" and hints.layer is None:
             return Draft(method, {"direction": tensor})
         stated = None
@@ -123,10 +138,3 @@ def bare_tensor(source: Source) -> Tensor | None:
         return None
     found = source.torch(source.name)
     return found if isinstance(found, Tensor) else None
-
-
-def _flat(tensor: object) -> Tensor:
-    """[1, hidden] as [hidden]."""
-    if not isinstance(tensor, Tensor):
-        raise SteeringError("the file holds no bare tensor")
-    return tensor[0] if tensor.ndim == 2 and len(tensor) == 1 else tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.importer import Hints
+from whipstaff.steering.importers.sight import check_sight
 from whipstaff.steering.importers.source import as_tensor, read_npy
 from whipstaff.steering.shape import ModelShape
 
@@ -55,6 +56,7 @@ def stacked(part: str, values: Tensor) -> dict[str, Tensor]:
 def existing(path: Path, hint: str) -> Path:
     if not path.is_file():
         raise SteeringError(f"{path}: no such file", hint)
+    check_sight(path)
     return path
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.contents import is_vector
 from whipstaff.steering.importers.heads import by_layer, existing, float_rows, read_float_npy, read_heads
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import WEIGHTS, Source, as_tensor, is_object_array, numbers, read_npy
@@ -32,7 +33,9 @@ class HonestLlama(Importer):
     takes = frozenset({"heads", "num_heads", "labels", "tuning", "sigma"})
 
     def claims(self, source: Source) -> bool:
-        return not source.is_folder and source.name.endswith(".npy") and not is_object_array(source.path)
+        if source.is_folder or not source.name.endswith(".npy") or is_object_array(source.path):
+            return False
+        return not is_vector(tuple(read_npy(source.file(source.name)).shape))
 
     def fits(self, source: Source, model: ModelShape) -> bool:
         shape = read_npy(source.file(source.name)).shape

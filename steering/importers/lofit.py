@@ -48,7 +48,9 @@ class LoFiTFiles(Importer):
 
 
 def _has_rows(source: Source, name: str) -> bool:
-    if is_torch(name) and not isinstance(source.torch(name), Mapping):
+    if is_torch(name) and not (
+        isinstance(found := source.torch(name), Mapping) and all(isinstance(k, str) for k in found)
+    ):
         return False
     return next(_rows(source, name), None) is not None
 

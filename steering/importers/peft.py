@@ -1,6 +1,7 @@
 """PEFT's prompt-learning adapters (huggingface/peft): adapter_config.json and adapter_model.safetensors, or .bin.
 
-PROMPT_TUNING, P_TUNING  prompt_embeddings [tokens, hidden]                                      -> soft_prompt
+PROMPT_TUNING, P_TUNING, CPT  prompt_embeddings [tokens, hidden], as they are inserted           -> soft_prompt
+MULTITASK_PROMPT_TUNING  the same, times prefix_task_cols[t] @ prefix_task_rows[t] of task t     -> soft_prompt
 PREFIX_TUNING            prompt_embeddings [tokens, 2 * layers * kv_heads * head_dim], even K    -> prefix_kv
 ADAPTION_PROMPT          per layer adaption_prompt [1, tokens, hidden] and adaption_gate [1]     -> side_attention
 """
@@ -18,9 +19,13 @@ from whipstaff.steering.shape import ModelShape
 _LABELS = (  # where an adapter comes from, how it was trained, what its model is
     "auto_mapping",
     "base_model_name_or_path",
+    "cpt_*",  # the loss of context-aware prompt tuning
     "encoder_*",
     "inference_mode",
     "num_attention_heads",
+    "num_ranks",  # as the tensors show
+    "num_tasks",
+    "opt_*",
     "peft_version",
     "prefix_projection",
     "prompt_tuning_init*",
@@ -28,11 +33,16 @@ _LABELS = (  # where an adapter comes from, how it was trained, what its model i
     "task_type",
     "tokenizer_*",
 )
+_INSERTED = ("PROMPT_TUNING", "P_TUNING", "CPT")
 _ADAPTION = re.compile(r"(?:.*\.)?layers\.(\d{1,4})\.self_attn\.adaption_(prompt|gate)")
 
 
 class PEFT(Importer):
-    name, files = "peft", "a folder with adapter_config.json: prompt tuning, prefix tuning, LLaMA-Adapter"
+    name, files = (
+        "peft",
+        "a folder with adapter_config.json: prompt tuning, also of several tasks and CPT, prefix tuning, LLaMA-Adapter",
+    )
+    takes = frozenset({"part"})
 
     def claims(self, source: Source) -> bool:
         return "adapter_config.json" in source.names
@@ -47,9 +57,13 @@ class PEFT(Importer):
             raise SteeringError("the adapter is for an encoder-decoder model")
         config.harmless(*_LABELS)
         found = source.named(name)
-        if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        if hints.part is not None and kind != "MULTITASK_PROMPT_TUNING":
+            raise SteeringError("only adapters of several tasks have parts: MULTITASK_PROMPT_TUNING", "part")
+        if kind in (*_INSERTED, "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"):
             _check_prompt(config, found.get("prompt_embeddings"), model)
-        if kind in ("PROMPT_TUNING", "P_TUNING"):
+        if kind == "MULTITASK_PROMPT_TUNING":
+            return _of_task(found, hints.part, model)
+        if kind in _INSERTED:
             return Draft(
                 "soft_prompt", {"rows": numbers(name, found.get("prompt_embeddings"), None, model.hidden_size)}
             )
@@ -67,6 +81,18 @@ def _check_prompt(config: Ledger, stored: object, model: ModelShape) -> None:
         if (said := config.get(name)) not in (None, right):
             raise SteeringError(f"{name} of adapter_config.json is {said!r}, the adapter and the model have {right!r}")
     config.harmless("token_dim")  # of prefixes it is narrower than the model's; the shape itself is checked
+
+
+def _of_task(found: Ledger, task: int | None, model: ModelShape) -> Draft:
+    """The rows of one task: those of all tasks, each number times the task's own."""
+    shared = numbers("prompt_embeddings", found.get("prompt_embeddings"), None, model.hidden_size)
+    cols = numbers("prefix_task_cols", found.get("prefix_task_cols"), None, len(shared), None)
+    rows = numbers("prefix_task_rows", found.get("prefix_task_rows"), len(cols), cols.shape[2], model.hidden_size)
+    if task is None and len(cols) != 1:
+        raise SteeringError(f"the adapter has the tasks 0 to {len(cols) - 1}; say which is meant", "part")
+    if task is not None and task >= len(cols):
+        raise SteeringError(f"the adapter has the tasks 0 to {len(cols) - 1}", "part")
+    return Draft("soft_prompt", {"rows": shared * (cols[task or 0] @ rows[task or 0])})
 
 
 def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:

@@ -23,6 +23,7 @@ from torch import Tensor
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.importer import Draft, Hints
 from whipstaff.steering.importers.ledger import Ledger
+from whipstaff.steering.importers.sight import refused_pickle
 from whipstaff.steering.importers.source import numbers
 from whipstaff.steering.shape import ModelShape, Site
 
@@ -48,6 +49,11 @@ class Pickled(Ledger):
             inner[last] = value
         return cls(file, nested)
 
+    @property
+    def whole(self) -> Any:
+        """What was pickled, but for lists, which are dicts of their places here."""
+        return self._content.get("") if self._content.keys() == {""} else self._content
+
 
 def unpickled(path: Path) -> Pickled:
     """Open a pickle in a process of its own. Raises: SteeringError with what it says."""
@@ -60,7 +66,7 @@ def unpickled(path: Path) -> Pickled:
         said = done.stderr.decode(errors="replace").strip().splitlines() or [
             f"the process ended with {done.returncode}"
         ]
-        raise SteeringError(f"{path.name} is refused: {said[-1][:500]}")
+        raise SteeringError(refused_pickle(path.name, said[-1]))
     try:
         tensors = load(done.stdout)
         length = int.from_bytes(done.stdout[:8], "little")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers import contents
 from whipstaff.steering.importers.autoencoder import (
     TRANSCODER,
     check_sandwich,
@@ -67,7 +68,8 @@ class GemmaScope(Importer):
     takes = frozenset({"layer", "site"})
 
     def claims(self, source: Source) -> bool:
-        return any(name.endswith(".npz") for name in source.names)
+        found = [name for name in source.names if name.endswith(".npz")]
+        return bool(found) and (source.is_folder or "w_dec" in map(str.lower, contents.names(source)))
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         names = [name for name in source.names if name.endswith(".npz")]

@@ -8,6 +8,7 @@ import re
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import bare_tensor
+from whipstaff.steering.importers.contents import is_vector
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape
@@ -20,7 +21,9 @@ class SPRING(Importer):
 
     def claims(self, source: Source) -> bool:
         tensor = bare_tensor(source)
-        return tensor is not None and tensor.ndim == 2 and (len(tensor) > 1 or "embeddings" in source.name)
+        if tensor is None or tensor.ndim != 2:
+            return False
+        return "embeddings" in source.name or not is_vector(tuple(tensor.shape))
 
     def fits(self, source: Source, model: ModelShape) -> bool:
         tensor = bare_tensor(source)

@@ -25,6 +25,7 @@ from torch import Tensor
 from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.ledger import Ledger, settle
+from whipstaff.steering.importers.sight import check_sight, first_line, refused_pickle
 
 MAX_JSON = 16 << 20  # bytes of any description of a file, which Python takes apart
 MAX_FILES = 4096  # of a folder
@@ -59,8 +60,11 @@ class Source:
             raise SteeringError(f"{path}: no such file or folder")
         if not path.is_dir() and not path.is_file():
             raise SteeringError(f"{path} is neither a file nor a folder")
+        if path.is_file():
+            check_sight(path)
         self.path = path
         self._contents: dict[str, Any] = {}
+        self._held: Any = None
         self._ledgers: list[Ledger] = []
         self._read: set[str] = set()
 
@@ -87,6 +91,8 @@ class Source:
         """One of `names`."""
         if name not in self.names:
             raise SteeringError(f"{self.name} has no file {name!r}")
+        if name not in self._read and self.is_folder:
+            check_sight(self.path / name)
         self._read.add(name)
         return self.path / name if self.is_folder else self.path
 
@@ -102,10 +108,27 @@ class Source:
             self._contents[name] = self.account(Ledger(name, found))
         return cast(Ledger, self._contents[name])
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a process of its own has opened the file."""
+        return self._held is not None
+
+    def hold(self, content: Any) -> None:
+        """From here on this is what the file holds."""
+        self._held = content
+
+    def again(self) -> "Source":
+        """The same, of which nothing was used."""
+        fresh = Source(self.path)
+        if self.is_held:
+            fresh._held = self._held
+            fresh.file(self.name)
+        return fresh
+
     def torch(self, name: str) -> Any:
         """What a torch file holds, read once; a ledger if it is a dict."""
         if name not in self._contents:
-            found = read_torch(self.file(name))
+            found = self._held if self.is_held else read_torch(self.file(name))
             self._contents[name] = self.account(Ledger(name, found)) if isinstance(found, Mapping) else found
         return self._contents[name]
 
@@ -172,11 +195,11 @@ def read_torch(path: Path) -> Any:
 
     Mapped, a tensor that claims more than its storage holds is refused instead of grown.
     """
-    _check_zip(path, "torch file in the zip format (torch 1.6 or later); load and save it again with a newer torch")
+    _check_torch(path)
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # torch's reader fails on bad bytes in any way it likes
-        raise SteeringError(f"{path.name} is refused by torch's safe loader: {_first_line(error)}") from error
+        raise SteeringError(refused_pickle(path.name, error)) from error
 
 
 class Safetensors(Mapping[str, Tensor]):
@@ -213,7 +236,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise SteeringError(f"{path.name} is not a sound safetensors file: {_first_line(error)}") from error
+        if isinstance(error, SteeringError):
+            raise
+        raise SteeringError(f"{path.name} is not a sound safetensors file: {first_line(error)}") from error
 
 
 def read_npy(path: Path) -> np.ndarray[Any, Any]:
@@ -236,7 +261,7 @@ def read_npz(path: Path) -> Iterator[tuple[str, Tensor]]:
             with zipfile.ZipFile(path) as archive, archive.open(info) as member:
                 data = member.read(info.file_size + 1)
         except Exception as error:  # zipfile fails on bad bytes in many ways
-            raise SteeringError(f"{path.name}: member {name!r} is damaged: {_first_line(error)}") from error
+            raise SteeringError(f"{path.name}: member {name!r} is damaged: {first_line(error)}") from error
         file = io.BytesIO(data)
         shape, dtype, fortran = _npy_header(file, f"{path.name}: {name}")
         _check_length(f"{path.name}: {name}", shape, dtype, len(data) - file.tell())
@@ -279,7 +304,7 @@ def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any], b
     try:
         shape, fortran, dtype = _header_of(file, _FORMAT.read_magic(file))
     except Exception as error:  # numpy parses the header as a Python literal
-        raise SteeringError(f"{name} is not a sound .npy array: {_first_line(error)}") from error
+        raise SteeringError(f"{name} is not a sound .npy array: {first_line(error)}") from error
     if dtype.hasobject:
         raise SteeringError(f"{name} is a pickle, which can run code when it is read; convert it offline")
     if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype.shape:
@@ -304,13 +329,25 @@ def _check_length(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], num_b
         raise SteeringError(f"{name} says {list(shape)} of {dtype}, {wanted} bytes, and has {num_bytes}")
 
 
+def _check_torch(path: Path) -> None:
+    """A file of torch's zip format, and no other."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80":
+        raise SteeringError(
+            f"{path.name} is no torch file in the zip format: it is a bare pickle, or torch's format before 1.6; "
+            "convert it offline with --unsafe-pickle, or load and save it again with a newer torch"
+        )
+    _check_zip(path, "torch file in the zip format (it may be cut off, or be something else under that name)")
+
+
 def _check_zip(path: Path, what: str, are_stored: bool = True) -> list[zipfile.ZipInfo]:
     """The members of an archive that does not blow up."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except Exception as error:  # see above
-        raise SteeringError(f"{path.name} is no {what}: {_first_line(error)}") from error
+        raise SteeringError(f"{path.name} is no {what}: {first_line(error)}") from error
     if len(members) > MAX_TENSORS:
         raise SteeringError(f"{path.name} has {len(members)} members")
     if are_stored and any(each.compress_type != zipfile.ZIP_STORED for each in members):
@@ -328,8 +365,3 @@ def _bytes(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise SteeringError(f"{path.name} has more than {most} bytes")
     return data
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,9 +1,13 @@
 """The command line: a wrong call is told what is wrong, a server that cannot run says why, doctor shows findings."""
 
+import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import goldens
 import pytest
 
 from whipstaff.server import cli
@@ -159,6 +163,35 @@ def test_vocabularies_that_differ_are_refused_with_the_token_that_does(models: d
     smaller = save_llama(tmp_path / "smaller", make_tokenizer(vocabulary=400), seed=5)
     answer = run("doctor", models["base"], *FLAGS, "--aux", f"small={smaller}")
     assert_stopped(answer, "--aux small=", "in the base's vocabulary and", "must share the base's tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: None, "no such"),
+        (lambda folder: folder.mkdir(), "config.json"),
+        (lambda folder: write_config(folder, architectures=["NoSuchForCausalLM"]), "NoSuchForCausalLM"),
+    ],
+)
+def test_a_wrong_model_folder_ends_with_a_sentence(change: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    change(tmp_path / "model")
+    answer = run("doctor", str(tmp_path / "model"), *FLAGS)
+    assert_stopped(answer, reason)
+    assert len(answer.stderr.strip().splitlines()[-1]) < 600
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    folder.mkdir()
+    config = json.loads((goldens.ROOT / "models" / "llama_a" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.engine
+def test_what_ends_the_engines_process_is_said_last(tmp_path: Path) -> None:
+    write_config(tmp_path / "model")
+    answer = run("doctor", str(tmp_path / "model"), *FLAGS, "--skip-tokenizer-init")
+    assert_stopped(answer, str(tmp_path / "model"))
+    assert "root cause" not in answer.stderr.strip().splitlines()[-1]
 
 
 def test_a_dense_model_has_no_router_to_hook(models: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`whipstaff vectors`: files are converted, shown, combined and compared, and a wrong call says what is wrong."""
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from whipstaff.server import cli, vectors_cli
 from whipstaff.steering.algebra import Source, add, orthogonalise
 from whipstaff.steering.artifacts import Header, read, write
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers import FORMATS, PICKLES
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
@@ -132,6 +134,30 @@ def test_wrong_calls_are_2(words: tuple[str, ...], reason: str, capsys: Any) -> 
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--help"], ["vectors", "convert", "--help"], ["vectors", "convert", "a", "b"]])
+def test_help_and_wrong_calls_import_neither_torch_nor_vllm(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom whipstaff.server.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'vllm', 'transformers', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_formats_are_listed_with_their_flags(capsys: Any) -> None:
+    assert run("formats") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in [*FORMATS, *PICKLES])
+    assert next(line for line in lines if line.startswith("layers")).endswith("[--layer --method --site]")
+
+
+def test_an_unknown_format_names_its_flag_and_the_nearest(tmp_path: Path, capsys: Any) -> None:
+    source = CASES / "repeng_qwen2" / "control_vector.gguf"
+    assert run("convert", source, tmp_path / "v.safetensors", "--model", SPELLED, "--format", "sealens") == 1
+    said = capsys.readouterr().err
+    assert "--format: 'sealens' is no format" in said and "vectors formats" in said and len(said) < 400
+
+
 @pytest.mark.parametrize("command", [(), ("convert",), ("show",), ("combine",), ("diff",)])
 def test_help_is_on_stdout(command: tuple[str, ...], capsys: Any) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -140,7 +166,7 @@ def test_help_is_on_stdout(command: tuple[str, ...], capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "usage: whipstaff vectors" in said
     if command == ("convert",):
-        assert "gemma_scope" in said and "--unsafe-pickle" in said
+        assert "vectors formats" in said and "--unsafe-pickle" in said and "--layer" in said
 
 
 def test_the_command_is_there(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ OPTIONAL = {  # what files of a format may lack: another of its forms, or a defa
     "repeng": {"direction.1", "direction.2"},
     "honest_llama_baked": {f"model.layers.{at}.self_attn.o_proj.bias" for at in (0, 2)},
     "lofit": {f"model.layers.{at}.self_attn.attn_v.{head}" for at, head in ((0, 1), (1, 0), (1, 1), (2, 0))},
+    "layers": {"layer_0", "layer_1", "layer_2"},
+    "transformer_lens": {"blocks.1.hook_mlp_out"},
     "xl_vlms": {"steering_vector", "concepts1"},
     "refusal": {"pos"},
     "context_knob": {"embed_dim", "rank", "orthogonalize", "parametrizations.weight.0.base"},

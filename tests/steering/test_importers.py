@@ -303,6 +303,24 @@ def _easysteer(root: Path) -> Made:
     )
 
 
+def _layers(root: Path) -> Made:
+    content = {f"layer_{layer}": (layer + 1) * V for layer in range(3)}
+    path = saved(root / "calm.pt", content)
+    return Made(path, {}, "control_vector", {f"resid_post.{layer}.add": (layer + 1) * V for layer in range(3)})
+
+
+def _svec(root: Path) -> Made:
+    said = {"model_type": "llama", "directions": {"1": V.tolist()}, "explained_variances": {"1": 0.5}}
+    (root / "refusal.svec").write_text(json.dumps(said))
+    return Made(root / "refusal.svec", {}, "vector", {"resid_pre.1.add": V})
+
+
+def _transformer_lens(root: Path) -> Made:
+    rows = numbers(1, 4, 16)
+    path = saved(root / "cache.pt", {"blocks.1.hook_resid_post": rows, "blocks.1.hook_mlp_out": numbers(1, 4, 16)})
+    return Made(path, {}, "actadd", {"resid_pre.2.rows": rows[0]})
+
+
 def _xl_vlms(root: Path) -> Made:
     content = {"steering_vector": numbers(2, 2, 16), "steering_vector_concept_0_to_1": V, "concepts1": numbers(2, 16)}
     path = saved(root / "shift.pth", content)
@@ -431,6 +449,9 @@ MAKERS: dict[str, list[Callable[[Path], Made]]] = {
     "function_vector": [_function_vector],
     "caa": [_caa],
     "easysteer": [_easysteer],
+    "layers": [_layers],
+    "svec": [_svec],
+    "transformer_lens": [_transformer_lens],
     "xl_vlms": [_xl_vlms],
     "refusal": [_refusal],
     "context_knob": [_knob],
@@ -695,7 +716,7 @@ def bad_files(root: Path) -> Iterator[Bad]:
 
     layer = {"layer": 1}
     yield Bad(root / "nowhere", "no such file")
-    yield Bad(raw("empty.pt", b""), "no torch file")
+    yield Bad(raw("empty.pt", b""), "is empty")
     yield Bad(raw("pickle.pt", pickle.dumps(Runs())), "no torch file", layer)
     yield Bad(saved(root / "code.pt", {"steering_vector": Runs()}), "safe loader", layer)
     torch.save(V, root / "old.pt", _use_new_zipfile_serialization=False)
@@ -709,8 +730,8 @@ def bad_files(root: Path) -> Iterator[Bad]:
     yield Bad(
         rewritten(saved(root / "deflated.pt", V), lambda _, data: data, zipfile.ZIP_DEFLATED), "compressed", layer
     )
-    yield Bad(saved(root / "spread.pt", torch.zeros(1, 1).expand(1 << 20, 1 << 20)), "shape")
-    yield Bad(saved(root / "wide.pt", torch.zeros(1, 1).expand(1 << 26, 16)), "contiguous")
+    yield Bad(saved(root / "spread.pt", torch.zeros(1, 1).expand(1 << 20, 1 << 20)), "shape", {"format": "spring"})
+    yield Bad(saved(root / "wide.pt", torch.zeros(1, 1).expand(1 << 26, 16)), "contiguous", {"format": "spring"})
     yield Bad(saved(root / "integers.pt", torch.arange(16)), "dtype", layer)
     yield Bad(saved(root / "sparse.pt", torch.eye(16)[0].to_sparse()), "plain|safe loader|shape", layer)
     yield Bad(saved(root / "nan.pt", V * torch.nan), "finite", layer)
@@ -726,7 +747,7 @@ def bad_files(root: Path) -> Iterator[Bad]:
     yield Bad(raw("none.gguf", gguf()), "no tensors")
     yield Bad(raw("far.gguf", gguf(("direction.7", V))), "layers 0 to 2")
     yield Bad(raw("object.npy", npy("()", "'|O'", pickle.dumps(Runs()))), "unsafe-pickle")
-    named = {"sigma": root / "object.npy"}
+    named = {"sigma": root / "object.npy", "format": "honest_llama"}
     yield Bad(raw("huge.npy", npy("(1099511627776, 3, 16)")), "bytes")
     yield Bad(raw("negative.npy", npy("(-4, 3, 16)")), "shape|sound")
     yield Bad(raw("void.npy", npy("(2,)", "[('a', '<f4')]", b"\0" * 8)), "dtype")
@@ -784,7 +805,7 @@ def test_pickles_know_arrays_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "cut.npy").write_bytes((CASES / "angular_70_llama" / "steering_config.npy").read_bytes()[:900])
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"a": 1}))
     before = listing(tmp_path)
-    for name, reason in (("code.npy", "system, which is refused"), ("cut.npy", "refused"), ("other.pkl", "none of")):
+    for name, reason in (("code.npy", "asks to run .*system"), ("cut.npy", "refused"), ("other.pkl", "no format")):
         with pytest.raises(SteeringError, match=reason):
             import_pickle(tmp_path / name, SHAPE)
     assert listing(tmp_path) == before

@@ -1,0 +1,46 @@
+"""What ends an engine's process is said by the one that started it, in one line."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from whipstaff.server.engine import causes
+
+LOST = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}")
+CHILD = """
+import logging
+from whipstaff.server.engine import causes
+causes.tell(); causes.tell()
+logger = logging.getLogger("vllm.v1.engine.core")
+logger.error("no exception")
+for text in ("the first\\nreason", "another"):
+    try: raise {kind}(text)
+    except Exception: logger.exception("EngineCore failed to start.")
+"""
+
+
+def fail(kind: str) -> None:
+    subprocess.run([sys.executable, "-c", CHILD.format(kind=kind)], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("ValueError", "the first reason"), ("KeyError", "KeyError: 'the first")])
+def test_the_first_exception_of_a_process_is_the_cause(kind: str, said: str) -> None:
+    with causes.asked() as told:
+        assert told.of(LOST) == str(LOST)  # nobody has told anything yet
+        fail(kind)
+        assert told.of(LOST).startswith(said) and "\n" not in told.of(LOST)
+        assert told.of(ValueError("a clear\nsentence")) == "a clear sentence"
+
+
+def test_nothing_is_told_where_nobody_asked() -> None:
+    before = list(logging.getLogger("vllm").handlers)
+    causes.tell()
+    assert logging.getLogger("vllm").handlers == before
+    fail("ValueError")
+
+
+def test_errors_without_words_say_their_class() -> None:
+    assert causes.sentence(AssertionError()) == "AssertionError"
+    assert causes.sentence(ValueError("x")) == "x"
