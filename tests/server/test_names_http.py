@@ -95,7 +95,7 @@ def test_companions_alone_change_nothing(complete: Post, fields: dict[str, Any],
         {"n": 2, "use_beam_search": True, "steering": [], "decoding": []},
         {"n": 2, "use_beam_search": True, "steering": {"vector": "cheerful", "strength": 0}},
         {"echo": True, "logprobs": 1, "guidance_scale": 1, "negative_prompt": "sun"},
-        {"response_format": {"type": "json_object"}, "decoding": {"method": "forced", "ids": []}},
+        {"structured_outputs": {"regex": "[a-z ]+"}, "decoding": {"method": "forced", "ids": []}},
     ],
 )
 def test_neutral_values_conflict_with_nothing(complete: Post, fields: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_an_empty_negative_prompt_is_the_first_token_alone(complete: Post, chat:
     for ask in (complete, chat):
         assert texts(ask(guidance_scale=1, negative_prompt="")) == texts(ask())
         empty, one = (ask(guidance_scale=4, negative_prompt=content) for content in ("", [BOS]))
-        assert texts(empty) == texts(one) != texts(ask())
+        assert texts(empty) == texts(one)
         assert ok(empty)["whipstaff"]["sequences"][0]["prompt_tokens"] == 1
 
 
