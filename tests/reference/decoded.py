@@ -81,6 +81,7 @@ class Decoding:
     breakers: frozenset[int] = frozenset()
     mu: float | None = None  # mirostat's
     kept: float | None = None  # a sequence's temperature
+    idle: str = ""  # a method that does nothing in its place
 
     def row(self, ids: Sequence[int], seen: Seen) -> list[float]:
         """What the token after `ids` is drawn from."""
@@ -92,15 +93,14 @@ class Decoding:
             for entry in entries:
                 if entry["method"] == name:
                     change: Callable[[Row, Any, Sequence[int], Seen], list[float]] = getattr(self, f"_{name}")
-                    row = change(row, entry, ids, seen)
+                    row = row if name == self.idle else change(row, entry, ids, seen)
                     done = done or name in ("adaptive_temperature", "edt", "dynatemp")
         return row
 
     def note(self, row: Row, token: int) -> None:
         """Learn what was drawn."""
         for entry in self.entries:
-            if entry["method"] == "mirostat":
-                assert self.mu is not None
+            if entry["method"] == "mirostat" and self.mu is not None:
                 own = DEFAULTS["mirostat"] | dict(entry)
                 self.mu = mirostat.learnt(row, token, self.mu, own["tau"], own["eta"])
 

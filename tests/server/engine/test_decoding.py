@@ -67,7 +67,7 @@ SAMPLED: dict[str, list[dict[str, Any]]] = {
         {"method": "adaptive_temperature", "head": "temperature_head", "level": "sequence", "choose": "sample"}
     ],
     "edt": [{"method": "edt"}],
-    "dynatemp": [{"method": "dynatemp", "range": 0.4}, {"method": "top_n_sigma", "n": 1.0}],
+    "dynatemp": [{"method": "dynatemp", "range": 0.8, "exponent": 12.0}, {"method": "top_n_sigma", "n": 3.0}],
     "top_n_sigma": [{"method": "top_n_sigma", "n": 1.0}],
     "typical_p": [{"method": "typical_p", "p": 0.5}],
     "top_a": [{"method": "top_a", "a": 0.9}],
@@ -178,13 +178,14 @@ class Bench:
         return found
 
     def needs_all(self, name: str, ask: Ask, tokens: list[int]) -> bool:
-        """Whether none of its methods could be left out and the answer be the same."""
+        """Whether none of its methods could be left out, or do nothing in its place, and the answer be the same."""
         whole = self.decoding(name, ask.prompt)
-        for index in range(len(whole.entries)):
-            less = replace(whole, entries=[*whole.entries[:index], *whole.entries[index + 1 :]])
-            if all(gap < NEAR for gap in self.gaps(less, ask, tokens)):
-                return False
-        return True
+        less = [replace(whole, idle=entry["method"]) for entry in whole.entries]
+        less += [
+            replace(whole, entries=[*whole.entries[:index], *whole.entries[index + 1 :]])
+            for index in range(len(whole.entries))
+        ]
+        return all(any(gap >= NEAR for gap in self.gaps(one, ask, tokens)) for one in less)
 
     def gaps(self, one: Decoding, ask: Ask, tokens: list[int]) -> Iterator[float]:
         """By how much each token is worse than the best."""
