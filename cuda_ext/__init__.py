@@ -21,11 +21,10 @@ __all__ = [
     "apply_temperature_",
     "attention_rows",
     "cut_rows_",
-    "diag_edit_",
     "divergences",
     "explain_rows",
-    "lowrank_edit_",
     "mix_logits_",
+    "put_rows_",
     "run_edits_",
     "typical_rows_",
 ]
@@ -33,8 +32,7 @@ __all__ = [
 IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
 
-_diag_edit_ = torch.ops.whipstaff.diag_edit_.default
-_lowrank_edit_ = torch.ops.whipstaff.lowrank_edit_.default
+_put_rows_ = torch.ops.whipstaff.put_rows_.default
 _run_edits_ = torch.ops.whipstaff.run_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
@@ -45,55 +43,14 @@ _typical_rows_ = torch.ops.whipstaff.typical_rows_.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
-def diag_edit_(
-    x: Tensor,
-    mul: Tensor | None,
-    add: Tensor | None,
-    slot: Tensor,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-    renorm: bool = False,
-) -> None:
-    """x[t] <- x[t] * mul[s] + add[s]   where s = slot[t] names a row; every other token is left alone, bit for bit.
+def put_rows_(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    """x[t] <- rows[index[t]] where index[t] names a row; every other token is left alone, bit for bit.
 
-    With `gain`:      x[t] <- x[t] + gain[t] * (edit(x[t]) - x[t]);  gain 0 leaves the token alone.
-    With `residual`:  x[t] <- edit(x[t] + residual[t]);  residual[t] <- 0.
-    With `renorm`:    the edited row is rescaled to the length it had before.
-
-    x, residual   (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
-    mul           (S, H), or (S, G) with G dividing H: one scale per H / G columns; float32 or x's type, or None
-    add           (S, H) of mul's type, or None
-    slot          (>= T,) int32 or int64, the first T are used; outside [0, S) = leave alone
-    gain          (>= T,) float32, or None
+    x       (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
+    rows    (N, H) of x's type
+    index   (>= T,) int32, the first T are used; outside [0, N) = leave alone
     """
-    _diag_edit_(x, mul, add, slot, gain, residual, renorm)
-
-
-def lowrank_edit_(
-    x: Tensor,
-    read: Tensor,
-    write: Tensor,
-    phi: Tensor,
-    phi_args: Tensor,
-    slot: Tensor,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> None:
-    """x[t] += gain[t] * sum over r of phi_r(read[s, r] . h + bias[s, r]) * write[s, r]   where s = slot[t] names a row.
-
-    h = x[t], or x[t] + residual[t]; other tokens are left alone, bit for bit, as are those with gain 0.
-
-    x             (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
-    read, write   (S, R, H) with R up to 64; float32 or x's type, both the same
-    phi           (S, R) int32: one `Phi` per direction; the halves of a pair carry the same, the first at an even r
-    phi_args      (S, R, 4) float32: the arguments a, b, c, d of each direction; a pair reads those of its first half
-    slot          (>= T,) int32 or int64, the first T are used; outside [0, S) = leave alone
-    bias          (S, R) float32, or None
-    gain          (>= T,) float32, or None
-    residual      as x, read only: what is added to x reaches the sum of the two
-    """
-    _lowrank_edit_(x, read, write, phi, phi_args, slot, bias, gain, residual)
+    _put_rows_(x, rows, index)
 
 
 def run_edits_(
@@ -198,17 +155,15 @@ class Explanation(NamedTuple):
 
     entropy: Tensor  # (R,) of softmax(final), in nats
     divergence: Tensor  # (R,) KL(softmax(final) || softmax(base)) in nats, inf where base bans what final allows
-    tokens: Tensor  # (R, num_deltas) int64 the tokens whose probability changed most, the most changed first
-    deltas: Tensor  # (R, num_deltas) by how much: probability in final minus probability in base
 
 
-def explain_rows(final: Tensor, base: Tensor | None = None, num_deltas: int = 0) -> Explanation:
+def explain_rows(final: Tensor, base: Tensor | None = None) -> Explanation:
     """Entropy of each row of `final`, and what sets it apart from the same row of `base`.
 
     final   (R, V) float32, bfloat16 or float16
-    base    (R, >= V) likewise; without it the divergence reads 0 and num_deltas must be 0
+    base    (R, >= V) likewise; without it the divergence reads 0
     """
-    return Explanation(*_explain_rows(final, base, num_deltas))
+    return Explanation(*_explain_rows(final, base))
 
 
 def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:

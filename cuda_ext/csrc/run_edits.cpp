@@ -150,15 +150,13 @@ struct Machine {
   void diag(T* row, T* rest, const Instruction& i) const {
     const float *mul = edits.line(i.i0), *add = edits.line(i.i1);
     for (int64_t begin = 0; begin < edits.width; begin += BLOCK) {
-      const Block<T, float> block{.x = row + begin,
-                                  .residual = rest ? rest + begin : nullptr,
-                                  .mul = mul ? mul + begin : Neutral<float>::get().ones,
-                                  .add = add ? add + begin : Neutral<float>::get().negative_zeros,
-                                  .gain = gain,
-                                  .begin = begin,
-                                  .size = std::min(BLOCK, edits.width - begin)};
-      const auto put = [target = row + begin](int64_t column, float, float y) { target[column] = static_cast<T>(y); };
-      gain == 1.0f ? block.template for_columns<false>(put) : block.template for_columns<true>(put);
+      const DiagBlock<T> block{.x = row + begin,
+                               .residual = rest ? rest + begin : nullptr,
+                               .mul = mul ? mul + begin : Neutral::get().ones,
+                               .add = add ? add + begin : Neutral::get().negative_zeros,
+                               .gain = gain,
+                               .size = std::min(BLOCK, edits.width - begin)};
+      block.edit();
       if (rest) std::memset(rest + begin, 0, block.size * sizeof(T));
     }
   }
