@@ -9,12 +9,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from whipstaff.cuda_ext.instructions import MAX_GROUP, Op, Phi, described
 from whipstaff.cuda_ext.libraries import load
-from whipstaff.cuda_ext.op import Op
-from whipstaff.cuda_ext.phi import Phi
 
 __all__ = [
     "IMPLEMENTATION",
+    "MAX_GROUP",
     "Explanation",
     "Op",
     "Phi",
@@ -73,24 +73,7 @@ def run_edits_(
     h, kept in float32; g, u_in, u_out = 1; mean = 0; tau = -inf; saved = 0. With [op, i0, i1, i2, ..] from `code` and
     a, b, c, d, bias, e from `args`, L = lines, H = history[tokens[t, 2 + j]] (NaN = not read), q = tokens[t, 1]:
 
-    END           stop; so does leaving the code, or running more instructions than it has
-    JUMP          go on at code[i0]
-    GAIN          g <- a * gains[t, i0], or a where i0 < 0
-    WHEN          g <- g * state, j = i0. i1 = 1: c * H[0] > a. Else hysteresis: c * H[q] above a is on, at most b or
-                  NaN is off, and between the two the state at q - 1 holds (before 0: off)
-    RAMP          g <- g * (c + (d - c) * clamp((H[q] - a) / (b - a), 0, 1)), j = i0; NaN counts as c
-    DIAG          h <- h + g * (h * L[i0] + L[i1] - h);  an index of -1: ones, zeros
-    CROSS         h[i] <- h[i] + g * (L[i0, i] * h[i] + L[i1, i] * h[i ^ i2] - h[i]);  i2 is a power of two
-    DIR           z = (L[i0] . h - mean * e) * u_in + bias;  h <- h + g * u_out * phi(z) * L[i1], phi = i2 with a..d.
-                  i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, up to one with i3 = 1 and at most
-                  64, read the same h; the halves of a pair lie at an even offset among them and the next
-    SAVE, RENORM  saved <- |h|;  h <- h * saved / |h|, where the program has changed h and |h| > 0
-    PROBE         H[q] <- L[i0] . h + bias, j = i1;  i2 = 1: into H[0];  i3 = 1: L[i0] . h / |h| + bias
-    METER         meter += [|h|, 1]
-    TOP_K         tau <- the i2-th largest encoder[r] . h * u_in + encoder_bias[r] of the i1 rows from i0 on
-    NORM_IN       i0 = 0: u_in, u_out, mean <- 1, 1, 0;  1: sqrt(W) / |h|, |h| / sqrt(W), 0;
-                  2: 1 / (std(h) + 1e-5), std(h), mean(h), with the unbiased std
-    KEEP          kept[t] <- h
+    {instructions}
 
     Where g is 0, DIAG, CROSS and DIR change nothing. A token sees its own PROBEs; what it sees of other tokens' PROBEs
     in the same call is not defined. Program positions outside `code`, history rows outside `history` and positions
@@ -108,6 +91,9 @@ def run_edits_(
     kept          (>= T, W) of x's type, changed in place, or None
     """
     _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept)
+
+
+run_edits_.__doc__ = (run_edits_.__doc__ or "").replace("    {instructions}", described(indent=4))
 
 
 def mix_logits_(

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext.phi import Phi
+from whipstaff.cuda_ext.instructions import Phi
 
 WHOLE_MASS = 2.0**40  # sums of whole numbers do not depend on their order
 IS_CHECKED = os.environ.get("WHIPSTAFF_CUDA_EXT_CHECKED") == "1"

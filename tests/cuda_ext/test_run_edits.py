@@ -112,11 +112,10 @@ def any_program(random: Random, width: int) -> Program:
         group: Program = []
         for _ in range(random.randint(1, 4)):
             phi = random.choice(list(Phi))
-            is_pair = phi in (Phi.ANGLE, Phi.ROTATE)
-            if is_pair and len(group) % 2:
+            if phi.is_pair and len(group) % 2:
                 group.append(direction(-1, line(), Phi.OFF, 0))
             first = int(not group and random.random() < 0.5)
-            for half in range(2 if is_pair else 1):
+            for half in range(2 if phi.is_pair else 1):
                 read, write = random.choice([-1, line(), line()]), random.choice([-1, line(), line()])
                 args, bias = [real() for _ in range(4)], real() * random.randrange(2)
                 group.append(direction(read, write, phi, 0 if half else first, args, bias, real()))
@@ -577,14 +576,17 @@ MISTAKES: dict[str, tuple[Program, str]] = {
     "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Op.DIAG, -1, 3), (Op.END,)], ""),
     "token 1, instruction 0: line -1 is outside [0, 3)": ([(Op.CROSS, 0, -1, 1), (Op.END,)], ""),
     "token 1, instruction 1: stride 8 does not pair 8 columns": ([(Op.SAVE,), (Op.CROSS, 0, 0, 8), (Op.END,)], ""),
-    "token 1, instruction 0: phi 99 is outside [0, 11)": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
+    f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
     "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Op.GAIN, 1), (Op.END,)], ""),
     "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Op.WHEN, 1), (Op.END,)], ""),
     "token 1, instruction 0: history row 2 is outside [-1, 2)": ([(Op.PROBE, 0, 0), (Op.END,)], "tokens[1, 2] = 2"),
-    "token 1, instruction 0: TOP_K needs an encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
+    "token 1, instruction 0: TOP_K needs encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
     "token 1, instruction 0: encoder row 3 is outside [0, 3)": ([(Op.TOP_K, 1, 3, 1), (Op.END,)], "encoder = lines"),
-    "token 1, instruction 0: KEEP has nowhere to keep it": ([(Op.KEEP,), (Op.END,)], ""),
-    "token 1, instruction 0: op 15 is outside [0, 15)": ([(15,), (Op.END,)], ""),
+    "token 1, instruction 0: KEEP needs kept": ([(Op.KEEP,), (Op.END,)], ""),
+    f"token 1, instruction 0: op {len(Op)} is outside [0, {len(Op)})": ([(len(Op),), (Op.END,)], ""),
+    "token 1, instruction 0: gains column -2 is outside [-1, 1)": ([(Op.GAIN, -2), (Op.END,)], ""),
+    "token 1, instruction 0: stride 0 does not pair 8 columns": ([(Op.CROSS, 0, 0, 0), (Op.END,)], ""),
+    "token 1, instruction 0: encoder row -1 is outside [0, 3)": ([(Op.TOP_K, 0, 0, 1), (Op.END,)], "encoder = lines"),
     "token 1 leaves the code for 1, it has 1 instructions": ([(Op.SAVE,)], ""),
     "token 1 leaves the code for -3, it has 1 instructions": ([(Op.JUMP, -3)], ""),
     "token 1: its program does not end": ([(Op.SAVE,), (Op.JUMP, 0)], ""),
