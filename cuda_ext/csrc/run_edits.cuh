@@ -132,8 +132,8 @@ struct Registers {
 template <class Machine>
 WHIPSTAFF_DEVICE void run(Machine& machine) {
   while (machine.is_running()) {
-    const Instruction i = machine.edits.code[machine.pc];
-    const Arguments arg = machine.edits.args[machine.pc];
+    const Instruction& i = machine.edits.code[machine.pc];
+    const Arguments& arg = machine.edits.args[machine.pc];
     ++machine.pc, --machine.left;
     switch (i.op) {
 #define WHIPSTAFF_STEP(op, step) \
