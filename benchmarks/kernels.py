@@ -39,7 +39,7 @@ def slots(popularity: str, num_tokens: int, device: str) -> Tensor:
     return torch.full((num_tokens,), -1 if popularity == NOBODY else 0, device=device)
 
 
-def diag_cases(device: str) -> Iterator[Case]:
+def put_cases(device: str) -> Iterator[Case]:
     from whipstaff import cuda_ext
     from whipstaff.cuda_ext import reference
 
@@ -48,42 +48,15 @@ def diag_cases(device: str) -> Iterator[Case]:
         for num_tokens in (1, 64, 256):
             for popularity in (NOBODY, ALL_ONE, ALL_DIFFERENT):
                 x = torch.randn(num_tokens, hidden, device=device).to(dtype)
-                mul, add = torch.ones(num_tokens, hidden, device=device), torch.zeros(num_tokens, hidden, device=device)
-                slot = slots(popularity, num_tokens, device)
-                num_rows = {NOBODY: 0, ALL_ONE: 1, ALL_DIFFERENT: num_tokens}[popularity]
-                edited = 0 if popularity == NOBODY else 2 * x.nbytes
-                arguments = x, mul, add, slot
+                rows, index = x.clone(), slots(popularity, num_tokens, device).int()
+                moved = {NOBODY: 0, ALL_ONE: x.nbytes + x[0].nbytes, ALL_DIFFERENT: 2 * x.nbytes}[popularity]
+                arguments = x, rows, index
                 yield Case(
-                    "diag_edit_",
+                    "put_rows_",
                     {"tokens": num_tokens, "hidden": hidden, "dtype": str(dtype), "slots": popularity},
-                    lambda arguments=arguments: cuda_ext.diag_edit_(*arguments),
-                    lambda arguments=arguments: reference.diag_edit_(*arguments),
-                    edited + num_rows * hidden * 8 + slot.nbytes,
-                )
-
-
-def lowrank_cases(device: str) -> Iterator[Case]:
-    from whipstaff import cuda_ext
-    from whipstaff.cuda_ext import Phi, reference
-
-    hidden = 4096
-    for rank in (1, 16):
-        for num_tokens in (64, 256):
-            for popularity in (NOBODY, ALL_ONE, ALL_DIFFERENT):
-                x = torch.randn(num_tokens, hidden, device=device).bfloat16()
-                table = torch.randn(num_tokens, rank, hidden, device=device).bfloat16() / hidden
-                phi = torch.full((num_tokens, rank), Phi.SET, dtype=torch.int32, device=device)
-                args = torch.zeros(num_tokens, rank, 4, device=device)
-                slot = slots(popularity, num_tokens, device)
-                num_rows = {NOBODY: 0, ALL_ONE: 1, ALL_DIFFERENT: num_tokens}[popularity]
-                edited = 0 if popularity == NOBODY else 3 * x.nbytes  # read twice, written once
-                arguments = x, table, table, phi, args, slot
-                yield Case(
-                    "lowrank_edit_",
-                    {"tokens": num_tokens, "hidden": hidden, "rank": rank, "dtype": str(x.dtype), "slots": popularity},
-                    lambda arguments=arguments: cuda_ext.lowrank_edit_(*arguments),
-                    lambda arguments=arguments: reference.lowrank_edit_(*arguments),
-                    edited + 2 * num_rows * rank * hidden * 2 + slot.nbytes,
+                    lambda arguments=arguments: cuda_ext.put_rows_(*arguments),
+                    lambda arguments=arguments: reference.put_rows_(*arguments),
+                    moved + index.nbytes,
                 )
 
 
@@ -263,7 +236,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     for device in chosen.device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]):
         print(json.dumps(machine(device) | {"threads": chosen.threads, "python": platform.python_version()}))
-        for cases in (diag_cases, lowrank_cases, program_cases, mix_cases, row_cases):
+        for cases in (put_cases, program_cases, mix_cases, row_cases):
             for case in cases(device):
                 if not chosen.kernel or case.name in chosen.kernel:
                     print(json.dumps(measure(case, device, chosen.budget)), flush=True)

@@ -9,23 +9,22 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from whipstaff.cuda_ext.instructions import MAX_GROUP, Op, Phi, described
 from whipstaff.cuda_ext.libraries import load
-from whipstaff.cuda_ext.op import Op
-from whipstaff.cuda_ext.phi import Phi
 
 __all__ = [
     "IMPLEMENTATION",
+    "MAX_GROUP",
     "Explanation",
     "Op",
     "Phi",
     "apply_temperature_",
     "attention_rows",
     "cut_rows_",
-    "diag_edit_",
     "divergences",
     "explain_rows",
-    "lowrank_edit_",
     "mix_logits_",
+    "put_rows_",
     "run_edits_",
     "typical_rows_",
 ]
@@ -33,8 +32,7 @@ __all__ = [
 IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
 
-_diag_edit_ = torch.ops.whipstaff.diag_edit_.default
-_lowrank_edit_ = torch.ops.whipstaff.lowrank_edit_.default
+_put_rows_ = torch.ops.whipstaff.put_rows_.default
 _run_edits_ = torch.ops.whipstaff.run_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
@@ -45,55 +43,14 @@ _typical_rows_ = torch.ops.whipstaff.typical_rows_.default
 _attention_rows = torch.ops.whipstaff.attention_rows.default
 
 
-def diag_edit_(
-    x: Tensor,
-    mul: Tensor | None,
-    add: Tensor | None,
-    slot: Tensor,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-    renorm: bool = False,
-) -> None:
-    """x[t] <- x[t] * mul[s] + add[s]   where s = slot[t] names a row; every other token is left alone, bit for bit.
+def put_rows_(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    """x[t] <- rows[index[t]] where index[t] names a row; every other token is left alone, bit for bit.
 
-    With `gain`:      x[t] <- x[t] + gain[t] * (edit(x[t]) - x[t]);  gain 0 leaves the token alone.
-    With `residual`:  x[t] <- edit(x[t] + residual[t]);  residual[t] <- 0.
-    With `renorm`:    the edited row is rescaled to the length it had before.
-
-    x, residual   (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
-    mul           (S, H), or (S, G) with G dividing H: one scale per H / G columns; float32 or x's type, or None
-    add           (S, H) of mul's type, or None
-    slot          (>= T,) int32 or int64, the first T are used; outside [0, S) = leave alone
-    gain          (>= T,) float32, or None
+    x       (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
+    rows    (N, H) of x's type
+    index   (>= T,) int32, the first T are used; outside [0, N) = leave alone
     """
-    _diag_edit_(x, mul, add, slot, gain, residual, renorm)
-
-
-def lowrank_edit_(
-    x: Tensor,
-    read: Tensor,
-    write: Tensor,
-    phi: Tensor,
-    phi_args: Tensor,
-    slot: Tensor,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> None:
-    """x[t] += gain[t] * sum over r of phi_r(read[s, r] . h + bias[s, r]) * write[s, r]   where s = slot[t] names a row.
-
-    h = x[t], or x[t] + residual[t]; other tokens are left alone, bit for bit, as are those with gain 0.
-
-    x             (T, H) float32, bfloat16 or float16, changed in place; rows may be strided
-    read, write   (S, R, H) with R up to 64; float32 or x's type, both the same
-    phi           (S, R) int32: one `Phi` per direction; the halves of a pair carry the same, the first at an even r
-    phi_args      (S, R, 4) float32: the arguments a, b, c, d of each direction; a pair reads those of its first half
-    slot          (>= T,) int32 or int64, the first T are used; outside [0, S) = leave alone
-    bias          (S, R) float32, or None
-    gain          (>= T,) float32, or None
-    residual      as x, read only: what is added to x reaches the sum of the two
-    """
-    _lowrank_edit_(x, read, write, phi, phi_args, slot, bias, gain, residual)
+    _put_rows_(x, rows, index)
 
 
 def run_edits_(
@@ -116,24 +73,7 @@ def run_edits_(
     h, kept in float32; g, u_in, u_out = 1; mean = 0; tau = -inf; saved = 0. With [op, i0, i1, i2, ..] from `code` and
     a, b, c, d, bias, e from `args`, L = lines, H = history[tokens[t, 2 + j]] (NaN = not read), q = tokens[t, 1]:
 
-    END           stop; so does leaving the code, or running more instructions than it has
-    JUMP          go on at code[i0]
-    GAIN          g <- a * gains[t, i0], or a where i0 < 0
-    WHEN          g <- g * state, j = i0. i1 = 1: c * H[0] > a. Else hysteresis: c * H[q] above a is on, at most b or
-                  NaN is off, and between the two the state at q - 1 holds (before 0: off)
-    RAMP          g <- g * (c + (d - c) * clamp((H[q] - a) / (b - a), 0, 1)), j = i0; NaN counts as c
-    DIAG          h <- h + g * (h * L[i0] + L[i1] - h);  an index of -1: ones, zeros
-    CROSS         h[i] <- h[i] + g * (L[i0, i] * h[i] + L[i1, i] * h[i ^ i2] - h[i]);  i2 is a power of two
-    DIR           z = (L[i0] . h - mean * e) * u_in + bias;  h <- h + g * u_out * phi(z) * L[i1], phi = i2 with a..d.
-                  i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, up to one with i3 = 1 and at most
-                  64, read the same h; the halves of a pair lie at an even offset among them and the next
-    SAVE, RENORM  saved <- |h|;  h <- h * saved / |h|, where the program has changed h and |h| > 0
-    PROBE         H[q] <- L[i0] . h + bias, j = i1;  i2 = 1: into H[0];  i3 = 1: L[i0] . h / |h| + bias
-    METER         meter += [|h|, 1]
-    TOP_K         tau <- the i2-th largest encoder[r] . h * u_in + encoder_bias[r] of the i1 rows from i0 on
-    NORM_IN       i0 = 0: u_in, u_out, mean <- 1, 1, 0;  1: sqrt(W) / |h|, |h| / sqrt(W), 0;
-                  2: 1 / (std(h) + 1e-5), std(h), mean(h), with the unbiased std
-    KEEP          kept[t] <- h
+    {instructions}
 
     Where g is 0, DIAG, CROSS and DIR change nothing. A token sees its own PROBEs; what it sees of other tokens' PROBEs
     in the same call is not defined. Program positions outside `code`, history rows outside `history` and positions
@@ -151,6 +91,9 @@ def run_edits_(
     kept          (>= T, W) of x's type, changed in place, or None
     """
     _run_edits_(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept)
+
+
+run_edits_.__doc__ = (run_edits_.__doc__ or "").replace("    {instructions}", described(indent=4))
 
 
 def mix_logits_(
@@ -198,17 +141,15 @@ class Explanation(NamedTuple):
 
     entropy: Tensor  # (R,) of softmax(final), in nats
     divergence: Tensor  # (R,) KL(softmax(final) || softmax(base)) in nats, inf where base bans what final allows
-    tokens: Tensor  # (R, num_deltas) int64 the tokens whose probability changed most, the most changed first
-    deltas: Tensor  # (R, num_deltas) by how much: probability in final minus probability in base
 
 
-def explain_rows(final: Tensor, base: Tensor | None = None, num_deltas: int = 0) -> Explanation:
+def explain_rows(final: Tensor, base: Tensor | None = None) -> Explanation:
     """Entropy of each row of `final`, and what sets it apart from the same row of `base`.
 
     final   (R, V) float32, bfloat16 or float16
-    base    (R, >= V) likewise; without it the divergence reads 0 and num_deltas must be 0
+    base    (R, >= V) likewise; without it the divergence reads 0
     """
-    return Explanation(*_explain_rows(final, base, num_deltas))
+    return Explanation(*_explain_rows(final, base))
 
 
 def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:

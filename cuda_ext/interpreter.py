@@ -3,33 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext.op import Op
-from whipstaff.cuda_ext.phi import Phi
+from whipstaff.cuda_ext.instructions import MAX_GROUP, Instruction, Op, Operand, Phi
 from whipstaff.cuda_ext.reference import IS_CHECKED, apply_phi, compute_type
-
-MAX_GROUP = 64  # directions that read the same h
-
-
-class Instruction(NamedTuple):
-    """One row of `code` and of `args`."""
-
-    op: int
-    i0: int
-    i1: int
-    i2: int
-    i3: int
-    i4: int
-    a: float
-    b: float
-    c: float
-    d: float
-    bias: float
-    e: float
 
 
 class Call(NamedTuple):
@@ -44,6 +24,24 @@ class Call(NamedTuple):
     encoder: Tensor | None
     encoder_bias: Tensor | None
     kept: Tensor | None
+
+    @property
+    def num_conditions(self) -> int:
+        return self.tokens.shape[1] - 2
+
+    @property
+    def sizes(self) -> dict[Operand, int]:
+        """One past the highest that an operand of each kind may be, where it has bounds."""
+        num_features = 0 if self.encoder is None else len(self.encoder)
+        return {
+            Operand.GAIN: self.gains.shape[1],
+            Operand.CONDITION: self.num_conditions,
+            Operand.LINE: len(self.lines),
+            Operand.MAYBE_LINE: len(self.lines),
+            Operand.PHI: len(Phi),
+            Operand.FEATURE: num_features,
+            Operand.NUM_FEATURES: num_features,
+        }
 
 
 def run_edits_(
@@ -72,7 +70,7 @@ def run_edits_(
         h = x[token].to(compute_type(x), copy=True)
         if residual is not None:
             h += residual[token]
-        machine = Machine(call, token, h)
+        machine = Machine(call, token, h, pc=int(tokens[token, 0]), left=len(program))
         machine.run()
         if machine.is_changed:
             x[token] = machine.h.to(x.dtype)
@@ -82,12 +80,14 @@ def run_edits_(
 
 @dataclass
 class Machine:
-    """One token's registers, and what each instruction does to them."""
+    """One token's registers, and a step for every instruction."""
 
     call: Call
     token: int
     h: Tensor  # (W,)
-    gain: float = 1.0
+    pc: int  # the next instruction
+    left: int  # how many may still run: a program that jumps in circles ends too
+    g: float = 1.0
     saved: float = 0.0
     u_in: float = 1.0
     u_out: float = 1.0
@@ -97,21 +97,10 @@ class Machine:
 
     def run(self) -> None:
         program = self.call.program
-        pc, budget = int(self.call.tokens[self.token, 0]), len(program)  # a program that jumps in circles ends too
-        while 0 <= pc < len(program) and budget > 0:
-            i = program[pc]
-            if i.op == Op.JUMP:
-                length, pc = 1, i.i0
-            elif i.op == Op.DIR:
-                length = group_length(program, pc)
-                self.directions(program[pc : pc + length])
-                pc += length
-            elif i.op in self.STEPS:
-                self.STEPS[i.op](self, i)
-                length, pc = 1, pc + 1
-            else:
-                return
-            budget -= length
+        while 0 <= self.pc < len(program) and self.left > 0:
+            i = program[self.pc]
+            self.pc, self.left = self.pc + 1, self.left - 1
+            STEPS.get(i.op, Machine.end)(self, i)
 
     @property
     def length(self) -> float:
@@ -123,8 +112,8 @@ class Machine:
 
     def move_to(self, h: Tensor) -> None:
         """h, as far as the gain goes."""
-        if self.gain != 0:
-            self.h = h if self.gain == 1 else self.h + self.gain * (h - self.h)
+        if self.g != 0:
+            self.h = h if self.g == 1 else self.h + self.g * (h - self.h)
             self.is_changed = True
 
     def history_row(self, condition: int) -> Tensor | None:
@@ -141,11 +130,17 @@ class Machine:
     def position(self) -> int:
         return int(self.call.tokens[self.token, 1])
 
-    def set_gain(self, i: Instruction) -> None:
-        self.gain = i.a * (float(self.call.gains[self.token, i.i0]) if i.i0 >= 0 else 1.0)
+    def end(self, i: Instruction) -> None:
+        self.left = 0
+
+    def jump(self, i: Instruction) -> None:
+        self.pc = i.i0
+
+    def gain(self, i: Instruction) -> None:
+        self.g = i.a * (float(self.call.gains[self.token, i.i0]) if i.i0 >= 0 else 1.0)
 
     def when(self, i: Instruction) -> None:
-        self.gain *= i.c * self.past(i.i0, 0) > i.a if i.i1 else self.is_on(i)
+        self.g *= i.c * self.past(i.i0, 0) > i.a if i.i1 else self.is_on(i)
 
     def is_on(self, i: Instruction) -> bool:
         """Above `a` turns on, at or below `b` turns off, and between them the state before holds."""
@@ -159,7 +154,7 @@ class Machine:
 
     def ramp(self, i: Instruction) -> None:
         value = self.past(i.i0, self.position)
-        self.gain *= i.c if math.isnan(value) else i.c + (i.d - i.c) * min(max((value - i.a) / (i.b - i.a), 0.0), 1.0)
+        self.g *= i.c if math.isnan(value) else i.c + (i.d - i.c) * min(max((value - i.a) / (i.b - i.a), 0.0), 1.0)
 
     def diag(self, i: Instruction) -> None:
         if i.i0 >= 0 or i.i1 >= 0:
@@ -172,8 +167,9 @@ class Machine:
         partner = torch.arange(len(self.h), device=self.h.device) ^ i.i2
         self.move_to(mul * self.h + cross * self.h[partner])
 
-    def directions(self, group: list[Instruction]) -> None:
-        if self.gain == 0:
+    def dir(self, i: Instruction) -> None:
+        group = self.take_group()
+        if self.g == 0:
             return
         z = self.h.new_tensor([i.bias for i in group])
         for r, i in enumerate(group):
@@ -181,13 +177,24 @@ class Machine:
                 z[r] += (self.reading(self.call.lines[i.i0]) - self.mean * i.e) * self.u_in
         phi = torch.tensor([[i.i2 for i in group]], device=z.device)
         phi_args = z.new_tensor([[i[6:10] for i in group]])
-        delta = self.gain * self.u_out * apply_phi(phi, phi_args, z[None], self.tau)[0]
+        delta = self.g * self.u_out * apply_phi(phi, phi_args, z[None], self.tau)[0]
         change = torch.zeros_like(self.h)
         for i, scale in zip(group, delta.tolist(), strict=True):
             if i.i1 >= 0 and scale != 0:
                 change += scale * self.call.lines[i.i1].to(self.h.dtype)
                 self.is_changed = True
         self.h = self.h + change
+
+    def take_group(self) -> list[Instruction]:
+        """The directions that read the same h, from the one that has begun on; all of them count as done."""
+        program, first = self.call.program, self.pc - 1
+        length = 1
+        for i in program[first + 1 : first + MAX_GROUP]:
+            if i.op != Op.DIR or i.i3 == 1:
+                break
+            length += 1
+        self.pc, self.left = self.pc + length - 1, self.left - length + 1
+        return program[first : first + length]
 
     def save(self, i: Instruction) -> None:
         self.saved = self.length
@@ -228,30 +235,8 @@ class Machine:
         if self.call.kept is not None:
             self.call.kept[self.token] = self.h.to(self.call.kept.dtype)
 
-    STEPS: ClassVar[dict[int, Callable[["Machine", Instruction], None]]] = {
-        Op.GAIN: set_gain,
-        Op.WHEN: when,
-        Op.RAMP: ramp,
-        Op.DIAG: diag,
-        Op.CROSS: cross,
-        Op.SAVE: save,
-        Op.RENORM: renorm,
-        Op.PROBE: probe,
-        Op.METER: meter,
-        Op.TOP_K: top_k,
-        Op.NORM_IN: norm_in,
-        Op.KEEP: keep,
-    }
 
-
-def group_length(program: list[Instruction], first: int) -> int:
-    """How many directions from `first` on read the same h."""
-    length = 1
-    for i in program[first + 1 : first + MAX_GROUP]:
-        if i.op != Op.DIR or i.i3 == 1:
-            break
-        length += 1
-    return length
+STEPS: dict[int, Callable[[Machine, Instruction], None]] = {op: getattr(Machine, op.name.lower()) for op in Op}
 
 
 def check(call: Call, token: int) -> None:
@@ -261,16 +246,10 @@ def check(call: Call, token: int) -> None:
         raise RuntimeError(f"tokens[{token}, 0] is {pc}, code has {num_instructions} instructions")
     for _ in range(num_instructions):
         i = call.program[pc]
-        for what, index, low, size in used_by(call, token, i):
-            if not low <= index < size:
-                raise RuntimeError(f"token {token}, instruction {pc}: {what} {index} is outside [{low}, {size})")
-        width = call.lines.shape[1]
-        if i.op == Op.CROSS and (i.i2 <= 0 or i.i2 & (i.i2 - 1) or width % (2 * i.i2)):
-            raise RuntimeError(f"token {token}, instruction {pc}: stride {i.i2} does not pair {width} columns")
-        if i.op == Op.TOP_K and call.encoder is None:
-            raise RuntimeError(f"token {token}, instruction {pc}: TOP_K needs an encoder")
-        if i.op == Op.KEEP and call.kept is None:
-            raise RuntimeError(f"token {token}, instruction {pc}: KEEP has nowhere to keep it")
+        try:
+            check_instruction(call, token, i)
+        except ValueError as mistake:
+            raise RuntimeError(f"token {token}, instruction {pc}: {mistake}") from None
         if i.op == Op.END:
             return
         pc = i.i0 if i.op == Op.JUMP else pc + 1
@@ -279,30 +258,22 @@ def check(call: Call, token: int) -> None:
     raise RuntimeError(f"token {token}: its program does not end")
 
 
-def used_by(call: Call, token: int, i: Instruction) -> list[tuple[str, int, int, int]]:
-    """What an instruction names: (what, index, lowest index, one past the highest)."""
-    line, condition = len(call.lines), call.tokens.shape[1] - 2
+def check_instruction(call: Call, token: int, i: Instruction) -> None:
+    """ValueError: it names what is not there."""
+    within("op", i.op, 0, len(Op))
+    op, sizes, width = list(Op)[i.op], call.sizes, call.lines.shape[1]
+    if op.needs and getattr(call, op.needs) is None:
+        raise ValueError(f"{op.name} needs {op.needs}")
+    for kind, before, value in zip(op.operands, i[:5], i[1:6], strict=False):
+        if kind in sizes:
+            index = before + value - 1 if kind == Operand.NUM_FEATURES else value
+            within(kind.title, index, kind.lowest, sizes[kind])
+        if kind == Operand.CONDITION:
+            within("history row", max(int(call.tokens[token, 2 + value]), -1), -1, len(call.history))
+        if kind == Operand.STRIDE and (value <= 0 or value & (value - 1) or width % (2 * value)):
+            raise ValueError(f"stride {value} does not pair {width} columns")
 
-    def history(j: int) -> tuple[str, int, int, int]:
-        row = int(call.tokens[token, 2 + j]) if 0 <= j < condition else -1
-        return ("history row", max(row, -1), -1, len(call.history))
 
-    found = [("op", i.op, 0, len(Op))]
-    if i.op == Op.GAIN:
-        found += [("gains column", max(i.i0, -1), -1, call.gains.shape[1])]
-    elif i.op in (Op.WHEN, Op.RAMP):
-        found += [("condition", i.i0, 0, condition), history(i.i0)]
-    elif i.op == Op.DIAG:
-        found += [("line", i.i0, -1, line), ("line", i.i1, -1, line)]
-    elif i.op == Op.CROSS:
-        found += [("line", i.i0, 0, line), ("line", i.i1, 0, line)]
-    elif i.op == Op.DIR:
-        found += [("line", i.i0, -1, line), ("line", i.i1, -1, line), ("phi", i.i2, 0, len(Phi))]
-    elif i.op == Op.PROBE:
-        found += [("line", i.i0, 0, line), ("condition", i.i1, 0, condition), history(i.i1)]
-    elif i.op == Op.TOP_K and call.encoder is not None:
-        found += [
-            ("encoder row", i.i0, 0, len(call.encoder)),
-            ("encoder row", i.i0 + i.i1 - 1, 0, len(call.encoder)),
-        ]
-    return found
+def within(title: str, index: int, lowest: int, size: int) -> None:
+    if not lowest <= index < size:
+        raise ValueError(f"{title} {index} is outside [{lowest}, {size})")

@@ -25,14 +25,9 @@ def _changes_in_place(x: Tensor, *others: object) -> None:
             raise RuntimeError(f"a tensor is on {other.device}, x on {x.device}")
 
 
-def _explanation(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    per_row, per_delta = (len(final),), (len(final), num_deltas)
-    return (
-        final.new_empty(per_row, dtype=torch.float32),
-        final.new_empty(per_row, dtype=torch.float32),
-        final.new_empty(per_delta, dtype=torch.int64),
-        final.new_empty(per_delta, dtype=torch.float32),
-    )
+def _explanation(final: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
+    per_row = (len(final),)
+    return final.new_empty(per_row, dtype=torch.float32), final.new_empty(per_row, dtype=torch.float32)
 
 
 def _probabilities(
@@ -54,17 +49,9 @@ def _per_early_row(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
 
 OPERATORS = [
     Operator(
-        "whipstaff::diag_edit_",
-        "(Tensor(a!) x, Tensor? mul, Tensor? add, Tensor slot, Tensor? gain=None, "
-        "Tensor(b!)? residual=None, bool renorm=False) -> ()",
-        reference.diag_edit_,
-        _changes_in_place,
-    ),
-    Operator(
-        "whipstaff::lowrank_edit_",
-        "(Tensor(a!) x, Tensor read, Tensor write, Tensor phi, Tensor phi_args, Tensor slot, "
-        "Tensor? bias=None, Tensor? gain=None, Tensor? residual=None) -> ()",
-        reference.lowrank_edit_,
+        "whipstaff::put_rows_",
+        "(Tensor(a!) x, Tensor rows, Tensor index) -> ()",
+        reference.put_rows_,
         _changes_in_place,
     ),
     Operator(
@@ -90,7 +77,7 @@ OPERATORS = [
     ),
     Operator(
         "whipstaff::explain_rows",
-        "(Tensor final, Tensor? base, int num_deltas) -> (Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor final, Tensor? base) -> (Tensor, Tensor)",
         reference.explain_rows,
         _explanation,
     ),

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext.phi import Phi
+from whipstaff.cuda_ext.instructions import Phi
 
 WHOLE_MASS = 2.0**40  # sums of whole numbers do not depend on their order
 IS_CHECKED = os.environ.get("WHIPSTAFF_CUDA_EXT_CHECKED") == "1"
@@ -15,75 +15,17 @@ def compute_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _edited(slot: Tensor, gain: Tensor | None, num_tokens: int, num_slots: int) -> tuple[Tensor, Tensor]:
-    """The tokens that are edited and the table row of each."""
-    rows = slot[:num_tokens]
+def put_rows_(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    chosen = index[: len(x)]
     if IS_CHECKED:
-        _check_slots(rows, num_slots)
-    keep = (rows >= 0) & (rows < num_slots)
-    if gain is not None:
-        keep &= gain[:num_tokens] != 0
-    tokens = keep.nonzero().flatten()
-    return tokens, rows[tokens].long()
+        _check_index(chosen, len(rows))
+    tokens = ((chosen >= 0) & (chosen < len(rows))).nonzero().flatten()
+    x[tokens] = rows[chosen[tokens].long()]
 
 
-def _check_slots(rows: Tensor, num_slots: int) -> None:
-    for token in (rows >= num_slots).nonzero().flatten().tolist():
-        raise RuntimeError(f"slot[{token}] is {int(rows[token])}, the tables have {num_slots} rows")
-
-
-def diag_edit_(
-    x: Tensor,
-    mul: Tensor | None,
-    add: Tensor | None,
-    slot: Tensor,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-    renorm: bool = False,
-) -> None:
-    table = mul if mul is not None else add
-    if table is None:
-        raise RuntimeError("diag_edit_ needs mul, add or both")
-    tokens, rows = _edited(slot, gain, len(x), len(table))
-    before = x[tokens].to(compute_type(x))  # (E, H) the edited tokens only
-    if residual is not None:
-        before = before + residual[tokens]
-    after = before
-    if mul is not None:
-        after = after * mul[rows].to(after.dtype).repeat_interleave(x.shape[1] // mul.shape[1], dim=1)
-    if add is not None:
-        after = after + add[rows].to(after.dtype)
-    if gain is not None:
-        after = before + gain[tokens].to(after.dtype)[:, None] * (after - before)
-    if renorm:
-        length = after.norm(dim=1, keepdim=True)
-        after = torch.where(length > 0, after * (before.norm(dim=1, keepdim=True) / length), after)
-    x[tokens] = after.to(x.dtype)
-    if residual is not None:
-        residual[tokens] = 0
-
-
-def lowrank_edit_(
-    x: Tensor,
-    read: Tensor,
-    write: Tensor,
-    phi: Tensor,
-    phi_args: Tensor,
-    slot: Tensor,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> None:
-    tokens, rows = _edited(slot, gain, len(x), len(read))
-    before = x[tokens].to(compute_type(x))  # (E, H) the edited tokens only
-    stream = before if residual is None else before + residual[tokens]
-    z = torch.einsum("erh,eh->er", read[rows].to(before.dtype), stream)
-    if bias is not None:
-        z = z + bias[rows]
-    change = torch.einsum("erh,er->eh", write[rows].to(before.dtype), apply_phi(phi[rows], phi_args[rows], z))
-    if gain is not None:
-        change = gain[tokens].to(before.dtype)[:, None] * change
-    x[tokens] = (before + change).to(x.dtype)
+def _check_index(chosen: Tensor, num_rows: int) -> None:
+    for token in (chosen >= num_rows).nonzero().flatten().tolist():
+        raise RuntimeError(f"index[{token}] is {int(chosen[token])}, rows has {num_rows} rows")
 
 
 def apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor, tau: float = -torch.inf) -> Tensor:
@@ -203,18 +145,14 @@ def apply_temperature_(logits: Tensor, temperature: Tensor) -> None:
     logits.copy_(torch.where((chosen < 0) | (chosen == 1), logits, tempered))
 
 
-def explain_rows(final: Tensor, base: Tensor | None, num_deltas: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def explain_rows(final: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
     log_p = final.to(compute_type(final)).log_softmax(1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0).sum(1)
     if base is None:
-        none = final.new_zeros(len(final), 0, dtype=torch.float32)
-        return entropy.float(), torch.zeros_like(entropy).float(), none.long(), none
+        return entropy.float(), torch.zeros_like(entropy).float()
     log_q = base[:, : final.shape[1]].to(log_p.dtype).log_softmax(1)
-    divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
-    change = p - log_q.exp()
-    tokens = change.abs().argsort(dim=1, descending=True, stable=True)[:, :num_deltas]
-    return entropy.float(), divergence.float(), tokens, change.gather(1, tokens).float()
+    return entropy.float(), torch.where(p > 0, p * (log_p - log_q), 0).sum(1).float()
 
 
 def divergences(mature: Tensor, early: Tensor, owners: Tensor) -> Tensor:
@@ -240,7 +178,7 @@ def cut_rows_(logits: Tensor, low: Tensor | None, high: Tensor | None) -> None:
 def typical_rows_(logits: Tensor, mass: Tensor) -> None:
     share = mass[: len(logits), None].double()
     log_p = logits.to(compute_type(logits)).log_softmax(1)
-    entropy = explain_rows(logits, None, 0)[0].to(log_p.dtype)
+    entropy = explain_rows(logits, None)[0].to(log_p.dtype)
     deviation = (log_p + entropy[:, None]).abs()  # nats; inf where banned
     least_first, order = deviation.sort(dim=1)
     so_far = (log_p.exp() * WHOLE_MASS).long().gather(1, order).cumsum(1)

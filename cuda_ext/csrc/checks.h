@@ -10,8 +10,6 @@
 #include <optional>
 #include <string>
 
-#include "slots.cuh"
-
 namespace whipstaff {
 
 using torch::headeronly::ScalarType;
@@ -64,13 +62,6 @@ inline void check_per_token(const Tensor& tensor, const char* name, int64_t need
                   tensor.stride(0));
 }
 
-inline void check_table_type(const Tensor& table, const char* name, const Tensor& x) {
-  check_same_device(table, name, "x", x);
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == x.scalar_type(), name,
-                  " must be float32 or of x's type ", toString(x.scalar_type()), ", not ",
-                  toString(table.scalar_type()));
-}
-
 // The second half of a stream that the engine carries as a sum.
 inline void check_residual(const Tensor& residual, const Tensor& x) {
   check_rows(residual, "residual");
@@ -80,38 +71,13 @@ inline void check_residual(const Tensor& residual, const Tensor& x) {
                   shape_of(residual), ", x has ", shape_of(x));
 }
 
-// Checked mode looks at every slot and refuses those that name no row; otherwise such tokens are left alone.
+// Checked mode looks at every index and refuses those that name nothing; otherwise such tokens are left alone.
 inline bool is_checked_mode() {
   static const bool on = [] {
     const char* value = std::getenv("WHIPSTAFF_CUDA_EXT_CHECKED");
     return value != nullptr && std::string(value) == "1";
   }();
   return on;
-}
-
-// `slots` with its index buffer in host memory.
-inline void check_slots(const Slots& slots) {
-  for (int64_t token = 0; token < slots.num_tokens; ++token) {
-    const int64_t row = slots.raw(token);
-    STD_TORCH_CHECK(row < slots.num_slots, "slot[", token, "] is ", row, ", the tables have ", slots.num_slots,
-                    " rows");
-  }
-}
-
-inline Slots slots_of(const Tensor& slot, const MaybeTensor& gain, const Tensor& x, int64_t num_slots) {
-  STD_TORCH_CHECK(is_index_type(slot.scalar_type()), "slot must be int32 or int64, not ", toString(slot.scalar_type()));
-  check_per_token(slot, "slot", x.size(0));
-  check_same_device(slot, "slot", "x", x);
-  if (gain) {
-    check_type(*gain, "gain", ScalarType::Float);
-    check_per_token(*gain, "gain", x.size(0));
-    check_same_device(*gain, "gain", "x", x);
-  }
-  return {.slot = slot.data_ptr(),
-          .gain = gain ? static_cast<const float*>(gain->data_ptr()) : nullptr,
-          .num_tokens = x.size(0),
-          .num_slots = num_slots,
-          .is_int64 = slot.scalar_type() == ScalarType::Long};
 }
 
 }  // namespace whipstaff

@@ -34,14 +34,6 @@ void with_float_type(ScalarType type, const Body& body) {
   body(float{});
 }
 
-// Whether any token is edited at all: one look at each slot.
-inline bool any_edited(const Slots& slots) {
-  if (is_checked_mode()) check_slots(slots);
-  for (int64_t token = 0; token < slots.num_tokens; ++token)
-    if (slots.raw(token) >= 0) return true;
-  return false;
-}
-
 template <class T>
 void load(float* __restrict block, const T* __restrict source, int64_t size) {
   for (int64_t i = 0; i < size; ++i) block[i] = static_cast<float>(source[i]);
@@ -55,13 +47,6 @@ void store(T* __restrict target, const float* __restrict block, int64_t size) {
 template <class Table>
 void add_scaled(float* __restrict sum, float scale, const Table* __restrict direction, int64_t size) {
   for (int64_t i = 0; i < size; ++i) sum[i] += scale * static_cast<float>(direction[i]);
-}
-
-inline double sum_of_squares(const float* block, int64_t size) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += block[i] * block[i];
-  return sum;
 }
 
 }  // namespace whipstaff

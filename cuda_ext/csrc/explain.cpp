@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "logit_row.h"
@@ -40,36 +39,6 @@ void apply_temperature_cpu(const Tensor& logits, const Tensor& temperature) {
   });
 }
 
-// The largest changes seen so far, largest first; of equal ones the lower token comes first.
-class LargestChanges {
- public:
-  explicit LargestChanges(int64_t wanted) : wanted(wanted) {}
-
-  void look_at(const float* deltas, int64_t begin, int64_t size) {
-    for (int64_t i = 0; i < size; ++i)
-      if (num < wanted || std::abs(deltas[i]) > std::abs(entries[num - 1].delta)) insert({begin + i, deltas[i]});
-  }
-
-  void write(int64_t* tokens, float* deltas) const {
-    for (int64_t k = 0; k < num; ++k) tokens[k] = entries[k].token, deltas[k] = entries[k].delta;
-  }
-
- private:
-  struct Entry {
-    int64_t token;
-    float delta;
-  };
-
-  void insert(Entry entry) {
-    int64_t k = num < wanted ? num++ : num - 1;
-    for (; k > 0 && std::abs(entry.delta) > std::abs(entries[k - 1].delta); --k) entries[k] = entries[k - 1];
-    entries[k] = entry;
-  }
-
-  int64_t wanted, num = 0;
-  std::array<Entry, MAX_DELTAS> entries;
-};
-
 // p: the probabilities of a block of logits.
 void probabilities(const float* __restrict logits, float* __restrict p, int64_t size, float log_sum) {
   for (int64_t i = 0; i < size; ++i) p[i] = logits[i] == -INFINITY ? 0.0f : exp_of_negative(logits[i] - log_sum);
@@ -90,25 +59,20 @@ void explain_row(const Explain& work, int64_t row) {
   work.divergence[row] = 0.0f;
   if (work.base.data == nullptr) return;
   const float final_sum = spread.log_sum, base_sum = base.spread(base.max()).log_sum;
-  LargestChanges changes(work.num_deltas);
   double of_final = 0, of_base = 0;  // sums of p log p and p log q
   final.for_blocks([&](const float* logits, int64_t begin, int64_t size) {
-    float p[BLOCK], q[BLOCK], base_logits[BLOCK];
+    float p[BLOCK], base_logits[BLOCK];
     probabilities(logits, p, size, final_sum);
     of_final += sum_p_log_p(p, logits, size, final_sum);
     base.load(base_logits, begin, size);
     of_base += sum_p_log_p(p, base_logits, size, base_sum);
-    probabilities(base_logits, q, size, base_sum);
-    for (int64_t i = 0; i < size; ++i) q[i] = p[i] - q[i];
-    if (work.num_deltas > 0) changes.look_at(q, begin, size);
   });
   work.divergence[row] = static_cast<float>(of_final - of_base);
-  changes.write(work.tokens + row * work.num_deltas, work.deltas + row * work.num_deltas);
 }
 
-Explanation explain_rows_cpu(const Tensor& final, const MaybeTensor& base, int64_t num_deltas) {
-  const Explanation results = new_explanation(final, num_deltas);
-  const Explain work = explain(final, base, num_deltas, results);
+Explanation explain_rows_cpu(const Tensor& final, const MaybeTensor& base) {
+  const Explanation results = new_explanation(final);
+  const Explain work = explain(final, base, results);
   for_rows(work.num_rows, work.vocab, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) explain_row(work, row);
   });

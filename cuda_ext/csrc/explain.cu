@@ -19,10 +19,10 @@ void apply_temperature_cuda(const Tensor& logits, const Tensor& temperature) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Explanation explain_rows_cuda(const Tensor& final, const MaybeTensor& base, int64_t num_deltas) {
+Explanation explain_rows_cuda(const Tensor& final, const MaybeTensor& base) {
   const torch::stable::accelerator::DeviceGuard guard(final.get_device_index());
-  const Explanation results = new_explanation(final, num_deltas);
-  const Explain work = explain(final, base, num_deltas, results);
+  const Explanation results = new_explanation(final);
+  const Explain work = explain(final, base, results);
   if (work.num_rows == 0 || work.vocab == 0) return results;
   explain_kernel<<<static_cast<unsigned>(work.num_rows), THREADS, 0, current_stream(final)>>>(work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

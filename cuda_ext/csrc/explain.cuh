@@ -5,7 +5,6 @@
 
 namespace whipstaff {
 
-constexpr int MAX_DELTAS = 64;
 constexpr float LN_2 = 0.693147181f;
 
 struct Temper {
@@ -23,9 +22,6 @@ struct Explain {
   LogitStream final, base;  // base.data is null where there is nothing to compare with
   int64_t num_rows, vocab;
   float *entropy, *divergence;  // (num_rows,)
-  int64_t* tokens;              // (num_rows, num_deltas)
-  float* deltas;                // (num_rows, num_deltas)
-  int64_t num_deltas;
 };
 
 // A token adds m log cosh((log p - log q) / 2): half of m (log m - log q) + m (log m - log p), which would cancel.
@@ -67,20 +63,6 @@ __device__ inline float logit_at(const LogitStream& stream, int64_t row, int64_t
   return logit;
 }
 
-struct Change {
-  float size;
-  int32_t token;
-
-  __device__ bool comes_before(const Change& other) const {
-    return size > other.size || (size == other.size && token < other.token);
-  }
-};
-
-__device__ inline Change block_first(Change change) {
-  const Share first = block_merge({change.size, change.token, 0.0f}, 1.0f);
-  return {first.best, first.best_token};
-}
-
 // Block p compares row p of the early ones with its owner.
 __global__ inline void __launch_bounds__(THREADS) divergence_kernel(const Divergences work) {
   const int64_t pair = blockIdx.x;
@@ -99,7 +81,7 @@ __global__ inline void __launch_bounds__(THREADS) divergence_kernel(const Diverg
   if (threadIdx.x == 0) work.divergence[pair] = sum;
 }
 
-// Block r compares row r of the two; each round of the last loop finds the next largest change.
+// Block r compares row r of the two.
 __global__ inline void __launch_bounds__(THREADS) explain_kernel(const Explain explain) {
   const int64_t row = blockIdx.x;
   const float final_sum = log_sum(block_share(explain.final, row, 0, explain.vocab, 1.0f));
@@ -115,21 +97,6 @@ __global__ inline void __launch_bounds__(THREADS) explain_kernel(const Explain e
   entropy = block_sum(entropy);
   divergence = block_sum(divergence);
   if (threadIdx.x == 0) explain.entropy[row] = entropy, explain.divergence[row] = divergence;
-  Change last{INFINITY, -1};
-  for (int64_t k = 0; k < explain.num_deltas; ++k) {
-    Change next{-1.0f, 0};
-    for_logits(explain.final, row, 0, explain.vocab, [&](int64_t i, float logit) {
-      const float delta = expf(logit - final_sum) - expf(logit_at(explain.base, row, i) - base_sum);
-      const Change change{fabsf(delta), static_cast<int32_t>(i)};
-      if (last.comes_before(change) && change.comes_before(next)) next = change;
-    });
-    last = block_first(next);
-    if (threadIdx.x == 0) {
-      const float p = expf(logit_at(explain.final, row, last.token) - final_sum);
-      explain.tokens[row * explain.num_deltas + k] = last.token;
-      explain.deltas[row * explain.num_deltas + k] = p - expf(logit_at(explain.base, row, last.token) - base_sum);
-    }
-  }
 }
 
 #endif  // __CUDACC__

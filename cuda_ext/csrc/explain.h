@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "explain.cuh"
@@ -20,33 +19,24 @@ inline Temper temper(const Tensor& logits, const Tensor& temperature) {
           .temperature = static_cast<const float*>(temperature.data_ptr())};
 }
 
-using Explanation = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // entropy, divergence, tokens, deltas
+using Explanation = std::tuple<Tensor, Tensor>;  // entropy, divergence
 
-inline Explain explain(const Tensor& final, const MaybeTensor& base, int64_t num_deltas, const Explanation& results) {
-  const int64_t vocab = final.size(1), most = base ? std::min<int64_t>(vocab, MAX_DELTAS) : 0;
-  STD_TORCH_CHECK(num_deltas >= 0 && num_deltas <= most, "num_deltas is ", num_deltas, "; it must be at most ", most,
-                  base ? "" : " without base");
+inline Explain explain(const Tensor& final, const MaybeTensor& base, const Explanation& results) {
   if (base)
     STD_TORCH_CHECK(base->size(0) == final.size(0), "final has ", final.size(0), " rows, base has ", base->size(0));
-  const auto& [entropy, divergence, tokens, deltas] = results;
+  const auto& [entropy, divergence] = results;
   return {.final = stream_of(final, "final", final, "final"),
           .base = base ? stream_of(*base, "base", final, "final") : LogitStream{},
           .num_rows = final.size(0),
-          .vocab = vocab,
+          .vocab = final.size(1),
           .entropy = static_cast<float*>(entropy.data_ptr()),
-          .divergence = static_cast<float*>(divergence.data_ptr()),
-          .tokens = static_cast<int64_t*>(tokens.data_ptr()),
-          .deltas = static_cast<float*>(deltas.data_ptr()),
-          .num_deltas = num_deltas};
+          .divergence = static_cast<float*>(divergence.data_ptr())};
 }
 
-inline Explanation new_explanation(const Tensor& final, int64_t num_deltas) {
+inline Explanation new_explanation(const Tensor& final) {
   check_rows(final, "final");
-  const int64_t rows = final.size(0), columns = std::max<int64_t>(num_deltas, 0);
-  return {torch::stable::new_zeros(final, {rows}, ScalarType::Float),
-          torch::stable::new_zeros(final, {rows}, ScalarType::Float),
-          torch::stable::new_zeros(final, {rows, columns}, ScalarType::Long),
-          torch::stable::new_zeros(final, {rows, columns}, ScalarType::Float)};
+  return {torch::stable::new_zeros(final, {final.size(0)}, ScalarType::Float),
+          torch::stable::new_zeros(final, {final.size(0)}, ScalarType::Float)};
 }
 
 inline Divergences divergences(const Tensor& mature, const Tensor& early, const Tensor& owners, const Tensor& result) {

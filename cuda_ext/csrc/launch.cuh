@@ -42,11 +42,4 @@ inline std::vector<char> host_copy(const void* data, size_t bytes, cudaStream_t 
 
 inline size_t index_size(bool is_int64) { return is_int64 ? sizeof(int64_t) : sizeof(int32_t); }
 
-inline void check_slots_on_device(Slots slots, cudaStream_t stream) {
-  if (!is_checked_mode()) return;
-  const std::vector<char> copy = host_copy(slots.slot, slots.num_tokens * index_size(slots.is_int64), stream);
-  slots.slot = copy.data();
-  check_slots(slots);
-}
-
 }  // namespace whipstaff

@@ -1,33 +1,12 @@
-// What an edit does with its readings of a row: the same for low-rank edits and for programs, on both devices.
+// What a direction does with what it reads, on both devices; instructions.h lists the functions.
 #pragma once
 
-#include "host_device.h"
+#include "instructions.h"
 
 #include <cmath>
 #include <cstdint>
 
 namespace whipstaff {
-
-constexpr int NUM_PHIS = 11;
-constexpr int NUM_PHI_ARGS = 4;
-
-// What happens to one reading z of the stream, or to a pair of readings (z, w); a, b, c, d are the direction's
-// arguments. The result is what is added along the direction's writing vector.
-enum class Phi : int32_t {
-  Off = 0,     // 0: the direction is padding
-  Affine = 1,  // a z + b
-  Set = 2,     // a - z
-  Clamp = 3,   // min(max(z, a), b) - z
-  Gated = 4,   // b z + c where z > a, else d: ReLU and JumpReLU features
-  Tanh = 5,    // a tanh z
-  Silu = 6,    // a z / (1 + e^-z)
-  Sign = 7,    // a sign z
-  Angle = 8,   // pair: turned to angle a in its plane, where z > b; the length is kept
-  Rotate = 9,  // pair: turned by angle a
-  TopK = 10,   // as Gated, but only where also z >= tau
-};
-
-WHIPSTAFF_HOST_DEVICE inline bool is_pair(Phi phi) { return phi == Phi::Angle || phi == Phi::Rotate; }
 
 // A pair's two halves carry the same phi, the first at an even r and with the arguments of both.
 WHIPSTAFF_HOST_DEVICE inline int64_t first_of(Phi phi, int64_t r) { return is_pair(phi) ? r - r % 2 : r; }

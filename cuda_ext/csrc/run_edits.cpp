@@ -80,14 +80,10 @@ float* row_buffer(int64_t size) {
   return buffer.data() + -reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float) % LINE;
 }
 
-// One token's registers, and what each instruction does to them.
+// One thread's steps on its token's row.
 template <class X>
-struct Machine {
-  const RunEdits& edits;
-  int64_t token;
+struct Machine : Registers {
   float* h;  // (width,) filled when first asked for: a diagonal edit alone passes over the row just once
-  bool is_loaded = false, is_changed = false;
-  float gain = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
 
   X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
 
@@ -106,89 +102,68 @@ struct Machine {
 
   float length() { return std::sqrt(dot(row(), h, edits.width)); }
 
-  void run() {
-    int64_t pc = edits.begin(token), left = edits.num_instructions;  // a program that jumps in circles ends too
-    while (pc >= 0 && pc < edits.num_instructions && left > 0) {
-      const Instruction& i = edits.code[pc];
-      const Arguments& arg = edits.args[pc];
-      int64_t length = 1;
-      switch (i.op) {
-        case Op::Jump: pc = int64_t(i.i0) - 1; break;
-        case Op::Gain: gain = edits.gain_of(token, i, arg); break;
-        case Op::When: gain *= edits.is_on(token, i, arg) ? 1.0f : 0.0f; break;
-        case Op::Ramp: gain *= edits.ramp(token, i, arg); break;
-        case Op::Diag:
-          if (gain == 0.0f || (i.i0 < 0 && i.i1 < 0)) break;
-          if (!is_loaded && is_last(pc)) return diag(x(), residual(), i);
-          row();
-          diag<float>(h, nullptr, i);
-          is_changed = true;
-          break;
-        case Op::Cross: cross(i); break;
-        case Op::Dir: directions(pc, length = edits.group_length(pc)); break;
-        case Op::Save: saved = this->length(); break;
-        case Op::Renorm: renorm(); break;
-        case Op::Probe: probe(i, arg); break;
-        case Op::Meter: meter(); break;
-        case Op::TopK: top_k(i); break;
-        case Op::NormIn: norm_in(i); break;
-        case Op::Keep: keep(); break;
-        default: left = 0; continue;
-      }
-      pc += length;
-      left -= length;
-    }
-    if (!is_changed) return;
+  void store_row() const {
     store(x(), h, edits.width);
     if (edits.residual) std::memset(residual(), 0, edits.width * sizeof(X));
   }
 
-  bool is_last(int64_t pc) const { return pc + 1 == edits.num_instructions || edits.code[pc + 1].op == Op::End; }
+  void when(const Instruction& i, const Arguments& arg) { g *= edits.is_on(token, i, arg) ? 1.0f : 0.0f; }
+
+  void ramp(const Instruction& i, const Arguments& arg) { g *= edits.ramp(token, i, arg); }
+
+  void diag(const Instruction& i, const Arguments&) {
+    if (g == 0.0f || (i.i0 < 0 && i.i1 < 0)) return;
+    if (!is_loaded && is_last()) return edit(x(), residual(), i);
+    row();
+    edit<float>(h, nullptr, i);
+    is_changed = true;
+  }
+
+  bool is_last() const { return pc == edits.num_instructions || edits.code[pc].op == Op::End; }
 
   // row <- row + rest, edited; rest <- 0.
   template <class T>
-  void diag(T* row, T* rest, const Instruction& i) const {
+  void edit(T* row, T* rest, const Instruction& i) const {
     const float *mul = edits.line(i.i0), *add = edits.line(i.i1);
     for (int64_t begin = 0; begin < edits.width; begin += BLOCK) {
-      const Block<T, float> block{.x = row + begin,
-                                  .residual = rest ? rest + begin : nullptr,
-                                  .mul = mul ? mul + begin : Neutral<float>::get().ones,
-                                  .add = add ? add + begin : Neutral<float>::get().negative_zeros,
-                                  .gain = gain,
-                                  .begin = begin,
-                                  .size = std::min(BLOCK, edits.width - begin)};
-      const auto put = [target = row + begin](int64_t column, float, float y) { target[column] = static_cast<T>(y); };
-      gain == 1.0f ? block.template for_columns<false>(put) : block.template for_columns<true>(put);
+      const DiagBlock<T> block{.x = row + begin,
+                               .residual = rest ? rest + begin : nullptr,
+                               .mul = mul ? mul + begin : Neutral::get().ones,
+                               .add = add ? add + begin : Neutral::get().negative_zeros,
+                               .gain = g,
+                               .size = std::min(BLOCK, edits.width - begin)};
+      block.edit();
       if (rest) std::memset(rest + begin, 0, block.size * sizeof(T));
     }
   }
 
-  void cross(const Instruction& i) {
-    if (gain == 0.0f) return;
+  void cross(const Instruction& i, const Arguments&) {
+    if (g == 0.0f) return;
     row();
     is_changed = true;
-    const float *mul = edits.line(i.i0), *with = edits.line(i.i1);
-    const auto towards = [gain = gain](float from, float to) { return gain == 1.0f ? to : from + gain * (to - from); };
+    const float *mul = edits.line(i.i0), *with = edits.line(i.i1), g = this->g;  // h may not be it
     for (int64_t begin = 0; begin < edits.width; begin += 2 * int64_t(i.i2)) {
 #pragma GCC ivdep
       for (int64_t a = begin; a < begin + i.i2; ++a) {
         const int64_t b = a + i.i2;
         const float at_a = h[a], at_b = h[b];
-        h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b);
-        h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a);
+        h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b, g);
+        h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a, g);
       }
     }
   }
 
-  void directions(int64_t pc, int length) {
-    if (gain == 0.0f) return;
+  void dir(const Instruction&, const Arguments&) {
+    const int64_t first = pc - 1;
+    const int length = take_group();
+    if (g == 0.0f) return;
     float z[MAX_GROUP], scale[MAX_GROUP];
     const float* line[MAX_GROUP];
-    read(pc, length, z, line);
+    read(first, length, z, line);
     int num_targets = 0;
     for (int r = 0; r < length; ++r) {
-      scale[num_targets] = gain * u_out * edits.change(pc, r, length, z, tau);
-      line[num_targets] = edits.line(edits.code[pc + r].i1);
+      scale[num_targets] = g * u_out * edits.change(first, r, length, z, tau);
+      line[num_targets] = edits.line(edits.code[first + r].i1);
       num_targets += line[num_targets] && scale[num_targets] != 0.0f;
     }
     int r = 0;
@@ -197,20 +172,22 @@ struct Machine {
     is_changed |= num_targets > 0;
   }
 
-  // z: what the directions at pc read; `line` is room for as many.
-  void read(int64_t pc, int length, float* z, const float** line) {
+  // z: what the directions from `first` on read; `line` is room for as many.
+  void read(int64_t first, int length, float* z, const float** line) {
     float reading[MAX_GROUP];
     int num_lines = 0;
     for (int r = 0; r < length; ++r)
-      if (edits.code[pc + r].i0 >= 0) line[num_lines++] = edits.line(edits.code[pc + r].i0);
+      if (edits.code[first + r].i0 >= 0) line[num_lines++] = edits.line(edits.code[first + r].i0);
     dots(reading, row(), line, num_lines, edits.width);
     for (int r = 0, next = 0; r < length; ++r) {
-      const Arguments& arg = edits.args[pc + r];
-      z[r] = edits.code[pc + r].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
+      const Arguments& arg = edits.args[first + r];
+      z[r] = edits.code[first + r].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
     }
   }
 
-  void renorm() {
+  void save(const Instruction&, const Arguments&) { saved = length(); }
+
+  void renorm(const Instruction&, const Arguments&) {
     const float now = is_changed ? length() : 0.0f, ratio = saved / now;
     if (now > 0.0f)
       for (int64_t i = 0; i < edits.width; ++i) h[i] *= ratio;
@@ -223,13 +200,13 @@ struct Machine {
     *target = (i.i3 ? reading / length() : reading) + arg.bias;
   }
 
-  void meter() {
+  void meter(const Instruction&, const Arguments&) {
     if (!edits.meter) return;
     std::atomic_ref<float>(edits.meter[0]).fetch_add(length(), std::memory_order_relaxed);
     std::atomic_ref<float>(edits.meter[1]).fetch_add(1.0f, std::memory_order_relaxed);
   }
 
-  void top_k(const Instruction& i) {
+  void top_k(const Instruction& i, const Arguments&) {
     if (!edits.encoder || i.i1 <= 0) return;
     std::vector<float> z(i.i1);
     std::vector<const float*> feature(i.i1);
@@ -244,7 +221,7 @@ struct Machine {
     tau = *at;
   }
 
-  void norm_in(const Instruction& i) {
+  void norm_in(const Instruction& i, const Arguments&) {
     u_in = u_out = 1, mean = 0;
     if (i.i0 == 1) {
       u_out = length() / std::sqrt(static_cast<float>(edits.width));
@@ -262,7 +239,7 @@ struct Machine {
     }
   }
 
-  void keep() {
+  void keep(const Instruction&, const Arguments&) {
     if (edits.kept) store(static_cast<X*>(edits.kept) + token * edits.kept_stride, row(), edits.width);
   }
 };
@@ -280,9 +257,10 @@ int64_t num_passes(const RunEdits& edits, int64_t pc) {
   int64_t passes = 0;
   for (int64_t left = edits.num_instructions; left > 0 && pc >= 0 && pc < edits.num_instructions; --left) {
     const Instruction& i = edits.code[pc];
-    if (i.op == Op::End) break;
+    const int32_t op = static_cast<int32_t>(i.op);
+    if (i.op == Op::End || op < 0 || op >= NUM_OPS) break;
     pc = i.op == Op::Jump ? i.i0 : pc + 1;
-    if (i.op >= Op::Diag) passes += i.op == Op::TopK ? i.i1 : i.op == Op::Diag ? 1 : 2;
+    passes += OP_KINDS[op].passes + (i.op == Op::TopK ? i.i1 : 0);
   }
   return std::max<int64_t>(passes, 1);
 }
@@ -297,8 +275,10 @@ void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, con
   with_float_type(x.scalar_type(), [&]<class X>(X) {
     for_rows(edits.num_tokens, edits.width * num_passes(edits, edits.begin(first)), [&](int64_t begin, int64_t end) {
       float* h = row_buffer(edits.width);
-      for (int64_t token = std::max(begin, first); token < end; ++token)
-        if (edits.begin(token) >= 0) Machine<X>{edits, token, h}.run();
+      for (int64_t token = std::max(begin, first); token < end; ++token) {
+        Machine<X> machine{{edits, token}, h};
+        run(machine);
+      }
     });
   });
 }

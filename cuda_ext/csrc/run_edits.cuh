@@ -1,4 +1,4 @@
-// Programs of edits as pointers and sizes, what both devices do alike, and the CUDA kernel that runs them.
+// Programs of edits as pointers and sizes, the loop that runs them on both devices, and the CUDA kernel.
 #pragma once
 
 #include "phi.cuh"
@@ -11,27 +11,6 @@
 #endif
 
 namespace whipstaff {
-
-constexpr int MAX_GROUP = 64;  // directions that read the same h
-
-enum class Op : int32_t {
-  End = 0,
-  Jump = 1,
-  Gain = 2,
-  When = 3,
-  Ramp = 4,
-  Diag = 5,
-  Cross = 6,
-  Dir = 7,
-  Save = 8,
-  Renorm = 9,
-  Probe = 10,
-  Meter = 11,
-  TopK = 12,
-  NormIn = 13,
-  Keep = 14,
-};
-constexpr int NUM_OPS = 15;
 
 // A row of `code` and the same row of `args`; the operator's docstring says what the numbers mean to each op.
 struct Instruction {
@@ -120,6 +99,53 @@ struct RunEdits {
   }
 };
 
+WHIPSTAFF_HOST_DEVICE inline float towards(float from, float to, float g) {
+  return g == 1.0f ? to : from + g * (to - from);
+}
+
+// One token's registers, and the steps that are the same on every machine.
+struct Registers {
+  const RunEdits& edits;
+  int64_t token;
+  int64_t pc = edits.begin(token), left = edits.num_instructions;  // what is next, and how many may still run
+  bool is_loaded = false, is_changed = false;
+  float g = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
+
+  // A program that jumps in circles ends too.
+  WHIPSTAFF_DEVICE bool is_running() const { return left > 0 && pc >= 0 && pc < edits.num_instructions; }
+
+  WHIPSTAFF_DEVICE void end(const Instruction&, const Arguments&) { left = 0; }
+
+  WHIPSTAFF_DEVICE void jump(const Instruction& i, const Arguments&) { pc = i.i0; }
+
+  WHIPSTAFF_DEVICE void gain(const Instruction& i, const Arguments& arg) { g = edits.gain_of(token, i, arg); }
+
+  // How many directions read the same h, from the one that has begun on; all of them count as done.
+  WHIPSTAFF_DEVICE int take_group() {
+    const int length = edits.group_length(pc - 1);
+    pc += length - 1, left -= length - 1;
+    return length;
+  }
+};
+
+// Runs a token's program. A machine has a step for every instruction, or does not compile; at what is none it ends.
+template <class Machine>
+WHIPSTAFF_DEVICE void run(Machine& machine) {
+  while (machine.is_running()) {
+    const Instruction& i = machine.edits.code[machine.pc];
+    const Arguments& arg = machine.edits.args[machine.pc];
+    ++machine.pc, --machine.left;
+    switch (i.op) {
+#define WHIPSTAFF_STEP(op, step) \
+  case Op::op: machine.step(i, arg); break;
+      WHIPSTAFF_FOR_EACH_OP(WHIPSTAFF_STEP)
+#undef WHIPSTAFF_STEP
+      default: machine.end(i, arg);
+    }
+  }
+  if (machine.is_changed) machine.store_row();
+}
+
 #ifdef __CUDACC__
 
 // Floats in the same order as numbers without a sign.
@@ -130,18 +156,14 @@ __device__ inline uint32_t key_of(float value) {
 
 __device__ inline float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// One token's registers, and what a block does to them. All threads hold the same registers and take the same way; what
-// one writes into shared memory is there for all when an instruction ends.
+// A block's steps on its token's row. All threads hold the same registers and take the same way; what one writes into
+// shared memory is there for all when an instruction ends.
 template <class X, int N>
-struct Machine {
-  const RunEdits& edits;
-  int64_t token;
+struct Machine : Registers {
   float* h;         // (width,) in shared memory, filled when first asked for
   float* z;         // (MAX_GROUP,) in shared memory: readings
   float* scale;     // (MAX_GROUP,) in shared memory: what is written along each direction
   float* features;  // (num_features,) in device memory, this block's own
-  bool is_loaded = false, is_changed = false;
-  float gain = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
 
   __device__ X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
 
@@ -181,7 +203,7 @@ struct Machine {
     });
   }
 
-  __device__ void keep() {
+  __device__ void keep(const Instruction&, const Arguments&) {
     if (!edits.kept) return;
     load_row();
     X* target = static_cast<X*>(edits.kept) + token * edits.kept_stride;
@@ -234,39 +256,16 @@ struct Machine {
     return found;
   }
 
-  __device__ void run() {
-    int64_t pc = edits.begin(token), left = edits.num_instructions;  // a program that jumps in circles ends too
-    while (pc >= 0 && pc < edits.num_instructions && left > 0) {
-      const Instruction i = edits.code[pc];
-      const Arguments arg = edits.args[pc];
-      int num_done = 1;
-      switch (i.op) {
-        case Op::Jump: pc = int64_t(i.i0) - 1; break;
-        case Op::Gain: gain = edits.gain_of(token, i, arg); break;
-        case Op::When: gain *= agreed([&] { return edits.is_on(token, i, arg) ? 1.0f : 0.0f; }); break;
-        case Op::Ramp: gain *= agreed([&] { return edits.ramp(token, i, arg); }); break;
-        case Op::Diag: diag(i); break;
-        case Op::Cross: cross(i); break;
-        case Op::Dir: directions(pc, num_done = edits.group_length(pc)); break;
-        case Op::Save: saved = length(); break;
-        case Op::Renorm: renorm(); break;
-        case Op::Probe: probe(i, arg); break;
-        case Op::Meter: meter(); break;
-        case Op::TopK: top_k(i); break;
-        case Op::NormIn: norm_in(i); break;
-        case Op::Keep: keep(); break;
-        default: left = 0; continue;
-      }
-      pc += num_done;
-      left -= num_done;
-    }
-    if (is_changed) store_row();
+  __device__ void when(const Instruction& i, const Arguments& arg) {
+    g *= agreed([&] { return edits.is_on(token, i, arg) ? 1.0f : 0.0f; });
   }
 
-  __device__ float towards(float from, float to) const { return gain == 1.0f ? to : from + gain * (to - from); }
+  __device__ void ramp(const Instruction& i, const Arguments& arg) {
+    g *= agreed([&] { return edits.ramp(token, i, arg); });
+  }
 
-  __device__ void diag(const Instruction& i) {
-    if (gain == 0.0f || (i.i0 < 0 && i.i1 < 0)) return;
+  __device__ void diag(const Instruction& i, const Arguments&) {
+    if (g == 0.0f || (i.i0 < 0 && i.i1 < 0)) return;
     load_row();
     is_changed = true;
     const float *mul = edits.line(i.i0), *add = edits.line(i.i1);
@@ -282,14 +281,14 @@ struct Machine {
         load(operand, add + column);
         for (int k = 0; k < N; ++k) edited[k] += operand[k];
       }
-      for (int k = 0; k < N; ++k) edited[k] = towards(row[k], edited[k]);
+      for (int k = 0; k < N; ++k) edited[k] = towards(row[k], edited[k], g);
       store(h + column, edited);
     });
     __syncthreads();
   }
 
-  __device__ void cross(const Instruction& i) {
-    if (gain == 0.0f) return;
+  __device__ void cross(const Instruction& i, const Arguments&) {
+    if (g == 0.0f) return;
     load_row();
     is_changed = true;
     const float *mul = edits.line(i.i0), *with = edits.line(i.i1);
@@ -297,24 +296,26 @@ struct Machine {
     for (int64_t pair = threadIdx.x; pair < edits.width / 2; pair += THREADS) {
       const int64_t a = ((pair & -stride) << 1) | (pair & (stride - 1)), b = a + stride;
       const float at_a = h[a], at_b = h[b];
-      h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b);
-      h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a);
+      h[a] = towards(at_a, mul[a] * at_a + with[a] * at_b, g);
+      h[b] = towards(at_b, mul[b] * at_b + with[b] * at_a, g);
     }
     __syncthreads();
   }
 
-  __device__ void directions(int64_t pc, int length) {
-    if (gain == 0.0f) return;
+  __device__ void dir(const Instruction&, const Arguments&) {
+    const int64_t first = pc - 1;
+    const int length = take_group();
+    if (g == 0.0f) return;
     load_row();
     for (int r = threadIdx.x / WARP; r < length; r += THREADS / WARP) {
-      const float *line = edits.line(edits.code[pc + r].i0), bias = edits.args[pc + r].bias;
-      const float reading = line ? normed(dot(line), mean * edits.args[pc + r].e, bias) : bias;
+      const float *line = edits.line(edits.code[first + r].i0), bias = edits.args[first + r].bias;
+      const float reading = line ? normed(dot(line), mean * edits.args[first + r].e, bias) : bias;
       if (threadIdx.x % WARP == 0) z[r] = reading;
     }
     __syncthreads();
     if (threadIdx.x < length) {
-      const bool writes = edits.code[pc + threadIdx.x].i1 >= 0;
-      scale[threadIdx.x] = writes ? gain * u_out * edits.change(pc, threadIdx.x, length, z, tau) : 0.0f;
+      const bool writes = edits.code[first + threadIdx.x].i1 >= 0;
+      scale[threadIdx.x] = writes ? g * u_out * edits.change(first, threadIdx.x, length, z, tau) : 0.0f;
     }
     __syncthreads();
     for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f;
@@ -322,7 +323,7 @@ struct Machine {
       float row[N], sum[N] = {}, along[N];
       for (int r = 0; r < length; ++r) {
         if (scale[r] == 0.0f) continue;
-        load(along, edits.line(edits.code[pc + r].i1) + column);
+        load(along, edits.line(edits.code[first + r].i1) + column);
         for (int k = 0; k < N; ++k) sum[k] += scale[r] * along[k];
       }
       load(row, h + column);
@@ -332,7 +333,9 @@ struct Machine {
     __syncthreads();
   }
 
-  __device__ void renorm() {
+  __device__ void save(const Instruction&, const Arguments&) { saved = length(); }
+
+  __device__ void renorm(const Instruction&, const Arguments&) {
     if (!is_changed) return;
     const float now = length(), ratio = saved / now;
     if (!(now > 0.0f)) return;
@@ -351,7 +354,7 @@ struct Machine {
     if (threadIdx.x == 0) *target = reading + arg.bias;  // thread 0 is also the one that reads history
   }
 
-  __device__ void meter() {
+  __device__ void meter(const Instruction&, const Arguments&) {
     if (!edits.meter) return;
     const float now = length();
     if (threadIdx.x != 0) return;
@@ -359,7 +362,7 @@ struct Machine {
     atomicAdd(edits.meter + 1, 1.0f);
   }
 
-  __device__ void top_k(const Instruction& i) {
+  __device__ void top_k(const Instruction& i, const Arguments&) {
     if (!edits.encoder || i.i1 <= 0) return;
     load_row();
     for (int64_t r = threadIdx.x / WARP; r < i.i1; r += THREADS / WARP) {
@@ -380,7 +383,7 @@ struct Machine {
     __syncthreads();
   }
 
-  __device__ void norm_in(const Instruction& i) {
+  __device__ void norm_in(const Instruction& i, const Arguments&) {
     u_in = u_out = 1, mean = 0;
     if (i.i0 == 1) {
       u_out = length() / sqrtf(edits.width);
@@ -401,7 +404,9 @@ __global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits
   float* h = shared + 2 * MAX_GROUP;
   for (int64_t token = blockIdx.x; token < edits.num_tokens; token += gridDim.x) {
     if (edits.begin(token) < 0) continue;
-    Machine<X, N>{edits, token, h, shared, shared + MAX_GROUP, features + blockIdx.x * edits.num_features}.run();
+    float* of_block = features + blockIdx.x * edits.num_features;
+    Machine<X, N> machine{{edits, token}, h, shared, shared + MAX_GROUP, of_block};
+    run(machine);
     __syncthreads();
   }
 }

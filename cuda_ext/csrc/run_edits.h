@@ -99,38 +99,53 @@ struct ProgramCheck {
                     " is outside [", low, ", ", size, ")");
   }
 
-  void condition(int32_t j) const {
-    within("condition", j, 0, edits.num_conditions);
-    within("history row", std::max(edits.tokens[token * edits.token_stride + 2 + j], -1), -1, edits.num_histories);
+  // One past the highest that an operand may be.
+  int64_t size_of(Operand kind) const {
+    switch (kind) {
+      case Operand::Gain: return edits.num_gains;
+      case Operand::Condition: return edits.num_conditions;
+      case Operand::Line:
+      case Operand::MaybeLine: return edits.num_lines;
+      case Operand::Phi: return NUM_PHIS;
+      case Operand::Feature:
+      case Operand::NumFeatures: return edits.num_features;
+      case Operand::Number:
+      case Operand::Stride: break;
+    }
+    return 0;
+  }
+
+  void operand(Operand kind, int32_t before, int32_t value) const {
+    if (kind == Operand::Number) return;
+    if (kind == Operand::Stride) return stride(value);
+    const OperandKind& is = OPERAND_KINDS[static_cast<int32_t>(kind)];
+    within(is.title, kind == Operand::NumFeatures ? int64_t(before) + value - 1 : value, is.lowest, size_of(kind));
+    if (kind == Operand::Condition) history_row(edits.tokens[token * edits.token_stride + 2 + value]);
+  }
+
+  void history_row(int32_t row) const { within("history row", std::max(row, -1), -1, edits.num_histories); }
+
+  void stride(int32_t value) const {
+    const bool is_paired = value > 0 && (value & (value - 1)) == 0 && edits.width % (2 * int64_t(value)) == 0;
+    STD_TORCH_CHECK(is_paired, "token ", token, ", instruction ", pc, ": stride ", value, " does not pair ",
+                    edits.width, " columns");
+  }
+
+  bool has(Needs needs) const {
+    switch (needs) {
+      case Needs::Nothing: return true;
+      case Needs::Encoder: return edits.encoder != nullptr;
+      case Needs::Kept: return edits.kept != nullptr;
+    }
+    return false;
   }
 
   void instruction(const Instruction& i) const {
-    within("op", static_cast<int32_t>(i.op), 0, NUM_OPS);
-    if (i.op == Op::Gain) within("gains column", std::max(i.i0, -1), -1, edits.num_gains);
-    if (i.op == Op::When || i.op == Op::Ramp) condition(i.i0);
-    if (i.op == Op::Diag || i.op == Op::Dir) {
-      within("line", i.i0, -1, edits.num_lines);
-      within("line", i.i1, -1, edits.num_lines);
-    }
-    if (i.op == Op::Dir) within("phi", i.i2, 0, NUM_PHIS);
-    if (i.op == Op::Cross) {
-      within("line", i.i0, 0, edits.num_lines);
-      within("line", i.i1, 0, edits.num_lines);
-      const bool is_paired = i.i2 > 0 && (i.i2 & (i.i2 - 1)) == 0 && edits.width % (2 * int64_t(i.i2)) == 0;
-      STD_TORCH_CHECK(is_paired, "token ", token, ", instruction ", pc, ": stride ", i.i2, " does not pair ",
-                      edits.width, " columns");
-    }
-    if (i.op == Op::Probe) {
-      within("line", i.i0, 0, edits.num_lines);
-      condition(i.i1);
-    }
-    if (i.op == Op::TopK) {
-      STD_TORCH_CHECK(edits.encoder, "token ", token, ", instruction ", pc, ": TOP_K needs an encoder");
-      within("encoder row", i.i0, 0, edits.num_features);
-      within("encoder row", int64_t(i.i0) + i.i1 - 1, 0, edits.num_features);
-    }
-    if (i.op == Op::Keep)
-      STD_TORCH_CHECK(edits.kept, "token ", token, ", instruction ", pc, ": KEEP has nowhere to keep it");
+    const int32_t op = static_cast<int32_t>(i.op), values[] = {0, i.i0, i.i1, i.i2, i.i3, i.i4};
+    within("op", op, 0, NUM_OPS);
+    const OpKind& is = OP_KINDS[op];
+    STD_TORCH_CHECK(has(is.needs), "token ", token, ", instruction ", pc, ": ", is.name, " needs ", is.needed);
+    for (int k = 0; k < NUM_OPERANDS; ++k) operand(is.operands[k], values[k], values[k + 1]);
   }
 
   void run() {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from whipstaff.cuda_ext import diag_edit_
+from whipstaff.cuda_ext import put_rows_
 from whipstaff.server.engine.batch import BatchView
 from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.methods.virtual_tokens import ROWS
@@ -43,7 +43,6 @@ class SoftRows:
     ) -> None:
         self.rows = torch.zeros(max_tokens, hidden_size, dtype=dtype, device=device)
         self.index = torch.full((max_tokens,), NOTHING, dtype=torch.int32, device=device)
-        self.erase = torch.zeros(max_tokens, 1, dtype=dtype, device=device)  # what an overridden embedding counts for
         self._own = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._vector_of = vector_of
         self._dirty = 0  # how many leading entries of `index` may differ from NOTHING
@@ -90,8 +89,8 @@ def install_soft_rows(
     class Overridden(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             embeddings: Tensor = cls.forward(self, *args, **kwargs)
-            rows = embeddings.view(-1, embeddings.shape[-1])
-            diag_edit_(rows, self.whipstaff_soft_erase, self.whipstaff_soft_rows, self.whipstaff_soft_index)
+            per_token = embeddings.view(-1, embeddings.shape[-1])
+            put_rows_(per_token, self.whipstaff_soft_rows, self.whipstaff_soft_index)
             return embeddings
 
     Overridden.__name__, Overridden.__qualname__, Overridden.__module__ = (
@@ -101,7 +100,6 @@ def install_soft_rows(
     )
     module.register_buffer("whipstaff_soft_rows", soft.rows, persistent=False)
     module.register_buffer("whipstaff_soft_index", soft.index, persistent=False)
-    module.register_buffer("whipstaff_soft_erase", soft.erase, persistent=False)
     module.__class__ = Overridden
     return soft
 

@@ -10,7 +10,6 @@ from whipstaff import cuda_ext
 
 from .batches import DTYPES, POPULARITY, slots, strided
 from .test_attention_rows import paged
-from .test_lowrank_edit import directions, phis
 from .test_mix_logits import rows_for
 from .test_run_edits import WIDTHS, any_edits, batch
 from .test_typical import apart
@@ -25,22 +24,13 @@ S = 5
 Arguments = tuple[Tensor | list[Tensor] | float | bool | None, ...]
 
 
-def diag_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
-    x, residual = strided(133, hidden, dtype), strided(133, hidden, dtype)
-    gain = torch.rand(140).round(decimals=1)
-    return x, strided(S, hidden), strided(S, hidden), slots(popularity, 133, S), gain, residual, True
+def put_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    return strided(133, hidden, dtype), strided(S, hidden, dtype), slots(popularity, 133, S, torch.int32)
 
 
-def grouped_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
-    x = torch.randn(133, hidden).to(dtype)
-    return x, torch.randn(S, hidden // 8), None, slots(popularity, 133, S, torch.int32)
-
-
-def lowrank_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
-    x, slot = strided(133, hidden, dtype), slots(popularity, 133, S)
-    phi = torch.where(phis(20) == cuda_ext.Phi.GATED, cuda_ext.Phi.AFFINE, phis(20)).int()  # no thresholds to straddle
-    phi[(phi == cuda_ext.Phi.ANGLE) | (phi == cuda_ext.Phi.SIGN)] = cuda_ext.Phi.SET
-    return x, directions(20, hidden), directions(20, hidden), phi, torch.randn(S, 20, 4), slot, torch.randn(S, 20)
+def wide_put_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
+    index = slots(popularity, 133, S, torch.int32)
+    return torch.randn(133, hidden).to(dtype), torch.randn(S, hidden).to(dtype), index
 
 
 def run_edits_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
@@ -74,9 +64,8 @@ def cut_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments
 
 
 IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
-    "diag_edit_": (cuda_ext.diag_edit_, diag_arguments),
-    "diag_edit_ per head": (cuda_ext.diag_edit_, grouped_arguments),
-    "lowrank_edit_": (cuda_ext.lowrank_edit_, lowrank_arguments),
+    "put_rows_": (cuda_ext.put_rows_, put_arguments),
+    "put_rows_ in wide words": (cuda_ext.put_rows_, wide_put_arguments),
     "run_edits_": (cuda_ext.run_edits_, run_edits_arguments),
     "mix_logits_": (cuda_ext.mix_logits_, mix_arguments),
     "cut_rows_": (cuda_ext.cut_rows_, cut_arguments),
@@ -170,7 +159,7 @@ def test_rows_of_logits_match_the_cpu_kernels(dtype):
     cuda_ext.apply_temperature_(cuda, chosen.cuda())
     assert_same(cuda, cpu, dtype)
     for got, want in zip(
-        cuda_ext.explain_rows(logits.cuda(), base.cuda(), 5), cuda_ext.explain_rows(logits, base, 5), strict=True
+        cuda_ext.explain_rows(logits.cuda(), base.cuda()), cuda_ext.explain_rows(logits, base), strict=True
     ):
         assert_same(got, want, torch.float32)
     owners = torch.tensor([0, 3, 3, 6, -1, 7, 2])
@@ -190,11 +179,11 @@ def test_attention_rows_match_the_cpu_kernel(dtype, head_max):
 
 
 def test_empty_batches():
-    slot = torch.zeros(4, dtype=torch.int64, device="cuda")
-    cuda_ext.diag_edit_(torch.ones(0, 8, device="cuda"), torch.ones(1, 8, device="cuda"), None, slot)
+    index = torch.zeros(4, dtype=torch.int32, device="cuda")
+    cuda_ext.put_rows_(torch.ones(0, 8, device="cuda"), torch.ones(1, 8, device="cuda"), index)
 
 
 def test_tensors_on_two_devices_are_refused():
-    with pytest.raises(RuntimeError, match="mul is on cpu, x on cuda:0"):
-        x, slot = torch.ones(2, 8, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
-        cuda_ext.diag_edit_(x, torch.ones(1, 8), None, slot)
+    with pytest.raises(RuntimeError, match="rows is on cpu, x on cuda:0"):
+        x, index = torch.ones(2, 8, device="cuda"), torch.zeros(2, dtype=torch.int32, device="cuda")
+        cuda_ext.put_rows_(x, torch.ones(1, 8), index)

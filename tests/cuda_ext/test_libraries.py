@@ -25,7 +25,7 @@ def test_the_compiled_libraries_run_by_default():
 def test_the_reference_runs_when_named():
     done = run_python(
         "import torch; from whipstaff import cuda_ext; x = torch.ones(1, 4);"
-        "cuda_ext.diag_edit_(x, None, x.clone(), torch.tensor([0])); print(cuda_ext.IMPLEMENTATION, x.tolist())",
+        "cuda_ext.put_rows_(x, 2 * x, torch.tensor([0]).int()); print(cuda_ext.IMPLEMENTATION, x.tolist())",
         WHIPSTAFF_CUDA_EXT="reference",
     )
     assert done.stdout.split(maxsplit=1) == ["reference", "[[2.0, 2.0, 2.0, 2.0]]\n"], done.stderr
@@ -42,8 +42,8 @@ def test_a_missing_library_says_how_to_build_it():
 
 
 OUT_OF_RANGE = {
-    "slot[1] is 3, the tables have 3 rows": (
-        "cuda_ext.diag_edit_(torch.ones(2, 4), None, torch.ones(3, 4), torch.tensor([-1, 3]))"
+    "index[1] is 3, rows has 3 rows": (
+        "cuda_ext.put_rows_(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([-1, 3]).int())"
     ),
     "rows[0, 1] is 2, streams[1] has 2 rows": (
         "s = torch.ones(2, 4); cuda_ext.mix_logits_(s, [s, s], torch.tensor([[0, 2], [1, 1]]), torch.ones(2, 2))"

@@ -112,11 +112,10 @@ def any_program(random: Random, width: int) -> Program:
         group: Program = []
         for _ in range(random.randint(1, 4)):
             phi = random.choice(list(Phi))
-            is_pair = phi in (Phi.ANGLE, Phi.ROTATE)
-            if is_pair and len(group) % 2:
+            if phi.is_pair and len(group) % 2:
                 group.append(direction(-1, line(), Phi.OFF, 0))
             first = int(not group and random.random() < 0.5)
-            for half in range(2 if is_pair else 1):
+            for half in range(2 if phi.is_pair else 1):
                 read, write = random.choice([-1, line(), line()]), random.choice([-1, line(), line()])
                 args, bias = [real() for _ in range(4)], real() * random.randrange(2)
                 group.append(direction(read, write, phi, 0 if half else first, args, bias, real()))
@@ -303,6 +302,39 @@ def test_a_group_ends_after_64_directions():
     assert run(many, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
 
 
+def along_axes(x: list[float], phi: Phi, args: list[float], rank: int = 1) -> list[float]:
+    """One token of two columns, read and written along the first or along both axes."""
+    return run([direction(r, r, phi, r == 0, args) for r in range(rank)], [x], AXES)[0][0]
+
+
+def test_hand_worked_readings():
+    assert along_axes([3.0, 5.0], Phi.OFF, [9.0]) == [3.0, 5.0]
+    assert along_axes([3.0, 5.0], Phi.AFFINE, [-1.0, 0.5]) == [0.5, 5.0]
+    assert along_axes([3.0, 5.0], Phi.SET, [-6.0]) == [-6.0, 5.0]
+    assert along_axes([3.0, 5.0], Phi.CLAMP, [-1.0, 2.0]) == [2.0, 5.0]
+    assert along_axes([-3.0, 5.0], Phi.CLAMP, [-1.0, 2.0]) == [-1.0, 5.0]
+    for gated in (Phi.GATED, Phi.TOP_K):  # the same where no TOP_K instruction has compared readings
+        assert along_axes([3.0, 5.0], gated, [2.0, -1.0, 10.0, 7.0]) == [10.0, 5.0]
+        assert along_axes([2.0, 5.0], gated, [2.0, -1.0, 10.0, 7.0]) == [9.0, 5.0]
+    assert along_axes([-3.0, 5.0], Phi.SIGN, [2.0]) == [-5.0, 5.0]
+    assert along_axes([0.5, 5.0], Phi.TANH, [2.0])[0] == pytest.approx(0.5 + 2 * math.tanh(0.5))
+    assert along_axes([0.5, 5.0], Phi.SILU, [2.0])[0] == pytest.approx(0.5 + 2 * 0.5 / (1 + math.exp(-0.5)))
+
+
+def test_hand_worked_pairs():
+    quarter = math.pi / 2
+    assert along_axes([3.0, 4.0], Phi.ANGLE, [quarter, -math.inf], rank=2) == pytest.approx([0.0, 5.0], abs=1e-6)
+    assert along_axes([3.0, 4.0], Phi.ANGLE, [quarter, 3.5], rank=2) == [3.0, 4.0]
+    assert along_axes([3.0, 4.0], Phi.ROTATE, [quarter], rank=2) == pytest.approx([-4.0, 3.0], abs=1e-6)
+
+
+def test_ablating_a_direction_removes_it():
+    x, line = torch.randn(6, 512), torch.nn.functional.normalize(torch.randn(1, 512), dim=1)
+    program, tokens = tables([direction(0, 0, Phi.SET)]), torch.zeros(6, 2, dtype=torch.int32)
+    cuda_ext.run_edits_(x, line, *program, tokens, torch.ones(6, 0), torch.ones(0, 0))
+    torch.testing.assert_close(x @ line[0], torch.zeros(6), rtol=0, atol=1e-5)
+
+
 def test_pairs_begin_at_even_offsets():
     turn = [direction(0, 0, Phi.ROTATE, 1, [math.pi / 2]), direction(1, 1, Phi.ROTATE, 0)]
     assert run(turn, [[3.0, 4.0]], AXES)[0][0] == pytest.approx([-4.0, 3.0], abs=1e-6)
@@ -432,15 +464,24 @@ def test_what_changes_nothing_leaves_every_bit(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_diagonal_program_equals_diag_edit_bit_for_bit(dtype):
+def test_a_diagonal_program_rounds_like_torch(dtype):
     x, residual, lines = strided(50, 1029, dtype), strided(50, 1029, dtype), strided(2, 1029)
-    want, other = x.clone(), residual.clone()
-    cuda_ext.diag_edit_(want, lines[:1], lines[1:], torch.zeros(50, dtype=torch.int32), None, other)
+    want = ((x.float() + residual.float()) * lines[0] + lines[1]).to(dtype)
     tokens = torch.zeros(50, 2, dtype=torch.int32)
     program = tables([(Op.DIAG, 0, 1)])
     cuda_ext.run_edits_(x, lines, *program, tokens, torch.ones(50, 0), torch.ones(0, 0), residual)
     assert torch.equal(x, want)
-    assert torch.equal(residual, other)
+    assert not residual.any()
+
+
+@pytest.mark.parametrize("special", [math.inf, NAN, 1e30, 7e4, 1e-7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overflow_and_special_values_round_like_torch(dtype, special):
+    x, lines = torch.tensor([[special, -special, 1.0, 0.1]]).to(dtype), torch.tensor([[3.0] * 4, [1e-8] * 4])
+    want = (x.float() * 3.0 + 1e-8).to(dtype)
+    tokens, program = torch.zeros(1, 2, dtype=torch.int32), tables([(Op.DIAG, 0, 1)])
+    cuda_ext.run_edits_(x, lines, *program, tokens, torch.ones(1, 0), torch.ones(0, 0))
+    assert torch.equal(x.nan_to_num(123.0), want.nan_to_num(123.0))
 
 
 def test_what_tokens_name_but_is_not_there_is_harmless():
@@ -535,14 +576,17 @@ MISTAKES: dict[str, tuple[Program, str]] = {
     "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Op.DIAG, -1, 3), (Op.END,)], ""),
     "token 1, instruction 0: line -1 is outside [0, 3)": ([(Op.CROSS, 0, -1, 1), (Op.END,)], ""),
     "token 1, instruction 1: stride 8 does not pair 8 columns": ([(Op.SAVE,), (Op.CROSS, 0, 0, 8), (Op.END,)], ""),
-    "token 1, instruction 0: phi 99 is outside [0, 11)": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
+    f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
     "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Op.GAIN, 1), (Op.END,)], ""),
     "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Op.WHEN, 1), (Op.END,)], ""),
     "token 1, instruction 0: history row 2 is outside [-1, 2)": ([(Op.PROBE, 0, 0), (Op.END,)], "tokens[1, 2] = 2"),
-    "token 1, instruction 0: TOP_K needs an encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
+    "token 1, instruction 0: TOP_K needs encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
     "token 1, instruction 0: encoder row 3 is outside [0, 3)": ([(Op.TOP_K, 1, 3, 1), (Op.END,)], "encoder = lines"),
-    "token 1, instruction 0: KEEP has nowhere to keep it": ([(Op.KEEP,), (Op.END,)], ""),
-    "token 1, instruction 0: op 15 is outside [0, 15)": ([(15,), (Op.END,)], ""),
+    "token 1, instruction 0: KEEP needs kept": ([(Op.KEEP,), (Op.END,)], ""),
+    f"token 1, instruction 0: op {len(Op)} is outside [0, {len(Op)})": ([(len(Op),), (Op.END,)], ""),
+    "token 1, instruction 0: gains column -2 is outside [-1, 1)": ([(Op.GAIN, -2), (Op.END,)], ""),
+    "token 1, instruction 0: stride 0 does not pair 8 columns": ([(Op.CROSS, 0, 0, 0), (Op.END,)], ""),
+    "token 1, instruction 0: encoder row -1 is outside [0, 3)": ([(Op.TOP_K, 0, 0, 1), (Op.END,)], "encoder = lines"),
     "token 1 leaves the code for 1, it has 1 instructions": ([(Op.SAVE,)], ""),
     "token 1 leaves the code for -3, it has 1 instructions": ([(Op.JUMP, -3)], ""),
     "token 1: its program does not end": ([(Op.SAVE,), (Op.JUMP, 0)], ""),
