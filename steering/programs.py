@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from whipstaff.cuda_ext import MAX_GROUP
 from whipstaff.cuda_ext import Op as Code
 from whipstaff.steering.method import Place
 from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op
 from whipstaff.steering.sites import pool_of
 
-MAX_GROUP = 64  # directions that the kernel reads at once
 
 
 @dataclass(frozen=True)
