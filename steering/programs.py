@@ -19,7 +19,6 @@ from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions,
 from whipstaff.steering.sites import pool_of
 
 
-
 @dataclass(frozen=True)
 class Gate:
     """How much of an edit a token gets: the product of a schedule's gain, a condition and a ramp over readings.
