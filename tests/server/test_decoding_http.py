@@ -57,7 +57,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 SAMPLED: dict[str, dict[str, Any]] = {
     "adaptive_temperature": {"method": "adaptive_temperature", "head": "tempers", "choose": "sample"},
     "edt": {"method": "edt", "t0": 1.2},
-    "dynatemp": {"method": "dynatemp", "range": 0.4, "exponent": 2.0},
+    "dynatemp": {"method": "dynatemp", "range": 0.9, "exponent": 12.0},
     "top_n_sigma": {"method": "top_n_sigma", "n": 1.5},
     "typical_p": {"method": "typical_p", "p": 0.6},
     "top_a": {"method": "top_a", "a": 0.3},
