@@ -125,7 +125,11 @@ def content_of(contents: Contents, index: int, num: int, param: str) -> Content:
     """What is meant for prompt `index` of a request's `num`. Raises: DecodingError."""
     is_one = not isinstance(contents, list) or isinstance(contents[0], int | Message)
     if not is_one and len(contents) != num:
-        raise DecodingError(f"there are {len(contents)} for the request's {num}; give one, or one for each", param)
+        raise DecodingError(
+            f"a list of {len(contents)}, and the request has {num} prompt{'s' if num > 1 else ''}; give one text, or a "
+            "list with one for each prompt",
+            param,
+        )
     found: Any = contents if is_one else contents[index]
     return cast(Content, found)
 

@@ -8,7 +8,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from whipstaff.server.catalogue import Catalogue, Limit
-from whipstaff.server.errors import BadRequest, Unavailable, bad_field, check_given_once, field_path, no_entry, parsed
+from whipstaff.server.errors import (
+    BadRequest,
+    Unavailable,
+    bad_field,
+    check_given_once,
+    field_path,
+    keys_of,
+    no_entry,
+    parsed,
+)
 from whipstaff.server.placing import SoftPrompt
 from whipstaff.server.steered import Steered, largest_dose
 from whipstaff.steering.artifacts import Vector
@@ -56,7 +65,7 @@ def admit(
             return replace(_add(own, params, vector, probe, path, planner, others, have, warnings), is_off=True)
         admitted = _add(own, params, vector, probe, path, planner, others, have, warnings)
     except ValidationError as error:
-        raise bad_field(error, entry, path) from None
+        raise bad_field(error, entry, path, keys_of(vector.method.params) | keys_of(SteeringParams)) from None
     except SteeringError as error:
         raise BadRequest(str(error), field_path(path, error.param, entry)) from None
     _check_growth(planner, have.dtype, field_path(path, "scale" if "scale" in vector.method.off else "", entry))

@@ -11,7 +11,7 @@ from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission import admit
 from whipstaff.server.catalogue import Catalogue
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.names import said_of_methods
+from whipstaff.server.names import in_own_names, said_of_methods
 from whipstaff.server.placing import SoftPrompt
 from whipstaff.server.steered import Steered
 from whipstaff.steering.artifacts import Vector
@@ -61,7 +61,12 @@ class Asked(NamedTuple):
     @property
     def where(self) -> str:
         """As warnings call it."""
-        return ", ".join([*filter(None, [self.path]), *self.fields])
+        return " and ".join([*filter(None, [self.path]), *self.fields])
+
+    @property
+    def is_several(self) -> bool:
+        """Whether that is more than one field."""
+        return len(self.fields) + bool(self.path) > 1
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,14 @@ def entries_of(fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merg
     Raises: BadRequest.
     """
     short = said_of_methods(fields)
-    for path, entry in named:
+    for path, given in named:
+        entry, own = in_own_names(given, path)
         name = entry.get("method") if isinstance(entry, dict) else None
         if merges and isinstance(name, str) and (said := short.pop(name, None)):
-            yield Asked(path, {**entry, **said.params}, said.names, said.fields, said.gate and f"{said.gate} is false")
+            names = {**own, **said.names}
+            yield Asked(path, {**entry, **said.params}, names, said.fields, said.gate and f"{said.gate} is false")
         else:
-            yield Asked(path, entry)
+            yield Asked(path, entry, own)
     for name, said in short.items():
         yield Asked("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
 

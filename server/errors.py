@@ -11,13 +11,17 @@ WhipstaffError
  |- Unavailable     422  a method that this server could run, were it started otherwise
 """
 
+import difflib
 import json
 import re
+from collections.abc import Collection
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 P = TypeVar("P", bound=BaseModel)
+_NEAR = 0.75  # of difflib's ratio
 _OTHER_NAMES = {"scale": ("strength", "coefficient")}
 
 
@@ -68,18 +72,33 @@ class Unavailable(WhipstaffError):
     status, type = 422, "UnprocessableEntityError"
 
 
-def bad_field(error: ValidationError, data: Any, prefix: str) -> BadRequest:
-    """The first of pydantic's complaints about `data`, as a path below `prefix` and a sentence.
+def bad_field(error: ValidationError, data: Any, prefix: str, known: Collection[str] = ()) -> BadRequest:
+    """The first of pydantic's complaints about `data`, as a path below `prefix` and a sentence; `known` are the keys
+    that `data` may have.
 
-    A union complains once per alternative; the complaint that got furthest into the data is the one meant.
+    A union complains once per alternative; the complaint that got furthest into the data is the one meant, and one of a
+    value's range more than one of its type.
     """
     complaints = error.errors(include_url=False)
     same_field = [one for one in complaints if one["loc"][:1] == complaints[0]["loc"][:1]]
-    first = max(same_field, key=lambda one: len(json_path(one["loc"], data)))
+    first = max(same_field, key=lambda one: (len(json_path(one["loc"], data)), not one["type"].endswith("_type")))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown key"
+        message = "unknown key" + (did_you_mean(str(first["loc"][0]), known) if len(first["loc"]) == 1 else "")
+    elif first["type"] == "model_type":
+        message = "a JSON object is wanted here"
     return BadRequest(message, prefix + json_path(first["loc"], data))
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The nearest name that exists, as the end of a sentence; "" where none is near. Only letters and digits count."""
+    folded = {_folded(one): one for one in sorted(known)}
+    found = difflib.get_close_matches(_folded(name), folded, 1, _NEAR)
+    return f"; did you mean {folded[found[0]]}?" if found else ""
+
+
+def _folded(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def json_path(loc: tuple[int | str, ...], data: Any) -> str:
@@ -114,11 +133,21 @@ def no_entry(entry: Any, path: str, key: str) -> BadRequest:
     return BadRequest(f"an entry is a JSON object: write {json.dumps({key: name}, ensure_ascii=False)}", path)
 
 
+def keys_of(model: type[BaseModel]) -> set[str]:
+    """The names by which a model's fields may come."""
+    return {name for field_name, field in model.model_fields.items() for name in _names_of(field_name, field)}
+
+
+def _names_of(name: str, field: FieldInfo) -> list[str]:
+    """A field's names, its own first."""
+    aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else [field.alias]
+    return list(dict.fromkeys(one for one in (name, *aliases) if isinstance(one, str)))
+
+
 def check_given_once(model: type[BaseModel], entry: Any, path: str) -> None:
     """A field that has several names may come by one of them. Raises: BadRequest naming the second."""
     for name, field in model.model_fields.items() if isinstance(entry, dict) else ():
-        aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else [field.alias]
-        first, *more = [one for one in dict.fromkeys([name, *aliases]) if one in entry] or [""]
+        first, *more = [one for one in _names_of(name, field) if one in entry] or [""]
         if more:
             raise BadRequest(f"given twice, here and as {first!r}", f"{path}.{more[0]}" if path else more[0])
         for inner in get_args(field.annotation) or (field.annotation,):
@@ -129,9 +158,9 @@ def check_given_once(model: type[BaseModel], entry: Any, path: str) -> None:
 def parsed(model: type[P], entry: Any, path: str) -> P:
     """An entry of a request as its model. Raises: BadRequest with the path of what is wrong."""
     if not isinstance(entry, dict):
-        raise BadRequest("an entry is a JSON object", path)
+        raise BadRequest("a JSON object is wanted here", path)
     check_given_once(model, entry, path)
     try:
         return model.model_validate(entry)
     except ValidationError as error:
-        raise bad_field(error, entry, path) from None
+        raise bad_field(error, entry, path, keys_of(model)) from None

@@ -1,6 +1,5 @@
 """Names of request fields: which of them are one thing, and which are nobody's."""
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from pydantic import ValidationError
 
 from whipstaff.decoding.method import DecodingError, Method
 from whipstaff.decoding.methods import METHODS
-from whipstaff.server.errors import BadRequest
+from whipstaff.server.errors import BadRequest, did_you_mean
 
 SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
     field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
@@ -34,7 +33,6 @@ _MAX_HEADER = 1000  # characters
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")
-_NEAR = 0.75  # of difflib's ratio
 
 
 def thing(name: str) -> Any:
@@ -102,15 +100,34 @@ def is_off(entry: Any) -> bool:
     """Whether an entry, or what shorthands make of one, is sound and changes nothing."""
     method = METHODS.get(str(entry.get("method"))) if isinstance(entry, dict) else None
     try:
-        return method is not None and method.is_off(method.params.model_validate(entry))
-    except ValidationError:
+        return method is not None and method.is_off(method.params.model_validate(in_own_names(entry)[0]))
+    except (ValidationError, BadRequest):
         return False
+
+
+def in_own_names(entry: Any, path: str = "") -> tuple[Any, dict[str, str]]:
+    """An entry of `decoding` by its method's own parameters, which it may call by their top-level names, too; and the
+    path of each parameter that it calls so. Raises: BadRequest."""
+    method = METHODS.get(str(entry.get("method"))) if isinstance(entry, dict) else None
+    if method is None:
+        return entry, {}
+    own = method.params.model_fields
+    others = {name: entry[name] for name in method.shorthands if name in entry and name not in own}
+    try:
+        said = _said(method, others)
+    except BadRequest as error:
+        raise BadRequest(error.message, f"{path}.{error.param}") from None
+    for param, name in said.names.items():
+        if param in entry:
+            raise BadRequest(f"given twice, here and as {param!r}", f"{path}.{name}")
+    rest = {name: value for name, value in entry.items() if name not in others}
+    return {**rest, **said.params}, {param: f"{path}.{name}" for param, name in said.names.items()}
 
 
 def unknown_reasons(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Of names that nobody knows, by name, what to say; of the first ones, where there are many."""
     some = (_utf8(name)[:_MAX_NAME] for name in islice(names, _MAX_NAMES))
-    return {name: f"this server has no such field{near(name, known)}" for name in some}
+    return {name: f"this route has no such field{near(name, known)}" for name in some}
 
 
 def _utf8(text: str) -> str:
@@ -124,8 +141,7 @@ def near(name: str, known: Collection[str]) -> str:
         return "; did you mean structured_outputs?"
     if (same := _SAME.get(name)) in known:
         return f"; did you mean {same}?"
-    found = difflib.get_close_matches(name, sorted(known), 1, _NEAR)
-    return f"; did you mean {found[0]}?" if found else ""
+    return did_you_mean(name, known)
 
 
 def header_of(warnings: Iterable[str]) -> str:
@@ -133,6 +149,22 @@ def header_of(warnings: Iterable[str]) -> str:
     text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 4]} ..."
+
+
+def that_change(fields: Mapping[str, Any]) -> list[str]:
+    """Those of Whipstaff's fields that are more than neutral. Raises: BadRequest for one that says nothing sound."""
+    of_methods = said_of_methods({name: fields.get(name) for name in (*SHORTHANDS, *GATES)})
+    on = [said for name, said in of_methods.items() if not (said.why_off(METHODS[name]) or _is_off(name, said))]
+    named = {field for said in on for field in said.fields}
+    return [
+        name
+        for name in FIELDS
+        if name in named or (name not in SHORTHANDS and name not in GATES and not _is_nothing(name, fields.get(name)))
+    ]
+
+
+def _is_off(method: str, said: Said) -> bool:
+    return is_off({"method": method, **said.params})
 
 
 # ---- what a preset forces, against what a request says
@@ -158,7 +190,7 @@ def _clashes(forced: Mapping[str, Any], sent: Mapping[str, Any]) -> Iterator[tup
 
 def _of_shorthands(method: Method[Any], said: Said, forced: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own = {SHORTHANDS[name][1]: name for name in forced if name in SHORTHANDS and SHORTHANDS[name][0] == method.name}
-    if said.gate or is_off({"method": method.name, **said.params}):
+    if said.gate or _is_off(method.name, said):
         return
     if method.is_switched_on(own):
         yield next(iter(own.values())), said.fields[0]

@@ -7,7 +7,7 @@ Under `default` a request's own value wins; what is `forced` a request may not s
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,12 +200,16 @@ class Preset:
 
 
 @contextmanager
-def blaming(preset: Preset | None, fields: Iterable[str]) -> Iterator[None]:
-    """Errors in fields that a preset filled in name the preset: a client knows it by `model` only."""
+def blaming(preset: Preset | None, fields: Collection[str], xargs: Collection[str] = ()) -> Iterator[None]:
+    """Errors in fields that a preset filled in name the preset: a client knows it by `model` only. Errors in fields
+    that came in a request's vllm_xargs say so."""
     try:
         yield
     except WhipstaffError as error:
-        if preset is None or re.split(r"[.\[]", error.param or "")[0] not in fields:
+        name = re.split(r"[.\[]", error.param or "")[0]
+        if name in xargs:
+            raise type(error)(error.message, f"vllm_xargs.{error.param}") from None
+        if preset is None or name not in fields:
             raise
         raise type(error)(f"preset {preset.name!r}, {error.param}: {error.message}", "model") from None
 

@@ -20,7 +20,7 @@ from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable,
 from whipstaff.server.explained import Explained
 from whipstaff.server.library import Library
 from whipstaff.server.methods import method_table
-from whipstaff.server.names import FIELDS, TEXTS, header_of, unknown_reasons
+from whipstaff.server.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
 from whipstaff.server.presets import Preset, blaming
 from whipstaff.server.receipts import FIELD, Tally, with_extras
 from whipstaff.server.registry import Entry
@@ -43,6 +43,7 @@ class PreparedRequest:
     tally: Tally = field(default_factory=Tally)
     preset: Preset | None = None
     filled: frozenset[str] = frozenset()  # fields that the preset filled in
+    xargs: frozenset[str] = frozenset()  # fields that came in vllm_xargs
     explained: Explained | None = None
     num_placed: int = 0  # prompts
 
@@ -51,14 +52,15 @@ class PreparedRequest:
         return self.compiled.scores_prompts
 
     def check_sampling(self, params: Any) -> None:
-        with blaming(self.preset, self.filled):
+        with blaming(self.preset, self.filled, self.xargs):
             self.compiled.check_grammar(params.structured_outputs is not None)
 
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
-        return self.compiled.wanted_scores(prompt)
+        with blaming(self.preset, self.filled, self.xargs):
+            return self.compiled.wanted_scores(prompt)
 
     def place(self, prompt: Prompt) -> "PlacedRequest":
-        with blaming(self.preset, self.filled):
+        with blaming(self.preset, self.filled, self.xargs):
             ids = self.compiled.place(prompt)
         if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
             self.tally.keeps_tokens = True
@@ -117,7 +119,7 @@ class PlacedRequest:
         self.prepared.explained.note(self.first_choice + index, record)
 
     def check(self, max_tokens: int, is_explicit: bool) -> int:
-        with blaming(self.prepared.preset, self.prepared.filled):
+        with blaming(self.prepared.preset, self.prepared.filled, self.prepared.xargs):
             return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
@@ -161,13 +163,16 @@ def prepare(
 ) -> PreparedRequest | None:
     """The same, for a preset that is known, and the request as it was sent."""
     filled = preset.fill(request, body or {}) if preset else frozenset()
-    with blaming(preset, filled):
+    xargs = _ours_in(request.vllm_xargs)
+    with blaming(preset, filled, xargs):
         fields = _extras(request)
         unknown = warn_of(unknown_names(request), fields, openai.known_names(type(request)))
         compiled = compile_request(request, have, fields, preset is not None and preset.gives(filled, "decoding"))
     if compiled is None and preset is None and not unknown:
         return None
-    ready = PreparedRequest(compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled)
+    ready = PreparedRequest(
+        compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled, xargs=xargs
+    )
     ready.compiled.warnings[:0] = unknown
     ready.compiled.have = have.facts
     if ready.compiled.explain is not None:
@@ -219,6 +224,11 @@ def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
     return _with_xargs(present, request.vllm_xargs)
 
 
+def _ours_in(xargs: Any) -> frozenset[str]:
+    """Our fields that came in a request's vllm_xargs."""
+    return frozenset(xargs).intersection(FIELDS) if isinstance(xargs, dict) else frozenset()
+
+
 def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
     """The extra fields, from the top level of a request and, as JSON strings, out of its vllm_xargs."""
     if not isinstance(xargs, dict):
@@ -229,6 +239,10 @@ def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
         if name in xargs and fields.get(name) is not None:
             raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
     return fields | {name: _scalar(name, xargs.pop(name)) for name in FIELDS if name in xargs}
+
+
+def _unpacked(name: str, value: Any) -> Any:
+    return value if name in TEXTS else loose(value)
 
 
 def _scalar(name: str, value: Any) -> Any:
@@ -327,6 +341,11 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
 
 def _validated(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
     """The plan of fields without a prompt. Raises: WhipstaffError."""
+    with blaming(None, (), _ours_in(body.get("vllm_xargs"))):
+        return _compiled(body, have)
+
+
+def _compiled(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
     fields = _with_xargs(body, body.get("vllm_xargs"))
     known = openai.known_names(openai.ChatRequest) | openai.known_names(openai.TextRequest)
     names = [name for name, value in body.items() if value is not None and name not in known and name not in FIELDS]
@@ -386,7 +405,8 @@ async def refuse_extras(raw: Request) -> None:
         raise Unavailable(f"presets work on {OURS}; here, name the model without @{preset}", "model")
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    if present := [name for name in (*FIELDS, FIELD) if fields.get(name) is not None]:
+    said = {name: _unpacked(name, fields[name]) for name in FIELDS if fields.get(name) is not None}
+    if present := [*that_change(said), *(name for name in (FIELD,) if fields.get(name) is not None)]:
         raise Unavailable(f"{present[0]} works on {OURS}", present[0])
 
 

@@ -283,9 +283,9 @@ class Compiled:
                 "steering",
             )
 
-    def leave_out(self, what: str, why: str) -> None:
+    def leave_out(self, what: str, why: str, is_several: bool = False) -> None:
         """Say that something changes nothing, and was left out."""
-        self.warnings.append(f"{what} was left out: {why}")
+        self.warnings.append(f"{what} {'were' if is_several else 'was'} left out: {why}")
 
     def receipt(self, fed: list[Fed]) -> dict[str, Any]:
         """What was done, for the response; `fed` are the finished sequences."""
@@ -326,7 +326,7 @@ def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue, merges: bool
         try:
             decoded = admit_decoding(asked, catalogue)
             if decoded.why_off:
-                compiled.leave_out(asked.where, decoded.why_off)
+                compiled.leave_out(asked.where, decoded.why_off, asked.is_several)
             else:
                 compiled.decoding.append(decoded)
                 compiled.warnings += [said for own in decoded.steered.values() for said in own.warnings]

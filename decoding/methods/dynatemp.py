@@ -71,7 +71,7 @@ class Dynatemp(Rewriting[DynatempParams]):
             raise DecodingError(
                 "the lowest and the highest temperature go together", "low" if params.high is None else "high"
             )
-        if "range" in params.model_fields_set and abs(params.range - params.reach) > _SAME:
+        if "range" in params.model_fields_set and params.range and abs(params.range - params.reach) > _SAME:
             raise DecodingError(
                 f"given twice: {params.low:g} to {params.high:g} is a range of {params.reach:g}", "range"
             )

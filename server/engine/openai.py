@@ -443,9 +443,10 @@ def renamed(body: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def known_names(model: type[BaseModel]) -> frozenset[str]:
-    """The fields of a request that mean something, or that OpenAI's protocol has."""
+    """The fields of a request that mean something on its route, or nothing on either and OpenAI's protocol has them."""
     aliases = {field.alias for field in model.model_fields.values() if field.alias}
-    return OPENAI.union(model.model_fields, aliases, ALIASES)
+    of_others = {*ChatRequest.model_fields, *TextRequest.model_fields}
+    return (OPENAI - of_others).union(model.model_fields, aliases, ALIASES)
 
 
 def unknown_names(request: "ChatRequest | TextRequest") -> list[str]:

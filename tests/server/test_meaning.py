@@ -38,7 +38,7 @@ SAID: dict[str, tuple[dict[str, Any], str, str]] = {
     "a method": ({"decoding": "dola"}, "decoding", 'write {"method": "dola"}'),
     "methods": ({"decoding": ["dola"]}, "decoding[0]", 'write {"method": "dola"}'),
     "half of JSON": ({"steering": '{"vector": '}, "steering", "not JSON"),
-    "where": ({"steering": {**CALM, "where": "here"}}, "steering.where", "generation, messages, tokens, exclude"),
+    "where": ({"steering": {**CALM, "where": "here"}}, "steering.where", "generation, middle, messages, tokens, excl"),
     "scale twice": ({"steering": {**CALM, "scale": 1, "coefficient": 2}}, "steering.coefficient", "as 'scale'"),
     "strength twice": ({"steering": {**CALM, "scale": 1, "strength": 1}}, "steering.strength", "as 'scale'"),
     "two others": ({"steering": [{**CALM, "coefficient": 1, "strength": 1}]}, "steering[0].coefficient", "'strength'"),

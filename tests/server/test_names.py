@@ -10,6 +10,7 @@ from whipstaff.decoding.method import Depth, Method
 from whipstaff.decoding.methods import METHODS
 from whipstaff.server import names
 from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.engine import openai
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
 from whipstaff.server.names import GATES, SHORTHANDS, header_of, near, thing, unknown_reasons
 from whipstaff.server.presets import Preset
@@ -382,6 +383,8 @@ def test_the_nearest_name_is_said() -> None:
     assert near("guided_regex", known) == "; did you mean structured_outputs?"
     assert near("max_completion_tokens", {"max_tokens"}) == "; did you mean max_tokens?"
     assert near("smoothing_factor", known) == ""
+    for name in ("top_K", "topK", "top-k"):  # neither case nor punctuation counts
+        assert near(name, {"top_p", "top_k", "stop"}) == "; did you mean top_k?"
     assert list(unknown_reasons(["a", "b"], known)) == ["a", "b"]
 
 
@@ -399,3 +402,78 @@ def test_things_are_the_same_by_all_their_names() -> None:
     assert thing("typical") == thing("typical_p") == ("typical_p", "p")
     assert thing("repeat_penalty") == thing("repetition_penalty") != thing("presence_penalty")
     assert all(get_args(type(one)) == () for one in map(thing, SHORTHANDS))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (openai.TextRequest, "max_completion_tokens"),
+        (openai.TextRequest, "top_logprobs"),
+        (openai.TextRequest, "messages"),
+        (openai.ChatRequest, "prompt"),
+        (openai.ChatRequest, "suffix"),
+    ],
+)
+def test_what_only_the_other_route_reads_did_nothing(model: Any, name: str) -> None:
+    other = openai.ChatRequest if model is openai.TextRequest else openai.TextRequest
+    assert name not in openai.known_names(model) and name in openai.known_names(other)
+    assert {"store", "metadata", "service_tier", "user", "stream"} <= openai.known_names(model)  # which change nothing
+
+
+# ---- entries of `decoding`
+
+
+@pytest.mark.parametrize("field", SHORTHANDS)
+def test_an_entry_takes_the_top_level_names_of_its_parameters(worded: Catalogue, field: str) -> None:
+    name, param = SHORTHANDS[field]
+    beside = {key: ON[key] for key in {"low": ("high",), "high": ("low",)}.get(param, ())}
+    by_name, by_param = (
+        compiled(worded, decoding={"method": name, key: ON[param], **beside}).decoding for key in (field, param)
+    )
+    assert [entry.params for entry in by_name] == [entry.params for entry in by_param] != []
+
+
+def test_errors_of_such_names_are_at_their_path(have: Catalogue) -> None:
+    for entry, param, said in (
+        ({"method": "dry", "dry_multiplier": -1}, "dry_multiplier", "greater than"),
+        ({"method": "dry", "dry_multiplier": 1, "multiplier": 2}, "dry_multiplier", "given twice, here and as"),
+        ({"method": "typical_p", "typical": 0.5, "typical_p": 0.6}, "typical", "given twice"),
+        ({"method": "dry", "multiplyer": 1}, "multiplyer", "unknown key; did you mean multiplier?"),
+        ({"method": "dynatemp", "dynatemp_low": 2, "dynatemp_high": 1}, "dynatemp_high", "lower than"),
+    ):
+        error = refusal(have, decoding=[entry])
+        assert error.param == f"decoding[0].{param}" and said in error.message
+
+
+def test_such_names_are_seen_through_by_presets(worded: Catalogue) -> None:
+    forced = {"forced": {"dry_multiplier": 1}}
+    fill(forced, decoding={"method": "dry", "dry_multiplier": 0})
+    with pytest.raises(BadRequest):
+        fill(forced, decoding={"method": "dry", "dry_multiplier": 2})
+
+
+def test_a_neutral_range_says_nothing_beside_low_and_high(worded: Catalogue) -> None:
+    assert methods_of(compiled(worded, dynatemp_low=0.5, dynatemp_high=1.5, dynatemp_range=0)) == ["dynatemp"]
+
+
+def test_what_was_left_out_is_counted(worded: Catalogue) -> None:
+    (said,) = compiled(worded, dry_base=2, dry_allowed_length=3).warnings
+    assert said.startswith("dry_base and dry_allowed_length were left out")
+    (said,) = compiled(worded, dry_base=2).warnings
+    assert said.startswith("dry_base was left out")
+
+
+def test_what_is_neutral_changes_nothing_on_other_routes() -> None:
+    nothing = {
+        "guidance_scale": 1,
+        "negative_prompt": "x",
+        "steering": [],
+        "decoding": {"method": "dry", "multiplier": 0},
+    }
+    assert names.that_change(nothing) == []
+    assert names.that_change({"dynatemp_range": 1, "dynamic_temperature": False}) == []
+    assert names.that_change({"cfg_scale": 2, "steering": [{"vector": "x"}], "explain": {}}) == [
+        "steering",
+        "explain",
+        "cfg_scale",
+    ]

@@ -83,7 +83,7 @@ async def events() -> AsyncIterator[str]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_unknown_names_are_told_of_in_receipt_and_header(http: httpx.Client, path: str, stream: bool) -> None:
     answer = http.post(path, json=BODIES[path] | {"stream": stream, "temprature": 1})
-    said = "temprature did nothing: this server has no such field; did you mean temperature?"
+    said = "temprature did nothing: this route has no such field; did you mean temperature?"
     body = json.loads(answer.text.split("data: ")[1]) if stream else ok(answer)
     assert body["whipstaff"]["warnings"] == [said] and answer.headers[HEADER] == said
     plain = http.post(path, json=BODIES[path] | {"stream": stream, "store": True, "temprature": None})
@@ -133,3 +133,16 @@ def test_temperatures_that_vllm_does_not_take_travel_in_the_plan() -> None:
     request._placed.append(Placed())  # type: ignore[arg-type]
     params = request.to_sampling_params(5, {})
     assert (params.temperature, draws[0].temperature, draws[0].top_k, request.temperature) == (1.0, 3.0, 4, 3.0)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_errors_in_vllm_xargs_say_so(http: httpx.Client, path: str) -> None:
+    for xargs, param in (
+        ({"steering": '{"vector": "nope"}'}, "steering.vector"),
+        ({"dry_multiplier": -1}, "dry_multiplier"),
+        ({"explain": "5"}, "explain"),
+    ):
+        answer = http.post(path, json=BODIES[path] | {"vllm_xargs": xargs})
+        assert answer.json()["error"]["param"] == f"vllm_xargs.{param}"
+        checked = http.post("/v1/steering/validate", json={"vllm_xargs": xargs})
+        assert checked.json()["error"]["param"] == f"vllm_xargs.{param}"
