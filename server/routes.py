@@ -324,7 +324,12 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """
     started = time.perf_counter()
     if "messages" not in body and "prompt" not in body:
-        plan = _validated(body, await catalogue(raw))
+        have, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
+        if name is None:
+            plan = _validated(body, have)
+        else:
+            ready = await prepared(_with_some_prompt(body, have.preset(name, "model")), raw)
+            plan = ready.said([]) if ready else None
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
         request = openai.parse(model, body)
@@ -337,6 +342,13 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
         plan = ready.said([]) if ready else None
     took = (time.perf_counter() - started) * 1e3
     return JSONResponse({"valid": True, "plan": plan or NOTHING, "milliseconds": took})
+
+
+def _with_some_prompt(body: dict[str, Any], preset: Preset) -> openai.ChatRequest | openai.TextRequest:
+    """Fields without a prompt as a request that the preset can fill in. Raises: what a route would."""
+    if preset.is_for_text:
+        return openai.parse(openai.TextRequest, {**body, "prompt": "Hello"})
+    return openai.parse(openai.ChatRequest, {**body, "messages": [{"role": "user", "content": "Hello"}]})
 
 
 def _validated(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:

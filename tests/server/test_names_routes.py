@@ -146,3 +146,10 @@ def test_errors_in_vllm_xargs_say_so(http: httpx.Client, path: str) -> None:
         assert answer.json()["error"]["param"] == f"vllm_xargs.{param}"
         checked = http.post("/v1/steering/validate", json={"vllm_xargs": xargs})
         assert checked.json()["error"]["param"] == f"vllm_xargs.{param}"
+
+
+def test_fields_alone_are_validated_with_their_preset(http: httpx.Client) -> None:
+    ask = {"model": "base@calm", "dry_base": 2}
+    assert ok(http.post("/v1/steering/validate", json=ask))["plan"]["preset"]["id"] == "calm"
+    assert_refused(http.post("/v1/steering/validate", json=ask | {"repetition_penalty": 2}), 400, "repetition_penalty")
+    assert_refused(http.post("/v1/steering/validate", json=ask | {"model": "base@nope"}), 404, "model")
