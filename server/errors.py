@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 P = TypeVar("P", bound=BaseModel)
 _NEAR = 0.75  # of difflib's ratio
+_OF_TYPE = ("_type", "_parsing", "literal_error")  # complaints that another alternative of a union was meant
 _OTHER_NAMES = {"scale": ("strength", "coefficient")}
 
 
@@ -81,7 +82,7 @@ def bad_field(error: ValidationError, data: Any, prefix: str, known: Collection[
     """
     complaints = error.errors(include_url=False)
     same_field = [one for one in complaints if one["loc"][:1] == complaints[0]["loc"][:1]]
-    first = max(same_field, key=lambda one: (len(json_path(one["loc"], data)), not one["type"].endswith("_type")))
+    first = max(same_field, key=lambda one: (len(json_path(one["loc"], data)), not one["type"].endswith(_OF_TYPE)))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown key" + (did_you_mean(str(first["loc"][0]), known) if len(first["loc"]) == 1 else "")

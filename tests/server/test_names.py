@@ -477,3 +477,17 @@ def test_what_is_neutral_changes_nothing_on_other_routes() -> None:
         "explain",
         "cfg_scale",
     ]
+
+
+def test_complaints_about_the_wrong_kind_of_value_say_what_is_wanted(have: Catalogue) -> None:
+    for fields, param, said in (
+        ({"steering": {**PUSH, "where": []}}, "steering.where", "a JSON object is wanted here"),
+        ({"explain": True}, "explain", "a JSON object is wanted here"),
+        ({"negative_prompt": [], "guidance_scale": 2}, "negative_prompt", "at least 1 item"),
+        ({"steering": {**PUSH, "scael": 1}}, "steering.scael", "unknown key; did you mean scale?"),
+    ):
+        error = refusal(have, **fields)
+        assert (error.param, said in error.message) == (param, True), error.message
+
+
+PUSH = {"vector": "calm"}
