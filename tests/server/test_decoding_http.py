@@ -481,7 +481,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "mirostat 1": ({"mirostat": 1}, 400, "mirostat"),
     "a method by number": ({"decoding": [{"method": 3}]}, 400, "decoding[0].method"),
     "too many": ({"decoding": [PAIR] * 9}, 400, "decoding"),
-    "short in words": ({"vllm_xargs": {"dry_multiplier": "much"}}, 400, "dry_multiplier"),
+    "short in words": ({"vllm_xargs": {"dry_multiplier": "much"}}, 400, "vllm_xargs.dry_multiplier"),
 }
 
 

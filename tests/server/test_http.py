@@ -462,7 +462,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "no vector": ({"steering": [{"scale": 1}]}, 400, "steering[0]"),
     "not an object": ({"steering": ["push"]}, 400, "steering[0]"),
     "not JSON": ({"steering": "push"}, 400, "steering"),
-    "deep JSON": ({"vllm_xargs": {"steering": "[" * 100_000}}, 400, "steering"),
+    "deep JSON": ({"vllm_xargs": {"steering": "[" * 100_000}}, 400, "vllm_xargs.steering"),
     "twice": ({"steering": PUSH, "vllm_xargs": {"steering": "[]"}}, 400, "vllm_xargs.steering"),
     "reserved": ({"vllm_xargs": {"whipstaff": "{}"}}, 400, "vllm_xargs.whipstaff"),
     "layer out of range": ({"steering": [PUSH | {"layers": [0, 3]}]}, 400, "steering[0].layers"),
@@ -667,7 +667,7 @@ def test_validate_compiles_without_running(http: httpx.Client, complete: Post, c
     assert_refused(ask(request | window | {"prompt": PROMPT}), 400, "steering.where")
     assert_refused(ask(request | window | {"messages": messages}), 400, "steering.where")
     assert_refused(ask({"steering": {"vector": "absent"}}), 404, "steering.vector")
-    assert_refused(ask({"vllm_xargs": {"decoding": '{"method": "x"}'}}), 422, "decoding.method")
+    assert_refused(ask({"vllm_xargs": {"decoding": '{"method": "x"}'}}), 422, "vllm_xargs.decoding.method")
     assert_refused(ask(request | {"prompt": PROMPT, "model": "other"}), 404, "model")
     assert ask(request | {"prompt": PROMPT, "max_tokens": "x"}).status_code == 400
     assert finished(metrics(http)) - finished(before) == 1  # the one completion above

@@ -282,7 +282,7 @@ HALVES: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"prompt": "a\ud83d"}, "prompt"),
     "deep": ({"steering": {"vector": "cheerful", "where": {"tokens": ["\udfff"]}}}, "steering.where.tokens[0]"),
     "name": ({"steering": {"vector": "cheerful", "\ud83d": 1}}, "steering"),
-    "string": ({"vllm_xargs": {"steering": '{"vector": "\\ud83d"}'}}, "steering.vector"),
+    "string": ({"vllm_xargs": {"steering": '{"vector": "\\ud83d"}'}}, "vllm_xargs.steering.vector"),
 }
 
 
