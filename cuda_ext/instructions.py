@@ -123,6 +123,17 @@ class Op(IntEnum):
         2,
     )
     KEEP = "kept[t] <- h", (), 2, "kept"
+    APART = (
+        "r <- 0. From here on what DIRs write goes into r, as if g were 1, and not into h: any number of them read the "
+        "same h",
+        (),
+        1,
+    )
+    TAKE = (
+        "h <- h + g * a * (r + u_out * L[i0] + mean - h);  i0 = -1: zeros. From here on DIRs write into h again",
+        (Operand.MAYBE_LINE,),
+        2,
+    )
 
 
 class Phi(IntEnum):

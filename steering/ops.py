@@ -44,8 +44,18 @@ class TopK:
 
 
 @dataclass(frozen=True, eq=False)
+class Replacement:
+    """Directions give the row itself and not a change of it: x <- x + scale * (norm^-1(their sum + bias) - x)."""
+
+    scale: float
+    bias: Tensor | None = None  # (width,)
+
+
+@dataclass(frozen=True, eq=False)
 class Directions:
     """x <- x + sum over r of phi_r(read[r] . x + bias[r]) * write[r]; all directions read the same x.
+
+    With a `replacement` that sum takes x's place, as far as its scale goes.
 
     Pairs (Phi.ANGLE, Phi.ROTATE) are two directions in a row, the first at an even r.
     """
@@ -57,6 +67,7 @@ class Directions:
     bias: Tensor | None = None  # (R,)
     norm: str = "none"  # one of PER_TOKEN_NORMS: readings and changes live in the normalised space
     top_k: TopK | None = None
+    replacement: Replacement | None = None
 
 
 Op = Diagonal | Cross | Directions

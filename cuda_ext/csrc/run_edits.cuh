@@ -108,7 +108,7 @@ struct Registers {
   const RunEdits& edits;
   int64_t token;
   int64_t pc = edits.begin(token), left = edits.num_instructions;  // what is next, and how many may still run
-  bool is_loaded = false, is_changed = false;
+  bool is_loaded = false, is_apart = false, is_changed = false;
   float g = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
 
   // A program that jumps in circles ends too.
@@ -163,7 +163,9 @@ struct Machine : Registers {
   float* h;         // (width,) in shared memory, filled when first asked for
   float* z;         // (MAX_GROUP,) in shared memory: readings
   float* scale;     // (MAX_GROUP,) in shared memory: what is written along each direction
+  float* r;         // (width,) in device memory, this block's own: what DIRs write apart from h, if is_gathered
   float* features;  // (num_features,) in device memory, this block's own
+  bool is_gathered = false;
 
   __device__ X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
 
@@ -315,10 +317,12 @@ struct Machine : Registers {
     __syncthreads();
     if (threadIdx.x < length) {
       const bool writes = edits.code[first + threadIdx.x].i1 >= 0;
-      scale[threadIdx.x] = writes ? g * u_out * edits.change(first, threadIdx.x, length, z, tau) : 0.0f;
+      const float gain = is_apart ? 1.0f : g;
+      scale[threadIdx.x] = writes ? gain * u_out * edits.change(first, threadIdx.x, length, z, tau) : 0.0f;
     }
     __syncthreads();
-    for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f;
+    for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f && !is_apart;
+    float* into = is_apart ? gathered() : h;
     for_columns([&](int64_t column) {
       float row[N], sum[N] = {}, along[N];
       for (int r = 0; r < length; ++r) {
@@ -326,8 +330,40 @@ struct Machine : Registers {
         load(along, edits.line(edits.code[first + r].i1) + column);
         for (int k = 0; k < N; ++k) sum[k] += scale[r] * along[k];
       }
-      load(row, h + column);
+      load(row, into + column);
       for (int k = 0; k < N; ++k) row[k] += sum[k];
+      store(into + column, row);
+    });
+    __syncthreads();
+  }
+
+  // r, of zeros where nothing has been written there. A thread reads of it only what it wrote itself.
+  __device__ float* gathered() {
+    if (!is_gathered) {
+      const float zeros[N] = {};
+      for_columns([&](int64_t column) { store(r + column, zeros); });
+    }
+    is_gathered = true;
+    return r;
+  }
+
+  __device__ void apart(const Instruction&, const Arguments&) {
+    is_apart = true;
+    is_gathered = false;
+  }
+
+  __device__ void take(const Instruction& i, const Arguments& arg) {
+    is_apart = false;
+    const float gain = g * arg.phi[0], *line = edits.line(i.i0), *sum = gathered();
+    if (gain == 0.0f) return;
+    load_row();
+    is_changed = true;
+    for_columns([&](int64_t column) {
+      float row[N], target[N], along[N] = {};
+      load(row, h + column);
+      load(target, sum + column);
+      if (line) load(along, line + column);
+      for (int k = 0; k < N; ++k) row[k] = towards(row[k], target[k] + u_out * along[k] + mean, gain);
       store(h + column, row);
     });
     __syncthreads();
@@ -397,15 +433,17 @@ struct Machine : Registers {
   }
 };
 
-// Block b runs the programs of the tokens b, b + gridDim.x, ..; `features` is (gridDim.x, num_features) room.
+// Block b runs the programs of the tokens b, b + gridDim.x, ..; `room` holds (gridDim.x, width) for the second rows and
+// (gridDim.x, num_features).
 template <class X, int N>
-__global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* features) {
+__global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* room) {
   extern __shared__ __align__(16) float shared[];  // shared_floats(edits)
   float* h = shared + 2 * MAX_GROUP;
   for (int64_t token = blockIdx.x; token < edits.num_tokens; token += gridDim.x) {
     if (edits.begin(token) < 0) continue;
-    float* of_block = features + blockIdx.x * edits.num_features;
-    Machine<X, N> machine{{edits, token}, h, shared, shared + MAX_GROUP, of_block};
+    float* r = room + blockIdx.x * edits.width;
+    float* features = room + gridDim.x * edits.width + blockIdx.x * edits.num_features;
+    Machine<X, N> machine{{edits, token}, h, shared, shared + MAX_GROUP, r, features};
     run(machine);
     __syncthreads();
   }
