@@ -247,13 +247,10 @@ def _emit_directions(program: Program, op: Directions, source: str) -> None:
     if op.replacement is not None:
         program.add(Code.APART)
     biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()
-    sums = [0.0] * len(op.phi) if op.read is None or op.norm != "layer_norm" else op.read.sum(1).tolist()
     for index, phi in enumerate(op.phi):
         read = -1 if op.read is None else Line.shared(op.read[index])
         starts = int(index % MAX_GROUP == 0)
-        program.add(
-            Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index], sums[index]]
-        )
+        program.add(Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index]])
     if op.replacement is not None:
         bias = -1 if op.replacement.bias is None else Line.shared(op.replacement.bias)
         program.add(Code.TAKE, [bias], [op.replacement.scale])

@@ -92,7 +92,7 @@ class Sparse(ScaledMethod[A]):
     def check_file(self, params: A, defaults: Mapping[str, Any]) -> None:
         """Room for an encoder, and what it reads, is settled when the server starts."""
         said: Any = self.params.model_construct(**defaults)
-        for name in ("activation", "apply_b_dec_to_input"):
+        for name in ("activation", "apply_b_dec_to_input", "normalize_activations"):
             if "topk" in (params.activation, said.activation) and getattr(params, name) != getattr(said, name):
                 raise SteeringError(f"the file says {getattr(said, name)!r}; with topk that cannot be changed", name)
 
@@ -185,6 +185,8 @@ def _features(tensors: Tensors, params: Autoencoder, rows: Tensor, branches: Ten
     """Features that write b z + c where they are active, else d; `branches` (rows, 3) has b, c, d of each."""
     factor = _factor(tensors)
     encoder, decoder = tensors["encoder"].view(-1, width), tensors["decoder"].view(-1, width)
+    if params.normalize_activations == "layer_norm":
+        encoder = _centred(tensors["encoder"])
     bias = _reading_bias(
         tensors["encoder"],
         tensors.get("encoder_bias"),
@@ -216,6 +218,14 @@ def _branches(edit: FeatureEdit, factor: float) -> tuple[float, float, float]:
     slope, value = (-1.0, edit.set) if edit.set is not None else (0.0, edit.add)
     assert value is not None
     return slope, value / factor, 0.0 if edit.only_if_active else value / factor
+
+
+@lru_cache(maxsize=8)  # by identity, as below
+def _centred(encoder: Tensor) -> Tensor:
+    """(features, width) rows that do not read a row's mean: e . (x - mean) = (e - its mean) . x, bit for bit the same
+    for one feature as among all, which TopK needs."""
+    rows = encoder.flatten(1)
+    return rows - rows.mean(1, keepdim=True)
 
 
 @lru_cache(maxsize=8)  # by identity: requests that use one autoencoder share its bias
