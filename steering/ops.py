@@ -65,8 +65,8 @@ class Directions:
     phi: tuple[Phi, ...]  # (R,)
     args: Tensor  # (R, 4): a, b, c, d of every phi
     bias: Tensor | None = None  # (R,)
-    # One of PER_TOKEN_NORMS: readings and changes live in the normalised space. With layer_norm each row of `read` and of
-    # `top_k.encoder` has a mean of 0, so that it does not read the mean of x.
+    # One of PER_TOKEN_NORMS: readings and changes live in the normalised space. With layer_norm each row of `read` and
+    # of `top_k.encoder` has a mean of 0, so that it does not read the mean of x.
     norm: str = "none"
     top_k: TopK | None = None
     replacement: Replacement | None = None
