@@ -97,7 +97,8 @@ class Op(IntEnum):
     )
     DIR = (
         "z = (L[i0] . h - mean * e) * u_in + bias;  h <- h + g * u_out * phi(z) * L[i1], phi = i2 with a..d. "
-        "i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, up to one with i3 = 1 and at most "
+        "i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, also with a JUMP between, up to one with "
+        "i3 = 1 and at most "
         f"{MAX_GROUP}, read the same h; the halves of a pair lie at an even offset among them and the next",
         (Operand.MAYBE_LINE, Operand.MAYBE_LINE, Operand.PHI, Operand.NUMBER),
         2,

@@ -211,14 +211,20 @@ class Machine:
 
     def take_group(self) -> list[Instruction]:
         """The directions that read the same h, from the one that has begun on; all of them count as done."""
-        program, first = self.call.program, self.pc - 1
-        length = 1
-        for i in program[first + 1 : first + MAX_GROUP]:
-            if i.op != Op.DIR or i.i3 == 1:
-                break
-            length += 1
-        self.pc, self.left = self.pc + length - 1, self.left - length + 1
-        return program[first : first + length]
+        program, group = self.call.program, [self.call.program[self.pc - 1]]
+        while len(group) < MAX_GROUP and (at := self.next_in_group()) >= 0:
+            self.left -= 1 + (at != self.pc)
+            self.pc = at + 1
+            group.append(program[at])
+        return group
+
+    def next_in_group(self) -> int:
+        """Where the next direction of a group is, before or behind a JUMP; -1: the group ends."""
+        program, at = self.call.program, self.pc
+        if at < len(program) and program[at].op == Op.JUMP:
+            at = program[at].i0
+        is_next = 0 <= at < len(program) and program[at].op == Op.DIR and program[at].i3 != 1
+        return at if is_next else -1
 
     def save(self, i: Instruction) -> None:
         self.saved = self.length

@@ -156,17 +156,17 @@ struct Machine : Registers {
   }
 
   void dir(const Instruction&, const Arguments&) {
-    const int64_t first = pc - 1;
-    const int length = take_group();
+    int32_t at[MAX_GROUP];
+    const int length = take_group(at, true);
     if (g == 0.0f) return;
     const float gain = is_apart ? 1.0f : g;
     float z[MAX_GROUP], scale[MAX_GROUP], *into = is_apart ? gathered() : h;
     const float* line[MAX_GROUP];
-    read(first, length, z, line);
+    read(at, length, z, line);
     int num_targets = 0;
     for (int r = 0; r < length; ++r) {
-      scale[num_targets] = gain * u_out * edits.change(first, r, length, z, tau);
-      line[num_targets] = edits.line(edits.code[first + r].i1);
+      scale[num_targets] = gain * u_out * edits.change(at, r, length, z, tau);
+      line[num_targets] = edits.line(edits.code[at[r]].i1);
       num_targets += line[num_targets] && scale[num_targets] != 0.0f;
     }
     int r = 0;
@@ -175,16 +175,16 @@ struct Machine : Registers {
     is_changed |= num_targets > 0 && !is_apart;
   }
 
-  // z: what the directions from `first` on read; `line` is room for as many.
-  void read(int64_t first, int length, float* z, const float** line) {
+  // z: what the directions at `at` read; `line` is room for as many.
+  void read(const int32_t* at, int length, float* z, const float** line) {
     float reading[MAX_GROUP];
     int num_lines = 0;
     for (int r = 0; r < length; ++r)
-      if (edits.code[first + r].i0 >= 0) line[num_lines++] = edits.line(edits.code[first + r].i0);
+      if (edits.code[at[r]].i0 >= 0) line[num_lines++] = edits.line(edits.code[at[r]].i0);
     dots(reading, row(), line, num_lines, edits.width);
     for (int r = 0, next = 0; r < length; ++r) {
-      const Arguments& arg = edits.args[first + r];
-      z[r] = edits.code[first + r].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
+      const Arguments& arg = edits.args[at[r]];
+      z[r] = edits.code[at[r]].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
     }
   }
 

@@ -93,6 +93,15 @@ def pool(width: int) -> Tensor:
     return torch.cat([1 + 0.3 * strided(NUM_LINES, width), directions])
 
 
+def framed(program: Program, size: int, begin: int) -> Program:
+    """A program that stands at `begin` in the code, with a jump after every `size` of its instructions."""
+    code: Program = []
+    for first in range(0, len(program), size):
+        code += program[first : first + size]
+        code.append((Op.JUMP, begin + len(code) + 1))
+    return code
+
+
 def any_program(random: Random, width: int) -> Program:
     """Every instruction may follow every other."""
     real = lambda: random.gauss(0, 1)  # noqa: E731
@@ -157,6 +166,8 @@ def linked(programs: list[Program]) -> tuple[Program, list[int]]:
     begins = []
     for program in programs:
         begins.append(len(code))
+        if len(begins) == 2:
+            program = framed(program, 3, len(code))
         code += [*program, (Op.END,) if len(begins) % 2 else (Op.JUMP, 0)]
     return code, begins
 
@@ -301,6 +312,22 @@ def test_directions_of_a_group_read_the_same_row():
     assert run([one, (Op.GAIN, -1, 0, 0, 0, 0, 1.0), other], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
     assert run([direction(-1, 0, args=[2.0], bias=3.0)], [[1.0, 2.0]], AXES)[0] == [[7.0, 2.0]]
     assert run([direction(0, -1, args=[2.0])], [[1.0, 2.0]], AXES)[0] == [[1.0, 2.0]]
+
+
+def test_a_group_goes_on_behind_a_jump():
+    """Tables cut long programs into frames: a group, and a pair, may lie in two of them."""
+    one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
+    assert run([one, (Op.JUMP, 3), (Op.END,), other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
+    assert run([one, (Op.JUMP, 3), (Op.END,), direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    quarter = [direction(r, r, Phi.ROTATE, r == 0, [math.pi / 2]) for r in range(2)]
+    turned = run([quarter[0], (Op.JUMP, 3), (Op.END,), quarter[1], (Op.END,)], [[1.0, 2.0]], AXES)[0][0]
+    assert turned == pytest.approx([-2.0, 1.0], abs=1e-6)
+    framed: Program = []
+    for _ in range(128):  # as many as two groups hold, each with a jump to the next
+        framed += [direction(0, 0, args=[1.0 / 64], first=0), (Op.JUMP, len(framed) + 2)]
+    assert run(framed, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
+    add = (Op.DIAG, -1, 1)
+    assert run([one, (Op.JUMP, 2), add], [[1.0, 2.0]], AXES)[0] == [[1.0, 4.0]]
 
 
 def test_a_group_ends_after_64_directions():

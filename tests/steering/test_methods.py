@@ -598,6 +598,19 @@ def test_sae_without_the_error_term_is_decoded_anew(activation: str, norm: str, 
         torch.testing.assert_close(by_ops, x.double() + scale * (wanted - x.double()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_edits", [12, 20, 64])
+def test_edits_of_many_features_read_the_same_row(num_edits: int) -> None:
+    """Also where their instructions lie in several frames."""
+    parts, x = autoencoder(80), numbers(3, 16)
+    vector = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()})
+    kinds: list[dict[str, Any]] = [{"add": 1.0}, {"scale": 0.0}, {"set": 0.5}]
+    features = [{"feature": feature, **kinds[feature % 3]} for feature in range(num_edits)]
+    said: dict[str, Any] = {"features": features, "activation": "relu"}
+    back = decoded_after(x[0], parts, said | {"features": []}, "none")
+    wanted = x[0] + decoded_after(x[0], parts, said, "none") - back
+    torch.testing.assert_close(through_tables(vector, said, x)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_sae_without_the_error_term_and_without_biases() -> None:
     parts = {name: autoencoder(20)[name] for name in ("encoder", "decoder")}
     vector, x = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()}), numbers(3, 16)
