@@ -97,7 +97,8 @@ class Op(IntEnum):
     )
     DIR = (
         "z = (L[i0] . h - mean * e) * u_in + bias;  h <- h + g * u_out * phi(z) * L[i1], phi = i2 with a..d. "
-        "i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, up to one with i3 = 1 and at most "
+        "i0 = -1: z = bias; i1 = -1: nothing is written. Neighbouring DIRs, also with a JUMP between, up to one with "
+        "i3 = 1 and at most "
         f"{MAX_GROUP}, read the same h; the halves of a pair lie at an even offset among them and the next",
         (Operand.MAYBE_LINE, Operand.MAYBE_LINE, Operand.PHI, Operand.NUMBER),
         2,
@@ -123,6 +124,17 @@ class Op(IntEnum):
         2,
     )
     KEEP = "kept[t] <- h", (), 2, "kept"
+    APART = (
+        "r <- 0. From here on what DIRs write goes into r, as if g were 1, and not into h: any number of them read the "
+        "same h",
+        (),
+        1,
+    )
+    TAKE = (
+        "h <- h + g * a * (r + u_out * L[i0] + mean - h);  i0 = -1: zeros. From here on DIRs write into h again",
+        (Operand.MAYBE_LINE,),
+        2,
+    )
 
 
 class Phi(IntEnum):

@@ -93,6 +93,8 @@ class Machine:
     u_out: float = 1.0
     mean: float = 0.0
     tau: float = -math.inf
+    r: Tensor | None = None  # (W,) what DIRs have written apart from h; None: zeros
+    is_apart: bool = False
     is_changed: bool = False
 
     def run(self) -> None:
@@ -177,24 +179,52 @@ class Machine:
                 z[r] += (self.reading(self.call.lines[i.i0]) - self.mean * i.e) * self.u_in
         phi = torch.tensor([[i.i2 for i in group]], device=z.device)
         phi_args = z.new_tensor([[i[6:10] for i in group]])
-        delta = self.g * self.u_out * apply_phi(phi, phi_args, z[None], self.tau)[0]
+        gain = 1.0 if self.is_apart else self.g
+        self.write(group, (gain * self.u_out * apply_phi(phi, phi_args, z[None], self.tau)[0]).tolist())
+
+    def write(self, group: list[Instruction], scales: list[float]) -> None:
         change = torch.zeros_like(self.h)
-        for i, scale in zip(group, delta.tolist(), strict=True):
+        for i, scale in zip(group, scales, strict=True):
             if i.i1 >= 0 and scale != 0:
                 change += scale * self.call.lines[i.i1].to(self.h.dtype)
-                self.is_changed = True
-        self.h = self.h + change
+                self.is_changed |= not self.is_apart
+        if self.is_apart:
+            self.r = self.gathered + change
+        else:
+            self.h = self.h + change
+
+    @property
+    def gathered(self) -> Tensor:
+        return torch.zeros_like(self.h) if self.r is None else self.r
+
+    def apart(self, i: Instruction) -> None:
+        self.r, self.is_apart = None, True
+
+    def take(self, i: Instruction) -> None:
+        self.is_apart = False
+        gain = self.g * i.a
+        if gain != 0:
+            line = self.call.lines[i.i0].to(self.h.dtype) if i.i0 >= 0 else 0.0
+            target = self.gathered + self.u_out * line + self.mean
+            self.h = target if gain == 1 else self.h + gain * (target - self.h)
+            self.is_changed = True
 
     def take_group(self) -> list[Instruction]:
         """The directions that read the same h, from the one that has begun on; all of them count as done."""
-        program, first = self.call.program, self.pc - 1
-        length = 1
-        for i in program[first + 1 : first + MAX_GROUP]:
-            if i.op != Op.DIR or i.i3 == 1:
-                break
-            length += 1
-        self.pc, self.left = self.pc + length - 1, self.left - length + 1
-        return program[first : first + length]
+        program, group = self.call.program, [self.call.program[self.pc - 1]]
+        while len(group) < MAX_GROUP and (at := self.next_in_group()) >= 0:
+            self.left -= 1 + (at != self.pc)
+            self.pc = at + 1
+            group.append(program[at])
+        return group
+
+    def next_in_group(self) -> int:
+        """Where the next direction of a group is, before or behind a JUMP; -1: the group ends."""
+        program, at = self.call.program, self.pc
+        if at < len(program) and program[at].op == Op.JUMP:
+            at = program[at].i0
+        is_next = 0 <= at < len(program) and program[at].op == Op.DIR and program[at].i3 != 1
+        return at if is_next else -1
 
     def save(self, i: Instruction) -> None:
         self.saved = self.length

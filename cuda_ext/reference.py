@@ -28,7 +28,7 @@ def _check_index(chosen: Tensor, num_rows: int) -> None:
         raise RuntimeError(f"index[{token}] is {int(chosen[token])}, rows has {num_rows} rows")
 
 
-def apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor, tau: float = -torch.inf) -> Tensor:
+def apply_phi(phi: Tensor, phi_args: Tensor, z: Tensor, tau: float | Tensor = -torch.inf) -> Tensor:
     """(E, R) what each reading becomes; readings below tau are not among the largest."""
     a, b, c, d = phi_args.to(z.dtype).unbind(2)
     first, second, angle = z[:, :-1:2], z[:, 1::2], a[:, :-1:2]  # pairs begin at even directions

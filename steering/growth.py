@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Directions, Op
+from whipstaff.steering.ops import Cross, Diagonal, Directions, Op, Replacement
 
 # What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and
 # float32 models have room for 1e15 and a large activation besides; float16 itself ends at 65504.
@@ -56,7 +56,16 @@ def _bound(op: Op) -> Bound:
         second = first ^ op.stride
         pairs = torch.stack([op.mul[first], op.cross[first], op.cross[second], op.mul[second]], 1).view(-1, 2, 2)
         return float(torch.linalg.matrix_norm(pairs, 2).max()), 0.0
-    return _bound_directions(op)
+    return _bound_directions(op) if op.replacement is None else _bound_replacing(op, op.replacement)
+
+
+def _bound_replacing(op: Directions, replacement: Replacement) -> Bound:
+    """(1 - scale) x + scale * norm^-1(sum + bias), of which a layer norm's mean is no longer than x."""
+    factor, constant = _bound_directions(op)  # of x + sum
+    mean = float(op.norm == "layer_norm")
+    bias = 0.0 if replacement.bias is None else _peak(replacement.bias)
+    scale = abs(replacement.scale)
+    return abs(1 - replacement.scale) + scale * (factor - 1.0 + mean), scale * (constant + bias)
 
 
 def _bound_directions(op: Directions) -> Bound:
@@ -83,7 +92,8 @@ def _bound_directions(op: Directions) -> Bound:
         return 1.0, constant
     factor = _norm_of_linear(op.write, slope, op.read) if slope.any() else 1.0
     if bent.any():
-        factor += float((bent * op.read.norm(dim=1) * op.write.norm(dim=1)).sum())
+        reach = bent * op.read.norm(dim=1) * op.write.norm(dim=1)
+        factor += float((reach if op.top_k is None else reach.topk(min(op.top_k.k, len(reach))).values).sum())
     return factor, constant
 
 

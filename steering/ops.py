@@ -44,8 +44,18 @@ class TopK:
 
 
 @dataclass(frozen=True, eq=False)
+class Replacement:
+    """Directions give the row itself and not a change of it: x <- x + scale * (norm^-1(their sum + bias) - x)."""
+
+    scale: float
+    bias: Tensor | None = None  # (width,)
+
+
+@dataclass(frozen=True, eq=False)
 class Directions:
     """x <- x + sum over r of phi_r(read[r] . x + bias[r]) * write[r]; all directions read the same x.
+
+    With a `replacement` that sum takes x's place, as far as its scale goes.
 
     Pairs (Phi.ANGLE, Phi.ROTATE) are two directions in a row, the first at an even r.
     """
@@ -55,8 +65,11 @@ class Directions:
     phi: tuple[Phi, ...]  # (R,)
     args: Tensor  # (R, 4): a, b, c, d of every phi
     bias: Tensor | None = None  # (R,)
-    norm: str = "none"  # one of PER_TOKEN_NORMS: readings and changes live in the normalised space
+    # One of PER_TOKEN_NORMS: readings and changes live in the normalised space. With layer_norm each row of `read` and
+    # of `top_k.encoder` has a mean of 0, so that it does not read the mean of x.
+    norm: str = "none"
     top_k: TopK | None = None
+    replacement: Replacement | None = None
 
 
 Op = Diagonal | Cross | Directions

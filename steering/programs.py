@@ -243,13 +243,15 @@ def _emit_directions(program: Program, op: Directions, source: str) -> None:
         program.encodings.append(Encoding(len(program.codes), source, op.top_k.encoder, op.top_k.bias))
         program.add(Code.TOP_K, [0, len(op.top_k.encoder), op.top_k.k])
     args = op.args.tolist()
+    if op.replacement is not None:
+        program.add(Code.APART)
     biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()
-    sums = [0.0] * len(op.phi) if op.read is None or op.norm != "layer_norm" else op.read.sum(1).tolist()
     for index, phi in enumerate(op.phi):
         read = -1 if op.read is None else Line.shared(op.read[index])
         starts = int(index % MAX_GROUP == 0)
-        program.add(
-            Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index], sums[index]]
-        )
+        program.add(Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index]])
+    if op.replacement is not None:
+        bias = -1 if op.replacement.bias is None else Line.shared(op.replacement.bias)
+        program.add(Code.TAKE, [bias], [op.replacement.scale])
     if op.norm != "none":
         program.add(Code.NORM_IN, [0])

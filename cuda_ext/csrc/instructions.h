@@ -41,8 +41,10 @@ enum class Op : int32_t {
   TopK = 12,
   NormIn = 13,
   Keep = 14,
+  Apart = 15,
+  Take = 16,
 };
-constexpr int NUM_OPS = 15;
+constexpr int NUM_OPS = 17;
 
 enum class Phi : int32_t {
   Off = 0,  // 0: the direction is padding
@@ -77,7 +79,9 @@ WHIPSTAFF_HOST_DEVICE inline bool is_pair(Phi phi) { return phi == Phi::Angle ||
   DO(Meter, meter) \
   DO(TopK, top_k) \
   DO(NormIn, norm_in) \
-  DO(Keep, keep)
+  DO(Keep, keep) \
+  DO(Apart, apart) \
+  DO(Take, take)
 
 struct OperandKind {
   const char* title;
@@ -120,6 +124,8 @@ constexpr OpKind OP_KINDS[] = {
     {"TOP_K", {Operand::Feature, Operand::NumFeatures, Operand::Number}, 0, Needs::Encoder, "encoder"},
     {"NORM_IN", {Operand::Number}, 2, Needs::Nothing, ""},
     {"KEEP", {}, 2, Needs::Kept, "kept"},
+    {"APART", {}, 1, Needs::Nothing, ""},
+    {"TAKE", {Operand::MaybeLine}, 2, Needs::Nothing, ""},
 };
 
 }  // namespace whipstaff

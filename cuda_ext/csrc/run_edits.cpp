@@ -72,7 +72,8 @@ void add_lines(float* __restrict h, const float* scale, const float* const* line
   }
 }
 
-// This thread's buffer of at least `size` floats, at the beginning of a cache line.
+// This thread's buffer of at least `size` floats, at the beginning of a cache line. Which: 0 for h, 1 for r.
+template <int WHICH>
 float* row_buffer(int64_t size) {
   constexpr int64_t LINE = 16;
   thread_local std::vector<float> buffer;
@@ -84,6 +85,7 @@ float* row_buffer(int64_t size) {
 template <class X>
 struct Machine : Registers {
   float* h;  // (width,) filled when first asked for: a diagonal edit alone passes over the row just once
+  float* r = nullptr;  // (width,) what DIRs write apart from h; none until it is asked for
 
   X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
 
@@ -154,34 +156,35 @@ struct Machine : Registers {
   }
 
   void dir(const Instruction&, const Arguments&) {
-    const int64_t first = pc - 1;
-    const int length = take_group();
+    int32_t at[MAX_GROUP];
+    const int length = take_group(at, true);
     if (g == 0.0f) return;
-    float z[MAX_GROUP], scale[MAX_GROUP];
+    const float gain = is_apart ? 1.0f : g;
+    float z[MAX_GROUP], scale[MAX_GROUP], *into = is_apart ? gathered() : h;
     const float* line[MAX_GROUP];
-    read(first, length, z, line);
+    read(at, length, z, line);
     int num_targets = 0;
     for (int r = 0; r < length; ++r) {
-      scale[num_targets] = g * u_out * edits.change(first, r, length, z, tau);
-      line[num_targets] = edits.line(edits.code[first + r].i1);
+      scale[num_targets] = gain * u_out * edits.change(at, r, length, z, tau);
+      line[num_targets] = edits.line(edits.code[at[r]].i1);
       num_targets += line[num_targets] && scale[num_targets] != 0.0f;
     }
     int r = 0;
-    for (; r + TOGETHER <= num_targets; r += TOGETHER) add_lines<TOGETHER>(h, scale + r, line + r, edits.width);
-    for (; r < num_targets; ++r) add_lines<1>(h, scale + r, line + r, edits.width);
-    is_changed |= num_targets > 0;
+    for (; r + TOGETHER <= num_targets; r += TOGETHER) add_lines<TOGETHER>(into, scale + r, line + r, edits.width);
+    for (; r < num_targets; ++r) add_lines<1>(into, scale + r, line + r, edits.width);
+    is_changed |= num_targets > 0 && !is_apart;
   }
 
-  // z: what the directions from `first` on read; `line` is room for as many.
-  void read(int64_t first, int length, float* z, const float** line) {
+  // z: what the directions at `at` read; `line` is room for as many.
+  void read(const int32_t* at, int length, float* z, const float** line) {
     float reading[MAX_GROUP];
     int num_lines = 0;
     for (int r = 0; r < length; ++r)
-      if (edits.code[first + r].i0 >= 0) line[num_lines++] = edits.line(edits.code[first + r].i0);
+      if (edits.code[at[r]].i0 >= 0) line[num_lines++] = edits.line(edits.code[at[r]].i0);
     dots(reading, row(), line, num_lines, edits.width);
     for (int r = 0, next = 0; r < length; ++r) {
-      const Arguments& arg = edits.args[first + r];
-      z[r] = edits.code[first + r].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
+      const Arguments& arg = edits.args[at[r]];
+      z[r] = edits.code[at[r]].i0 < 0 ? arg.bias : (reading[next++] - mean * arg.e) * u_in + arg.bias;
     }
   }
 
@@ -239,6 +242,30 @@ struct Machine : Registers {
     }
   }
 
+  // r, of zeros where nothing has been written there.
+  float* gathered() {
+    if (!r) clear(r = row_buffer<1>(edits.width));
+    return r;
+  }
+
+  void clear(float* row) const { std::fill_n(row, edits.width, 0.0f); }
+
+  void apart(const Instruction&, const Arguments&) {
+    is_apart = true;
+    r = nullptr;
+  }
+
+  void take(const Instruction& i, const Arguments& arg) {
+    is_apart = false;
+    const float gain = g * arg.phi[0], from_line = u_out, shift = mean;
+    if (gain == 0.0f) return;
+    const float *line = edits.line(i.i0), *sum = gathered();
+    row();
+    for (int64_t c = 0; c < edits.width; ++c)
+      h[c] = towards(h[c], sum[c] + (line ? from_line * line[c] : 0.0f) + shift, gain);
+    is_changed = true;
+  }
+
   void keep(const Instruction&, const Arguments&) {
     if (edits.kept) store(static_cast<X*>(edits.kept) + token * edits.kept_stride, row(), edits.width);
   }
@@ -274,7 +301,7 @@ void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, con
   if (first == edits.num_tokens) return;
   with_float_type(x.scalar_type(), [&]<class X>(X) {
     for_rows(edits.num_tokens, edits.width * num_passes(edits, edits.begin(first)), [&](int64_t begin, int64_t end) {
-      float* h = row_buffer(edits.width);
+      float* h = row_buffer<0>(edits.width);
       for (int64_t token = std::max(begin, first); token < end; ++token) {
         Machine<X> machine{{edits, token}, h};
         run(machine);

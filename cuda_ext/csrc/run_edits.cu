@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t FOR_REDUCTIONS = 1024;  // at most: bytes of shared memory that sums over a block take
 constexpr int64_t ALWAYS_SHARED = 48 * 1024 - FOR_REDUCTIONS;  // bytes that every block may have beside them
-constexpr int64_t MAX_READERS = 512;  // blocks that have room of their own for an encoder's readings
+constexpr int64_t MAX_BLOCKS = 1024;  // each has room of its own for a second row; about what a GPU runs at once
+constexpr int64_t MAX_READERS = 512;  // the same where they have room for an encoder's readings too
 
 // Wide rows need more shared memory than a block gets unasked.
 template <class Kernel>
@@ -27,10 +28,10 @@ void ask_for_shared(Kernel* kernel, int64_t bytes, const RunEdits& edits) {
 }
 
 template <class X, int N>
-void launch(const RunEdits& edits, unsigned num_blocks, float* features, cudaStream_t stream) {
+void launch(const RunEdits& edits, unsigned num_blocks, float* room, cudaStream_t stream) {
   const int64_t bytes = shared_floats(edits) * sizeof(float);
   ask_for_shared(run_edits_kernel<X, N>, bytes, edits);
-  run_edits_kernel<X, N><<<num_blocks, THREADS, bytes, stream>>>(edits, features);
+  run_edits_kernel<X, N><<<num_blocks, THREADS, bytes, stream>>>(edits, room);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -62,11 +63,12 @@ void run_edits_cuda(const Tensor& x, const Tensor& lines, const Tensor& code, co
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   check_programs_on_device(edits, stream);
-  const int64_t num_blocks = encoder ? std::min(edits.num_tokens, MAX_READERS) : edits.num_tokens;
-  const Tensor features = torch::stable::new_empty(x, {num_blocks, edits.num_features}, ScalarType::Float);
+  const int64_t num_blocks = std::min(edits.num_tokens, encoder ? MAX_READERS : MAX_BLOCKS);
+  const int64_t per_block = edits.width + edits.num_features;
+  const Tensor scratch = torch::stable::new_empty(x, {num_blocks, per_block}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto type) {
     using X = decltype(type);
-    float* room = static_cast<float*>(features.data_ptr());
+    float* room = static_cast<float*>(scratch.data_ptr());
     if (allows_packs<X>(edits, 4)) return launch<X, 4>(edits, num_blocks, room, stream);
     launch<X, 1>(edits, num_blocks, room, stream);
   });

@@ -84,18 +84,16 @@ struct RunEdits {
     return past(token, i.i1, i.i2 ? 0 : position(token));
   }
 
-  // How many directions from pc on read the same h.
-  WHIPSTAFF_HOST_DEVICE int group_length(int64_t pc) const {
-    int length = 1;
-    for (; length < MAX_GROUP && pc + length < num_instructions; ++length)
-      if (code[pc + length].op != Op::Dir || code[pc + length].i3 == 1) break;
-    return length;
+  // Where the next direction of a group is, at pc or behind a JUMP there; -1: the group ends.
+  WHIPSTAFF_HOST_DEVICE int64_t next_in_group(int64_t pc) const {
+    if (pc < num_instructions && code[pc].op == Op::Jump) pc = code[pc].i0;
+    return 0 <= pc && pc < num_instructions && code[pc].op == Op::Dir && code[pc].i3 != 1 ? pc : -1;
   }
 
-  // What direction r of the group at pc adds, before gain and u_out; z are the group's readings.
-  WHIPSTAFF_HOST_DEVICE float change(int64_t pc, int r, int length, const float* z, float tau) const {
-    const Phi phi = static_cast<Phi>(code[pc + r].i2);
-    return apply_phi(phi, args[pc + first_of(phi, r)].phi, z, r, length, tau);
+  // What direction r of a group adds, before gain and u_out; z are the group's readings, `at` its instructions.
+  WHIPSTAFF_HOST_DEVICE float change(const int32_t* at, int r, int length, const float* z, float tau) const {
+    const Phi phi = static_cast<Phi>(code[at[r]].i2);
+    return apply_phi(phi, args[at[first_of(phi, r)]].phi, z, r, length, tau);
   }
 };
 
@@ -108,7 +106,7 @@ struct Registers {
   const RunEdits& edits;
   int64_t token;
   int64_t pc = edits.begin(token), left = edits.num_instructions;  // what is next, and how many may still run
-  bool is_loaded = false, is_changed = false;
+  bool is_loaded = false, is_apart = false, is_changed = false;
   float g = 1, saved = 0, u_in = 1, u_out = 1, mean = 0, tau = -INFINITY;
 
   // A program that jumps in circles ends too.
@@ -120,10 +118,16 @@ struct Registers {
 
   WHIPSTAFF_DEVICE void gain(const Instruction& i, const Arguments& arg) { g = edits.gain_of(token, i, arg); }
 
-  // How many directions read the same h, from the one that has begun on; all of them count as done.
-  WHIPSTAFF_DEVICE int take_group() {
-    const int length = edits.group_length(pc - 1);
-    pc += length - 1, left -= length - 1;
+  // How many directions read the same h, from the one that has begun on; all of them count as done. `at`: room for
+  // MAX_GROUP, where they stand, written if `writes`.
+  WHIPSTAFF_DEVICE int take_group(int32_t* at, bool writes) {
+    int length = 0;
+    for (int64_t next = pc - 1; next >= 0; next = length < MAX_GROUP ? edits.next_in_group(pc) : -1) {
+      if (length > 0) left -= 1 + (next != pc);
+      if (writes) at[length] = static_cast<int32_t>(next);
+      pc = next + 1;
+      ++length;
+    }
     return length;
   }
 };
@@ -163,7 +167,10 @@ struct Machine : Registers {
   float* h;         // (width,) in shared memory, filled when first asked for
   float* z;         // (MAX_GROUP,) in shared memory: readings
   float* scale;     // (MAX_GROUP,) in shared memory: what is written along each direction
+  int32_t* at;      // (MAX_GROUP,) in shared memory: a group's instructions
+  float* r;         // (width,) in device memory, this block's own: what DIRs write apart from h, if is_gathered
   float* features;  // (num_features,) in device memory, this block's own
+  bool is_gathered = false;
 
   __device__ X* x() const { return static_cast<X*>(edits.x) + token * edits.x_stride; }
 
@@ -303,31 +310,65 @@ struct Machine : Registers {
   }
 
   __device__ void dir(const Instruction&, const Arguments&) {
-    const int64_t first = pc - 1;
-    const int length = take_group();
+    const int length = take_group(at, threadIdx.x == 0);
     if (g == 0.0f) return;
     load_row();
+    __syncthreads();
     for (int r = threadIdx.x / WARP; r < length; r += THREADS / WARP) {
-      const float *line = edits.line(edits.code[first + r].i0), bias = edits.args[first + r].bias;
-      const float reading = line ? normed(dot(line), mean * edits.args[first + r].e, bias) : bias;
+      const float *line = edits.line(edits.code[at[r]].i0), bias = edits.args[at[r]].bias;
+      const float reading = line ? normed(dot(line), mean * edits.args[at[r]].e, bias) : bias;
       if (threadIdx.x % WARP == 0) z[r] = reading;
     }
     __syncthreads();
     if (threadIdx.x < length) {
-      const bool writes = edits.code[first + threadIdx.x].i1 >= 0;
-      scale[threadIdx.x] = writes ? g * u_out * edits.change(first, threadIdx.x, length, z, tau) : 0.0f;
+      const bool writes = edits.code[at[threadIdx.x]].i1 >= 0;
+      const float gain = is_apart ? 1.0f : g;
+      scale[threadIdx.x] = writes ? gain * u_out * edits.change(at, threadIdx.x, length, z, tau) : 0.0f;
     }
     __syncthreads();
-    for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f;
+    for (int r = 0; r < length; ++r) is_changed |= scale[r] != 0.0f && !is_apart;
+    float* into = is_apart ? gathered() : h;
     for_columns([&](int64_t column) {
       float row[N], sum[N] = {}, along[N];
       for (int r = 0; r < length; ++r) {
         if (scale[r] == 0.0f) continue;
-        load(along, edits.line(edits.code[first + r].i1) + column);
+        load(along, edits.line(edits.code[at[r]].i1) + column);
         for (int k = 0; k < N; ++k) sum[k] += scale[r] * along[k];
       }
-      load(row, h + column);
+      load(row, into + column);
       for (int k = 0; k < N; ++k) row[k] += sum[k];
+      store(into + column, row);
+    });
+    __syncthreads();
+  }
+
+  // r, of zeros where nothing has been written there. A thread reads of it only what it wrote itself.
+  __device__ float* gathered() {
+    if (!is_gathered) {
+      const float zeros[N] = {};
+      for_columns([&](int64_t column) { store(r + column, zeros); });
+    }
+    is_gathered = true;
+    return r;
+  }
+
+  __device__ void apart(const Instruction&, const Arguments&) {
+    is_apart = true;
+    is_gathered = false;
+  }
+
+  __device__ void take(const Instruction& i, const Arguments& arg) {
+    is_apart = false;
+    const float gain = g * arg.phi[0], *line = edits.line(i.i0), *sum = gathered();
+    if (gain == 0.0f) return;
+    load_row();
+    is_changed = true;
+    for_columns([&](int64_t column) {
+      float row[N], target[N], along[N] = {};
+      load(row, h + column);
+      load(target, sum + column);
+      if (line) load(along, line + column);
+      for (int k = 0; k < N; ++k) row[k] = towards(row[k], target[k] + u_out * along[k] + mean, gain);
       store(h + column, row);
     });
     __syncthreads();
@@ -397,21 +438,24 @@ struct Machine : Registers {
   }
 };
 
-// Block b runs the programs of the tokens b, b + gridDim.x, ..; `features` is (gridDim.x, num_features) room.
+// Block b runs the programs of the tokens b, b + gridDim.x, ..; `room` holds (gridDim.x, width) for the second rows and
+// (gridDim.x, num_features).
 template <class X, int N>
-__global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* features) {
+__global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* room) {
   extern __shared__ __align__(16) float shared[];  // shared_floats(edits)
-  float* h = shared + 2 * MAX_GROUP;
+  float *z = shared, *scale = z + MAX_GROUP, *h = scale + 2 * MAX_GROUP;
+  int32_t* at = reinterpret_cast<int32_t*>(scale + MAX_GROUP);
   for (int64_t token = blockIdx.x; token < edits.num_tokens; token += gridDim.x) {
     if (edits.begin(token) < 0) continue;
-    float* of_block = features + blockIdx.x * edits.num_features;
-    Machine<X, N> machine{{edits, token}, h, shared, shared + MAX_GROUP, of_block};
+    float* r = room + blockIdx.x * edits.width;
+    float* features = room + gridDim.x * edits.width + blockIdx.x * edits.num_features;
+    Machine<X, N> machine{{edits, token}, h, z, scale, at, r, features};
     run(machine);
     __syncthreads();
   }
 }
 
-inline int64_t shared_floats(const RunEdits& edits) { return 2 * MAX_GROUP + edits.width; }
+inline int64_t shared_floats(const RunEdits& edits) { return 3 * MAX_GROUP + edits.width; }
 
 #endif  // __CUDACC__
 

@@ -1,13 +1,17 @@
-"""Features of a sparse autoencoder: set, scaled or added to, with all that the autoencoder misses left as it is.
+"""Features of a sparse autoencoder: set, scaled or added to, with or without all that the autoencoder misses.
 
     a = act(encoder (norm(x) - [decoder_bias]) + encoder_bias)      x <- x + scale * norm^-1((a' - a) decoder)
+    without the error term:                                         x <- x + scale * (decode(a') - x)
+    decode(a) = norm^-1(a decoder + decoder_bias)
 
 act is ReLU, JumpReLU (above a threshold per feature) or TopK (the k largest, then ReLU). Only the named features' rows
-are read, but for TopK, which needs all readings to know the k largest. Both matrices have a row per feature: SAELens'
-W_enc is transposed, W_dec is not. `input_scale` is SAELens' factor of `expected_average_only_in`.
+are read, but for TopK, which needs all readings to know the k largest, and without the error term, where all features
+are decoded. Both matrices have a row per feature: SAELens' W_enc is transposed, W_dec is not. `input_scale` is SAELens'
+factor of `expected_average_only_in`, `use_error_term` its switch of that name.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -18,7 +22,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Directions, Op, TopK
+from whipstaff.steering.ops import Directions, Op, Replacement, TopK
 from whipstaff.steering.shape import ModelShape
 
 MAX_FEATURES = 64  # the directions that read one row together
@@ -58,6 +62,9 @@ class Autoencoder(Scaled):
 
 class SAEParams(Autoencoder):
     features: list[FeatureEdit] = Field(min_length=1, max_length=MAX_FEATURES, description="edits of single features")
+    use_error_term: bool = Field(
+        True, description="whether what the autoencoder misses of a row is kept; if not, the row is decoded anew"
+    )
 
 
 A = TypeVar("A", bound=Autoencoder)
@@ -85,7 +92,7 @@ class Sparse(ScaledMethod[A]):
     def check_file(self, params: A, defaults: Mapping[str, Any]) -> None:
         """Room for an encoder, and what it reads, is settled when the server starts."""
         said: Any = self.params.model_construct(**defaults)
-        for name in ("activation", "apply_b_dec_to_input"):
+        for name in ("activation", "apply_b_dec_to_input", "normalize_activations"):
             if "topk" in (params.activation, said.activation) and getattr(params, name) != getattr(said, name):
                 raise SteeringError(f"the file says {getattr(said, name)!r}; with topk that cannot be changed", name)
 
@@ -105,7 +112,8 @@ class SAE(Sparse[SAEParams]):
         _check_features([edit.feature for edit in params.features], paths, tensors)
 
     def edits(self, tensors: Tensors, params: SAEParams, place: Place, model: ModelShape) -> Sequence[Op]:
-        return (_edited(tensors, params, params.features, model.width(place.site)),)
+        make = _edited if params.use_error_term else _decoded
+        return (make(tensors, params, params.features, model.width(place.site)),)
 
 
 class LFParams(Autoencoder):
@@ -155,31 +163,52 @@ def _check_features(features: Sequence[int], paths: Sequence[str], tensors: Mapp
 
 
 def _edited(tensors: Tensors, params: Autoencoder, edits: Sequence[FeatureEdit], width: int) -> Directions:
-    """Everything is divided by input_scale f: f z > threshold where z > threshold / f, and (a' - a) / f is written."""
-    factor = float(tensors.get("input_scale", 1.0))
+    """What the edits change. All is divided by input_scale f: f z > threshold where z > threshold / f, and so on."""
+    factor = _factor(tensors)
+    rows = torch.tensor([edit.feature for edit in edits])
+    changes = torch.tensor([_branches(edit, factor) for edit in edits])
+    return _features(tensors, params, rows, changes * params.scale, width)
+
+
+def _decoded(tensors: Tensors, params: Autoencoder, edits: Sequence[FeatureEdit], width: int) -> Directions:
+    """All features after the edits, decoded in the row's place."""
+    factor = _factor(tensors)
+    after = torch.tensor([1.0, 0.0, 0.0]).repeat(len(tensors["encoder"]), 1)  # z where active, else 0
+    for edit in edits:
+        after[edit.feature] += torch.tensor(_branches(edit, factor))
+    bias = tensors["decoder_bias"].flatten() / factor if "decoder_bias" in tensors else None
+    every = _features(tensors, params, torch.arange(len(after)), after, width)
+    return replace(every, replacement=Replacement(params.scale, bias))
+
+
+def _features(tensors: Tensors, params: Autoencoder, rows: Tensor, branches: Tensor, width: int) -> Directions:
+    """Features that write b z + c where they are active, else d; `branches` (rows, 3) has b, c, d of each."""
+    factor = _factor(tensors)
     encoder, decoder = tensors["encoder"].view(-1, width), tensors["decoder"].view(-1, width)
+    if params.normalize_activations == "layer_norm":
+        encoder = _centred(tensors["encoder"])
     bias = _reading_bias(
         tensors["encoder"],
         tensors.get("encoder_bias"),
         tensors.get("decoder_bias") if params.apply_b_dec_to_input else None,
         factor,
     )
-    rows = torch.tensor([edit.feature for edit in edits])
-    threshold = torch.zeros(len(edits))
+    threshold = torch.zeros(len(rows))
     if params.activation == "jumprelu":
         threshold = tensors["threshold"][rows] / factor
-    args = torch.stack([torch.tensor([0.0, *_branches(edit, factor)]) for edit in edits])
-    args[:, 1:] *= params.scale
-    args[:, 0] = threshold
     return Directions(
         encoder[rows],
         decoder[rows],
-        (Phi.GATED if params.k is None else Phi.TOP_K,) * len(edits),
-        args,
+        (Phi.GATED if params.k is None else Phi.TOP_K,) * len(rows),
+        torch.cat([threshold[:, None], branches], 1),
         bias[rows],
         _NORMS[params.normalize_activations],
         None if params.k is None else TopK(encoder, bias, params.k),
     )
+
+
+def _factor(tensors: Tensors) -> float:
+    return float(tensors.get("input_scale", 1.0))
 
 
 def _branches(edit: FeatureEdit, factor: float) -> tuple[float, float, float]:
@@ -189,6 +218,14 @@ def _branches(edit: FeatureEdit, factor: float) -> tuple[float, float, float]:
     slope, value = (-1.0, edit.set) if edit.set is not None else (0.0, edit.add)
     assert value is not None
     return slope, value / factor, 0.0 if edit.only_if_active else value / factor
+
+
+@lru_cache(maxsize=8)  # by identity, as below
+def _centred(encoder: Tensor) -> Tensor:
+    """(features, width) rows that do not read a row's mean: e . (x - mean) = (e - its mean) . x, bit for bit the same
+    for one feature as among all, which TopK needs."""
+    rows = encoder.flatten(1)
+    return rows - rows.mean(1, keepdim=True)
 
 
 @lru_cache(maxsize=8)  # by identity: requests that use one autoencoder share its bias

@@ -93,6 +93,15 @@ def pool(width: int) -> Tensor:
     return torch.cat([1 + 0.3 * strided(NUM_LINES, width), directions])
 
 
+def framed(program: Program, size: int, begin: int) -> Program:
+    """A program that stands at `begin` in the code, with a jump after every `size` of its instructions."""
+    code: Program = []
+    for first in range(0, len(program), size):
+        code += program[first : first + size]
+        code.append((Op.JUMP, begin + len(code) + 1))
+    return code
+
+
 def any_program(random: Random, width: int) -> Program:
     """Every instruction may follow every other."""
     real = lambda: random.gauss(0, 1)  # noqa: E731
@@ -128,6 +137,9 @@ def any_program(random: Random, width: int) -> Program:
         ]
         return [(Op.TOP_K, first, size, random.randint(1, 5)), *active]
 
+    def take() -> tuple[float, ...]:
+        return (Op.TAKE, random.choice([-1, line()]), 0, 0, 0, 0, random.choice([1.0, 0.5, real()]))
+
     pieces = [
         lambda: [(Op.GAIN, random.randrange(-1, NUM_GAINS), 0, 0, 0, 0, random.choice([0.0, 1.0, 0.7]))],
         when,
@@ -141,6 +153,9 @@ def any_program(random: Random, width: int) -> Program:
         features,
         lambda: [(Op.NORM_IN, random.randrange(3 if width > 8 else 1)), *directions()],
         lambda: [(Op.KEEP,)],
+        lambda: [(Op.APART,), *directions()],
+        lambda: [(Op.APART,), *directions(), *directions(), take()],
+        lambda: [take()],
     ]
     return [instruction for _ in range(random.randrange(7)) for instruction in random.choice(pieces)()]
 
@@ -151,6 +166,8 @@ def linked(programs: list[Program]) -> tuple[Program, list[int]]:
     begins = []
     for program in programs:
         begins.append(len(code))
+        if len(begins) == 2:
+            program = framed(program, 3, len(code))
         code += [*program, (Op.END,) if len(begins) % 2 else (Op.JUMP, 0)]
     return code, begins
 
@@ -297,9 +314,51 @@ def test_directions_of_a_group_read_the_same_row():
     assert run([direction(0, -1, args=[2.0])], [[1.0, 2.0]], AXES)[0] == [[1.0, 2.0]]
 
 
+def test_a_group_goes_on_behind_a_jump():
+    """Tables cut long programs into frames: a group, and a pair, may lie in two of them."""
+    one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
+    assert run([one, (Op.JUMP, 3), (Op.END,), other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
+    assert run([one, (Op.JUMP, 3), (Op.END,), direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    quarter = [direction(r, r, Phi.ROTATE, r == 0, [math.pi / 2]) for r in range(2)]
+    turned = run([quarter[0], (Op.JUMP, 3), (Op.END,), quarter[1], (Op.END,)], [[1.0, 2.0]], AXES)[0][0]
+    assert turned == pytest.approx([-2.0, 1.0], abs=1e-6)
+    framed: Program = []
+    for _ in range(128):  # as many as two groups hold, each with a jump to the next
+        framed += [direction(0, 0, args=[1.0 / 64], first=0), (Op.JUMP, len(framed) + 2)]
+    assert run(framed, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
+    add = (Op.DIAG, -1, 1)
+    assert run([one, (Op.JUMP, 2), add], [[1.0, 2.0]], AXES)[0] == [[1.0, 4.0]]
+
+
 def test_a_group_ends_after_64_directions():
     many = [direction(0, 0, args=[1.0 / 64], first=0) for _ in range(128)]
     assert run(many, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
+
+
+TAKE = (Op.TAKE, -1, 0, 0, 0, 0, 1.0)
+
+
+def test_directions_apart_read_the_same_row_and_take_its_place():
+    x, ones = [[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    swapped = [direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0])]  # two groups
+    assert run([(Op.APART,), *swapped, TAKE], x, ones)[0] == [[2.0, 1.0]]
+    assert run([(Op.APART,), *swapped, (Op.TAKE, 2, 0, 0, 0, 0, 1.0)], x, ones)[0] == [[3.0, 2.0]]
+    assert run([(Op.APART,), *swapped, (Op.TAKE, 2, 0, 0, 0, 0, 0.5)], x, ones)[0] == [[2.0, 2.0]]
+    half = (Op.GAIN, -1, 0, 0, 0, 0, 0.5)
+    assert run([half, (Op.APART,), *swapped, TAKE], x, ones)[0] == [[1.5, 1.5]]
+    assert run([(Op.APART,), *swapped, TAKE, swapped[0]], x, ones)[0] == [[2.0, 3.0]]  # h again
+    assert run([(Op.APART,), *swapped, (Op.APART,), TAKE], x, ones)[0] == [[0.0, 0.0]]
+    assert run([TAKE], x, ones)[0] == [[0.0, 0.0]]
+    many = [direction(0, 0, args=[1.0], first=0) for _ in range(150)]
+    assert run([(Op.APART,), *many, TAKE], x, ones)[0] == [[150.0, 0.0]]
+
+
+def test_what_takes_a_normed_rows_place_is_scaled_back():
+    take, read = (Op.TAKE, 1, 0, 0, 0, 0, 1.0), direction(0, 0, args=[1.0])
+    back = 5 / 2**0.5
+    assert run([(Op.NORM_IN, 1), (Op.APART,), read, take], [[3.0, 4.0]], AXES)[0][0] == pytest.approx([3.0, back])
+    row = run([(Op.NORM_IN, 2), (Op.APART,), read, take], [[3.0, 5.0]], AXES)[0][0]
+    assert row == pytest.approx([4.0 + 2**0.5 * 3.0 / (2**0.5 + 1e-5), 4.0 + 2**0.5])
 
 
 def along_axes(x: list[float], phi: Phi, args: list[float], rank: int = 1) -> list[float]:
@@ -442,6 +501,9 @@ UNCHANGING: dict[str, Program] = {
     "gain 0": [(Op.GAIN, -1), (Op.DIAG, 0, 4), (Op.CROSS, 0, 4, 1), direction(4, 5, args=[1.0])],
     "a gain of 0": [(Op.GAIN, 0, 0, 0, 0, 0, 1.0), (Op.DIAG, 0, 4)],
     "never met": [(Op.WHEN, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0), (Op.DIAG, 0, 4), (Op.SAVE,), (Op.RENORM,)],
+    "apart": [(Op.APART,), direction(4, 5, args=[1.0])],
+    "nothing taken": [(Op.APART,), direction(4, 5, args=[1.0]), (Op.TAKE, 4)],
+    "gain 0, apart": [(Op.GAIN, -1), (Op.APART,), direction(4, 5, args=[1.0]), (Op.TAKE, 4, 0, 0, 0, 0, 1.0)],
     "closed gates": [direction(4, 5, Phi.GATED, 0, [math.inf, 1.0, 1.0]), direction(4, 5, Phi.OFF)],
     "nothing": [],
     "neither mul nor add": [(Op.DIAG, -1, -1)],
@@ -574,6 +636,7 @@ def test_a_refusal_names_the_tensor(message):
 MISTAKES: dict[str, tuple[Program, str]] = {
     "tokens[1, 0] is 7, code has 2 instructions": ([(Op.SAVE,), (Op.END,)], "tokens[1, 0] = 7"),
     "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Op.DIAG, -1, 3), (Op.END,)], ""),
+    "token 1, instruction 0: line 5 is outside [-1, 3)": ([(Op.TAKE, 5), (Op.END,)], ""),
     "token 1, instruction 0: line -1 is outside [0, 3)": ([(Op.CROSS, 0, -1, 1), (Op.END,)], ""),
     "token 1, instruction 1: stride 8 does not pair 8 columns": ([(Op.SAVE,), (Op.CROSS, 0, 0, 8), (Op.END,)], ""),
     f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),

@@ -64,6 +64,10 @@ def _directed(x: Tensor, op: Any) -> Tensor:
     for r in range(num):
         pair = z[r - r % 2 : r - r % 2 + 2]
         change += _phi(op.phi[r].name, float(z[r]), pair, r % 2, op.args[r].tolist(), least) * op.write[r].double()
+    if op.replacement is not None:
+        mean = x.mean() if op.norm == "layer_norm" else 0.0
+        bias = 0.0 if op.replacement.bias is None else op.replacement.bias.double()
+        return x + op.replacement.scale * (back * (change + bias) + mean - x)
     return x + back * change
 
 

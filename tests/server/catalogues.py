@@ -31,6 +31,7 @@ UNIT = torch.eye(8)
 NTH = ("first", "second")
 HEADS = torch.arange(8.0).reshape(2, 4)
 CODES = {"encoder": UNIT[:5], "decoder": UNIT[:5]}
+MANY = torch.arange(320.0).reshape(40, 8) / 320
 FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "calm": ({"method": "vector", "scale": 3.0}, TENSORS),
     "late": ({"method": "caa", "where": "generation"}, {"resid_post.2.add": torch.ones(8)}),
@@ -42,6 +43,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "turn": ({"method": "tarot"}, {"attn_head.1.angles": torch.full((2, 2), 1.0)}),
     "sae": ({"method": "sae"}, {f"resid_post.2.{part}": tensor for part, tensor in CODES.items()}),
     "headsae": ({"method": "sae"}, {f"attn_head.1.{part}": t.reshape(5, 2, 4) for part, t in CODES.items()}),
+    "manysae": ({"method": "sae"}, {"resid_post.2.encoder": MANY, "resid_post.2.decoder": MANY + 1}),
     "rows": ({"method": "actadd"}, {"resid_pre.1.rows": UNIT[:3]}),
     "angular": ({"method": "angular"}, {f"attn_in.1.{which}_direction": UNIT[i] for i, which in enumerate(NTH)}),
     "plane": ({"method": "angular"}, {f"mlp_in.1.{which}_direction": UNIT[i] for i, which in enumerate(NTH)}),

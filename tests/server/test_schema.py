@@ -157,6 +157,8 @@ BAD_STEERING: list[tuple[Any, int, str]] = [
     ([{"vector": "sae", "features": [SPARSE, {"feature": 1, "sett": 1}]}], 400, "steering[0].features[1].sett"),
     ([{"vector": "sae", "features": [SPARSE, {"feature": 1}]}], 400, "steering[0].features[1]"),
     ([{"vector": "sae", "features": [SPARSE], "k": 2}], 400, "steering[0].k"),
+    ([{"vector": "sae", "features": [SPARSE], "use_error_term": "perhaps"}], 400, "steering[0].use_error_term"),
+    ([{"vector": "sae", "features": [], "use_error_term": False}], 400, "steering[0].features"),
     ([{"vector": "knob"}], 400, "steering[0].value"),
     ([{"vector": "knob", "value": [1, 2, 3]}], 400, "steering[0].value"),
     ([{"vector": "plane", "angle": 3, "scale": 1}], 400, "steering[0].scale"),
@@ -289,6 +291,8 @@ def test_soft_prompts_need_a_model_that_takes_rows(have: Catalogue) -> None:
         ({"vector": "lofit"}, True),
         ({"vector": "iti", "renorm": True}, False),
         ({"vector": "headsae", "features": [SPARSE]}, False),
+        ({"vector": "headsae", "features": [SPARSE], "use_error_term": False}, False),
+        ({"vector": "sae", "features": [SPARSE], "use_error_term": False}, True),
         ({"vector": "sae", "features": [SPARSE], "renorm": True}, True),  # the stream is whole on every rank
     ],
 )
@@ -458,3 +462,18 @@ def test_a_request_that_needs_more_slots_than_there_are_is_refused(have: Catalog
         compiled(few, steering=windows).check(prompt_len=9, max_tokens=4, is_explicit=True)
     assert caught.value.param == "steering"
     assert compiled(few, steering=windows[:3]).check(prompt_len=9, max_tokens=4, is_explicit=True) == 4
+
+
+def test_an_autoencoder_without_its_error_term_takes_room_for_all_its_features(have: Catalogue) -> None:
+    """80 lines of numbers, at eight a slot; what the entry says is in its receipt, and a neutral edit is not off."""
+    entry = {"vector": "manysae", "features": [{"feature": 3, "scale": 1.0}]}
+    assert receipt(have, entry)["use_error_term"] is True
+    said = receipt(have, entry | {"use_error_term": False})
+    assert said["use_error_term"] is False and said["dose"]["relative"] > 0.5
+    assert compiled(have, steering=entry).plan != compiled(have, steering=entry | {"use_error_term": False}).plan
+    few = replace(have, num_slots=9)
+    assert check(compiled(few, steering=entry)) == 4
+    with pytest.raises(Unavailable, match=r"take 10 slots together.* --steering-slots") as caught:
+        check(compiled(few, steering=entry | {"use_error_term": False}))
+    assert caught.value.param == "steering"
+    assert check(compiled(replace(have, num_slots=10), steering=entry | {"use_error_term": False})) == 4

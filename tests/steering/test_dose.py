@@ -13,7 +13,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.dose import Dose, dose, largest
 from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Directions, Op, directions
+from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op, Replacement, TopK, directions
 
 WIDTH, LENGTH = 48, 7.0
 
@@ -84,6 +84,18 @@ def test_other_directions_are_of_the_right_size(phi: Phi, args: tuple[float, ...
     """Not below what is measured, and at most twice that."""
     op = directions(orthonormal(3), orthonormal(3), phi, *args)
     assert 0.99 <= dose([op], LENGTH) / measured(op) < 2.1
+
+
+@pytest.mark.parametrize("norm", PER_TOKEN_NORMS)
+@pytest.mark.parametrize("length", [LENGTH, 90.0])
+def test_what_is_decoded_anew(norm: str, length: float) -> None:
+    """Measured too, on other rows than here."""
+    read, write = numbers(150, WIDTH, seed=1) / 7, numbers(150, WIDTH, seed=2) / 7
+    encoder = TopK(read, numbers(150, seed=3), 40)
+    bare = replace(directions(read, write, Phi.TOP_K, 0.0, 1.0, bias=encoder.bias), top_k=encoder, norm=norm)
+    for scale in (1.0, -0.5):
+        op = replace(bare, replacement=Replacement(scale, numbers(WIDTH, seed=4)))
+        assert dose([op], length) == pytest.approx(measured(op, 300, length), rel=0.06)
 
 
 @settings(max_examples=40, deadline=None)

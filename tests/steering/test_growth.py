@@ -1,5 +1,6 @@
 """Growth bounds what edits can make of activations, and lets through what only takes away."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from reference.ops import edited
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.growth import MAX_GROWTH, bound, growth
 from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Op, directions
+from whipstaff.steering.ops import Cross, Diagonal, Op, Replacement, TopK, directions
 from whipstaff.steering.programs import merged
 
 WIDTH = 16
@@ -31,6 +32,14 @@ def ops(seed: int) -> list[Op]:
         directions(rows, rows, Phi.GATED, 0.1, -0.5, 2.0, 1.0),
         directions(rows, rows, Phi.TANH, 3.0),
         directions(rows, rows, Phi.SIGN, 3.0),
+        replace(
+            directions(rows, rows, Phi.GATED, 0.1, 1.0, 2.0, 1.0), replacement=Replacement(-0.7, torch.randn(WIDTH))
+        ),
+        replace(
+            directions(rows, rows, Phi.TOP_K, -9.0, 1.5),
+            top_k=TopK(rows, torch.zeros(3), 2),
+            replacement=Replacement(1.5),
+        ),
     ]
     return [kinds[index] for index in torch.randint(len(kinds), (3,)).tolist()]
 

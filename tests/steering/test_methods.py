@@ -1,6 +1,7 @@
 """Every steering method reproduces the published interventions, is exactly off when off, and names what is wrong."""
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -506,7 +507,129 @@ def test_sae_edits_features_and_keeps_the_error(activation: str, norm: str) -> N
     said: dict[str, Any] = {"features": edits, "activation": activation, "k": 5 if activation == "topk" else None}
     if norm != "input_scale":
         said["normalize_activations"] = norm
-    torch.testing.assert_close(run(ops_of(file_of("sae", file), **said), x), wanted.double(), rtol=1e-4, atol=1e-4)
+    vector = file_of("sae", file)
+    torch.testing.assert_close(run(ops_of(vector, **said), x), wanted.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(through_tables(vector, said, x[None])[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+NORMS = ["none", "constant_norm_rescale", "layer_norm", "input_scale"]
+
+
+def decoded_after(row: Tensor, parts: dict[str, Tensor], said: dict[str, Any], norm: str) -> Tensor:
+    """decode(a') of one row in float64, straight from the definition: encode all, edit, decode all."""
+    x, parts = row.double(), {name: tensor.double() for name, tensor in parts.items()}
+    scaled, mean, back = x, 0.0, 1.0
+    if norm == "constant_norm_rescale":
+        back = x.norm() / math.sqrt(len(x))
+        scaled = x / back
+    elif norm == "layer_norm":
+        mean, back = x.mean(), x.std()
+        scaled = (x - mean) / (back + 1e-5)
+    elif norm == "input_scale":
+        scaled, back = parts["input_scale"] * x, 1 / parts["input_scale"]
+    taken_off = parts["decoder_bias"] if said.get("apply_b_dec_to_input", True) else 0.0
+    before = parts["encoder"] @ (scaled - taken_off) + parts["encoder_bias"]
+    found = torch.relu(before)
+    if said["activation"] == "jumprelu":
+        found = found * (before > parts["threshold"])
+    elif said["activation"] == "topk":
+        found = found * (before >= before.topk(said["k"]).values[-1])
+    after = found.clone()
+    for edit in said["features"]:
+        at = edit["feature"]
+        if not edit.get("only_if_active") or found[at] > 0:
+            after[at] = edit["set"] if "set" in edit else found[at] * edit.get("scale", 1.0) + edit.get("add", 0.0)
+    return back * (after @ parts["decoder"] + parts["decoder_bias"]) + mean
+
+
+def autoencoder(num_features: int, width: int = 16) -> dict[str, Tensor]:
+    parts = {"encoder": numbers(num_features, width), "encoder_bias": numbers(num_features)}
+    parts |= {"decoder": numbers(num_features, width) / 4, "decoder_bias": numbers(width)}
+    return parts | {"threshold": torch.rand(num_features, generator=GENERATOR)}
+
+
+def through_tables(vector: Vector, said: dict[str, Any], x: Tensor, gain: float = 1.0) -> Tensor:
+    """The rows after an entry, by the tables that a server would hold it in and the operator that reads them."""
+    method: Any = vector.method
+    params = method.params.model_validate(said)
+    method.check_params(params, vector.tensors)
+    edit = RowEdit(vector.digest, params.model_dump_json(), None, gate=Gate(lane=0))
+    weight = weigh(vector, edit)
+    edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
+    held = room(num_slots((edit,), SHAPE.num_layers), {vector.digest: vector})
+    begin = held.acquire([(edit,)])[(edit,)]
+    at = held.at(canonical(next(iter(vector.tensors))))
+    encoders = at.encoders
+    assert encoders is not None
+    tokens = torch.tensor([[begin, position] for position in range(len(x))], dtype=torch.int32)
+    edited = x.clone()
+    gains, history = torch.full((len(x), 1), gain), torch.zeros(1, 1)
+    tables = (at.lines, at.code, at.args, tokens, gains, history)
+    cuda_ext.run_edits_(edited, *tables, None, None, encoders.weight, encoders.bias)
+    return edited
+
+
+@pytest.mark.parametrize("num_features", [12, 150])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_sae_without_the_error_term_is_decoded_anew(activation: str, norm: str, num_features: int) -> None:
+    parts, x = autoencoder(num_features), numbers(7, 16)
+    said: dict[str, Any] = {"activation": activation, "use_error_term": False, "apply_b_dec_to_input": norm != "none"}
+    if activation == "topk":
+        said["k"] = num_features // 3
+    if norm == "input_scale":
+        parts["input_scale"] = torch.tensor(1.7)
+    else:
+        said["normalize_activations"] = norm
+    said["features"] = [
+        {"feature": 0, "set": 9.0},
+        {"feature": num_features - 1, "add": 3.0},
+        {"feature": 5, "scale": -2.0},
+        {"feature": 7, "add": 4.0, "only_if_active": True},
+        {"feature": 8, "set": 0.5, "only_if_active": True},
+    ]
+    vector = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()})
+    wanted = torch.stack([decoded_after(row, parts, said, norm) for row in x])
+    for scale, gain in ((1.0, 1.0), (0.5, 1.0), (-1.5, 0.3), (1.0, 0.0)):
+        got = through_tables(vector, said | {"scale": scale}, x, gain)
+        mixed = x.double() + gain * scale * (wanted - x.double())
+        torch.testing.assert_close(got.double(), mixed, rtol=1e-4, atol=1e-4)
+        by_ops = torch.stack([run(ops_of(vector, **said, scale=scale), row) for row in x])  # at a gain of 1
+        torch.testing.assert_close(by_ops, x.double() + scale * (wanted - x.double()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_edits", [12, 20, 64])
+def test_edits_of_many_features_read_the_same_row(num_edits: int) -> None:
+    """Also where their instructions lie in several frames."""
+    parts, x = autoencoder(80), numbers(3, 16)
+    vector = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()})
+    kinds: list[dict[str, Any]] = [{"add": 1.0}, {"scale": 0.0}, {"set": 0.5}]
+    features = [{"feature": feature, **kinds[feature % 3]} for feature in range(num_edits)]
+    said: dict[str, Any] = {"features": features, "activation": "relu"}
+    back = decoded_after(x[0], parts, said | {"features": []}, "none")
+    wanted = x[0] + decoded_after(x[0], parts, said, "none") - back
+    torch.testing.assert_close(through_tables(vector, said, x)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_sae_without_the_error_term_and_without_biases() -> None:
+    parts = {name: autoencoder(20)[name] for name in ("encoder", "decoder")}
+    vector, x = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()}), numbers(3, 16)
+    said = {"features": [{"feature": 2, "set": 3.0}], "use_error_term": False}
+    found = torch.relu(x @ parts["encoder"].T)
+    found[:, 2] = 3.0
+    torch.testing.assert_close(through_tables(vector, said, x), found @ parts["decoder"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_neutral_edit_is_off_only_with_the_error_term() -> None:
+    """Decoding changes rows even where no feature is edited; a scale of 0 is off either way."""
+    parts, x = autoencoder(12), numbers(3, 16)
+    vector = file_of("sae", {f"resid_post.0.{part}": tensor for part, tensor in parts.items()})
+    said: dict[str, Any] = {"features": [{"feature": 0, "scale": 1.0}]}
+    assert torch.equal(through_tables(vector, said, x), x)
+    assert (through_tables(vector, said | {"use_error_term": False}, x) - x).abs().max() > 0.1
+    off = vector.method.params.model_validate(said | {"use_error_term": False, "scale": 0.0})
+    assert vector.method.is_off(off)
+    assert not vector.method.is_off(off.model_copy(update={"scale": 1.0}))
 
 
 def test_sae_requests_share_the_encoder() -> None:
@@ -746,7 +869,7 @@ def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
     """A model's tables, with room for the encoders of `vectors`."""
     specs = [SiteSpec(place, 0, SHAPE.width(place.site)) for place in PLACES]
     kept = {layer: torch.zeros(1, 16) for layer in (0, 2)}
-    held = Tables(specs, slots, SHAPE.num_layers, CPU, vectors.__getitem__, dict.fromkeys(PLACES, 100), kept)
+    held = Tables(specs, slots, SHAPE.num_layers, CPU, vectors.__getitem__, dict.fromkeys(PLACES, 150), kept)
     assert not any(map(held.reserve, vectors.values()))
     return held
 

@@ -120,6 +120,7 @@ def files() -> dict[str, File]:
         "nodireft": file("nodireft", [{}], stream(**projected)),
         "sae": file("sae", [{"features": features}, {"features": careful}], autoencoder()),
         "sae_topk": file("sae", [{"features": careful}], autoencoder(), activation="topk", k=6),
+        "sae_whole": file("sae", [], autoencoder(150)),
         "lf": file("lf_steering", [{"features": [0, 1, 2, 3, 4, 5], "scale": 2.0}], autoencoder(), k=8),
         "probe": file("probe", [], {"resid_post.0.direction": normal(WIDTH, size=0.2)}),
     }
@@ -195,6 +196,7 @@ class Answers:
     ordered: list[Any]  # to `ordered`
     by_token: Any  # to `by_token`
     around: list[Any]  # to `around`
+    decoded: Any  # to `decoded`
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,7 @@ def answers(path: str) -> Answers:
         num_steps = engine.counters()["steps"] - before
         alone = [engine.generate(one)[0] for one in asks]
         apart = engine.generate(*ordered()), engine.generate(by_token())[0], engine.generate(*around())
+        apart = *apart, engine.generate(decoded())[0]
         return Answers(together, alone, num_steps, *apart)
     finally:
         engine.close()
@@ -269,6 +272,33 @@ def test_rows_lie_around_the_middle_as_in_the_release(answers: Answers, path: st
     for token, said, row in zip(tokens, answers.around[index].outputs[0].logprobs, logits.log_softmax(-1), strict=True):
         assert said[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
     assert (logits - reference.greedy(model, prompt, NUM_TOKENS, [])[1]).abs().max() > 0.1
+
+
+def decoded() -> Ask:
+    """All 150 features of a file in the stream's place: more than read a row in one group, or fit a frame of code."""
+    features = [{"feature": 3, "set": 4.0}, {"feature": 140, "scale": 0.0}]
+    entry = {"vector": "sae_whole", "features": features, "use_error_term": False, "scale": 0.9, "where": "all"}
+    return ask(PROMPTS[1], entry)
+
+
+def test_an_autoencoder_takes_the_streams_place(answers: Answers, path: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    plain = reference.greedy(model, PROMPTS[1], NUM_TOKENS, [])[1]
+    parts = {name.split(".")[-1]: tensor for name, tensor in FILES["sae_whole"].data.items()}
+
+    def decode(module: Any, args: Any, output: Any) -> Any:
+        x = output if isinstance(output, Tensor) else output[0]
+        after = ((x - parts["decoder_bias"]) @ parts["encoder"].T + parts["encoder_bias"]).relu()
+        after[..., 3], after[..., 140] = 4.0, 0.0
+        x = x + 0.9 * (after @ parts["decoder"] + parts["decoder_bias"] - x)
+        return x if isinstance(output, Tensor) else (x, *output[1:])
+
+    model.model.layers[1].register_forward_hook(decode)
+    tokens, logits = reference.greedy(model, PROMPTS[1], NUM_TOKENS, [])
+    assert list(answers.decoded.outputs[0].token_ids) == tokens
+    for token, said, row in zip(tokens, answers.decoded.outputs[0].logprobs, logits.log_softmax(-1), strict=True):
+        assert said[token].logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+    assert (logits - plain).abs().max() > 0.1
 
 
 TOKENS = PROMPTS[1][2:5]
