@@ -4,6 +4,7 @@
 which is `import_pickle`, in a process of its own, and never for a server.
 """
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from whipstaff.steering.importers.honest_llama import Baked, HonestLlama
 from whipstaff.steering.importers.importer import COMMON, HEADER, Draft, Hints, Importer
 from whipstaff.steering.importers.layers import LayerFiles
 from whipstaff.steering.importers.lofit import LoFiTFiles
-from whipstaff.steering.importers.nearest import question, unknown, unknown_name
+from whipstaff.steering.importers.nearest import misfit, question, unknown, unknown_name
 from whipstaff.steering.importers.peft import PEFT
 from whipstaff.steering.importers.pickles import AngularFile, Pickle, TaRotFile, unpickled
 from whipstaff.steering.importers.pyvene import Projection, Pyvene
 from whipstaff.steering.importers.sae import SAELens, Sparsify
 from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2, LlamaScope
+from whipstaff.steering.importers.sight import kind_of
 from whipstaff.steering.importers.site import SITEFiles
 from whipstaff.steering.importers.soft_prompt import DRO, SPRING
 from whipstaff.steering.importers.source import Source, is_object_array
@@ -89,6 +91,7 @@ def import_pickle(
     """As `import_file`, of a pickle, which is opened, restricted, in a process of its own: those of `PICKLES`, and
     any other format in a pickle or a torch file that the safe loader refuses."""
     source = Source(path)
+    _check_pickle(source)
     content = unpickled(source.file(source.name))
     found = [name for name, pickle in PICKLES.items() if pickle.knows(content)] if format is None else [format]
     if not found or found[0] not in PICKLES:
@@ -118,7 +121,10 @@ def _imported(
 def _detected(source: Source, model: ModelShape | None) -> str:
     found = [name for name, importer in FORMATS.items() if importer.claims(source)]
     if len(found) > 1 and model is not None:
-        found = [name for name in found if FORMATS[name].fits(source, model)] or found
+        fitting = [name for name in found if FORMATS[name].fits(source, model)]
+        if not fitting:
+            raise SteeringError(misfit(source, found, FORMATS, model), "format")
+        found = fitting
     if len(found) > 1:
         raise SteeringError(question(source, found, FORMATS), "format")
     if not found:
@@ -135,6 +141,16 @@ def _unclaimed(source: Source) -> SteeringError:
     if not source.is_folder and _is_native(source.path):
         return SteeringError(f"{source.name} is a Whipstaff vector already; use it as it is")
     return SteeringError(unknown(source, FORMATS), "format")
+
+
+def _check_pickle(source: Source) -> None:
+    """Raises: SteeringError for what is certainly none."""
+    if source.is_folder:
+        raise SteeringError(f"{source.name} is a folder; --unsafe-pickle opens one file")
+    with source.path.open("rb") as file:
+        kind = kind_of(file.read(512))
+    if kind is not None and not zipfile.is_zipfile(source.path) and not is_object_array(source.path):
+        raise SteeringError(f"{source.name} is {kind}, no pickle; leave --unsafe-pickle out")
 
 
 def _is_native(path: Path) -> bool:

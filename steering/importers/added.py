@@ -13,13 +13,37 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.importers.contents import described, entry, flat, is_vector, lone, shape
+from whipstaff.steering.importers.contents import (
+    ALONE,
+    described,
+    entry,
+    flat,
+    is_vector,
+    lone,
+    names,
+    rest_is_harmless,
+    shape,
+)
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.keys import key_of
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape
 
 _CAA = re.compile(r"vec_layer_(\d{1,4})(?:_.*)?\.pt")
+_XL_VLMS = re.compile("steering_vector(?:_.*)?")
+LABELS = (  # beside vectors: what they are of
+    "model",
+    "model_name",
+    "model_id",
+    "model_type",
+    "name",
+    "concept",
+    "behavior",
+    "trait",
+    "description",
+    "dataset",
+)
+BESIDE = ("layer", *LABELS)
 ADDING = {"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector"}
 _TURNING = {"add_direction", "directional_ablation", "directional_patch"}
 
@@ -60,11 +84,16 @@ class EasySteer(Importer):
     takes = frozenset({"layer", "site", "method"})
 
     def claims(self, source: Source) -> bool:
-        named = ("vec_layer_", "direction.pt", "function_vector", "embed", "prompt")
-        name = lone(source)
-        if name is None or key_of(name) or any(word in f"{source.name} {name}" for word in named):
+        named = ("direction.pt", "function_vector", "embed", "prompt")
+        name = lone(source, *BESIDE)
+        if (
+            name is None
+            or key_of(name)
+            or _CAA.fullmatch(source.name)
+            or any(word in f"{source.name} {name}" for word in named)
+        ):
             return False
-        is_xl_vlms = is_torch(source.name) and name.startswith("steering_vector")
+        is_xl_vlms = is_torch(source.name) and _XL_VLMS.fullmatch(name) is not None
         return is_vector(shape(source, name)) and not is_xl_vlms
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
@@ -73,14 +102,18 @@ class EasySteer(Importer):
             raise SteeringError(
                 f"the file is one vector; methods that add it are {', '.join(sorted(ADDING))}", "method"
             )
-        name = lone(source)
+        name = lone(source, *BESIDE)
         if name is None:
             raise SteeringError(f"{source.name} holds {described(source)}, wanted one vector [{model.hidden_size}]")
         vector = flat(source.name, entry(source, name))
         tensor = numbers(source.name, vector, model.width(hints.site or "resid_post"))
         if hints.site == "attn_head":
             tensor = tensor.view(model.num_heads, model.head_dim)
-        place = f"{hints.site or 'resid_post'}.{layer_of(hints, model)}.add"
+        stated = None
+        if name != ALONE:
+            rest_is_harmless(source, *LABELS)
+            stated = entry(source, "layer") if "layer" in names(source) else None
+        place = f"{hints.site or 'resid_post'}.{layer_of(hints, model, number_of(stated))}.add"
         return Draft(method, {place: tensor}, where=None if hints.method else "all")
 
 
@@ -90,18 +123,21 @@ class XLVLMs(Importer):
 
     def claims(self, source: Source) -> bool:
         found = None if source.is_folder or not is_torch(source.name) else source.torch(source.name)
-        return isinstance(found, Mapping) and any(str(key).startswith("steering_vector") for key in found)
+        return isinstance(found, Mapping) and any(_XL_VLMS.fullmatch(str(key)) for key in found)
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         found = source.named(source.name)
-        found.harmless("concepts*", "activations*")  # what the vectors were made of
-        vectors = {key: flat(key, found[key]) for key in found if key.startswith("steering_vector")}
+        found.harmless("concepts*", "activations*", *LABELS)  # what the vectors were made of
+        vectors = {key: flat(key, found[key]) for key in found if _XL_VLMS.fullmatch(key)}
         single = sorted(key for key, tensor in vectors.items() if tensor.ndim == 1)
         key = hints.key or ("steering_vector" if "steering_vector" in single else None)
+        if not single:
+            raise SteeringError(f"{source.name} holds {described(source)}, and none of them is one vector")
         if key is None or key not in single:
             raise SteeringError(f"say which of the file's vectors is meant: {', '.join(single)[:2000]}", "key")
         tensor = numbers(key, vectors[key], model.hidden_size)
-        return Draft("shift_vector", {f"resid_post.{layer_of(hints, model)}.add": tensor})
+        layer = layer_of(hints, model, number_of(found.get("layer")))
+        return Draft("shift_vector", {f"resid_post.{layer}.add": tensor})
 
 
 class RefusalDirection(Importer):
@@ -126,6 +162,14 @@ class RefusalDirection(Importer):
             stated = metadata.get("layer")
         layer = layer_of(hints, model, stated if isinstance(stated, int) else None)
         return Draft(method, {f"resid_pre.{layer}.direction": tensor})
+
+
+def number_of(stated: object) -> int | None:
+    """A layer that a file states as a number or a tensor of one. Raises: SteeringError."""
+    value = stated.item() if isinstance(stated, Tensor) and stated.numel() == 1 else stated
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SteeringError(f"the file's layer is {value!r:.64}, wanted a whole number")
+    return value
 
 
 def is_torch(name: str) -> bool:

@@ -126,10 +126,10 @@ def rescaled(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return parts | scaled
 
 
-def check_size(said: object, right: int, name: str, file: str) -> None:
-    """That a config's number is the tensors'. Raises: SteeringError."""
+def check_size(said: object, right: int, name: str, file: str, what: str = "its tensors say") -> None:
+    """That a config's number is the tensors', or what else states it. Raises: SteeringError."""
     if said is not None and said != right:
-        raise SteeringError(f"{name} of {file} is {said!r:.64}, its tensors say {right}")
+        raise SteeringError(f"{name} of {file} is {said!r:.64}, {what} {right}")
 
 
 def k_of(said: object, file: str) -> int:

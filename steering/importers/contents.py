@@ -1,6 +1,7 @@
 """What a single file holds, whichever of the usual containers it is: entries by name, or one tensor alone."""
 
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, as_tensor, is_object_array, read_npy
 
 ALONE = ""  # the name of what a file holds without a name
-_TORCH = (".pt", ".pth", ".bin")
+_UNNAMED = "arr_0"  # what numpy.savez calls that
+TORCH = (".pt", ".pth", ".bin")
 
 
 def names(source: Source) -> list[str]:
@@ -29,6 +31,13 @@ def entry(source: Source, name: str) -> Any:
     return found[_keys(found)[name]] if isinstance(found, Ledger | list | tuple) else found
 
 
+def keys_in(source: Source, name: str) -> list[str]:
+    """Of one of `names`: its keys, none where it is no dict. It does not count as used."""
+    content = _content(source)
+    found = content.peek(_keys(content)[name]) if isinstance(content, Ledger) else None
+    return [str(key) for key in found] if isinstance(found, Mapping) else []
+
+
 def shape(source: Source, name: str) -> tuple[int, ...] | None:
     """Of one of `names`, None where it is no array of numbers."""
     if name == ALONE and _is_array(source):
@@ -43,17 +52,21 @@ def rest_is_harmless(source: Source, *patterns: str) -> None:
         found.harmless(*patterns)
 
 
-def lone(source: Source) -> str | None:
-    """The name of the file's only entry, if that is a tensor."""
-    found = names(source)
+def lone(source: Source, *beside: str) -> str | None:
+    """The name of the file's only entry, but for those called as in `beside`, if that is a tensor."""
+    found = [name for name in names(source) if name not in beside]
     return found[0] if len(found) == 1 and shape(source, found[0]) is not None else None
 
 
 def flat(name: str, tensor: object) -> Tensor:
     """[hidden], also where it is stored as [1, hidden], [1, 1, hidden] or [hidden, 1]."""
     if not isinstance(tensor, Tensor):
-        raise SteeringError(f"{name or 'the file'} holds no bare tensor but a {type(tensor).__name__}")
+        raise SteeringError(f"{name or 'the file'} holds no bare tensor but a {kind_of(tensor)}")
     return tensor.flatten() if is_vector(tuple(tensor.shape)) else tensor
+
+
+def kind_of(value: object) -> str:
+    return "dict" if isinstance(value, Mapping) else type(value).__name__
 
 
 def is_vector(sizes: tuple[int, ...] | None) -> bool:
@@ -83,7 +96,7 @@ def _listed(names: list[str], most: int = 5) -> str:
 def _has_names(source: Source) -> bool:
     """Whether the file is one of those whose entries have names."""
     is_npz = source.name.endswith(".npz") and zipfile.is_zipfile(source.path)
-    return is_npz or source.name.endswith((*_TORCH, ".safetensors"))
+    return is_npz or source.name.endswith((*TORCH, ".safetensors"))
 
 
 def _is_array(source: Source) -> bool:
@@ -104,4 +117,4 @@ def _keys(found: Ledger | list[Any] | tuple[Any, ...]) -> dict[str, Any]:
     by_name = {str(key): key for key in keys}
     if len(by_name) < len(keys):
         raise SteeringError("two entries of the file have one name")
-    return by_name
+    return by_name if by_name.keys() != {_UNNAMED} else {ALONE: _UNNAMED}

@@ -60,7 +60,6 @@ _GLP_LABELS = (
     "glp.contrast",
     "glp.derived_at",
     "glp.generator",
-    "glp.layer_ids_zero_based",
     "glp.method",
     "glp.orthonormal",
     "glp.structure",
@@ -109,7 +108,9 @@ def _directions(tensors: Ledger, model: ModelShape) -> dict[int, Tensor]:
     found = {}
     for name in tensors:
         if match := re.fullmatch(r"direction\.(0|[1-9]\d{0,3})", name):
-            found[int(match[1])] = numbers(name, tensors[name], model.hidden_size)
+            if (layer := int(match[1])) >= model.num_layers:
+                raise SteeringError(f"{name}: the model has layers 0 to {model.num_layers - 1}")
+            found[layer] = numbers(name, tensors[name], model.hidden_size)
     return found
 
 
@@ -130,6 +131,8 @@ def _projected(said: Ledger, rows: dict[int, Tensor], model: ModelShape, notes: 
         )
     if said.get("glp.spec_version", 1) not in (1, 2):
         raise SteeringError(f"glp.spec_version {said['glp.spec_version']!r}; 1 and 2 are known")
+    if said.get("glp.layer_ids_zero_based", True) is not True:
+        raise SteeringError(f"glp.layer_ids_zero_based is {said['glp.layer_ids_zero_based']!r}; blocks count from 0")
     method, part = _GLP_MODES[mode]
     check_sandwich(_GLP_HOOKS[hook], model)
     alpha = said.get("glp.alpha_default", 1.0)

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from whipstaff.steering.shape import Site
 
-_COUNTED = re.compile(r"(?:(?:vec_|steering_)?(?:layer|block)[_.\- ]?|arr_)?(-?\d{1,4})")
-_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})(?:\.([a-z_]\w*))?|direction\.(\d{1,4})")
+_COUNTED = re.compile(
+    r"(?:(?:vec_|steering_)?(?:(?:layer|block)[_.\- ]?|(?:layers|blocks|l)[_\- ]?)|arr_)?(-?\d{1,4})", re.IGNORECASE
+)
+_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})(?:\.([a-z_][\w.]*))?|direction\.(\d{1,4})")
 SITES_OF: dict[str, Site] = {
     "decoder_block": "resid_post",
     "self_attn": "attn_out",
@@ -19,6 +21,9 @@ SITES_OF: dict[str, Site] = {
     "ln_2": "mlp_in",
     "hook_resid_pre": "resid_pre",
     "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "attn.hook_z": "attn_head",
 }
 
 

@@ -9,32 +9,37 @@ k-th. What a module's name says of the site wins over the flag.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.importers.added import ADDING
-from whipstaff.steering.importers.contents import ALONE, entry, flat, is_vector, lone, names, rest_is_harmless, shape
+from whipstaff.steering.importers.added import ADDING, LABELS
+from whipstaff.steering.importers.autoencoder import check_sandwich
+from whipstaff.steering.importers.contents import (
+    TORCH,
+    entry,
+    flat,
+    is_vector,
+    keys_in,
+    lone,
+    names,
+    rest_is_harmless,
+    shape,
+)
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.keys import SITES_OF, Key, key_of
+from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape, Site
 
 _NORM_BEHIND = ("Gemma2", "Gemma3")  # there post_attention_layernorm follows the attention's output
 _WRAPPED = {"layer_activations": "layer_type", "directions": "model_type"}  # the vectors, and what may stand beside
-_HARMLESS = (
-    "model",
-    "model_name",
-    "model_id",
-    "model_type",
-    "name",
-    "concept",
-    "behavior",
-    "trait",
-    "description",
-    "dataset",
-)
+_STATES: dict[Site, str] = {
+    "resid_post": "the file counts hidden states up to {most}: number k was taken for what block k - 1 leaves, and "
+    "number 0, the embeddings' output, was left out",
+    "resid_pre": "the file counts hidden states up to {most}: number k was taken for what enters block k, and number "
+    "{most}, which enters none, was left out",
+}
 _OTHER = (
     "prompt",
     "embed",
@@ -53,16 +58,17 @@ class LayerFiles(Importer):
         "a vector per layer: a dict {layer: [hidden]} or a stack [layers, hidden] in a .pt, .safetensors, .npz or .npy "
         "file; also steering-vectors' and saklas'",
     )
-    takes = frozenset({"layer", "site", "method"})
+    takes = frozenset({"key", "layer", "site", "method"})
 
     def claims(self, source: Source) -> bool:
         found = names(source)
-        if set(found) & set(_WRAPPED):
+        if _wrappers(source):
             return True
         keys = [name for name in found if key_of(name)]
         if keys:
             sizes = shape(source, keys[0])
-            return sizes is not None and ("hook_" not in keys[0] or is_vector(sizes))
+            is_row = is_vector(sizes) or (keys[0].endswith("hook_z") and len(sizes or ()) == 2)
+            return sizes is not None and ("hook_" not in keys[0] or is_row)
         name = lone(source)
         if name is None or any(word in f"{source.name} {name}".lower() for word in _OTHER):
             return False
@@ -78,44 +84,73 @@ class LayerFiles(Importer):
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
         if hints.method is not None and hints.method not in ADDING:
             raise SteeringError(f"methods that add a vector per layer are {', '.join(sorted(ADDING))}", "method")
-        found, site = _vectors(source, model)
-        notes, shift = [], _shift(found, model)
-        if shift:
-            notes.append(
-                f"the file counts hidden states up to {model.num_layers}: number k was taken for what block k - 1 "
-                "leaves, and number 0, the embeddings' output, was left out"
-            )
+        found, said = _vectors(source, model, hints)
+        said = said or hints.site or "resid_post"
+        counts_states = _counts_states(found, model)
         rows: dict[str, Tensor] = {}
+        layers: list[int] = []
         for name, (key, tensor) in found.items():
-            layer = key.layer - shift if key.layer >= 0 else model.num_layers + key.layer
-            if layer < 0 and shift:
+            site = key.site or said
+            layer = _state_of(key, site, model) if counts_states else _block_of(name, key, model)
+            if layer is None:
                 continue
-            if not 0 <= layer < model.num_layers:
-                raise SteeringError(f"{name} names layer {layer}; the model has layers 0 to {model.num_layers - 1}")
+            layers.append(layer)
             if hints.layer not in (None, layer):
                 continue
-            _check_norm(name, model)
-            place = f"{key.site or site or hints.site or 'resid_post'}.{layer}.add"
+            _check_norm(name, site, model)
+            place = f"{site}.{layer}.add"
             if place in rows:
                 raise SteeringError(f"two entries, one of them {name}, are for {place.removesuffix('.add')}")
-            rows[place] = _placed(name, tensor, place, model)
+            rows[place] = _placed(name, tensor, site, model)
         if not rows:
-            raise SteeringError(f"{source.name} has layers {_layers(found, shift)} and not this one", "layer")
+            has = ", ".join(map(str, sorted(layers)))
+            raise SteeringError(f"{source.name} has layers {has or 'that no block has'} and not this one", "layer")
+        notes = [_STATES[said].format(most=model.num_layers)] if counts_states else []
         method = hints.method or ("control_vector" if all("resid_post" in place for place in rows) else "vector")
         return Draft(method, rows, where=None if hints.method else "all", notes=notes)
 
 
-def _vectors(source: Source, model: ModelShape) -> tuple[dict[str, tuple[Key, object]], Site | None]:
+def _vectors(source: Source, model: ModelShape, hints: Hints) -> tuple[dict[str, tuple[Key, object]], Site | None]:
     """Entries that are vectors, by name, and the site of all of them if the file names one."""
-    found = names(source)
-    if found == [ALONE] or (len(found) == 1 and key_of(found[0]) is None and found[0] not in _WRAPPED):
+    found, wrappers = names(source), _wrappers(source)
+    if hints.key is not None and hints.key not in wrappers:
+        have = ", ".join(wrappers) or "none"
+        raise SteeringError(f"{source.name} has no dict of vectors by layer of that name; it has {have}", "key")
+    if not wrappers and len(found) == 1 and key_of(found[0]) is None:
         return _stacked(source.name, entry(source, found[0]), model), None
-    rest_is_harmless(source, *_HARMLESS)
-    for wrapper, beside in _WRAPPED.items():
-        if wrapper in found:
-            said = entry(source, beside) if beside in found else None
-            return _keyed(source, _inner(wrapper, entry(source, wrapper))), _site_of(beside, said, model)
+    rest_is_harmless(source, *LABELS)
+    if wrappers:
+        wrapper = _chosen(source, wrappers, hints.key)
+        beside = _WRAPPED.get(wrapper, "")
+        said = entry(source, beside) if beside in found else None
+        keyed = _keyed(source, _inner(wrapper, entry(source, wrapper)))
+        if wrapper in _WRAPPED:  # these libraries count blocks
+            keyed = {name: (key._replace(is_counted=False), value) for name, (key, value) in keyed.items()}
+        return keyed, _site_of(beside, said, model)
     return _keyed(source, {name: entry(source, name) for name in found if key_of(name)}), None
+
+
+def _wrappers(source: Source) -> list[str]:
+    """Of entries beside each other, those that are dicts of vectors by layer, or are known to be."""
+    found = names(source)
+    if not source.is_held and not source.name.endswith(TORCH):
+        return []
+    return [name for name in found if name in _WRAPPED or (key_of(name) is None and _is_by_layer(source, name))]
+
+
+def _is_by_layer(source: Source, name: str) -> bool:
+    keys = keys_in(source, name)
+    return bool(keys) and all(map(key_of, keys))
+
+
+def _chosen(source: Source, wrappers: list[str], key: str | None) -> str:
+    """The one that is meant; the others are left out by a user's word alone. Raises: SteeringError."""
+    if key is None and len(wrappers) > 1:
+        raise SteeringError(f"{source.name} has several dicts of vectors by layer: {', '.join(wrappers)}", "key")
+    for name in wrappers:
+        if name != (key or wrappers[0]) and isinstance(other := entry(source, name), Ledger):
+            other.harmless("*")
+    return key or wrappers[0]
 
 
 def _keyed(source: Source, entries: Mapping[str, object]) -> dict[str, tuple[Key, object]]:
@@ -144,15 +179,37 @@ def _stacked(name: str, tensor: object, model: ModelShape) -> dict[str, tuple[Ke
     return {f"row {index}": (Key(index, None, True), row) for index, row in enumerate(rows)}
 
 
-def _shift(found: Mapping[str, tuple[Key, object]], model: ModelShape) -> int:
-    """1 where the numbers can only count hidden states."""
+def _counts_states(found: Mapping[str, tuple[Key, object]], model: ModelShape) -> bool:
+    """Whether the numbers can only count hidden states."""
     keys = [key for key, _ in found.values()]
-    return int(all(key.is_counted and key.layer >= 0 for key in keys) and model.num_layers in {k.layer for k in keys})
+    return all(key.is_counted and key.layer >= 0 for key in keys) and model.num_layers in {k.layer for k in keys}
 
 
-def _placed(name: str, tensor: object, place: str, model: ModelShape) -> Tensor:
+def _state_of(key: Key, site: Site, model: ModelShape) -> int | None:
+    """The block that leaves, or at resid_pre receives, that hidden state; None where there is none."""
+    if site not in _STATES:
+        raise SteeringError(
+            f"the file's numbers go up to {model.num_layers}, as those of hidden states do; blocks, which {site} is "
+            f"of, count from 0 to {model.num_layers - 1}",
+            "site",
+        )
+    layer = key.layer if site == "resid_pre" else key.layer - 1
+    if key.layer > model.num_layers:
+        raise SteeringError(f"the file names hidden state {key.layer}; the model has 0 to {model.num_layers}")
+    return layer if 0 <= layer < model.num_layers else None
+
+
+def _block_of(name: str, key: Key, model: ModelShape) -> int:
+    layer = key.layer if key.layer >= 0 else model.num_layers + key.layer
+    if not 0 <= layer < model.num_layers:
+        raise SteeringError(f"{name} names layer {key.layer}; the model has layers 0 to {model.num_layers - 1}")
+    return layer
+
+
+def _placed(name: str, tensor: object, site: Site, model: ModelShape) -> Tensor:
     """[hidden], or [heads, head_dim]."""
-    site: Any = place.partition(".")[0]
+    if isinstance(tensor, Tensor) and site == "attn_head" and tensor.shape == (model.num_heads, model.head_dim):
+        tensor = tensor.flatten()
     row = numbers(name, flat(name, tensor), model.width(site))
     return row.view(model.num_heads, model.head_dim) if site == "attn_head" else row
 
@@ -169,19 +226,19 @@ def _site_of(beside: str, said: object, model: ModelShape) -> Site | None:
         return None
     if said not in SITES_OF:
         raise SteeringError(f"layer_type {said!r} is none of {', '.join(SITES_OF)}")
-    _check_norm(str(said), model)
-    return SITES_OF[str(said)]
+    site = SITES_OF[str(said)]
+    _check_norm(str(said), site, model)
+    return site
 
 
-def _check_norm(name: str, model: ModelShape) -> None:
+def _check_norm(name: str, site: Site, model: ModelShape) -> None:
+    if name.endswith(("hook_attn_out", "hook_mlp_out")):
+        check_sandwich(site, model)
     if name.endswith("post_attention_layernorm") and model.architecture.startswith(_NORM_BEHIND):
         raise SteeringError(f"{name}: in this model that norm follows the attention, and nothing is edited behind it")
 
 
 def _thin(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Without sizes of 1 between the first and the last."""
-    return (sizes[0], *(size for size in sizes[1:-1] if size != 1), sizes[-1]) if len(sizes) > 1 else sizes
-
-
-def _layers(found: Mapping[str, tuple[Key, object]], shift: int) -> str:
-    return ", ".join(str(key.layer - shift) for key, _ in found.values() if key.layer >= shift)
+    """Without sizes of 1 before the last."""
+    before = [size for size in sizes[:-1] if size != 1] or [1]
+    return (*before, sizes[-1]) if len(sizes) > 1 else sizes

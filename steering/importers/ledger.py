@@ -49,6 +49,10 @@ class Ledger(Mapping[Any, Any]):
     def __str__(self) -> str:
         return str(self._content)
 
+    def peek(self, key: Any) -> Any:
+        """An entry, which is not used by that."""
+        return self._content[key]
+
     def fresh(self) -> Self:
         """The same entries, none of them used yet."""
         return type(self)(self.file, self._content)

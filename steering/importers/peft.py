@@ -11,6 +11,7 @@ import re
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.importers.autoencoder import check_size
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
@@ -24,7 +25,6 @@ _LABELS = (  # where an adapter comes from, how it was trained, what its model i
     "inference_mode",
     "num_attention_heads",
     "num_ranks",  # as the tensors show
-    "num_tasks",
     "opt_*",
     "peft_version",
     "prefix_projection",
@@ -60,9 +60,9 @@ class PEFT(Importer):
         if hints.part is not None and kind != "MULTITASK_PROMPT_TUNING":
             raise SteeringError("only adapters of several tasks have parts: MULTITASK_PROMPT_TUNING", "part")
         if kind in (*_INSERTED, "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"):
-            _check_prompt(config, found.get("prompt_embeddings"), model)
+            _check_prompt(config, found, model)
         if kind == "MULTITASK_PROMPT_TUNING":
-            return _of_task(found, hints.part, model)
+            return _of_task(config, found, hints.part, model)
         if kind in _INSERTED:
             return Draft(
                 "soft_prompt", {"rows": numbers(name, found.get("prompt_embeddings"), None, model.hidden_size)}
@@ -74,8 +74,11 @@ class PEFT(Importer):
         raise SteeringError(f"adapters of type {kind!r} change weights or are unknown; vLLM itself serves LoRA")
 
 
-def _check_prompt(config: Ledger, stored: object, model: ModelShape) -> None:
+def _check_prompt(config: Ledger, found: Ledger, model: ModelShape) -> None:
     """What an adapter's config says of its numbers must be so. Raises: SteeringError."""
+    if (stored := found.get("prompt_embeddings")) is None:
+        have = ", ".join(str(name)[:64] for name in list(found)[:8]) or "nothing"
+        raise SteeringError(f"{found.file} has no prompt_embeddings; it has {have}")
     rows = len(stored) if isinstance(stored, Tensor) and stored.ndim else 0
     for name, right in (("num_virtual_tokens", rows), ("num_layers", model.num_layers), ("modules_to_save", None)):
         if (said := config.get(name)) not in (None, right):
@@ -83,11 +86,12 @@ def _check_prompt(config: Ledger, stored: object, model: ModelShape) -> None:
     config.harmless("token_dim")  # of prefixes it is narrower than the model's; the shape itself is checked
 
 
-def _of_task(found: Ledger, task: int | None, model: ModelShape) -> Draft:
+def _of_task(config: Ledger, found: Ledger, task: int | None, model: ModelShape) -> Draft:
     """The rows of one task: those of all tasks, each number times the task's own."""
     shared = numbers("prompt_embeddings", found.get("prompt_embeddings"), None, model.hidden_size)
     cols = numbers("prefix_task_cols", found.get("prefix_task_cols"), None, len(shared), None)
     rows = numbers("prefix_task_rows", found.get("prefix_task_rows"), len(cols), cols.shape[2], model.hidden_size)
+    check_size(config.get("num_tasks"), len(cols), "num_tasks", config.file)
     if task is None and len(cols) != 1:
         raise SteeringError(f"the adapter has the tasks 0 to {len(cols) - 1}; say which is meant", "part")
     if task is not None and task >= len(cols):
@@ -113,7 +117,7 @@ def _prefix(stored: Tensor | None, model: ModelShape) -> Draft:
 
 
 def _adaption(config: Ledger, found: Ledger, model: ModelShape) -> Draft:
-    config.harmless("adapter_len", "adapter_layers", "target_modules")  # as its tensors show
+    config.harmless("target_modules")  # as its tensors show
     tensors = {}
     for key, tensor in found.items():
         match = _ADAPTION.fullmatch(key)
@@ -123,4 +127,8 @@ def _adaption(config: Ledger, found: Ledger, model: ModelShape) -> Draft:
             tensors[f"attn_head.{match[1]}.gate"] = numbers(key, tensor, 1)
         else:
             tensors[f"attn_head.{match[1]}.tokens"] = numbers(key, tensor, 1, None, model.hidden_size)[0]
+    prompts = [tensor for place, tensor in tensors.items() if place.endswith(".tokens")]
+    check_size(config.get("adapter_layers"), len(prompts), "adapter_layers", config.file)
+    for prompt in prompts:
+        check_size(config.get("adapter_len"), len(prompt), "adapter_len", config.file)
     return Draft("side_attention", tensors)

@@ -62,8 +62,6 @@ _TRAINING = (  # what a run of SAELens was told, which its weights show or which
     "finetuning_tokens",
     "from_pretrained_path",
     "hook_eval",
-    "hook_layer",
-    "hook_point_layer",
     "init_encoder_as_decoder_transpose",
     "is_dataset_tokenized",
     "jumprelu_*",
@@ -126,17 +124,21 @@ class SAELens(Importer):
             each.harmless(*_TRAINING)
         kind, k = _architecture(config)
         site, layer = _place(config, metadata, hints, model)
-        weights = {name: found.get(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+        weights = {name: found.get(name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        if kind == "jumprelu":
+            weights["threshold"] = found.get("threshold")
+            if weights["threshold"] is None:
+                raise SteeringError("a jumprelu autoencoder without threshold")
         if kind == "gated":
             weights |= gated({name: found.get(name) for name in ("W_enc", *_GATED)}, _GATED)
             kind = "jumprelu"
-        if kind == "jumprelu" and weights["threshold"] is None:
-            raise SteeringError("a jumprelu autoencoder without threshold")
         parts, notes = parts_of(weights, site, model)
         check_size(config.get("d_in"), model.width(site), "d_in", _CONFIG)
         check_size(config.get("d_sae"), len(parts["encoder"]), "d_sae", _CONFIG)
         notes += _centred(parts, config, metadata, site) + _scaled(parts, config, found)
-        if config.get("rescale_acts_by_decoder_norm") and kind == "topk":
+        if config.get("rescale_acts_by_decoder_norm"):
+            if kind != "topk":
+                raise SteeringError(f"rescale_acts_by_decoder_norm of {_CONFIG} is true; only topk's is known")
             parts = rescaled(parts)
             notes.append("rescale_acts_by_decoder_norm was folded into the encoder and decoder")
         norm = _norm(config, hints)
@@ -284,6 +286,10 @@ def _place(config: Ledger, metadata: Ledger, hints: Hints, model: ModelShape) ->
             "site",
         )
     check_sandwich(site, model)
+    for name in ("hook_layer", "hook_point_layer"):
+        said_layer = config.get(name)
+        if layer is not None:
+            check_size(said_layer, layer, name, _CONFIG, "its hook says")
     if (shape := config.get("reshape_activations")) not in (None, "none", "hook_z") or (shape == "hook_z") > (
         site == "attn_head"
     ):

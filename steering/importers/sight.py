@@ -25,6 +25,17 @@ _PROGRAMS = (
 )
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LFS = b"version https://git-lfs.github.com/spec/"
+_KINDS = {  # of files -> the endings of their names
+    "a safetensors file": (".safetensors",),
+    "an array of numpy's": (".npy",),
+    "a GGUF file": (".gguf",),
+    "a zip archive (torch's or numpy's)": (".pt", ".pth", ".bin", ".npz", ".pkl"),
+}
+_STARTS = {
+    kind: re.compile(form)
+    for kind, form in zip(_KINDS, (rb"[\s\S]{8}\{\s*\"", rb"\x93NUMPY", rb"GGUF", rb"PK\x03\x04"), strict=True)
+}
+_ENDINGS = {ending for endings in _KINDS.values() for ending in endings}
 _ASDICT = "import dataclasses, torch\nfound = {load}\ntorch.save(dataclasses.asdict(found), 'vectors.pt')"
 _LOAD = "torch.load({name!r}, weights_only=False)"
 _OPENED: dict[str, tuple[str, str]] = {  # class -> its library, and the program that saves its numbers
@@ -46,8 +57,21 @@ def check_sight(path: Path) -> None:
     """Raises: SteeringError if the file only stands for the one that is meant, or has the wrong byte order."""
     with path.open("rb") as file:
         start = file.read(512)
-    if (reason := _seen(start)) is not None:
+    if (reason := _seen(start) or _misnamed(path.suffix, start)) is not None:
         raise SteeringError(f"{path.name} {reason}")
+
+
+def kind_of(start: bytes) -> str | None:
+    """What a file is that begins so, where that is certain."""
+    return next((kind for kind, form in _STARTS.items() if form.match(start)), None)
+
+
+def _misnamed(suffix: str, start: bytes) -> str | None:
+    """A file of another kind than its name's ending says, by how it begins."""
+    kind = kind_of(start)
+    if kind is None or suffix not in _ENDINGS or suffix in _KINDS[kind]:
+        return None
+    return f"begins as {kind} does, which its name does not say; call it *{_KINDS[kind][0]} if it is one"
 
 
 def _seen(start: bytes) -> str | None:

@@ -6,6 +6,8 @@ dro     soft_prompt in a safetensors file (chujiezheng/LLM-Safeguard)
 
 import re
 
+from torch import Tensor
+
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import bare_tensor
 from whipstaff.steering.importers.contents import is_vector
@@ -21,16 +23,25 @@ class SPRING(Importer):
 
     def claims(self, source: Source) -> bool:
         tensor = bare_tensor(source)
-        if tensor is None or tensor.ndim != 2:
+        if tensor is None or not (tensor.ndim == 2 or (tensor.ndim == 3 and len(tensor) == 1)):
             return False
-        return "embeddings" in source.name or not is_vector(tuple(tensor.shape))
+        return _is_called_so(source) or not is_vector(tuple(tensor.shape))
 
     def fits(self, source: Source, model: ModelShape) -> bool:
+        """Rows of a file whose name says nothing may be anybody's activations, or the layers of another model."""
         tensor = bare_tensor(source)
-        return tensor is not None and tensor.shape[-1] == model.hidden_size
+        if tensor is None or tensor.shape[-1] != model.hidden_size:
+            return False
+        return _is_called_so(source) or tensor.shape[-2] - model.num_layers in (0, 1)
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        return Draft("soft_prompt", {"rows": numbers(source.name, source.torch(source.name), None, model.hidden_size)})
+        found = source.torch(source.name)
+        rows = found[0] if isinstance(found, Tensor) and found.ndim == 3 and len(found) == 1 else found
+        return Draft("soft_prompt", {"rows": numbers(source.name, rows, None, model.hidden_size)})
+
+
+def _is_called_so(source: Source) -> bool:
+    return any(word in source.name.lower() for word in ("embed", "prompt"))
 
 
 class DRO(Importer):

@@ -100,7 +100,7 @@ class Source:
         """The fields of a JSON file, read once."""
         if name not in self._contents:
             try:
-                found = json.loads(_bytes(self.file(name), MAX_JSON))
+                found = json.loads(_bytes(self.file(name), MAX_JSON), object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 raise SteeringError(f"{name} is not sound JSON: {error}") from error
             if not isinstance(found, dict):
@@ -188,6 +188,15 @@ class Source:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two fields of one name nobody says which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"{twice[:64]!r} is there twice")
+    return found
 
 
 def read_torch(path: Path) -> Any:

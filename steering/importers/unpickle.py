@@ -67,7 +67,7 @@ def _opened(data: bytes) -> Any:
         form: Any = np.lib.format
         getattr(form, f"read_array_header_{form.read_magic(file)[0]}_0")(file)
     content = _Restricted(file).load()
-    if content == _BEFORE_ZIP:  # several pickles, and the numbers behind them
+    if isinstance(content, int) and content == _BEFORE_ZIP:  # several pickles, and the numbers behind them
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return content
 
@@ -112,6 +112,8 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
             return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return getattr(np._core.numeric, name)  # type: ignore[attr-defined]
         if module == "torch" and name in _STORAGES:
             return _Dtype(_STORAGES[name])
         known = {

@@ -473,3 +473,119 @@ def test_a_vector_file_is_said_to_be_one(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     path.write_bytes(packed(*import_file(GIVEN / "dict_int.pt", shape_of(str(GIVEN / "llama_config.json")))))
     assert "Whipstaff vector already" in str(refusal(path))
+
+
+def test_hidden_states_enter_one_block_and_leave_another(tmp_path: Path) -> None:
+    """State k is what block k receives and what block k - 1 leaves; it is no output of an MLP."""
+    path = saved(tmp_path / "v.pt", [V, *ROWS])
+    vector = read(path, SHAPE, site="resid_pre")
+    check_added(vector, {"resid_pre.0": V, "resid_pre.1": ROWS[0], "resid_pre.2": ROWS[1]})
+    assert "enters block k" in vector.header.provenance["warnings"][0]
+    error = refusal(path, SHAPE, site="mlp_out")
+    assert error.param == "site" and "mlp_out" in str(error)
+    assert "hidden state 9" in str(refusal(saved(tmp_path / "w.pt", {3: V, 9: V}), SHAPE))
+
+
+def test_libraries_that_count_blocks_do_not_count_hidden_states(tmp_path: Path) -> None:
+    """steering-vectors and repeng number blocks, so a number too many is another model's."""
+    for wrapped in ({"layer_activations": {1: V, 3: V}, "layer_type": "decoder_block"}, {"directions": {3: V}}):
+        assert "names layer 3; the model has layers 0 to 2" in str(refusal(saved(tmp_path / "v.pt", wrapped), SHAPE))
+
+
+@pytest.mark.parametrize("key", ["Layer {}", "layers_{}", "L{}", "l{}", "LAYER_{}", "block-{}", "blocks_{}"])
+def test_other_spellings_of_layers(key: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "v.pt", {key.format(at): ROWS[at] for at in (0, 2)})
+    check_added(read(path, SHAPE), {f"resid_post.{at}": ROWS[at] for at in (0, 2)})
+
+
+def test_hooks_say_their_site(tmp_path: Path) -> None:
+    content = {"blocks.1.hook_mlp_out": V, "blocks.0.hook_attn_out": 2 * V}
+    path = saved(tmp_path / "v.pt", content)
+    check_added(read(path, SHAPE), {"mlp_out.1": V, "attn_out.0": 2 * V})
+    gemma = SHAPE.model_copy(update={"architecture": "Gemma2ForCausalLM"})
+    assert "after the norm behind it" in str(refusal(path, gemma))
+    for heads in (V, V.view(2, 8)):
+        check_added(
+            read(saved(tmp_path / "z.pt", {"blocks.1.attn.hook_z": heads}), SHAPE), {"attn_head.1": V.view(2, 8)}
+        )
+
+
+def test_a_dict_by_layer_may_stand_among_metadata(tmp_path: Path) -> None:
+    by_layer = {at: ROWS[at] for at in range(3)}
+    wanted = {f"resid_post.{at}": ROWS[at] for at in range(3)}
+    check_added(read(saved(tmp_path / "v.pt", {"vectors": by_layer, "model": "x"}), SHAPE), wanted)
+    assert "also holds scale (2.0)" in str(refusal(saved(tmp_path / "w.pt", {"vectors": by_layer, "scale": 2.0})))
+    two = saved(tmp_path / "two.pt", {"positive": by_layer, "negative": {1: V}})
+    error = refusal(two)
+    assert error.param == "key" and "positive, negative" in str(error)
+    check_added(read(two, SHAPE, key="negative"), {"resid_post.1": V})
+    check_added(read(two, SHAPE, key="positive"), wanted)
+    assert "has positive, negative" in str(refusal(two, key="other"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+@pytest.mark.parametrize("name", ["vector", "steering_vector", "direction"])
+def test_a_vector_beside_its_layer(name: str, suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"v{suffix}", {name: V, "layer": torch.tensor(2)})
+    check_added(read(path, SHAPE), {"resid_post.2": V})
+    check_added(read(path, SHAPE, layer=1), {"resid_post.1": V})
+    halves = write(tmp_path / f"h{suffix}", {name: V, "layer": torch.tensor(1.5)})
+    assert "the file's layer is 1.5" in str(refusal(halves))
+
+
+def test_a_stack_is_no_vector_of_xl_vlms(tmp_path: Path) -> None:
+    check_added(
+        read(saved(tmp_path / "v.pt", {"steering_vectors": ROWS}), SHAPE),
+        {f"resid_post.{at}": ROWS[at] for at in range(3)},
+    )
+    assert "none of them is one vector" in str(
+        refusal(saved(tmp_path / "w.pt", {"steering_vector_a": ROWS}), format="xl_vlms")
+    )
+
+
+def test_what_numpy_saves_without_a_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", ROWS.numpy())
+    check_added(read(tmp_path / "v.npz", SHAPE), {f"resid_post.{at}": ROWS[at] for at in range(3)})
+    np.savez(tmp_path / "one.npz", V.numpy())  # no vector of layer 0
+    assert refusal(tmp_path / "one.npz").param == "layer"
+    check_added(read(tmp_path / "one.npz", SHAPE, layer=2), {"resid_post.2": V})
+    np.savez(tmp_path / "two.npz", ROWS[0].numpy(), ROWS[1].numpy())
+    check_added(read(tmp_path / "two.npz", SHAPE), {"resid_post.0": ROWS[0], "resid_post.1": ROWS[1]})
+
+
+@pytest.mark.parametrize("content", [ROWS.numpy(), {at: row.numpy() for at, row in enumerate(ROWS)}])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickled_arrays(content: Any, protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "v.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with_format = {} if isinstance(content, dict) else {"format": "layers"}
+    check_added(read_pickle(path, SHAPE, **with_format), {f"resid_post.{at}": ROWS[at] for at in range(3)})
+
+
+def test_files_under_another_ending_are_named(tmp_path: Path) -> None:
+    save_file({"1": V}, tmp_path / "v.safetensors")
+    np.save(tmp_path / "v.npy", ROWS.numpy())
+    saved(tmp_path / "v.pt", ROWS)
+    for name, wrong, kind in (
+        ("v.safetensors", "w.pt", "a safetensors file"),
+        ("v.npy", "w.pth", "an array of numpy's"),
+        ("v.pt", "w.safetensors", "a zip archive"),
+        ("v.pt", "w.gguf", "a zip archive"),
+    ):
+        (tmp_path / wrong).write_bytes((tmp_path / name).read_bytes())
+        assert f"{wrong} begins as {kind}" in str(refusal(tmp_path / wrong))
+    for name in ("v.safetensors", "v.npy"):
+        with pytest.raises(SteeringError, match="no pickle; leave --unsafe-pickle out"):
+            import_pickle(tmp_path / name, SHAPE)
+    with pytest.raises(SteeringError, match="is a folder"):
+        import_pickle(tmp_path, SHAPE)
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "v.svec").write_text(f'{{"directions": {{"1": {[0.5] * 16}, "1": {[0.25] * 16}}}}}')
+    assert "'1' is there twice" in str(refusal(tmp_path / "v.svec"))
+
+
+def test_entries_that_may_be_layers_are_told_how_to_be_called(tmp_path: Path) -> None:
+    error = refusal(saved(tmp_path / "v.pt", {"vector_of_3": V, "vector_of_4": V}))
+    assert "model.layers.3" in str(error) and "function_vector" not in str(error)

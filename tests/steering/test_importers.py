@@ -980,13 +980,25 @@ class _Rows(Importer):
 def test_shapes_with_two_meanings_are_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, _Rows.name, _Rows())
     path = saved(tmp_path / "vectors.pt", numbers(3, 16))
-    with pytest.raises(SteeringError, match=r"spring, .*; or rows_by_layer, a stack") as found:
+    with pytest.raises(SteeringError, match=r"may be layers .* or spring .* or rows_by_layer .*--format") as found:
         import_file(path, SHAPE)
     assert found.value.param == "format"
     assert import_file(path, SHAPE, format="rows_by_layer")[0].method == "vector"
     assert import_file(path, SHAPE, format="spring")[0].method == "soft_prompt"
-    longer = saved(tmp_path / "longer.pt", numbers(7, 16))  # of a model with 3 layers that is a soft prompt
-    assert import_file(longer, SHAPE)[0].method == "soft_prompt"
+
+
+@pytest.mark.parametrize("sizes", [(7, 16), (1, 7, 16), (2, 16)])
+def test_rows_that_nothing_names_are_a_question_too(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """They may be a soft prompt, or the layers of another model, or activations of as many prompts."""
+    path = saved(tmp_path / "rows.pt", numbers(*sizes))
+    with pytest.raises(SteeringError, match=r"3 layers and hidden size 16.* layers .* or spring .*--format") as found:
+        import_file(path, SHAPE)
+    assert found.value.param == "format"
+    assert import_file(path, SHAPE, format="spring")[1]["rows"].shape == sizes[-2:]
+    with pytest.raises(SteeringError, match="a stack of vectors has"):
+        import_file(path, SHAPE, format="layers")
+    named = saved(tmp_path / "prompt_embeddings.pt", numbers(*sizes))
+    assert import_file(named, SHAPE)[0].method == "soft_prompt"
 
 
 # ---- what SAELens' folders may also say
@@ -996,6 +1008,8 @@ def test_shapes_with_two_meanings_are_a_question(tmp_path: Path, monkeypatch: py
     ("said", "reason"),
     [
         ({"architecture": "transcoder"}, "transcoder"),
+        ({"hook_layer": 9}, "hook_layer of cfg.json is 9, its hook says"),
+        ({"rescale_acts_by_decoder_norm": True}, "only topk"),
         ({"architecture": "jumprelu_skip_transcoder"}, "transcoder"),
         ({"d_out": 16}, "transcoder"),
         ({"architecture": "matching_pursuit"}, "served are"),
