@@ -51,7 +51,7 @@ def test_every_0_32_is_supported(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.32.0", "0.3", "0.320.0"])
 def test_any_other_vllm_is_refused_with_what_to_install(version: str) -> None:
-    with pytest.raises(UnsupportedEngine, match=rf"vLLM {re.escape(version)} is installed. Install vllm==0\.32"):
+    with pytest.raises(UnsupportedEngine, match=rf"vLLM {re.escape(version)} is installed. Install vllm==0\.33"):
         check_version(version)
 
 

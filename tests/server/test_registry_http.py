@@ -293,7 +293,7 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
             (packed(Header(method="caa", model=other), {"resid_post.0.add": torch.ones(64)}), 409, "name"),
             (packed(Header(method="prefix_kv", model=with_heads), prefix), 422, "name"),
             (packed(elsewhere, {"mlp_in.1.add": direction(8)}), 422, "name"),
-            (foreign(whatever=[1.0, 2.0]), 400, "format"),
+            (foreign(whatever=[1.0, 2.0]), 400, "body"),
             (b"\x00" * (LIMIT + 1), 413, None),
         ):
             answer = put(client, "bad", data)

@@ -365,7 +365,7 @@ def test_open_positions_are_counted_as_the_kernel_decides(
 def _opened_by_the_kernel(gate: Gate, *columns: list[float | None]) -> list[bool]:
     program = assemble([], [Step((Diagonal(None, torch.ones(4)),), gate)])
     code = [
-        [what, *(0 if isinstance(operand, Tensor) else operand for operand in operands)]
+        [what, *(operand if isinstance(operand, int) else 0 for operand in operands)]
         for what, operands in zip(program.codes, program.operands, strict=True)
     ]
     num = len(columns[0])
