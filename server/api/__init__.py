@@ -1,0 +1,1 @@
+"""The HTTP routes: requests in, responses out."""

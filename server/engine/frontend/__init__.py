@@ -1,0 +1,1 @@
+"""In the API server's process."""

@@ -1,0 +1,1 @@
+"""In each worker's process."""

@@ -1,0 +1,1 @@
+"""What changes hidden states, attention and routing."""

@@ -1,0 +1,1 @@
+"""What changes logits, between the model and the sampler."""

@@ -1,0 +1,1 @@
+"""What is read off a prompt by the tokenizer and the chat template alone."""

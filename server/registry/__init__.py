@@ -1,0 +1,1 @@
+"""What requests may name: vectors, presets, and what this server can do."""
