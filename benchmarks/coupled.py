@@ -32,8 +32,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.launch import Engine, PlanDict, start
-from whipstaff.server.engine.request import KEY, Member, RequestPlan
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
+from whipstaff.server.plan import KEY, Member, RequestPlan
 
 SCALE = 1.5
 NEGATIVES = {"short": 4, "long": 128}  # tokens

@@ -33,11 +33,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from whipstaff.decoding.method import Mixing
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.server.engine.launch import Engine, start
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.server.engine.frontend.launch import Engine, start
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 
 SMALL = {"expert": 1, "anti": 2}  # auxiliary model -> seed
 SMALL_HIDDEN, SMALL_LAYERS = 256, 8

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
 
-from whipstaff.server.engine.launch import Engine, PlanDict
-from whipstaff.server.engine.request import KEY, RequestPlan
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict
+from whipstaff.server.plan import KEY, RequestPlan
 
 PROMPT_LEN, MAX_TOKENS = 32, 48
 VOCABULARY, HIDDEN, LAYERS = 16384, 512, 16  # a vocabulary as large beside the blocks as in models that people serve

@@ -35,18 +35,18 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.cuda_ext import run_edits_
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.request import PlacedPlan
-from whipstaff.server.engine.steerer import Steerer
-from whipstaff.server.registry import Registry, read_vectors
-from whipstaff.server.schema import compile_extras
-from whipstaff.steering import artifacts
-from whipstaff.steering.artifacts import Header
+from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.plan import PlacedPlan
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.vectors import Registry, read_vectors
+from whipstaff.steering import vector_file as artifacts
 from whipstaff.steering.method import Place
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
+from whipstaff.steering.vector_file import Header
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 512, 8, 8
 SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

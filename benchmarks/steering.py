@@ -26,12 +26,12 @@ from load import throughput
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.server import demo
-from whipstaff.server.engine.launch import Engine, start
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.server.engine.frontend.launch import Engine, start
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 
 NUM_CONFIGS = 256
 BARS = {"diagonal, 256 configurations / 1": 0.95, "low-rank": 0.85, "3 vectors / 1": 0.98}

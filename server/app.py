@@ -12,26 +12,30 @@ from fastapi.routing import APIRoute
 
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
-from whipstaff.server import admin, metrics, routes
-from whipstaff.server.admin import Admin
-from whipstaff.server.catalogue import Catalogue, Limit
-from whipstaff.server.engine import UnsupportedEngine, openai, several
-from whipstaff.server.engine.launch import Engine, PlanDict, configure, start
-from whipstaff.server.engine.residents import Residents
-from whipstaff.server.engine.selftest import Finding, calibrate, describe, self_test
-from whipstaff.server.engine.several import note_proven, proven
+from whipstaff.server import metrics
+from whipstaff.server.admission.preset_check import check
+from whipstaff.server.admission.request import PLAIN
+from whipstaff.server.api import admin
+from whipstaff.server.api import generate as routes
+from whipstaff.server.api.admin import Admin
+from whipstaff.server.api.text import check_text
+from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.frontend import multi_api_server as several
+from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
+from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
+from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
+from whipstaff.server.engine.frontend.vector_leases import Residents
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.library import Library
-from whipstaff.server.preset_check import check
-from whipstaff.server.registry import Registry, VectorFile, misfit, read_stored, read_vectors
-from whipstaff.server.schema import PLAIN
+from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.registry.capabilities import Catalogue, Limit
+from whipstaff.server.registry.folder import Store
+from whipstaff.server.registry.live import Library
+from whipstaff.server.registry.vectors import Registry, VectorFile, misfit, read_stored, read_vectors
 from whipstaff.server.settings import Settings
-from whipstaff.server.store import Store
-from whipstaff.server.text import check_text
-from whipstaff.server.words import Words
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
+from whipstaff.steering.routing_scheme import Scheme
 from whipstaff.steering.shape import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply

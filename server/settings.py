@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.shape import SITES
+from whipstaff.steering.vector_file import MAX_BYTES
 
 HOOKS = (*SITES, "attention")
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from whipstaff.steering.artifacts import GENERIC, Header, Vector
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.vector_file import GENERIC, Header, Vector
 from whipstaff.steering.where import Where
 
 ADDING = frozenset({"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector", "iti"})

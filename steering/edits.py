@@ -6,15 +6,15 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, ref
 
-from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.dose import Dose, dose, largest
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.growth import Bound, bound
 from whipstaff.steering.method import EditParams, Place, Scaled
 from whipstaff.steering.ops import Diagonal, Op
+from whipstaff.steering.overflow import Bound, bound
 from whipstaff.steering.plan import RowEdit
 from whipstaff.steering.programs import Step, assemble, lines_of
 from whipstaff.steering.sites import canonical
+from whipstaff.steering.vector_file import Vector
 
 T = TypeVar("T")
 _MAX_SETTINGS = 256  # of one vector, whose weights and doses are kept

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.method import Place
 from whipstaff.steering.shape import SITES, Site
 from whipstaff.steering.sites import canonical
+from whipstaff.steering.vector_file import Vector
 
 Hook = Site | Literal["attention"]  # what an operator may ask for: a site, or the attention computation itself
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.growth import Bound
 from whipstaff.steering.method import EditParams, Place
 from whipstaff.steering.methods.virtual_tokens import PrefixKV
+from whipstaff.steering.overflow import Bound
 from whipstaff.steering.plan import (
     PlannedEdit,
     PlannedProbe,
@@ -25,6 +24,7 @@ from whipstaff.steering.plan import (
 )
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.sites import canonical
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Clause, Region, Shorthand, Where
 
 MAX_EDITS = 32

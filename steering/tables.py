@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import Op as Code
-from whipstaff.steering.artifacts import Vector
 from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowKeep, RowMeter, RowProbe, RowSpecial
 from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
 from whipstaff.steering.sites import canonical, entering, pool_of
+from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1  # the address of tokens that are left alone
 

@@ -10,11 +10,12 @@ from typing import get_args
 import pytest
 from fastapi.routing import APIRoute
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import STAGES
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.decoding.methods import dry
-from whipstaff.server import admin, routes
+from whipstaff.server.api import admin
+from whipstaff.server.api import generate as routes
 from whipstaff.server.settings import Settings
 from whipstaff.steering import conditions, planner
 from whipstaff.steering.methods import METHODS as STEERING

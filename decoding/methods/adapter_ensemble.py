@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import Companion, DecodingError, HeadFile, Mixing, Source
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from whipstaff.decoding.draw import temper
 from whipstaff.decoding.method import DecodingError, HeadFile, Params, Rewriting
 from whipstaff.decoding.rows import Rows
+from whipstaff.decoding.sampler import temper
 
 
 class AdaptiveTemperatureParams(Params):

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import Companion, Contents, Mixing, Source, content_of
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 

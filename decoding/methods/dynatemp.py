@@ -16,9 +16,9 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
 from whipstaff.decoding.count import num_allowed
-from whipstaff.decoding.draw import temper
 from whipstaff.decoding.method import DecodingError, Params, Rewriting, Words
 from whipstaff.decoding.rows import Rows
+from whipstaff.decoding.sampler import temper
 
 _SAME = 1e-6  # of a range that is said in two ways
 

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
-from whipstaff.decoding.draw import temper
 from whipstaff.decoding.method import Params, Rewriting
 from whipstaff.decoding.rows import Rows
+from whipstaff.decoding.sampler import temper
 
 _COLDEST = 1e-4
 

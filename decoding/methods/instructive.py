@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import Companion, Content, Mixing, Source
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import Companion, DecodingError, Mixing, Source
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from whipstaff.decoding.method import Companion, DecodingError, Mixing
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.chat import Adapter, Prompt
-from whipstaff.server.decoded import Decoded, Unplaced
-from whipstaff.server.engine.request import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
+from whipstaff.server.admission.decoding import Decoded, Unplaced
+from whipstaff.server.admission.positions import place_plan
+from whipstaff.server.admission.steering import Steered, check_one_set
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
-from whipstaff.server.placing import place_plan
-from whipstaff.server.prompts import PromptSource
-from whipstaff.server.steered import Steered, check_one_set
+from whipstaff.server.plan import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
+from whipstaff.server.prompt.message_spans import Adapter, Prompt
+from whipstaff.server.prompt.prompt_source import PromptSource
+from whipstaff.server.registry.capabilities import Catalogue
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
 

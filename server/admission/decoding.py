@@ -8,16 +8,16 @@ from whipstaff.decoding.method import STAGES, DecodingError, HeadFile, Method, M
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.admission import admit
-from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.admission.entries import admit
+from whipstaff.server.admission.names import in_own_names, said_of_methods
+from whipstaff.server.admission.positions import SoftPrompt
+from whipstaff.server.admission.steering import Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.names import in_own_names, said_of_methods
-from whipstaff.server.placing import SoftPrompt
-from whipstaff.server.steered import Steered
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.registry.capabilities import Catalogue
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import MAX_EDITS, Planner
+from whipstaff.steering.vector_file import Vector
 
 MAX_DECODING = 8
 _GREEDY_BELOW = 1e-5  # as in vLLM

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from whipstaff.server.catalogue import Catalogue, Limit
+from whipstaff.server.admission.positions import SoftPrompt
+from whipstaff.server.admission.steering import Steered, largest_dose
 from whipstaff.server.errors import (
     BadRequest,
     Unavailable,
@@ -18,13 +19,9 @@ from whipstaff.server.errors import (
     no_entry,
     parsed,
 )
-from whipstaff.server.placing import SoftPrompt
-from whipstaff.server.steered import Steered, largest_dose
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.registry.capabilities import Catalogue, Limit
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.experts import RoutingError
-from whipstaff.steering.growth import MAX_GROWTH, growth
 from whipstaff.steering.method import Place
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.attention import OverrideParams, PastaParams
@@ -33,9 +30,12 @@ from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
 from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.ops import Directions
+from whipstaff.steering.overflow import MAX_GROWTH, growth
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial
 from whipstaff.steering.planner import OWN_FIELDS, Planner, SteeringParams
+from whipstaff.steering.routing_scheme import RoutingError
 from whipstaff.steering.sites import canonical
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
 
 _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit

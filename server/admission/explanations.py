@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from whipstaff.server.words import Words
+from whipstaff.server.prompt.vocabulary import Words
 
 MAX_TOP = 20
 FIELD = "explain"  # of a choice

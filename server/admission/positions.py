@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from whipstaff.server.chat import Prompt, Span
 from whipstaff.server.errors import BadRequest
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.prompt.message_spans import Prompt, Span
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
 from whipstaff.steering.methods.virtual_tokens import ROWS, InsertParams
 from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import SteeringParams
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import NOWHERE, Messages
 
 Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)

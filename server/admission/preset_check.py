@@ -5,12 +5,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.engine import openai
+from whipstaff.server.admission.names import FIELDS, near
+from whipstaff.server.api.generate import compile_request
+from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import BadRequest, WhipstaffError
-from whipstaff.server.names import FIELDS, near
-from whipstaff.server.presets import Part, Preset
-from whipstaff.server.routes import compile_request
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.presets import Part, Preset
 
 _WORD = "Hello"
 

@@ -10,11 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.admission import admit
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.chat import Prompt
-from whipstaff.server.coupled import Coupled, Scoring, couple, wanted_scores
-from whipstaff.server.decoded import (
+from whipstaff.server.admission.companions import Coupled, Scoring, couple, wanted_scores
+from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     Decoded,
     Unplaced,
@@ -26,7 +23,12 @@ from whipstaff.server.decoded import (
     entries_of,
     plan_of,
 )
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.admission.entries import admit
+from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
+from whipstaff.server.admission.names import FIELDS, GATES, SHORTHANDS, TEXTS
+from whipstaff.server.admission.positions import place_plan
+from whipstaff.server.admission.steering import Fed, Steered, check_one_set
+from whipstaff.server.api.text import check_characters
 from whipstaff.server.errors import (
     BadRequest,
     NotFound,
@@ -37,15 +39,13 @@ from whipstaff.server.errors import (
     no_entry,
     parsed,
 )
-from whipstaff.server.explained import ExplainParams, LogprobsSource
-from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS
-from whipstaff.server.placing import place_plan
-from whipstaff.server.steered import Fed, Steered, check_one_set
-from whipstaff.server.text import check_characters
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.plan import PlacedPlan, RequestPlan
+from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.registry.capabilities import Catalogue
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.planner import MAX_EDITS, Planner
+from whipstaff.steering.vector_file import Vector
 
 PLAIN = "plain"
 SEVERAL = "several"

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from whipstaff.server.catalogue import Catalogue
+from whipstaff.server.admission.positions import SoftPrompt
 from whipstaff.server.errors import BadRequest
-from whipstaff.server.placing import SoftPrompt
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.registry.capabilities import Catalogue
 from whipstaff.steering.conditions import Readings, fired
 from whipstaff.steering.dose import Dose
 from whipstaff.steering.edits import Lengths, strongest
@@ -19,6 +18,7 @@ from whipstaff.steering.methods.attention import AttentionOverride, OverridePara
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Interval
 
 

@@ -18,16 +18,16 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
+from whipstaff.server.api.generate import said_preset, said_vector
 from whipstaff.server.errors import BadRequest, Forbidden, TooLarge, Unauthorized
-from whipstaff.server.library import Library
-from whipstaff.server.presets import MAX_BYTES, Preset
-from whipstaff.server.registry import NAME
-from whipstaff.server.routes import said_preset, said_vector
-from whipstaff.steering.artifacts import Vector, is_native, packed, parse
+from whipstaff.server.registry.live import Library
+from whipstaff.server.registry.presets import MAX_BYTES, Preset
+from whipstaff.server.registry.vectors import NAME
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import import_file
 from whipstaff.steering.importers.importer import Hints
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Vector, is_native, packed, parse
 
 HEADER = "x-whipstaff-admin-key"
 ROOT = "/v1/steering/"

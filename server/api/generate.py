@@ -10,23 +10,23 @@ from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from whipstaff.server import metrics
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.chat import Prompt
-from whipstaff.server.coupled import Scoring
-from whipstaff.server.engine import openai
-from whipstaff.server.engine.launch import PlanDict
-from whipstaff.server.engine.request import RequestPlan, take_draw
+from whipstaff.server.admission.companions import Scoring
+from whipstaff.server.admission.explanations import Explained
+from whipstaff.server.admission.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
+from whipstaff.server.admission.request import Compiled, compile_extras, loose, on_unknown
+from whipstaff.server.admission.steering import Fed, doses
+from whipstaff.server.api.method_table import method_table
+from whipstaff.server.api.receipts import FIELD, Tally, with_extras
+from whipstaff.server.api.text import check_text
+from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
-from whipstaff.server.explained import Explained
-from whipstaff.server.library import Library
-from whipstaff.server.methods import method_table
-from whipstaff.server.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
-from whipstaff.server.presets import Preset, blaming
-from whipstaff.server.receipts import FIELD, Tally, with_extras
-from whipstaff.server.registry import Entry
-from whipstaff.server.schema import Compiled, compile_extras, loose, on_unknown
-from whipstaff.server.steered import Fed, doses
-from whipstaff.server.text import check_text
+from whipstaff.server.plan import RequestPlan, take_draw
+from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.live import Library
+from whipstaff.server.registry.presets import Preset, blaming
+from whipstaff.server.registry.vectors import Entry
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request

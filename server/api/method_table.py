@@ -4,12 +4,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from whipstaff.decoding.coupled import CoupledParams
+from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.decoded import head_kinds, judged_tokens
+from whipstaff.server.admission.decoding import head_kinds, judged_tokens
+from whipstaff.server.registry.capabilities import Catalogue
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams

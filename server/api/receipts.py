@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from whipstaff.server.explained import Explained
-from whipstaff.server.steered import Fed
+from whipstaff.server.admission.explanations import Explained
+from whipstaff.server.admission.steering import Fed
 
 FIELD = "whipstaff"
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from whipstaff.server import demo, vectors_flags
+from whipstaff.server import demo
+from whipstaff.server.commands import vectors_flags
 from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["vectors"]:
         flags = vectors_flags.parse(words[1:])  # help and wrong calls end here, before torch is imported
-        from whipstaff.server import vectors_cli
+        from whipstaff.server.commands import vectors as vectors_cli
 
         sys.exit(vectors_cli.run(flags))
     if not words or words[0] not in ("serve", "doctor"):
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
     """vLLM's flags and ours."""
-    from whipstaff.server.engine import flags
+    from whipstaff.server.engine.frontend import flags
     from whipstaff.server.settings import Settings
 
     parser = flags.parser(f"whipstaff {command}")
@@ -113,7 +114,7 @@ def _doctor(args: Namespace, settings: "Settings") -> None:
 
 async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, Any], list[Any]]:
     from whipstaff.server import app
-    from whipstaff.server.engine.selftest import describe, self_test
+    from whipstaff.server.engine.frontend.selftest import describe, self_test
 
     files, store = app.read_files(settings)
     engine = app.launch(args, settings, files)

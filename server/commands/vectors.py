@@ -11,11 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whipstaff.server import vectors_flags as flags
-from whipstaff.server import vectors_remote as remote
-from whipstaff.server.store import write_whole
+from whipstaff.server.commands import vectors_flags as flags
+from whipstaff.server.commands import vectors_remote as remote
+from whipstaff.server.registry.folder import write_whole
 from whipstaff.steering import algebra
-from whipstaff.steering.artifacts import Header, Vector, packed, parse, read
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.hints import Hints
 from whipstaff.steering.importers import FORMATS, PICKLES, import_file, import_pickle
@@ -23,6 +22,7 @@ from whipstaff.steering.importers.importer import Importer
 from whipstaff.steering.importers.nearest import unknown_name
 from whipstaff.steering.importers.pickles import Pickle
 from whipstaff.steering.shape import ModelShape, config_shape
+from whipstaff.steering.vector_file import Header, Vector, packed, parse, read
 
 PICKLE_WARNING = """\
 WARNING: {name} is opened as a pickle. A pickle is a program: whoever wrote it decides what it does when it is read.
@@ -99,7 +99,7 @@ def show(args: Namespace) -> int:
     for line in described(args.file.name, vector):
         print(line)
     if args.png is not None:
-        from whipstaff.server.vectors_plot import plot
+        from whipstaff.server.commands.vectors_plot import plot
 
         _check_target(args.png, args.force, ".png")
         plot(args.file.name, vector).save(args.png)

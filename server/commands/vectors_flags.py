@@ -79,7 +79,7 @@ def _add_hints(parser: ArgumentParser, with_files: bool = True) -> None:
 
 
 def _shape_of(text: str) -> ModelShape:
-    from whipstaff.server.vectors_cli import shape_of
+    from whipstaff.server.commands.vectors import shape_of
 
     return shape_of(text)
 

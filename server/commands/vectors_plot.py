@@ -4,8 +4,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from whipstaff.server.vectors_cli import cosines, groups
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.commands.vectors import cosines, groups
+from whipstaff.steering.vector_file import Vector
 
 CELL, LEFT, GAP, BAR = 18, 60, 40, 300
 INK, PAPER = (30, 30, 30), (255, 255, 255)

@@ -52,9 +52,3 @@ class Layout(BaseModel):
     @staticmethod
     def from_config(additional_config: Any) -> "Layout":
         return Layout.model_validate(additional_config[KEY])
-
-
-def max_tokens(config: Any) -> int:
-    """The most tokens that one forward pass can have, padding for graph capture included."""
-    sizes = config.compilation_config.cudagraph_capture_sizes or [0]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes))

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from whipstaff.server.prompts import PromptSource
+from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import Messages
 

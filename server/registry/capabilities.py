@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from whipstaff.decoding.method import Depth
 from whipstaff.server.errors import NotFound
-from whipstaff.server.presets import Preset
-from whipstaff.server.registry import Registry
-from whipstaff.server.words import Words
+from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.registry.presets import Preset
+from whipstaff.server.registry.vectors import Registry
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
+from whipstaff.steering.routing_scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from whipstaff.server import metrics
-from whipstaff.server.admission import lacking
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.engine.residents import Residents
+from whipstaff.server.admission.entries import lacking
+from whipstaff.server.engine.frontend.vector_leases import Residents
 from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
-from whipstaff.server.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
-from whipstaff.server.registry import Entry, Registry, VectorFile, misfit
-from whipstaff.server.store import BadStore, Manifest, Store
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.folder import BadStore, Manifest, Store
+from whipstaff.server.registry.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
+from whipstaff.server.registry.vectors import Entry, Registry, VectorFile, misfit
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.vector_file import Vector
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 PAUSE = 1.0  # seconds between looks at the folder while nobody asks

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whipstaff.server.errors import NotFound, VectorUnfit
-from whipstaff.server.store import Store
-from whipstaff.steering.artifacts import Vector, read, without_file
+from whipstaff.server.registry.folder import Store
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Vector, read, without_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of what comes over HTTP
 

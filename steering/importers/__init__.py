@@ -11,7 +11,6 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from whipstaff.steering.artifacts import Header, is_native, packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import CAAFiles, EasySteer, RefusalDirection, XLVLMs
 from whipstaff.steering.importers.cache import Cache
@@ -29,11 +28,12 @@ from whipstaff.steering.importers.pyvene import Projection, Pyvene
 from whipstaff.steering.importers.sae import SAELens, Sparsify
 from whipstaff.steering.importers.scope import GemmaScope, GemmaScope2, LlamaScope
 from whipstaff.steering.importers.sight import kind_of
-from whipstaff.steering.importers.site import SITEFiles
+from whipstaff.steering.importers.site_soft_injection import SITEFiles
 from whipstaff.steering.importers.soft_prompt import DRO, SPRING
 from whipstaff.steering.importers.source import Source, is_object_array
 from whipstaff.steering.importers.svec import Svec
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, is_native, packed, parse
 
 FORMATS: dict[str, Importer] = {
     importer.name: importer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import bare_tensor
-from whipstaff.steering.importers.heads import best, by_layer, existing
+from whipstaff.steering.importers.head_lists import best, by_layer, existing
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.source import Source, numbers, read_torch
 from whipstaff.steering.shape import ModelShape

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.autoencoder import check_sandwich
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
 from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.vector_file import MAX_BYTES
 
 MAX_ENTRIES = 4096
 MAX_STRING = 1 << 16

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.contents import is_vector
-from whipstaff.steering.importers.heads import by_layer, existing, float_rows, read_float_npy, read_heads
+from whipstaff.steering.importers.head_lists import by_layer, existing, float_rows, read_float_npy, read_heads
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import WEIGHTS, Source, as_tensor, is_object_array, numbers, read_npy
 from whipstaff.steering.shape import ModelShape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import is_torch
-from whipstaff.steering.importers.heads import by_layer, read_heads
+from whipstaff.steering.importers.head_lists import by_layer, read_heads
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import WEIGHTS, Source, numbers
 from whipstaff.steering.shape import ModelShape

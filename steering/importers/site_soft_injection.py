@@ -5,7 +5,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.added import bare_tensor, is_torch
-from whipstaff.steering.importers.heads import existing, stacked
+from whipstaff.steering.importers.head_lists import existing, stacked
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import Source, numbers, read_torch
 from whipstaff.steering.shape import ModelShape

@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whipstaff.steering.artifacts import MAX_BYTES
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers.ledger import Ledger, settle
 from whipstaff.steering.importers.sight import check_sight, first_line, refused_pickle
+from whipstaff.steering.vector_file import MAX_BYTES
 
 MAX_JSON = 16 << 20  # bytes of any description of a file, which Python takes apart
 MAX_FILES = 4096  # of a folder

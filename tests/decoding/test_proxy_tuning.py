@@ -6,10 +6,10 @@ import pytest
 import torch
 from decodings import golden
 
-from whipstaff.decoding.draw import temper, truncate
 from whipstaff.decoding.method import DecodingError
 from whipstaff.decoding.methods.proxy_tuning import ProxyTuning, ProxyTuningParams
 from whipstaff.decoding.mix import MixedRow, mix_rows
+from whipstaff.decoding.sampler import temper, truncate
 
 SAID, TENSORS = golden("proxy_tuning")
 CASES = {case["id"]: case for case in SAID["cases"]}

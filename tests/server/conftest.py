@@ -9,24 +9,23 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from asking import PROMPT, Post, post_json
+from catalogues import FILES, LIMITS, PLACES, SHAPE, SPARSE_SHAPE
+from serving import API_KEY, MODEL, Server
+from shared import serving_all
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from whipstaff.decoding.method import Depth
-from whipstaff.server.catalogue import Catalogue
-from whipstaff.server.registry import Registry, read_vectors
-from whipstaff.server.words import Words
-from whipstaff.steering import artifacts
-from whipstaff.steering.artifacts import Header
+from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.vectors import Registry, read_vectors
+from whipstaff.steering import vector_file as artifacts
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.experts import Scheme
 from whipstaff.steering.method import Place
+from whipstaff.steering.routing_scheme import Scheme
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.sites import canonical
-
-from .asking import PROMPT, Post, post_json
-from .catalogues import FILES, LIMITS, PLACES, SHAPE, SPARSE_SHAPE
-from .serving import API_KEY, MODEL, Server
-from .shared import serving_all
+from whipstaff.steering.vector_file import Header
 
 GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 

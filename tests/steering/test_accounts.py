@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whipstaff.steering.artifacts import Header, packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import import_file, import_pickle
 from whipstaff.steering.importers.ledger import Ledger, settle
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, packed, parse
 
 from .test_importers import ALL, IDS, SHAPE, Made, V, folder, gguf, numbers, saved
 

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whipstaff.cuda_ext import run_edits_
-from whipstaff.steering.artifacts import Header, Vector, parse
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When, fired
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.ops import Diagonal
@@ -21,6 +20,7 @@ from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN, Gate, Step, assemble
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector, parse
 from whipstaff.steering.where import Region, Where
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=6, num_heads=2, head_dim=4)

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from whipstaff.server.vectors_cli import shape_of
-from whipstaff.steering.artifacts import Vector, packed, parse
+from whipstaff.server.commands.vectors import shape_of
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import FORMATS, detect, import_file, import_pickle
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Vector, packed, parse
 from whipstaff.steering.where import Where
 
 FILES = goldens.ROOT.parent / "files"

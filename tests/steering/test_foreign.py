@@ -10,10 +10,10 @@ from reference import ops as reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.steering.artifacts import packed, parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import detect, import_file
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import packed, parse
 
 ROOT = Path(__file__).parents[1] / "foreign"
 SHAPE = ModelShape(

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal as parametrised
 from transformers import AutoModelForCausalLM
 
-from whipstaff.steering.artifacts import packed, parse, read, write
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.importers import FORMATS, PICKLES, detect, import_file, import_pickle
 from whipstaff.steering.importers.gguf import parse_gguf
@@ -32,6 +31,7 @@ from whipstaff.steering.importers.householder import orthogonal
 from whipstaff.steering.importers.importer import Draft, Hints, Importer
 from whipstaff.steering.importers.source import Source
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import packed, parse, read, write
 from whipstaff.steering.where import Where
 
 CASES, FITS = goldens.ROOT / "cases", goldens.ROOT / "fit"

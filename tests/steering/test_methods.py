@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from whipstaff import cuda_ext
 from whipstaff.steering import methods
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Method, Place, Scaled
@@ -32,6 +31,7 @@ from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.tables import SiteSpec, Tables
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 from whipstaff.steering.where import Where
 
 MODELS = ("gemma2_a", "gpt2_a", "llama_a", "mixtral_a", "qwen2_a")

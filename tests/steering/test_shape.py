@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase, get_hf_text_config
 
-from whipstaff.server.vectors_cli import main, shape_of
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.server.commands.vectors import main, shape_of
 from whipstaff.steering.errors import VectorMismatch
 from whipstaff.steering.shape import ModelShape, config_shape
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 GROUPED = SIZES | {"num_key_value_heads": 2}

@@ -10,7 +10,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whipstaff.cuda_ext import run_edits_
-from whipstaff.steering.artifacts import Header, Vector, parse
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import Place
@@ -18,6 +17,7 @@ from whipstaff.steering.plan import Row, RowEdit, RowKeep, num_slots
 from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
+from whipstaff.steering.vector_file import Header, Vector, parse
 
 CPU = torch.device("cpu")
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=3, num_heads=2, head_dim=6)

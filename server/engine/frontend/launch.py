@@ -14,21 +14,21 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from whipstaff.server.engine import UnsupportedEngine, groups, request
-from whipstaff.server.engine.attention import require_eager_attention
-from whipstaff.server.engine.auxiliary import auxiliary_config
-from whipstaff.server.engine.explain import listen
-from whipstaff.server.engine.layout import AuxiliarySpec, Layout, max_tokens
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server import plan as request
+from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
+from whipstaff.server.engine.explanations import listen
+from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape, config_shape
 from whipstaff.steering.sites import CORE, entering
+from whipstaff.steering.vector_file import Vector
 
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.CpuWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.CudaWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.worker.CpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.worker.CudaWorker",
 }
-_SCHEDULERS = "whipstaff.server.engine.scheduler."
+_SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
@@ -75,7 +75,7 @@ class Engine(AsyncLLM):
         plan = (sampling_params.extra_args or {}).get(request.KEY)
         if plan is not None and not isinstance(plan, PlanDict):
             raise ValueError(f"vllm_xargs.{request.KEY} is reserved; send `steering` and `decoding` instead")
-        if plan is not None and (reason := groups.why_refused(plan["members"], self.vllm_config)):
+        if plan is not None and (reason := _why_refused(plan["members"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
         async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
@@ -261,3 +261,24 @@ def _refuse_lookahead(config: VllmConfig) -> None:
     for setting, is_on in refused.items():
         if is_on:
             raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
+
+
+def _why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
+    """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
+    most = config.scheduler_config.max_num_active_seqs or config.scheduler_config.max_num_seqs
+    max_len = config.model_config.max_model_len
+    if members and len(members) >= most:
+        return (
+            f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
+            "start the server with a larger --max-num-seqs"
+        )
+    for index, member in enumerate(members, 1):
+        if not 0 < len(member["prompt"]) < max_len:
+            return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
+        if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
+            return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
+    block, num_blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+    wanted = 1 + sum(-(-(len(member["prompt"]) + 1) // block) for member in members)
+    if members and num_blocks and wanted >= num_blocks:
+        return f"the request's prompts need {wanted} blocks of KV cache at once and there are {num_blocks - 1}"
+    return None

@@ -24,7 +24,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from whipstaff.server.engine.launch import Engine
+from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.steering.method import Place
 
 Serve = Callable[[Any, Namespace, dict[str, Any]], None]

@@ -46,14 +46,14 @@ from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from whipstaff.server.chat import Chat, Prompt
-from whipstaff.server.coupled import Scoring
-from whipstaff.server.engine import request as plans
+from whipstaff.server import plan as plans
+from whipstaff.server.admission.companions import Scoring
+from whipstaff.server.admission.names import ALIASES
 from whipstaff.server.engine.compat import chat_params
-from whipstaff.server.engine.launch import Engine, PlanDict
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest, WhipstaffError
-from whipstaff.server.names import ALIASES
-from whipstaff.server.prompts import PlaceChat, PromptSource
+from whipstaff.server.prompt.message_spans import Chat, Prompt
+from whipstaff.server.prompt.prompt_source import PlaceChat, PromptSource
 
 COUNTERS_PATIENCE = 2.0  # seconds
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one

@@ -15,12 +15,12 @@ from vllm import SamplingParams
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.launch import Engine, PlanDict
-from whipstaff.server.engine.request import KEY, RequestPlan
-from whipstaff.steering.artifacts import Header, packed
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict
+from whipstaff.server.plan import KEY, RequestPlan
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, RowEdit, RowSpecial, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.vector_file import Header, packed
 from whipstaff.steering.where import Where
 
 _PROMPT_LEN = 6

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from whipstaff.server.engine.launch import Engine
-from whipstaff.steering.artifacts import Vector, read
+from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.vector_file import Vector, read
 
 
 class Residents:

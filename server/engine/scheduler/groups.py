@@ -19,12 +19,9 @@ then introduced to the worker anew, with the one.
 import hashlib
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -36,18 +33,11 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
-from whipstaff.server.engine.request import KEY, STEPS_AHEAD, Member, RequestPlan
+from whipstaff.server.engine.occupancy import GroupUse
+from whipstaff.server.plan import KEY, STEPS_AHEAD, Member, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
-
-
-class GroupUse(NamedTuple):
-    """How groups are doing."""
-
-    num_companions: int = 0  # running now
-    num_steps_held: int = 0  # since the start, steps in which a group with running members did not advance together
-    num_half_scheduled: int = 0  # since the start; anything but 0 is a bug, and stops the engine
 
 
 class Group:
@@ -134,27 +124,6 @@ def _salt(primary: Request, member: Member) -> str | None:
     asked = (primary.sampling_params.extra_args or {}).get(KEY) if primary.sampling_params else None
     said = [salt, primary.prompt_token_ids, {**(asked or {}), "ticket": ""}]
     return hashlib.sha256(repr(said).encode()).hexdigest()
-
-
-def why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
-    """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
-    most = config.scheduler_config.max_num_active_seqs or config.scheduler_config.max_num_seqs
-    max_len = config.model_config.max_model_len
-    if members and len(members) >= most:
-        return (
-            f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
-            "start the server with a larger --max-num-seqs"
-        )
-    for index, member in enumerate(members, 1):
-        if not 0 < len(member["prompt"]) < max_len:
-            return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
-        if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
-            return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
-    block, num_blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
-    wanted = 1 + sum(-(-(len(member["prompt"]) + 1) // block) for member in members)
-    if members and num_blocks and wanted >= num_blocks:
-        return f"the request's prompts need {wanted} blocks of KV cache at once and there are {num_blocks - 1}"
-    return None
 
 
 class GroupedScheduling(Scheduler):
@@ -516,22 +485,3 @@ def _take_out(cached: Any, request_id: str) -> None:
         del cached.new_token_ids[index]
     cached.resumed_req_ids.discard(request_id)
     cached.all_token_ids.pop(request_id, None)
-
-
-class TokenCopies:
-    """Gives companions the token that was sampled for their primary, on the device."""
-
-    def __init__(self) -> None:
-        self.followers: Sequence[tuple[int, int]] = ()  # (companion's row, primary's row) in the step to be sampled
-        self._placed: Sequence[tuple[int, int]] = ()
-        self._rows = torch.empty(2, 0, dtype=torch.int64)
-
-    def apply_(self, sampled: Tensor) -> None:
-        """`sampled` (B, 1) token ids, a row for each of the step's; companions' are overwritten."""
-        if not self.followers:
-            return
-        if self.followers != self._placed or self._rows.device != sampled.device:
-            rows = torch.tensor(self.followers, pin_memory=sampled.is_cuda).T.contiguous()
-            self._placed, self._rows = self.followers, rows.to(sampled.device, non_blocking=True)
-        companions, primaries = self._rows
-        sampled[companions] = sampled[primaries]

@@ -20,21 +20,15 @@ from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS
-from whipstaff.server.engine.explain import relay
-from whipstaff.server.engine.groups import GroupedScheduling, companions
+from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
+from whipstaff.server.engine.occupancy import SlotUse
+from whipstaff.server.engine.scheduler.groups import GroupedScheduling, companions
+from whipstaff.server.plan import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import Row, num_slots
 
 NO_TOKEN_LEFT = "no_token_left"  # the stop reason of requests whose bans left nothing to say
 Hasher = Callable[[Request], list[bytes]]
-
-
-class SlotUse(NamedTuple):
-    """Slots taken by admitted requests, and requests that wait for some."""
-
-    num_used: int = 0
-    num_waiting: int = 0
 
 
 class Unit(NamedTuple):

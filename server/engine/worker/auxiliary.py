@@ -12,21 +12,8 @@ from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.utils import replace
 from vllm.model_executor.model_loader import get_model
 
+from whipstaff.server.engine.config import auxiliary_config
 from whipstaff.server.engine.layout import AuxiliarySpec
-
-
-def auxiliary_config(base: ModelConfig, model: str, max_len: int | None = None) -> ModelConfig:
-    """The model config of an auxiliary model; `max_len` None derives it from the model itself."""
-    return ModelConfig(
-        model=model,
-        tokenizer=base.tokenizer,
-        skip_tokenizer_init=base.skip_tokenizer_init,
-        trust_remote_code=base.trust_remote_code,
-        dtype=base.dtype,
-        max_model_len=max_len,
-        enforce_eager=base.enforce_eager,
-        seed=base.seed,
-    )
 
 
 def load_auxiliary(spec: AuxiliarySpec, config: VllmConfig) -> tuple[nn.Module, ModelConfig]:

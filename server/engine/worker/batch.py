@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from whipstaff.server.engine.request import PlacedPlan
+from whipstaff.server.plan import PlacedPlan
 
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]

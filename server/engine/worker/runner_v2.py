@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from whipstaff.server.engine.batch import NOBODY, BatchView
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.groups import TokenCopies
-from whipstaff.server.engine.steerer import Steerer
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.token_copies import TokenCopies
 
 
 def attach(runner: Any, steerer: Steerer) -> None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.request import PlacedPlan
-from whipstaff.server.engine.soft import SoftRows
-from whipstaff.server.engine.specials import Specials
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.module_edits import Specials
+from whipstaff.server.engine.worker.edits.soft_prompts import SoftRows
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.plan import PlacedPlan
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import Row
 from whipstaff.steering.tables import NOTHING, Tables

@@ -8,24 +8,25 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from whipstaff.server.engine import causes, runner_v1, runner_v2
-from whipstaff.server.engine.adapters import StepAdapters, settle_adapters
-from whipstaff.server.engine.auxiliary import Auxiliary
-from whipstaff.server.engine.composite import compose
-from whipstaff.server.engine.decoder import Arrival, Decoder
-from whipstaff.server.engine.explain import attach
-from whipstaff.server.engine.groups import GroupUse
-from whipstaff.server.engine.layout import Layout, max_tokens
-from whipstaff.server.engine.lookahead import Lookahead
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.scheduler import SlotUse
-from whipstaff.server.engine.sites import install_sites
-from whipstaff.server.engine.soft import install_soft_rows
-from whipstaff.server.engine.specials import Specials
-from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import parse, read, without_file
+from whipstaff.server.engine import causes
+from whipstaff.server.engine.config import max_tokens
+from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.occupancy import GroupUse, SlotUse
+from whipstaff.server.engine.worker import runner_v1, runner_v2
+from whipstaff.server.engine.worker.auxiliary import Auxiliary
+from whipstaff.server.engine.worker.edits.module_edits import Specials
+from whipstaff.server.engine.worker.edits.sites import install_sites
+from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
+from whipstaff.server.engine.worker.logits.lookahead import Lookahead
+from whipstaff.server.engine.worker.logits.model_hook import compose
+from whipstaff.server.engine.worker.logits.pipeline import Arrival, Decoder
+from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
+from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.plan import PlacedPlan, RequestPlan
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.tables import Tables
+from whipstaff.steering.vector_file import parse, read, without_file
 
 
 class SteeredWorker:

@@ -20,9 +20,9 @@ from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.request import Member, RequestPlan
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.plan import Member, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Header, Vector
 from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine

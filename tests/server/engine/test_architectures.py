@@ -17,16 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.server.engine.selftest import Finding, self_test
-from whipstaff.steering import artifacts
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.frontend.selftest import Finding, self_test
+from whipstaff.server.plan import RequestPlan
+from whipstaff.steering import vector_file as artifacts
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.ops import Diagonal
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import SITES
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 or float32 references (goldens' README)

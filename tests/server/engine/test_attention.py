@@ -23,8 +23,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, _get_attn_isa
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.attention import CacheLayout, outside, require_eager_attention
-from whipstaff.server.engine.specials import score_biases
+from whipstaff.server.engine.config import require_eager_attention
+from whipstaff.server.engine.worker.edits.attention import CacheLayout, outside
+from whipstaff.server.engine.worker.edits.module_edits import score_biases
 from whipstaff.steering.methods.attention import PastaParams
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine import runner_v1, runner_v2
-from whipstaff.server.engine.batch import ABSENT, NOBODY, BatchView
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.groups import TokenCopies
-from whipstaff.server.engine.request import KEY, Member, PlacedPlan, RequestPlan
-from whipstaff.server.engine.steerer import Steerer
+from whipstaff.server.engine.worker import runner_v1, runner_v2
+from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.token_copies import TokenCopies
+from whipstaff.server.plan import KEY, Member, PlacedPlan, RequestPlan
 from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.scheduler import key_blocks
+from whipstaff.server.engine.scheduler.scheduler import key_blocks
+from whipstaff.server.plan import PlacedPlan, RequestPlan
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.where import Where
 

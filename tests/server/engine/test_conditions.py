@@ -20,11 +20,11 @@ from reference.conditioned import Probe, Trace
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.launch import NUM_HISTORIES
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.engine.frontend.launch import NUM_HISTORIES
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.conditions import fired
 from whipstaff.steering.planner import Planner, SteeringParams
+from whipstaff.steering.vector_file import Header, Vector
 
 from .conftest import Shared
 

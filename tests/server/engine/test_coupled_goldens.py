@@ -13,7 +13,7 @@ from whipstaff.decoding.methods.forced import ForcedSetting
 from whipstaff.decoding.methods.sh2 import Sh2, Sh2Params
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.server.engine.request import Member, RequestPlan
+from whipstaff.server.plan import Member, RequestPlan
 
 pytestmark = pytest.mark.engine
 

@@ -24,9 +24,9 @@ from whipstaff.decoding.method import Mixing
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Header, Vector
 from whipstaff.steering.where import Where
 
 from .conftest import Shared

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from whipstaff.decoding.method import Mixing, Params
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Header, Vector
 
 pytestmark = pytest.mark.engine
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.request import RequestPlan
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.sample.sampler import Sampler
 
-from whipstaff.decoding.draw import temper, truncate
+from whipstaff.decoding.sampler import temper, truncate
 
 ROWS, VOCAB = 24, 50
 

@@ -15,9 +15,9 @@ from engines import Ask, EngineUnderTest, edit, plan, weights
 from modes import THREE
 from reference import steered
 
-from whipstaff.server.engine.selftest import Finding, self_test
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.frontend.selftest import Finding, self_test
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Region, Where
 
 from .conftest import Shared

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from whipstaff.server.engine.explain import Row, Snapshot
+from whipstaff.server.engine.worker.logits.explain import Row, Snapshot
 
 
 def test_early_layers_are_said_of_the_rows_that_ask() -> None:

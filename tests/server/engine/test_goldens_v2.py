@@ -5,7 +5,7 @@ import pytest
 from engines import EngineUnderTest
 from modes import v2_on_cpu
 
-from whipstaff.steering import artifacts
+from whipstaff.steering import vector_file as artifacts
 from whipstaff.steering.needs import Hook
 
 from .test_architectures import TOLERANCE, Served

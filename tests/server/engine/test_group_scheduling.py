@@ -23,15 +23,15 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.launch import configure
-from whipstaff.server.engine.request import KEY, Member, RequestPlan
-from whipstaff.server.engine.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
+from whipstaff.server.engine.frontend.launch import configure
+from whipstaff.server.engine.scheduler.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
+from whipstaff.server.plan import KEY, Member, RequestPlan
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 from whipstaff.steering.where import Where
 
 BLOCK, MAX_LEN = 16, 128

@@ -19,19 +19,18 @@ import torch
 from engines import PATIENCE, Ask, EngineUnderTest, edit, running
 from modes import ON_V1, THREE
 from reference import seeded, steered
+from serving import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.groups import MEMBER_CONTEXT
-from whipstaff.server.engine.request import Member, RequestPlan
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.scheduler.groups import MEMBER_CONTEXT
+from whipstaff.server.plan import Member, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
-
-from ..serving import make_tokenizer
 
 pytestmark = pytest.mark.engine
 

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.plan import PlacedPlan, RequestPlan
 from whipstaff.steering.conditions import Schedule
 from whipstaff.steering.plan import PlannedEdit, PlannedProbe, RowEdit, RowProbe, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import Gate
+from whipstaff.steering.vector_file import Header, Vector
 from whipstaff.steering.where import Interval, Region, Where
 
 from .test_block_keys import BLOCK as KEYED

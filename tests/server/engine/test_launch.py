@@ -7,8 +7,9 @@ import pytest
 import tiny
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from whipstaff.server.engine import UnsupportedEngine, check_version, launch
-from whipstaff.server.engine.launch import configure
+from whipstaff.server.engine import UnsupportedEngine, check_version
+from whipstaff.server.engine.frontend import launch
+from whipstaff.server.engine.frontend.launch import configure
 
 
 def config_of(model: str, **flags: Any) -> Any:

@@ -26,12 +26,12 @@ from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.decoding.rows import Rows
-from whipstaff.server.engine.request import Member, RequestPlan
-from whipstaff.server.engine.selftest import Finding, self_test
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.engine.frontend.selftest import Finding, self_test
+from whipstaff.server.plan import Member, RequestPlan
 from whipstaff.steering.method import Place
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
+from whipstaff.steering.vector_file import Header, Vector
 from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine

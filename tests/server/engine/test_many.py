@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.steering.artifacts import Header, Vector, packed, parse
 from whipstaff.steering.ops import Diagonal, Op, directions
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector, packed, parse
 from whipstaff.steering.where import Region, Where
 
 from .test_isolation import SCHEDULES, TOLERANCE, WHENS, WHERES, difference

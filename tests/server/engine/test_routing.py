@@ -9,11 +9,11 @@ from engines import Ask, EngineUnderTest, plan
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-from whipstaff.server.engine.routing import RoutingTables, _adopt, _How, _reroute_all_
-from whipstaff.steering.artifacts import without_file
-from whipstaff.steering.experts import RoutingError, Scheme
+from whipstaff.server.engine.worker.edits.routing import RoutingTables, _adopt, _How, _reroute_all_
 from whipstaff.steering.methods.mote import Experts, MoTEParams, Routing
 from whipstaff.steering.plan import PlannedSpecial, RowSpecial, SteeringPlan
+from whipstaff.steering.routing_scheme import RoutingError, Scheme
+from whipstaff.steering.vector_file import without_file
 from whipstaff.steering.where import Where
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)

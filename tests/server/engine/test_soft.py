@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm.sampling_params import RequestOutputKind
 
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.server.engine.request import PlacedPlan, RequestPlan
-from whipstaff.server.engine.soft import NOTHING, SoftRows
-from whipstaff.steering.artifacts import Header, Vector
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.soft_prompts import NOTHING, SoftRows
+from whipstaff.server.plan import PlacedPlan, RequestPlan
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector
 
 LOGITS = 2e-4  # float32 engine against float64 references (goldens' README)
 NUM_TOKENS = 8

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
@@ -37,7 +36,6 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from whipstaff.server.engine import UnsupportedEngine
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
-_SPLIT = {"vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"}
 _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
 
 
@@ -119,19 +117,6 @@ def outside(span: tuple[int, int], prompt_len: int) -> list[tuple[int, int]]:
     start, end = (min(place, prompt_len) for place in span)
     windows = [(0, start), (max(start, end), prompt_len)]
     return [(first, last) for first, last in windows if first < last]
-
-
-def require_eager_attention(config: CompilationConfig) -> None:
-    """Keep attention out of captured graphs. Raises: UnsupportedEngine where this configuration does not allow it."""
-    if config.cudagraph_mode is None or config.cudagraph_mode == CUDAGraphMode.NONE:
-        return
-    if config.cudagraph_mode.has_full_cudagraphs():
-        config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    if not set(config.splitting_ops or ()) >= _SPLIT:
-        raise UnsupportedEngine(
-            "edits inside attention need graphs that are split at attention; this compilation config splits at "
-            f"{config.splitting_ops}: leave out fuse_attn_quant and use_inductor_graph_partition, or --enforce-eager"
-        )
 
 
 class AttentionEdits:

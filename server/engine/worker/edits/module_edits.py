@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from whipstaff.server.engine.attention import (
+from whipstaff.server.engine.worker.edits.attention import (
     AttentionEdit,
     AttentionEdits,
     RowOverride,
@@ -21,14 +21,14 @@ from whipstaff.server.engine.attention import (
     Stretch,
     outside,
 )
-from whipstaff.server.engine.request import PlacedPlan
-from whipstaff.server.engine.routing import RoutingTables, install_routing, routing_of
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.worker.edits.routing import RoutingTables, install_routing, routing_of
+from whipstaff.server.plan import PlacedPlan
 from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams, Pasta, PastaParams
 from whipstaff.steering.methods.mote import MoTE
 from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import PrefixKV
 from whipstaff.steering.plan import Row, RowSpecial
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import resolve_window
 
 NO_SLOT = -1

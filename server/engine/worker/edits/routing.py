@@ -29,10 +29,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.steering.artifacts import Vector
-from whipstaff.steering.experts import FORCE, OFF, PRE, RENORM, ZERO, RoutingError, Scheme
 from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
 from whipstaff.steering.plan import RowSpecial
+from whipstaff.steering.routing_scheme import FORCE, OFF, PRE, RENORM, ZERO, RoutingError, Scheme
+from whipstaff.steering.vector_file import Vector
 
 _ROUTERS = (CPURouter, CustomRoutingRouter, FusedTopKBiasRouter, FusedTopKRouter, GroupedTopKRouter)
 

@@ -18,12 +18,12 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.steerer import Steerer
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.worker.step import Steerer
 from whipstaff.steering.method import Place
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
 from whipstaff.steering.tables import SiteSpec, SiteTables, Tables
+from whipstaff.steering.vector_file import Vector
 
 KINDS = Kinds(
     is_attention=lambda module: isinstance(module, Attention),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from whipstaff.cuda_ext import put_rows_
-from whipstaff.server.engine.batch import BatchView
-from whipstaff.steering.artifacts import Vector
+from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.steering.methods.virtual_tokens import ROWS
+from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whipstaff.server.engine.adapters import StepAdapters
+from whipstaff.server.engine.worker.lora import StepAdapters
 from whipstaff.steering.tables import Tables
 
 

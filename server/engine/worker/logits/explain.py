@@ -7,19 +7,14 @@ hands it to the request before vLLM turns the output into text. Steps in which n
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.cuda_ext import explain_rows
-from whipstaff.server.engine import request as plans
 
-KEY = "whipstaff"
 MAIN, FINAL = "base", "final"
 IMPOSSIBLE = -9999.0  # how vLLM says the log-probability of what cannot be drawn: JSON has no infinities
-_ATTRIBUTE = "whipstaff_explanations"
 
 
 class Seen(NamedTuple):
@@ -134,60 +129,3 @@ class Explanations(NamedTuple):
         for index, name, value in self.facts:
             found[index]["facts"][name] = value.tolist()
         return {row.request_id: said for row, said in zip(self.rows, found, strict=True)}
-
-
-def attach(output: Any, explanations: Explanations | None) -> Any:
-    """Let a step's output carry its explanations to the scheduler."""
-    if explanations is None or output is None:
-        return output
-    found = explanations
-    if isinstance(output, AsyncModelRunnerOutput):
-        cls: Any = type(output)
-
-        class Explained(cls):
-            def get_output(self) -> ModelRunnerOutput:
-                ready: ModelRunnerOutput = cls.get_output(self)
-                setattr(ready, _ATTRIBUTE, found.said())
-                return ready
-
-        output.__class__ = Explained
-        return output
-    setattr(output, _ATTRIBUTE, found.said())
-    return output
-
-
-def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
-    """Move explanations from a step's output into those of its requests, in a field that only KV connectors use."""
-    said: Mapping[str, Any] = getattr(output, _ATTRIBUTE, {})
-    for outputs in by_client.values() if said else ():
-        for one in outputs.outputs:
-            if one.new_token_ids and one.request_id in said:
-                one.kv_transfer_params = {KEY: said[one.request_id]}
-
-
-def listen(processor: Any) -> None:
-    """Make vLLM's output processor hand explanations to the requests that they are of."""
-    cls: Any = type(processor)
-
-    class Listening(cls):
-        def add_request(
-            self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
-        ) -> None:
-            extra = request.sampling_params.extra_args if request.sampling_params else None
-            plan: Any = (extra or {}).get(plans.KEY)
-            if getattr(plan, "explained", None) is not None:
-                self.whipstaff_plans[request.request_id] = plan
-                plan.indices[request.request_id] = request_index
-            super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
-
-        def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-            for output in engine_core_outputs if self.whipstaff_plans else ():
-                if output.kv_transfer_params and (said := output.kv_transfer_params.pop(KEY, None)) is not None:
-                    output.kv_transfer_params = None
-                    if (plan := self.whipstaff_plans.get(output.request_id)) is not None:
-                        plan.explained(plan.indices[output.request_id], said)
-            return super().process_outputs(engine_core_outputs, *args, **kwargs)
-
-    Listening.__name__ = cls.__name__
-    processor.whipstaff_plans = WeakValueDictionary()
-    processor.__class__ = Listening

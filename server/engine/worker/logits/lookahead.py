@@ -18,10 +18,10 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from whipstaff.server.engine.adapters import StepAdapters
-from whipstaff.server.engine.batch import BatchView, Ints
-from whipstaff.server.engine.roster import sent
-from whipstaff.server.engine.steerer import Steerer
+from whipstaff.server.engine.worker.batch import BatchView, Ints
+from whipstaff.server.engine.worker.logits.metadata import sent
+from whipstaff.server.engine.worker.lora import StepAdapters
+from whipstaff.server.engine.worker.step import Steerer
 
 BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 

@@ -18,7 +18,7 @@ from whipstaff.decoding.method import Rewriting, Stage
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow
 from whipstaff.decoding.plan import DecodingPlan, Draw
-from whipstaff.server.engine.batch import ABSENT, Ints
+from whipstaff.server.engine.worker.batch import ABSENT, Ints
 
 _ORDER = {name: index for index, name in enumerate(METHODS)}
 Turn = Stage | Literal["late temperature"]

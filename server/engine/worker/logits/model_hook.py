@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.adapters import StepAdapters
-from whipstaff.server.engine.auxiliary import Auxiliary
-from whipstaff.server.engine.decoder import Decoder
-from whipstaff.server.engine.early import EarlyHead
-from whipstaff.server.engine.sites import KINDS
-from whipstaff.server.engine.steerer import Steerer
+from whipstaff.server.engine.worker.auxiliary import Auxiliary
+from whipstaff.server.engine.worker.edits.sites import KINDS
+from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.lora import StepAdapters
+from whipstaff.server.engine.worker.step import Steerer
 from whipstaff.steering.sites import final_norm
 
 _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bfloat16 (256 is its last exact step)

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.decoding.draw import temper, truncate
 from whipstaff.decoding.method import Rewriting, setting_type
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow, MixedRows
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.decoding.rows import Rows
-from whipstaff.server.engine.batch import NOBODY, BatchView, Ints
-from whipstaff.server.engine.early import EarlyHead, Stream
-from whipstaff.server.engine.explain import Explanations, Row, Snapshot
-from whipstaff.server.engine.request import PlacedPlan
-from whipstaff.server.engine.roster import Applied, Biased, Known, Roster, Seat, Task, Tempered, sent
+from whipstaff.decoding.sampler import temper, truncate
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView, Ints
+from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, Stream
+from whipstaff.server.engine.worker.logits.explain import Explanations, Row, Snapshot
+from whipstaff.server.engine.worker.logits.metadata import Applied, Biased, Known, Roster, Seat, Task, Tempered, sent
+from whipstaff.server.plan import PlacedPlan
 
 NO_TOKEN = -1
 _FIRST_SLOTS = 8

@@ -1,0 +1,80 @@
+"""Explanations on their way out: from the worker that computed them to the request that asked.
+
+Worker: `attach` lets a step's output carry them. Scheduler: `relay` moves each request's part into its own output.
+Front end: `listen` hands it to the request before vLLM turns the output into text.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from whipstaff.server import plan as plans
+
+KEY = "whipstaff"
+_ATTRIBUTE = "whipstaff_explanations"
+
+
+class Explanations(Protocol):
+    """Of one step; see `worker.logits.explain`."""
+
+    def said(self) -> dict[str, dict[str, Any]]:
+        """By request. Waits for the device."""
+
+
+def attach(output: Any, explanations: Explanations | None) -> Any:
+    """Let a step's output carry its explanations to the scheduler."""
+    if explanations is None or output is None:
+        return output
+    found = explanations
+    if isinstance(output, AsyncModelRunnerOutput):
+        cls: Any = type(output)
+
+        class Explained(cls):
+            def get_output(self) -> ModelRunnerOutput:
+                ready: ModelRunnerOutput = cls.get_output(self)
+                setattr(ready, _ATTRIBUTE, found.said())
+                return ready
+
+        output.__class__ = Explained
+        return output
+    setattr(output, _ATTRIBUTE, found.said())
+    return output
+
+
+def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
+    """Move explanations from a step's output into those of its requests, in a field that only KV connectors use."""
+    said: Mapping[str, Any] = getattr(output, _ATTRIBUTE, {})
+    for outputs in by_client.values() if said else ():
+        for one in outputs.outputs:
+            if one.new_token_ids and one.request_id in said:
+                one.kv_transfer_params = {KEY: said[one.request_id]}
+
+
+def listen(processor: Any) -> None:
+    """Make vLLM's output processor hand explanations to the requests that they are of."""
+    cls: Any = type(processor)
+
+    class Listening(cls):
+        def add_request(
+            self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+        ) -> None:
+            extra = request.sampling_params.extra_args if request.sampling_params else None
+            plan: Any = (extra or {}).get(plans.KEY)
+            if getattr(plan, "explained", None) is not None:
+                self.whipstaff_plans[request.request_id] = plan
+                plan.indices[request.request_id] = request_index
+            super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
+
+        def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for output in engine_core_outputs if self.whipstaff_plans else ():
+                if output.kv_transfer_params and (said := output.kv_transfer_params.pop(KEY, None)) is not None:
+                    output.kv_transfer_params = None
+                    if (plan := self.whipstaff_plans.get(output.request_id)) is not None:
+                        plan.explained(plan.indices[output.request_id], said)
+            return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    Listening.__name__ = cls.__name__
+    processor.whipstaff_plans = WeakValueDictionary()
+    processor.__class__ = Listening

@@ -1,0 +1,165 @@
+"""Entries of `decoding` become a mix and rewrites, or the error that names their path."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from catalogues import PAIR, SHAPE, TENSORS, UNIT, compiled, refusal
+
+from whipstaff.decoding.mix import Mix
+from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.server.api.method_table import method_table
+from whipstaff.server.errors import BadRequest
+from whipstaff.server.plan import KEY, PlacedPlan, RequestPlan
+from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.vectors import Registry, read_vectors
+from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Header
+
+
+def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
+    other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
+    summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
+    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
+
+
+BAD_DECODING: list[tuple[Any, int, str]] = [
+    ([3], 400, "decoding[0]"),
+    ([{}], 400, "decoding[0].method"),
+    ([{"method": ["proxy_tuning"]}], 400, "decoding[0].method"),
+    ([{"method": "telepathy"}], 422, "decoding[0].method"),
+    ({"method": "telepathy"}, 422, "decoding.method"),
+    ([{"method": "proxy_tuning", "antiexpert": "anti"}], 400, "decoding[0].expert"),
+    ([PAIR, PAIR | {"expert": "absent"}], 404, "decoding[1].expert"),
+    ([PAIR | {"antiexpert": "absent"}], 404, "decoding[0].antiexpert"),
+    ([PAIR | {"antiexpert": "expert"}], 400, "decoding[0].antiexpert"),
+    ([PAIR | {"alpha": "x"}], 400, "decoding[0].alpha"),
+    ([PAIR | {"alpha": math.nan}], 400, "decoding[0].alpha"),
+    ([PAIR | {"alpha": 101}], 400, "decoding[0].alpha"),
+    ([PAIR | {"beta": 1}], 400, "decoding[0].beta"),
+    ([PAIR] * 9, 400, "decoding"),
+]
+
+
+@pytest.mark.parametrize(("value", "status", "param"), BAD_DECODING)
+def test_bad_decoding_is_refused_by_its_path(have: Catalogue, value: Any, status: int, param: str) -> None:
+    error = refusal(have, decoding=value)
+    assert (error.status, error.param) == (status, param), error.message
+
+
+def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None:
+    made = compiled(have, decoding=PAIR | {"expert": "short"})
+    assert made.check(prompt_len=4, max_tokens=50, is_explicit=False) == 6  # not said: as much as fits
+    assert made.check(prompt_len=4, max_tokens=6, is_explicit=True) == 6
+    for prompt_len, max_tokens, is_explicit in ((4, 7, True), (10, 1, False), (99, 1, True)):
+        with pytest.raises(BadRequest, match="follows at most") as caught:
+            made.check(prompt_len, max_tokens, is_explicit)
+        assert caught.value.param == "decoding.expert"
+
+
+@pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
+def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: dict[str, Any]) -> None:
+    layers = [0, 1] if fields.get("dola_layers") == [1, 0] else [0]
+    made = compiled(early, **fields)
+    assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
+    assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
+    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    (said,) = made.receipt([])["decoding"]
+    assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
+    assert made.label == "dola"
+
+
+def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
+    plan = compiled(early, steering={"vector": "calm", "where": "generation"}, dola_layers=[0]).plan
+    assert plan.steering is not None and len(plan.steering.edits) == 1 and plan.steering.keeps == (0,)
+    placed = PlacedPlan(plan, 5)
+    assert (len(placed.rows), placed.first_edited) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "reason"),
+    [
+        ({"dola_layers": [4]}, 400, "dola_layers", "the model has 4 blocks, its early layers are 0 to 3"),
+        ({"dola_layers": [0, -1]}, 400, "dola_layers[1]", "greater than or equal to 0"),
+        ({"dola_layers": "middle"}, 400, "dola_layers", "or a list of layers"),
+        ({"dola_layers": [0, 2]}, 422, "dola_layers", "reads layer 2, .* start it with --early-layers 0,1,2"),
+        ({"decoding": [{"method": "dola", "layers": []}]}, 400, "decoding[0].layers", "or a list of layers"),
+        ({"decoding": [{"method": "dola", "layers": "high"}]}, 422, "decoding[0].layers", "--early-layers 0,1,2"),
+        (
+            {"decoding": {"method": "dola", "relative_top": 1.5}},
+            400,
+            "decoding.relative_top",
+            "less than or equal to 1",
+        ),
+        (
+            {"decoding": {"method": "dola", "final_norm_on_candidates": True}},
+            400,
+            "decoding.final_norm_on_candidates",
+            "does not show its final norm",
+        ),
+    ],
+)
+def test_early_layers_that_are_not_there(
+    early: Catalogue, fields: dict[str, Any], status: int, param: str, reason: str
+) -> None:
+    error = refusal(early, **fields)
+    assert (error.status, error.param) == (status, param)
+    assert re.search(reason, error.message)
+
+
+# ---- what is tried before it is chosen
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory, have: Catalogue) -> Catalogue:
+    """A server that looks ahead, with both kinds of KWD's classifiers and a vector."""
+    folder = tmp_path_factory.mktemp("ahead")
+    artifacts.write(
+        folder / "prefix.safetensors", Header(method="prefix_classifier", model=SHAPE), {"weight": UNIT[:2]}
+    )
+    artifacts.write(folder / "token.safetensors", Header(method="token_classifier", model=SHAPE), {"weight": UNIT})
+    artifacts.write(folder / "calm.safetensors", Header(method="vector", model=SHAPE), TENSORS)
+    registry = Registry(read_vectors([folder]), SHAPE)
+    return replace(have, registry=registry, words=Words([], {}, (), None), vocabulary=8, looks_ahead=True)
+
+
+KWD = {"method": "kwd", "classifier": "prefix"}
+
+
+def test_a_classifier_of_either_kind(ahead: Catalogue) -> None:
+    found = {name: compiled(ahead, decoding=KWD | {"classifier": name}) for name in ("prefix", "token")}
+    assert [one.decoding[0].ahead for one in found.values()] == ["classifier", ""]
+    for one in found.values():
+        one.check_logprobs(scores_prompt=False)
+    found["token"].check_logprobs(scores_prompt=True)
+    with pytest.raises(BadRequest, match="score an answer with the method `forced`") as error:
+        found["prefix"].check_logprobs(scores_prompt=True)
+    assert error.value.param == "decoding.classifier"
+    compiled(ahead, decoding=KWD, logprobs_source="base").check_logprobs(scores_prompt=True)
+
+
+def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Catalogue) -> None:
+    calm = {"vector": "calm", "schedule": {"shape": "entropy", "low": 1, "high": 2}}
+    error = refusal(ahead, steering=[calm], decoding=[KWD])
+    assert (error.status, error.param) == (400, "steering[0].schedule") and "decoding[0].classifier" in error.message
+    compiled(ahead, steering=[calm], decoding=[KWD | {"classifier": "token"}])
+    compiled(ahead, steering=[{"vector": "calm", "schedule": {"shape": "linear", "tokens": 4}}], decoding=[KWD])
+
+
+def test_who_does_not_look_ahead_names_the_flag(ahead: Catalogue) -> None:
+    blind = replace(ahead, looks_ahead=False)
+    error = refusal(blind, decoding=KWD)
+    assert (error.status, error.param) == (422, "decoding.classifier") and "--lookahead" in error.message
+    skipped = compiled(blind, decoding=KWD, on_unavailable="ignore")
+    assert not skipped.decoding and "--lookahead" in skipped.warnings[0]
+    rows = [next(row for row in method_table(server) if row["name"] == "kwd") for server in (ahead, blind)]
+    assert [row["schema"]["properties"]["classifier"]["enum"] for row in rows] == [["prefix", "token"], ["token"]]
+    (row,) = (row for row in method_table(replace(blind, registry=Registry({}, SHAPE))) if row["name"] == "kwd")
+    assert row["reason"] == (
+        "start the server with --vectors PATH of a token_classifier or, with --lookahead, a prefix_classifier"
+    )

@@ -1,0 +1,108 @@
+"""What a server may have loaded, for tests of what requests compile to; and ways to compile them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from whipstaff.server.admission.request import Compiled, compile_extras
+from whipstaff.server.admission.steering import Fed
+from whipstaff.server.errors import (
+    WhipstaffError,
+)
+from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.steering.method import Place
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.shape import SITES
+from whipstaff.steering.sites import canonical
+from whipstaff.steering.vector_file import ModelShape
+
+SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=4, num_heads=2, head_dim=4, num_kv_heads=2)
+SPARSE_SHAPE = SHAPE.model_copy(update={"num_experts": 4})
+TENSORS = {
+    "resid_post.1.add": torch.linspace(-1, 1, 8),
+    "resid_post.3.add": torch.full((8,), 0.1),
+    "resid_post.3.gain": torch.full((8,), -1.0),
+    "attn_head.0.add": torch.arange(8.0).reshape(2, 4),
+}
+UNIT = torch.eye(8)
+NTH = ("first", "second")
+HEADS = torch.arange(8.0).reshape(2, 4)
+CODES = {"encoder": UNIT[:5], "decoder": UNIT[:5]}
+MANY = torch.arange(320.0).reshape(40, 8) / 320
+FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+    "calm": ({"method": "vector", "scale": 3.0}, TENSORS),
+    "late": ({"method": "caa", "where": "generation"}, {"resid_post.2.add": torch.ones(8)}),
+    "strange": ({"method": "a method of somebody's own"}, {"resid_post.2.add": torch.ones(8)}),
+    "iti": ({"method": "iti"}, {"attn_head.1.direction": HEADS, "attn_head.1.sigma": torch.tensor([0.0, 2.0])}),
+    "lofit": ({"method": "lofit"}, {"attn_head.2.A": HEADS, "attn_head.2.v": HEADS}),
+    "ablate": ({"method": "directional_ablation"}, {"direction": UNIT[0]}),
+    "knob": ({"method": "context_knob"}, {"resid_post.2.basis": UNIT[:2]}),
+    "turn": ({"method": "tarot"}, {"attn_head.1.angles": torch.full((2, 2), 1.0)}),
+    "sae": ({"method": "sae"}, {f"resid_post.2.{part}": tensor for part, tensor in CODES.items()}),
+    "headsae": ({"method": "sae"}, {f"attn_head.1.{part}": t.reshape(5, 2, 4) for part, t in CODES.items()}),
+    "manysae": ({"method": "sae"}, {"resid_post.2.encoder": MANY, "resid_post.2.decoder": MANY + 1}),
+    "rows": ({"method": "actadd"}, {"resid_pre.1.rows": UNIT[:3]}),
+    "angular": ({"method": "angular"}, {f"attn_in.1.{which}_direction": UNIT[i] for i, which in enumerate(NTH)}),
+    "plane": ({"method": "angular"}, {f"mlp_in.1.{which}_direction": UNIT[i] for i, which in enumerate(NTH)}),
+    "probe": ({"method": "probe"}, {"resid_post.0.direction": UNIT[0], "resid_post.0.bias": torch.tensor(0.5)}),
+    "probes": ({"method": "probe"}, {f"resid_post.{layer}.direction": UNIT[layer] for layer in range(2)}),
+    "soft": ({"method": "soft_prompt"}, {"rows": UNIT[:3]}),
+    "prefix": (
+        {"method": "prefix_kv"},
+        {f"attn_head.{layer}.{part}": torch.ones(2, 2, 4) for layer in range(4) for part in ("key", "value")},
+    ),
+    "router": ({"method": "vector", "model": SPARSE_SHAPE}, {"router.1.add": torch.ones(4)}),
+    "wide": (
+        {"method": "caa", "model": SHAPE.model_copy(update={"hidden_size": 16})},
+        {"resid_post.0.add": torch.ones(16)},
+    ),
+}
+LIMITS = {"expert": 64, "anti": 64, "short": 10}
+HOOKED = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in")  # not attn_in, not router
+PLACES = frozenset(canonical(Place(site, layer)) for site in SITES if site in HOOKED for layer in range(4))
+
+
+def compiled(have: Catalogue, **fields: Any) -> Compiled:
+    result = compile_extras(fields, have)
+    assert result is not None
+    return result
+
+
+def refusal(have: Catalogue, **fields: Any) -> WhipstaffError:
+    with pytest.raises(WhipstaffError) as caught:
+        compile_extras(fields, have)
+    return caught.value
+
+
+def plan_of(have: Catalogue, *entries: Any) -> SteeringPlan:
+    plan = compiled(have, steering=list(entries)).plan.steering
+    assert plan is not None
+    return plan
+
+
+def receipt(have: Catalogue, entry: Any, fed: list[Fed] | None = None) -> dict[str, Any]:
+    (said,) = compiled(have, steering=entry).receipt(fed or [])["steering"]
+    return dict(said)
+
+
+def check(made: Compiled, prompt_len: int = 9, max_tokens: int = 4) -> int:
+    made.place(Prompt(prompt_len, list(range(prompt_len)), 64, None))
+    return made.check(prompt_len, max_tokens, is_explicit=True)
+
+
+PAIR = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}
+WHEN = {"probe": "probe", "above": 0.25}
+MIXED: list[dict[str, Any]] = [
+    {"vector": "calm", "layers": [1], "where": {"prompt": [[0, -1]], "exclude": {"prompt": [[2, 3]]}}, "when": WHEN},
+    {"vector": "sae", "features": [{"feature": 2, "set": 4.0}], "schedule": {"shape": "linear", "tokens": 8}},
+    {"vector": "iti", "when": {"probe": "probe", "below": 1, "release": 2, "decide": "step"}, "renorm": True},
+    {"vector": "late", "schedule": {"shape": "entropy", "low": 0.5, "high": 2}, "normalize": True},
+    {"vector": "rows", "location": "back"},
+    {"vector": "late", "where": {"tokens": [5, 6]}},
+]
+SPARSE = {"feature": 0, "set": 1}
+PASTA = {"method": "pasta", "heads": {"0": [0]}, "spans": [[0, 1]]}
+MOTE = {"method": "mote", "experts": {"1": {"off": [0]}}}

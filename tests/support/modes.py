@@ -1,0 +1,68 @@
+"""Ways to run the engine, also those that vLLM does not offer on a CPU by itself."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.platforms.cpu import CpuPlatform
+
+MODES: dict[str, dict[str, Any]] = {
+    "v1-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v1-compiled-sync": {"async_scheduling": False},
+    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
+    "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
+    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
+    "v1-compiled-async": {"async_scheduling": True},
+}
+THREE = ("v1-eager-async", "v1-compiled-sync", "v2-eager-async")
+"""Both runners, eager and compiled, synchronous and asynchronous: what is shown in these is shown in all."""
+ON_V1 = THREE[:2]
+"""For what the runners share, where Triton's interpreter would take minutes."""
+
+
+@contextmanager
+def run_as(mode: str) -> Iterator[None]:
+    """While an engine starts: what its mode needs beside its flags."""
+    with ExitStack() as stack:
+        if mode.startswith("v2"):
+            stack.enter_context(v2_on_cpu())
+        if MODES[mode]["async_scheduling"]:
+            stack.enter_context(async_on_cpu())
+        if "tensor_parallel_size" in MODES[mode]:
+            stack.enter_context(a_core_for_each_rank())
+        yield
+
+
+@contextmanager
+def v2_on_cpu() -> Iterator[None]:
+    """Run Model Runner V2 here: Triton's interpreter stands in for a GPU (tests/v2_on_cpu/sitecustomize.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "v2_on_cpu"), prepend=os.pathsep)
+        patch.setenv("WHIPSTAFF_TEST_TRITON_CPU", "1")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's own processes it really is there
+        yield
+
+
+@contextmanager
+def a_core_for_each_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        yield
+
+
+@contextmanager
+def async_on_cpu() -> Iterator[None]:
+    """vLLM's CPU platform switches asynchronous scheduling off; the engine itself can do it here too."""
+    settle = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, config: Any) -> None:
+        settle(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
+        yield
