@@ -149,7 +149,7 @@ def test_formats_are_listed_with_their_flags(capsys: Any) -> None:
     assert run("formats") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in [*FORMATS, *PICKLES])
-    assert next(line for line in lines if line.startswith("layers")).endswith("[--layer --method --site]")
+    assert next(line for line in lines if line.startswith("layers")).endswith("[--key --layer --method --site]")
 
 
 def test_an_unknown_format_names_its_flag_and_the_nearest(tmp_path: Path, capsys: Any) -> None:
