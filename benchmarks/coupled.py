@@ -33,7 +33,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
-from whipstaff.server.plan import KEY, Member, RequestPlan
+from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
 
 SCALE = 1.5
 NEGATIVES = {"short": 4, "long": 128}  # tokens
@@ -79,7 +79,9 @@ async def answer(engine: Engine, ids: list[int], negative: list[int] | None) -> 
     extra = None
     if negative is not None:
         mix = Cfg().mix(CfgParams(guidance_scale=SCALE))
-        extra = {KEY: PlanDict(RequestPlan(None, DecodingPlan(mix), members=(Member(tuple(negative)),)).to_wire())}
+        extra = {
+            KEY: PlanDict(RequestPlan(None, DecodingPlan(mix), members=(CompanionPlan(tuple(negative)),)).to_wire())
+        }
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
     async for _ in engine.generate({"prompt_token_ids": ids}, params, str(uuid4())):
         pass

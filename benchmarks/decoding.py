@@ -30,9 +30,9 @@ from load import HIDDEN, LAYERS, VOCABULARY, make_model, throughput
 from torch import Tensor
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from whipstaff.decoding.method import Mixing
+from whipstaff.decoding.method import StreamMixer
 from whipstaff.decoding.methods import METHODS
-from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SamplerSettings
 from whipstaff.server.engine.frontend.launch import Engine, start
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
@@ -62,7 +62,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 RULE_BAR, DOLA_BAR, MIX_BAR = 0.97, 1.15, 1.05  # of plain throughput, at least; of what they are made of, at most
 
 
-class Words:
+class Vocabulary:
     """A tokenizer of single letters."""
 
     eos = (2,)
@@ -118,13 +118,13 @@ def plan_of(name: str, own: Mapping[str, Any], heads: Mapping[str, Vector]) -> R
     """What a request with one method carries into the engine."""
     method: Any = METHODS[name]
     params = method.params(**own)
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         return RequestPlan(None, DecodingPlan(method.mix(params)))
     early = CANDIDATES if name == "dola" else ()
     digests = tuple(heads[kind].digest for kind in method.head_fields.values())
-    setting = method.resolve(params, Words()).model_dump_json()
+    setting = method.resolve(params, Vocabulary()).model_dump_json()
     rewrite = Rewrite(name, setting, tuple(method.streams(params).values()), digests, early)
-    decoding = DecodingPlan(rewrites=(rewrite,), draw=Draw() if name in SAMPLERS else None)
+    decoding = DecodingPlan(rewrites=(rewrite,), draw=SamplerSettings() if name in SAMPLERS else None)
     return RequestPlan(SteeringPlan((), keeps=early) if early else None, decoding)
 
 
@@ -168,7 +168,7 @@ async def measure(options: argparse.Namespace, folder: str) -> dict[str, Times]:
         alone = stack.enter_context(running(options, small["anti"], {})) if methods.keys() & MIXES.keys() else None
         heads = make_heads(engine.layout.shape)
         for head in heads.values():
-            data = packed(head.header, head.unplaced)
+            data = packed(head.header, head.shared_parts)
             assert (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0] == head.digest
         plans = {name: plan_of(name, own, heads) for name, own in methods.items()}
 

@@ -62,14 +62,14 @@ def put_cases(device: str) -> Iterator[Case]:
 
 def program_cases(device: str) -> Iterator[Case]:
     from whipstaff import cuda_ext
-    from whipstaff.cuda_ext import Op, Phi, interpreter
+    from whipstaff.cuda_ext import Opcode, Phi, interpreter
 
     hidden = 4096
     lines = torch.randn(10, hidden, device=device) / hidden
-    diag = [[Op.DIAG, 0, 1, 0, 0, 0]]
-    rank_4 = [[Op.DIR, 2 + r, 6 + r, Phi.SET, 0, 0] for r in range(4)]
+    diag = [[Opcode.DIAG, 0, 1, 0, 0, 0]]
+    rank_4 = [[Opcode.DIR, 2 + r, 6 + r, Phi.SET, 0, 0] for r in range(4)]
     for program, form in ((diag, "diagonal"), (rank_4, "rank 4")):
-        code = torch.tensor([*program, [Op.END, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
+        code = torch.tensor([*program, [Opcode.END, 0, 0, 0, 0, 0]], dtype=torch.int32, device=device)
         args = torch.zeros(code.shape, device=device)
         for num_tokens in (1, 64, 256):
             for popularity in (NOBODY, ALL_ONE):

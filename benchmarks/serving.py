@@ -39,11 +39,11 @@ from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
 from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.plan import PlacedPlan
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.vectors import Registry, read_vectors
-from whipstaff.steering import vector_file as artifacts
-from whipstaff.steering.method import Place
+from whipstaff.server.plan import PositionedPlan
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
+from whipstaff.steering import vector_file
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 from whipstaff.steering.vector_file import Header
@@ -110,7 +110,7 @@ def make_models(folder: Path) -> dict[str, str]:
     tensors = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
     tensors |= {f"attn_head.{layer}.add": torch.randn(HEADS, HIDDEN // HEADS) for layer in range(LAYERS)}
     (folder / "vectors").mkdir()
-    artifacts.write(folder / "vectors" / "everywhere.safetensors", Header(method="vector", model=SHAPE), tensors)
+    vector_file.write(folder / "vectors" / "everywhere.safetensors", Header(method="vector", model=SHAPE), tensors)
     return {name: str(folder / name) for name in ("base", "expert", "anti", "vectors")}
 
 
@@ -347,17 +347,17 @@ def median_ms(work: Callable[[], Any], num: int) -> float:
 
 def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     """Milliseconds of each part of steering, timed alone in this process: where the time goes."""
-    specs = [SiteSpec(Place("resid_post", layer), 0, HIDDEN) for layer in range(LAYERS)]
-    specs += [SiteSpec(Place("attn_head", layer), 0, HIDDEN) for layer in range(LAYERS)]
-    registry = Registry(read_vectors([Path(made["vectors"])]), SHAPE)
-    have = Catalogue(registry, {}, num_layers=LAYERS, places=frozenset(spec.place for spec in specs))
-    vector = have.registry.usable("everywhere", "")
-    compiled = [compile_extras(steered(config), have) for config in range(64)]
-    plans = [PlacedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
+    specs = [SiteSpec(HookPoint("resid_post", layer), 0, HIDDEN) for layer in range(LAYERS)]
+    specs += [SiteSpec(HookPoint("attn_head", layer), 0, HIDDEN) for layer in range(LAYERS)]
+    registry = VectorSnapshot(read_vectors([Path(made["vectors"])]), SHAPE)
+    caps = Capabilities(registry, {}, num_layers=LAYERS, hook_points=frozenset(spec.place for spec in specs))
+    vector = caps.registry.usable("everywhere", "")
+    compiled = [compile_extras(steered(config), caps) for config in range(64)]
+    plans = [PositionedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
     fresh = iter(range(10**9))
 
     def admit(config: int) -> None:
-        one = compile_extras(steered(config), have)
+        one = compile_extras(steered(config), caps)
         assert one is not None
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
@@ -377,7 +377,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions, names), None)
 
     x = torch.randn(MAX_SEQS, HIDDEN)
-    sites = [tables.at(place) for place in tables.places]
+    sites = [tables.at(place) for place in tables.hook_points]
 
     def edit() -> None:
         for site in sites:

@@ -9,14 +9,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext.instructions import MAX_GROUP, Op, Phi, described
+from whipstaff.cuda_ext.instructions import MAX_GROUP, Opcode, Phi, described
 from whipstaff.cuda_ext.libraries import load
 
 __all__ = [
     "IMPLEMENTATION",
     "MAX_GROUP",
     "Explanation",
-    "Op",
+    "Opcode",
     "Phi",
     "apply_temperature_",
     "attention_rows",

@@ -5,7 +5,7 @@ from enum import IntEnum
 from itertools import zip_longest
 from pathlib import Path
 
-from whipstaff.cuda_ext.instructions import MAX_GROUP, NUM_OPERANDS, NUM_PHI_ARGS, Op, Operand, Phi
+from whipstaff.cuda_ext.instructions import MAX_GROUP, NUM_OPERANDS, NUM_PHI_ARGS, Opcode, Operand, Phi
 
 PATH = Path(__file__).parent / "csrc" / "instructions.h"
 
@@ -59,23 +59,23 @@ constexpr OpKind OP_KINDS[] = {{
 
 
 def header() -> str:
-    needed = sorted({op.needs for op in Op} - {""})
+    needed = sorted({op.needs for op in Opcode} - {""})
     return HEADER.format(
         max_group=MAX_GROUP,
         num_operands=NUM_OPERANDS,
         num_phi_args=NUM_PHI_ARGS,
         operand=_enumeration(Operand),
         needs=f"enum class Needs : int32_t {{ {', '.join(map(_camel, ['nothing', *needed]))} }};\n",
-        op=_enumeration(Op) + f"constexpr int NUM_OPS = {len(Op)};\n",
+        op=_enumeration(Opcode) + f"constexpr int NUM_OPS = {len(Opcode)};\n",
         phi=_enumeration(Phi, (phi.formula for phi in Phi)) + f"constexpr int NUM_PHIS = {len(Phi)};\n",
         is_pair=" || ".join(f"phi == Phi::{_camel(phi.name)}" for phi in Phi if phi.is_pair),
-        for_each=" \\\n".join(f"  DO({_camel(op.name)}, {op.name.lower()})" for op in Op),
+        for_each=" \\\n".join(f"  DO({_camel(op.name)}, {op.name.lower()})" for op in Opcode),
         operand_kinds=_rows(f'"{kind.title}", {kind.lowest}' for kind in Operand),
-        op_kinds=_rows(_op_kind(op) for op in Op),
+        op_kinds=_rows(_op_kind(op) for op in Opcode),
     )
 
 
-def _op_kind(op: Op) -> str:
+def _op_kind(op: Opcode) -> str:
     kinds = ", ".join(f"Operand::{_camel(kind.name)}" for kind in op.operands)
     return f'"{op.name}", {{{kinds}}}, {op.passes}, Needs::{_camel(op.needs or "nothing")}, "{op.needs}"'
 

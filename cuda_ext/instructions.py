@@ -2,7 +2,7 @@
 
 The operator's docstring, the check of programs in `interpreter` and csrc/instructions.h, which
 `python -m whipstaff.cuda_ext.header` writes, follow from the two enumerations here. A new instruction is a member of
-`Op` and a step of the same name in each machine: interpreter.py, csrc/run_edits.cpp and csrc/run_edits.cuh.
+`Opcode` and a step of the same name in each machine: interpreter.py, csrc/run_edits.cpp and csrc/run_edits.cuh.
 """
 
 import textwrap
@@ -55,7 +55,7 @@ class Operand(IntEnum):
     NUM_FEATURES = "encoder row", 0  # how many, beginning with the row that the operand before it names
 
 
-class Op(IntEnum):
+class Opcode(IntEnum):
     """[op, i0, i1, i2, i3, i4] in `code` with [a, b, c, d, bias, e] in `args`.
 
     A member is told by its effect, what its integers name, about how many passes over the row it makes (beside one for
@@ -169,5 +169,5 @@ def described(indent: int, width: int = 120) -> str:
     margin = " " * indent
     return "\n".join(
         textwrap.fill(op.effect, width, initial_indent=f"{margin}{op.name:10}", subsequent_indent=margin + " " * 10)
-        for op in Op
+        for op in Opcode
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext.instructions import MAX_GROUP, Instruction, Op, Operand, Phi
+from whipstaff.cuda_ext.instructions import MAX_GROUP, Instruction, Opcode, Operand, Phi
 from whipstaff.cuda_ext.reference import IS_CHECKED, apply_phi, compute_type
 
 
@@ -221,9 +221,9 @@ class Machine:
     def next_in_group(self) -> int:
         """Where the next direction of a group is, before or behind a JUMP; -1: the group ends."""
         program, at = self.call.program, self.pc
-        if at < len(program) and program[at].op == Op.JUMP:
+        if at < len(program) and program[at].op == Opcode.JUMP:
             at = program[at].i0
-        is_next = 0 <= at < len(program) and program[at].op == Op.DIR and program[at].i3 != 1
+        is_next = 0 <= at < len(program) and program[at].op == Opcode.DIR and program[at].i3 != 1
         return at if is_next else -1
 
     def save(self, i: Instruction) -> None:
@@ -266,7 +266,7 @@ class Machine:
             self.call.kept[self.token] = self.h.to(self.call.kept.dtype)
 
 
-STEPS: dict[int, Callable[[Machine, Instruction], None]] = {op: getattr(Machine, op.name.lower()) for op in Op}
+STEPS: dict[int, Callable[[Machine, Instruction], None]] = {op: getattr(Machine, op.name.lower()) for op in Opcode}
 
 
 def check(call: Call, token: int) -> None:
@@ -280,9 +280,9 @@ def check(call: Call, token: int) -> None:
             check_instruction(call, token, i)
         except ValueError as mistake:
             raise RuntimeError(f"token {token}, instruction {pc}: {mistake}") from None
-        if i.op == Op.END:
+        if i.op == Opcode.END:
             return
-        pc = i.i0 if i.op == Op.JUMP else pc + 1
+        pc = i.i0 if i.op == Opcode.JUMP else pc + 1
         if not 0 <= pc < num_instructions:
             raise RuntimeError(f"token {token} leaves the code for {pc}, it has {num_instructions} instructions")
     raise RuntimeError(f"token {token}: its program does not end")
@@ -290,8 +290,8 @@ def check(call: Call, token: int) -> None:
 
 def check_instruction(call: Call, token: int, i: Instruction) -> None:
     """ValueError: it names what is not there."""
-    within("op", i.op, 0, len(Op))
-    op, sizes, width = list(Op)[i.op], call.sizes, call.lines.shape[1]
+    within("op", i.op, 0, len(Opcode))
+    op, sizes, width = list(Opcode)[i.op], call.sizes, call.lines.shape[1]
     if op.needs and getattr(call, op.needs) is None:
         raise ValueError(f"{op.name} needs {op.needs}")
     for kind, before, value in zip(op.operands, i[:5], i[1:6], strict=False):

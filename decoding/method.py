@@ -27,7 +27,7 @@ _MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "uniform", "temperature", "early", "ahead"]  # see `Rows`
+Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
 
 
 class DecodingError(ValueError):
@@ -53,7 +53,7 @@ def in_ten_thousandths(value: Any) -> Any:
     return value * 1e-4 if is_count else value
 
 
-class Words(Protocol):
+class Vocabulary(Protocol):
     """The served model's tokens, as far as methods that speak of text need them."""
 
     @property
@@ -250,7 +250,7 @@ class Method(ABC, Generic[P]):
         return params
 
 
-class Mixing(Method[P]):
+class StreamMixer(Method[P]):
     """A method that is a row of weights over streams: all of them run in one kernel."""
 
     stage = "mix"
@@ -279,11 +279,11 @@ class Mixing(Method[P]):
         return {} if said is None else {"steering": said}
 
 
-class Rewriting(Method[P]):
+class LogitsRewriter(Method[P]):
     """A method that rewrites rows of logits, all rows that use it at once."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    num_state: ClassVar[int] = 0  # floats kept per request from token to token
+    state_size: ClassVar[int] = 0  # floats kept per request from token to token
     keeps_greedy: ClassVar[bool] = False  # whether the best token always stays the best
     revives: ClassVar[bool] = False  # whether it may choose a token that was banned; no other method may
 
@@ -295,7 +295,7 @@ class Rewriting(Method[P]):
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 
-    def resolve(self, params: P, words: Words) -> BaseModel:
+    def resolve(self, params: P, words: Vocabulary) -> BaseModel:
         """The parameters as the engine needs them: text turned into tokens. Raises: DecodingError."""
         return params
 
@@ -326,6 +326,6 @@ class Rewriting(Method[P]):
         return None
 
 
-def setting_type(method: Rewriting[Any]) -> type[BaseModel]:
+def setting_type(method: LogitsRewriter[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

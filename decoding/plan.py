@@ -17,7 +17,7 @@ class Rewrite(NamedTuple):
     early: tuple[int, ...] = ()  # early layers
 
 
-class Draw(NamedTuple):
+class SamplerSettings(NamedTuple):
     """The request's own sampling parameters, where our stages do what vLLM's sampler would."""
 
     temperature: float = 1.0
@@ -37,7 +37,7 @@ class DecodingPlan:
 
     mix: Mix | None = None
     rewrites: tuple[Rewrite, ...] = ()  # in the order in which they run
-    draw: Draw | None = None  # None: vLLM's sampler draws as ever
+    draw: SamplerSettings | None = None  # None: vLLM's sampler draws as ever
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
@@ -71,7 +71,7 @@ class DecodingPlan:
                 Rewrite(method, setting, tuple(streams), tuple(heads), tuple(early))
                 for method, setting, streams, heads, early in wire["rewrites"]
             ),
-            Draw(*wire["draw"]) if wire["draw"] else None,
+            SamplerSettings(*wire["draw"]) if wire["draw"] else None,
             wire["seed"],
             wire["explain"],
             wire["scores_base"],

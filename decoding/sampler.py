@@ -8,7 +8,7 @@ from whipstaff.cuda_ext import apply_temperature_
 _GREEDY_BELOW = 1e-5  # as in vLLM
 
 
-def temper(logits: Tensor, temperature: Tensor) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     """logits / temperature; 0 leaves the first best token alone.
 
     logits (R, V) float32, changed in place and returned; temperature (R,) float32.
@@ -17,7 +17,7 @@ def temper(logits: Tensor, temperature: Tensor) -> Tensor:
     return logits
 
 
-def truncate(
+def apply_top_k_top_p_min_p(
     logits: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None, min_p: Tensor | None = None
 ) -> Tensor:
     """-inf for all but the plausible tokens: min_p, then top_k, then top_p of what those leave, as vLLM orders them.

@@ -25,16 +25,16 @@ from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
-from whipstaff.server.engine.frontend.vector_leases import Residents
+from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.prompt.vocabulary import Words
-from whipstaff.server.registry.capabilities import Catalogue, Limit
-from whipstaff.server.registry.folder import Store
-from whipstaff.server.registry.live import Library
-from whipstaff.server.registry.vectors import Registry, VectorFile, misfit, read_stored, read_vectors
+from whipstaff.server.prompt.vocabulary import Vocabulary
+from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.folder import RegistryFolder
+from whipstaff.server.registry.live import LiveRegistry
+from whipstaff.server.registry.vectors import VectorFile, VectorSnapshot, misfit, read_stored, read_vectors
 from whipstaff.server.settings import Settings
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.routing_scheme import Scheme
 from whipstaff.steering.shape import ModelShape
 
@@ -84,7 +84,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
     await stopped
 
 
-def read_files(settings: Settings) -> tuple[dict[str, VectorFile], Store | None]:
+def read_files(settings: Settings) -> tuple[dict[str, VectorFile], RegistryFolder | None]:
     """The vectors given at start-up, and those that the registry's folder holds then; and that folder.
 
     Raises: BadVectorFile, BadStore.
@@ -92,7 +92,7 @@ def read_files(settings: Settings) -> tuple[dict[str, VectorFile], Store | None]
     files = read_vectors(settings.vectors)
     if settings.registry is None:
         return files, None
-    store = Store(settings.registry)
+    store = RegistryFolder(settings.registry)
     return files | read_stored(store, files), store
 
 
@@ -115,7 +115,9 @@ def launch(
     return start(args, **_needs(settings, files.values()), client=client)
 
 
-async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: Store | None) -> Library:
+async def load(
+    engine: Engine, settings: Settings, files: Mapping[str, VectorFile], store: RegistryFolder | None
+) -> LiveRegistry:
     """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
     model = ModelShape.model_validate(facts["model"])
@@ -129,10 +131,12 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         list(engine.layout.limits),
     )
     config = engine.model_config
-    have = Catalogue(
-        registry=Registry({}, model),
+    caps = Capabilities(
+        registry=VectorSnapshot({}, model),
         auxiliaries=engine.layout.limits,
-        words=None if config.skip_tokenizer_init else Words.of(engine.get_tokenizer(), most=config.get_vocab_size()),
+        words=None
+        if config.skip_tokenizer_init
+        else Vocabulary.of(engine.get_tokenizer(), most=config.get_vocab_size()),
         vocabulary=config.get_vocab_size(),
         max_len=config.max_model_len,
         max_seqs=engine.vllm_config.scheduler_config.max_num_seqs,
@@ -141,7 +145,7 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         num_slots=engine.layout.num_slots,
         num_histories=engine.layout.num_histories,
         num_layers=engine.layout.shape.num_layers,
-        places=frozenset(Place(*place) for place in facts["sites"]),
+        hook_points=frozenset(HookPoint(*place) for place in facts["sites"]),
         lengths=Lengths(lengths),
         limit=Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,
@@ -157,14 +161,14 @@ async def load(engine: Engine, settings: Settings, files: Mapping[str, VectorFil
         looks_ahead=engine.layout.looks_ahead,
         routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
-    library = Library(Residents(engine), have, files, store, settings.presets)
+    library = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
     await library.start()
     return library
 
 
-async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
+async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
     """Run the self-test. Raises: UnsupportedEngine, naming what did not obey."""
-    findings = [finding async for finding in self_test(engine, list(have.auxiliaries))]
+    findings = [finding async for finding in self_test(engine, list(caps.auxiliaries))]
     bad = [finding.what for finding in findings if not finding.is_good]
     if bad:
         raise UnsupportedEngine(
@@ -175,7 +179,7 @@ async def prove(engine: Engine, have: Catalogue) -> list[Finding]:
     return findings
 
 
-async def extend(app: FastAPI, engine: Engine, library: Library, settings: Settings) -> FastAPI:
+async def extend(app: FastAPI, engine: Engine, library: LiveRegistry, settings: Settings) -> FastAPI:
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
     app.state.whipstaff = library
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from whipstaff.decoding.plan import DecodingPlan, Draw
-from whipstaff.steering.plan import Insert, Row, Segment, SteeringPlan
+from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
+from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
 
 KEY = "whipstaff"
 STEPS_AHEAD = 2  # a member that is not needed any more may have been given as many tokens more
 
 
 @dataclass(frozen=True)
-class Member:
+class CompanionPlan:
     """A further sequence of a request, that emits the tokens which the request emits; see `groups`."""
 
     prompt: tuple[int, ...]
@@ -27,10 +27,10 @@ class Member:
         return {"prompt": list(self.prompt), "steering": steering, "until": self.until, "adapter": adapter}
 
     @staticmethod
-    def from_wire(wire: Mapping[str, Any]) -> "Member":
+    def from_wire(wire: Mapping[str, Any]) -> "CompanionPlan":
         steering = SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None
         adapter = wire["adapter"]
-        return Member(tuple(wire["prompt"]), steering, wire["until"], tuple(adapter) if adapter else None)
+        return CompanionPlan(tuple(wire["prompt"]), steering, wire["until"], tuple(adapter) if adapter else None)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class RequestPlan:
 
     steering: SteeringPlan | None = None
     decoding: DecodingPlan | None = None
-    ticket: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
-    members: tuple[Member, ...] = ()  # further sequences that emit the same tokens
+    readings_id: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
+    members: tuple[CompanionPlan, ...] = ()  # further sequences that emit the same tokens
     models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
 
     @cached_property
@@ -59,7 +59,7 @@ class RequestPlan:
         return {
             "steering": self.steering.to_wire() if self.steering else None,
             "decoding": self.decoding.to_wire() if self.decoding else None,
-            "ticket": self.ticket,
+            "readings_id": self.readings_id,
             "members": [member.to_wire() for member in self.members],
             "models": list(self.models),
         }
@@ -72,25 +72,25 @@ class RequestPlan:
         return RequestPlan(
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
             DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
-            str(wire["ticket"]),
-            tuple(map(Member.from_wire, wire["members"])),
+            str(wire["readings_id"]),
+            tuple(map(CompanionPlan.from_wire, wire["members"])),
             tuple(wire["models"]),
         )
 
 
-def take_draw(params: Any, is_temperature_last: bool) -> Draw:
+def take_draw(params: Any, is_temperature_last: bool) -> SamplerSettings:
     """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
 
     A greedy request stays greedy: it takes the best of what our stages leave.
     """
-    draw = Draw(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
+    draw = SamplerSettings(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
     if params.temperature > 0:
         params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
     return draw
 
 
 @dataclass(frozen=True)
-class PlacedPlan:
+class PositionedPlan:
     """A plan whose prompt length is known, so that its positions are absolute."""
 
     plan: RequestPlan
@@ -109,7 +109,7 @@ class PlacedPlan:
         return replace(steering, keeps=()).segments(self.prompt_len)
 
     @cached_property
-    def rows(self) -> frozenset[Row]:
+    def rows(self) -> frozenset[EditSet]:
         """The distinct rows of edits that the request may need at once."""
         return frozenset(row for segment in self.segments for row in (segment.row, segment.row_at_tokens) if row)
 

@@ -33,9 +33,9 @@ class Source(NamedTuple):
 
 def numbers_of(vector: Vector) -> dict[str, Tensor]:
     """A vector's tensors as its file names them."""
-    found = dict(vector.unplaced)
+    found = dict(vector.shared_parts)
     for (site, layer), parts in vector.tensors.items():
-        own = {part: tensor for part, tensor in parts.items() if vector.unplaced.get(part) is not tensor}
+        own = {part: tensor for part, tensor in parts.items() if vector.shared_parts.get(part) is not tensor}
         found |= {f"{site}.{layer}.{part}": tensor for part, tensor in own.items()}
     return found
 

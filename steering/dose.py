@@ -13,8 +13,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.cuda_ext.reference import apply_phi
-from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Directions, Op, Replacement
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import Cross, Diagonal, Directions, EditOp, Replacement
 
 _NUM_TRIED = 256
 
@@ -23,10 +23,10 @@ class Dose(NamedTuple):
     """The largest of an edit's doses and where it is given."""
 
     relative: float
-    place: Place
+    place: HookPoint
 
 
-def largest(doses: Mapping[Place, float]) -> Dose | None:
+def largest(doses: Mapping[HookPoint, float]) -> Dose | None:
     """The largest of some doses; None of none."""
     if not doses:
         return None
@@ -34,14 +34,14 @@ def largest(doses: Mapping[Place, float]) -> Dose | None:
     return Dose(doses[place], place)
 
 
-def dose(ops: Iterable[Op], length: float) -> float:
+def dose(ops: Iterable[EditOp], length: float) -> float:
     """Of some edits at one place where activations have this length; their changes are taken to be independent."""
     if length <= 0:
         return 0.0
     return math.sqrt(sum(_mean_square(op, length) for op in ops)) / length
 
 
-def _mean_square(op: Op, length: float) -> float:
+def _mean_square(op: EditOp, length: float) -> float:
     """The mean squared length of the change to a row of that length and random direction."""
     if isinstance(op, Diagonal):
         stretch = 0.0 if op.mul is None else float((op.mul - 1).square().mean())

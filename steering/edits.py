@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary, ref
 
 from whipstaff.steering.dose import Dose, dose, largest
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Place, Scaled
-from whipstaff.steering.ops import Diagonal, Op
+from whipstaff.steering.method import EditParams, HookPoint, Scaled
+from whipstaff.steering.ops import Diagonal, EditOp
 from whipstaff.steering.overflow import Bound, bound
-from whipstaff.steering.plan import RowEdit
+from whipstaff.steering.plan import Edit
 from whipstaff.steering.programs import Step, assemble, lines_of
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
@@ -33,10 +33,10 @@ def _by_vector(make: Callable[..., T]) -> Callable[..., T]:
     return kept
 
 
-def edits_of(vector: Vector, edit: RowEdit) -> dict[Place, tuple[Op, ...]]:
+def edits_of(vector: Vector, edit: Edit) -> dict[HookPoint, tuple[EditOp, ...]]:
     """What an edit does at each place, by the place's canonical name."""
     params = vector.method.params.model_validate_json(edit.setting)
-    found: dict[Place, tuple[Op, ...]] = {}
+    found: dict[HookPoint, tuple[EditOp, ...]] = {}
     for place, tensors in vector.tensors.items():
         if edit.layers is None or place.layer in edit.layers:
             ops = tuple(_made(vector, edit, params, place, tensors))
@@ -45,7 +45,7 @@ def edits_of(vector: Vector, edit: RowEdit) -> dict[Place, tuple[Op, ...]]:
     return found
 
 
-def _made(vector: Vector, edit: RowEdit, params: EditParams, place: Place, tensors: Any) -> Sequence[Op]:
+def _made(vector: Vector, edit: Edit, params: EditParams, place: HookPoint, tensors: Any) -> Sequence[EditOp]:
     method, model = vector.method, vector.header.model
     if not edit.normalize:
         return method.ops(tensors, params, place, model)
@@ -57,7 +57,7 @@ def _made(vector: Vector, edit: RowEdit, params: EditParams, place: Place, tenso
     return [Diagonal(None, params.scale * add / add.norm()) for add in adds]
 
 
-def _only_adds(op: Op) -> bool:
+def _only_adds(op: EditOp) -> bool:
     return isinstance(op, Diagonal) and op.mul is None
 
 
@@ -70,17 +70,17 @@ class Weight(NamedTuple):
 
     num_lines: int  # of the pool from which it takes most
     num_instructions: int  # of its longest program
-    bounds: tuple[tuple[Place, Bound], ...]
+    bounds: tuple[tuple[HookPoint, Bound], ...]
     only_adds: bool  # and so commutes with others that do
 
 
-def weigh(vector: Vector, edit: RowEdit) -> Weight:
+def weigh(vector: Vector, edit: Edit) -> Weight:
     """Raises: SteeringError when the edit cannot be made so."""
     return _weigh(vector, edit._replace(gate=edit.gate.outline))
 
 
 @_by_vector
-def _weigh(vector: Vector, edit: RowEdit) -> Weight:
+def _weigh(vector: Vector, edit: Edit) -> Weight:
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
     made = edits_of(vector, edit)
@@ -96,17 +96,17 @@ def _weigh(vector: Vector, edit: RowEdit) -> Weight:
 class Lengths:
     """The usual length of activations at every place of the served model."""
 
-    by_place: Mapping[Place, float]
+    by_place: Mapping[HookPoint, float]
 
 
 @_by_vector
-def strongest(vector: Vector, edit: RowEdit, lengths: Lengths) -> Dose | None:
+def strongest(vector: Vector, edit: Edit, lengths: Lengths) -> Dose | None:
     """The largest relative dose of an edit, over the places whose lengths are known."""
     known = lengths.by_place
     return largest({place: dose(ops, known[place]) for place, ops in edits_of(vector, edit).items() if place in known})
 
 
-def _can_normalize(vector: Vector, edit: RowEdit) -> bool:
+def _can_normalize(vector: Vector, edit: Edit) -> bool:
     params = vector.method.params.model_validate_json(edit.setting)
     if not isinstance(params, Scaled):
         return False

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from whipstaff.steering.ops import Op
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Shorthand, Where
 
@@ -39,7 +39,7 @@ class Scaled(EditParams):
     scale: float = strength(1.0)
 
 
-class Place(NamedTuple):
+class HookPoint(NamedTuple):
     """Where an edit is made."""
 
     site: Site
@@ -52,7 +52,7 @@ P = TypeVar("P", bound=EditParams)
 class Method(ABC, Generic[P]):
     """One way of steering. Adding a method is a file in `methods/` and a line in its table.
 
-    Files name their tensors `{site}.{layer}.{part}`, or `{part}` alone for what is the same at all of `places`.
+    Files name their tensors `{site}.{layer}.{part}`, or `{part}` alone for what is the same at all of `hook_points`.
     """
 
     name: ClassVar[str]
@@ -74,15 +74,15 @@ class Method(ABC, Generic[P]):
         """Whether an entry with these parameters leaves the model alone, bit for bit."""
         return False
 
-    def places(self, model: ModelShape) -> list[Place]:
+    def hook_points(self, model: ModelShape) -> list[HookPoint]:
         """Where parts without a place of their own apply."""
         return []
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         """Checks on a file beyond names, shapes and finite numbers. Raises: SteeringError."""
         return None
 
-    def check_params(self, params: P, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: P, tensors: Mapping[HookPoint, Tensors]) -> None:
         """Checks of a request's parameters against a file. Raises: SteeringError naming the field."""
         return None
 
@@ -103,10 +103,10 @@ class Method(ABC, Generic[P]):
         return 0
 
     @abstractmethod
-    def ops(self, tensors: Tensors, params: P, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: P, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         """The edits at one place, applied in order."""
 
-    def spread(self, params: P, tensors: Mapping[Place, Tensors], where: Where) -> Iterator[tuple[P, Where]]:
+    def spread(self, params: P, tensors: Mapping[HookPoint, Tensors], where: Where) -> Iterator[tuple[P, Where]]:
         """The edit as one or more, each with its own tokens; most methods make one."""
         yield params, where
 
@@ -122,9 +122,9 @@ class ScaledMethod(Method[S]):
     def is_off(self, params: S) -> bool:
         return params.scale == 0
 
-    def ops(self, tensors: Tensors, params: S, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return self.edits(tensors, params, place, model) if params.scale else ()
 
     @abstractmethod
-    def edits(self, tensors: Tensors, params: S, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         """The edits at one place at a strength that is not 0."""

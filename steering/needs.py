@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import SITES, Site
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
@@ -18,14 +18,14 @@ class Needs:
 
     sites: frozenset[Site] = frozenset()
     attention: bool = False
-    encoders: dict[Place, int] = field(default_factory=dict)
+    encoders: dict[HookPoint, int] = field(default_factory=dict)
 
     @staticmethod
     def of(vectors: Iterable[Vector], hooks: Iterable[Hook] = ()) -> "Needs":
         """What `vectors` need, and `hooks` besides."""
         asked = set(hooks)
         sites, attention = {site for site in SITES if site in asked}, "attention" in asked
-        encoders: dict[Place, int] = {}
+        encoders: dict[HookPoint, int] = {}
         for vector in vectors:
             if vector.method.served_by == "attention":
                 attention = True

@@ -72,7 +72,7 @@ class Directions:
     replacement: Replacement | None = None
 
 
-Op = Diagonal | Cross | Directions
+EditOp = Diagonal | Cross | Directions
 
 
 def diagonal(scale: float, add: Tensor | None = None, gain: Tensor | None = None) -> Diagonal:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Directions, Op, Replacement
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import Cross, Diagonal, Directions, EditOp, Replacement
 
 # What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and
 # float32 models have room for 1e15 and a large activation besides; float16 itself ends at 65504.
@@ -20,14 +20,14 @@ Bound = tuple[float, float]  # (f, c): what is at most s becomes at most f * s +
 _IN_STREAM = ("resid_pre", "resid_post")
 
 
-def growth(bounds: Iterable[tuple[Place, Bound]]) -> float:
+def growth(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
     """How large the edits can make an activation of size one on its way through all layers, at most.
 
     Args:
         bounds: of every edit, in the order in which the model meets them. Edits of the residual stream act on all that
             came before; those elsewhere act on normalised activations and add what they make to the stream.
     """
-    at: dict[Place, Bound] = {}
+    at: dict[HookPoint, Bound] = {}
     for place, (factor, constant) in bounds:  # those of one place are made one after the other
         before, plus = at.get(place, (1.0, 0.0))
         at[place] = before * factor, plus * factor + constant
@@ -39,7 +39,7 @@ def growth(bounds: Iterable[tuple[Place, Bound]]) -> float:
     return size
 
 
-def bound(ops: Iterable[Op]) -> Bound:
+def bound(ops: Iterable[EditOp]) -> Bound:
     """Of edits made one after the other."""
     factor, constant = 1.0, 0.0
     for op in ops:
@@ -48,7 +48,7 @@ def bound(ops: Iterable[Op]) -> Bound:
     return factor, constant
 
 
-def _bound(op: Op) -> Bound:
+def _bound(op: EditOp) -> Bound:
     if isinstance(op, Diagonal):
         return 1.0 if op.mul is None else _peak(op.mul), 0.0 if op.add is None else _peak(op.add)
     if isinstance(op, Cross):

@@ -1,8 +1,8 @@
 """A request's steering: from JSON to the rows of edits its tokens need.
 
 The front end compiles a request's entries into a `SteeringPlan` without knowing the prompt; the plan travels with the
-request as plain JSON, and the engine asks it for `segments` once the prompt length is known. A `Row` names the edits
-active together at some position; equal rows share one program of the engine's tables, whoever asked for them.
+request as plain JSON, and the engine asks it for `segments` once the prompt length is known. An `EditSet` names the
+edits active together at some position; equal rows share one program of the engine's tables, whoever asked for them.
 """
 
 from bisect import bisect_left
@@ -16,7 +16,7 @@ from whipstaff.steering.programs import OPEN, Gate
 from whipstaff.steering.where import Interval, Where
 
 
-class RowEdit(NamedTuple):
+class Edit(NamedTuple):
     """One vector with one setting of its method's parameters, on some layers (None: all of the vector's)."""
 
     digest: str
@@ -29,7 +29,7 @@ class RowEdit(NamedTuple):
     num_instructions: int = 0
 
 
-class RowProbe(NamedTuple):
+class ProbeRead(NamedTuple):
     """One probe to read; `column` is the condition of the request that it decides."""
 
     digest: str
@@ -45,7 +45,7 @@ class RowSpecial(NamedTuple):
     setting: str  # the method's parameters as JSON, defaults filled in
 
 
-class RowKeep(NamedTuple):
+class StreamCopy(NamedTuple):
     """Keep the streams entering some blocks, as the row's edits have left them, beside the model; nothing changes.
 
     Layers count as in papers on early exit: 0 is what the embedding gives, l what leaves the l-th block.
@@ -54,7 +54,7 @@ class RowKeep(NamedTuple):
     layers: tuple[int, ...]
 
 
-class RowMeter(NamedTuple):
+class Meter(NamedTuple):
     """Measure how long activations are, everywhere."""
 
     is_on: bool = True
@@ -68,8 +68,8 @@ class Insert(NamedTuple):
     num: int
 
 
-Item = RowEdit | RowProbe | RowSpecial | RowKeep | RowMeter
-Row = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
+Item = Edit | ProbeRead | RowSpecial | StreamCopy | Meter
+EditSet = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
 _SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
 
@@ -78,19 +78,21 @@ class Segment(NamedTuple):
 
     start: int
     end: int | None
-    row: Row
-    row_at_tokens: Row  # instead, where the token is one of the plan's `token_ids`; the same object where it is equal
+    row: EditSet
+    row_at_tokens: (
+        EditSet  # instead, where the token is one of the plan's `token_ids`; the same object where it is equal
+    )
 
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    edit: RowEdit
+    edit: Edit
     where: Where
 
 
 @dataclass(frozen=True)
 class PlannedProbe:
-    probe: RowProbe
+    probe: ProbeRead
     where: Where
 
 
@@ -111,7 +113,7 @@ class SteeringPlan:
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
     specials: tuple[PlannedSpecial, ...] = ()
-    keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `RowKeep`
+    keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
 
     @property
     def num_columns(self) -> int:
@@ -156,9 +158,9 @@ class SteeringPlan:
         yield from ((planned.edit, planned.where) for planned in self.edits)
         yield from ((planned.special, planned.where) for planned in self.specials)
         if self.keeps:
-            yield RowKeep(self.keeps), Where.of("all")
+            yield StreamCopy(self.keeps), Where.of("all")
         if self.is_metered:
-            yield RowMeter(), Where.of("all")
+            yield Meter(), Where.of("all")
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -176,7 +178,7 @@ class SteeringPlan:
     def from_wire(wire: Mapping[str, Any]) -> "SteeringPlan":
         return SteeringPlan(
             tuple(_edit_from_wire(*entry) for entry in wire["edits"]),
-            tuple(PlannedProbe(RowProbe(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["probes"]),
+            tuple(PlannedProbe(ProbeRead(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["probes"]),
             tuple(Schedule.model_validate(schedule) for schedule in wire["schedules"]),
             int(wire["entropy_column"]),
             bool(wire["is_metered"]),
@@ -188,7 +190,7 @@ class SteeringPlan:
         )
 
 
-def _flat(edit: RowEdit) -> list[Any]:
+def _flat(edit: Edit) -> list[Any]:
     layers = None if edit.layers is None else list(edit.layers)
     return [edit.digest, edit.setting, layers, edit.normalize, edit.renorm, edit.num_lines, edit.num_instructions]
 
@@ -220,7 +222,7 @@ def _edit_from_wire(
         lane, column, is_latched, on, off, sign, ramp = gate
         opened = Gate(lane, column, is_latched, float(on), float(off), sign, None if ramp is None else _ramp(*ramp))
     row_layers = None if layers is None else tuple(layers)
-    edit = RowEdit(digest, setting, row_layers, normalize, renorm, opened, num_lines, num_instructions)
+    edit = Edit(digest, setting, row_layers, normalize, renorm, opened, num_lines, num_instructions)
     return PlannedEdit(edit, Where.model_validate(where))
 
 
@@ -229,12 +231,12 @@ def _ramp(column: int, *numbers: float) -> tuple[int, float, float, float, float
     return column, low, high, at_low, at_high
 
 
-def num_slots(row: Row, num_layers: int) -> int:
+def num_slots(row: EditSet, num_layers: int) -> int:
     """How many slots of the engine's tables a row takes; a slot has two lines per layer in each pool and two frames."""
     lines, instructions = 0, 1
     for item in row:
-        lines += item.num_lines if isinstance(item, RowEdit) else _SMALL
-        instructions += item.num_instructions if isinstance(item, RowEdit) else _SMALL
+        lines += item.num_lines if isinstance(item, Edit) else _SMALL
+        instructions += item.num_instructions if isinstance(item, Edit) else _SMALL
     return max(-(-lines // (2 * num_layers)), -(-instructions // (2 * FRAME_ROOM)))
 
 

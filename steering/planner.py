@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Place
+from whipstaff.steering.method import EditParams, HookPoint
 from whipstaff.steering.methods.virtual_tokens import PrefixKV
 from whipstaff.steering.overflow import Bound
 from whipstaff.steering.plan import (
+    Edit,
     PlannedEdit,
     PlannedProbe,
     PlannedSpecial,
-    RowEdit,
-    RowProbe,
+    ProbeRead,
     RowSpecial,
     SteeringPlan,
 )
@@ -64,7 +64,7 @@ class Planner:
     probes: list[PlannedProbe] = field(default_factory=list)
     schedules: list[Schedule] = field(default_factory=list)
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
-    bounds: list[tuple[Place, Bound]] = field(default_factory=list)
+    bounds: list[tuple[HookPoint, Bound]] = field(default_factory=list)
     specials: list[PlannedSpecial] = field(default_factory=list)
 
     @property
@@ -87,7 +87,7 @@ class Planner:
         gate = self._gate(params, vector, layers, probe, where)
         for each, its_where in vector.method.spread(settings, vector.tensors, where):
             its_where = _since_decision(its_where) if gate.is_latched else its_where
-            edit = RowEdit(vector.digest, each.model_dump_json(), layers, params.normalize, params.renorm, gate)
+            edit = Edit(vector.digest, each.model_dump_json(), layers, params.normalize, params.renorm, gate)
             weight = weigh(vector, edit)
             edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
             self.edits.append(PlannedEdit(edit, its_where))
@@ -146,7 +146,7 @@ class Planner:
         is_latched = when.decide == "prompt"
         positions: Shorthand = "last_prompt" if is_latched else "each_last" if where.is_late else "all"
         column = self._column((probe.digest, layer, positions), "when")
-        read = PlannedProbe(RowProbe(probe.digest, layer, column, is_latched), Where.of(positions))
+        read = PlannedProbe(ProbeRead(probe.digest, layer, column, is_latched), Where.of(positions))
         if read not in self.probes:
             self.probes.append(read)
         return Gate(lane, column, is_latched, when.on, when.off, when.sign, ramp)

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from whipstaff.cuda_ext import MAX_GROUP
-from whipstaff.cuda_ext import Op as Code
-from whipstaff.steering.method import Place
-from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op
+from whipstaff.cuda_ext import MAX_GROUP, Opcode
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, EditOp
 from whipstaff.steering.sites import pool_of
 
 
@@ -92,7 +91,7 @@ class Line:
 class Step:
     """One entry of a row at one place."""
 
-    ops: tuple[Op, ...]
+    ops: tuple[EditOp, ...]
     gate: Gate = OPEN
     renorm: bool = False
     source: str = ""  # the digest of the vector, by which encoders are known
@@ -130,7 +129,7 @@ class Program:
     numbers: list[list[float]] = field(default_factory=list)
     encodings: list[Encoding] = field(default_factory=list)
 
-    def add(self, code: Code, operands: Sequence[int | Line] = (), numbers: Sequence[float] = ()) -> None:
+    def add(self, code: Opcode, operands: Sequence[int | Line] = (), numbers: Sequence[float] = ()) -> None:
         self.codes.append(int(code))
         self.operands.append([*operands, *[0] * (5 - len(operands))])
         self.numbers.append([*numbers, *[0.0] * (6 - len(numbers))])
@@ -140,7 +139,7 @@ class Program:
         return (operand for operands in self.operands for operand in operands if isinstance(operand, Line))
 
 
-def lines_of(programs: Mapping[Place, Program]) -> dict[str, list[Line]]:
+def lines_of(programs: Mapping[HookPoint, Program]) -> dict[str, list[Line]]:
     """The lines that the programs of a row take, by pool, each once."""
     found: dict[str, dict[Line, None]] = {}
     for place, program in programs.items():
@@ -153,31 +152,31 @@ def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool =
     program = Program()
     for reading in readings:
         flags = [reading.column, int(reading.is_latched), int(reading.is_cosine)]
-        program.add(Code.PROBE, [Line.own(reading.direction), *flags], [0, 0, 0, 0, reading.bias])
+        program.add(Opcode.PROBE, [Line.own(reading.direction), *flags], [0, 0, 0, 0, reading.bias])
     gate = OPEN
     for (wanted, renorm), together in _stages(steps):
         if wanted != gate:
             _emit_gate(program, wanted)
             gate = wanted
         if renorm:
-            program.add(Code.SAVE)
+            program.add(Opcode.SAVE)
         sources = {id(op): step.source for step in together for op in step.ops}
         for op in merged([op for step in together for op in step.ops], is_partial=wanted.is_partial):
             _emit(program, op, sources.get(id(op), ""))
         if renorm:
-            program.add(Code.RENORM)
+            program.add(Opcode.RENORM)
     if is_kept:
-        program.add(Code.KEEP)
+        program.add(Opcode.KEEP)
     if program.codes:
-        program.add(Code.END)
+        program.add(Opcode.END)
     return program
 
 
 def meter() -> Program:
     """Measure the row and leave it alone."""
     program = Program()
-    program.add(Code.METER)
-    program.add(Code.END)
+    program.add(Opcode.METER)
+    program.add(Opcode.END)
     return program
 
 
@@ -189,7 +188,7 @@ def _stages(steps: Sequence[Step]) -> Iterator[tuple[tuple[Gate, bool], list[Ste
         yield (gate, alone >= 0), [step for _, step in pairs]
 
 
-def merged(ops: Sequence[Op], is_partial: bool) -> Iterator[Op]:
+def merged(ops: Sequence[EditOp], is_partial: bool) -> Iterator[EditOp]:
     """Neighbouring diagonal edits as one. Half of one edit after half of another is not half of both, unless both
     only add."""
     pending: Diagonal | None = None
@@ -219,39 +218,39 @@ def _composed(first: Diagonal, then: Diagonal) -> Diagonal:
 
 
 def _emit_gate(program: Program, gate: Gate) -> None:
-    program.add(Code.GAIN, [gate.lane], [1.0])
+    program.add(Opcode.GAIN, [gate.lane], [1.0])
     if gate.column >= 0:
-        program.add(Code.WHEN, [gate.column, int(gate.is_latched)], [gate.on, gate.off, float(gate.sign)])
+        program.add(Opcode.WHEN, [gate.column, int(gate.is_latched)], [gate.on, gate.off, float(gate.sign)])
     if gate.ramp is not None:
         column, *numbers = gate.ramp
-        program.add(Code.RAMP, [column], numbers)
+        program.add(Opcode.RAMP, [column], numbers)
 
 
-def _emit(program: Program, op: Op, source: str) -> None:
+def _emit(program: Program, op: EditOp, source: str) -> None:
     if isinstance(op, Diagonal):
-        program.add(Code.DIAG, [-1 if row is None else Line.own(row) for row in (op.mul, op.add)])
+        program.add(Opcode.DIAG, [-1 if row is None else Line.own(row) for row in (op.mul, op.add)])
     elif isinstance(op, Cross):
-        program.add(Code.CROSS, [Line.own(op.mul), Line.own(op.cross), op.stride])
+        program.add(Opcode.CROSS, [Line.own(op.mul), Line.own(op.cross), op.stride])
     else:
         _emit_directions(program, op, source)
 
 
 def _emit_directions(program: Program, op: Directions, source: str) -> None:
     if op.norm != "none":
-        program.add(Code.NORM_IN, [PER_TOKEN_NORMS.index(op.norm)])
+        program.add(Opcode.NORM_IN, [PER_TOKEN_NORMS.index(op.norm)])
     if op.top_k is not None:
         program.encodings.append(Encoding(len(program.codes), source, op.top_k.encoder, op.top_k.bias))
-        program.add(Code.TOP_K, [0, len(op.top_k.encoder), op.top_k.k])
+        program.add(Opcode.TOP_K, [0, len(op.top_k.encoder), op.top_k.k])
     args = op.args.tolist()
     if op.replacement is not None:
-        program.add(Code.APART)
+        program.add(Opcode.APART)
     biases = [0.0] * len(op.phi) if op.bias is None else op.bias.tolist()
     for index, phi in enumerate(op.phi):
         read = -1 if op.read is None else Line.shared(op.read[index])
         starts = int(index % MAX_GROUP == 0)
-        program.add(Code.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index]])
+        program.add(Opcode.DIR, [read, Line.shared(op.write[index]), int(phi), starts], [*args[index], biases[index]])
     if op.replacement is not None:
         bias = -1 if op.replacement.bias is None else Line.shared(op.replacement.bias)
-        program.add(Code.TAKE, [bias], [op.replacement.scale])
+        program.add(Opcode.TAKE, [bias], [op.replacement.scale])
     if op.norm != "none":
-        program.add(Code.NORM_IN, [0])
+        program.add(Opcode.NORM_IN, [0])

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import Site
 
 CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked in every server; others where wanted
 
 
-def canonical(place: Place) -> Place:
+def canonical(place: HookPoint) -> HookPoint:
     """The stream entering a block is the one that leaves the block before it."""
     if place.site == "resid_pre" and place.layer > 0:
-        return Place("resid_post", place.layer - 1)
+        return HookPoint("resid_post", place.layer - 1)
     return place
 
 
-def entering(layer: int) -> Place:
+def entering(layer: int) -> HookPoint:
     """Where the stream that enters a block is found: 0 is what the embedding gives, l what leaves the l-th block."""
-    return canonical(Place("resid_pre", layer))
+    return canonical(HookPoint("resid_pre", layer))
 
 
 def pool_of(site: Site) -> str:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whipstaff.cuda_ext import Op as Code
+from whipstaff.cuda_ext import Opcode
 from whipstaff.steering.edits import edits_of
-from whipstaff.steering.method import Place
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, Row, RowKeep, RowMeter, RowProbe, RowSpecial
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, EditSet, Meter, ProbeRead, RowSpecial, StreamCopy
 from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
 from whipstaff.steering.sites import canonical, entering, pool_of
 from whipstaff.steering.vector_file import Vector
@@ -28,7 +28,7 @@ NOTHING = -1  # the address of tokens that are left alone
 class SiteSpec(NamedTuple):
     """One place. `first` and `width` are this process's slice of it (tensor parallelism)."""
 
-    place: Place
+    place: HookPoint
     first: int
     width: int
 
@@ -115,15 +115,15 @@ class Tables:
         num_layers: int,
         device: torch.device,
         vector_of: Callable[[str], Vector],
-        encoder_sizes: dict[Place, int] | None = None,
+        encoder_sizes: dict[HookPoint, int] | None = None,
         kept: Mapping[int, Tensor] | None = None,
     ) -> None:
         """A slot is room for one row: two lines per layer in each pool, and two frames of code.
 
         Args:
-            kept: by early layer (see `RowKeep`), (max_tokens, width) room in the model's type for the streams there.
+            kept: by early layer (see `StreamCopy`), (max_tokens, width) room in the model's type for the streams there.
         """
-        self.places = [spec.place for spec in sites]
+        self.hook_points = [spec.place for spec in sites]
         self.num_uploads = 0
         self._vector_of = vector_of
         self._pools: dict[str, Pool] = {}
@@ -140,15 +140,15 @@ class Tables:
             if (size := (encoder_sizes or {}).get(place))
         }
         self._free_frames = list(range(num_frames))
-        self._held: OrderedDict[Row, _Held] = OrderedDict()  # least recently used first
-        self._index = {place: index for index, place in enumerate(self.places)}
+        self._held: OrderedDict[EditSet, _Held] = OrderedDict()  # least recently used first
+        self._index = {place: index for index, place in enumerate(self.hook_points)}
         self._kept = {entering(layer): rows for layer, rows in (kept or {}).items()}
 
     def kept(self, layer: int) -> Tensor:
         """(max_tokens, width) the streams at an early layer: row t is token t's, where its row of edits keeps it."""
         return self._kept[entering(layer)]
 
-    def at(self, place: Place) -> SiteTables:
+    def at(self, place: HookPoint) -> SiteTables:
         """What a place reads, sharing memory."""
         index = self._index[place]
         lines = self._pools[pool_of(place.site)].lines
@@ -179,7 +179,7 @@ class Tables:
         for encoders in self._encoders.values():
             encoders.forget(digest)
 
-    def acquire(self, rows: Iterable[Row]) -> dict[Row, int]:
+    def acquire(self, rows: Iterable[EditSet]) -> dict[EditSet, int]:
         """An address for every row of one step, written where the row is new.
 
         Raises: RuntimeError when the step needs more than there is room for, which the scheduler must prevent.
@@ -193,7 +193,7 @@ class Tables:
                 self._load(row, wanted)
         return {row: FRAME * self._held[row].frames[0] for row in wanted}
 
-    def _load(self, row: Row, in_use: dict[Row, None]) -> None:
+    def _load(self, row: EditSet, in_use: dict[EditSet, None]) -> None:
         programs = self._programs(row)
         longest = max((len(program.codes) for program in programs.values()), default=1)
         num_frames = max(1, -(-longest // FRAME_ROOM))
@@ -208,55 +208,58 @@ class Tables:
         self.num_uploads += 1
         self._held[row] = _Held(frames, {name: list(found.values()) for name, found in addresses.items()})
 
-    def _evict(self, in_use: dict[Row, None]) -> None:
+    def _evict(self, in_use: dict[EditSet, None]) -> None:
         victim = next((row for row in self._held if row not in in_use), None)
         if victim is None:
             raise RuntimeError("a step uses more steering rows than there is room for; the scheduler let too many in")
         self._drop(victim)
 
-    def _drop(self, row: Row) -> None:
+    def _drop(self, row: EditSet) -> None:
         held = self._held.pop(row)
         self._free_frames += held.frames
         for name, lines in held.lines.items():
             self._pools[name].free += lines
 
-    def _programs(self, row: Row) -> dict[Place, Program]:
-        if RowMeter() in row:
-            return dict.fromkeys(self.places, meter())
-        readings: dict[Place, list[Reading]] = {}
-        steps: dict[Place, list[Step]] = {}
-        kept: set[Place] = set()
+    def _programs(self, row: EditSet) -> dict[HookPoint, Program]:
+        if Meter() in row:
+            return dict.fromkeys(self.hook_points, meter())
+        readings: dict[HookPoint, list[Reading]] = {}
+        steps: dict[HookPoint, list[Step]] = {}
+        kept: set[HookPoint] = set()
         for item in row:
-            if isinstance(item, RowSpecial | RowMeter):
+            if isinstance(item, RowSpecial | Meter):
                 continue
-            if isinstance(item, RowKeep):
+            if isinstance(item, StreamCopy):
                 kept.update(map(entering, item.layers))
                 continue
             vector = self._vector_of(item.digest)
-            if isinstance(item, RowProbe):
-                place = Place("resid_post", item.layer)
+            if isinstance(item, ProbeRead):
+                place = HookPoint("resid_post", item.layer)
                 readings.setdefault(place, []).append(_reading(vector, item))
                 continue
             for place, ops in edits_of(vector, item).items():
                 steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm, item.digest))
-        touched = [place for place in self.places if place in readings or place in steps or place in kept]
+        touched = [place for place in self.hook_points if place in readings or place in steps or place in kept]
         return {place: assemble(readings.get(place, ()), steps.get(place, ()), place in kept) for place in touched}
 
     @staticmethod
     def _write_lines(pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
         """Where each line went."""
-        places = [pool.free.pop() for _ in lines]
+        rows = [pool.free.pop() for _ in lines]
         stacked = torch.stack([line.numbers[pool.mine] for line in lines])
-        pool.lines[torch.tensor(places, device=pool.lines.device)] = stacked.to(pool.lines.device)
-        return dict(zip(lines, places, strict=True))
+        pool.lines[torch.tensor(rows, device=pool.lines.device)] = stacked.to(pool.lines.device)
+        return dict(zip(lines, rows, strict=True))
 
     def _write_code(
-        self, programs: dict[Place, Program], frames: list[int], addresses: dict[str, dict[Line, int]]
+        self, programs: dict[HookPoint, Program], frames: list[int], addresses: dict[str, dict[Line, int]]
     ) -> None:
         room = len(frames) * FRAME
-        code, args = torch.zeros(len(self.places), room, 6, dtype=torch.int32), torch.zeros(len(self.places), room, 6)
+        code, args = (
+            torch.zeros(len(self.hook_points), room, 6, dtype=torch.int32),
+            torch.zeros(len(self.hook_points), room, 6),
+        )
         for frame, after in enumerate(frames[1:]):
-            code[:, frame * FRAME + FRAME_ROOM, :2] = torch.tensor([int(Code.JUMP), after * FRAME], dtype=torch.int32)
+            code[:, frame * FRAME + FRAME_ROOM, :2] = torch.tensor([int(Opcode.JUMP), after * FRAME], dtype=torch.int32)
         for place, program in programs.items():
             if not program.codes:
                 continue
@@ -276,8 +279,8 @@ class Tables:
             self._args[:, there].copy_(args[:, here])
 
 
-def _reading(vector: Vector, probe: RowProbe) -> Reading:
-    parts = vector.tensors[Place("resid_post", probe.layer)]
+def _reading(vector: Vector, probe: ProbeRead) -> Reading:
+    parts = vector.tensors[HookPoint("resid_post", probe.layer)]
     bias = float(parts["bias"]) if "bias" in parts else 0.0
     is_cosine = vector.header.defaults.get("metric", "dot") == "cosine"
     direction = parts["direction"] / parts["direction"].norm() if is_cosine else parts["direction"]

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError, VectorMismatch
-from whipstaff.steering.method import Method, Place, Tensors
+from whipstaff.steering.method import HookPoint, Method, Tensors
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
@@ -60,8 +60,8 @@ class Vector:
 
     digest: str  # sha256 of the file
     header: Header
-    tensors: Mapping[Place, Tensors]
-    unplaced: Tensors = field(default_factory=dict)  # parts of methods that edit no place, such as soft prompts
+    tensors: Mapping[HookPoint, Tensors]
+    shared_parts: Tensors = field(default_factory=dict)  # parts of methods that edit no place, such as soft prompts
 
     @property
     def method(self) -> Method[Any]:
@@ -77,7 +77,7 @@ class Vector:
 
     def norms(self) -> dict[str, float]:
         """L2 norm of every tensor, by tensor name."""
-        norms = {name: float(tensor.norm()) for name, tensor in self.unplaced.items()}
+        norms = {name: float(tensor.norm()) for name, tensor in self.shared_parts.items()}
         for (site, layer), parts in self.tensors.items():
             norms |= {f"{site}.{layer}.{part}": float(t.norm()) for part, t in parts.items() if part not in norms}
         return norms
@@ -104,9 +104,9 @@ class Vector:
 def zeros(vector: Vector) -> list[str]:
     """Warnings of parts that a method needs, or of all parts of a place, that are all zero."""
     needed = {name for name in vector.method.parts if not name.endswith("?")}
-    places = {f"{site}.{layer}": parts for (site, layer), parts in vector.tensors.items()}
+    hook_points = {f"{site}.{layer}": parts for (site, layer), parts in vector.tensors.items()}
     found = []
-    for name, parts in (places or {"the file": vector.unplaced}).items():
+    for name, parts in (hook_points or {"the file": vector.shared_parts}).items():
         empty = [part for part, tensor in parts.items() if not tensor.any()]
         if empty and (len(empty) == len(parts) or needed & set(empty)):
             found.append(f"{', '.join(sorted(empty))} of {name} is all zeros")
@@ -121,7 +121,9 @@ def method_of(name: str) -> Method[Any]:
 def without_file(model: ModelShape) -> dict[str, Vector]:
     """By name, the methods that need no numbers of their own, as vectors that requests may name by `method`."""
     return {
-        name: Vector(_NO_FILE + name, Header(method=name, model=model), {place: {} for place in method.places(model)})
+        name: Vector(
+            _NO_FILE + name, Header(method=name, model=model), {place: {} for place in method.hook_points(model)}
+        )
         for name, method in METHODS.items()
         if not method.needs_file
     }
@@ -166,29 +168,29 @@ def parse(data: bytes) -> Vector:
     if not tensors:
         raise SteeringError("the file holds no tensors")
     method = method_of(header.method)
-    placed: dict[Place, dict[str, Tensor]] = {}
-    unplaced: dict[str, Tensor] = {}
+    placed: dict[HookPoint, dict[str, Tensor]] = {}
+    shared_parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         place, part = _split(name, method, header.model)
         numbers = _checked(name, tensor)
-        (unplaced if place is None else placed.setdefault(place, {}))[part] = numbers
-    if unplaced:
-        for place in placed or method.places(header.model):
-            placed.setdefault(place, {}).update(unplaced)
+        (shared_parts if place is None else placed.setdefault(place, {}))[part] = numbers
+    if shared_parts:
+        for place in placed or method.hook_points(header.model):
+            placed.setdefault(place, {}).update(shared_parts)
     for place in sorted(placed):
         check_shapes(method, placed[place], place, header.model)
         method.check(placed[place], place, header.model)
     if not placed:
         if method.sites:
             raise SteeringError(f"name the layers: {method.name} has no places of its own")
-        check_shapes(method, unplaced, None, header.model)
-    vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), unplaced)
+        check_shapes(method, shared_parts, None, header.model)
+    vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), shared_parts)
     _check_defaults(vector)
     _check_encoders(vector)
     return vector
 
 
-def check_shapes(method: Method[Any], parts: Tensors, place: Place | None, model: ModelShape) -> None:
+def check_shapes(method: Method[Any], parts: Tensors, place: HookPoint | None, model: ModelShape) -> None:
     """Check the tensors of one place against the method's parts. Raises: SteeringError."""
     known: dict[str, int] = {name: getattr(model, name) for name in ("num_layers", "head_dim")}
     known |= {"hidden": model.hidden_size, "heads": model.num_heads, "experts": model.num_experts}
@@ -211,7 +213,7 @@ def check_shapes(method: Method[Any], parts: Tensors, place: Place | None, model
         known |= dict(zip(shape, actual, strict=True))
 
 
-def _expanded(symbols: tuple[str, ...], place: Place | None) -> tuple[str, ...]:
+def _expanded(symbols: tuple[str, ...], place: HookPoint | None) -> tuple[str, ...]:
     """At attn_head the file keeps heads apart."""
     if place is None or place.site != "attn_head":
         return symbols
@@ -245,7 +247,7 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _split(name: str, method: Method[Any], model: ModelShape) -> tuple[Place | None, str]:
+def _split(name: str, method: Method[Any], model: ModelShape) -> tuple[HookPoint | None, str]:
     """What a tensor's name says."""
     match = _PLACED_NAME.fullmatch(name)
     part = name if match is None else match[3]
@@ -264,7 +266,7 @@ def _split(name: str, method: Method[Any], model: ModelShape) -> tuple[Place | N
         raise SteeringError(f"tensor {name!r}: the header's model has layers 0 to {model.num_layers - 1}")
     if site == "router" and not model.num_experts:
         raise SteeringError(f"tensor {name!r}: the header's model has no experts")
-    return Place(site, layer), part
+    return HookPoint(site, layer), part
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
@@ -285,12 +287,12 @@ def _check_defaults(vector: Vector) -> None:
         if missing:
             where = ".".join(map(str, missing[0]["loc"]))
             raise SteeringError(f"header field defaults.{where}: {missing[0]['msg']}") from error
-    vector.method.check_defaults(vector.unplaced, vector.header.defaults)
+    vector.method.check_defaults(vector.shared_parts, vector.header.defaults)
 
 
 def _check_encoders(vector: Vector) -> None:
     """Readings that compete with each other belong to one autoencoder at a place."""
-    found: dict[Place, Place] = {}
+    found: dict[HookPoint, HookPoint] = {}
     for place, tensors in vector.tensors.items():
         if not vector.method.encoder_size(tensors, vector.header.defaults):
             continue

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, DecodingError, HeadFile, Mixing, Source
+from whipstaff.decoding.method import Companion, DecodingError, HeadFile, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -38,7 +38,7 @@ class AdapterEnsembleParams(CoupledParams):
     base_weight: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="1 changes nothing")
 
 
-class AdapterEnsemble(Mixing[AdapterEnsembleParams]):
+class AdapterEnsemble(StreamMixer[AdapterEnsembleParams]):
     name, paper = "adapter_ensemble", "Li et al. 2025, arXiv:2502.00089"
     params, needs_adapters = AdapterEnsembleParams, True
     head_fields: ClassVar[Mapping[str, str]] = {"centres": "adapter_centres"}

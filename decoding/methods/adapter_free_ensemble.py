@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import DecodingError, Mixing, Params
+from whipstaff.decoding.method import DecodingError, Params, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -25,7 +25,7 @@ class AdapterFreeEnsembleParams(Params):
     base_weight: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="share of the base; 1 is off")
 
 
-class AdapterFreeEnsemble(Mixing[AdapterFreeEnsembleParams]):
+class AdapterFreeEnsemble(StreamMixer[AdapterFreeEnsembleParams]):
     name, paper = "adapter_free_ensemble", "Li et al. 2025, arXiv:2502.00089"
     params = AdapterFreeEnsembleParams
     num_streams = 1

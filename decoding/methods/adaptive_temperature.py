@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from whipstaff.decoding.method import DecodingError, HeadFile, Params, Rewriting
+from whipstaff.decoding.method import DecodingError, HeadFile, LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
-from whipstaff.decoding.sampler import temper
+from whipstaff.decoding.sampler import apply_temperature
 
 
 class AdaptiveTemperatureParams(Params):
@@ -29,12 +29,12 @@ class AdaptiveTemperatureParams(Params):
     choose: Literal["argmax", "sample"] = Field("argmax", description="the likeliest temperature, or one at random")
 
 
-class AdaptiveTemperature(Rewriting[AdaptiveTemperatureParams]):
+class AdaptiveTemperature(LogitsRewriter[AdaptiveTemperatureParams]):
     name, paper = "adaptive_temperature", "Dhuliawala et al. 2024, arXiv:2411.09661"
     stage, params = "temperature", AdaptiveTemperatureParams
     head_fields: ClassVar[Mapping[str, str]] = {"head": "temperature_head"}
-    needs = frozenset({"hidden", "uniform"})
-    num_state = 1  # the temperature that a sequence keeps
+    needs = frozenset({"hidden", "random"})
+    state_size = 1  # the temperature that a sequence keeps
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ class AdaptiveTemperature(Rewriting[AdaptiveTemperatureParams]):
         tau = torch.where(is_kept & ~kept.isnan(), kept, tau)
         kept.copy_(torch.where(is_kept, tau, kept))
         rows.facts["temperature"] = tau
-        return temper(rows.logits, tau)
+        return apply_temperature(rows.logits, tau)
 
 
 def chances(hidden: Tensor, head: Mapping[str, Tensor]) -> Tensor:

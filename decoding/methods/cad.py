@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Source
+from whipstaff.decoding.method import Companion, Content, DecodingError, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -29,7 +29,7 @@ class CadParams(CoupledParams):
     top_p_without: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="nucleus without; 1 is off")
 
 
-class Cad(Mixing[CadParams]):
+class Cad(StreamMixer[CadParams]):
     name, paper = "cad", "Shi et al. 2023, arXiv:2305.14739"
     params = CadParams
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, Contents, Mixing, Source, content_of
+from whipstaff.decoding.method import Companion, Contents, Source, StreamMixer, content_of
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -26,7 +26,7 @@ class CfgParams(CoupledParams):
     )
 
 
-class Cfg(Mixing[CfgParams]):
+class Cfg(StreamMixer[CfgParams]):
     name, paper = "cfg", "Sanchez et al. 2023, arXiv:2306.17806"
     params = CfgParams
     shorthands: ClassVar[Mapping[str, str]] = {

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 
@@ -53,7 +53,7 @@ def threshold_at(params: CoLlmParams, num_generated: int) -> float:
     return float(end**share)
 
 
-class CoLlm(Rewriting[CoLlmParams]):
+class CoLlm(LogitsRewriter[CoLlmParams]):
     name, paper = "co_llm", "Shen et al. 2024, arXiv:2403.03870"
     stage, params = "mix", CoLlmParams
     stream_fields = ("assistant",)

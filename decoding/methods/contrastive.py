@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import Mixing, Params
+from whipstaff.decoding.method import Params, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -25,7 +25,7 @@ class ContrastiveParams(Params):
     amateur_temperature: float = Field(1.0, ge=0.01, le=100, allow_inf_nan=False, description="below 1 sharpens it")
 
 
-class Contrastive(Mixing[ContrastiveParams]):
+class Contrastive(StreamMixer[ContrastiveParams]):
     name, paper = "contrastive", "Li et al. 2022, arXiv:2210.15097"
     params = ContrastiveParams
     stream_fields = ("amateur",)

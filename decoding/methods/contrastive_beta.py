@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import Mixing, Params
+from whipstaff.decoding.method import Params, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -24,7 +24,7 @@ class ContrastiveBetaParams(Params):
     beta: float = Field(0.5, ge=0, le=100, allow_inf_nan=False, description="0 leaves only the mask")
 
 
-class ContrastiveBeta(Mixing[ContrastiveBetaParams]):
+class ContrastiveBeta(StreamMixer[ContrastiveBetaParams]):
     name, paper = "contrastive_beta", "O'Brien & Lewis 2023, arXiv:2309.09117"
     params = ContrastiveBetaParams
     stream_fields = ("amateur",)

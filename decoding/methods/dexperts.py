@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import DecodingError, Mixing, Params
+from whipstaff.decoding.method import DecodingError, Params, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -25,7 +25,7 @@ class DExpertsParams(Params):
     top_p: float = Field(0.9, gt=0, le=1, allow_inf_nan=False, description="of the base, before mixing; 1 is off")
 
 
-class DExperts(Mixing[DExpertsParams]):
+class DExperts(StreamMixer[DExpertsParams]):
     name, paper = "dexperts", "Liu et al. 2021, arXiv:2105.03023"
     params = DExpertsParams
     stream_fields = ("expert", "antiexpert")

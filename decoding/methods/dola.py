@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import divergences
 from whipstaff.decoding.layers import choose, contrast, scored
-from whipstaff.decoding.method import DecodingError, Depth, Params, Rewriting
+from whipstaff.decoding.method import DecodingError, Depth, LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 Layer = Annotated[int, Field(strict=True, ge=0, lt=1 << 16)]
@@ -51,10 +51,10 @@ class DolaParams(Params):
         return layers
 
 
-class Dola(Rewriting[DolaParams]):
+class Dola(LogitsRewriter[DolaParams]):
     name, paper = "dola", "Chuang et al. 2024, arXiv:2309.03883"
     stage, params = "mix", DolaParams
-    needs = frozenset({"early"})
+    needs = frozenset({"early_exit"})
     shorthands: ClassVar[Mapping[str, str]] = {"dola_layers": "layers"}
     switches = (frozenset({"layers"}),)
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor
 from torch.nn.functional import pad
 
-from whipstaff.decoding.method import DecodingError, Params, Rewriting, Words
+from whipstaff.decoding.method import DecodingError, LogitsRewriter, Params, Vocabulary
 from whipstaff.decoding.rows import Rows
 
 Breaker = Annotated[str, Field(min_length=1, max_length=40)]
@@ -70,7 +70,7 @@ class DrySetting(BaseModel):
         return self._is_breaker
 
 
-class Dry(Rewriting[DryParams]):
+class Dry(LogitsRewriter[DryParams]):
     name, paper = "dry", "llama.cpp, dry_multiplier"
     stage, params = "penalty", DryParams
     setting = DrySetting
@@ -98,7 +98,7 @@ class Dry(Rewriting[DryParams]):
             return None
         return _listed(value) if field == "dry_sequence_breakers" and isinstance(value, str) else value
 
-    def resolve(self, params: DryParams, words: Words) -> DrySetting:
+    def resolve(self, params: DryParams, words: Vocabulary) -> DrySetting:
         breakers: set[int] = set()
         phrases: set[tuple[int, ...]] = set()
         for text in params.sequence_breakers:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
 from whipstaff.decoding.count import num_allowed
-from whipstaff.decoding.method import DecodingError, Params, Rewriting, Words
+from whipstaff.decoding.method import DecodingError, LogitsRewriter, Params, Vocabulary
 from whipstaff.decoding.rows import Rows
-from whipstaff.decoding.sampler import temper
+from whipstaff.decoding.sampler import apply_temperature
 
 _SAME = 1e-6  # of a range that is said in two ways
 
@@ -46,7 +46,7 @@ class DynatempParams(Params):
         return self.range if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
-class Dynatemp(Rewriting[DynatempParams]):
+class Dynatemp(LogitsRewriter[DynatempParams]):
     name, paper = "dynatemp", "llama.cpp, dynatemp_range"
     stage, params = "temperature", DynatempParams
     shorthands: ClassVar[Mapping[str, str]] = {
@@ -66,7 +66,7 @@ class Dynatemp(Rewriting[DynatempParams]):
     def is_off(self, params: DynatempParams) -> bool:
         return params.reach == 0
 
-    def resolve(self, params: DynatempParams, words: Words) -> DynatempParams:
+    def resolve(self, params: DynatempParams, words: Vocabulary) -> DynatempParams:
         if (params.low is None) != (params.high is None):
             raise DecodingError(
                 "the lowest and the highest temperature go together", "low" if params.high is None else "high"
@@ -91,4 +91,4 @@ class Dynatemp(Rewriting[DynatempParams]):
         wanted = low + (high - low) * flatness ** rows.column(params.exponent for params in settings)[:, 0]
         tau = torch.where((reach > 0) & (most > 0) & (own > 0), wanted, own)
         rows.facts["temperature"] = tau
-        return temper(rows.logits, tau)
+        return apply_temperature(rows.logits, tau)

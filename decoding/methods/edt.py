@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
-from whipstaff.decoding.sampler import temper
+from whipstaff.decoding.sampler import apply_temperature
 
 _COLDEST = 1e-4
 
@@ -31,7 +31,7 @@ class EdtParams(Params):
     n: float = Field(0.8, gt=0, le=1, allow_inf_nan=False, description="1 leaves t0 everywhere")
 
 
-class Edt(Rewriting[EdtParams]):
+class Edt(LogitsRewriter[EdtParams]):
     name, paper = "edt", "Zhang et al. 2024, arXiv:2403.14541"
     stage, params = "temperature", EdtParams
     keeps_greedy = True
@@ -46,4 +46,4 @@ class Edt(Rewriting[EdtParams]):
         tau = torch.where(power == 0, t0, t0 * (power / nats).exp())
         tau = tau.masked_fill(tau < _COLDEST, 0.0)
         rows.facts["temperature"] = tau
-        return temper(rows.logits, tau)
+        return apply_temperature(rows.logits, tau)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
-from whipstaff.decoding.method import Params, Rewriting, in_ten_thousandths
+from whipstaff.decoding.method import LogitsRewriter, Params, in_ten_thousandths
 from whipstaff.decoding.rows import Rows
 
 
@@ -23,7 +23,7 @@ class EpsilonCutoffParams(Params):
     epsilon: float = Field(3e-4, ge=0, lt=1, allow_inf_nan=False, description="0 is off")
 
 
-class EpsilonCutoff(Rewriting[EpsilonCutoffParams]):
+class EpsilonCutoff(LogitsRewriter[EpsilonCutoffParams]):
     name, paper = "epsilon_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EpsilonCutoffParams
     shorthands: ClassVar[Mapping[str, str]] = {"epsilon_cutoff": "epsilon"}

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_, explain_rows
-from whipstaff.decoding.method import Params, Rewriting, in_ten_thousandths
+from whipstaff.decoding.method import LogitsRewriter, Params, in_ten_thousandths
 from whipstaff.decoding.rows import Rows
 
 
@@ -24,7 +24,7 @@ class EtaCutoffParams(Params):
     epsilon: float = Field(3e-4, ge=0, lt=1, allow_inf_nan=False, description="0 is off")
 
 
-class EtaCutoff(Rewriting[EtaCutoffParams]):
+class EtaCutoff(LogitsRewriter[EtaCutoffParams]):
     name, paper = "eta_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EtaCutoffParams
     shorthands: ClassVar[Mapping[str, str]] = {"eta_cutoff": "epsilon"}

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from whipstaff.decoding.method import DecodingError, Params, Rewriting, Words
+from whipstaff.decoding.method import DecodingError, LogitsRewriter, Params, Vocabulary
 from whipstaff.decoding.rows import Rows
 
 
@@ -31,7 +31,7 @@ class ForcedSetting(BaseModel):
     ids: tuple[int, ...]
 
 
-class Forced(Rewriting[ForcedParams]):
+class Forced(LogitsRewriter[ForcedParams]):
     name, paper = "forced", "teacher forcing"
     stage, params, setting, revives = "truncation", ForcedParams, ForcedSetting, True
 
@@ -41,7 +41,7 @@ class Forced(Rewriting[ForcedParams]):
     def is_off(self, params: ForcedParams) -> bool:
         return not (params.ids or params.text)
 
-    def resolve(self, params: ForcedParams, words: Words) -> ForcedSetting:
+    def resolve(self, params: ForcedParams, words: Vocabulary) -> ForcedSetting:
         if (params.text is None) == (params.ids is None):
             raise DecodingError("give the answer's text, or its ids", "text")
         ids = tuple(words.encode(params.text or "") if params.ids is None else params.ids)

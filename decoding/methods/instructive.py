@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, Content, Mixing, Source
+from whipstaff.decoding.method import Companion, Content, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -23,7 +23,7 @@ class InstructiveParams(CoupledParams):
     epsilon: float = Field(0.3, ge=0, lt=1, allow_inf_nan=False, description="0 changes nothing")
 
 
-class Instructive(Mixing[InstructiveParams]):
+class Instructive(StreamMixer[InstructiveParams]):
     name, paper = "instructive", "Kim et al. 2023, arXiv:2311.00233"
     params = InstructiveParams
 

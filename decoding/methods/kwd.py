@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 _NUM_CLASSES = 2  # of a prefix_classifier; the second one is the wanted one
@@ -33,12 +33,12 @@ class KwdParams(Params):
     k: int = Field(50, ge=1, le=256, description="best tokens that are judged; all others are banned")
 
 
-class Kwd(Rewriting[KwdParams]):
+class Kwd(LogitsRewriter[KwdParams]):
     name, paper = "kwd", "Choi et al. 2023, arXiv:2310.09044"
     stage, params = "mix", KwdParams
     head_fields: ClassVar[Mapping[str, str]] = {"classifier": "token_classifier"}
     ahead_fields: ClassVar[Mapping[str, str]] = {"classifier": "prefix_classifier"}
-    needs = frozenset({"hidden", "ahead"})
+    needs = frozenset({"hidden", "lookahead"})
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # the classifier decides

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 
@@ -35,7 +35,7 @@ class MirostatParams(Params):
         return mode
 
 
-class Mirostat(Rewriting[MirostatParams]):
+class Mirostat(LogitsRewriter[MirostatParams]):
     name, paper = "mirostat", "Basu et al. 2021, arXiv:2007.14966, algorithm 2"
     stage, params = "truncation", MirostatParams
     shorthands: ClassVar[Mapping[str, str]] = {
@@ -45,7 +45,7 @@ class Mirostat(Rewriting[MirostatParams]):
         "mirostat_eta": "eta",
     }
     switches = (frozenset({"mode"}),)
-    num_state = 1  # mu
+    state_size = 1  # mu
     keeps_greedy = True
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> MirostatParams:

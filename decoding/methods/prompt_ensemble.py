@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Source
+from whipstaff.decoding.method import Companion, Content, DecodingError, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -27,7 +27,7 @@ class PromptEnsembleParams(CoupledParams):
     space: Literal["probability", "log"] = Field("probability", description="what is averaged")
 
 
-class PromptEnsemble(Mixing[PromptEnsembleParams]):
+class PromptEnsemble(StreamMixer[PromptEnsembleParams]):
     name, paper = "prompt_ensemble", "Jiang et al. 2020, arXiv:1911.12543"
     params = PromptEnsembleParams
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Params, Source
+from whipstaff.decoding.method import Companion, Content, DecodingError, Params, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 
@@ -27,7 +27,7 @@ class ProxyTuningParams(Params):
     antiexpert_prompt: Content | None = Field(None, description="show the antiexpert this prompt instead")
 
 
-class ProxyTuning(Mixing[ProxyTuningParams]):
+class ProxyTuning(StreamMixer[ProxyTuningParams]):
     name, paper = "proxy_tuning", "Liu et al. 2024, arXiv:2401.08565, eq. 1"
     params = ProxyTuningParams
     stream_fields = ("expert", "antiexpert")

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from whipstaff.decoding.method import Params, PromptFacts, Rewriting, Words
+from whipstaff.decoding.method import LogitsRewriter, Params, PromptFacts, Vocabulary
 from whipstaff.decoding.rows import Rows
 
 _RAMP, _RAMP_TOKENS = 15.0, 250
@@ -74,7 +74,7 @@ class RuleAdapterSetting(BaseModel):
     first: int = 0  # position from which on repetition counts
 
 
-class RuleAdapter(Rewriting[RuleAdapterParams]):
+class RuleAdapter(LogitsRewriter[RuleAdapterParams]):
     name, paper = "rule_adapter", "Hewitt et al. 2024, arXiv:2409.14254"
     stage, params = "rule", RuleAdapterParams
     setting = RuleAdapterSetting
@@ -86,7 +86,7 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
     def is_off(self, params: RuleAdapterParams) -> bool:
         return not (params.ramp or params.style or params.repetition or params.opening)
 
-    def resolve(self, params: RuleAdapterParams, words: Words) -> RuleAdapterSetting:
+    def resolve(self, params: RuleAdapterParams, words: Vocabulary) -> RuleAdapterSetting:
         known = _known(words, params.vocabulary)
 
         def biases(texts: Mapping[str, float]) -> tuple[Bias, ...]:
@@ -112,7 +112,7 @@ class RuleAdapter(Rewriting[RuleAdapterParams]):
         return logits
 
 
-def _known(words: Words, vocabulary: str) -> Mapping[str, int]:
+def _known(words: Vocabulary, vocabulary: str) -> Mapping[str, int]:
     """The texts of the rules that are one token. Llama-2's newline is a byte, which no text finds: where all that are
     found have its ids, the others have theirs too."""
     official = {text: token for text, token, _ in _STYLE}

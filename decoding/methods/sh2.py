@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, DecodingError, Mixing, Source
+from whipstaff.decoding.method import Companion, DecodingError, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 Text = Annotated[str, Field(max_length=1 << 16)]
@@ -45,7 +45,7 @@ class Sh2Params(CoupledParams):
     relative_top: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="mask by h; for scoring")
 
 
-class Sh2(Mixing[Sh2Params]):
+class Sh2(StreamMixer[Sh2Params]):
     name, paper = "sh2", "Kai et al. 2024, arXiv:2401.05930"
     params = Sh2Params
 

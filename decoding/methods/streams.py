@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Companion, Content, DecodingError, Mixing, Source
+from whipstaff.decoding.method import Companion, Content, DecodingError, Source, StreamMixer
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 
 Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -59,7 +59,7 @@ class StreamsParams(CoupledParams):
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="of the base")
 
 
-class Streams(Mixing[StreamsParams]):
+class Streams(StreamMixer[StreamsParams]):
     name, paper = "streams", "a row of weights over streams"
     params = StreamsParams
 

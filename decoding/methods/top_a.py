@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 
@@ -23,7 +23,7 @@ class TopAParams(Params):
     a: float = Field(0.2, ge=0, le=1, allow_inf_nan=False, description="0 is off")
 
 
-class TopA(Rewriting[TopAParams]):
+class TopA(LogitsRewriter[TopAParams]):
     name, paper = "top_a", "RWKV-LM, top-a sampling"
     stage, params = "truncation", TopAParams
     shorthands: ClassVar[Mapping[str, str]] = {"top_a": "a"}

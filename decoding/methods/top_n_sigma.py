@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
 from whipstaff.decoding.count import num_allowed
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 
@@ -25,7 +25,7 @@ class TopNSigmaParams(Params):
     n: float = Field(1.0, ge=-1, le=1000, allow_inf_nan=False, description="standard deviations; 0 or less is off")
 
 
-class TopNSigma(Rewriting[TopNSigmaParams]):
+class TopNSigma(LogitsRewriter[TopNSigmaParams]):
     name, paper = "top_n_sigma", "Tang et al. 2024, arXiv:2411.07641"
     stage, params = "truncation", TopNSigmaParams
     shorthands: ClassVar[Mapping[str, str]] = {"top_n_sigma": "n", "nsigma": "n"}

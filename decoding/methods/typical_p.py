@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import typical_rows_
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 
@@ -23,7 +23,7 @@ class TypicalPParams(Params):
     p: float = Field(0.95, gt=0, le=1, allow_inf_nan=False, description="1 is off")
 
 
-class TypicalP(Rewriting[TypicalPParams]):
+class TypicalP(LogitsRewriter[TypicalPParams]):
     name, paper = "typical_p", "Meister et al. 2022, arXiv:2202.00666"
     stage, params = "truncation", TypicalPParams
     shorthands: ClassVar[Mapping[str, str]] = {"typical_p": "p", "typical": "p"}

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.cuda_ext import cut_rows_
-from whipstaff.decoding.method import Params, Rewriting
+from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -27,12 +27,12 @@ class XtcParams(Params):
     threshold: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="likely from here; above 0.5 is off")
 
 
-class Xtc(Rewriting[XtcParams]):
+class Xtc(LogitsRewriter[XtcParams]):
     name, paper = "xtc", "llama.cpp, xtc_probability"
     stage, params = "truncation", XtcParams
     shorthands: ClassVar[Mapping[str, str]] = {"xtc_probability": "probability", "xtc_threshold": "threshold"}
     switches = (frozenset({"probability"}),)
-    needs = frozenset({"uniform"})
+    needs = frozenset({"random"})
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> XtcParams:
         return XtcParams(probability=0.0)

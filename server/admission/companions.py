@@ -4,17 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from whipstaff.decoding.method import Companion, DecodingError, Mixing
+from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
 from whipstaff.server.admission.decoding import Decoded, Unplaced
 from whipstaff.server.admission.positions import place_plan
 from whipstaff.server.admission.steering import Steered, check_one_set
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
-from whipstaff.server.plan import STEPS_AHEAD, Member, PlacedPlan, RequestPlan
+from whipstaff.server.plan import STEPS_AHEAD, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Adapter, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, Row, SteeringPlan
+from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedSpecial, SteeringPlan
 
 
 class Scoring(NamedTuple):
@@ -37,7 +37,7 @@ class Coupled:
 
     entry: Decoded
     companion: Companion
-    member: Member
+    member: CompanionPlan
     models: frozenset[str]  # auxiliary models that read it
     entries: Sequence[Steered] = ()  # what its steering came of
 
@@ -51,17 +51,17 @@ class Coupled:
         """As the client called it, or else its field."""
         return str(self.companion.said.get("name", self.path))
 
-    def room(self, have: Catalogue) -> tuple[int, int]:
+    def room(self, caps: Capabilities) -> tuple[int, int]:
         """How many tokens can follow its prompt while it is needed, and the longest it may become. The scheduler itself
         ends a request whose sequence reaches the served model's context; see `groups`."""
-        most = min([have.max_len, *(have.auxiliaries[model] for model in self.models)])
+        most = min([caps.max_len, *(caps.auxiliaries[model] for model in self.models)])
         room = most - len(self.member.prompt)
         until = self.member.until
-        return (have.max_len if until is not None and until + STEPS_AHEAD <= room else room), most
+        return (caps.max_len if until is not None and until + STEPS_AHEAD <= room else room), most
 
-    def rows(self) -> frozenset[Row]:
+    def rows(self) -> frozenset[EditSet]:
         """The distinct rows of edits that it may need at once."""
-        return PlacedPlan(RequestPlan(self.member.steering), len(self.member.prompt)).rows
+        return PositionedPlan(RequestPlan(self.member.steering), len(self.member.prompt)).rows
 
     def said(self) -> dict[str, Any]:
         """The sequence as the receipt shows it."""
@@ -69,7 +69,9 @@ class Coupled:
         return {**said, "steered": self.member.steering is not None}
 
 
-def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, request: Unplaced) -> dict[str, Scoring]:
+def wanted_scores(
+    entries: Sequence[Decoded], prompt: Prompt, caps: Capabilities, request: Unplaced
+) -> dict[str, Scoring]:
     """The texts whose tokens must be scored before further prompts can be made, by their entry; `request` is the
     request's own steering.
 
@@ -79,15 +81,15 @@ def wanted_scores(entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, r
     source = prompt.source
     for entry in _coupled(entries) if source else ():
         assert source is not None
-        if ids := _scored(entry, source, have):
+        if ids := _scored(entry, source, caps):
             own = entry.steered.get("steering")
-            plan, expanded = _placed(request if own is None else own, own is None, ids, prompt, have, entry.path_of(""))
+            plan, expanded = _placed(request if own is None else own, own is None, ids, prompt, caps, entry.path_of(""))
             found[entry.method.name] = Scoring(expanded, plan)
     return found
 
 
 def couple(
-    entries: Sequence[Decoded], prompt: Prompt, have: Catalogue, request: Unplaced, is_dry: bool
+    entries: Sequence[Decoded], prompt: Prompt, caps: Capabilities, request: Unplaced, is_dry: bool
 ) -> list[Coupled]:
     """Every further sequence that the entries ask for, in the order in which their mixes count them.
 
@@ -101,24 +103,24 @@ def couple(
     for entry in _coupled(entries):
         if prompt.source is None:
             raise BadRequest("further prompts can only be made of a prompt of text or tokens", entry.path_of("method"))
-        if is_dry and _scored(entry, prompt.source, have):
+        if is_dry and _scored(entry, prompt.source, caps):
             continue
         try:
             made = _method(entry).companions(entry.params, prompt.source, prompt.scores.get(entry.method.name, ()))
         except DecodingError as error:
             raise BadRequest(str(error), entry.path_of(error.param)) from None
-        found += [_checked(entry, number, companion, prompt, have, request) for number, companion in enumerate(made, 1)]
+        found += [_checked(entry, number, companion, prompt, caps, request) for number, companion in enumerate(made, 1)]
     if found:
-        _check_number(found, prompt, have)
+        _check_number(found, prompt, caps)
     return found
 
 
-def _check_number(found: Sequence[Coupled], prompt: Prompt, have: Catalogue) -> None:
+def _check_number(found: Sequence[Coupled], prompt: Prompt, caps: Capabilities) -> None:
     """Whether this server can run all of them at once."""
     adapters = {prompt.adapter, *(one.member.adapter for one in found)} - {None}
     for num, most, what, flag in (
-        (len(found) + 1, have.max_seqs, "sequences", "--max-num-seqs"),
-        (len(adapters), have.max_adapters, "adapters", "--max-loras"),
+        (len(found) + 1, caps.max_seqs, "sequences", "--max-num-seqs"),
+        (len(adapters), caps.max_adapters, "adapters", "--max-loras"),
     ):
         if num > most:
             raise Unavailable(
@@ -131,43 +133,43 @@ def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
     return (entry for entry in entries if entry.mix is not None and entry.mix.num_members)
 
 
-def _method(entry: Decoded) -> Mixing[Any]:
-    assert isinstance(entry.method, Mixing)
+def _method(entry: Decoded) -> StreamMixer[Any]:
+    assert isinstance(entry.method, StreamMixer)
     return entry.method
 
 
-def _scored(entry: Decoded, source: PromptSource, have: Catalogue) -> Sequence[int]:
+def _scored(entry: Decoded, source: PromptSource, caps: Capabilities) -> Sequence[int]:
     try:
         ids = _method(entry).scored(entry.params, source)
     except DecodingError as error:
         raise BadRequest(str(error), entry.path_of(error.param)) from None
-    if len(ids) >= have.max_len:
-        raise BadRequest(f"{len(ids)} tokens cannot be scored; at most {have.max_len - 1}", entry.path_of("method"))
+    if len(ids) >= caps.max_len:
+        raise BadRequest(f"{len(ids)} tokens cannot be scored; at most {caps.max_len - 1}", entry.path_of("method"))
     return ids
 
 
 def _checked(
-    entry: Decoded, number: int, companion: Companion, prompt: Prompt, have: Catalogue, request: Unplaced
+    entry: Decoded, number: int, companion: Companion, prompt: Prompt, caps: Capabilities, request: Unplaced
 ) -> Coupled:
     path, ids = entry.path_of(companion.param), companion.prompt
-    if not 0 < len(ids) < have.max_len:
-        raise BadRequest(f"this prompt has {len(ids)} tokens; it may have 1 to {have.max_len - 1}", path)
-    if bad := [token for token in ids if token >= have.vocabulary]:
-        raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {have.vocabulary}", path)
+    if not 0 < len(ids) < caps.max_len:
+        raise BadRequest(f"this prompt has {len(ids)} tokens; it may have 1 to {caps.max_len - 1}", path)
+    if bad := [token for token in ids if token >= caps.vocabulary]:
+        raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {caps.vocabulary}", path)
     assert entry.mix is not None
     models = frozenset(s.model for s in entry.mix.streams if s.member == number)
     own = entry.steered.get(companion.steering)
     steering = (request if own is None else own) if "" in models else Unplaced()  # only the served model is steered
-    plan, expanded = _placed(steering, own is None, ids, prompt, have, path)
-    member = Member(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, have))
+    plan, expanded = _placed(steering, own is None, ids, prompt, caps, path)
+    member = CompanionPlan(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, caps))
     return Coupled(entry, companion, member, models - {""}, steering.entries)
 
 
-def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalogue) -> Adapter | None:
+def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, caps: Capabilities) -> Adapter | None:
     if companion.adapter is None:
         return None
     name, param = companion.adapter
-    if not have.max_adapters:
+    if not caps.max_adapters:
         raise Unavailable(
             "this server takes no LoRA adapters; start it with --enable-lora --lora-modules NAME=PATH",
             entry.path_of(param),
@@ -182,7 +184,7 @@ def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, have: Catalog
 
 
 def _placed(
-    steering: Unplaced, is_shared: bool, ids: Sequence[int], prompt: Prompt, have: Catalogue, path: str
+    steering: Unplaced, is_shared: bool, ids: Sequence[int], prompt: Prompt, caps: Capabilities, path: str
 ) -> tuple[SteeringPlan | None, Sequence[int]]:
     """Steering in a further prompt, and that prompt with room for inserted rows. Raises: BadRequest.
 
@@ -193,13 +195,13 @@ def _placed(
     if not steering.entries:
         return None, ids
     assert prompt.source is not None
-    here = Prompt(len(ids), list(ids), have.max_len - 1, prompt.tokenizer, prompt.source.chat(ids), prompt.source)
+    here = Prompt(len(ids), list(ids), caps.max_len - 1, prompt.tokenizer, prompt.source.chat(ids), prompt.source)
     try:
         plan, expanded = place_plan(steering.plan, steering.paths, steering.soft, here, is_shared)
         check_one_set(steering.entries, plan)
         num = len(ids if expanded is None else expanded)
         for entry in steering.entries:
-            entry.check_keys(plan, num, have)
+            entry.check_keys(plan, num, caps)
             for planned in () if is_shared else entry.planned(plan):
                 _check_selects(planned, num, entry.path)
     except BadRequest as error:

@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from whipstaff.decoding.method import STAGES, DecodingError, HeadFile, Method, Mixing, Params, PromptFacts, Rewriting
+from whipstaff.decoding.method import (
+    STAGES,
+    DecodingError,
+    HeadFile,
+    LogitsRewriter,
+    Method,
+    Params,
+    PromptFacts,
+    StreamMixer,
+)
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
@@ -13,7 +22,7 @@ from whipstaff.server.admission.names import in_own_names, said_of_methods
 from whipstaff.server.admission.positions import SoftPrompt
 from whipstaff.server.admission.steering import Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -99,7 +108,7 @@ class Decoded:
     def placed(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "Decoded":
         """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
         try:
-            if not isinstance(self.method, Rewriting):
+            if not isinstance(self.method, LogitsRewriter):
                 return replace(self, params=self.method.of_prompt(self.params, index, num))
             return replace(self, setting=self.method.place(self.setting, prompt))
         except (DecodingError, SteeringError) as error:
@@ -132,7 +141,7 @@ def entries_of(fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merg
         yield Asked("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
 
 
-def admit_decoding(asked: Asked, have: Catalogue) -> Decoded:
+def admit_decoding(asked: Asked, caps: Capabilities) -> Decoded:
     """Check one entry.
 
     Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
@@ -156,46 +165,48 @@ def admit_decoding(asked: Asked, have: Catalogue) -> Decoded:
     if asked.why_off:
         return bare
     try:
-        return _resolved(bare, have)
+        return _resolved(bare, caps)
     except DecodingError as error:
         where = bare.path_of(error.param)
         is_short = not path or where in names.values()
         raise BadRequest(str(error), where if is_short else field_path(path, error.param, entry)) from None
 
 
-def _resolved(bare: Decoded, have: Catalogue) -> Decoded:
+def _resolved(bare: Decoded, caps: Capabilities) -> Decoded:
     """Raises: WhipstaffError, DecodingError."""
     method, params = bare.method, bare.params
-    _check_streams(bare, have)
+    _check_streams(bare, caps)
     named = [name for name in method.head_fields if getattr(params, name) is not None]
-    heads = {name: _head(bare, name, have) for name in named}
-    params = method.with_heads(params, {n: HeadFile(head.unplaced, head.header.defaults) for n, head in heads.items()})
+    heads = {name: _head(bare, name, caps) for name in named}
+    params = method.with_heads(
+        params, {n: HeadFile(head.shared_parts, head.header.defaults) for n, head in heads.items()}
+    )
     digests = tuple(head.digest for head in heads.values())
-    vectors, ahead = tuple(heads.values()), _ahead(bare, heads, have.looks_ahead)
+    vectors, ahead = tuple(heads.values()), _ahead(bare, heads, caps.looks_ahead)
     bare = replace(bare, params=params, vectors=vectors, ahead=ahead)
     streams = tuple(method.streams(params).values())
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         mix, steered = method.mix(params), method.steered(params)
-        own = {param: _own_steering(said, bare.path_of(param), have) for param, said in steered.items()}
+        own = {param: _own_steering(said, bare.path_of(param), caps) for param, said in steered.items()}
         vectors = (*bare.vectors, *(vector for each in own.values() for vector in each.vectors))
         return replace(bare, mix=mix, streams=streams, heads=digests, steered=own, vectors=vectors)
-    assert isinstance(method, Rewriting)
-    if have.words is None:
+    assert isinstance(method, LogitsRewriter)
+    if caps.words is None:
         if bare.why_off:
             return bare
         raise Unavailable(
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
-    early = tuple(method.early_layers(params, have.depth))
-    _check_early(bare, early, have.depth.kept)
-    return replace(bare, setting=method.resolve(params, have.words), streams=streams, heads=digests, early=early)
+    early = tuple(method.early_layers(params, caps.depth))
+    _check_early(bare, early, caps.depth.kept)
+    return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
 
-def _own_steering(said: Any, path: str, have: Catalogue) -> Unplaced:
+def _own_steering(said: Any, path: str, caps: Capabilities) -> Unplaced:
     """The steering of a further sequence, compiled as a request's own."""
     planner, entries, warnings = Planner(), list[Steered](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        admitted = admit(entry, where, planner, entries, have, warnings)
+        admitted = admit(entry, where, planner, entries, caps, warnings)
         if admitted.is_off:
             warnings.append(f"{where} was left out: it is off")
         else:
@@ -214,8 +225,8 @@ def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:
     return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
 
 
-def _check_streams(bare: Decoded, have: Catalogue) -> None:
-    wanted, models = bare.method.streams(bare.params), have.auxiliaries
+def _check_streams(bare: Decoded, caps: Capabilities) -> None:
+    wanted, models = bare.method.streams(bare.params), caps.auxiliaries
     if wanted and not models:
         raise Unavailable(
             f"{bare.method.name} needs auxiliary models, and this server has none; start it with --aux NAME=MODEL for "
@@ -260,24 +271,24 @@ def _ahead(bare: Decoded, heads: Mapping[str, Vector], looks_ahead: bool) -> str
     return ""
 
 
-def _head(bare: Decoded, name: str, have: Catalogue) -> Vector:
+def _head(bare: Decoded, name: str, caps: Capabilities) -> Vector:
     path, wanted = bare.path_of(name), getattr(bare.params, name)
-    vector = have.registry.usable(wanted, path)
+    vector = caps.registry.usable(wanted, path)
     if vector.header.method not in (kinds := head_kinds(bare.method, name)):
         raise BadRequest(
             f"{wanted!r} is a {vector.header.method}; {bare.method.name} reads a {' or '.join(kinds)}", path
         )
-    if (num := judged_tokens(vector)) not in (None, have.vocabulary):
-        raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {have.vocabulary}", path)
+    if (num := judged_tokens(vector)) not in (None, caps.vocabulary):
+        raise VectorUnfit(f"{wanted!r} judges {num} tokens; the served model has {caps.vocabulary}", path)
     return vector
 
 
 def judged_tokens(head: Vector) -> int | None:
     """For how many tokens a head has an opinion; None for one that has none of single tokens."""
     sizes = {
-        head.unplaced[part].shape[shape.index("vocab")]
+        head.shared_parts[part].shape[shape.index("vocab")]
         for part, shape in head.method.parts.items()
-        if "vocab" in shape and part in head.unplaced
+        if "vocab" in shape and part in head.shared_parts
     }
     return max(sizes, default=None)
 
@@ -290,7 +301,9 @@ def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
     _check_together(entries)
     mixes = [entry for entry in entries if entry.mix is not None]
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
-    rewriting = sorted((e for e in entries if isinstance(e.method, Rewriting)), key=lambda e: _ORDER[e.method.name])
+    rewriting = sorted(
+        (e for e in entries if isinstance(e.method, LogitsRewriter)), key=lambda e: _ORDER[e.method.name]
+    )
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
@@ -323,7 +336,7 @@ def _check_together(entries: Sequence[Decoded]) -> None:
 def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
     """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
     for entry in entries if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
-        if isinstance(entry.method, Rewriting) and entry.method.chooses_temperature:
+        if isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature:
             raise BadRequest(
                 f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",
                 entry.path_of("method"),
@@ -333,7 +346,8 @@ def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
 def bounds_draw(entries: Sequence[Decoded]) -> bool:
     """Whether, however hot the request's own temperature, not every token becomes about as likely."""
     return any(
-        entry.method.stage == "truncation" or (isinstance(entry.method, Rewriting) and entry.method.chooses_temperature)
+        entry.method.stage == "truncation"
+        or (isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature)
         for entry in entries
     )
 

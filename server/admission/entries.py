@@ -19,10 +19,10 @@ from whipstaff.server.errors import (
     no_entry,
     parsed,
 )
-from whipstaff.server.registry.capabilities import Catalogue, Limit
+from whipstaff.server.registry.capabilities import Capabilities, Limit
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.attention import OverrideParams, PastaParams
 from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
@@ -42,7 +42,7 @@ _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit
 
 
 def admit(
-    entry: Any, path: str, planner: Planner, others: list[Steered], have: Catalogue, warnings: list[str]
+    entry: Any, path: str, planner: Planner, others: list[Steered], caps: Capabilities, warnings: list[str]
 ) -> Steered:
     """Check one entry and add it to the plan, unless it is off.
 
@@ -53,22 +53,22 @@ def admit(
     Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
     """
     params = parsed(SteeringParams, _part(entry, path, own=False), path)
-    vector = _named(params, path, have)
-    probe = have.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
-    _check_sites(vector, params, path, have)
-    _check_tokens(vector, params, path, have.vocabulary)
+    vector = _named(params, path, caps)
+    probe = caps.registry.usable(params.when.probe, f"{path}.when.probe") if params.when else None
+    _check_sites(vector, params, path, caps)
+    _check_tokens(vector, params, path, caps.vocabulary)
     own = _part(entry, path, own=True)
     check_given_once(vector.method.params, own, path)
     try:
         if vector.method.served_by != "rows" and vector.method.is_off(Planner.checked(vector, own)):
             planner, others, warnings = Planner(), [], []  # as if it stood alone, for its errors
-            return replace(_add(own, params, vector, probe, path, planner, others, have, warnings), is_off=True)
-        admitted = _add(own, params, vector, probe, path, planner, others, have, warnings)
+            return replace(_add(own, params, vector, probe, path, planner, others, caps, warnings), is_off=True)
+        admitted = _add(own, params, vector, probe, path, planner, others, caps, warnings)
     except ValidationError as error:
         raise bad_field(error, entry, path, keys_of(vector.method.params) | keys_of(SteeringParams)) from None
     except SteeringError as error:
         raise BadRequest(str(error), field_path(path, error.param, entry)) from None
-    _check_growth(planner, have.dtype, field_path(path, "scale" if "scale" in vector.method.off else "", entry))
+    _check_growth(planner, caps.dtype, field_path(path, "scale" if "scale" in vector.method.off else "", entry))
     _note_order(admitted, others, planner, warnings)
     return admitted
 
@@ -81,7 +81,7 @@ def _add(
     path: str,
     planner: Planner,
     others: list[Steered],
-    have: Catalogue,
+    caps: Capabilities,
     warnings: list[str],
 ) -> Steered:
     """Raises: SteeringError, pydantic.ValidationError."""
@@ -89,15 +89,15 @@ def _add(
         return Steered(path, vector, params, range(0), SoftPrompt.of(params, own, vector, path))
     if vector.method.served_by in ("router", "attention"):
         special = planner.add_special(params, own, vector)
-        _check_special(vector, special, others, planner, have)
-        soft = _prefix(vector, params, path, others, have)
+        _check_special(vector, special, others, planner, caps)
+        soft = _prefix(vector, params, path, others, caps)
         return Steered(path, vector, params, range(0), soft, len(planner.specials) - 1)
     if vector.method.name == "probe":
         raise SteeringError('a probe edits nothing; name it in another entry\'s "when"', "vector")
-    if have.tensor_parallel > 1 and "attn_head" in vector.sites:
-        _check_slices(vector, params, _tried(params, own, vector, probe), path, have)
-    if have.limit is not None:
-        own, given = _kept_to(have.limit, params, own, vector, probe, have), own
+    if caps.tensor_parallel > 1 and "attn_head" in vector.sites:
+        _check_slices(vector, params, _tried(params, own, vector, probe), path, caps)
+    if caps.limit is not None:
+        own, given = _kept_to(caps.limit, params, own, vector, probe, caps), own
         if own is not given:
             warnings.append(f"{path}: weakened to scale {own['scale']:.4g}, the most this server allows")
     return Steered(path, vector, params, planner.add(params, own, vector, probe), probe=probe)
@@ -111,24 +111,24 @@ def _tried(params: SteeringParams, own: dict[str, Any], vector: Vector, probe: V
 
 
 def _check_slices(
-    vector: Vector, params: SteeringParams, planned: list[PlannedEdit], path: str, have: Catalogue
+    vector: Vector, params: SteeringParams, planned: list[PlannedEdit], path: str, caps: Capabilities
 ) -> None:
     """Heads are shared out over ranks: what reads all of them at once cannot be served so."""
     for one in planned:
         for place, ops in edits_of(vector, one.edit).items():
             if place.site == "attn_head" and (params.renorm or any(isinstance(op, Directions) for op in ops)):
                 raise Unavailable(
-                    f"this edit reads all heads together, and they are shared out over {have.tensor_parallel} ranks; "
+                    f"this edit reads all heads together, and they are shared out over {caps.tensor_parallel} ranks; "
                     "start the server with --tensor-parallel-size 1",
                     f"{path}.vector",
                 )
 
 
-def _named(params: SteeringParams, path: str, have: Catalogue) -> Vector:
+def _named(params: SteeringParams, path: str, caps: Capabilities) -> Vector:
     """The vector of an entry, or the stand-in of a method that needs none."""
     if params.vector is not None:
-        return have.registry.usable(params.vector, f"{path}.vector")
-    name, without_file = params.method or "", have.registry.without_file
+        return caps.registry.usable(params.vector, f"{path}.vector")
+    name, without_file = params.method or "", caps.registry.without_file
     if name in METHODS and name not in without_file:
         raise BadRequest(f"{name} comes with a vector; name that, and not its method", f"{path}.method")
     if name not in METHODS:
@@ -154,32 +154,32 @@ def _check_tokens(vector: Vector, params: SteeringParams, path: str, vocabulary:
                 raise BadRequest(f"token {token} is not in the vocabulary, which has {vocabulary}", named)
 
 
-def _check_sites(vector: Vector, params: SteeringParams, path: str, have: Catalogue) -> None:
+def _check_sites(vector: Vector, params: SteeringParams, path: str, caps: Capabilities) -> None:
     """Every place that the vector edits must be hooked in this server's model."""
     named = f"{path}.{'vector' if params.vector else 'method'}"
     if vector.method.served_by == "logits":
         raise BadRequest(f"{params.vector!r} is a {vector.method.name}: methods of `decoding` read it", named)
-    if (reason := lacking(vector, params.layers, have)) is not None:
+    if (reason := lacking(vector, params.layers, caps)) is not None:
         raise Unavailable(reason, named)
 
 
-def lacking(vector: Vector, layers: Sequence[int] | None, have: Catalogue) -> str | None:
+def lacking(vector: Vector, layers: Sequence[int] | None, caps: Capabilities) -> str | None:
     """What this server would have to be started with for these layers of a vector (None: all); None if it was."""
     if vector.method.served_by == "attention":
-        is_on = have.attention is not None
+        is_on = caps.attention is not None
         return None if is_on else "edits inside attention are off; start the server with --steering-sites attention"
     no_experts = "the served model has no experts, so there is no router to edit"
-    if vector.method.served_by == "router" and not have.routing:
-        has_experts = bool(have.registry.model.num_experts)
+    if vector.method.served_by == "router" and not caps.routing:
+        has_experts = bool(caps.registry.model.num_experts)
         return "experts are left alone; start the server with --steering-sites router" if has_experts else no_experts
-    if vector.method.name == SoftPromptMethod.name and not have.takes_soft_prompts:
+    if vector.method.name == SoftPromptMethod.name and not caps.takes_soft_prompts:
         return (
             "the served model's tokens are embedded where rows cannot be inserted; start it without "
             "--enable-prompt-embeds, or with a model of text only"
         )
     for place in vector.tensors:
-        if (layers is None or place.layer in layers) and canonical(place) not in have.places:
-            if place.site == "router" and not have.registry.model.num_experts:
+        if (layers is None or place.layer in layers) and canonical(place) not in caps.hook_points:
+            if place.site == "router" and not caps.registry.model.num_experts:
                 return no_experts
             return (
                 f"this vector edits {place.site}, which this server left alone; start it with --steering-sites "
@@ -189,7 +189,7 @@ def lacking(vector: Vector, layers: Sequence[int] | None, have: Catalogue) -> st
 
 
 def _prefix(
-    vector: Vector, params: SteeringParams, path: str, others: list[Steered], have: Catalogue
+    vector: Vector, params: SteeringParams, path: str, others: list[Steered], caps: Capabilities
 ) -> SoftPrompt | None:
     """The placeholders that a KV prefix needs in front of the prompt; None for other methods. Raises: SteeringError."""
     if not isinstance(vector.method, PrefixKV):
@@ -198,14 +198,14 @@ def _prefix(
         raise SteeringError("a prefix stands before the prompt, and all that follows sees it", "where")
     if any(isinstance(entry.vector.method, PrefixKV) for entry in others):
         raise SteeringError("a request has one prefix at most", "vector")
-    if not have.takes_soft_prompts:
+    if not caps.takes_soft_prompts:
         raise SteeringError("this model's prompts cannot be given placeholders", "vector")
     num = len(next(iter(vector.tensors.values()))["key"])
     return SoftPrompt(path, vector.digest, InsertParams(), num)
 
 
 def _check_routing(
-    params: MoTEParams, vector: Vector, others: list[Steered], planner: Planner, have: Catalogue
+    params: MoTEParams, vector: Vector, others: list[Steered], planner: Planner, caps: Capabilities
 ) -> None:
     """Check what routers are asked for, alone and beside the request's other entries. Raises: SteeringError."""
     asked = [(vector, params)]
@@ -218,9 +218,9 @@ def _check_routing(
         for layer, routing in MoTE().routing(its_params, its_vector.tensors).items():
             together.setdefault(layer, []).append(routing)
     for layer, routings in together.items():
-        scheme = have.routing.get(layer)
+        scheme = caps.routing.get(layer)
         if scheme is None:
-            raise SteeringError(f"layer {layer} has no routed experts; layers that have: {[*have.routing]}", "experts")
+            raise SteeringError(f"layer {layer} has no routed experts; layers that have: {[*caps.routing]}", "experts")
         try:
             scheme.check(routings[0])
             never = [expert for routing in routings if routing.mode == "pre" for expert in routing.off]
@@ -230,26 +230,26 @@ def _check_routing(
 
 
 def _check_special(
-    vector: Vector, planned: PlannedSpecial, others: list[Steered], planner: Planner, have: Catalogue
+    vector: Vector, planned: PlannedSpecial, others: list[Steered], planner: Planner, caps: Capabilities
 ) -> None:
     """Check an edit of the router or of attention against the served model. Raises: SteeringError."""
     params = vector.method.params.model_validate_json(planned.special.setting)
     if isinstance(params, MoTEParams):
-        _check_routing(params, vector, others, planner, have)
+        _check_routing(params, vector, others, planner, caps)
         return
-    assert have.attention is not None
+    assert caps.attention is not None
     if isinstance(params, OverrideParams):
         asked = {edit.layer: f"edits.{index}.layer" for index, edit in enumerate(params.edits)}
-        able = have.attention["layers"]
+        able = caps.attention["layers"]
     elif isinstance(params, PastaParams):
         asked = {layer: f"heads.{layer}" for layer in params.heads}
-        able = have.attention["bias"]
+        able = caps.attention["bias"]
     else:
-        able = have.attention["side" if isinstance(vector.method, SideAttention) else "layers"]
+        able = caps.attention["side" if isinstance(vector.method, SideAttention) else "layers"]
         asked = dict.fromkeys(vector.layers, "vector")
     for layer, path in asked.items():
         if layer not in able:
-            reason = have.attention["lacking"].get(layer, f"layers that can be edited so: {able}")
+            reason = caps.attention["lacking"].get(layer, f"layers that can be edited so: {able}")
             raise SteeringError(f"the attention of layer {layer} cannot be edited so: {reason}", path)
 
 
@@ -259,13 +259,13 @@ def _kept_to(
     own: dict[str, Any],
     vector: Vector,
     probe: Vector | None,
-    have: Catalogue,
+    caps: Capabilities,
 ) -> dict[str, Any]:
     """An entry's own parameters, weakened if the operator's limit asks for it and allows it. Raises: SteeringError."""
     kept, gain = own, params.schedule.largest if params.schedule else 1.0
     for _ in range(_MAX_TRIALS):
         planned = _tried(params, kept, vector, probe)
-        found = largest_dose(vector, planned, have.lengths, gain)
+        found = largest_dose(vector, planned, caps.lengths, gain)
         if (dose := found.relative if found else 0.0) <= limit.max_dose:
             return kept
         scale = json.loads(planned[0].edit.setting).get("scale")
@@ -307,7 +307,7 @@ def _note_order(admitted: Steered, others: list[Steered], planner: Planner, warn
             return
 
 
-def _places(entry: Steered) -> set[Place]:
+def _places(entry: Steered) -> set[HookPoint]:
     """Where an entry edits activations."""
     layers = entry.params.layers
     return (

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.prompt.vocabulary import Vocabulary
 
 MAX_TOP = 20
 FIELD = "explain"  # of a choice
@@ -23,7 +23,7 @@ class ExplainParams(BaseModel):
 class Explained:
     """The records of one request's choices that have not been sent."""
 
-    def __init__(self, words: Words | None) -> None:
+    def __init__(self, words: Vocabulary | None) -> None:
         self._words = words
         self._records: dict[int, list[dict[str, Any]]] = defaultdict(list)
 

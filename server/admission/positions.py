@@ -36,7 +36,7 @@ class SoftPrompt:
                 "a soft prompt takes the place of tokens; there is nothing that this could mean", f"{path}.{name}"
             )
         said = InsertParams.model_validate({**vector.header.known_defaults, **own})
-        return SoftPrompt(path, vector.digest, said, num_rows(said, len(vector.unplaced[ROWS])))
+        return SoftPrompt(path, vector.digest, said, num_rows(said, len(vector.shared_parts[ROWS])))
 
 
 def place_plan(

@@ -9,13 +9,13 @@ from whipstaff.server.admission.names import FIELDS, near
 from whipstaff.server.api.generate import compile_request
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import BadRequest, WhipstaffError
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Part, Preset
 
 _WORD = "Hello"
 
 
-async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
+async def check(preset: Preset, caps: Capabilities, app: FastAPI) -> None:
     """What depends on a prompt, such as where its messages stand, is left to the requests.
 
     Raises: WhipstaffError naming the field of the preset that no request could use.
@@ -29,7 +29,7 @@ async def check(preset: Preset, have: Catalogue, app: FastAPI) -> None:
         try:
             request = openai.parse(model, body)
             filled = preset.fill(request, body)
-            compiled = compile_request(request, have, merges=preset.gives(filled, "decoding"))
+            compiled = compile_request(request, caps, merges=preset.gives(filled, "decoding"))
             openai.check_sampling(request, is_hot_taken=compiled is not None and compiled.is_hot)
         except RequestValidationError as error:
             raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from whipstaff.decoding.method import Rewriting
+from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.companions import Coupled, Scoring, couple, wanted_scores
 from whipstaff.server.admission.decoding import (
@@ -39,9 +39,9 @@ from whipstaff.server.errors import (
     no_entry,
     parsed,
 )
-from whipstaff.server.plan import PlacedPlan, RequestPlan
+from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -61,7 +61,7 @@ class Compiled:
 
     plan: RequestPlan
     limits: Mapping[str, int]  # of the auxiliary models it needs
-    have: Catalogue
+    caps: Capabilities
     steering: list[Steered] = field(default_factory=list)
     decoding: list[Decoded] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -109,14 +109,14 @@ class Compiled:
                     f"the answer may have {allowed} tokens: auxiliary model {name!r} follows at most {limit}"
                 )
         for sequence in self.coupled:
-            room, its_limit = sequence.room(self.have)
+            room, its_limit = sequence.room(self.caps)
             if room < 1 or (is_explicit and max_tokens > room):
                 raise BadRequest(
                     f"after these {len(sequence.member.prompt)} prompt tokens there is room for {max(room, 0)}, not "
                     f"{max_tokens if is_explicit else 1}",
                     sequence.path,
                 )
-            if room < allowed and its_limit < self.have.max_len:
+            if room < allowed and its_limit < self.caps.max_len:
                 allowed = room
                 self.warnings.append(
                     f"the answer may have {allowed} tokens: the sequence of {sequence.path} is followed for {its_limit}"
@@ -127,7 +127,7 @@ class Compiled:
 
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
         """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
-        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.have, self.unplaced)
+        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.caps, self.shared_parts)
 
     @property
     def draws_itself(self) -> bool:
@@ -140,10 +140,10 @@ class Compiled:
             raise BadRequest(self.silence_on_prompts, silent.path_of(silent.ahead or "method"))
         if self.logprobs_source == "both" and scores_prompt:
             raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
-        if self.logprobs_source != "final" and not self.have.logprobs_mode.startswith("raw"):
+        if self.logprobs_source != "final" and not self.caps.logprobs_mode.startswith("raw"):
             raise Unavailable(
                 f"this server tells log-probabilities of what is drawn from; start it without --logprobs-mode "
-                f"{self.have.logprobs_mode}",
+                f"{self.caps.logprobs_mode}",
                 "logprobs_source",
             )
 
@@ -189,7 +189,7 @@ class Compiled:
     def check_grammar(self, has_grammar: bool) -> None:
         """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""
         for entry in self.decoding if has_grammar else ():
-            if isinstance(entry.method, Rewriting) and entry.method.revives:
+            if isinstance(entry.method, LogitsRewriter) and entry.method.revives:
                 raise BadRequest(f"{entry.method.name} follows no grammar; leave one out", entry.path_of("method"))
 
     def check_draw(self, temperature: float | None) -> None:
@@ -216,20 +216,20 @@ class Compiled:
         """
         if self.decoding:
             entries = [entry.placed(prompt, prompt.index, prompt.num) for entry in self.decoding]
-            self.coupled = couple(entries, prompt, self.have, self.unplaced, self.is_dry)
+            self.coupled = couple(entries, prompt, self.caps, self.shared_parts, self.is_dry)
             self._note_idle()
             self.said_of_sequences += [sequence.said() for sequence in self.coupled]
             members = tuple(sequence.member for sequence in self.coupled)
             self.plan = replace(self.plan, decoding=self.decoding_plan(entries), members=members)
         if self.plan.steering is None:
             return None
-        unplaced = self.unplaced
-        steering, ids = place_plan(unplaced.plan, unplaced.paths, unplaced.soft, prompt)
+        shared_parts = self.shared_parts
+        steering, ids = place_plan(shared_parts.plan, shared_parts.paths, shared_parts.soft, prompt)
         self.plan = replace(self.plan, steering=replace(steering, keeps=self.plan.steering.keeps))
         return ids
 
     @property
-    def unplaced(self) -> Unplaced:
+    def shared_parts(self) -> Unplaced:
         """The request's own steering, for any of its sequences."""
         return Unplaced(self.steering, self.asked)
 
@@ -257,29 +257,29 @@ class Compiled:
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         check_one_set(self.steering, plan)
         for entry in self.steering:
-            entry.check_keys(plan, prompt_len, self.have)
+            entry.check_keys(plan, prompt_len, self.caps)
             for planned in entry.planned(plan):
                 try:
                     planned.where.check(prompt_len, allowed)
                 except SteeringError as error:
                     raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
         self._check_columns(plan)
-        rows = PlacedPlan(self.plan, prompt_len).rows.union(*(sequence.rows() for sequence in self.coupled))
-        wanted = sum(num_slots(row, self.have.num_layers) for row in rows)
-        if wanted > self.have.num_slots:
+        rows = PositionedPlan(self.plan, prompt_len).rows.union(*(sequence.rows() for sequence in self.coupled))
+        wanted = sum(num_slots(row, self.caps.num_layers) for row in rows)
+        if wanted > self.caps.num_slots:
             raise Unavailable(
                 f"these vectors overlap in {len(rows)} different ways that take {wanted} slots together, and this "
-                f"server has {self.have.num_slots}; start it with a larger --steering-slots",
+                f"server has {self.caps.num_slots}; start it with a larger --steering-slots",
                 "steering",
             )
 
     def _check_columns(self, plan: SteeringPlan) -> None:
         further = [sequence.member.steering for sequence in self.coupled]
         wanted = plan.num_columns + sum(one.num_columns for one in further if one is not None)
-        if wanted > self.have.num_histories:
+        if wanted > self.caps.num_histories:
             raise Unavailable(
                 f"the conditions of the request's {1 + len(further)} sequences read {wanted} things, and this server "
-                f"keeps {self.have.num_histories} at once",
+                f"keeps {self.caps.num_histories} at once",
                 "steering",
             )
 
@@ -291,14 +291,14 @@ class Compiled:
         """What was done, for the response; `fed` are the finished sequences."""
         plan = self.plan.steering or SteeringPlan(())
         return {
-            "steering": [entry.said(plan, fed, self.have) for entry in self.steering],
+            "steering": [entry.said(plan, fed, self.caps) for entry in self.steering],
             "decoding": [entry.said() for entry in self.decoding],
             **({"sequences": self.said_of_sequences} if self.said_of_sequences else {}),
             "warnings": self.warnings,
         }
 
 
-def compile_extras(fields: Mapping[str, Any], catalogue: Catalogue, merges: bool = False) -> Compiled | None:
+def compile_extras(fields: Mapping[str, Any], catalogue: Capabilities, merges: bool = False) -> Compiled | None:
     """Compile a request's `steering` and `decoding`; None for a plain request.
 
     Args:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from whipstaff.server.admission.positions import SoftPrompt
 from whipstaff.server.errors import BadRequest
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.conditions import Readings, fired
 from whipstaff.steering.dose import Dose
 from whipstaff.steering.edits import Lengths, strongest
@@ -53,16 +53,16 @@ class Steered:
         """What the entry became in its plan."""
         return [plan.edits[i] for i in self.edits] if self.special is None else [plan.specials[self.special]]
 
-    def check_keys(self, plan: SteeringPlan, prompt_len: int, have: Catalogue) -> None:
+    def check_keys(self, plan: SteeringPlan, prompt_len: int, caps: Capabilities) -> None:
         """The keys that heads are told to look at must be there. Raises: BadRequest naming the key."""
-        if self.special is None or not isinstance(self.vector.method, AttentionOverride) or have.attention is None:
+        if self.special is None or not isinstance(self.vector.method, AttentionOverride) or caps.attention is None:
             return
         special, where = plan.specials[self.special].special, plan.specials[self.special].where
         params, intervals = OverrideParams.model_validate_json(special.setting), where.intervals(prompt_len)
         first = intervals[0][0] if intervals else prompt_len - 1
         last = prompt_len - 1 if intervals and intervals[-1][1] is not None else None
         for index, edit in enumerate(params.edits):
-            window = have.attention["windows"].get(edit.layer)
+            window = caps.attention["windows"].get(edit.layer)
             for number, key in enumerate(edit.keys):
                 position, path = key + prompt_len if key < 0 else key, f"{self.path}.edits[{index}].keys[{number}]"
                 if not 0 <= position <= min(first, prompt_len - 1):
@@ -72,7 +72,7 @@ class Steered:
                 if window is not None and (last is None or last - position >= window):
                     raise BadRequest(f"layer {edit.layer} sees {window} tokens back; position {key} is beyond", path)
 
-    def said(self, plan: SteeringPlan, fed: list[Fed], have: Catalogue) -> dict[str, Any]:
+    def said(self, plan: SteeringPlan, fed: list[Fed], caps: Capabilities) -> dict[str, Any]:
         """The entry as the receipt shows it; `fed` are the finished sequences."""
         named = {
             "vector": self.params.vector,
@@ -96,7 +96,7 @@ class Steered:
         planned = [plan.edits[index] for index in self.edits]
         settings = json.loads(planned[0].edit.setting) if planned else {}
         gain = self.params.schedule.largest if self.params.schedule else 1.0
-        largest = largest_dose(self.vector, planned, have.lengths, gain)
+        largest = largest_dose(self.vector, planned, caps.lengths, gain)
         return {
             **named,
             **settings,
@@ -136,7 +136,7 @@ def largest_dose(vector: Vector, planned: Iterable[PlannedEdit], lengths: Length
     return found and found._replace(relative=found.relative * gain)
 
 
-def doses(vector: Vector, have: Catalogue) -> list[dict[str, Any]]:
+def doses(vector: Vector, caps: Capabilities) -> list[dict[str, Any]]:
     """What a vector comes to at its own strength and at 1, beside the served model's activations, as far as known."""
     found: dict[str, dict[str, Any]] = {}
     for own in ({}, {"scale": 1.0}) if vector.method.served_by == "edits" else ():
@@ -146,7 +146,7 @@ def doses(vector: Vector, have: Catalogue) -> list[dict[str, Any]]:
         except (SteeringError, ValidationError):  # its parameters cannot be guessed, or it has no scale
             continue
         setting = planner.edits[0].edit.setting
-        if dose := largest_dose(vector, planner.edits, have.lengths):
+        if dose := largest_dose(vector, planner.edits, caps.lengths):
             found[setting] = {"scale": json.loads(setting).get("scale"), **dose_said(dose)}
     return list(found.values())
 

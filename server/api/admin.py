@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from whipstaff.server.api.generate import said_preset, said_vector
 from whipstaff.server.errors import BadRequest, Forbidden, TooLarge, Unauthorized
-from whipstaff.server.registry.live import Library
+from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import MAX_BYTES, Preset
 from whipstaff.server.registry.vectors import NAME
 from whipstaff.steering.errors import SteeringError
@@ -70,10 +70,10 @@ def _bearer(headers: Mapping[str, str]) -> str:
     return key if scheme.lower() == "bearer" else ""
 
 
-def admitted(raw: Request) -> Library:
+def admitted(raw: Request) -> LiveRegistry:
     """A dependency of every route here: the library, for who has the key."""
     raw.app.state.whipstaff_admin.check(raw.headers)
-    library: Library = raw.app.state.whipstaff
+    library: LiveRegistry = raw.app.state.whipstaff
     return library
 
 
@@ -86,7 +86,7 @@ async def put_vector(
     name: str = Query(description="to be named by in requests"),
     filename: str = Query("", max_length=255, description="of a foreign file: some formats are known by it"),
     format: str | None = Query(None, max_length=64, description="of a foreign file, where it is not found out"),
-    library: Library = Depends(admitted),
+    library: LiveRegistry = Depends(admitted),
 ) -> JSONResponse:
     """Upload a vector, or replace the one of that name. The body is the file: one of ours, or a foreign one that is a
     single file and no pickle. What a foreign one leaves unsaid are further parameters: `layer`, `scale` ..."""
@@ -102,14 +102,14 @@ async def put_vector(
 
 
 @router.delete("/v1/steering/vectors/{name}")
-async def remove_vector(name: str, library: Library = Depends(admitted)) -> dict[str, Any]:
+async def remove_vector(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a vector. Requests that were taken before keep it until they end."""
     await library.remove_vector(name)
     return {"id": name, "object": "steering.vector", "deleted": True}
 
 
 @router.post("/v1/steering/presets")
-async def put_preset(raw: Request, library: Library = Depends(admitted)) -> JSONResponse:
+async def put_preset(raw: Request, library: LiveRegistry = Depends(admitted)) -> JSONResponse:
     """Add a preset, or replace the one of that name: {"name", "description", "default": {...}, "forced": {...}}."""
     with library.writable.spool() as file:
         await _receive(raw, file, MAX_BYTES)
@@ -126,7 +126,7 @@ async def put_preset(raw: Request, library: Library = Depends(admitted)) -> JSON
 
 
 @router.delete("/v1/steering/presets/{name}")
-async def remove_preset(name: str, library: Library = Depends(admitted)) -> dict[str, Any]:
+async def remove_preset(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a preset."""
     await library.remove_preset(name)
     return {"id": name, "object": "steering.preset", "deleted": True}

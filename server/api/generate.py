@@ -23,8 +23,8 @@ from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.plan import RequestPlan, take_draw
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.live import Library
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset, blaming
 from whipstaff.server.registry.vectors import Entry
 
@@ -70,9 +70,9 @@ class PreparedRequest:
 
     async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
         """What was done. `readings` finds what a request's conditions read, by its ticket."""
-        fed, ticket = self.tally.fed(), self.compiled.plan.ticket
-        if ticket:
-            found = await readings(ticket)
+        fed, readings_id = self.tally.fed(), self.compiled.plan.readings_id
+        if readings_id:
+            found = await readings(readings_id)
             fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
         said = self.said(fed)
         metrics.note_steering(said["steering"])
@@ -123,9 +123,9 @@ class PlacedRequest:
             return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
-async def catalogue(request: Request) -> Catalogue:
+async def catalogue(request: Request) -> Capabilities:
     """What there is now."""
-    library: Library = request.app.state.whipstaff
+    library: LiveRegistry = request.app.state.whipstaff
     return await library.current()
 
 
@@ -135,13 +135,13 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
     base, name = openai.split_model(request.model, raw.app)
     if name is None and not _asks(request) and not unknown_names(request):
         return None
-    have = await catalogue(raw)
-    preset = None if name is None else have.preset(name, "model")
+    caps = await catalogue(raw)
+    preset = None if name is None else caps.preset(name, "model")
     if preset is None:
-        return prepare(request, have)
+        return prepare(request, caps)
     metrics.PRESETS.labels(preset.name).inc()
     request.model = base
-    return prepare(request, have, preset, await raw.json())
+    return prepare(request, caps, preset, await raw.json())
 
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
@@ -157,7 +157,7 @@ def unknown_names(request: openai.ChatRequest | openai.TextRequest) -> list[str]
 
 def prepare(
     request: openai.ChatRequest | openai.TextRequest,
-    have: Catalogue,
+    caps: Capabilities,
     preset: Preset | None = None,
     body: Mapping[str, Any] | None = None,
 ) -> PreparedRequest | None:
@@ -167,16 +167,16 @@ def prepare(
     with blaming(preset, filled, xargs):
         fields = _extras(request)
         unknown = warn_of(unknown_names(request), fields, openai.known_names(type(request)))
-        compiled = compile_request(request, have, fields, preset is not None and preset.gives(filled, "decoding"))
+        compiled = compile_request(request, caps, fields, preset is not None and preset.gives(filled, "decoding"))
     if compiled is None and preset is None and not unknown:
         return None
     ready = PreparedRequest(
-        compiled or Compiled(RequestPlan(), {}, have), request.n or 1, preset=preset, filled=filled, xargs=xargs
+        compiled or Compiled(RequestPlan(), {}, caps), request.n or 1, preset=preset, filled=filled, xargs=xargs
     )
     ready.compiled.warnings[:0] = unknown
-    ready.compiled.have = have.facts
+    ready.compiled.caps = caps.facts
     if ready.compiled.explain is not None:
-        ready.explained = Explained(have.words)
+        ready.explained = Explained(caps.words)
     if not ready.compiled.is_plain:
         request.attach(ready)
     return ready
@@ -193,7 +193,7 @@ def warn_of(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[st
 
 def compile_request(
     request: openai.ChatRequest | openai.TextRequest,
-    have: Catalogue,
+    caps: Capabilities,
     fields: Mapping[str, Any] | None = None,
     merges: bool = False,
 ) -> Compiled | None:
@@ -201,10 +201,10 @@ def compile_request(
 
     Raises: WhipstaffError.
     """
-    compiled = compile_extras(_extras(request) if fields is None else fields, have, merges)
+    compiled = compile_extras(_extras(request) if fields is None else fields, caps, merges)
     if openai.is_hot(request):
         assert request.temperature is not None
-        compiled = compiled or Compiled(RequestPlan(), {}, have)
+        compiled = compiled or Compiled(RequestPlan(), {}, caps)
         compiled.take_heat(request.temperature, openai.truncates(request))
     if compiled is None:
         return None
@@ -294,25 +294,25 @@ async def show_model(name: str, raw: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/steering/methods")
-async def methods(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+async def methods(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
-    return {"object": "list", "data": method_table(have)}
+    return {"object": "list", "data": method_table(caps)}
 
 
 @router.get("/v1/steering/vectors")
-async def vectors(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+async def vectors(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every vector that was loaded."""
-    return {"object": "list", "data": [said_vector(entry) for entry in have.registry]}
+    return {"object": "list", "data": [said_vector(entry) for entry in caps.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
-async def vector(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+async def vector(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
-    entry = have.registry.entry(name)
+    entry = caps.registry.entry(name)
     return {
         **said_vector(entry),
         "norms": entry.vector.norms(),
-        "doses": doses(entry.vector, have) if entry.problem is None else [],
+        "doses": doses(entry.vector, caps) if entry.problem is None else [],
     }
 
 
@@ -324,11 +324,11 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """
     started = time.perf_counter()
     if "messages" not in body and "prompt" not in body:
-        have, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
+        caps, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
         if name is None:
-            plan = _validated(body, have)
+            plan = _validated(body, caps)
         else:
-            ready = await prepared(_with_some_prompt(body, have.preset(name, "model")), raw)
+            ready = await prepared(_with_some_prompt(body, caps.preset(name, "model")), raw)
             plan = ready.said([]) if ready else None
     else:
         model = openai.ChatRequest if "messages" in body else openai.TextRequest
@@ -351,18 +351,18 @@ def _with_some_prompt(body: dict[str, Any], preset: Preset) -> openai.ChatReques
     return openai.parse(openai.ChatRequest, {**body, "messages": [{"role": "user", "content": "Hello"}]})
 
 
-def _validated(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
+def _validated(body: dict[str, Any], caps: Capabilities) -> dict[str, Any] | None:
     """The plan of fields without a prompt. Raises: WhipstaffError."""
     with blaming(None, (), _ours_in(body.get("vllm_xargs"))):
-        return _compiled(body, have)
+        return _compiled(body, caps)
 
 
-def _compiled(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
+def _compiled(body: dict[str, Any], caps: Capabilities) -> dict[str, Any] | None:
     fields = _with_xargs(body, body.get("vllm_xargs"))
     known = openai.known_names(openai.ChatRequest) | openai.known_names(openai.TextRequest)
     names = [name for name, value in body.items() if value is not None and name not in known and name not in FIELDS]
     unknown = warn_of(names, fields, known)
-    compiled = compile_extras(fields, have)
+    compiled = compile_extras(fields, caps)
     if compiled is None:
         return {**NOTHING, "warnings": unknown} if unknown else None
     compiled.warnings[:0] = unknown
@@ -370,15 +370,15 @@ def _compiled(body: dict[str, Any], have: Catalogue) -> dict[str, Any] | None:
 
 
 @router.get("/v1/steering/presets")
-async def presets(have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+async def presets(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every preset: what it says, and the digest that receipts name."""
-    return {"object": "list", "data": [said_preset(preset) for preset in have.presets.values()]}
+    return {"object": "list", "data": [said_preset(preset) for preset in caps.presets.values()]}
 
 
 @router.get("/v1/steering/presets/{name}")
-async def preset(name: str, have: Catalogue = Depends(catalogue)) -> dict[str, Any]:
+async def preset(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """One preset."""
-    return said_preset(have.preset(name))
+    return said_preset(caps.preset(name))
 
 
 def said_preset(preset: Preset) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from whipstaff.decoding.companions import CoupledParams
+from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.method import Method as DecodingMethod
-from whipstaff.decoding.method import Rewriting
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server.admission.decoding import head_kinds, judged_tokens
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
@@ -18,16 +18,16 @@ _OF_ACTIVATIONS = ("layers", "when", "schedule", "normalize", "renorm")
 _MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows": ("where", *_OF_ACTIVATIONS)}
 
 
-def method_table(have: Catalogue) -> list[dict[str, Any]]:
+def method_table(caps: Capabilities) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, have) for method in STEERING.values() if method.served_by != "logits"),
-        *(_decoding(method, have) for method in DECODING.values()),
+        *(_steering(method, caps) for method in STEERING.values() if method.served_by != "logits"),
+        *(_decoding(method, caps) for method in DECODING.values()),
     ]
 
 
-def _steering(method: Method[Any], have: Catalogue) -> dict[str, Any]:
-    vectors = [entry.name for entry in have.registry if entry.problem is None and entry.vector.method is method]
+def _steering(method: Method[Any], caps: Capabilities) -> dict[str, Any]:
+    vectors = [entry.name for entry in caps.registry if entry.problem is None and entry.vector.method is method]
     schema = _merged(SteeringParams, method.params)
     for name in _MEANINGLESS.get(method.served_by, ()):
         del schema["properties"][name]
@@ -47,28 +47,28 @@ def _steering(method: Method[Any], have: Catalogue) -> dict[str, Any]:
         "where": method.where,
         "off": dict(method.off) or None,
         "parts": {part: list(shape) for part, shape in method.parts.items()},
-        **_available(_why_not(method, bool(vectors), have)),
+        **_available(_why_not(method, bool(vectors), caps)),
     }
 
 
-def _why_not(method: Method[Any], has_vectors: bool, have: Catalogue) -> str | None:
+def _why_not(method: Method[Any], has_vectors: bool, caps: Capabilities) -> str | None:
     """Why no request can use a method on this server; None when one can."""
-    if method.served_by == "router" and not have.registry.model.num_experts:
+    if method.served_by == "router" and not caps.registry.model.num_experts:
         return "the served model has no experts"
-    if method.served_by == "router" and not have.routing:
+    if method.served_by == "router" and not caps.routing:
         return "start the server with --steering-sites router"
-    if method.served_by == "attention" and have.attention is None:
+    if method.served_by == "attention" and caps.attention is None:
         return "start the server with --steering-sites attention"
     if method.needs_file and not has_vectors:
         return "no vector of this method is loaded; start the server with --vectors PATH"
     return None
 
 
-def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
+def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]:
     schema = method.params.model_json_schema()
     for name in method.stream_fields:
-        schema["properties"][name]["enum"] = list(have.auxiliaries)
-    heads = {name: _fitting(method, name, have) for name in method.head_fields}
+        schema["properties"][name]["enum"] = list(caps.auxiliaries)
+    heads = {name: _fitting(method, name, caps) for name in method.head_fields}
     for name, fitting in heads.items():
         schema["properties"][name]["enum"] = fitting
     missing = [
@@ -76,13 +76,13 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
         for name, fitting in heads.items()
         if not fitting and method.params.model_fields[name].is_required()
     ]
-    if len(have.auxiliaries) < method.num_streams:
+    if len(caps.auxiliaries) < method.num_streams:
         missing.append("start the server with --aux NAME=MODEL")
-    if method.needs_adapters and not have.max_adapters:
+    if method.needs_adapters and not caps.max_adapters:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
-    if isinstance(method, Rewriting) and "early" in method.needs and not have.depth.kept:
+    if isinstance(method, LogitsRewriter) and "early_exit" in method.needs and not caps.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if (isinstance(method, Rewriting) or issubclass(method.params, CoupledParams)) and have.words is None:
+    if (isinstance(method, LogitsRewriter) or issubclass(method.params, CoupledParams)) and caps.words is None:
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,
@@ -95,11 +95,11 @@ def _decoding(method: DecodingMethod[Any], have: Catalogue) -> dict[str, Any]:
     }
 
 
-def _fitting(method: DecodingMethod[Any], name: str, have: Catalogue) -> list[str]:
+def _fitting(method: DecodingMethod[Any], name: str, caps: Capabilities) -> list[str]:
     """The learned heads that a parameter may name on this server."""
-    kinds = head_kinds(method, name)[: None if have.looks_ahead else 1]
-    fitting = [entry for entry in have.registry if entry.problem is None and entry.vector.header.method in kinds]
-    return [entry.name for entry in fitting if judged_tokens(entry.vector) in (None, have.vocabulary)]
+    kinds = head_kinds(method, name)[: None if caps.looks_ahead else 1]
+    fitting = [entry for entry in caps.registry if entry.problem is None and entry.vector.header.method in kinds]
+    return [entry.name for entry in fitting if judged_tokens(entry.vector) in (None, caps.vocabulary)]
 
 
 def _merged(entry: type[BaseModel], own: type[BaseModel]) -> dict[str, Any]:

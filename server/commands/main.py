@@ -120,8 +120,8 @@ async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, An
     engine = app.launch(args, settings, files)
     try:
         library = await app.load(engine, settings, files, store)
-        have = await library.current()
-        return await describe(engine), [finding async for finding in self_test(engine, list(have.auxiliaries))]
+        caps = await library.current()
+        return await describe(engine), [finding async for finding in self_test(engine, list(caps.auxiliaries))]
     finally:
         engine.shutdown()
 

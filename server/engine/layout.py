@@ -37,7 +37,7 @@ class Layout(BaseModel):
     sites: tuple[Site, ...] = CORE  # where edits can be made
     edits_attention: bool = False
     encoders: tuple[tuple[Site, int, int], ...] = ()  # (site, layer, features) of TopK autoencoders
-    early_layers: tuple[int, ...] = ()  # whose streams can be kept; see `steering.plan.RowKeep`
+    early_layers: tuple[int, ...] = ()  # whose streams can be kept; see `steering.plan.StreamCopy`
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
     looks_ahead: bool = False  # whether tokens can be tried before one is chosen; see `lookahead`
 

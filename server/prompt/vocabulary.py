@@ -7,8 +7,8 @@ from typing import Any
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
-    """What `decoding.method.Words` asks for, of one tokenizer."""
+class Vocabulary:
+    """What `decoding.method.Vocabulary` asks for, of one tokenizer."""
 
     texts: Sequence[str]  # by id, as they read in the middle of a text; "" where an id has none
     ids: Mapping[str, int]  # text -> the first id that reads so
@@ -16,7 +16,7 @@ class Words:
     tokenizer: Any
 
     @staticmethod
-    def of(tokenizer: Any, eos: Iterable[int] = (), most: int | None = None) -> "Words":
+    def of(tokenizer: Any, eos: Iterable[int] = (), most: int | None = None) -> "Vocabulary":
         """`eos` are further tokens that end a generation, beside the tokenizer's own; of `most` tokens the model says
         how likely they are, whatever more the tokenizer knows."""
         num = len(tokenizer) if most is None else min(len(tokenizer), most)
@@ -26,7 +26,7 @@ class Words:
         for index, text in enumerate(texts):
             ids.setdefault(text, index)
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return Words(texts, ids, tuple(dict.fromkeys([*own, *eos])), tokenizer)
+        return Vocabulary(texts, ids, tuple(dict.fromkeys([*own, *eos])), tokenizer)
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +44,7 @@ class Words:
 
 
 @lru_cache(maxsize=256)
-def _ids_with(words: Words, text: str) -> Sequence[int]:
+def _ids_with(words: Vocabulary, text: str) -> Sequence[int]:
     return tuple(index for index, one in enumerate(words.texts) if text in one)
 
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from whipstaff.decoding.method import Depth
 from whipstaff.server.errors import NotFound
-from whipstaff.server.prompt.vocabulary import Words
+from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.presets import Preset
-from whipstaff.server.registry.vectors import Registry
+from whipstaff.server.registry.vectors import VectorSnapshot
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.routing_scheme import Scheme
 
 
@@ -24,12 +24,12 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Capabilities:
     """What this server has for requests to name."""
 
-    registry: Registry
+    registry: VectorSnapshot
     auxiliaries: Mapping[str, int]  # name -> longest sequence it can follow
-    words: Words | None = None  # the served model's tokens; None: this server runs without a tokenizer
+    words: Vocabulary | None = None  # the served model's tokens; None: this server runs without a tokenizer
     vocabulary: int = 0  # rows of the served model's head
     max_len: int = 1 << 30  # tokens of a sequence
     max_seqs: int = 1 << 30  # sequences at once
@@ -38,7 +38,7 @@ class Catalogue:
     num_slots: int = 256  # rows of edits in use at once
     num_histories: int = 64  # conditions in use at once
     num_layers: int = 1
-    places: frozenset[Place] = frozenset()  # where edits can be made
+    hook_points: frozenset[HookPoint] = frozenset()  # where edits can be made
     lengths: Lengths = field(default_factory=lambda: Lengths({}))
     limit: Limit | None = None
     tensor_parallel: int = 1
@@ -53,11 +53,11 @@ class Catalogue:
     def preset(self, name: str, param: str | None = None) -> Preset:
         """Raises: NotFound."""
         if name not in self.presets:
-            have = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
-            raise NotFound(f"there is no preset {name!r}; this server has: {have}", param)
+            caps = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
+            raise NotFound(f"there is no preset {name!r}; this server has: {caps}", param)
         return self.presets[name]
 
     @cached_property
-    def facts(self) -> "Catalogue":
+    def facts(self) -> "Capabilities":
         """All but what has names: a request that keeps this keeps no vector."""
-        return replace(self, registry=Registry({}, self.registry.model), presets={})
+        return replace(self, registry=VectorSnapshot({}, self.registry.model), presets={})

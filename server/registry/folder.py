@@ -35,7 +35,7 @@ class Manifest(BaseModel):
     presets: dict[str, dict[str, Any]] = {}
 
 
-class Store:
+class RegistryFolder:
     """One registry folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What requests may name, as it is now: files given at start-up, and beside them what the registry folder holds.
 
-Whoever asks gets a `Catalogue` that never changes; a request keeps the one it was compiled with. Every process that
+Whoever asks gets a `Capabilities` that never changes; a request keeps the one it was compiled with. Every process that
 serves looks at the folder's manifest once per request that names something, so all see one registry as soon as a change
 was answered. A vector is in the workers before a catalogue names it (see `engine.residents`).
 """
@@ -16,30 +16,30 @@ from typing import Any
 
 from whipstaff.server import metrics
 from whipstaff.server.admission.entries import lacking
-from whipstaff.server.engine.frontend.vector_leases import Residents
+from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.folder import BadStore, Manifest, Store
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
 from whipstaff.server.registry.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
-from whipstaff.server.registry.vectors import Entry, Registry, VectorFile, misfit
+from whipstaff.server.registry.vectors import Entry, VectorFile, VectorSnapshot, misfit
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.vector_file import Vector
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 PAUSE = 1.0  # seconds between looks at the folder while nobody asks
 COLLECT = 4  # looks
-CheckPreset = Callable[[Preset, Catalogue], Awaitable[None]]
+CheckPreset = Callable[[Preset, Capabilities], Awaitable[None]]
 
 
-class Library:
+class LiveRegistry:
     """Of one process."""
 
     def __init__(
         self,
-        residents: Residents,
-        facts: Catalogue,
+        residents: VectorLeases,
+        facts: Capabilities,
         files: Mapping[str, VectorFile],
-        store: Store | None = None,
+        store: RegistryFolder | None = None,
         presets: Iterable[Path] = (),
     ) -> None:
         """`facts` says what the server can do; `files` are the vectors given at start-up, and those stored then."""
@@ -78,7 +78,7 @@ class Library:
         await self._refresh()
         self._following = asyncio.create_task(self.follow())
 
-    async def current(self) -> Catalogue:
+    async def current(self) -> Capabilities:
         """What there is now."""
         if self._stamp() != self._seen:
             async with self._turn:
@@ -96,11 +96,11 @@ class Library:
         while True:
             await asyncio.sleep(PAUSE)
             try:
-                have = await self.current()
+                caps = await self.current()
             except OSError as error:
                 logger.error("the registry cannot be looked at: %s", error)
                 continue
-            named = {entry.vector.digest for entry in have.registry}
+            named = {entry.vector.digest for entry in caps.registry}
             num_looks = num_looks + 1 if self._residents.loaded - named else 0
             if num_looks and num_looks % COLLECT == 0:
                 gc.collect()
@@ -156,7 +156,7 @@ class Library:
             await self._commit(store, manifest, presets=_without(manifest.presets, name))
 
     @asynccontextmanager
-    async def _writing(self, name: str, fixed: Mapping[str, Any]) -> AsyncIterator[Store]:
+    async def _writing(self, name: str, fixed: Mapping[str, Any]) -> AsyncIterator[RegistryFolder]:
         """The folder, alone, and as it is; nobody may change a name that was given at start-up."""
         store = self.writable
         if name in fixed:
@@ -170,13 +170,13 @@ class Library:
                 lock.close()
 
     @property
-    def writable(self) -> Store:
+    def writable(self) -> RegistryFolder:
         """Raises: Forbidden."""
         if self._store is None:
             raise Forbidden("this server has no registry; start it with --registry DIR and --admin-key KEY")
         return self._store
 
-    async def _commit(self, store: Store, manifest: Manifest, **changes: Any) -> None:
+    async def _commit(self, store: RegistryFolder, manifest: Manifest, **changes: Any) -> None:
         await asyncio.to_thread(store.commit, manifest.model_copy(update=changes))
         await self.current()
         await asyncio.to_thread(store.sweep)
@@ -196,10 +196,10 @@ class Library:
             logger.error("%s; what it held before is served", error)
             self._seen = seen
             return
-        have = replace(self._have, registry=Registry(files, self._have.registry.model), presets={})
-        self._have = replace(have, presets=await self._sound_presets(manifest, have) if self._check else {})
+        caps = replace(self._have, registry=VectorSnapshot(files, self._have.registry.model), presets={})
+        self._have = replace(caps, presets=await self._sound_presets(manifest, caps) if self._check else {})
         self._seen = seen
-        metrics.VECTORS.set(len(have.registry.names))
+        metrics.VECTORS.set(len(caps.registry.names))
 
     async def _stored(self, manifest: Manifest) -> dict[str, VectorFile]:
         """The folder's vectors, in the workers where they fit. Another process may replace one meanwhile."""
@@ -224,7 +224,7 @@ class Library:
         fits = misfit(vector, self._have.registry.model) is None
         return await self._residents.load(vector, path) if fits else None
 
-    async def _sound_presets(self, manifest: Manifest, have: Catalogue) -> dict[str, Preset]:
+    async def _sound_presets(self, manifest: Manifest, caps: Capabilities) -> dict[str, Preset]:
         """Every preset; a file that was changed into something unsound stays what it was."""
         assert self._check is not None
         found: dict[str, Preset] = {}
@@ -233,7 +233,7 @@ class Library:
             try:
                 preset = read_preset(path)
                 if before is None or preset.digest != before.digest:
-                    await self._check(preset, have)
+                    await self._check(preset, caps)
                 found[path.stem] = preset
             except (BadPreset, WhipstaffError) as error:
                 logger.error("%s is not taken: %s", path, error)

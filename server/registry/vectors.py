@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whipstaff.server.errors import NotFound, VectorUnfit
-from whipstaff.server.registry.folder import Store
+from whipstaff.server.registry.folder import RegistryFolder
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.vector_file import Vector, read, without_file
@@ -39,7 +39,7 @@ class Entry:
     is_fixed: bool
 
 
-class Registry:
+class VectorSnapshot:
     """Vectors by name."""
 
     def __init__(self, files: Mapping[str, VectorFile], model: ModelShape) -> None:
@@ -59,9 +59,9 @@ class Registry:
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""
         if name not in self._entries:
-            have = ", ".join(map(repr, self._entries)) or "none"
+            caps = ", ".join(map(repr, self._entries)) or "none"
             raise NotFound(
-                f"there is no vector {name!r}; this server has: {have}; start it with --vectors, or upload one", param
+                f"there is no vector {name!r}; this server has: {caps}; start it with --vectors, or upload one", param
             )
         return self._entries[name]
 
@@ -116,7 +116,7 @@ def misfit(vector: Vector, model: ModelShape) -> str | None:
     return None
 
 
-def read_stored(store: Store, taken: Mapping[str, VectorFile]) -> dict[str, VectorFile]:
+def read_stored(store: RegistryFolder, taken: Mapping[str, VectorFile]) -> dict[str, VectorFile]:
     """Every vector of a registry folder, by name. Raises: BadVectorFile, BadStore."""
     found: dict[str, VectorFile] = {}
     for name, digest in store.read().vectors.items():

@@ -32,16 +32,16 @@ class Cache(Importer):
         return found is not None and not is_vector(shape(source, found))
 
     def draft(self, source: Source, model: ModelShape, hints: Hints) -> Draft:
-        places = {name: _layer(name) for name in names(source) if _STREAM.fullmatch(name)}
+        hook_points = {name: _layer(name) for name in names(source) if _STREAM.fullmatch(name)}
         rest_is_harmless(source, *(name for name in names(source) if _OTHER.fullmatch(name)))
-        layers = sorted({layer for layer in places.values() if layer < model.num_layers})
+        layers = sorted({layer for layer in hook_points.values() if layer < model.num_layers})
         layer = layers[0] if len(layers) == 1 and hints.layer is None else hints.layer
         if layer is None or layer not in layers:
             said = ", ".join(map(str, layers)) or "none that the model has"
             raise SteeringError(f"{source.name} holds what enters the layers {said}; say which is meant", "layer")
-        name = next(name for name, its in places.items() if its == layer)  # pre and post of two blocks are equal
+        name = next(name for name, its in hook_points.items() if its == layer)  # pre and post of two blocks are equal
         rows = _rows(name, entry(source, name), hints.part, model)
-        notes = [] if len(places) == len(names(source)) else ["of the cache only the residual stream is used"]
+        notes = [] if len(hook_points) == len(names(source)) else ["of the cache only the residual stream is used"]
         return Draft("actadd", {f"resid_pre.{layer}.rows": rows}, notes=notes)
 
 

@@ -19,7 +19,7 @@ from whipstaff.steering.importers.householder import BASE, ORIGINAL, orthogonal
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.ledger import Ledger
 from whipstaff.steering.importers.source import Source, numbers
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.shape import ModelShape, Site
@@ -232,7 +232,7 @@ def _kind(config: Mapping[str, Any]) -> str:
     return found.pop().lower().removesuffix("intervention")
 
 
-def _shown(states: Mapping[Place, "_State"]) -> str:
+def _shown(states: Mapping[HookPoint, "_State"]) -> str:
     """The class of a checkpoint's interventions, as the names of their tensors show it.
 
     Raises:
@@ -270,19 +270,19 @@ def _check_config(config: Ledger) -> None:
             )
 
 
-def _files(source: Source, model: ModelShape, hints: Hints) -> dict[Place, str]:
+def _files(source: Source, model: ModelShape, hints: Hints) -> dict[HookPoint, str]:
     """The file of every place's intervention."""
     keys = _keys(source)
     if hints.layer is not None and len(keys) > 1:
         raise SteeringError(f"the folder has interventions at {len(keys)} places, which name their layers", "layer")
-    found: defaultdict[Place, list[str]] = defaultdict(list)
+    found: defaultdict[HookPoint, list[str]] = defaultdict(list)
     for key in keys:
         match = next((match for form in _KEYS if (match := form.fullmatch(key))), None)
         site = _COMPONENTS.get(match["component"]) if match else None
         if match is None or site is None:
             raise SteeringError(f"{key[:128]!r} names no layer and no component that is known here")
         layer = layer_of(hints, model, int(match["layer"]))
-        found[Place(site, layer)].append(f"intkey_{key}.bin")
+        found[HookPoint(site, layer)].append(f"intkey_{key}.bin")
     chosen = {}
     for place, files in found.items():
         if len(files) > 1 and (hints.part is None or hints.part >= len(files)):
@@ -310,7 +310,7 @@ def _keys(source: Source) -> list[str]:
     return list(map(str, keys))
 
 
-def _as_row(tensor: Tensor, place: Place, model: ModelShape) -> Tensor:
+def _as_row(tensor: Tensor, place: HookPoint, model: ModelShape) -> Tensor:
     if place.site != "attn_head":
         return tensor
     return numbers("the vector", tensor, model.num_heads * model.head_dim).view(model.num_heads, model.head_dim)

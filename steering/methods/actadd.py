@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
@@ -33,23 +33,23 @@ class ActAdd(ScaledMethod[ActAddParams]):
     params, sites, where = ActAddParams, ("resid_pre",), "prompt"
     parts: ClassVar = {"rows": ("n", "width")}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not 1 <= len(tensors["rows"]) <= MAX_ROWS:
             raise SteeringError(f"rows of layer {place.layer}: {len(tensors['rows'])} rows, wanted 1 to {MAX_ROWS}")
 
-    def check_params(self, params: ActAddParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: ActAddParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         num_rows = _num_rows(tensors)
         if params.row is not None and params.row >= num_rows:
             raise SteeringError(f"the file has rows 0 to {num_rows - 1}", "row")
         if isinstance(params.location, int) and -num_rows < params.location < 0:
             raise SteeringError(f"{num_rows} rows from {params.location} on would reach past the prompt", "location")
 
-    def edits(self, tensors: Tensors, params: ActAddParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ActAddParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         assert params.row is not None  # `spread` names it
         return (diagonal(params.scale, tensors["rows"][params.row]),)
 
     def spread(
-        self, params: ActAddParams, tensors: Mapping[Place, Tensors], where: Where
+        self, params: ActAddParams, tensors: Mapping[HookPoint, Tensors], where: Where
     ) -> Iterator[tuple[ActAddParams, Where]]:
         """One edit per row."""
         if where != Where.of(self.where):
@@ -68,7 +68,7 @@ def _position(location: str | int, row: int, num_rows: int) -> Where:
     return Where(prompt=[(first, None if first == -1 else first + 1)])
 
 
-def _num_rows(tensors: Mapping[Place, Tensors]) -> int:
+def _num_rows(tensors: Mapping[HookPoint, Tensors]) -> int:
     counts = {len(parts["rows"]) for parts in tensors.values()}
     if len(counts) != 1:
         raise SteeringError(f"the file's layers have {sorted(counts)} rows; they must have equally many", "vector")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op, directions
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp, directions
 from whipstaff.steering.shape import ModelShape
 
 _EVERYWHERE = torch.finfo(torch.float32).min
@@ -35,10 +35,10 @@ class Angular(Method[AngularParams]):
     off: ClassVar = {}
     parts: ClassVar = {"first_direction": ("width",), "second_direction": ("width",)}
 
-    def places(self, model: ModelShape) -> list[Place]:
-        return [Place(site, layer) for layer in range(model.num_layers) for site in self.sites][1:]
+    def hook_points(self, model: ModelShape) -> list[HookPoint]:
+        return [HookPoint(site, layer) for layer in range(model.num_layers) for site in self.sites][1:]
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         first, second = tensors["first_direction"], tensors["second_direction"]
         if not first.any() or not second.any():
             raise SteeringError(f"a direction of {place.site} {place.layer} has length 0")
@@ -46,7 +46,7 @@ class Angular(Method[AngularParams]):
         if across.norm() < 1e-4 * second.norm():
             raise SteeringError(f"the directions of {place.site} {place.layer} are parallel; they span no plane")
 
-    def ops(self, tensors: Tensors, params: AngularParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: AngularParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         plane = _plane(tensors["first_direction"], tensors["second_direction"])
         threshold = 0.0 if params.adaptive else _EVERYWHERE
         return (directions(plane, plane, Phi.ANGLE, a=math.radians(params.angle), b=threshold),)

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 
 _Index = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
@@ -63,7 +63,7 @@ class AttentionOverride(Method[OverrideParams]):
         for index, edit in enumerate(params.edits):
             _check_head(edit.layer, edit.head, model, f"edits.{index}.layer", f"edits.{index}.head")
 
-    def ops(self, tensors: Tensors, params: OverrideParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: OverrideParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()
 
 
@@ -104,7 +104,7 @@ class Pasta(Method[PastaParams]):
             for index, head in enumerate(heads):
                 _check_head(layer, head, model, f"heads.{layer}", f"heads.{layer}.{index}")
 
-    def ops(self, tensors: Tensors, params: PastaParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: PastaParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()
 
 

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, directions
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, directions
 from whipstaff.steering.shape import ModelShape
 
 MAX_RANK = 64
@@ -32,7 +32,7 @@ class ContextKnob(ScaledMethod[KnobParams]):
     off: ClassVar = {"scale": 0.0, "value": 0.0}
     parts: ClassVar = {"basis": ("rank", "width")}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         basis = tensors["basis"]
         if not 1 <= len(basis) <= MAX_RANK:
             raise SteeringError(f"the basis of layer {place.layer} has {len(basis)} rows, wanted 1 to {MAX_RANK}")
@@ -43,14 +43,14 @@ class ContextKnob(ScaledMethod[KnobParams]):
         if (cosines - torch.eye(len(basis))).abs().max() > 1e-2:
             raise SteeringError(f"the rows of layer {place.layer}'s basis are not at right angles")
 
-    def check_params(self, params: KnobParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: KnobParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         for place, parts in tensors.items():
             if isinstance(params.value, list) and len(params.value) != len(parts["basis"]):
                 raise SteeringError(
                     f"{len(params.value)} values for the {len(parts['basis'])} rows of layer {place.layer}", "value"
                 )
 
-    def edits(self, tensors: Tensors, params: KnobParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: KnobParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         basis = tensors["basis"]  # (rank, width)
         length = basis.norm(dim=1)
         value = params.scale * torch.tensor(params.value) / length

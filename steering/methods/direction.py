@@ -14,8 +14,8 @@ from pydantic import Field
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, S, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal, directions
+from whipstaff.steering.method import HookPoint, S, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal, directions
 from whipstaff.steering.shape import ModelShape, Site
 
 STREAM_WIDE: tuple[Site, ...] = ("resid_pre", "attn_in", "attn_out", "mlp_in", "mlp_out", "resid_post")
@@ -28,12 +28,12 @@ class OneDirection(ScaledMethod[S]):
     sites, where = STREAM_WIDE, "all"
     parts: ClassVar = {"direction": ("width",)}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not tensors["direction"].any():
             raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
 
 
-def _set(tensors: Tensors, scale: float, value: float) -> Sequence[Op]:
+def _set(tensors: Tensors, scale: float, value: float) -> Sequence[EditOp]:
     direction = tensors["direction"][None]  # (1, width)
     length = direction.norm() + 1e-8
     return (directions(direction, direction, Phi.AFFINE, a=-scale / length**2, b=scale * value / length),)
@@ -42,18 +42,18 @@ def _set(tensors: Tensors, scale: float, value: float) -> Sequence[Op]:
 class DirectionalAblation(OneDirection[Scaled]):
     name, paper, params = "directional_ablation", _PAPER, Scaled
 
-    def places(self, model: ModelShape) -> list[Place]:
+    def hook_points(self, model: ModelShape) -> list[HookPoint]:
         sites: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out")
-        return [Place(site, layer) for layer in range(model.num_layers) for site in sites]
+        return [HookPoint(site, layer) for layer in range(model.num_layers) for site in sites]
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return _set(tensors, params.scale, 0.0)
 
 
 class AddDirection(OneDirection[Scaled]):
     name, paper, params = "add_direction", _PAPER, Scaled
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["direction"]),)
 
 
@@ -65,5 +65,5 @@ class DirectionalPatch(OneDirection[PatchParams]):
     name, paper, params = "directional_patch", _PAPER, PatchParams
     off: ClassVar = {"scale": 0.0, "value": 0.0}
 
-    def edits(self, tensors: Tensors, params: PatchParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: PatchParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return _set(tensors, params.scale, params.value)

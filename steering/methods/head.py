@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 
 
@@ -18,7 +18,7 @@ class Head(Method[EditParams]):
     params, sites, where, served_by = EditParams, (), "all", "logits"
     off: ClassVar = {}
 
-    def ops(self, tensors: Tensors, params: EditParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: EditParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()
 
 

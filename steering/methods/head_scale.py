@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -27,7 +27,7 @@ class HeadScale(ScaledMethod[Scaled]):
         "mean_mask?": ("heads",),
     }
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if ("mean" in tensors) != ("mean_mask" in tensors):
             raise SteeringError(f"layer {place.layer}: mean and mean_mask (1 for heads to replace) go together")
         if not tensors:
@@ -36,7 +36,7 @@ class HeadScale(ScaledMethod[Scaled]):
         if mask is not None and not ((mask == 0) | (mask == 1)).all():
             raise SteeringError(f"mean_mask of layer {place.layer} holds numbers other than 0 and 1")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         gain = torch.zeros(model.num_heads)
         if "scale" in tensors:
             gain = tensors["scale"] - 1

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors, strength
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors, strength
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -26,7 +26,7 @@ class ITI(ScaledMethod[ITIParams]):
         "add?": ("heads", "head_dim"),
     }
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if set(tensors) not in ({"add"}, {"direction", "sigma"}):
             raise SteeringError(
                 f"iti needs direction and sigma, or add alone; layer {place.layer} has {sorted(tensors)}"
@@ -39,7 +39,7 @@ class ITI(ScaledMethod[ITIParams]):
         for head in lost.nonzero().flatten().tolist():
             raise SteeringError(f"the direction of layer {place.layer}, head {head} has length 0")
 
-    def edits(self, tensors: Tensors, params: ITIParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ITIParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         if "add" in tensors:
             return (diagonal(params.scale, tensors["add"]),)
         direction = tensors["direction"]  # (heads, head_dim)

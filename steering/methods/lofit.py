@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -14,9 +14,9 @@ class LoFiT(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("attn_head",), "all"
     parts: ClassVar = {"A?": ("heads", "head_dim"), "v?": ("heads", "head_dim")}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not tensors:
             raise SteeringError(f"layer {place.layer} has neither A nor v")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors.get("v"), tensors.get("A")),)

@@ -15,8 +15,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 
 _Index = Annotated[int, Field(strict=True, ge=0)]
@@ -52,17 +52,17 @@ class MoTE(Method[MoTEParams]):
     off: ClassVar = {}
     parts: ClassVar = {"off?": ("experts",), "on?": ("experts",)}
 
-    def places(self, model: ModelShape) -> list[Place]:
-        return [Place("router", layer) for layer in range(model.num_layers)] if model.num_experts else []
+    def hook_points(self, model: ModelShape) -> list[HookPoint]:
+        return [HookPoint("router", layer) for layer in range(model.num_layers)] if model.num_experts else []
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         for part, mask in tensors.items():
             if not ((mask == 0) | (mask == 1)).all():
                 raise SteeringError(f"{part} of layer {place.layer} holds numbers other than 0 and 1")
 
-    def check_params(self, params: MoTEParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: MoTEParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         layers = {place.layer for place in tensors} | set(params.experts)
-        chosen = {layer: self.chosen(params, layer, tensors.get(Place("router", layer), {})) for layer in layers}
+        chosen = {layer: self.chosen(params, layer, tensors.get(HookPoint("router", layer), {})) for layer in layers}
         if not any(off or on for off, on in chosen.values()):
             raise SteeringError("no expert is off or on", "experts")
         for layer, (off, on) in chosen.items():
@@ -84,7 +84,7 @@ class MoTE(Method[MoTEParams]):
                             f"a layer has experts 0 to {model.num_experts - 1}", f"experts.{layer}.{part}.{index}"
                         )
 
-    def ops(self, tensors: Tensors, params: MoTEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: MoTEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()
 
     def chosen(self, params: MoTEParams, layer: int, tensors: Tensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -96,8 +96,8 @@ class MoTE(Method[MoTEParams]):
         )
         return off, on
 
-    def routing(self, params: MoTEParams, tensors: Mapping[Place, Tensors]) -> dict[int, Routing]:
+    def routing(self, params: MoTEParams, tensors: Mapping[HookPoint, Tensors]) -> dict[int, Routing]:
         """What each layer's router does; layers without experts that are off or on are left out."""
         layers = sorted({place.layer for place in tensors} | set(params.experts))
-        found = {layer: self.chosen(params, layer, tensors.get(Place("router", layer), {})) for layer in layers}
+        found = {layer: self.chosen(params, layer, tensors.get(HookPoint("router", layer), {})) for layer in layers}
         return {layer: Routing(params.mode, off, on) for layer, (off, on) in found.items() if off or on}

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 
 
@@ -21,9 +21,9 @@ class Probe(Method[ProbeParams]):
     off: ClassVar = {}
     parts: ClassVar = {"direction": ("width",), "bias?": ()}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not tensors["direction"].any():
             raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
 
-    def ops(self, tensors: Tensors, params: ProbeParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: ProbeParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()

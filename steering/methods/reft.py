@@ -21,8 +21,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, S, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Directions, Op, diagonal, directions
+from whipstaff.steering.method import HookPoint, S, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Directions, EditOp, diagonal, directions
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
 
@@ -38,7 +38,7 @@ class ReFT(ScaledMethod[S]):
 
     paper, sites, where = "Wu et al. 2024, arXiv:2404.03592", ("resid_post",), "last_prompt"
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         rank = len(tensors["rotate"] if "rotate" in tensors else tensors["project"])
         if not 1 <= rank <= MAX_RANK:
             raise SteeringError(f"layer {place.layer} has rank {rank}, wanted 1 to {MAX_RANK}")
@@ -49,7 +49,7 @@ class Subtracting(ReFT[ReFTParams]):
 
     params = ReFTParams
 
-    def check_params(self, params: ReFTParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: ReFTParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         for place, parts in tensors.items():
             if params.activation != "linear" and 2 * len(parts["weight"]) > MAX_RANK:
                 raise SteeringError(
@@ -63,7 +63,7 @@ class LoReFT(Subtracting):
     name = "loreft"
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_moved(tensors["weight"], tensors.get("bias"), tensors["rotate"], None, params),)
 
 
@@ -76,7 +76,7 @@ class NoReFT(Subtracting):
         "project_bias?": ("rank",),
     }
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         weight, project = tensors["weight"], tensors["project"]
         return (_moved(weight, tensors.get("bias"), project, tensors.get("project_bias"), params),)
 
@@ -85,7 +85,7 @@ class ConsReFT(ReFT[Scaled]):
     name, params = "consreft", Scaled
     parts: ClassVar = {"bias": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         rotate, scale = tensors["rotate"], params.scale
         return (directions(rotate, rotate, Phi.AFFINE, a=-scale, b=scale * tensors["bias"]),)
 
@@ -94,7 +94,7 @@ class LobiReFT(ReFT[Scaled]):
     name, params = "lobireft", Scaled
     parts: ClassVar = {"bias": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["bias"] @ tensors["rotate"]),)
 
 
@@ -102,7 +102,7 @@ class DiReFT(ReFT[ReFTParams]):
     name, params = "direft", ReFTParams
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_added(tensors["weight"], tensors.get("bias"), tensors["rotate"], params),)
 
 
@@ -110,7 +110,7 @@ class NodiReFT(ReFT[ReFTParams]):
     name, params = "nodireft", ReFTParams
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "project": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_added(tensors["weight"], tensors.get("bias"), tensors["project"], params),)
 
 

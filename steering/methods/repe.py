@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal, directions
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal, directions
 from whipstaff.steering.shape import ModelShape
 
 
@@ -26,7 +26,7 @@ class RepE(ScaledMethod[RepEParams]):
     params, sites, where = RepEParams, ("resid_post",), "all"
     parts: ClassVar = {"add": ("width",)}
 
-    def edits(self, tensors: Tensors, params: RepEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: RepEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         if params.operator == "linear":
             return (diagonal(params.scale, tensors["add"]),)
         add = tensors["add"][None]  # (1, width)

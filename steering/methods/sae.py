@@ -21,8 +21,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Directions, Op, Replacement, TopK
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Directions, EditOp, Replacement, TopK
 from whipstaff.steering.shape import ModelShape
 
 MAX_FEATURES = 64  # the directions that read one row together
@@ -83,7 +83,7 @@ class Sparse(ScaledMethod[A]):
         "input_scale?": (),
     }
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if "input_scale" in tensors and not tensors["input_scale"] > 0:
             raise SteeringError(f"input_scale of {place.site} {place.layer} is not positive")
         if "threshold" in tensors and (tensors["threshold"] < 0).any():
@@ -106,12 +106,12 @@ class SAE(Sparse[SAEParams]):
     paper = "Templeton et al. 2024; TopK: Gao et al. 2024, arXiv:2406.04093; JumpReLU: arXiv:2407.14435; as in SAELens"
     off: ClassVar = {"scale": 0.0, "features": [{"feature": 0, "scale": 1.0}]}
 
-    def check_params(self, params: SAEParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: SAEParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         _check_autoencoder(params, tensors)
         paths = [f"features.{index}.feature" for index in range(len(params.features))]
         _check_features([edit.feature for edit in params.features], paths, tensors)
 
-    def edits(self, tensors: Tensors, params: SAEParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: SAEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         make = _edited if params.use_error_term else _decoded
         return (make(tensors, params, params.features, model.width(place.site)),)
 
@@ -130,17 +130,17 @@ class LFSteering(Sparse[LFParams]):
     name, params, paper = "lf_steering", LFParams, "Yang et al. 2025, arXiv:2501.11036"
     off: ClassVar = {"scale": 0.0, "features": [0], "k": 1}
 
-    def check_params(self, params: LFParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: LFParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         _check_autoencoder(params, tensors)
         paths = [f"features.{index}" for index in range(len(params.features))]
         _check_features(params.features, paths, tensors)
 
-    def edits(self, tensors: Tensors, params: LFParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: LFParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         edits = [FeatureEdit(feature=feature, add=params.bias, only_if_active=True) for feature in params.features]
         return (_edited(tensors, params, edits, model.width(place.site)),)
 
 
-def _check_autoencoder(params: Autoencoder, tensors: Mapping[Place, Tensors]) -> None:
+def _check_autoencoder(params: Autoencoder, tensors: Mapping[HookPoint, Tensors]) -> None:
     if (params.activation == "topk") != (params.k is not None):
         raise SteeringError("k goes with the activation topk, and topk needs it", "k")
     for place, parts in tensors.items():
@@ -153,7 +153,7 @@ def _check_autoencoder(params: Autoencoder, tensors: Mapping[Place, Tensors]) ->
             raise SteeringError("the file has an input_scale; it goes with none", "normalize_activations")
 
 
-def _check_features(features: Sequence[int], paths: Sequence[str], tensors: Mapping[Place, Tensors]) -> None:
+def _check_features(features: Sequence[int], paths: Sequence[str], tensors: Mapping[HookPoint, Tensors]) -> None:
     for index, (feature, path) in enumerate(zip(features, paths, strict=True)):
         if feature in features[:index]:
             raise SteeringError(f"feature {feature} is named twice", path)

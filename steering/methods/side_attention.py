@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 
 MAX_TOKENS = 64
@@ -23,12 +23,12 @@ class SideAttention(ScaledMethod[Scaled]):
     served_by = "attention"
     parts: ClassVar = {"tokens": ("num_tokens", "hidden"), "gate": ("num_gates",)}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         num_tokens, num_gates = len(tensors["tokens"]), len(tensors["gate"])
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise SteeringError(f"layer {place.layer} has {num_tokens} tokens, wanted 1 to {MAX_TOKENS}")
         if num_gates not in (1, model.num_heads):
             raise SteeringError(f"layer {place.layer} has {num_gates} gates, wanted 1 or {model.num_heads}")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -14,10 +14,10 @@ class SITE(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("attn_head",), "last_prompt"
     parts: ClassVar = {"task": ("heads", "head_dim"), "alpha": ("heads",)}  # alpha after its sigmoid
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if ((tensors["alpha"] < 0) | (tensors["alpha"] > 1)).any():
             raise SteeringError(f"alpha of layer {place.layer} lies outside [0, 1]; store it after the sigmoid")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         task, alpha = tensors["task"], tensors["alpha"][:, None]
         return (diagonal(params.scale, alpha * task, (-alpha).expand_as(task)),)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Cross, Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import Cross, EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -24,7 +24,7 @@ class TaRot(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("attn_head", "mlp_out"), "all"
     parts: ClassVar = {"angles?": ("blocks", "angles"), "scale?": ("blocks",)}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if len(tensors) != 1:
             raise SteeringError(f"{place.site} {place.layer} needs angles or scale; it has {sorted(tensors) or 'none'}")
         ((part, tensor),) = tensors.items()
@@ -34,7 +34,7 @@ class TaRot(ScaledMethod[Scaled]):
         if part == "angles":
             _check_angles(tensor.shape[1], model.width(place.site) // num_blocks)
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         width = model.width(place.site)
         if "scale" in tensors:
             scale = tensors["scale"]

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
 
@@ -15,6 +15,6 @@ class TaskVector(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("resid_post",), "last_prompt"
     parts: ClassVar = {"state": ("width",)}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         state = tensors["state"]
         return (diagonal(params.scale, state, -torch.ones_like(state)),)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import Op, diagonal
+from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import SITES, ModelShape
 
 
@@ -14,9 +14,9 @@ class GenericVector(ScaledMethod[Scaled]):
     params, sites, where = Scaled, tuple(SITES), "each_last"
     parts: ClassVar = {"add?": ("width",), "gain?": ("width",)}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not tensors:
             raise SteeringError(f"{place.site} {place.layer} has neither add nor gain")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: Place, model: ModelShape) -> Sequence[Op]:
+    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors.get("add"), tensors.get("gain")),)

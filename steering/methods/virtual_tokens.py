@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, Method, Place, Tensors
-from whipstaff.steering.ops import Op
+from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Index
 
@@ -58,10 +58,10 @@ class SoftPrompt(Method[InsertParams]):
     served_by = "rows"
     parts: ClassVar = {ROWS: ("tokens", "hidden")}
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         raise SteeringError("the rows of a soft prompt stand in no layer; name the tensor rows")
 
-    def ops(self, tensors: Tensors, params: InsertParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: InsertParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()
 
 
@@ -77,13 +77,13 @@ class PrefixKV(Method[EditParams]):
         "value": ("num_tokens", "kv_heads", "head_dim"),
     }
 
-    def check(self, tensors: Tensors, place: Place, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not model.num_kv_heads:
             raise SteeringError("a file with keys and values must state the model's num_kv_heads")
         if not 1 <= len(tensors["key"]) <= MAX_TOKENS:
             raise SteeringError(f"layer {place.layer} has {len(tensors['key'])} tokens, wanted 1 to {MAX_TOKENS}")
 
-    def check_params(self, params: EditParams, tensors: Mapping[Place, Tensors]) -> None:
+    def check_params(self, params: EditParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         lengths = {len(parts["key"]) for parts in tensors.values()}
         if len(lengths) > 1:
             raise SteeringError(
@@ -93,5 +93,5 @@ class PrefixKV(Method[EditParams]):
         if layers != list(range(len(layers))):
             raise SteeringError(f"the file has layers {layers}; every layer needs its keys and values", "vector")
 
-    def ops(self, tensors: Tensors, params: EditParams, place: Place, model: ModelShape) -> Sequence[Op]:
+    def ops(self, tensors: Tensors, params: EditParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return ()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from whipstaff import cuda_ext
-from whipstaff.cuda_ext import Op, Phi, header, interpreter
+from whipstaff.cuda_ext import Opcode, Phi, header, interpreter
 from whipstaff.cuda_ext.instructions import Operand
 
 from .test_run_edits import WIDTHS, any_program, direction, run, tables
@@ -24,14 +24,14 @@ def test_the_header_is_current():
 def test_an_operator_that_is_not_in_the_header_would_be_seen():
     """What the test above rests on: the header says each member's number and name."""
     text = header.header()
-    for kind in (Op, Phi, Operand):
+    for kind in (Opcode, Phi, Operand):
         listed = re.search(rf"enum class {kind.__name__} : int32_t {{\n(.*?)}};", text, re.DOTALL)
         assert listed
         numbers = re.findall(r"^  (\w+) = (\d+),", listed[1], re.MULTILINE)
         assert [(name.lower(), int(n)) for name, n in numbers] == [(k.name.replace("_", "").lower(), k) for k in kind]
 
 
-@pytest.mark.parametrize("op", Op)
+@pytest.mark.parametrize("op", Opcode)
 def test_an_instruction_is_known_everywhere(op):
     assert interpreter.STEPS[op] is getattr(interpreter.Machine, op.name.lower())
     assert re.sub(r"\s+", " ", f"{op.name} {op.effect}") in re.sub(r"\s+", " ", cuda_ext.run_edits_.__doc__)
@@ -42,8 +42,8 @@ def test_an_instruction_is_known_everywhere(op):
 
 def test_programs_of_the_tests_hold_every_instruction_and_function():
     ops = {int(instruction[0]) for instruction in RANDOM_PROGRAMS}
-    assert ops == set(Op) - {Op.END, Op.JUMP}  # which `linked` puts between programs
-    assert {int(i[3]) for i in RANDOM_PROGRAMS if i[0] == Op.DIR} == set(Phi)
+    assert ops == set(Opcode) - {Opcode.END, Opcode.JUMP}  # which `linked` puts between programs
+    assert {int(i[3]) for i in RANDOM_PROGRAMS if i[0] == Opcode.DIR} == set(Phi)
 
 
 @pytest.mark.parametrize("phi", Phi)
@@ -59,7 +59,7 @@ def test_every_function_but_off_does_something(phi):
     assert torch.equal(reference, torch.tensor([[1.5, 0.6]])) == (phi == Phi.OFF)
 
 
-@pytest.mark.parametrize("number", [-1, len(Op), 2**31 - 1])
+@pytest.mark.parametrize("number", [-1, len(Opcode), 2**31 - 1])
 def test_a_number_that_is_no_instruction_ends_the_program(number):
-    add = (Op.DIAG, -1, 0)
+    add = (Opcode.DIAG, -1, 0)
     assert run([add, (number,), add], [[1.0]], [[1.0]])[0] == [[2.0]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from whipstaff import cuda_ext
-from whipstaff.cuda_ext import Op, Phi, interpreter
+from whipstaff.cuda_ext import Opcode, Phi, interpreter
 
 from .batches import BATCHES, DTYPES, HIDDEN, POPULARITY, PROPERTY, slots, strided
 from .test_libraries import run_python
@@ -57,7 +57,7 @@ def tables(program: Program) -> tuple[Tensor, Tensor]:
 
 def direction(read: int, write: int, phi: Phi = Phi.AFFINE, first: int = 1, args=(0.0,), bias=0.0, e=0.0):
     a, b, c, d = [*args, 0.0, 0.0, 0.0, 0.0][:4]
-    return (Op.DIR, read, write, phi, first, 0, a, b, c, d, bias, e)
+    return (Opcode.DIR, read, write, phi, first, 0, a, b, c, d, bias, e)
 
 
 def check_against_reference(edits: Edits) -> None:
@@ -98,7 +98,7 @@ def framed(program: Program, size: int, begin: int) -> Program:
     code: Program = []
     for first in range(0, len(program), size):
         code += program[first : first + size]
-        code.append((Op.JUMP, begin + len(code) + 1))
+        code.append((Opcode.JUMP, begin + len(code) + 1))
     return code
 
 
@@ -112,10 +112,10 @@ def any_program(random: Random, width: int) -> Program:
     def when() -> Program:
         on = real()
         off = on - abs(real())
-        return [(Op.WHEN, condition(), random.randrange(2), 0, 0, 0, on, off, random.choice([-1, 1]))]
+        return [(Opcode.WHEN, condition(), random.randrange(2), 0, 0, 0, on, off, random.choice([-1, 1]))]
 
     def cross() -> Program:
-        return [(Op.CROSS, random.randrange(NUM_LINES), line(), random.choice(strides))] if strides else []
+        return [(Opcode.CROSS, random.randrange(NUM_LINES), line(), random.choice(strides))] if strides else []
 
     def directions() -> Program:
         group: Program = []
@@ -135,26 +135,26 @@ def any_program(random: Random, width: int) -> Program:
         active = [
             direction(2 * NUM_LINES + r, line(), Phi.TOP_K, 0, [-1.0, 0.5, 0.1]) for r in range(first, first + size)
         ]
-        return [(Op.TOP_K, first, size, random.randint(1, 5)), *active]
+        return [(Opcode.TOP_K, first, size, random.randint(1, 5)), *active]
 
     def take() -> tuple[float, ...]:
-        return (Op.TAKE, random.choice([-1, line()]), 0, 0, 0, 0, random.choice([1.0, 0.5, real()]))
+        return (Opcode.TAKE, random.choice([-1, line()]), 0, 0, 0, 0, random.choice([1.0, 0.5, real()]))
 
     pieces = [
-        lambda: [(Op.GAIN, random.randrange(-1, NUM_GAINS), 0, 0, 0, 0, random.choice([0.0, 1.0, 0.7]))],
+        lambda: [(Opcode.GAIN, random.randrange(-1, NUM_GAINS), 0, 0, 0, 0, random.choice([0.0, 1.0, 0.7]))],
         when,
-        lambda: [(Op.RAMP, condition(), 0, 0, 0, 0, -1.0, 1.0, random.randrange(2), real())],
-        lambda: [(Op.DIAG, random.randrange(-1, NUM_LINES), random.choice([-1, line()]))],
+        lambda: [(Opcode.RAMP, condition(), 0, 0, 0, 0, -1.0, 1.0, random.randrange(2), real())],
+        lambda: [(Opcode.DIAG, random.randrange(-1, NUM_LINES), random.choice([-1, line()]))],
         cross,
         directions,
-        lambda: [(Op.SAVE,), *directions(), (Op.RENORM,)],
-        lambda: [(Op.PROBE, line(), condition(), random.randrange(2), random.randrange(2), 0, 0, 0, 0, 0, real())],
-        lambda: [(Op.METER,)],
+        lambda: [(Opcode.SAVE,), *directions(), (Opcode.RENORM,)],
+        lambda: [(Opcode.PROBE, line(), condition(), random.randrange(2), random.randrange(2), 0, 0, 0, 0, 0, real())],
+        lambda: [(Opcode.METER,)],
         features,
-        lambda: [(Op.NORM_IN, random.randrange(3 if width > 8 else 1)), *directions()],
-        lambda: [(Op.KEEP,)],
-        lambda: [(Op.APART,), *directions()],
-        lambda: [(Op.APART,), *directions(), *directions(), take()],
+        lambda: [(Opcode.NORM_IN, random.randrange(3 if width > 8 else 1)), *directions()],
+        lambda: [(Opcode.KEEP,)],
+        lambda: [(Opcode.APART,), *directions()],
+        lambda: [(Opcode.APART,), *directions(), *directions(), take()],
         lambda: [take()],
     ]
     return [instruction for _ in range(random.randrange(7)) for instruction in random.choice(pieces)()]
@@ -162,13 +162,13 @@ def any_program(random: Random, width: int) -> Program:
 
 def linked(programs: list[Program]) -> tuple[Program, list[int]]:
     """One pool of code, in which every other program ends by a jump to the first END, and where each begins."""
-    code: Program = [(Op.END,)]
+    code: Program = [(Opcode.END,)]
     begins = []
     for program in programs:
         begins.append(len(code))
         if len(begins) == 2:
             program = framed(program, 3, len(code))
-        code += [*program, (Op.END,) if len(begins) % 2 else (Op.JUMP, 0)]
+        code += [*program, (Opcode.END,) if len(begins) % 2 else (Opcode.JUMP, 0)]
     return code, begins
 
 
@@ -209,12 +209,12 @@ def test_any_program_matches_the_reference(seed, num_tokens, width, dtype):
 
 
 SPECIMENS: dict[str, Program] = {
-    "diag": [(Op.GAIN, 0, 0, 0, 0, 0, 0.5), (Op.DIAG, 0, 5), (Op.END,)],
-    "add only": [(Op.DIAG, -1, 5), (Op.END,)],
-    "low-rank": [*(direction(4 + r, 7 - r, Phi.AFFINE, r == 0, [0.5, 1.0]) for r in range(4)), (Op.END,)],
-    "renorm": [(Op.SAVE,), (Op.DIAG, 1, 6), (Op.RENORM,), (Op.END,)],
-    "probe": [(Op.PROBE, 4, 0), (Op.METER,), (Op.END,)],
-    "keep": [(Op.KEEP,), (Op.DIAG, 0, 5), (Op.END,)],
+    "diag": [(Opcode.GAIN, 0, 0, 0, 0, 0, 0.5), (Opcode.DIAG, 0, 5), (Opcode.END,)],
+    "add only": [(Opcode.DIAG, -1, 5), (Opcode.END,)],
+    "low-rank": [*(direction(4 + r, 7 - r, Phi.AFFINE, r == 0, [0.5, 1.0]) for r in range(4)), (Opcode.END,)],
+    "renorm": [(Opcode.SAVE,), (Opcode.DIAG, 1, 6), (Opcode.RENORM,), (Opcode.END,)],
+    "probe": [(Opcode.PROBE, 4, 0), (Opcode.METER,), (Opcode.END,)],
+    "keep": [(Opcode.KEEP,), (Opcode.DIAG, 0, 5), (Opcode.END,)],
 }
 
 
@@ -283,22 +283,24 @@ def run(
 
 def test_hand_worked_diagonals():
     x, lines = [[1.0, 2.0], [3.0, 4.0]], [[2.0, 0.5], [1.0, 1.0]]
-    assert run([(Op.DIAG, 0, 1)], x, lines)[0] == [[3.0, 2.0], [7.0, 3.0]]
-    assert run([(Op.DIAG, 0, -1)], x, lines)[0] == [[2.0, 1.0], [6.0, 2.0]]
-    assert run([(Op.DIAG, -1, 1)], x, lines)[0] == [[2.0, 3.0], [4.0, 5.0]]
-    assert run([(Op.GAIN, 0, 0, 0, 0, 0, 2.0), (Op.DIAG, -1, 1)], x, lines, [[0.5], [1.0]])[0] == [
+    assert run([(Opcode.DIAG, 0, 1)], x, lines)[0] == [[3.0, 2.0], [7.0, 3.0]]
+    assert run([(Opcode.DIAG, 0, -1)], x, lines)[0] == [[2.0, 1.0], [6.0, 2.0]]
+    assert run([(Opcode.DIAG, -1, 1)], x, lines)[0] == [[2.0, 3.0], [4.0, 5.0]]
+    assert run([(Opcode.GAIN, 0, 0, 0, 0, 0, 2.0), (Opcode.DIAG, -1, 1)], x, lines, [[0.5], [1.0]])[0] == [
         [2.0, 3.0],
         [5.0, 6.0],
     ]
-    assert run([(Op.DIAG, 0, 1), (Op.DIAG, 0, 1)], x, lines)[0] == [[7.0, 2.0], [15.0, 2.5]]
-    assert run([(Op.JUMP, 2), (Op.END,), (Op.DIAG, -1, 1), (Op.END,), (Op.DIAG, -1, 1)], x, lines)[0][0] == [2.0, 3.0]
+    assert run([(Opcode.DIAG, 0, 1), (Opcode.DIAG, 0, 1)], x, lines)[0] == [[7.0, 2.0], [15.0, 2.5]]
+    assert run([(Opcode.JUMP, 2), (Opcode.END,), (Opcode.DIAG, -1, 1), (Opcode.END,), (Opcode.DIAG, -1, 1)], x, lines)[
+        0
+    ][0] == [2.0, 3.0]
 
 
 def test_hand_worked_crossing():
-    quarter_turn = [(Op.CROSS, 0, 1, 2)]
+    quarter_turn = [(Opcode.CROSS, 0, 1, 2)]
     lines = [[0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 1.0, 1.0]]
     assert run(quarter_turn, [[1.0, 2.0, 3.0, 4.0]], lines)[0] == [[-3.0, -4.0, 1.0, 2.0]]
-    half = [(Op.GAIN, -1, 0, 0, 0, 0, 0.5), *quarter_turn]
+    half = [(Opcode.GAIN, -1, 0, 0, 0, 0, 0.5), *quarter_turn]
     assert run(half, [[1.0, 2.0, 3.0, 4.0]], lines)[0] == [[-1.0, -1.0, 2.0, 3.0]]
 
 
@@ -309,7 +311,7 @@ def test_directions_of_a_group_read_the_same_row():
     one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
     assert run([one, other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
     assert run([one, direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
-    assert run([one, (Op.GAIN, -1, 0, 0, 0, 0, 1.0), other], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    assert run([one, (Opcode.GAIN, -1, 0, 0, 0, 0, 1.0), other], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
     assert run([direction(-1, 0, args=[2.0], bias=3.0)], [[1.0, 2.0]], AXES)[0] == [[7.0, 2.0]]
     assert run([direction(0, -1, args=[2.0])], [[1.0, 2.0]], AXES)[0] == [[1.0, 2.0]]
 
@@ -317,17 +319,19 @@ def test_directions_of_a_group_read_the_same_row():
 def test_a_group_goes_on_behind_a_jump():
     """Tables cut long programs into frames: a group, and a pair, may lie in two of them."""
     one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
-    assert run([one, (Op.JUMP, 3), (Op.END,), other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
-    assert run([one, (Op.JUMP, 3), (Op.END,), direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
+    assert run([one, (Opcode.JUMP, 3), (Opcode.END,), other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
+    assert run([one, (Opcode.JUMP, 3), (Opcode.END,), direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [
+        [4.0, 3.0]
+    ]
     quarter = [direction(r, r, Phi.ROTATE, r == 0, [math.pi / 2]) for r in range(2)]
-    turned = run([quarter[0], (Op.JUMP, 3), (Op.END,), quarter[1], (Op.END,)], [[1.0, 2.0]], AXES)[0][0]
+    turned = run([quarter[0], (Opcode.JUMP, 3), (Opcode.END,), quarter[1], (Opcode.END,)], [[1.0, 2.0]], AXES)[0][0]
     assert turned == pytest.approx([-2.0, 1.0], abs=1e-6)
     framed: Program = []
     for _ in range(128):  # as many as two groups hold, each with a jump to the next
-        framed += [direction(0, 0, args=[1.0 / 64], first=0), (Op.JUMP, len(framed) + 2)]
+        framed += [direction(0, 0, args=[1.0 / 64], first=0), (Opcode.JUMP, len(framed) + 2)]
     assert run(framed, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
-    add = (Op.DIAG, -1, 1)
-    assert run([one, (Op.JUMP, 2), add], [[1.0, 2.0]], AXES)[0] == [[1.0, 4.0]]
+    add = (Opcode.DIAG, -1, 1)
+    assert run([one, (Opcode.JUMP, 2), add], [[1.0, 2.0]], AXES)[0] == [[1.0, 4.0]]
 
 
 def test_a_group_ends_after_64_directions():
@@ -335,29 +339,31 @@ def test_a_group_ends_after_64_directions():
     assert run(many, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
 
 
-TAKE = (Op.TAKE, -1, 0, 0, 0, 0, 1.0)
+TAKE = (Opcode.TAKE, -1, 0, 0, 0, 0, 1.0)
 
 
 def test_directions_apart_read_the_same_row_and_take_its_place():
     x, ones = [[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     swapped = [direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0])]  # two groups
-    assert run([(Op.APART,), *swapped, TAKE], x, ones)[0] == [[2.0, 1.0]]
-    assert run([(Op.APART,), *swapped, (Op.TAKE, 2, 0, 0, 0, 0, 1.0)], x, ones)[0] == [[3.0, 2.0]]
-    assert run([(Op.APART,), *swapped, (Op.TAKE, 2, 0, 0, 0, 0, 0.5)], x, ones)[0] == [[2.0, 2.0]]
-    half = (Op.GAIN, -1, 0, 0, 0, 0, 0.5)
-    assert run([half, (Op.APART,), *swapped, TAKE], x, ones)[0] == [[1.5, 1.5]]
-    assert run([(Op.APART,), *swapped, TAKE, swapped[0]], x, ones)[0] == [[2.0, 3.0]]  # h again
-    assert run([(Op.APART,), *swapped, (Op.APART,), TAKE], x, ones)[0] == [[0.0, 0.0]]
+    assert run([(Opcode.APART,), *swapped, TAKE], x, ones)[0] == [[2.0, 1.0]]
+    assert run([(Opcode.APART,), *swapped, (Opcode.TAKE, 2, 0, 0, 0, 0, 1.0)], x, ones)[0] == [[3.0, 2.0]]
+    assert run([(Opcode.APART,), *swapped, (Opcode.TAKE, 2, 0, 0, 0, 0, 0.5)], x, ones)[0] == [[2.0, 2.0]]
+    half = (Opcode.GAIN, -1, 0, 0, 0, 0, 0.5)
+    assert run([half, (Opcode.APART,), *swapped, TAKE], x, ones)[0] == [[1.5, 1.5]]
+    assert run([(Opcode.APART,), *swapped, TAKE, swapped[0]], x, ones)[0] == [[2.0, 3.0]]  # h again
+    assert run([(Opcode.APART,), *swapped, (Opcode.APART,), TAKE], x, ones)[0] == [[0.0, 0.0]]
     assert run([TAKE], x, ones)[0] == [[0.0, 0.0]]
     many = [direction(0, 0, args=[1.0], first=0) for _ in range(150)]
-    assert run([(Op.APART,), *many, TAKE], x, ones)[0] == [[150.0, 0.0]]
+    assert run([(Opcode.APART,), *many, TAKE], x, ones)[0] == [[150.0, 0.0]]
 
 
 def test_what_takes_a_normed_rows_place_is_scaled_back():
-    take, read = (Op.TAKE, 1, 0, 0, 0, 0, 1.0), direction(0, 0, args=[1.0])
+    take, read = (Opcode.TAKE, 1, 0, 0, 0, 0, 1.0), direction(0, 0, args=[1.0])
     back = 5 / 2**0.5
-    assert run([(Op.NORM_IN, 1), (Op.APART,), read, take], [[3.0, 4.0]], AXES)[0][0] == pytest.approx([3.0, back])
-    row = run([(Op.NORM_IN, 2), (Op.APART,), read, take], [[3.0, 5.0]], AXES)[0][0]
+    assert run([(Opcode.NORM_IN, 1), (Opcode.APART,), read, take], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
+        [3.0, back]
+    )
+    row = run([(Opcode.NORM_IN, 2), (Opcode.APART,), read, take], [[3.0, 5.0]], AXES)[0][0]
     assert row == pytest.approx([4.0 + 2**0.5 * 3.0 / (2**0.5 + 1e-5), 4.0 + 2**0.5])
 
 
@@ -397,7 +403,7 @@ def test_ablating_a_direction_removes_it():
 def test_pairs_begin_at_even_offsets():
     turn = [direction(0, 0, Phi.ROTATE, 1, [math.pi / 2]), direction(1, 1, Phi.ROTATE, 0)]
     assert run(turn, [[3.0, 4.0]], AXES)[0][0] == pytest.approx([-4.0, 3.0], abs=1e-6)
-    assert run([direction(-1, -1, Phi.OFF, 1), (Op.SAVE,), *turn], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
+    assert run([direction(-1, -1, Phi.OFF, 1), (Opcode.SAVE,), *turn], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
         [-4.0, 3.0], abs=1e-6
     )
     assert run(turn[:1], [[3.0, 4.0]], AXES)[0] == [[3.0, 4.0]]  # half a pair does nothing
@@ -405,37 +411,37 @@ def test_pairs_begin_at_even_offsets():
 
 def test_conditions_keep_their_state_between_two_thresholds():
     past = [[0.0, 3.0, 1.5, 1.5, 0.5, 1.5, NAN, 1.5, 9.0]]
-    program = [(Op.WHEN, 0, 0, 0, 0, 0, 2.0, 1.0, 1.0), (Op.DIAG, -1, 0)]
+    program = [(Opcode.WHEN, 0, 0, 0, 0, 0, 2.0, 1.0, 1.0), (Opcode.DIAG, -1, 0)]
     on = [run(program, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(-1, 10)]
     assert on == [0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0]
-    below = [(Op.WHEN, 0, 0, 0, 0, 0, -1.0, -1.0, -1.0), (Op.DIAG, -1, 0)]
+    below = [(Opcode.WHEN, 0, 0, 0, 0, 0, -1.0, -1.0, -1.0), (Opcode.DIAG, -1, 0)]
     assert [run(below, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(7)] == [1, 0, 0, 0, 1, 0, 0]
 
 
 def test_a_latched_condition_looks_at_the_first_reading():
-    latched = [(Op.WHEN, 0, 1, 0, 0, 0, 2.0, 1.0, 1.0), (Op.DIAG, -1, 0)]
+    latched = [(Opcode.WHEN, 0, 1, 0, 0, 0, 2.0, 1.0, 1.0), (Opcode.DIAG, -1, 0)]
     for first, expected in ((3.0, 1.0), (1.5, 0.0), (NAN, 0.0)):
         assert run(latched, [[0.0]], [[1.0]], past=[[first, 9.0]], position=1)[0] == [[expected]]
 
 
 def test_ramps():
-    program = [(Op.RAMP, 0, 0, 0, 0, 0, 1.0, 3.0, 0.5, 1.5), (Op.DIAG, -1, 0)]
+    program = [(Opcode.RAMP, 0, 0, 0, 0, 0, 1.0, 3.0, 0.5, 1.5), (Opcode.DIAG, -1, 0)]
     gains = [run(program, [[0.0]], [[1.0]], past=[[v]])[0][0][0] for v in (0.0, 1.0, 2.0, 3.0, 9.0, NAN)]
     assert gains == [0.5, 0.5, 1.0, 1.5, 1.5, 0.5]
 
 
 def test_a_probe_is_seen_by_the_same_program():
-    probe, when = (Op.PROBE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.5), (Op.WHEN, 0, 0, 0, 0, 0, 3.0, 3.0, 1.0)
-    got, past = run([probe, when, (Op.DIAG, -1, 1)], [[3.0, 4.0], [2.0, 4.0]], AXES, past=[[NAN]])
+    probe, when = (Opcode.PROBE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.5), (Opcode.WHEN, 0, 0, 0, 0, 0, 3.0, 3.0, 1.0)
+    got, past = run([probe, when, (Opcode.DIAG, -1, 1)], [[3.0, 4.0], [2.0, 4.0]], AXES, past=[[NAN]])
     assert got[0] == [3.0, 5.0]
-    assert run([probe, when, (Op.DIAG, -1, 1)], [[2.0, 4.0]], AXES, past=[[NAN]]) == ([[2.0, 4.0]], [[2.5]])
-    cosine = (Op.PROBE, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1.0)
+    assert run([probe, when, (Opcode.DIAG, -1, 1)], [[2.0, 4.0]], AXES, past=[[NAN]]) == ([[2.0, 4.0]], [[2.5]])
+    cosine = (Opcode.PROBE, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1.0)
     assert run([cosine], [[3.0, 4.0]], AXES, past=[[NAN, 7.0]], position=1)[1] == [[pytest.approx(1.6), 7.0]]
     assert len(past) == 1
 
 
 def test_lengths():
-    program = [(Op.SAVE,), (Op.DIAG, 0, -1), (Op.METER,), (Op.RENORM,)]
+    program = [(Opcode.SAVE,), (Opcode.DIAG, 0, -1), (Opcode.METER,), (Opcode.RENORM,)]
     meter = torch.tensor([1.0, 1.0])
     assert run(program, [[3.0, 4.0]], [[0.0, 2.0]], meter=meter)[0] == [[0.0, 5.0]]
     assert meter.tolist() == [9.0, 2.0]
@@ -443,7 +449,7 @@ def test_lengths():
 
 
 def test_what_is_kept_is_the_row_as_it_stands_then():
-    edit, keep, x = (Op.DIAG, -1, 0), (Op.KEEP,), [[1.0, 2.0], [3.0, 4.0]]
+    edit, keep, x = (Opcode.DIAG, -1, 0), (Opcode.KEEP,), [[1.0, 2.0], [3.0, 4.0]]
     for program, row in (([keep], [3.0, 4.0]), ([keep, edit], [3.0, 4.0]), ([edit, keep, edit], [4.0, 6.0])):
         kept = torch.zeros(2, 2)
         assert run(program, x, kept=kept)[0][1] == [3.0 + program.count(edit), 4.0 + 2 * program.count(edit)]
@@ -457,7 +463,7 @@ def test_what_is_kept_is_what_the_next_block_sees(dtype):
     before, tokens = kept.clone(), torch.zeros(9, 2, dtype=torch.int32)
     tokens[::2, 0] = -1
     cuda_ext.run_edits_(
-        x, pool(96), *tables([(Op.KEEP,)]), tokens, torch.ones(9, 0), torch.ones(0, 0), residual, kept=kept
+        x, pool(96), *tables([(Opcode.KEEP,)]), tokens, torch.ones(9, 0), torch.ones(0, 0), residual, kept=kept
     )
     assert torch.equal(kept[1:9:2], (x + residual)[1::2])
     assert torch.equal(kept[:9:2], before[:9:2])
@@ -466,12 +472,12 @@ def test_what_is_kept_is_what_the_next_block_sees(dtype):
 
 def test_readings_of_a_normed_row():
     read = direction(0, 1, args=[1.0], bias=0.5, e=2.0)
-    constant = run([(Op.NORM_IN, 1), read], [[3.0, 4.0]], AXES)[0][0]
+    constant = run([(Opcode.NORM_IN, 1), read], [[3.0, 4.0]], AXES)[0][0]
     assert constant == pytest.approx([3.0, 4.0 + 5 / 2**0.5 * (3.0 * 2**0.5 / 5 + 0.5)])
-    layer = run([(Op.NORM_IN, 2), read], [[3.0, 5.0]], AXES)[0][0]
+    layer = run([(Opcode.NORM_IN, 2), read], [[3.0, 5.0]], AXES)[0][0]
     assert layer == pytest.approx([3.0, 5.0 + 2**0.5 * ((3.0 - 4.0 * 2.0) / (2**0.5 + 1e-5) + 0.5)])
-    assert run([(Op.NORM_IN, 2), (Op.NORM_IN, 0), read], [[3.0, 5.0]], AXES)[0] == [[3.0, 8.5]]
-    assert run([(Op.NORM_IN, 1), read], [[0.0, 0.0]], AXES)[0] == [[0.0, 0.0]]
+    assert run([(Opcode.NORM_IN, 2), (Opcode.NORM_IN, 0), read], [[3.0, 5.0]], AXES)[0] == [[3.0, 8.5]]
+    assert run([(Opcode.NORM_IN, 1), read], [[0.0, 0.0]], AXES)[0] == [[0.0, 0.0]]
 
 
 def test_only_the_largest_features_are_active():
@@ -479,8 +485,8 @@ def test_only_the_largest_features_are_active():
     features = [direction(r, r, Phi.TOP_K, 0, [0.5, 1.0, 0.0, 0.0], bias=0.25) for r in range(3)]
     x = [[1.0, 2.0]]
     for k, expected in ((1, [4.25, 5.25]), (2, [4.25, 7.5]), (3, [5.5, 7.5])):
-        assert run([(Op.TOP_K, 0, 3, k), *features], x, AXES, encoder=encoder, bias=[0.25] * 3)[0] == [expected]
-    assert run([(Op.TOP_K, 0, 3, 1), *features], x, AXES)[0] == [[5.5, 7.5]]  # without an encoder all may be
+        assert run([(Opcode.TOP_K, 0, 3, k), *features], x, AXES, encoder=encoder, bias=[0.25] * 3)[0] == [expected]
+    assert run([(Opcode.TOP_K, 0, 3, 1), *features], x, AXES)[0] == [[5.5, 7.5]]  # without an encoder all may be
 
 
 @pytest.mark.parametrize("width", [5, 64, 133, 1000, 4096])
@@ -488,7 +494,7 @@ def test_the_kth_feature_is_among_the_largest_bit_for_bit(width):
     for k in (1, 3, 16):
         lines = strided(17, width)
         features = [direction(r, 16, Phi.TOP_K, 0, [-math.inf, 0.0, 1.0]) for r in range(16)]
-        code, args = tables([(Op.TOP_K, 0, 16, k), *features])
+        code, args = tables([(Opcode.TOP_K, 0, 16, k), *features])
         x, tokens = strided(9, width), torch.zeros(9, 2, dtype=torch.int32)
         want = x + k * lines[16]
         cuda_ext.run_edits_(x, lines, code, args, tokens, torch.ones(9, 0), torch.ones(0, 0), encoder=lines.clone())
@@ -496,17 +502,29 @@ def test_the_kth_feature_is_among_the_largest_bit_for_bit(width):
 
 
 UNCHANGING: dict[str, Program] = {
-    "readings": [(Op.PROBE, 4, 0), (Op.METER,), (Op.SAVE,), (Op.RENORM,), (Op.NORM_IN, 2), (Op.TOP_K, 0, 2, 1)],
-    "keeping": [(Op.KEEP,), (Op.SAVE,), (Op.RENORM,)],
-    "gain 0": [(Op.GAIN, -1), (Op.DIAG, 0, 4), (Op.CROSS, 0, 4, 1), direction(4, 5, args=[1.0])],
-    "a gain of 0": [(Op.GAIN, 0, 0, 0, 0, 0, 1.0), (Op.DIAG, 0, 4)],
-    "never met": [(Op.WHEN, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0), (Op.DIAG, 0, 4), (Op.SAVE,), (Op.RENORM,)],
-    "apart": [(Op.APART,), direction(4, 5, args=[1.0])],
-    "nothing taken": [(Op.APART,), direction(4, 5, args=[1.0]), (Op.TAKE, 4)],
-    "gain 0, apart": [(Op.GAIN, -1), (Op.APART,), direction(4, 5, args=[1.0]), (Op.TAKE, 4, 0, 0, 0, 0, 1.0)],
+    "readings": [
+        (Opcode.PROBE, 4, 0),
+        (Opcode.METER,),
+        (Opcode.SAVE,),
+        (Opcode.RENORM,),
+        (Opcode.NORM_IN, 2),
+        (Opcode.TOP_K, 0, 2, 1),
+    ],
+    "keeping": [(Opcode.KEEP,), (Opcode.SAVE,), (Opcode.RENORM,)],
+    "gain 0": [(Opcode.GAIN, -1), (Opcode.DIAG, 0, 4), (Opcode.CROSS, 0, 4, 1), direction(4, 5, args=[1.0])],
+    "a gain of 0": [(Opcode.GAIN, 0, 0, 0, 0, 0, 1.0), (Opcode.DIAG, 0, 4)],
+    "never met": [(Opcode.WHEN, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0), (Opcode.DIAG, 0, 4), (Opcode.SAVE,), (Opcode.RENORM,)],
+    "apart": [(Opcode.APART,), direction(4, 5, args=[1.0])],
+    "nothing taken": [(Opcode.APART,), direction(4, 5, args=[1.0]), (Opcode.TAKE, 4)],
+    "gain 0, apart": [
+        (Opcode.GAIN, -1),
+        (Opcode.APART,),
+        direction(4, 5, args=[1.0]),
+        (Opcode.TAKE, 4, 0, 0, 0, 0, 1.0),
+    ],
     "closed gates": [direction(4, 5, Phi.GATED, 0, [math.inf, 1.0, 1.0]), direction(4, 5, Phi.OFF)],
     "nothing": [],
-    "neither mul nor add": [(Op.DIAG, -1, -1)],
+    "neither mul nor add": [(Opcode.DIAG, -1, -1)],
 }
 
 
@@ -530,7 +548,7 @@ def test_a_diagonal_program_rounds_like_torch(dtype):
     x, residual, lines = strided(50, 1029, dtype), strided(50, 1029, dtype), strided(2, 1029)
     want = ((x.float() + residual.float()) * lines[0] + lines[1]).to(dtype)
     tokens = torch.zeros(50, 2, dtype=torch.int32)
-    program = tables([(Op.DIAG, 0, 1)])
+    program = tables([(Opcode.DIAG, 0, 1)])
     cuda_ext.run_edits_(x, lines, *program, tokens, torch.ones(50, 0), torch.ones(0, 0), residual)
     assert torch.equal(x, want)
     assert not residual.any()
@@ -541,7 +559,7 @@ def test_a_diagonal_program_rounds_like_torch(dtype):
 def test_overflow_and_special_values_round_like_torch(dtype, special):
     x, lines = torch.tensor([[special, -special, 1.0, 0.1]]).to(dtype), torch.tensor([[3.0] * 4, [1e-8] * 4])
     want = (x.float() * 3.0 + 1e-8).to(dtype)
-    tokens, program = torch.zeros(1, 2, dtype=torch.int32), tables([(Op.DIAG, 0, 1)])
+    tokens, program = torch.zeros(1, 2, dtype=torch.int32), tables([(Opcode.DIAG, 0, 1)])
     cuda_ext.run_edits_(x, lines, *program, tokens, torch.ones(1, 0), torch.ones(0, 0))
     assert torch.equal(x.nan_to_num(123.0), want.nan_to_num(123.0))
 
@@ -549,19 +567,22 @@ def test_overflow_and_special_values_round_like_torch(dtype, special):
 def test_what_tokens_name_but_is_not_there_is_harmless():
     x, history = torch.ones(4, 8), torch.full((2, 3), NAN)
     tokens = torch.tensor([[9, 0, 0], [0, 99, 1], [0, 1, 2**31 - 1], [0, -(2**31), 0]], dtype=torch.int32)
-    program = tables([(Op.PROBE, 0, 0), (Op.WHEN, 0), (Op.DIAG, 0, 0)])
+    program = tables([(Opcode.PROBE, 0, 0), (Opcode.WHEN, 0), (Opcode.DIAG, 0, 0)])
     cuda_ext.run_edits_(x, torch.ones(1, 8), *program, tokens, torch.ones(4, 0), history)
     assert torch.equal(x, torch.ones(4, 8))
     assert history.isnan().all()
 
 
 def test_a_program_in_circles_ends():
-    assert run([(Op.DIAG, -1, 0), (Op.JUMP, 0)], [[0.0]], [[1.0]])[0] == [[1.0]]
+    assert run([(Opcode.DIAG, -1, 0), (Opcode.JUMP, 0)], [[0.0]], [[1.0]])[0] == [[1.0]]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
 def test_empty_batches(shape):
-    tokens, program = torch.zeros(4, 2, dtype=torch.int32), tables([(Op.SAVE,), (Op.DIAG, 0, 0), (Op.RENORM,)])
+    tokens, program = (
+        torch.zeros(4, 2, dtype=torch.int32),
+        tables([(Opcode.SAVE,), (Opcode.DIAG, 0, 0), (Opcode.RENORM,)]),
+    )
     cuda_ext.run_edits_(
         torch.ones(shape), torch.ones(1, shape[1]), *program, tokens, torch.ones(4, 0), torch.ones(0, 0)
     )
@@ -634,25 +655,37 @@ def test_a_refusal_names_the_tensor(message):
 
 
 MISTAKES: dict[str, tuple[Program, str]] = {
-    "tokens[1, 0] is 7, code has 2 instructions": ([(Op.SAVE,), (Op.END,)], "tokens[1, 0] = 7"),
-    "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Op.DIAG, -1, 3), (Op.END,)], ""),
-    "token 1, instruction 0: line 5 is outside [-1, 3)": ([(Op.TAKE, 5), (Op.END,)], ""),
-    "token 1, instruction 0: line -1 is outside [0, 3)": ([(Op.CROSS, 0, -1, 1), (Op.END,)], ""),
-    "token 1, instruction 1: stride 8 does not pair 8 columns": ([(Op.SAVE,), (Op.CROSS, 0, 0, 8), (Op.END,)], ""),
-    f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Op.DIR, 0, 0, 99), (Op.END,)], ""),
-    "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Op.GAIN, 1), (Op.END,)], ""),
-    "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Op.WHEN, 1), (Op.END,)], ""),
-    "token 1, instruction 0: history row 2 is outside [-1, 2)": ([(Op.PROBE, 0, 0), (Op.END,)], "tokens[1, 2] = 2"),
-    "token 1, instruction 0: TOP_K needs encoder": ([(Op.TOP_K, 0, 1, 1), (Op.END,)], ""),
-    "token 1, instruction 0: encoder row 3 is outside [0, 3)": ([(Op.TOP_K, 1, 3, 1), (Op.END,)], "encoder = lines"),
-    "token 1, instruction 0: KEEP needs kept": ([(Op.KEEP,), (Op.END,)], ""),
-    f"token 1, instruction 0: op {len(Op)} is outside [0, {len(Op)})": ([(len(Op),), (Op.END,)], ""),
-    "token 1, instruction 0: gains column -2 is outside [-1, 1)": ([(Op.GAIN, -2), (Op.END,)], ""),
-    "token 1, instruction 0: stride 0 does not pair 8 columns": ([(Op.CROSS, 0, 0, 0), (Op.END,)], ""),
-    "token 1, instruction 0: encoder row -1 is outside [0, 3)": ([(Op.TOP_K, 0, 0, 1), (Op.END,)], "encoder = lines"),
-    "token 1 leaves the code for 1, it has 1 instructions": ([(Op.SAVE,)], ""),
-    "token 1 leaves the code for -3, it has 1 instructions": ([(Op.JUMP, -3)], ""),
-    "token 1: its program does not end": ([(Op.SAVE,), (Op.JUMP, 0)], ""),
+    "tokens[1, 0] is 7, code has 2 instructions": ([(Opcode.SAVE,), (Opcode.END,)], "tokens[1, 0] = 7"),
+    "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Opcode.DIAG, -1, 3), (Opcode.END,)], ""),
+    "token 1, instruction 0: line 5 is outside [-1, 3)": ([(Opcode.TAKE, 5), (Opcode.END,)], ""),
+    "token 1, instruction 0: line -1 is outside [0, 3)": ([(Opcode.CROSS, 0, -1, 1), (Opcode.END,)], ""),
+    "token 1, instruction 1: stride 8 does not pair 8 columns": (
+        [(Opcode.SAVE,), (Opcode.CROSS, 0, 0, 8), (Opcode.END,)],
+        "",
+    ),
+    f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Opcode.DIR, 0, 0, 99), (Opcode.END,)], ""),
+    "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Opcode.GAIN, 1), (Opcode.END,)], ""),
+    "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Opcode.WHEN, 1), (Opcode.END,)], ""),
+    "token 1, instruction 0: history row 2 is outside [-1, 2)": (
+        [(Opcode.PROBE, 0, 0), (Opcode.END,)],
+        "tokens[1, 2] = 2",
+    ),
+    "token 1, instruction 0: TOP_K needs encoder": ([(Opcode.TOP_K, 0, 1, 1), (Opcode.END,)], ""),
+    "token 1, instruction 0: encoder row 3 is outside [0, 3)": (
+        [(Opcode.TOP_K, 1, 3, 1), (Opcode.END,)],
+        "encoder = lines",
+    ),
+    "token 1, instruction 0: KEEP needs kept": ([(Opcode.KEEP,), (Opcode.END,)], ""),
+    f"token 1, instruction 0: op {len(Opcode)} is outside [0, {len(Opcode)})": ([(len(Opcode),), (Opcode.END,)], ""),
+    "token 1, instruction 0: gains column -2 is outside [-1, 1)": ([(Opcode.GAIN, -2), (Opcode.END,)], ""),
+    "token 1, instruction 0: stride 0 does not pair 8 columns": ([(Opcode.CROSS, 0, 0, 0), (Opcode.END,)], ""),
+    "token 1, instruction 0: encoder row -1 is outside [0, 3)": (
+        [(Opcode.TOP_K, 0, 0, 1), (Opcode.END,)],
+        "encoder = lines",
+    ),
+    "token 1 leaves the code for 1, it has 1 instructions": ([(Opcode.SAVE,)], ""),
+    "token 1 leaves the code for -3, it has 1 instructions": ([(Opcode.JUMP, -3)], ""),
+    "token 1: its program does not end": ([(Opcode.SAVE,), (Opcode.JUMP, 0)], ""),
 }
 
 ATTEMPT = """
@@ -669,7 +702,7 @@ else: print("accepted")
 @pytest.mark.parametrize("implementation", ["compiled", "reference"])
 def test_checked_mode_names_the_token_and_the_instruction(implementation):
     head = ["import torch; from whipstaff import cuda_ext", inspect.getsource(tables).replace(": Program", "")]
-    cases = [*MISTAKES.values(), ([(Op.SAVE,), (Op.PROBE, 0, 0), (Op.END,)], "")]
+    cases = [*MISTAKES.values(), ([(Opcode.SAVE,), (Opcode.PROBE, 0, 0), (Opcode.END,)], "")]
     attempts = [
         ATTEMPT.format(change=change, program=[[int(n) for n in i] for i in program]) for program, change in cases
     ]

@@ -4,10 +4,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from decodings import AUXILIARIES, MEMBERS, Batch, StubPrompt, StubSource, StubWords, random_batch, run
+from decodings import AUXILIARIES, MEMBERS, Batch, StubPrompt, StubSource, StubVocabulary, random_batch, run
 from pydantic import BaseModel, ValidationError
 
-from whipstaff.decoding.method import STAGES, DecodingError, Method, Mixing, Params, Rewriting, setting_type
+from whipstaff.decoding.method import STAGES, DecodingError, LogitsRewriter, Method, Params, StreamMixer, setting_type
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.methods.rule_adapter import RuleAdapter
 from whipstaff.steering.methods import METHODS as FILES
@@ -104,8 +104,8 @@ def test_it_says_what_it_is(name: str) -> None:
     kinds = [*method.head_fields.values(), *method.ahead_fields.values()]
     assert all(FILES[kind].served_by == "logits" for kind in kinds) and len(kinds) == len(set(kinds))
     assert set(method.ahead_fields) <= set(method.head_fields)
-    assert bool(method.ahead_fields) == ("ahead" in getattr(method, "needs", ()))
-    assert isinstance(method, Mixing) != isinstance(method, Rewriting)
+    assert bool(method.ahead_fields) == ("lookahead" in getattr(method, "needs", ()))
+    assert isinstance(method, StreamMixer) != isinstance(method, LogitsRewriter)
 
 
 def test_shorthands_are_one_parameters_each() -> None:
@@ -118,14 +118,14 @@ def test_it_names_its_streams(name: str) -> None:
     method, params = METHODS[name], made(name)
     named = method.streams(params)
     assert set(named.values()) <= set(AUXILIARIES) and len(named) >= method.num_streams
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         assert sorted(set(named.values())) == method.mix(params).models
 
 
 @each_method
 def test_it_makes_the_sequences_that_its_mix_reads(name: str) -> None:
     method = METHODS[name]
-    for params in varied(name) if isinstance(method, Mixing) else ():
+    for params in varied(name) if isinstance(method, StreamMixer) else ():
         mix, source = method.mix(params), StubSource()
         scores = [-1.0 * index for index in range(len(method.scored(params, source)) - 1)]
         made = method.companions(params, source, scores)
@@ -149,7 +149,7 @@ def test_off_changes_nothing(name: str) -> None:
     before = batch.rows.logits.clone()
     if batch.rows.temperature is not None:
         batch.rows.temperature.fill_(1.0)
-    if isinstance(METHODS[name], Mixing):
+    if isinstance(METHODS[name], StreamMixer):
         batch.rows.streams = {model: torch.full_like(before, torch.nan) for model in AUXILIARIES}
         batch.members = torch.full((3, MEMBERS, before.shape[1]), torch.nan)
     assert torch.equal(run(METHODS[name], batch), before)
@@ -247,8 +247,8 @@ def test_the_best_token_stays_where_it_says_so(name: str) -> None:
 @each_method
 def test_it_reads_what_it_says(name: str) -> None:
     method = METHODS[name]
-    if isinstance(method, Rewriting):
-        for need in method.needs - {"ahead"}:  # which heads of some kinds read: see test_kwd
+    if isinstance(method, LogitsRewriter):
+        for need in method.needs - {"lookahead"}:  # which heads of some kinds read: see test_kwd
             batch = batch_of(name)
             setattr(batch.rows, need, None)
             with pytest.raises(AssertionError):
@@ -268,8 +268,8 @@ def test_parameters_survive_json(name: str) -> None:
     method = METHODS[name]
     for params in varied(name):
         assert method.params.model_validate_json(params.model_dump_json()) == params
-        if isinstance(method, Rewriting):
-            setting: BaseModel = method.place(method.resolve(params, StubWords()), StubPrompt())
+        if isinstance(method, LogitsRewriter):
+            setting: BaseModel = method.place(method.resolve(params, StubVocabulary()), StubPrompt())
             assert setting_type(method).model_validate_json(setting.model_dump_json()) == setting
 
 
@@ -323,12 +323,14 @@ def test_what_a_mix_cannot_be_names_its_field() -> None:
         ("streams", {"streams": [{"model": "a", "weight": 1.0}], "space": "probability", "top_p": 0.5}, "top_p"),
     ):
         method: Method[Any] = METHODS[name]
-        assert isinstance(method, Mixing)
+        assert isinstance(method, StreamMixer)
         with pytest.raises(DecodingError) as caught:
             method.mix(made(name, **own))
         assert caught.value.param == field
 
 
 def test_only_what_reads_text_makes_settings_of_its_own() -> None:
-    own = {name for name, method in METHODS.items() if isinstance(method, Rewriting) and hasattr(method, "setting")}
+    own = {
+        name for name, method in METHODS.items() if isinstance(method, LogitsRewriter) and hasattr(method, "setting")
+    }
     assert own == {"dry", "forced", RuleAdapter.name}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from decodings import VOCAB, StubWords
+from decodings import VOCAB, StubVocabulary
 from reference import dry as reference
 from torch import Tensor
 
@@ -86,6 +86,6 @@ def test_a_breaker_ends_runs_and_is_not_penalised() -> None:
 
 def test_breakers_become_tokens() -> None:
     """Every token that holds one; and the tokens of one that takes several."""
-    words = StubWords({"a": 0, "b": 1, "b\n": 2, "\n": 3, ":": 4})
+    words = StubVocabulary({"a": 0, "b": 1, "b\n": 2, "\n": 3, ":": 4})
     found = METHOD.resolve(DryParams(sequence_breakers=["\n", "ab"]), words)
     assert found.breakers == (2, 3) and found.phrases == ((0, 1),)

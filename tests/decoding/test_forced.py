@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decodings import StubWords
+from decodings import StubVocabulary
 
 from whipstaff.decoding.method import DecodingError
 from whipstaff.decoding.methods.forced import Forced, ForcedParams
@@ -15,8 +15,8 @@ def test_each_row_says_its_own_answer_and_is_free_after_it() -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     logits[0, 9] = -torch.inf  # banned, and said all the same
     settings = [
-        METHOD.resolve(ForcedParams(ids=[9]), StubWords()),
-        METHOD.resolve(ForcedParams(text="bd"), StubWords()),
+        METHOD.resolve(ForcedParams(ids=[9]), StubVocabulary()),
+        METHOD.resolve(ForcedParams(text="bd"), StubVocabulary()),
     ]
     rows = Rows(logits.clone(), [5, 5, 5], [0, 1, 2])
     result = METHOD.rewrite(rows, [*settings, settings[1]])
@@ -30,5 +30,5 @@ def test_each_row_says_its_own_answer_and_is_free_after_it() -> None:
 )
 def test_what_cannot_be_said_names_its_field(own: dict[str, object], param: str) -> None:
     with pytest.raises(DecodingError) as caught:
-        METHOD.resolve(ForcedParams.model_validate(own), StubWords())
+        METHOD.resolve(ForcedParams.model_validate(own), StubVocabulary())
     assert caught.value.param == param

@@ -9,7 +9,7 @@ from decodings import golden
 from whipstaff.decoding.method import DecodingError
 from whipstaff.decoding.methods.proxy_tuning import ProxyTuning, ProxyTuningParams
 from whipstaff.decoding.mix import MixedRow, mix_rows
-from whipstaff.decoding.sampler import temper, truncate
+from whipstaff.decoding.sampler import apply_temperature, apply_top_k_top_p_min_p
 
 SAID, TENSORS = golden("proxy_tuning")
 CASES = {case["id"]: case for case in SAID["cases"]}
@@ -32,7 +32,9 @@ def test_scores_are_those_of_the_official_class(name: str) -> None:
 def test_temperature_and_top_p_come_after_the_mix() -> None:
     """What was recorded of `warp` is what its argmax saw."""
     case = CASES["warp"]
-    scores = truncate(temper(mixed(case), torch.full((8,), case["temperature"])), top_p=torch.full((8,), case["top_p"]))
+    scores = apply_top_k_top_p_min_p(
+        apply_temperature(mixed(case), torch.full((8,), case["temperature"])), top_p=torch.full((8,), case["top_p"])
+    )
     recorded = TENSORS["warp.dexperts"].float()
     assert torch.equal(torch.isneginf(scores), torch.isneginf(recorded))
     assert 0 < int(torch.isneginf(scores).sum()) < scores.numel() - len(scores)

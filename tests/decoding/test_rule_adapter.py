@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decodings import StubPrompt, StubWords, golden
+from decodings import StubPrompt, StubVocabulary, golden
 from reference import rule_adapter as reference
 from torch import Tensor
 
@@ -27,7 +27,7 @@ RULES = {
 def biases(case: dict[str, Any], texts: dict[str, int] | None = None, **own: Any) -> Tensor:
     """(V,) what is added to one row."""
     params = RuleAdapterParams(**{"vocabulary": "llama2", **RULES[str(case["options"])], **own})
-    setting = METHOD.place(METHOD.resolve(params, StubWords(texts or {})), StubPrompt(user=USER_END))
+    setting = METHOD.place(METHOD.resolve(params, StubVocabulary(texts or {})), StubPrompt(user=USER_END))
     text = case["prompt"] + case["response"]
     tokens = torch.tensor([[*text, -1, -1]])
     rows = Rows(torch.zeros(1, VOCAB), [len(case["prompt"])], [len(case["response"])], tokens)
@@ -89,16 +89,16 @@ def test_the_opening_goes_by_text() -> None:
 
 
 def test_every_end_of_a_text_is_made_likelier() -> None:
-    class Words(StubWords):
+    class Vocabulary(StubVocabulary):
         eos = (3, 9)  # type: ignore[assignment]
 
-    setting = METHOD.resolve(RuleAdapterParams(style=False, repetition=False), Words())
+    setting = METHOD.resolve(RuleAdapterParams(style=False, repetition=False), Vocabulary())
     rows = Rows(torch.zeros(1, 12), [4], [125], torch.zeros(1, 129, dtype=torch.int64))
     assert METHOD.rewrite(rows, [setting])[0].tolist() == [7.5 * (token in (3, 9)) for token in range(12)]
     assert rows.facts["rules"].tolist() == [[True, False, False, False]]
 
 
 def test_ids_that_a_vocabulary_lacks_are_left_out() -> None:
-    setting = METHOD.resolve(RuleAdapterParams(vocabulary="llama2", repetition=False), StubWords({}))
+    setting = METHOD.resolve(RuleAdapterParams(vocabulary="llama2", repetition=False), StubVocabulary({}))
     rows = Rows(torch.zeros(1, 500), [4], [0], torch.zeros(1, 4, dtype=torch.int64))
     assert METHOD.rewrite(rows, [setting])[0].nonzero().flatten().tolist() == [13, 306, 334, 396, 444, 448]

@@ -32,14 +32,14 @@ ROUTERS = "vllm.model_executor.layers.fused_moe.router"
 
 # Our class -> vLLM's that it is laid over: a base class, or what an instance was before its class was swapped.
 LAID_OVER: dict[str, tuple[str, ...]] = {
-    "adapters._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
+    "lora._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
     "attention.EditedAttention": (
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
-    "composite.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
-    "explain.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
-    "explain.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
+    "model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
+    "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
+    "explanations.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "groups.GroupedScheduling": (SCHEDULER,),
     "launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
     "openai.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
@@ -67,7 +67,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
     "sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
     "sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
-    "soft.Overridden": ("vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",),
+    "soft_prompts.Overridden": ("vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",),
     "worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
     "worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
     "worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402, F401 - once for all children
 from mutants import HOOKS, OWN, STAGES, VARIABLE, plant  # noqa: E402
 
-from whipstaff.decoding.method import Mixing  # noqa: E402
+from whipstaff.decoding.method import StreamMixer  # noqa: E402
 from whipstaff.decoding.methods import METHODS as DECODING  # noqa: E402
 from whipstaff.steering.methods import METHODS as STEERING  # noqa: E402
 
@@ -71,7 +71,7 @@ def mutants() -> dict[str, dict[str, list[str]]]:
     for name, decoding in DECODING.items():
         own = f"tests/decoding/test_{name}.py"
         unit = [own if (ROOT / own).exists() else "tests/decoding", "tests/server/test_coupled.py"]
-        engine = LAYERED.get(name) or (MIXED if isinstance(decoding, Mixing) else DRAWN)
+        engine = LAYERED.get(name) or (MIXED if isinstance(decoding, StreamMixer) else DRAWN)
         found[f"decoding:{name}"] = {"unit": unit, "engine": [*engine, f"{ENGINE}/test_decoding_goldens.py"]}
     found |= {f"stage:{name}": {"unit": [], "engine": DRAWN + MIXED * (name == "mix")} for name in (*STAGES, *OWN)}
     found |= {f"site:{name}": {"unit": [], "engine": SITES.get(name, MANY)} for name in HOOKS}

@@ -16,12 +16,12 @@ from shared import serving_all
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from whipstaff.decoding.method import Depth
-from whipstaff.server.prompt.vocabulary import Words
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.vectors import Registry, read_vectors
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.server.prompt.vocabulary import Vocabulary
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
+from whipstaff.steering import vector_file
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.routing_scheme import Scheme
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.sites import canonical
@@ -77,39 +77,45 @@ def chat(http: httpx.Client) -> Post:
 def vector_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vectors")
     for name, (header, tensors) in FILES.items():
-        artifacts.write(folder / f"{name}.safetensors", Header(**{"model": SHAPE} | header), tensors)
+        vector_file.write(folder / f"{name}.safetensors", Header(**{"model": SHAPE} | header), tensors)
     return folder
 
 
 @pytest.fixture(scope="module")
-def have(vector_files: Path) -> Catalogue:
+def caps(vector_files: Path) -> Capabilities:
     lengths = Lengths(dict.fromkeys(PLACES, 10.0))
-    return Catalogue(
-        Registry(read_vectors([vector_files]), SHAPE), LIMITS, None, 512, num_layers=4, places=PLACES, lengths=lengths
+    return Capabilities(
+        VectorSnapshot(read_vectors([vector_files]), SHAPE),
+        LIMITS,
+        None,
+        512,
+        num_layers=4,
+        hook_points=PLACES,
+        lengths=lengths,
     )
 
 
 @pytest.fixture(scope="module")
-def everything(have: Catalogue, vector_files: Path) -> Catalogue:
+def everything(caps: Capabilities, vector_files: Path) -> Capabilities:
     """A server whose model has experts, and whose operator asked for all hooks."""
-    places = frozenset(canonical(Place(site, layer)) for site in SITES for layer in range(4))
+    hook_points = frozenset(canonical(HookPoint(site, layer)) for site in SITES for layer in range(4))
     scheme = Scheme(4, 2, "softmax", True, 1, 1, None)
     return replace(
-        have,
-        registry=Registry(read_vectors([vector_files]), SPARSE_SHAPE),
-        places=places,
+        caps,
+        registry=VectorSnapshot(read_vectors([vector_files]), SPARSE_SHAPE),
+        hook_points=hook_points,
         attention={"layers": [0, 1, 2, 3], "bias": [0, 1], "lacking": {2: "its scores are capped"}},
         routing={1: scheme, 2: scheme},
     )
 
 
 @pytest.fixture(scope="module")
-def nothing() -> Catalogue:
-    return Catalogue(Registry({}, SHAPE), {})
+def nothing() -> Capabilities:
+    return Capabilities(VectorSnapshot({}, SHAPE), {})
 
 
 @pytest.fixture(scope="module")
-def early(have: Catalogue) -> Catalogue:
+def early(caps: Capabilities) -> Capabilities:
     """A server with a tokenizer, of which two early layers can be read."""
-    words = Words([], {}, (), None)
-    return replace(have, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))
+    words = Vocabulary([], {}, (), None)
+    return replace(caps, words=words, depth=Depth(4, kept=frozenset({0, 1}), has_norm=False))

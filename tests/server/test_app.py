@@ -9,8 +9,8 @@ import pytest
 from whipstaff.server import app
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.frontend.selftest import Finding
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.vectors import Registry
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.vectors import VectorSnapshot
 from whipstaff.steering.vector_file import ModelShape
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=1, num_heads=2, head_dim=4)
@@ -25,7 +25,7 @@ def prove(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> list[Finding]:
             yield finding
 
     monkeypatch.setattr(app, "self_test", fake)
-    return asyncio.run(app.prove(None, Catalogue(Registry({}, SHAPE), {})))  # type: ignore[arg-type]
+    return asyncio.run(app.prove(None, Capabilities(VectorSnapshot({}, SHAPE), {})))  # type: ignore[arg-type]
 
 
 def test_a_model_that_obeys_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

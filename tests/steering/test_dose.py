@@ -12,8 +12,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.dose import Dose, dose, largest
-from whipstaff.steering.method import Place
-from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, Op, Replacement, TopK, directions
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import PER_TOKEN_NORMS, Cross, Diagonal, Directions, EditOp, Replacement, TopK, directions
 
 WIDTH, LENGTH = 48, 7.0
 
@@ -24,7 +24,7 @@ def rows(num: int, length: float = LENGTH) -> Tensor:
     return length * found / found.norm(dim=1, keepdim=True)
 
 
-def measured(op: Op, num: int = 2000, length: float = LENGTH) -> float:
+def measured(op: EditOp, num: int = 2000, length: float = LENGTH) -> float:
     """The relative dose by trying it out, with the reference's own edits."""
     changes = [(reference.edited(row, [op]) - row).square().sum() for row in rows(num, length)]
     return math.sqrt(float(torch.stack(changes).mean())) / length
@@ -38,7 +38,7 @@ def orthonormal(num: int) -> Tensor:
     return torch.linalg.qr(numbers(WIDTH, num, seed=5)).Q.T.contiguous()
 
 
-EXACT: dict[str, Op] = {
+EXACT: dict[str, EditOp] = {
     "add": Diagonal(None, numbers(WIDTH)),
     "scale": Diagonal(1 + numbers(WIDTH, seed=1, scale=0.5)),
     "add and scale": Diagonal(1 + numbers(WIDTH, seed=1, scale=0.5), numbers(WIDTH)),
@@ -117,5 +117,5 @@ def test_nothing_and_nowhere() -> None:
 
 
 def test_the_largest_is_named() -> None:
-    places = {Place("resid_post", layer): value for layer, value in enumerate((0.1, 0.7, 0.3))}
-    assert largest(places) == Dose(0.7, Place("resid_post", 1))
+    hook_points = {HookPoint("resid_post", layer): value for layer, value in enumerate((0.1, 0.7, 0.3))}
+    assert largest(hook_points) == Dose(0.7, HookPoint("resid_post", 1))

@@ -133,7 +133,7 @@ def test_saklas_profiles_are_vectors_by_layer() -> None:
 def test_multitask_prompts_are_those_of_one_task() -> None:
     expected, path = load_file(FILES / "peft_multitask" / "expected.safetensors"), FILES / "peft_multitask"
     for task in range(2):
-        found = read(path, part=task).unplaced["rows"]
+        found = read(path, part=task).shared_parts["rows"]
         torch.testing.assert_close(found, expected[f"rows.{task}"], rtol=1e-5, atol=1e-6)
     for hints in ({}, {"part": 2}):
         error = refusal(path, HERE, **hints)
@@ -141,7 +141,7 @@ def test_multitask_prompts_are_those_of_one_task() -> None:
 
 
 def test_cpt_prompts_are_the_rows_that_are_inserted() -> None:
-    found = read(FILES / "peft_cpt").unplaced["rows"]
+    found = read(FILES / "peft_cpt").shared_parts["rows"]
     torch.testing.assert_close(found, load_file(FILES / "peft_cpt" / "expected.safetensors")["rows"], rtol=0, atol=1e-6)
     assert refusal(FILES / "peft_cpt", HERE, part=0).param == "part"
 
@@ -199,7 +199,7 @@ def test_a_stack_is_a_question_that_its_format_answers() -> None:
     assert all(word in str(error) for word in ("layers", "spring", "--format"))
     rows = torch.load(path)
     check_added(read(path, model, format="layers"), {f"resid_post.{at}": row for at, row in enumerate(rows)})
-    assert torch.equal(read(path, model, format="spring").unplaced["rows"], rows)
+    assert torch.equal(read(path, model, format="spring").shared_parts["rows"], rows)
 
 
 def test_svec_directions_are_added_to_what_enters_their_layer() -> None:

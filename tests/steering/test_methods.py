@@ -21,12 +21,12 @@ from whipstaff import cuda_ext
 from whipstaff.steering import methods
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Method, Place, Scaled
+from whipstaff.steering.method import HookPoint, Method, Scaled
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.mote import Routing
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.ops import diagonal
-from whipstaff.steering.plan import Row, RowEdit, RowKeep, RowProbe, num_slots
+from whipstaff.steering.plan import Edit, EditSet, ProbeRead, StreamCopy, num_slots
 from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_of
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
@@ -51,7 +51,7 @@ def file_of(method: str, tensors: Mapping[str, Tensor], shape: ModelShape = SHAP
     return parse(save(dict(tensors), metadata={"whipstaff": header.model_dump_json()}))
 
 
-def ops_of(vector: Vector, **said: Any) -> dict[Place, Any]:
+def ops_of(vector: Vector, **said: Any) -> dict[HookPoint, Any]:
     """The edits of a request that says this, at every place, whatever the token."""
     method: Any = vector.method
     params = method.params.model_validate(said)
@@ -64,13 +64,13 @@ def ops_of(vector: Vector, **said: Any) -> dict[Place, Any]:
     }
 
 
-def only(found: Mapping[Place, Any]) -> Any:
+def only(found: Mapping[HookPoint, Any]) -> Any:
     """The one op of the one place."""
     ((op,),) = found.values()
     return op
 
 
-def run(found: Mapping[Place, Any], x: Tensor, **kwargs: Any) -> Tensor:
+def run(found: Mapping[HookPoint, Any], x: Tensor, **kwargs: Any) -> Tensor:
     """What the ops of the one place do to a row."""
     ((ops),) = found.values()
     return reference.edited(x.double(), ops, **kwargs)
@@ -150,7 +150,7 @@ def test_every_method_says_what_it_is(method: Method[Any]) -> None:
     if method.off:
         method.params.model_validate(method.off)
     assert bool(method.off) == (issubclass(method.params, Scaled) or method.name == "pasta")
-    assert all(place in method.places(SHAPE) and place.site in method.sites for place in method.places(SHAPE))
+    assert all(place in method.hook_points(SHAPE) and place.site in method.sites for place in method.hook_points(SHAPE))
 
 
 def test_the_reference_reaches_every_site(models: dict[str, Any]) -> None:
@@ -315,14 +315,14 @@ def test_strength_is_how_far_to_go(name: str) -> None:
 def test_rows_of_one_file_share_their_numbers() -> None:
     """The engine keeps the numbers of places without parts of their own once."""
 
-    def num_lines(ops: Mapping[Place, Any]) -> int:
+    def num_lines(ops: Mapping[HookPoint, Any]) -> int:
         return len(lines_of({place: assemble([], [Step(tuple(found))]) for place, found in ops.items()})["hidden"])
 
     ablation = ops_of(file_of("directional_ablation", {"direction": numbers(16)}))
     assert len(ablation) == 3 * SHAPE.num_layers and num_lines(ablation) == 1
     directions = {"first_direction": numbers(16), "second_direction": numbers(16)}
     angular = ops_of(file_of("angular", directions), angle=90)
-    assert Place("attn_in", 0) not in angular and len(angular) == 2 * SHAPE.num_layers - 1
+    assert HookPoint("attn_in", 0) not in angular and len(angular) == 2 * SHAPE.num_layers - 1
     assert num_lines(angular) == 2
 
 
@@ -454,7 +454,7 @@ def test_tarot_turns_whole_mlp_outputs_too() -> None:
     turned = run(ops_of(file_of("tarot", {"mlp_out.0.angles": torch.full((1, 8), torch.pi / 2)})), ROW)
     wanted = torch.stack([ROW[1::2], -ROW[::2]], 1).flatten()
     torch.testing.assert_close(turned, wanted.double(), rtol=0, atol=1e-6)
-    assert len(ops_of(file_of("tarot", {"mlp_out.0.angles": numbers(1, 15)}))[Place("mlp_out", 0)]) == 4
+    assert len(ops_of(file_of("tarot", {"mlp_out.0.angles": numbers(1, 15)}))[HookPoint("mlp_out", 0)]) == 4
     scaled = run(ops_of(file_of("tarot", {"attn_head.0.scale": torch.tensor([0.5, 3.0])}), scale=2.0), ROW)
     torch.testing.assert_close(scaled, torch.cat([0 * ROW[:8], 5 * ROW[8:]]).double())
 
@@ -553,7 +553,7 @@ def through_tables(vector: Vector, said: dict[str, Any], x: Tensor, gain: float 
     method: Any = vector.method
     params = method.params.model_validate(said)
     method.check_params(params, vector.tensors)
-    edit = RowEdit(vector.digest, params.model_dump_json(), None, gate=Gate(lane=0))
+    edit = Edit(vector.digest, params.model_dump_json(), None, gate=Gate(lane=0))
     weight = weigh(vector, edit)
     edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
     held = room(num_slots((edit,), SHAPE.num_layers), {vector.digest: vector})
@@ -638,7 +638,7 @@ def test_sae_requests_share_the_encoder() -> None:
     vector = file_of("sae", tensors | {"resid_post.0.decoder_bias": numbers(16)})
     said: dict[str, Any] = {"activation": "topk", "k": 2}
     one, other = (only(ops_of(vector, features=[{"feature": f, "set": 1.0}], **said)) for f in (1, 2))
-    place = Place("resid_post", 0)
+    place = HookPoint("resid_post", 0)
     assert one.top_k.encoder.data_ptr() == vector.tensors[place]["encoder"].data_ptr()
     assert one.top_k.bias.data_ptr() == other.top_k.bias.data_ptr()
     assert vector.method.encoder_size(vector.tensors[place], said) == 6
@@ -672,8 +672,8 @@ def test_mote_routes_by_mode() -> None:
     assert mote.routing(params(mode="zero", experts={"1": {"off": [2]}}), tensors) == {1: Routing("zero", (1, 2), (3,))}
     assert mote.routing(params(mode="force", experts={"0": {"on": [2]}}), {}) == {0: Routing("force", (), (2,))}
     assert mote.routing(params(experts={"0": {}}), {}) == {}
-    assert mote.places(SHAPE) == [Place("router", layer) for layer in range(3)]
-    assert mote.places(SHAPE.model_copy(update={"num_experts": 0})) == []
+    assert mote.hook_points(SHAPE) == [HookPoint("router", layer) for layer in range(3)]
+    assert mote.hook_points(SHAPE.model_copy(update={"num_experts": 0})) == []
 
 
 BAD_FILES: list[tuple[str, dict[str, Tensor]]] = [
@@ -836,11 +836,11 @@ def executed(ops: Any, x: Tensor) -> None:
 PROGRAMS = [name for name in EXAMPLES if METHODS[name].served_by == "edits" and name != "probe"]
 GATES = [OPEN, Gate(lane=0), Gate(lane=1), Gate(column=0, on=0.5, off=0.5), Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0))]
 PROBE = file_of("probe", EXAMPLES["probe"][0])
-PLACES = sorted({canonical(Place(site, layer)) for site in SITES if site != "router" for layer in range(3)})
+PLACES = sorted({canonical(HookPoint(site, layer)) for site in SITES if site != "router" for layer in range(3)})
 
 
 @st.composite
-def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, RowEdit]:
+def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, Edit]:
     """An entry whose file has the example's numbers at several places, some of them alike and some the same stream."""
     name = name or draw(st.sampled_from(PROGRAMS))
     tensors, said = EXAMPLES[name]
@@ -851,15 +851,15 @@ def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, RowEdit]:
     chosen = st.tuples(st.sampled_from(sites), st.integers(0, 2), st.sampled_from([1.0, 0.5]))
     is_alone = method.encoder_size(examples, {}) > 0  # in its stream
 
-    def apart(place: tuple[Any, int, float]) -> Place:
-        named = Place(place[0], place[1])
+    def apart(place: tuple[Any, int, float]) -> HookPoint:
+        named = HookPoint(place[0], place[1])
         return canonical(named) if is_alone else named
 
-    places = draw(st.lists(chosen, min_size=1, max_size=8, unique_by=apart))
-    placed = {f"{site}.{layer}.{part}": by * each for site, layer, by in places for part, each in examples.items()}
-    vector = file_of(name, examples if method.places(SHAPE) and draw(st.booleans()) else placed)
+    hook_points = draw(st.lists(chosen, min_size=1, max_size=8, unique_by=apart))
+    placed = {f"{site}.{layer}.{part}": by * each for site, layer, by in hook_points for part, each in examples.items()}
+    vector = file_of(name, examples if method.hook_points(SHAPE) and draw(st.booleans()) else placed)
     params = next(method.spread(method.params.model_validate(said), vector.tensors, Where.of(method.where)))[0]
-    edit = RowEdit(vector.digest, params.model_dump_json(), None, gate=draw(st.sampled_from(GATES)))
+    edit = Edit(vector.digest, params.model_dump_json(), None, gate=draw(st.sampled_from(GATES)))
     edit = edit._replace(renorm=draw(st.booleans()), normalize=draw(st.booleans()) and weigh(vector, edit).only_adds)
     weight = weigh(vector, edit)
     return vector, edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
@@ -890,8 +890,8 @@ def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject)
 def test_rows_that_fit_by_count_fit_the_tables(rows: list[Any], is_probed: bool, is_kept: bool) -> None:
     """However their entries merge: the scheduler lets in what a step can hold."""
     vectors = {vector.digest: vector for row in rows for vector, _ in row} | {PROBE.digest: PROBE}
-    probes = (RowProbe(PROBE.digest, 1, 0, False),) * is_probed
-    wanted: list[Row] = [
-        (*probes, *(edit for _, edit in row), *((RowKeep((0, 2)),) * is_kept)) for row in rows if row or is_probed
+    probes = (ProbeRead(PROBE.digest, 1, 0, False),) * is_probed
+    wanted: list[EditSet] = [
+        (*probes, *(edit for _, edit in row), *((StreamCopy((0, 2)),) * is_kept)) for row in rows if row or is_probed
     ]
     room(sum(num_slots(row, SHAPE.num_layers) for row in set(wanted)), vectors).acquire(wanted)

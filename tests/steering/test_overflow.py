@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from reference.ops import edited
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.steering.method import Place
-from whipstaff.steering.ops import Cross, Diagonal, Op, Replacement, TopK, directions
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import Cross, Diagonal, EditOp, Replacement, TopK, directions
 from whipstaff.steering.overflow import MAX_GROWTH, bound, growth
 from whipstaff.steering.programs import merged
 
 WIDTH = 16
 
 
-def ops(seed: int) -> list[Op]:
+def ops(seed: int) -> list[EditOp]:
     """Some edits of every kind."""
     torch.manual_seed(seed)
     angle = torch.rand(WIDTH)
     rows = torch.randn(3, WIDTH) / 4
-    kinds: list[Op] = [
+    kinds: list[EditOp] = [
         Diagonal(torch.randn(WIDTH), torch.randn(WIDTH)),
         Diagonal(None, torch.randn(WIDTH)),
         Cross(angle.cos(), angle.sin(), 1),
@@ -58,14 +58,14 @@ def test_the_bound_holds(seed: int, size: float) -> None:
 def test_taking_a_direction_away_everywhere_grows_nothing() -> None:
     direction = torch.nn.functional.normalize(torch.randn(1, WIDTH))
     ablate = bound([directions(direction, direction, Phi.AFFINE, -1.0)])
-    places = [Place(site, layer) for layer in range(200) for site in ("resid_pre", "resid_post")]
-    assert growth((place, ablate) for place in places) == pytest.approx(1.0, rel=1e-3)
+    hook_points = [HookPoint(site, layer) for layer in range(200) for site in ("resid_pre", "resid_post")]
+    assert growth((place, ablate) for place in hook_points) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_doubling_in_every_layer_ends_beyond_what_float16_holds() -> None:
     twice = bound([Diagonal(torch.full((WIDTH,), 2.0))])
-    assert growth((Place("resid_post", layer), twice) for layer in range(11)) > MAX_GROWTH["float16"]
-    assert growth((Place("router", layer), twice) for layer in range(11)) == 1.0
+    assert growth((HookPoint("resid_post", layer), twice) for layer in range(11)) > MAX_GROWTH["float16"]
+    assert growth((HookPoint("router", layer), twice) for layer in range(11)) == 1.0
 
 
 @given(seed=st.integers(0, 1 << 16))

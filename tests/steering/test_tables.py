@@ -12,8 +12,8 @@ from torch import Tensor
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import Place
-from whipstaff.steering.plan import Row, RowEdit, RowKeep, num_slots
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Edit, EditSet, StreamCopy, num_slots
 from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
@@ -45,13 +45,13 @@ VECTORS = _vectors()
 BY_DIGEST = {vector.digest: vector for vector in VECTORS}
 
 
-def entry(index: int, scale: float = 1.0, **more: Any) -> RowEdit:
-    bare = RowEdit(VECTORS[index].digest, json.dumps({"scale": scale}), None, **more)
+def entry(index: int, scale: float = 1.0, **more: Any) -> Edit:
+    bare = Edit(VECTORS[index].digest, json.dumps({"scale": scale}), None, **more)
     weight = weigh(VECTORS[index], bare)
     return bare._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
 
 
-ROWS: list[Row] = [
+ROWS: list[EditSet] = [
     (entry(0), entry(1, 0.5)),
     (entry(2), entry(0, -1.0), entry(3)),
     (entry(3, 2.0, renorm=True), entry(2)),
@@ -62,14 +62,14 @@ ROWS: list[Row] = [
 
 def tables(num_slots: int, ranks: int = 1, rank: int = 0, kept: dict[int, Tensor] | None = None) -> Tables:
     width = 12 // ranks
-    specs = [SiteSpec(Place("resid_post", layer), 0, 8) for layer in range(3)]
-    specs += [SiteSpec(Place("attn_head", layer), rank * width, width) for layer in range(3)]
+    specs = [SiteSpec(HookPoint("resid_post", layer), 0, 8) for layer in range(3)]
+    specs += [SiteSpec(HookPoint("attn_head", layer), rank * width, width) for layer in range(3)]
     if kept:
-        specs.append(SiteSpec(Place("resid_pre", 0), 0, 8))
+        specs.append(SiteSpec(HookPoint("resid_pre", 0), 0, 8))
     return Tables(specs, num_slots, 3, CPU, BY_DIGEST.__getitem__, kept=kept)
 
 
-def run(held: Tables, place: Place, address: int, x: Tensor) -> Tensor:
+def run(held: Tables, place: HookPoint, address: int, x: Tensor) -> Tensor:
     """The row x after the program at an address."""
     site, x = held.at(place), x[None].clone()
     tokens = torch.full((1, TOKEN_COLUMNS), -1, dtype=torch.int32)
@@ -78,10 +78,10 @@ def run(held: Tables, place: Place, address: int, x: Tensor) -> Tensor:
     return x[0]
 
 
-def by_hand(row: Row, place: Place, x: Tensor) -> Tensor:
+def by_hand(row: EditSet, place: HookPoint, x: Tensor) -> Tensor:
     """One entry after the other, from the ops alone."""
     for item in row:
-        assert isinstance(item, RowEdit)
+        assert isinstance(item, Edit)
         before = x
         for op in edits_of(BY_DIGEST[item.digest], item).get(place, ()):
             if hasattr(op, "phi"):
@@ -95,9 +95,9 @@ def by_hand(row: Row, place: Place, x: Tensor) -> Tensor:
     return x
 
 
-def check(held: Tables, addresses: dict[Row, int]) -> None:
+def check(held: Tables, addresses: dict[EditSet, int]) -> None:
     for row, address in addresses.items():
-        for place in held.places:
+        for place in held.hook_points:
             x = torch.randn(held.at(place).lines.shape[1])
             torch.testing.assert_close(run(held, place, address, x), by_hand(row, place, x))
 
@@ -110,18 +110,18 @@ def test_an_address_does_what_its_edits_do_one_after_the_other() -> None:
 def test_a_stream_is_kept_as_the_rows_edits_leave_it() -> None:
     held = tables(num_slots=64, kept={layer: torch.full((4, 8), torch.nan) for layer in range(3)})
     edits = ROWS[1]
-    rows: list[Row] = [(RowKeep((0, 2)),), (*edits, RowKeep((0, 1, 2)))]
+    rows: list[EditSet] = [(StreamCopy((0, 2)),), (*edits, StreamCopy((0, 1, 2)))]
     for row, address in held.acquire(rows).items():
-        for place in held.places:
+        for place in held.hook_points:
             x, at = torch.randn(held.at(place).lines.shape[1]), held.at(place).kept
             after = run(held, place, address, x)
-            if at is not None and (place != Place("resid_post", 0) or row != rows[0]):
+            if at is not None and (place != HookPoint("resid_post", 0) or row != rows[0]):
                 assert torch.equal(at[0], after) and at[1:].isnan().all()
             elif at is not None:
                 assert at.isnan().all()
             torch.testing.assert_close(after, by_hand(edits if row == rows[1] else (), place, x))
-    assert held.kept(0) is held.at(Place("resid_pre", 0)).kept
-    assert held.kept(2) is held.at(Place("resid_post", 1)).kept
+    assert held.kept(0) is held.at(HookPoint("resid_pre", 0)).kept
+    assert held.kept(2) is held.at(HookPoint("resid_post", 1)).kept
 
 
 def test_room_is_reused_without_a_trace() -> None:
@@ -155,7 +155,7 @@ def test_what_a_row_takes_is_no_more_than_was_said() -> None:
 
 def test_ranks_hold_their_slice_of_the_heads() -> None:
     whole, parts = tables(num_slots=8), [tables(num_slots=8, ranks=2, rank=rank) for rank in range(2)]
-    x, place, row = torch.randn(12), Place("attn_head", 1), ROWS[0]
+    x, place, row = torch.randn(12), HookPoint("attn_head", 1), ROWS[0]
     expected = run(whole, place, whole.acquire([row])[row], x)
     pieces = [run(part, place, part.acquire([row])[row], half) for part, half in zip(parts, x.chunk(2), strict=True)]
     assert torch.equal(torch.cat(pieces), expected)
@@ -192,7 +192,7 @@ def autoencoder(num_features: int, seed: int) -> Vector:
 
 
 def test_encoders_take_the_room_that_was_set_apart_and_give_it_back() -> None:
-    place = Place("resid_post", 1)
+    place = HookPoint("resid_post", 1)
     held = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__, {place: 10})
     small, other, large = autoencoder(4, 0), autoencoder(4, 1), autoencoder(6, 2)
     assert [held.reserve(one) for one in (small, small, large)] == [None] * 3
@@ -227,8 +227,8 @@ def test_a_shared_line_is_known_by_its_numbers_and_an_own_one_by_itself() -> Non
 
 def test_what_is_kept_of_a_vector_does_not_keep_it() -> None:
     one = vector("vector", {"resid_post.1.add": torch.ones(8)})
-    kept = weigh(one, RowEdit(one.digest, '{"scale": 2.0}', None))
-    assert weigh(one, RowEdit(one.digest, '{"scale": 2.0}', None)) is kept
+    kept = weigh(one, Edit(one.digest, '{"scale": 2.0}', None))
+    assert weigh(one, Edit(one.digest, '{"scale": 2.0}', None)) is kept
     seen = weakref.ref(one)
     del one
     assert seen() is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.vector_file import Header, ModelShape, Vector, parse
 from whipstaff.steering.where import Where
@@ -36,13 +36,13 @@ def test_a_vector_file_keeps_every_bit(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     odd = {"resid_post.0.add": torch.tensor([1e-45, -0.0, 3.4e38 / 64, 1 / 3, 2**-126, -1.0, 0.1, 7.0])}
     header = Header(method="caa", model=SHAPE, scale=0.1, where=Where(prompt=[(-3, None)]), provenance={"seed": 1})
-    artifacts.write(path, header, odd)
-    vector = artifacts.read(path)
+    vector_file.write(path, header, odd)
+    vector = vector_file.read(path)
     want = odd["resid_post.0.add"].view(torch.int32)  # bits: -0.0 is not 0.0 here
     assert torch.equal(vector.tensors["resid_post", 0]["add"].view(torch.int32), want)
     assert vector.header == header
-    artifacts.write(path, header, {"resid_post.0.add": vector.tensors["resid_post", 0]["add"]})
-    assert artifacts.read(path).digest == vector.digest
+    vector_file.write(path, header, {"resid_post.0.add": vector.tensors["resid_post", 0]["add"]})
+    assert vector_file.read(path).digest == vector.digest
 
 
 @settings(max_examples=50, deadline=None)
@@ -110,7 +110,7 @@ def test_a_file_that_is_not_what_it_says_is_refused(case: str, tmp_path: Path) -
     path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
     with pytest.raises(SteeringError, match=words):
-        artifacts.read(path)
+        vector_file.read(path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -130,13 +130,13 @@ def test_a_damaged_file_is_refused_or_still_a_sound_vector(data: st.DataObject) 
 def test_write_refuses_what_read_would_not_take(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     with pytest.raises(SteeringError, match="not finite"):
-        artifacts.write(path, Header(method="caa", model=SHAPE), with_number(math.nan))
+        vector_file.write(path, Header(method="caa", model=SHAPE), with_number(math.nan))
     assert not path.exists()
 
 
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     with path.open("wb") as file:
-        file.truncate(artifacts.MAX_BYTES + 1)  # sparse
+        file.apply_top_k_top_p_min_p(vector_file.MAX_BYTES + 1)  # sparse
     with pytest.raises(SteeringError, match="at most"):
-        artifacts.read(path)
+        vector_file.read(path)

@@ -12,8 +12,8 @@ from whipstaff.server.errors import (
     WhipstaffError,
 )
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.steering.method import Place
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.sites import canonical
@@ -62,29 +62,29 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
 }
 LIMITS = {"expert": 64, "anti": 64, "short": 10}
 HOOKED = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in")  # not attn_in, not router
-PLACES = frozenset(canonical(Place(site, layer)) for site in SITES if site in HOOKED for layer in range(4))
+PLACES = frozenset(canonical(HookPoint(site, layer)) for site in SITES if site in HOOKED for layer in range(4))
 
 
-def compiled(have: Catalogue, **fields: Any) -> Compiled:
-    result = compile_extras(fields, have)
+def compiled(caps: Capabilities, **fields: Any) -> Compiled:
+    result = compile_extras(fields, caps)
     assert result is not None
     return result
 
 
-def refusal(have: Catalogue, **fields: Any) -> WhipstaffError:
+def refusal(caps: Capabilities, **fields: Any) -> WhipstaffError:
     with pytest.raises(WhipstaffError) as caught:
-        compile_extras(fields, have)
+        compile_extras(fields, caps)
     return caught.value
 
 
-def plan_of(have: Catalogue, *entries: Any) -> SteeringPlan:
-    plan = compiled(have, steering=list(entries)).plan.steering
+def plan_of(caps: Capabilities, *entries: Any) -> SteeringPlan:
+    plan = compiled(caps, steering=list(entries)).plan.steering
     assert plan is not None
     return plan
 
 
-def receipt(have: Catalogue, entry: Any, fed: list[Fed] | None = None) -> dict[str, Any]:
-    (said,) = compiled(have, steering=entry).receipt(fed or [])["steering"]
+def receipt(caps: Capabilities, entry: Any, fed: list[Fed] | None = None) -> dict[str, Any]:
+    (said,) = compiled(caps, steering=entry).receipt(fed or [])["steering"]
     return dict(said)
 
 

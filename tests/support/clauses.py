@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from whipstaff.steering.plan import RowEdit
+from whipstaff.steering.plan import Edit
 from whipstaff.steering.where import Where
 
 PROMPT_WINDOW = st.tuples(st.integers(-12, 12), st.none() | st.integers(-12, 12))
@@ -55,7 +55,7 @@ def valid(clause: dict[str, Any]) -> Where | None:
 
 
 PLANNED = st.builds(
-    lambda digest, scale, clause: (RowEdit(digest, json.dumps({"scale": scale}), None), clause),
+    lambda digest, scale, clause: (Edit(digest, json.dumps({"scale": scale}), None), clause),
     st.sampled_from("abc"),
     st.sampled_from([1.0, -2.0]),
     CLAUSE,

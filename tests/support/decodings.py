@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.method import Content, Depth, Method, Mixing, Params, Rewriting
+from whipstaff.decoding.method import Content, Depth, LogitsRewriter, Method, Params, StreamMixer
 from whipstaff.decoding.mix import Mix, MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
 from whipstaff.steering.methods import METHODS as FILES
@@ -28,7 +28,7 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
 
 
-class StubWords:
+class StubVocabulary:
     """A vocabulary whose token v is the letter of that number; 2 ends a text."""
 
     eos = (2,)
@@ -51,11 +51,11 @@ class StubSource:
     """A prompt of letters, each a token; 0 begins what stands alone."""
 
     def __init__(self, text: str = "abcde") -> None:
-        self.text, self.ids = text, StubWords().encode(text)
+        self.text, self.ids = text, StubVocabulary().encode(text)
 
     def encode(self, content: Content, param: str) -> Sequence[int]:
         if isinstance(content, str):
-            return StubWords().encode(content)
+            return StubVocabulary().encode(content)
         return [token if isinstance(token, int) else len(token.content) for token in content]
 
     def changed(self, text: str) -> Sequence[int]:
@@ -113,9 +113,9 @@ class Batch:
 def run(method: Method[Any], batch: Batch) -> Tensor:
     """The batch's new logits; the rows' state changes."""
     rows = batch.rows
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         return _mixed([method.mix(params) for params in batch.settings], batch)
-    assert isinstance(method, Rewriting)
+    assert isinstance(method, LogitsRewriter)
     return method.rewrite(rows, batch.settings)
 
 
@@ -127,8 +127,8 @@ def _mixed(mixes: Sequence[Mix], batch: Batch) -> Tensor:
     assert batch.members is not None
     logits = torch.cat([rows.logits, batch.members.flatten(0, 1)])
     streams = {name: torch.cat([given, given.repeat_interleave(MEMBERS, 0)]) for name, given in rows.streams.items()}
-    places = [[r, *range(num + MEMBERS * r, num + MEMBERS * (r + 1))] for r in range(num)]
-    result = mix_rows(logits, streams, [MixedRow(r, mix, places[r]) for r, mix in enumerate(mixes)])
+    cells = [[r, *range(num + MEMBERS * r, num + MEMBERS * (r + 1))] for r in range(num)]
+    result = mix_rows(logits, streams, [MixedRow(r, mix, cells[r]) for r, mix in enumerate(mixes)])
     assert torch.equal(result[num:], logits[num:])
     return result[:num]
 
@@ -145,15 +145,15 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
     logits[:, 7] = normal(num_rows)  # one that is allowed, whatever the draw
     rows = Rows(logits, [5] * num_rows, [(7 * r) % 19 for r in range(num_rows)])
     settings: list[Any] = list(params)
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         rows.streams = {name: 3 * normal(num_rows, VOCAB) for name in AUXILIARIES}
         return Batch(rows, settings, 3 * normal(num_rows, MEMBERS, VOCAB))
-    assert isinstance(method, Rewriting)
-    settings = [method.place(method.resolve(one, StubWords()), StubPrompt()) for one in params]
+    assert isinstance(method, LogitsRewriter)
+    settings = [method.place(method.resolve(one, StubVocabulary()), StubPrompt()) for one in params]
     rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
     rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
     _add_needs(method, rows, random, normal)
-    if "early" in method.needs:
+    if "early_exit" in method.needs:
         rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
         rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
     return Batch(rows, settings)
@@ -164,7 +164,7 @@ def random_head(kind: str, normal: Any) -> dict[str, Tensor]:
     return head | ({"temperatures": torch.tensor([0.0, 0.5, 1.0, 1.7])} if "temperatures" in head else {})
 
 
-def _add_needs(method: Rewriting[Any], rows: Rows, random: torch.Generator, normal: Any) -> None:
+def _add_needs(method: LogitsRewriter[Any], rows: Rows, random: torch.Generator, normal: Any) -> None:
     num_rows = len(rows.logits)
     if "tokens" in method.needs:
         rows.tokens = torch.randint(3, (num_rows, WIDTH), generator=random) + 4  # few tokens, so that they repeat
@@ -172,9 +172,9 @@ def _add_needs(method: Rewriting[Any], rows: Rows, random: torch.Generator, norm
             rows.tokens[row, prompt + done :] = -1
     if "hidden" in method.needs:
         rows.hidden = normal(num_rows, HIDDEN)
-    if "uniform" in method.needs:
+    if "random" in method.needs:
         rows.uniform = torch.rand(num_rows, generator=random)
     if "temperature" in method.needs:
         rows.temperature = torch.rand(num_rows, generator=random) + 0.2
-    if method.num_state:
-        rows.state = torch.full((num_rows, method.num_state), torch.nan)
+    if method.state_size:
+        rows.state = torch.full((num_rows, method.state_size), torch.nan)

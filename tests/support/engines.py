@@ -25,7 +25,7 @@ from whipstaff.server.engine.frontend.selftest import describe
 from whipstaff.server.plan import KEY, RequestPlan
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.needs import Hook
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.vector_file import Header, Vector, packed, parse
 from whipstaff.steering.where import Where
@@ -60,7 +60,7 @@ def weights(asked: RequestPlan | None) -> dict[str, float]:
 
 def edit(vector: Vector, scale: float, where: Where, layers: tuple[int, ...] | None = None) -> PlannedEdit:
     """A vector at a strength, as the front end would plan it."""
-    bare = RowEdit(vector.digest, json.dumps({"scale": scale}), layers)
+    bare = Edit(vector.digest, json.dumps({"scale": scale}), layers)
     weight = weigh(vector, bare)
     return PlannedEdit(bare._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions), where)
 

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.vector_file import Header, ModelShape
 
 API_KEY = "test-key"
@@ -113,10 +113,10 @@ def save_vectors(folder: Path) -> Path:
         ("experts", "vector", {"router.1.add": torch.ones(4)}, {"model": SHAPE.model_copy(update={"num_experts": 4})}),
     ):
         header = Header(**{"method": method, "model": SHAPE} | more)
-        artifacts.write(folder / f"{name}.safetensors", header, tensors)
+        vector_file.write(folder / f"{name}.safetensors", header, tensors)
     other = SHAPE.model_copy(update={"hidden_size": 64, "head_dim": 16})
     tensors = {"resid_post.0.add": torch.ones(64)}
-    artifacts.write(folder / "misfit.safetensors", Header(method="caa", model=other), tensors)
+    vector_file.write(folder / "misfit.safetensors", Header(method="caa", model=other), tensors)
     return folder
 
 

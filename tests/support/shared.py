@@ -13,7 +13,7 @@ from serving import HIDDEN, SHAPE, VOCABULARY, Server, save_models, save_vectors
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.vector_file import Header
 
 WORDS = [40, 77, 130, 205, 66]  # tokens whose embeddings are the rows of the soft prompt "words"
@@ -68,7 +68,7 @@ def save_heads(folder: Path) -> None:
         "wary": {"weight": normal(2, HIDDEN), "bias": torch.tensor([0.5, -0.5])},
     }
     for name, tensors in files.items():
-        artifacts.write(folder / f"{name}.safetensors", Header(method=HEADS[name], model=SHAPE), tensors)
+        vector_file.write(folder / f"{name}.safetensors", Header(method=HEADS[name], model=SHAPE), tensors)
 
 
 def save_soft(folder: Path, base: str) -> None:
@@ -77,4 +77,4 @@ def save_soft(folder: Path, base: str) -> None:
     embeddings = LlamaForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
     noise = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
     for name, rows in zip(SOFT, (embeddings[WORDS], noise), strict=True):
-        artifacts.write(folder / f"{name}.safetensors", Header(method="soft_prompt", model=SHAPE), {"rows": rows})
+        vector_file.write(folder / f"{name}.safetensors", Header(method="soft_prompt", model=SHAPE), {"rows": rows})

@@ -102,7 +102,7 @@ def start(
             MIN_SLOTS and MAX_SLOTS.
         vectors: what will be served: the places that they edit are hooked.
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
-        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.RowKeep`.
+        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.StreamCopy`.
         lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         client: where to find an engine that was launched before, for one of several API servers.
 

@@ -25,7 +25,7 @@ from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 
 Serve = Callable[[Any, Namespace, dict[str, Any]], None]
 _PAUSE = 0.2  # seconds between two looks
@@ -93,15 +93,15 @@ def run_one(serving: Coroutine[Any, Any, None]) -> None:
         sys.exit(f"whipstaff: {error}")
 
 
-async def note_proven(engine: Engine, lengths: Mapping[Place, float]) -> None:
+async def note_proven(engine: Engine, lengths: Mapping[HookPoint, float]) -> None:
     """Tell the other API servers that the engine obeys, and how long its activations are."""
     await engine.collective_rpc(
         "whipstaff_note_proven", args=([[*place, length] for place, length in lengths.items()],)
     )
 
 
-async def proven(engine: Engine) -> dict[Place, float]:
+async def proven(engine: Engine) -> dict[HookPoint, float]:
     """Wait until another API server has said so."""
     while (found := (await engine.collective_rpc("whipstaff_proven"))[0]) is None:
         await asyncio.sleep(_PAUSE)
-    return {Place(site, layer): length for site, layer, length in found}
+    return {HookPoint(site, layer): length for site, layer, length in found}

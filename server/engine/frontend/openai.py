@@ -603,9 +603,9 @@ async def reason_against(request: ChatRequest | TextRequest, app: FastAPI) -> st
 def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
     """Asks the first worker what a request's conditions read, by its ticket."""
 
-    async def of(ticket: str) -> list[dict[str, Any]]:
+    async def of(readings_id: str) -> list[dict[str, Any]]:
         found: list[list[dict[str, Any]]] = await raw.app.state.engine_client.collective_rpc(
-            "whipstaff_readings", args=(ticket,)
+            "whipstaff_readings", args=(readings_id,)
         )
         return found[0]
 

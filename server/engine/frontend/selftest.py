@@ -17,8 +17,8 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.plan import KEY, RequestPlan
-from whipstaff.steering.method import Place
-from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, RowEdit, RowSpecial, SteeringPlan
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Edit, PlannedEdit, PlannedSpecial, RowSpecial, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.vector_file import Header, packed
 from whipstaff.steering.where import Where
@@ -53,7 +53,7 @@ async def describe(engine: Engine) -> dict[str, Any]:
     return described
 
 
-async def calibrate(engine: Engine) -> dict[Place, float]:
+async def calibrate(engine: Engine) -> dict[HookPoint, float]:
     """The mean length of activations at every place, over all tokens of some plain text, tensor-parallel slices joined.
 
     The prompts are longer than any captured graph, so nothing depends on which kernels a graph holds.
@@ -61,10 +61,10 @@ async def calibrate(engine: Engine) -> dict[Place, float]:
     await engine.collective_rpc("whipstaff_norms")
     await _log_probabilities(engine, RequestPlan(SteeringPlan((), is_metered=True)), _plain_text(engine))
     ranks = await engine.collective_rpc("whipstaff_norms")
-    squares: dict[Place, list[float]] = {}
+    squares: dict[HookPoint, list[float]] = {}
     for rank in ranks:
         for site, layer, total, num in rank:
-            squares.setdefault(Place(site, layer), []).append((total / max(num, 1)) ** 2)
+            squares.setdefault(HookPoint(site, layer), []).append((total / max(num, 1)) ** 2)
     is_sliced = {place: place.site == "attn_head" for place in squares}
     return {place: math.sqrt(sum(each) if is_sliced[place] else each[0]) for place, each in squares.items()}
 
@@ -82,11 +82,13 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     """Try every place, attention and experts where they are edited, a look ahead, then every auxiliary model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
-    places = [Place(*place) for place in facts["sites"]]
+    hook_points = [HookPoint(*place) for place in facts["sites"]]
     plain = await _log_probabilities(engine, None)
-    probes = {site: await _load_probe(engine, site, places, shape) for site in dict.fromkeys(p.site for p in places)}
+    probes = {
+        site: await _load_probe(engine, site, hook_points, shape) for site in dict.fromkeys(p.site for p in hook_points)
+    }
     try:
-        for site, layer in places:
+        for site, layer in hook_points:
             shown = [await _log_probabilities(engine, _edit(probes[site], layer, scale)) for scale in (1.0, 0.0)]
             yield Finding(f"{site} of layer {layer}", shown[0] != plain, shown[1] == plain)
     finally:
@@ -139,16 +141,18 @@ async def _try_ahead(engine: Engine, shape: ModelShape, plain: list[dict[int, fl
 
 
 def _edit(digest: str, layer: int, scale: float) -> RequestPlan:
-    edit = RowEdit(digest, json.dumps({"scale": scale}), (layer,), num_lines=1, num_instructions=2)
+    edit = Edit(digest, json.dumps({"scale": scale}), (layer,), num_lines=1, num_instructions=2)
     return RequestPlan(SteeringPlan((PlannedEdit(edit, Where.of("all")),)))
 
 
-async def _load_probe(engine: Engine, site: Site, places: list[Place], shape: ModelShape) -> str:
+async def _load_probe(engine: Engine, site: Site, hook_points: list[HookPoint], shape: ModelShape) -> str:
     """Give the workers a random vector with a unit-variance edit wherever the model has the site; its digest."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.num_heads, shape.head_dim) if site == "attn_head" else (shape.width(site),)
     tensors = {
-        f"{site}.{place.layer}.add": torch.randn(size, generator=generator) for place in places if place.site == site
+        f"{site}.{place.layer}.add": torch.randn(size, generator=generator)
+        for place in hook_points
+        if place.site == site
     }
     data = packed(Header(method="vector", model=shape), tensors)
     digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]

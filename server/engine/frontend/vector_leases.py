@@ -18,7 +18,7 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.vector_file import Vector, read
 
 
-class Residents:
+class VectorLeases:
     """Of one process; `holder` is its name among those that share the workers."""
 
     def __init__(self, engine: Engine) -> None:

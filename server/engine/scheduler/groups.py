@@ -34,7 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.occupancy import GroupUse
-from whipstaff.server.plan import KEY, STEPS_AHEAD, Member, RequestPlan
+from whipstaff.server.plan import KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
@@ -95,7 +95,7 @@ def companions(primary: Request, plan: RequestPlan) -> list[Request]:
     return [_companion(primary, index, member, plan.plan_of(index)) for index, member in enumerate(plan.members, 1)]
 
 
-def _companion(primary: Request, index: int, member: Member, plan: RequestPlan | None) -> Request:
+def _companion(primary: Request, index: int, member: CompanionPlan, plan: RequestPlan | None) -> Request:
     return Request(
         request_id=f"{primary.request_id}/{index}",
         prompt_token_ids=list(member.prompt),
@@ -116,7 +116,7 @@ def _companion(primary: Request, index: int, member: Member, plan: RequestPlan |
     )
 
 
-def _salt(primary: Request, member: Member) -> str | None:
+def _salt(primary: Request, member: CompanionPlan) -> str | None:
     """Edits that follow the entropy of what tokens are drawn from depend on everything that the primary asks for."""
     salt: str | None = primary.cache_salt
     if member.steering is None or member.steering.entropy_column < 0:

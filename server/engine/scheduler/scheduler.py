@@ -18,14 +18,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from whipstaff.decoding.method import Rewriting
+from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.occupancy import SlotUse
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling, companions
-from whipstaff.server.plan import PlacedPlan, RequestPlan
-from whipstaff.steering.plan import Row, num_slots
+from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.steering.plan import EditSet, num_slots
 
 NO_TOKEN_LEFT = "no_token_left"  # the stop reason of requests whose bans left nothing to say
 Hasher = Callable[[Request], list[bytes]]
@@ -52,9 +52,9 @@ class SteeredScheduling(GroupedScheduling):
         self._layout = Layout.from_config(vllm_config.additional_config)
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
-        self._rows_in_use: Counter[Row] = Counter()  # how many admitted sequences may need each row
+        self._rows_in_use: Counter[EditSet] = Counter()  # how many admitted sequences may need each row
         self._slots_in_use = self._histories_in_use = 0
-        self._placed: dict[str, PlacedPlan] = {}  # admitted and held sequences with rows
+        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
         self._held: deque[Unit] = deque()  # waiting for slots
 
     def add_request(self, request: Request) -> None:
@@ -74,7 +74,7 @@ class SteeredScheduling(GroupedScheduling):
         plan = _plan_of(request)
         if plan is None:
             return False
-        placed = PlacedPlan(plan, request.num_prompt_tokens)
+        placed = PositionedPlan(plan, request.num_prompt_tokens)
         key_blocks(request, placed, self.hash_block_size)
         if plan.steering is not None and plan.steering.forgets_cached_steps:
             request.skip_reading_prefix_cache = True
@@ -135,7 +135,7 @@ class SteeredScheduling(GroupedScheduling):
             self._admit()
         return freed
 
-    def _slots_of(self, rows: Iterable[Row]) -> int:
+    def _slots_of(self, rows: Iterable[EditSet]) -> int:
         """What rows take beside those in use."""
         num_layers = self._layout.shape.num_layers
         return sum(num_slots(row, num_layers) for row in set(rows) if row not in self._rows_in_use)
@@ -188,10 +188,10 @@ def _allowed(request: Request, ids: Iterable[int]) -> frozenset[int]:
 def _revives(request: Request) -> bool:
     plan = _plan_of(request)
     rewrites = plan.decoding.rewrites if plan is not None and plan.decoding is not None else ()
-    return any(isinstance(method := METHODS[one.method], Rewriting) and method.revives for one in rewrites)
+    return any(isinstance(method := METHODS[one.method], LogitsRewriter) and method.revives for one in rewrites)
 
 
-def key_blocks(request: Request, placed: PlacedPlan, block_size: int) -> None:
+def key_blocks(request: Request, placed: PositionedPlan, block_size: int) -> None:
     """Give `request`'s KV blocks keys that hold its plan, from the first position on whose KV the plan changes."""
     hasher: Hasher | None = request._block_hasher
     if hasher is None:  # prefix caching is off
@@ -227,7 +227,7 @@ def _plan_of(request: Request) -> RequestPlan | None:
     return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
 
 
-def _digest(placed: PlacedPlan) -> bytes:
+def _digest(placed: PositionedPlan) -> bytes:
     """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
     steering = placed.plan.steering
     said: list[object] = [placed.edited, placed.auxiliaries]

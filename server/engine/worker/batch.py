@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from whipstaff.server.plan import PlacedPlan
+from whipstaff.server.plan import PositionedPlan
 
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
@@ -21,7 +21,7 @@ class BatchView:
     the position it had before.
     """
 
-    plans: Sequence[PlacedPlan | None]  # (B,) what each row asks for; None = plain
+    plans: Sequence[PositionedPlan | None]  # (B,) what each row asks for; None = plain
     starts: Ints  # (B + 1,) first token of each row within the step
     positions: Ints  # (B,) absolute position of each row's first token
     requests: Sequence[str] = ()  # (B,) whose row it is
@@ -49,7 +49,7 @@ class BatchView:
             members[row] = self._taking_part(row, placed, rows)
         return replace(self, members=members, followers=followers)
 
-    def _taking_part(self, row: int, placed: PlacedPlan, rows: Sequence[int]) -> tuple[int, ...]:
+    def _taking_part(self, row: int, placed: PositionedPlan, rows: Sequence[int]) -> tuple[int, ...]:
         """Members leave when tokens have been delivered, which may be some steps after they were needed."""
         num_generated = int(self.positions[row] + self.starts[row + 1] - self.starts[row]) - placed.prompt_len
         taking = [
@@ -64,7 +64,7 @@ class BatchView:
     def num_tokens(self) -> int:
         return int(self.starts[-1])
 
-    def planned(self) -> Iterator[tuple[int, PlacedPlan]]:
+    def planned(self) -> Iterator[tuple[int, PositionedPlan]]:
         """The rows that ask for something."""
         return ((row, plan) for row, plan in enumerate(self.plans) if plan is not None)
 

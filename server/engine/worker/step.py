@@ -23,9 +23,9 @@ from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.module_edits import Specials
 from whipstaff.server.engine.worker.edits.soft_prompts import SoftRows
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.plan import PlacedPlan
+from whipstaff.server.plan import PositionedPlan
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
-from whipstaff.steering.plan import Row
+from whipstaff.steering.plan import EditSet
 from whipstaff.steering.tables import NOTHING, Tables
 
 MAX_KEPT, MAX_KEPT_NUMBERS = 256, 1 << 22  # sequences that are finished, and numbers, whose readings are kept
@@ -35,8 +35,8 @@ _ADDRESS, _POSITION, _COLUMNS = 0, 1, 2  # columns of the token table: see cuda_
 class Kept(NamedTuple):
     """The readings of a finished sequence."""
 
-    ticket: str
-    placed: PlacedPlan
+    readings_id: str
+    placed: PositionedPlan
     values: Tensor  # (conditions, positions) float32, on the device
 
 
@@ -47,10 +47,10 @@ class Piece(NamedTuple):
     first: int
     last: int  # exclusive
     position: int  # of the first token, absolute
-    row: Row
-    row_at_tokens: Row
+    row: EditSet
+    row_at_tokens: EditSet
     request: str
-    placed: PlacedPlan
+    placed: PositionedPlan
 
 
 class Steerer:
@@ -81,7 +81,7 @@ class Steerer:
         self.tables: Tables | None = None
         self.specials: Specials | None = None
         self.soft: SoftRows | None = None
-        self._requests: dict[str, PlacedPlan] = {}
+        self._requests: dict[str, PositionedPlan] = {}
         self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions
         self._free_histories = list(range(num_histories))
         self._reached: dict[str, int] = {}  # by request with conditions, how many positions were fed
@@ -103,7 +103,7 @@ class Steerer:
     def num_histories_used(self) -> int:
         return len(self.history) - len(self._free_histories)
 
-    def note_requests(self, finished: Iterable[str], new: Iterable[tuple[str, PlacedPlan | None]]) -> None:
+    def note_requests(self, finished: Iterable[str], new: Iterable[tuple[str, PositionedPlan | None]]) -> None:
         """Keep the plans of unfinished requests. `finished` comes first: an id may finish and come back in one step."""
         if self._requests:
             for request_id in finished:
@@ -117,10 +117,10 @@ class Steerer:
                     self._histories[request_id] = rows = [self._free_histories.pop() for _ in range(plan.num_columns)]
                     self.history[rows] = torch.nan
 
-    def readings_of(self, ticket: str) -> list[dict[str, Any]]:
+    def readings_of(self, readings_id: str) -> list[dict[str, Any]]:
         """What the sequences with that ticket have read; see `worker.whipstaff_readings`. Waits for the device."""
-        kept = [kept for kept in self._kept.values() if kept.ticket == ticket]
-        kept += [self._read(name) for name in self._histories if self._requests[name].plan.ticket == ticket]
+        kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]
+        kept += [self._read(name) for name in self._histories if self._requests[name].plan.readings_id == readings_id]
         return [
             {
                 "positions": one.values.shape[1],
@@ -136,10 +136,10 @@ class Steerer:
         """A copy on the device; nothing waits for it."""
         placed, num = self._requests[request_id], self._reached.get(request_id, 0)
         values = torch.stack([self.history[row, :num] for row in self._histories[request_id]])
-        return Kept(placed.plan.ticket, placed, values)
+        return Kept(placed.plan.readings_id, placed, values)
 
     def _keep_readings(self, request_id: str) -> None:
-        if request_id in self._histories and self._requests[request_id].plan.ticket:
+        if request_id in self._histories and self._requests[request_id].plan.readings_id:
             self._kept.pop(request_id, None)
             self._kept[request_id] = self._read(request_id)
             while (
@@ -149,7 +149,7 @@ class Steerer:
                 self._kept.popitem(last=False)
         self._reached.pop(request_id, None)
 
-    def plan_of(self, request_id: str) -> PlacedPlan | None:
+    def plan_of(self, request_id: str) -> PositionedPlan | None:
         return self._requests.get(request_id)
 
     @property
@@ -188,8 +188,8 @@ class Steerer:
         rows, positions = (
             torch.tensor(histories, dtype=torch.int64, device=self.history.device).reshape(-1, 2).unbind(1)
         )
-        places = rows[:, None], torch.stack([positions, torch.zeros_like(positions)], 1)  # 0: where latches are
-        read = self.history[places]
+        cells = rows[:, None], torch.stack([positions, torch.zeros_like(positions)], 1)  # 0: where latches are
+        read = self.history[cells]
         if pieces or self._dirty:
             self._write_tokens(view, pieces, tokens)
         if self.specials is not None:
@@ -201,7 +201,7 @@ class Steerer:
         finally:
             if self.specials is not None:
                 self.specials.end_step()
-            self.history[places], self._reached = read, reached
+            self.history[cells], self._reached = read, reached
             for buffer, before in kept:
                 buffer[: len(before)] = before
 
@@ -234,7 +234,7 @@ class Steerer:
         num = max(view.num_tokens, self._dirty)
         before, gains_before = self._host[:num].copy(), self._host_gains[:num].copy()
         self._host[:num] = NOTHING
-        addresses: dict[Row, int] = {}
+        addresses: dict[EditSet, int] = {}
         if pieces:
             assert self.tables is not None
             addresses = self.tables.acquire(row for piece in pieces for row in (piece.row, piece.row_at_tokens) if row)
@@ -264,7 +264,7 @@ class Steerer:
             for new, old in zip(pieces, before, strict=True)
         )
 
-    def _write_piece(self, piece: Piece, addresses: dict[Row, int]) -> None:
+    def _write_piece(self, piece: Piece, addresses: dict[EditSet, int]) -> None:
         plan = piece.placed.plan.steering
         assert plan is not None
         tokens = slice(piece.first, piece.last)
@@ -280,7 +280,7 @@ class Steerer:
             for column, row in enumerate(self._histories[piece.request]):
                 self._host[tokens, _COLUMNS + column] = row
 
-    def _tell_tokens_apart(self, piece: Piece, addresses: dict[Row, int], input_ids: Tensor) -> None:
+    def _tell_tokens_apart(self, piece: Piece, addresses: dict[EditSet, int], input_ids: Tensor) -> None:
         """Ids of tokens just sampled are on the device only, so it is the device that looks at them."""
         plan = piece.placed.plan.steering
         assert plan is not None

@@ -23,7 +23,7 @@ from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import Arrival, Decoder
 from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
 from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.plan import PlacedPlan, RequestPlan
+from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.tables import Tables
 from whipstaff.steering.vector_file import parse, read, without_file
@@ -113,7 +113,9 @@ class SteeredWorker:
         """The tensors of a learned head, where the model is."""
         if digest not in self._heads:
             device = self.model_runner.device
-            self._heads[digest] = {part: tensor.to(device) for part, tensor in self._vectors[digest].unplaced.items()}
+            self._heads[digest] = {
+                part: tensor.to(device) for part, tensor in self._vectors[digest].shared_parts.items()
+            }
         return self._heads[digest]
 
     def whipstaff_load_vector(self, path: str, digest: str, holder: str = "") -> str | None:
@@ -161,7 +163,7 @@ class SteeredWorker:
         model_config = self.vllm_config.model_config
         return {
             "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
-            "sites": [list(place) for place in self._tables.places],
+            "sites": [list(place) for place in self._tables.hook_points],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
             "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
@@ -169,11 +171,11 @@ class SteeredWorker:
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
 
-    def whipstaff_readings(self, ticket: str) -> list[dict[str, Any]]:
+    def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
         """What the conditions of a request read: for each of its sequences, finished ones first,
         {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
         reading that decided}; None where nothing was read. Empty when nobody has that ticket, or not any more."""
-        return self._steerer.readings_of(ticket)
+        return self._steerer.readings_of(readings_id)
 
     def whipstaff_note_proven(self, facts: Any) -> None:
         """Keep what the API server that tested this engine has to say to those that did not."""
@@ -187,7 +189,9 @@ class SteeredWorker:
         """(site, layer, sum of lengths, tokens) that were metered since the last call; this rank's part of them."""
         measured = self._steerer.meters.tolist()
         self._steerer.meters.zero_()
-        return [(*place, total, int(num)) for place, (total, num) in zip(self._tables.places, measured, strict=True)]
+        return [
+            (*place, total, int(num)) for place, (total, num) in zip(self._tables.hook_points, measured, strict=True)
+        ]
 
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
@@ -228,7 +232,7 @@ def _arrival(new: Any) -> Arrival:
     plan = RequestPlan.from_wire(parameters.extra_args if parameters else None)
     if plan is None:
         return Arrival(new.req_id, None, ())
-    placed = PlacedPlan(plan, int(new.prompt_len))
+    placed = PositionedPlan(plan, int(new.prompt_len))
     scores_prompt = parameters.prompt_logprobs is not None
     bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
     ids, bias = new.prompt_token_ids or (), parameters.logit_bias or {}

@@ -17,14 +17,14 @@ from whipstaff.decoding.mix import Window
 from whipstaff.server.admission.request import Compiled, compile_extras
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.plan import KEY, Member, RequestPlan
+from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
-from whipstaff.server.prompt.vocabulary import Words
-from whipstaff.server.registry.capabilities import Catalogue, Limit
-from whipstaff.server.registry.vectors import Registry, VectorFile
+from whipstaff.server.prompt.vocabulary import Vocabulary
+from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.vectors import VectorFile, VectorSnapshot
 from whipstaff.steering.edits import Lengths
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.vector_file import Header, packed, parse
 
 TEXT = "It rains. Is it raining?"
@@ -47,10 +47,10 @@ FILES = {
     "elsewhere": file_of("adapter_centres", {"centres": CENTRES}, adapters=["law", "chess", "art"]),
     "defer": file_of("defer_head", {"weight": torch.ones(SHAPE.hidden_size)}),
 }
-HAVE = Catalogue(
-    Registry(FILES, SHAPE),
+HAVE = Capabilities(
+    VectorSnapshot(FILES, SHAPE),
     {"expert": 64, "anti": 20},
-    Words.of(TOKENIZER),
+    Vocabulary.of(TOKENIZER),
     vocabulary=VOCABULARY,
     max_len=MAX_LEN,
     max_seqs=MAX_SEQS,
@@ -64,12 +64,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def have() -> Catalogue:
+def caps() -> Capabilities:
     return HAVE
 
 
-def compiled(have: Catalogue, **fields: Any) -> Compiled:
-    made = compile_extras(fields, have)
+def compiled(caps: Capabilities, **fields: Any) -> Compiled:
+    made = compile_extras(fields, caps)
     assert made is not None
     return made
 
@@ -87,8 +87,8 @@ def prompt_of(tokenizer: Any, text: str = TEXT, **own: Any) -> Prompt:
     )
 
 
-def placed(have: Catalogue, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Compiled:
-    made = compiled(have, **fields)
+def placed(caps: Capabilities, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Compiled:
+    made = compiled(caps, **fields)
     wanted = made.wanted_scores(prompt)
     numbers = {name: range(len(one.positions) - 1) for name, one in wanted.items()}
     prompt.scores.update({name: [-float(index) for index in each] for name, each in numbers.items()})
@@ -98,53 +98,53 @@ def placed(have: Catalogue, prompt: Prompt, max_tokens: int = 4, **fields: Any) 
 
 
 def test_members_stand_in_the_order_in_which_their_mixes_count_them(
-    have: Catalogue, tokenizer: PreTrainedTokenizerFast
+    caps: Capabilities, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     chat = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_chat": True}
-    made = placed(have, prompt_of(tokenizer), decoding=[{"method": "cad", "context": "It rains. "}, chat])
+    made = placed(caps, prompt_of(tokenizer), decoding=[{"method": "cad", "context": "It rains. "}, chat])
     without, as_chat = tokenizer.encode("Is it raining?"), tokenizer.encode(f"<s>user: {TEXT}\nassistant:")
-    assert made.plan.members == (Member(tuple(without)), Member(tuple(as_chat)))
+    assert made.plan.members == (CompanionPlan(tuple(without)), CompanionPlan(tuple(as_chat)))
     assert made.plan.plan_of(1) is None and made.plan.plan_of(2) == RequestPlan(models=("expert",))
     assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
 
 
-def test_the_receipt_tells_every_sequence(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_receipt_tells_every_sequence(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     named = {"prompt": [5, 6, 7], "weight": -1.0, "name": "wet"}
-    said = placed(have, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt([])
+    said = placed(caps, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt([])
     (one,) = said["sequences"]
     assert one == {"field": "decoding.streams[0].prompt", "prompt_tokens": 3, "name": "wet", "steered": False}
-    windowed = placed(have, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
+    windowed = placed(caps, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
     assert windowed.receipt([])["decoding"][0]["from"] == 2
     assert windowed.plan.decoding is not None and windowed.plan.decoding.mix is not None
     assert windowed.plan.decoding.mix.window == Window(2, 8) and windowed.plan.members[0].until == 8
 
 
-def test_shorthands_are_guidance(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
-    entry = placed(have, prompt_of(tokenizer), decoding=[CFG | {"guidance_scale": 3.0, "negative_prompt": "dry"}])
-    short = placed(have, prompt_of(tokenizer), guidance_scale=3.0, negative_prompt="dry")
-    assert short.plan == entry.plan and short.plan.members == (Member(tuple(tokenizer.encode("dry"))),)
-    last = placed(have, prompt_of(tokenizer), guidance_scale=3.0)
-    assert last.plan.members == (Member(tuple(tokenizer.encode(TEXT)[-1:])),)
-    assert placed(have, prompt_of(tokenizer), guidance_scale=1.0).plan.members == ()
+def test_shorthands_are_guidance(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
+    entry = placed(caps, prompt_of(tokenizer), decoding=[CFG | {"guidance_scale": 3.0, "negative_prompt": "dry"}])
+    short = placed(caps, prompt_of(tokenizer), guidance_scale=3.0, negative_prompt="dry")
+    assert short.plan == entry.plan and short.plan.members == (CompanionPlan(tuple(tokenizer.encode("dry"))),)
+    last = placed(caps, prompt_of(tokenizer), guidance_scale=3.0)
+    assert last.plan.members == (CompanionPlan(tuple(tokenizer.encode(TEXT)[-1:])),)
+    assert placed(caps, prompt_of(tokenizer), guidance_scale=1.0).plan.members == ()
 
 
-def test_keys_are_in_the_receipt_and_the_prompt(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_keys_are_in_the_receipt_and_the_prompt(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     sh2 = {"method": "sh2", "key_num": 20, "context": "It rains."}
-    made = placed(have, prompt_of(tokenizer), decoding=sh2)
+    made = placed(caps, prompt_of(tokenizer), decoding=sh2)
     (said,) = made.receipt([])["sequences"]
     ids = tokenizer.encode("It rains.")
     assert said["key_positions"] == [len(ids) - 1] and said["keys"] == tokenizer.decode(ids[-1:])
     assert said["prompt"] == f"Pondering: {said['keys']}\n\nContext:{TEXT}"
-    assert made.plan.members == (Member(tuple(tokenizer.encode(said["prompt"]))),)
+    assert made.plan.members == (CompanionPlan(tuple(tokenizer.encode(said["prompt"]))),)
 
 
-def test_what_is_only_looked_at_scores_nothing(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
-    made = compiled(have, decoding={"method": "sh2"})
+def test_what_is_only_looked_at_scores_nothing(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
+    made = compiled(caps, decoding={"method": "sh2"})
     made.is_dry = True
     assert made.wanted_scores(prompt_of(tokenizer)) == {}
     made.place(prompt_of(tokenizer))
     assert "sequences" not in made.receipt([])
-    wrong = compiled(have, decoding={"method": "sh2", "context": "It snows."})
+    wrong = compiled(caps, decoding={"method": "sh2", "context": "It snows."})
     wrong.is_dry = True
     with pytest.raises(WhipstaffError) as caught:
         wrong.place(prompt_of(tokenizer))
@@ -222,30 +222,30 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_named(have: Catalogue, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_what_is_wrong_is_named(caps: Capabilities, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     fields, status, param = BAD[name]
     with pytest.raises(WhipstaffError) as caught:
-        placed(have, prompt_of(tokenizer, adapters=ADAPTERS), **fields)
+        placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), **fields)
     assert (caught.value.status, caught.value.param) == (status, param), caught.value.message
 
 
-def test_a_flag_is_named_where_one_would_help(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_flag_is_named_where_one_would_help(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     many = {"method": "prompt_ensemble", "prompts": ["a"] * MAX_SEQS}
     law = ADAPTERS["law"]
     for server, fields, flag, own in (
-        (have, many, "--max-num-seqs", None),
-        (have, ENSEMBLE, "--max-loras", ADAPTERS["art"]),
-        (replace(have, max_adapters=0), ENSEMBLE, "--enable-lora", None),
+        (caps, many, "--max-num-seqs", None),
+        (caps, ENSEMBLE, "--max-loras", ADAPTERS["art"]),
+        (replace(caps, max_adapters=0), ENSEMBLE, "--enable-lora", None),
     ):
         with pytest.raises(WhipstaffError, match=flag) as caught:
             placed(server, prompt_of(tokenizer, adapters=ADAPTERS, adapter=own), decoding=fields)
         assert caught.value.status == 422
-    made = placed(have, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
+    made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
     assert [member.adapter for member in made.plan.members] == [law, ADAPTERS["math"]]
 
 
-def test_weights_come_from_the_nearest_centres(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
-    made = placed(have, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
+def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
+    made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
     assert [member.adapter for member in made.plan.members] == [ADAPTERS["law"], ADAPTERS["math"]]
     shares = nearness(torch.tensor(FEATURE).double(), CENTRES.double(), 2).tolist()
     said = made.receipt([])
@@ -263,43 +263,45 @@ def test_weights_come_from_the_nearest_centres(have: Catalogue, tokenizer: PreTr
     assert made.vectors == [FILES["centres"].vector]
 
 
-def test_an_adapter_that_is_not_there_names_its_flag(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_adapter_that_is_not_there_names_its_flag(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     fields = NEAREST | {"centres": "elsewhere"}
     with pytest.raises(WhipstaffError, match=r"law, math, art; start it with --lora-modules chess=PATH"):
-        placed(have, prompt_of(tokenizer, adapters=ADAPTERS), decoding=fields)
+        placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), decoding=fields)
 
 
-def test_longer_texts_than_the_model_takes_are_not_scored(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
-    made, prompt = compiled(have, decoding={"method": "sh2"}), prompt_of(tokenizer, "a b c d " * MAX_LEN)
+def test_longer_texts_than_the_model_takes_are_not_scored(
+    caps: Capabilities, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made, prompt = compiled(caps, decoding={"method": "sh2"}), prompt_of(tokenizer, "a b c d " * MAX_LEN)
     with pytest.raises(WhipstaffError, match="at most 39") as caught:
         made.wanted_scores(prompt)
     assert caught.value.param == "decoding.method"
 
 
-def test_a_prompt_of_more_than_text_has_no_others(have: Catalogue) -> None:
+def test_a_prompt_of_more_than_text_has_no_others(caps: Capabilities) -> None:
     with pytest.raises(WhipstaffError) as caught:
-        compiled(have, decoding=CFG).place(Prompt(9, None, MAX_LEN, None))
+        compiled(caps, decoding=CFG).place(Prompt(9, None, MAX_LEN, None))
     assert caught.value.param == "decoding.method"
 
 
-def test_room_is_counted_until_a_sequence_is_not_needed(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_room_is_counted_until_a_sequence_is_not_needed(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     long = [5] * (MAX_LEN - 6)
-    assert placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 4})
+    assert placed(caps, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 4})
     with pytest.raises(WhipstaffError, match="room for 6"):  # two steps are under way when a sequence is let go
-        placed(have, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
-    made = compiled(have, guidance_scale=2.0, negative_prompt=long)
+        placed(caps, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
+    made = compiled(caps, guidance_scale=2.0, negative_prompt=long)
     made.place(prompt_of(tokenizer))
     assert made.check(9, 30, is_explicit=False) == 30 and not made.warnings  # the scheduler ends it, and says why
 
 
-def test_room_beside_an_auxiliary_model_is_told(have: Catalogue, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_room_beside_an_auxiliary_model_is_told(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}  # which follows 20 tokens
-    made = compiled(have, decoding=pair)
+    made = compiled(caps, decoding=pair)
     made.place(prompt_of(tokenizer))
     assert made.check(9, 30, is_explicit=False) == 11
     assert made.warnings == ["the answer may have 11 tokens: auxiliary model 'anti' follows at most 20"]
     free = {"method": "streams", "streams": [{"weight": 1, "model": "anti", "prompt": [5] * 13}]}
-    made = compiled(have, decoding=free)
+    made = compiled(caps, decoding=free)
     made.place(prompt_of(tokenizer))
     made.limits = {}  # of the request's own sequence
     assert made.check(9, 30, is_explicit=False) == 7
@@ -308,8 +310,8 @@ def test_room_beside_an_auxiliary_model_is_told(have: Catalogue, tokenizer: PreT
     ]
 
 
-STEERED = Catalogue(
-    Registry(
+STEERED = Capabilities(
+    VectorSnapshot(
         {
             "push": file_of("caa", {"resid_post.1.add": torch.ones(SHAPE.hidden_size)}),
             "probe": file_of("probe", {"resid_post.0.direction": torch.ones(SHAPE.hidden_size)}),
@@ -318,12 +320,12 @@ STEERED = Catalogue(
         SHAPE,
     ),
     {"expert": 64, "anti": 20},
-    Words.of(TOKENIZER),
+    Vocabulary.of(TOKENIZER),
     vocabulary=VOCABULARY,
     max_len=MAX_LEN,
     max_seqs=MAX_SEQS,
     num_layers=SHAPE.num_layers,
-    places=frozenset(Place("resid_post", layer) for layer in range(SHAPE.num_layers)),
+    hook_points=frozenset(HookPoint("resid_post", layer) for layer in range(SHAPE.num_layers)),
 )
 PUSH = {"vector": "push", "scale": 2}
 GUIDED = {"guidance_scale": 2.0, "negative_prompt": "dry"}
@@ -398,7 +400,7 @@ def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTo
 
 
 def test_what_an_operator_weakens_in_a_sequence_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
-    few = replace(STEERED, limit=Limit(1e-3, "clamp"), lengths=Lengths(dict.fromkeys(STEERED.places, 10.0)))
+    few = replace(STEERED, limit=Limit(1e-3, "clamp"), lengths=Lengths(dict.fromkeys(STEERED.hook_points, 10.0)))
     made = placed(few, prompt_of(tokenizer), decoding=CFG | GUIDED | {"steering": PUSH})
     assert made.warnings[0].startswith("decoding.steering: weakened to scale")
 
@@ -445,9 +447,9 @@ def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTo
 
 
 @pytest.mark.parametrize("scores", [True, False])
-def test_prompts_are_scored_by_the_base_only(have: Catalogue, scores: bool) -> None:
+def test_prompts_are_scored_by_the_base_only(caps: Capabilities, scores: bool) -> None:
     for fields in ({"guidance_scale": 2.0}, {"guidance_scale": 2.0, "logprobs_source": "base"}):
-        made = compiled(have, **fields)
+        made = compiled(caps, **fields)
         if scores and "logprobs_source" not in fields:
             with pytest.raises(WhipstaffError, match="forced") as caught:
                 made.check_logprobs(scores)
@@ -456,17 +458,17 @@ def test_prompts_are_scored_by_the_base_only(have: Catalogue, scores: bool) -> N
             made.check_logprobs(scores)
 
 
-def test_what_is_forced_follows_no_grammar(have: Catalogue) -> None:
-    made = compiled(have, decoding=[{"method": "forced", "ids": [5]}])
+def test_what_is_forced_follows_no_grammar(caps: Capabilities) -> None:
+    made = compiled(caps, decoding=[{"method": "forced", "ids": [5]}])
     made.check_grammar(False)
     with pytest.raises(WhipstaffError) as caught:
         made.check_grammar(True)
     assert caught.value.param == "decoding[0].method"
 
 
-def test_adapters_need_a_flag_in_the_method_table(have: Catalogue) -> None:
-    bare = replace(have, registry=Registry({}, SHAPE))
-    for server, reason in ((bare, None), (replace(have, max_adapters=0), "start the server with --enable-lora")):
+def test_adapters_need_a_flag_in_the_method_table(caps: Capabilities) -> None:
+    bare = replace(caps, registry=VectorSnapshot({}, SHAPE))
+    for server, reason in ((bare, None), (replace(caps, max_adapters=0), "start the server with --enable-lora")):
         (row,) = (row for row in method_table(server) if row["name"] == "adapter_ensemble")
         assert row["schema"]["properties"]["centres"]["enum"] == ([] if server is bare else ["centres", "elsewhere"])
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")

@@ -13,19 +13,19 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import BadRequest
-from whipstaff.server.plan import KEY, PlacedPlan, RequestPlan
-from whipstaff.server.prompt.vocabulary import Words
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.vectors import Registry, read_vectors
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.server.plan import KEY, PositionedPlan, RequestPlan
+from whipstaff.server.prompt.vocabulary import Vocabulary
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
+from whipstaff.steering import vector_file
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Header
 
 
-def test_mixes_of_one_request_add_up(have: Catalogue) -> None:
+def test_mixes_of_one_request_add_up(caps: Capabilities) -> None:
     other = {"method": "proxy_tuning", "expert": "short", "antiexpert": "anti", "alpha": 2}
     summed = Mix.of({"expert": 1.0, "anti": -3.0, "short": 2.0})
-    assert compiled(have, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
+    assert compiled(caps, decoding=[PAIR, other]).plan.decoding == DecodingPlan(summed)
 
 
 BAD_DECODING: list[tuple[Any, int, str]] = [
@@ -47,13 +47,13 @@ BAD_DECODING: list[tuple[Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("value", "status", "param"), BAD_DECODING)
-def test_bad_decoding_is_refused_by_its_path(have: Catalogue, value: Any, status: int, param: str) -> None:
-    error = refusal(have, decoding=value)
+def test_bad_decoding_is_refused_by_its_path(caps: Capabilities, value: Any, status: int, param: str) -> None:
+    error = refusal(caps, decoding=value)
     assert (error.status, error.param) == (status, param), error.message
 
 
-def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None:
-    made = compiled(have, decoding=PAIR | {"expert": "short"})
+def test_an_auxiliary_models_context_bounds_the_request(caps: Capabilities) -> None:
+    made = compiled(caps, decoding=PAIR | {"expert": "short"})
     assert made.check(prompt_len=4, max_tokens=50, is_explicit=False) == 6  # not said: as much as fits
     assert made.check(prompt_len=4, max_tokens=6, is_explicit=True) == 6
     for prompt_len, max_tokens, is_explicit in ((4, 7, True), (10, 1, False), (99, 1, True)):
@@ -63,7 +63,7 @@ def test_an_auxiliary_models_context_bounds_the_request(have: Catalogue) -> None
 
 
 @pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
-def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: dict[str, Any]) -> None:
+def test_what_a_method_reads_of_early_layers_is_kept(early: Capabilities, fields: dict[str, Any]) -> None:
     layers = [0, 1] if fields.get("dola_layers") == [1, 0] else [0]
     made = compiled(early, **fields)
     assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
@@ -74,10 +74,10 @@ def test_what_a_method_reads_of_early_layers_is_kept(early: Catalogue, fields: d
     assert made.label == "dola"
 
 
-def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
+def test_keeping_goes_together_with_steering(early: Capabilities) -> None:
     plan = compiled(early, steering={"vector": "calm", "where": "generation"}, dola_layers=[0]).plan
     assert plan.steering is not None and len(plan.steering.edits) == 1 and plan.steering.keeps == (0,)
-    placed = PlacedPlan(plan, 5)
+    placed = PositionedPlan(plan, 5)
     assert (len(placed.rows), placed.first_edited) == (2, 5)
 
 
@@ -105,7 +105,7 @@ def test_keeping_goes_together_with_steering(early: Catalogue) -> None:
     ],
 )
 def test_early_layers_that_are_not_there(
-    early: Catalogue, fields: dict[str, Any], status: int, param: str, reason: str
+    early: Capabilities, fields: dict[str, Any], status: int, param: str, reason: str
 ) -> None:
     error = refusal(early, **fields)
     assert (error.status, error.param) == (status, param)
@@ -116,22 +116,22 @@ def test_early_layers_that_are_not_there(
 
 
 @pytest.fixture(scope="module")
-def ahead(tmp_path_factory: pytest.TempPathFactory, have: Catalogue) -> Catalogue:
+def ahead(tmp_path_factory: pytest.TempPathFactory, caps: Capabilities) -> Capabilities:
     """A server that looks ahead, with both kinds of KWD's classifiers and a vector."""
     folder = tmp_path_factory.mktemp("ahead")
-    artifacts.write(
+    vector_file.write(
         folder / "prefix.safetensors", Header(method="prefix_classifier", model=SHAPE), {"weight": UNIT[:2]}
     )
-    artifacts.write(folder / "token.safetensors", Header(method="token_classifier", model=SHAPE), {"weight": UNIT})
-    artifacts.write(folder / "calm.safetensors", Header(method="vector", model=SHAPE), TENSORS)
-    registry = Registry(read_vectors([folder]), SHAPE)
-    return replace(have, registry=registry, words=Words([], {}, (), None), vocabulary=8, looks_ahead=True)
+    vector_file.write(folder / "token.safetensors", Header(method="token_classifier", model=SHAPE), {"weight": UNIT})
+    vector_file.write(folder / "calm.safetensors", Header(method="vector", model=SHAPE), TENSORS)
+    registry = VectorSnapshot(read_vectors([folder]), SHAPE)
+    return replace(caps, registry=registry, words=Vocabulary([], {}, (), None), vocabulary=8, looks_ahead=True)
 
 
 KWD = {"method": "kwd", "classifier": "prefix"}
 
 
-def test_a_classifier_of_either_kind(ahead: Catalogue) -> None:
+def test_a_classifier_of_either_kind(ahead: Capabilities) -> None:
     found = {name: compiled(ahead, decoding=KWD | {"classifier": name}) for name in ("prefix", "token")}
     assert [one.decoding[0].ahead for one in found.values()] == ["classifier", ""]
     for one in found.values():
@@ -143,7 +143,7 @@ def test_a_classifier_of_either_kind(ahead: Catalogue) -> None:
     compiled(ahead, decoding=KWD, logprobs_source="base").check_logprobs(scores_prompt=True)
 
 
-def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Catalogue) -> None:
+def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Capabilities) -> None:
     calm = {"vector": "calm", "schedule": {"shape": "entropy", "low": 1, "high": 2}}
     error = refusal(ahead, steering=[calm], decoding=[KWD])
     assert (error.status, error.param) == (400, "steering[0].schedule") and "decoding[0].classifier" in error.message
@@ -151,7 +151,7 @@ def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Catalogue) -> None:
     compiled(ahead, steering=[{"vector": "calm", "schedule": {"shape": "linear", "tokens": 4}}], decoding=[KWD])
 
 
-def test_who_does_not_look_ahead_names_the_flag(ahead: Catalogue) -> None:
+def test_who_does_not_look_ahead_names_the_flag(ahead: Capabilities) -> None:
     blind = replace(ahead, looks_ahead=False)
     error = refusal(blind, decoding=KWD)
     assert (error.status, error.param) == (422, "decoding.classifier") and "--lookahead" in error.message
@@ -159,7 +159,7 @@ def test_who_does_not_look_ahead_names_the_flag(ahead: Catalogue) -> None:
     assert not skipped.decoding and "--lookahead" in skipped.warnings[0]
     rows = [next(row for row in method_table(server) if row["name"] == "kwd") for server in (ahead, blind)]
     assert [row["schema"]["properties"]["classifier"]["enum"] for row in rows] == [["prefix", "token"], ["token"]]
-    (row,) = (row for row in method_table(replace(blind, registry=Registry({}, SHAPE))) if row["name"] == "kwd")
+    (row,) = (row for row in method_table(replace(blind, registry=VectorSnapshot({}, SHAPE))) if row["name"] == "kwd")
     assert row["reason"] == (
         "start the server with --vectors PATH of a token_classifier or, with --lookahead, a prefix_classifier"
     )

@@ -24,7 +24,7 @@ from whipstaff.server.engine.frontend.openai import (
 from whipstaff.server.engine.worker.logits.metadata import Biased
 from whipstaff.server.engine.worker.logits.pipeline import _lift
 from whipstaff.server.errors import BadRequest, NotFound
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 
 CALM = {"vector": "calm"}
 OUT = -torch.inf
@@ -53,24 +53,24 @@ SAID: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_errors_say_what_to_write_and_where(have: Catalogue, name: str) -> None:
+def test_errors_say_what_to_write_and_where(caps: Capabilities, name: str) -> None:
     fields, param, said = SAID[name]
-    error = refusal(have, **fields)
+    error = refusal(caps, **fields)
     assert (error.status, error.param) == (400, param), error.message
     assert said in error.message
 
 
-def test_one_name_is_enough(have: Catalogue) -> None:
+def test_one_name_is_enough(caps: Capabilities) -> None:
     for name in ("scale", "strength", "coefficient"):
-        assert compiled(have, steering={**CALM, name: 2}).receipt([])["steering"][0]["scale"] == 2
+        assert compiled(caps, steering={**CALM, name: 2}).receipt([])["steering"][0]["scale"] == 2
 
 
-def test_scoring_alone_feeds_every_token_of_the_prompt(have: Catalogue) -> None:
+def test_scoring_alone_feeds_every_token_of_the_prompt(caps: Capabilities) -> None:
     """The one token that vLLM generates all the same is not fed."""
     for where in ("all", "last_prompt", "each_last"):
-        assert check(compiled(have, steering={**CALM, "where": where}), 1, max_tokens=1) == 1
+        assert check(compiled(caps, steering={**CALM, "where": where}), 1, max_tokens=1) == 1
     with pytest.raises(BadRequest, match="selects no token"):
-        check(compiled(have, steering={**CALM, "where": "generation"}), 1, max_tokens=1)
+        check(compiled(caps, steering={**CALM, "where": "generation"}), 1, max_tokens=1)
 
 
 def test_errors_of_a_batch_name_the_prompt() -> None:
@@ -98,14 +98,16 @@ SCORES = [  # protocol, its fields, whether the prompt's log-probabilities are a
 
 
 @pytest.mark.parametrize(("model", "fields", "is_scored"), SCORES)
-def test_what_asks_for_scores_of_a_prompt(have: Catalogue, model: Any, fields: dict[str, Any], is_scored: bool) -> None:
+def test_what_asks_for_scores_of_a_prompt(
+    caps: Capabilities, model: Any, fields: dict[str, Any], is_scored: bool
+) -> None:
     request = model.model_validate({"model": "m", **fields, "guidance_scale": 2})
     assert request.scores_prompt == is_scored
     if is_scored:
         with pytest.raises(BadRequest, match="forced"):
-            compile_request(request, have)
+            compile_request(request, caps)
         return
-    made = compile_request(request, have)
+    made = compile_request(request, caps)
     assert made is not None and not made.scores_prompts
     request.attach(made)
     assert request.to_sampling_params(4, {}).prompt_logprobs is None
@@ -114,8 +116,8 @@ def test_what_asks_for_scores_of_a_prompt(have: Catalogue, model: Any, fields: d
 
 
 @pytest.mark.parametrize(("model", "fields"), [(TextRequest, TEXT), (ChatRequest, CHAT)])
-def test_a_grammar_is_one_on_both_protocols(have: Catalogue, model: Any, fields: dict[str, Any]) -> None:
-    made = compiled(have, steering=CALM)
+def test_a_grammar_is_one_on_both_protocols(caps: Capabilities, model: Any, fields: dict[str, Any]) -> None:
+    made = compiled(caps, steering=CALM)
     request = model.model_validate({"model": "m", **fields, "structured_outputs": {"choice": ["a"]}})
     request.attach(made)
     assert request.to_sampling_params(4, {}).structured_outputs is not None

@@ -14,8 +14,8 @@ from whipstaff.server.admission.names import GATES, SHORTHANDS, header_of, near,
 from whipstaff.server.admission.request import Compiled, compile_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
-from whipstaff.server.prompt.vocabulary import Words
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.prompt.vocabulary import Vocabulary
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
 
 SWITCHED = [name for name, method in METHODS.items() if method.shorthands]
@@ -76,10 +76,10 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def worded(have: Catalogue) -> Catalogue:
+def worded(caps: Capabilities) -> Capabilities:
     """A server with a tokenizer, of which early layers can be read."""
     depth = Depth(4, kept=frozenset(range(4)), has_norm=False)
-    return replace(have, words=Words(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3)
+    return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3)
 
 
 def methods_of(made: Compiled) -> list[str]:
@@ -109,14 +109,14 @@ def test_every_shorthand_has_a_switch_and_a_value_here() -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_each_switch_alone_is_on(worded: Catalogue, name: str) -> None:
+def test_each_switch_alone_is_on(worded: Capabilities, name: str) -> None:
     for switch in METHODS[name].switches:
         made = compiled(worded, **fields_of(name, switch))
         assert methods_of(made) == [name] and not made.warnings and not made.is_plain
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_companions_alone_do_nothing_and_it_is_said(worded: Catalogue, name: str) -> None:
+def test_companions_alone_do_nothing_and_it_is_said(worded: Capabilities, name: str) -> None:
     alone = companions(METHODS[name])
     lone = [field for field in METHODS[name].shorthands if not METHODS[name].is_switched_on({SHORTHANDS[field][1]})]
     for fields in [[field] for field in lone] + ([alone] if len(alone) > 1 else []):
@@ -128,7 +128,7 @@ def test_companions_alone_do_nothing_and_it_is_said(worded: Catalogue, name: str
 
 
 @pytest.mark.parametrize("field", OFF)
-def test_a_neutral_switch_is_off_whatever_stands_beside_it(worded: Catalogue, field: str) -> None:
+def test_a_neutral_switch_is_off_whatever_stands_beside_it(worded: Capabilities, field: str) -> None:
     method = METHODS[SHORTHANDS[field][0]]
     beside = {name: ON[SHORTHANDS[name][1]] for name in companions(method)}
     made = compiled(worded, **{field: OFF[field], **beside})
@@ -136,7 +136,7 @@ def test_a_neutral_switch_is_off_whatever_stands_beside_it(worded: Catalogue, fi
     assert len(made.warnings) == 1 and field in made.warnings[0] and "it is off" in made.warnings[0]
 
 
-def test_other_servers_defaults_are_as_good_as_absent(worded: Catalogue) -> None:
+def test_other_servers_defaults_are_as_good_as_absent(worded: Capabilities) -> None:
     made = compiled(worded, **SILLY_TAVERN)
     assert made.is_plain and not made.receipt([])["decoding"]
     assert all(any(field in said for said in made.warnings) for field in SILLY_TAVERN)
@@ -145,9 +145,9 @@ def test_other_servers_defaults_are_as_good_as_absent(worded: Catalogue) -> None
     assert methods_of(on) == ["dynatemp"]
 
 
-def test_nothing_neutral_needs_a_tokenizer(have: Catalogue) -> None:
-    assert have.words is None and compiled(have, **SILLY_TAVERN).is_plain
-    assert compiled(have, decoding=[{"method": "dry", "multiplier": 0}]).is_plain
+def test_nothing_neutral_needs_a_tokenizer(caps: Capabilities) -> None:
+    assert caps.words is None and compiled(caps, **SILLY_TAVERN).is_plain
+    assert compiled(caps, decoding=[{"method": "dry", "multiplier": 0}]).is_plain
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_nothing_neutral_needs_a_tokenizer(have: Catalogue) -> None:
         ({"dynatemp_low": 1.5, "dynatemp_high": 0.5}, "dynatemp_high"),
     ],
 )
-def test_what_is_off_is_checked_all_the_same(worded: Catalogue, fields: dict[str, Any], param: str) -> None:
+def test_what_is_off_is_checked_all_the_same(worded: Capabilities, fields: dict[str, Any], param: str) -> None:
     error = refusal(worded, **fields)
     assert (error.status, error.param) == (400, param)
 
@@ -170,7 +170,7 @@ def test_what_is_off_is_checked_all_the_same(worded: Catalogue, fields: dict[str
 # ---- neutral is absent
 
 
-def test_neutral_entries_conflict_with_nothing(worded: Catalogue) -> None:
+def test_neutral_entries_conflict_with_nothing(worded: Capabilities) -> None:
     for fields, left in (
         ({"guidance_scale": 1, "decoding": {"method": "contrastive", "amateur": "anti"}}, ["contrastive"]),
         ({"dynatemp_range": 0, "decoding": {"method": "edt"}}, ["edt"]),
@@ -184,30 +184,30 @@ def test_neutral_entries_conflict_with_nothing(worded: Catalogue) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"steering": []}, {"decoding": []}, {"steering": [], "decoding": "[]"}])
-def test_empty_lists_are_plain(have: Catalogue, fields: dict[str, Any]) -> None:
-    assert compiled(have, **fields).is_plain
+def test_empty_lists_are_plain(caps: Capabilities, fields: dict[str, Any]) -> None:
+    assert compiled(caps, **fields).is_plain
 
 
 @pytest.mark.parametrize("name", ["scale", "strength", "coefficient"])
-def test_no_strength_is_no_steering(have: Catalogue, name: str) -> None:
-    made = compiled(have, steering=[{"vector": "calm", name: 0}, {"vector": "late"}])
+def test_no_strength_is_no_steering(caps: Capabilities, name: str) -> None:
+    made = compiled(caps, steering=[{"vector": "calm", name: 0}, {"vector": "late"}])
     assert [entry.path for entry in made.steering] == ["steering[1]"]
     assert made.warnings == ["steering[0] was left out: it is off"]
-    alone = compiled(have, steering={"vector": "calm", name: 0, "when": {"probe": "probe", "above": 0}, "layers": [3]})
-    assert alone.is_plain and not alone.plan.ticket and alone.receipt([])["steering"] == []
-    assert refusal(have, steering={"vector": "nope", name: 0}).status == 404
-    assert refusal(have, steering={"vector": "calm", name: 0, "layers": [2]}).param == "steering.layers"
+    alone = compiled(caps, steering={"vector": "calm", name: 0, "when": {"probe": "probe", "above": 0}, "layers": [3]})
+    assert alone.is_plain and not alone.plan.readings_id and alone.receipt([])["steering"] == []
+    assert refusal(caps, steering={"vector": "nope", name: 0}).status == 404
+    assert refusal(caps, steering={"vector": "calm", name: 0, "layers": [2]}).param == "steering.layers"
 
 
-def test_names_of_what_is_off_are_looked_up(have: Catalogue) -> None:
-    error = refusal(have, decoding=[PAIR | {"alpha": 0, "expert": "absent"}])
+def test_names_of_what_is_off_are_looked_up(caps: Capabilities) -> None:
+    error = refusal(caps, decoding=[PAIR | {"alpha": 0, "expert": "absent"}])
     assert isinstance(error, NotFound) and error.param == "decoding[0].expert"
 
 
 # ---- one thing, several names
 
 
-def test_two_names_of_one_thing_agree_or_are_refused(worded: Catalogue) -> None:
+def test_two_names_of_one_thing_agree_or_are_refused(worded: Capabilities) -> None:
     assert methods_of(compiled(worded, typical=0.5, typical_p=0.5)) == ["typical_p"]
     for fields, param in (
         ({"typical_p": 0.5, "typical": 0.6}, "typical"),
@@ -220,7 +220,7 @@ def test_two_names_of_one_thing_agree_or_are_refused(worded: Catalogue) -> None:
 
 
 @pytest.mark.parametrize("field", SHORTHANDS)
-def test_every_name_of_a_parameter_says_it(worded: Catalogue, field: str) -> None:
+def test_every_name_of_a_parameter_says_it(worded: Capabilities, field: str) -> None:
     name, param = SHORTHANDS[field]
     switches = METHODS[name].switches
     others = next((switch for switch in switches if param in switch), switches[0])
@@ -229,7 +229,7 @@ def test_every_name_of_a_parameter_says_it(worded: Catalogue, field: str) -> Non
     assert entry.path_of(param) == field and getattr(entry.params, param) == pytest.approx(ON[param])
 
 
-def test_units_are_those_of_the_server(worded: Catalogue) -> None:
+def test_units_are_those_of_the_server(worded: Capabilities) -> None:
     for field in ("epsilon_cutoff", "eta_cutoff"):
         for value, wanted in ((3, 3e-4), (9.5, 9.5e-4), (3e-4, 3e-4), (0.2, 0.2)):
             (entry,) = compiled(worded, **{field: value}).decoding
@@ -239,7 +239,7 @@ def test_units_are_those_of_the_server(worded: Catalogue) -> None:
     assert "mirostat 1" in refusal(worded, mirostat_mode=1).message
 
 
-def test_a_negative_prompt_is_a_text_and_no_json(worded: Catalogue) -> None:
+def test_a_negative_prompt_is_a_text_and_no_json(worded: Capabilities) -> None:
     for text in ("42", "[1, 2]", "null", ""):
         (entry,) = compiled(worded, guidance_scale=2, negative_prompt=text).decoding
         assert entry.params.model_dump()["negative_prompt"] == text
@@ -266,7 +266,7 @@ def test_forced_decoding_cannot_be_got_round(name: str, wrap: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_forced_shorthands_cannot_be_got_round(worded: Catalogue, name: str) -> None:
+def test_forced_shorthands_cannot_be_got_round(worded: Capabilities, name: str) -> None:
     method = METHODS[name]
     for switch in method.switches:
         forced = fields_of(name, switch)
@@ -281,7 +281,7 @@ def test_forced_shorthands_cannot_be_got_round(worded: Catalogue, name: str) -> 
 
 
 @pytest.mark.parametrize("field", [*OFF, *GATES])
-def test_neutral_values_are_not_refused_and_change_nothing_forced(worded: Catalogue, field: str) -> None:
+def test_neutral_values_are_not_refused_and_change_nothing_forced(worded: Capabilities, field: str) -> None:
     value = OFF.get(field, False)
     request, _ = fill({"forced": FORCED}, **{field: value})
     assert request.decoding == [PAIR]
@@ -325,7 +325,7 @@ def test_companions_of_what_is_forced() -> None:
             fill({"forced": {"dry_base": 1.2}}, **said)
 
 
-def merged(worded: Catalogue, default: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
+def merged(worded: Capabilities, default: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
     """The receipt's decoding."""
     preset = Preset.of("it", {"default": default})
     request = SimpleNamespace(messages=[], **body)
@@ -334,13 +334,13 @@ def merged(worded: Catalogue, default: dict[str, Any], **body: Any) -> list[dict
     return list(made.receipt([])["decoding"])
 
 
-def compiled_merging(worded: Catalogue, merges: bool, request: Any) -> Compiled:
+def compiled_merging(worded: Capabilities, merges: bool, request: Any) -> Compiled:
     made = compile_extras({key: getattr(request, key, None) for key in names.FIELDS}, worded, merges)
     assert made is not None
     return made
 
 
-def test_defaults_give_way_by_any_name(worded: Catalogue) -> None:
+def test_defaults_give_way_by_any_name(worded: Capabilities) -> None:
     entry = {"decoding": [{"method": "dry", "multiplier": 0.8, "base": 1.5}]}
     for default in (entry, {"dry_multiplier": 0.8, "dry_base": 1.5}):
         assert merged(worded, default)[0]["base"] == 1.5
@@ -354,7 +354,7 @@ def test_defaults_give_way_by_any_name(worded: Catalogue) -> None:
     assert merged(worded, {"decoding": {"method": "dynatemp"}}, dynamic_temperature=False) == []
 
 
-def test_errors_in_what_a_request_overrules_are_its_own(worded: Catalogue) -> None:
+def test_errors_in_what_a_request_overrules_are_its_own(worded: Capabilities) -> None:
     with pytest.raises(WhipstaffError) as caught:
         merged(worded, {"decoding": [{"method": "dry"}]}, dry_base=1e6)
     assert caught.value.param == "dry_base"
@@ -423,7 +423,7 @@ def test_what_only_the_other_route_reads_did_nothing(model: Any, name: str) -> N
 
 
 @pytest.mark.parametrize("field", SHORTHANDS)
-def test_an_entry_takes_the_top_level_names_of_its_parameters(worded: Catalogue, field: str) -> None:
+def test_an_entry_takes_the_top_level_names_of_its_parameters(worded: Capabilities, field: str) -> None:
     name, param = SHORTHANDS[field]
     beside = {key: ON[key] for key in {"low": ("high",), "high": ("low",)}.get(param, ())}
     by_name, by_param = (
@@ -432,7 +432,7 @@ def test_an_entry_takes_the_top_level_names_of_its_parameters(worded: Catalogue,
     assert [entry.params for entry in by_name] == [entry.params for entry in by_param] != []
 
 
-def test_errors_of_such_names_are_at_their_path(have: Catalogue) -> None:
+def test_errors_of_such_names_are_at_their_path(caps: Capabilities) -> None:
     for entry, param, said in (
         ({"method": "dry", "dry_multiplier": -1}, "dry_multiplier", "greater than"),
         ({"method": "dry", "dry_multiplier": 1, "multiplier": 2}, "dry_multiplier", "given twice, here and as"),
@@ -440,22 +440,22 @@ def test_errors_of_such_names_are_at_their_path(have: Catalogue) -> None:
         ({"method": "dry", "multiplyer": 1}, "multiplyer", "unknown key; did you mean multiplier?"),
         ({"method": "dynatemp", "dynatemp_low": 2, "dynatemp_high": 1}, "dynatemp_high", "lower than"),
     ):
-        error = refusal(have, decoding=[entry])
+        error = refusal(caps, decoding=[entry])
         assert error.param == f"decoding[0].{param}" and said in error.message
 
 
-def test_such_names_are_seen_through_by_presets(worded: Catalogue) -> None:
+def test_such_names_are_seen_through_by_presets(worded: Capabilities) -> None:
     forced = {"forced": {"dry_multiplier": 1}}
     fill(forced, decoding={"method": "dry", "dry_multiplier": 0})
     with pytest.raises(BadRequest):
         fill(forced, decoding={"method": "dry", "dry_multiplier": 2})
 
 
-def test_a_neutral_range_says_nothing_beside_low_and_high(worded: Catalogue) -> None:
+def test_a_neutral_range_says_nothing_beside_low_and_high(worded: Capabilities) -> None:
     assert methods_of(compiled(worded, dynatemp_low=0.5, dynatemp_high=1.5, dynatemp_range=0)) == ["dynatemp"]
 
 
-def test_what_was_left_out_is_counted(worded: Catalogue) -> None:
+def test_what_was_left_out_is_counted(worded: Capabilities) -> None:
     (said,) = compiled(worded, dry_base=2, dry_allowed_length=3).warnings
     assert said.startswith("dry_base and dry_allowed_length were left out")
     (said,) = compiled(worded, dry_base=2).warnings
@@ -478,14 +478,14 @@ def test_what_is_neutral_changes_nothing_on_other_routes() -> None:
     ]
 
 
-def test_complaints_about_the_wrong_kind_of_value_say_what_is_wanted(have: Catalogue) -> None:
+def test_complaints_about_the_wrong_kind_of_value_say_what_is_wanted(caps: Capabilities) -> None:
     for fields, param, said in (
         ({"steering": {**PUSH, "where": []}}, "steering.where", "a JSON object is wanted here"),
         ({"explain": True}, "explain", "a JSON object is wanted here"),
         ({"negative_prompt": [], "guidance_scale": 2}, "negative_prompt", "at least 1 item"),
         ({"steering": {**PUSH, "scael": 1}}, "steering.scael", "unknown key; did you mean scale?"),
     ):
-        error = refusal(have, **fields)
+        error = refusal(caps, **fields)
         assert (error.param, said in error.message) == (param, True), error.message
 
 

@@ -21,20 +21,20 @@ from whipstaff.server.errors import (
 )
 from whipstaff.server.plan import KEY, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.server.registry.capabilities import Catalogue, Limit
-from whipstaff.steering.method import MAX_SCALE, Place
+from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.steering.method import MAX_SCALE, HookPoint
 from whipstaff.steering.where import Where
 
 
 @pytest.mark.parametrize("fields", [{}, {"steering": None, "decoding": None}, {"temperature": 0.5}])
-def test_a_request_without_extras_is_plain(have: Catalogue, fields: dict[str, Any]) -> None:
-    assert compile_extras(fields, have) is None
+def test_a_request_without_extras_is_plain(caps: Capabilities, fields: dict[str, Any]) -> None:
+    assert compile_extras(fields, caps) is None
 
 
-def test_what_is_not_said_is_the_vectors_own(have: Catalogue) -> None:
-    assert receipt(have, [{"vector": "calm"}]) == {
+def test_what_is_not_said_is_the_vectors_own(caps: Capabilities) -> None:
+    assert receipt(caps, [{"vector": "calm"}]) == {
         "vector": "calm",
-        "digest": have.registry.entry("calm").vector.digest,
+        "digest": caps.registry.entry("calm").vector.digest,
         "method": "vector",
         "scale": 3.0,
         "layers": [0, 1, 3],
@@ -45,30 +45,30 @@ def test_what_is_not_said_is_the_vectors_own(have: Catalogue) -> None:
         "edited_tokens": 0,
     }
     generation = [Where.of("generation").model_dump(exclude_none=True)]
-    assert receipt(have, {"vector": "late"})["where"] == generation
-    assert receipt(have, {"vector": "iti"})["scale"] == 15.0  # the paper's
-    assert receipt(have, {"vector": "strange"})["method"] == FILES["strange"][0]["method"]
+    assert receipt(caps, {"vector": "late"})["where"] == generation
+    assert receipt(caps, {"vector": "iti"})["scale"] == 15.0  # the paper's
+    assert receipt(caps, {"vector": "strange"})["method"] == FILES["strange"][0]["method"]
 
 
 @pytest.mark.parametrize("name", ["scale", "strength", "coefficient"])
-def test_the_three_names_of_the_scale_mean_the_same(have: Catalogue, name: str) -> None:
-    assert receipt(have, [{"vector": "calm", name: -2}])["scale"] == -2.0
+def test_the_three_names_of_the_scale_mean_the_same(caps: Capabilities, name: str) -> None:
+    assert receipt(caps, [{"vector": "calm", name: -2}])["scale"] == -2.0
 
 
 @pytest.mark.parametrize("write", [lambda entry: entry, lambda entry: [entry], json.dumps, lambda e: json.dumps([e])])
-def test_one_entry_may_stand_alone_or_be_a_json_string(have: Catalogue, write: Any) -> None:
+def test_one_entry_may_stand_alone_or_be_a_json_string(caps: Capabilities, write: Any) -> None:
     entry = {"vector": "calm", "scale": 2}
-    assert compiled(have, steering=write(entry)).plan == compiled(have, steering=[entry]).plan
-    assert compiled(have, decoding=write(PAIR)).plan == compiled(have, decoding=[PAIR]).plan
+    assert compiled(caps, steering=write(entry)).plan == compiled(caps, steering=[entry]).plan
+    assert compiled(caps, decoding=write(PAIR)).plan == compiled(caps, decoding=[PAIR]).plan
 
 
-def test_layers_are_a_set_and_all_of_them_are_none_named(have: Catalogue) -> None:
-    assert receipt(have, [{"vector": "calm", "layers": [3, 1, 3]}])["layers"] == [1, 3]
-    assert plan_of(have, {"vector": "calm", "layers": [3, 1, 0]}) == plan_of(have, {"vector": "calm"})
+def test_layers_are_a_set_and_all_of_them_are_none_named(caps: Capabilities) -> None:
+    assert receipt(caps, [{"vector": "calm", "layers": [3, 1, 3]}])["layers"] == [1, 3]
+    assert plan_of(caps, {"vector": "calm", "layers": [3, 1, 0]}) == plan_of(caps, {"vector": "calm"})
 
 
-def test_both_sides_compile_into_one_plan_and_one_label(have: Catalogue) -> None:
-    both = compiled(have, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
+def test_both_sides_compile_into_one_plan_and_one_label(caps: Capabilities) -> None:
+    both = compiled(caps, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
     assert both.label == "caa+proxy_tuning"
     assert both.plan.decoding == DecodingPlan(Mix.of({"expert": 0.5, "anti": -0.5}))
     assert both.plan.steering is not None
@@ -85,17 +85,17 @@ def test_both_sides_compile_into_one_plan_and_one_label(have: Catalogue) -> None
         ([], "plain"),
     ],
 )
-def test_labels_are_few(have: Catalogue, names: list[str], label: str) -> None:
+def test_labels_are_few(caps: Capabilities, names: list[str], label: str) -> None:
     steering = [{"vector": name} for name in names]
-    assert compiled(have, steering=steering).label == label
-    assert compiled(have, steering=steering, decoding=PAIR).label == "+".join(
+    assert compiled(caps, steering=steering).label == label
+    assert compiled(caps, steering=steering, decoding=PAIR).label == "+".join(
         sorted({label, "proxy_tuning"} - {"plain"})
     )
 
 
-def test_a_plan_survives_its_journey_to_the_engine(have: Catalogue) -> None:
-    plan = compiled(have, steering=MIXED, decoding=[PAIR]).plan
-    assert plan.ticket and plan.steering is not None
+def test_a_plan_survives_its_journey_to_the_engine(caps: Capabilities) -> None:
+    plan = compiled(caps, steering=MIXED, decoding=[PAIR]).plan
+    assert plan.readings_id and plan.steering is not None
     assert (len(plan.steering.edits), plan.steering.num_columns, len(plan.steering.schedules)) == (8, 3, 1)
     assert RequestPlan.from_wire(json.loads(json.dumps({KEY: plan.to_wire()}))) == plan
 
@@ -222,35 +222,35 @@ BAD_EVERYWHERE: list[tuple[Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("value", "status", "param"), BAD_STEERING)
-def test_bad_steering_is_refused_by_its_path(have: Catalogue, value: Any, status: int, param: str) -> None:
-    error = refusal(have, steering=value)
+def test_bad_steering_is_refused_by_its_path(caps: Capabilities, value: Any, status: int, param: str) -> None:
+    error = refusal(caps, steering=value)
     assert (error.status, error.param) == (status, param), error.message
     assert error.body()["error"].keys() == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(("value", "status", "param"), BAD_EVERYWHERE)
 def test_bad_steering_is_refused_where_everything_is_on(
-    everything: Catalogue, value: Any, status: int, param: str
+    everything: Capabilities, value: Any, status: int, param: str
 ) -> None:
     error = refusal(everything, steering=value)
     assert (error.status, error.param) == (status, param), error.message
 
 
-def test_the_same_reading_and_the_same_schedule_are_taken_by_any_number_of_entries(have: Catalogue) -> None:
+def test_the_same_reading_and_the_same_schedule_are_taken_by_any_number_of_entries(caps: Capabilities) -> None:
     schedule = {"shape": "linear", "tokens": 3}
     plan = plan_of(
-        have, *({"vector": "late", "when": WHEN | {"above": num}, "schedule": schedule} for num in range(30))
+        caps, *({"vector": "late", "when": WHEN | {"above": num}, "schedule": schedule} for num in range(30))
     )
     assert (len(plan.edits), plan.num_columns, len(plan.probes), len(plan.schedules)) == (30, 1, 1, 1)
 
 
 @pytest.mark.parametrize("value", ["maybe", "", 0, False, [], {"error": 1}])
-def test_on_unavailable_is_error_or_ignore(have: Catalogue, value: Any) -> None:
-    error = refusal(have, on_unavailable=value)
+def test_on_unavailable_is_error_or_ignore(caps: Capabilities, value: Any) -> None:
+    error = refusal(caps, on_unavailable=value)
     assert (error.status, error.param) == (400, "on_unavailable")
 
 
-def test_a_server_with_nothing_loaded_says_what_flag_would_help(nothing: Catalogue) -> None:
+def test_a_server_with_nothing_loaded_says_what_flag_would_help(nothing: Capabilities) -> None:
     by_vector, by_method = refusal(nothing, steering={"vector": "calm"}), refusal(nothing, decoding=PAIR)
     assert (by_vector.status, by_method.status) == (404, 422)
     assert "--vectors" in by_vector.message and "--aux" in by_method.message
@@ -267,19 +267,19 @@ def test_a_server_with_nothing_loaded_says_what_flag_would_help(nothing: Catalog
     ],
 )
 def test_what_was_left_alone_says_which_flag_would_help(
-    have: Catalogue, everything: Catalogue, entry: dict[str, Any], dense: str, sparse: str
+    caps: Capabilities, everything: Capabilities, entry: dict[str, Any], dense: str, sparse: str
 ) -> None:
-    plain_sparse = replace(have, registry=everything.registry)
-    for server, words in ((have, dense), (plain_sparse, sparse)):
+    plain_sparse = replace(caps, registry=everything.registry)
+    for server, words in ((caps, dense), (plain_sparse, sparse)):
         assert words in refusal(server, steering=entry).message
     assert compiled(everything, steering=entry).steering
     if entry.get("vector") == "angular":  # of its layers, those that are hooked
-        elsewhere = replace(have, places=have.places | {Place("attn_in", 1)})
+        elsewhere = replace(caps, hook_points=caps.hook_points | {HookPoint("attn_in", 1)})
         assert compiled(elsewhere, steering=entry).steering
 
 
-def test_soft_prompts_need_a_model_that_takes_rows(have: Catalogue) -> None:
-    error = refusal(replace(have, takes_soft_prompts=False), steering={"vector": "soft"})
+def test_soft_prompts_need_a_model_that_takes_rows(caps: Capabilities) -> None:
+    error = refusal(replace(caps, takes_soft_prompts=False), steering={"vector": "soft"})
     assert (error.status, error.param) == (422, "steering.vector")
 
 
@@ -296,23 +296,23 @@ def test_soft_prompts_need_a_model_that_takes_rows(have: Catalogue) -> None:
     ],
 )
 def test_what_reads_all_heads_at_once_is_refused_where_ranks_share_them(
-    have: Catalogue, entry: dict[str, Any], is_taken: bool
+    caps: Capabilities, entry: dict[str, Any], is_taken: bool
 ) -> None:
-    shared = replace(have, tensor_parallel=2)
-    assert compiled(have, steering=entry).steering
+    shared = replace(caps, tensor_parallel=2)
+    assert compiled(caps, steering=entry).steering
     if is_taken:
-        assert compiled(shared, steering=entry).plan == compiled(have, steering=entry).plan
+        assert compiled(shared, steering=entry).plan == compiled(caps, steering=entry).plan
         return
     error = refusal(shared, steering=entry)
     assert (error.status, error.param) == (422, "steering.vector") and "--tensor-parallel-size 1" in error.message
     beside = compiled(shared, steering=[entry, {"vector": "late"}], on_unavailable="ignore")
-    assert beside.plan.steering == plan_of(have, {"vector": "late"})
+    assert beside.plan.steering == plan_of(caps, {"vector": "late"})
 
 
-def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catalogue) -> None:
+def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(caps: Capabilities) -> None:
     unknown_probe = {"vector": "late", "when": {"probe": "nope", "above": 0}}
     made = compiled(
-        have,
+        caps,
         on_unavailable="ignore",
         steering=[
             *({"vector": name} for name in ("nope", "calm", "wide")),
@@ -323,7 +323,7 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catal
         decoding=[{"method": "telepathy"}, PAIR | {"expert": "absent"}],
     )
     assert [entry.path for entry in made.steering] == ["steering[1]"]
-    assert made.plan.steering == plan_of(have, {"vector": "calm"})
+    assert made.plan.steering == plan_of(caps, {"vector": "calm"})
     assert made.plan.decoding is None
     starts = [warning.split(" was left out")[0] for warning in made.warnings]
     assert starts == [
@@ -336,9 +336,9 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(have: Catal
     "fields", [{"steering": [{"vector": "calm", "scale": "x"}]}, {"decoding": [PAIR | {"alpha": 1e9}]}]
 )
 def test_bad_values_are_refused_even_when_what_is_missing_may_be_left_out(
-    have: Catalogue, fields: dict[str, Any]
+    caps: Capabilities, fields: dict[str, Any]
 ) -> None:
-    assert refusal(have, on_unavailable="ignore", **fields).status == 400
+    assert refusal(caps, on_unavailable="ignore", **fields).status == 400
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_bad_values_are_refused_even_when_what_is_missing_may_be_left_out(
     ],
 )
 def test_a_clause_that_selects_nothing_is_refused_by_the_entry_that_has_it(
-    have: Catalogue, everything: Catalogue, where: dict[str, Any]
+    caps: Capabilities, everything: Capabilities, where: dict[str, Any]
 ) -> None:
     for other in ({"vector": "late"}, PASTA):
         if other is PASTA and "tokens" in where:
@@ -360,7 +360,7 @@ def test_a_clause_that_selects_nothing_is_refused_by_the_entry_that_has_it(
         with pytest.raises(BadRequest) as caught:
             check(compiled(everything, steering=[{"vector": "calm"}, other | {"where": where}]))
         assert caught.value.param == "steering[1].where"
-    assert check(compiled(have, steering={"vector": "late", "where": {"prompt": [[8, 12]]}})) == 4
+    assert check(compiled(caps, steering={"vector": "late", "where": {"prompt": [[8, 12]]}})) == 4
 
 
 @pytest.mark.parametrize(
@@ -373,9 +373,9 @@ def test_a_clause_that_selects_nothing_is_refused_by_the_entry_that_has_it(
         ([{"tokens": [5, 6], "exclude": {"tokens": [6]}}], "steering[0].where.exclude.tokens"),
     ],
 )
-def test_a_request_tells_one_set_of_tokens_apart(have: Catalogue, clauses: list[Any], param: str | None) -> None:
+def test_a_request_tells_one_set_of_tokens_apart(caps: Capabilities, clauses: list[Any], param: str | None) -> None:
     """The engine has one row for them: with two sets, every clause would take the tokens of both."""
-    made = compiled(have, steering=[{"vector": "late", "where": where} for where in clauses])
+    made = compiled(caps, steering=[{"vector": "late", "where": where} for where in clauses])
     if param is None:
         assert check(made) == 4
         return
@@ -384,7 +384,7 @@ def test_a_request_tells_one_set_of_tokens_apart(have: Catalogue, clauses: list[
     assert caught.value.param == param
 
 
-def test_messages_of_every_kind_of_entry_become_windows(everything: Catalogue) -> None:
+def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities) -> None:
     class Chat:
         def spans(self, chosen: Any) -> list[tuple[int, int]]:
             return [(2, 4)] if chosen.role == "user" else []
@@ -403,7 +403,7 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Catalogue) -
     assert caught.value.param == "steering[1].where.messages"
 
 
-def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything: Catalogue) -> None:
+def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything: Capabilities) -> None:
     made = compiled(everything, steering=[{"vector": "soft"}, {"vector": "prefix"}])
     ids = made.place(Prompt(3, [7, 8, 9], 64, None))
     assert ids is not None and made.plan.steering is not None
@@ -428,7 +428,7 @@ SERVERS = {
 @settings(max_examples=300, deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
-    everything: Catalogue, server: str, fields: dict[str, Any]
+    everything: Capabilities, server: str, fields: dict[str, Any]
 ) -> None:
     made = None
     try:
@@ -447,32 +447,32 @@ def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
             assert all(entry["dose"]["relative"] <= 0.501 for entry in said["steering"] if entry.get("dose"))
 
 
-def test_a_key_that_utf8_cannot_hold_is_refused_in_words_it_can(have: Catalogue) -> None:
-    error = refusal(have, steering={"vector": "calm", "\ud800": 1})
+def test_a_key_that_utf8_cannot_hold_is_refused_in_words_it_can(caps: Capabilities) -> None:
+    error = refusal(caps, steering={"vector": "calm", "\ud800": 1})
     assert error.status == 400
     json.dumps(error.body(), ensure_ascii=False).encode()
 
 
-def test_a_request_that_needs_more_slots_than_there_are_is_refused(have: Catalogue) -> None:
+def test_a_request_that_needs_more_slots_than_there_are_is_refused(caps: Capabilities) -> None:
     """It would otherwise wait for ever, and everybody steered behind it."""
     windows = [{"vector": "late", "where": {"prompt": [[start, None]]}} for start in range(4)]
-    few = replace(have, num_slots=3)
+    few = replace(caps, num_slots=3)
     with pytest.raises(Unavailable, match="--steering-slots") as caught:
         compiled(few, steering=windows).check(prompt_len=9, max_tokens=4, is_explicit=True)
     assert caught.value.param == "steering"
     assert compiled(few, steering=windows[:3]).check(prompt_len=9, max_tokens=4, is_explicit=True) == 4
 
 
-def test_an_autoencoder_without_its_error_term_takes_room_for_all_its_features(have: Catalogue) -> None:
+def test_an_autoencoder_without_its_error_term_takes_room_for_all_its_features(caps: Capabilities) -> None:
     """80 lines of numbers, at eight a slot; what the entry says is in its receipt, and a neutral edit is not off."""
     entry = {"vector": "manysae", "features": [{"feature": 3, "scale": 1.0}]}
-    assert receipt(have, entry)["use_error_term"] is True
-    said = receipt(have, entry | {"use_error_term": False})
+    assert receipt(caps, entry)["use_error_term"] is True
+    said = receipt(caps, entry | {"use_error_term": False})
     assert said["use_error_term"] is False and said["dose"]["relative"] > 0.5
-    assert compiled(have, steering=entry).plan != compiled(have, steering=entry | {"use_error_term": False}).plan
-    few = replace(have, num_slots=9)
+    assert compiled(caps, steering=entry).plan != compiled(caps, steering=entry | {"use_error_term": False}).plan
+    few = replace(caps, num_slots=9)
     assert check(compiled(few, steering=entry)) == 4
     with pytest.raises(Unavailable, match=r"take 10 slots together.* --steering-slots") as caught:
         check(compiled(few, steering=entry | {"use_error_term": False}))
     assert caught.value.param == "steering"
-    assert check(compiled(replace(have, num_slots=10), steering=entry | {"use_error_term": False})) == 4
+    assert check(compiled(replace(caps, num_slots=10), steering=entry | {"use_error_term": False})) == 4

@@ -6,19 +6,19 @@ import pytest
 
 from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
-from whipstaff.server.registry.capabilities import Catalogue
-from whipstaff.server.registry.vectors import Registry
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.vectors import VectorSnapshot
 from whipstaff.steering.shape import ModelShape
 
 SHAPE = ModelShape(architecture="Toy", hidden_size=16, num_layers=3, num_heads=2, head_dim=8)
 FACTS = {"layers": [0, 1, 2], "lacking": {}, "bias": [0, 1], "side": [], "windows": {1: 8}}
-HAVE = Catalogue(Registry({}, SHAPE), {}, num_layers=3, attention=FACTS)
+HAVE = Capabilities(VectorSnapshot({}, SHAPE), {}, num_layers=3, attention=FACTS)
 PROMPT_LEN = 20
 
 
-def refusal(entry: dict[str, Any], have: Catalogue = HAVE) -> WhipstaffError:
+def refusal(entry: dict[str, Any], caps: Capabilities = HAVE) -> WhipstaffError:
     with pytest.raises(WhipstaffError) as caught:
-        compiled = compile_extras({"steering": [entry]}, have)
+        compiled = compile_extras({"steering": [entry]}, caps)
         assert compiled is not None
         compiled.check(PROMPT_LEN, 8, True)
     return caught.value
@@ -58,6 +58,6 @@ def test_good_keys_pass() -> None:
 
 
 def test_without_the_flag_the_flag_is_named() -> None:
-    said = refusal(override(0, 1), Catalogue(Registry({}, SHAPE), {}, num_layers=3))
+    said = refusal(override(0, 1), Capabilities(VectorSnapshot({}, SHAPE), {}, num_layers=3))
     assert isinstance(said, Unavailable) and "--steering-sites attention" in said.message
     assert isinstance(refusal(override(0, 99)), BadRequest)

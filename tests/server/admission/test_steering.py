@@ -11,15 +11,15 @@ from catalogues import MIXED, PLACES, SHAPE, WHEN, compiled, receipt, refusal
 
 from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.admission.steering import Fed, doses
-from whipstaff.server.registry.capabilities import Catalogue, Limit
-from whipstaff.server.registry.vectors import Registry, read_vectors
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
+from whipstaff.steering import vector_file
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.vector_file import Header
 
 
-def test_the_receipt_repeats_what_decides(have: Catalogue) -> None:
-    said = compiled(have, steering=MIXED).receipt([])["steering"]
+def test_the_receipt_repeats_what_decides(caps: Capabilities) -> None:
+    said = compiled(caps, steering=MIXED).receipt([])["steering"]
     assert said[0]["when"] == WHEN
     assert said[1]["schedule"] == {"shape": "linear", "tokens": 8}
     assert said[1]["features"] == [{"feature": 2, "set": 4.0, "scale": None, "add": None, "only_if_active": False}]
@@ -30,14 +30,14 @@ def test_the_receipt_repeats_what_decides(have: Catalogue) -> None:
     ]  # fmt: skip
 
 
-def test_the_receipt_counts_the_tokens_that_were_edited(have: Catalogue) -> None:
-    made = compiled(have, steering=[{"vector": "calm"}, {"vector": "late", "where": {"generation": [[1, 3]]}}])
+def test_the_receipt_counts_the_tokens_that_were_edited(caps: Capabilities) -> None:
+    made = compiled(caps, steering=[{"vector": "calm"}, {"vector": "late", "where": {"generation": [[1, 3]]}}])
     # two sequences: 5 prompt tokens of which the last is edited, then 9 and 1 more positions fed
     said = made.receipt([Fed(5, 14, []), Fed(5, 6, [])])["steering"]
     assert [entry["edited_tokens"] for entry in said] == [(1 + 9) + (1 + 1), 2 + 0]
 
 
-def test_the_receipt_counts_tokens_told_apart(have: Catalogue) -> None:
+def test_the_receipt_counts_tokens_told_apart(caps: Capabilities) -> None:
     ids = [5, 7, 5, 8, 5, 9]
     for where, num in (
         ({"tokens": [5]}, 3),
@@ -45,32 +45,32 @@ def test_the_receipt_counts_tokens_told_apart(have: Catalogue) -> None:
         ({"tokens": [5], "exclude": {"prompt": [[0, 1]]}}, 2),
         ({"generation": "all", "exclude": {"tokens": [5, 9]}}, 1),
     ):
-        assert receipt(have, {"vector": "late", "where": where}, [Fed(3, 6, ids)])["edited_tokens"] == num
+        assert receipt(caps, {"vector": "late", "where": where}, [Fed(3, 6, ids)])["edited_tokens"] == num
 
 
-def test_the_receipt_says_what_fired_of_what_is_known(have: Catalogue) -> None:
+def test_the_receipt_says_what_fired_of_what_is_known(caps: Capabilities) -> None:
     late = {"vector": "late", "where": "all"}
     step = late | {"when": WHEN | {"decide": "step"}}
     read = [None, 0.1, 0.3, 0.25, 0.9]  # the first position's KV came from the cache
-    assert receipt(have, step, [Fed(3, 5, [], [read])])["fired"] == {"tokens": 2, "of": 4}
-    assert receipt(have, step, [Fed(3, 5, [], [read]), Fed(3, 5, [])])["fired"] == {"tokens": 2, "of": 4}
+    assert receipt(caps, step, [Fed(3, 5, [], [read])])["fired"] == {"tokens": 2, "of": 4}
+    assert receipt(caps, step, [Fed(3, 5, [], [read]), Fed(3, 5, [])])["fired"] == {"tokens": 2, "of": 4}
     latched = late | {"when": WHEN}
     fed = [Fed(3, 5, [], [[0.9]]), Fed(3, 6, [], [[0.1]])]  # decided at the last prompt token, for what follows
-    assert receipt(have, latched, fed)["fired"] == {"tokens": 3, "of": 3 + 4, "readings": [0.9, 0.1]}
+    assert receipt(caps, latched, fed)["fired"] == {"tokens": 3, "of": 3 + 4, "readings": [0.9, 0.1]}
 
 
-def test_doses_are_beside_the_activations_and_follow_schedules(have: Catalogue) -> None:
+def test_doses_are_beside_the_activations_and_follow_schedules(caps: Capabilities) -> None:
     late = {"vector": "late", "scale": 5}  # sqrt(8) long, and the stream is 10
     dose = math.sqrt(8) / 2
-    assert receipt(have, late)["dose"] == {"relative": pytest.approx(dose), "at": "resid_post.2"}
+    assert receipt(caps, late)["dose"] == {"relative": pytest.approx(dose), "at": "resid_post.2"}
     growing = late | {"schedule": {"shape": "linear", "from": 0.5, "to": -3, "tokens": 9}}
-    assert receipt(have, growing)["dose"]["relative"] == pytest.approx(3 * dose)
-    assert receipt(replace(have, lengths=Lengths({})), late)["dose"] is None
-    assert receipt(have, late | {"normalize": True})["dose"]["relative"] == pytest.approx(0.5)
+    assert receipt(caps, growing)["dose"]["relative"] == pytest.approx(3 * dose)
+    assert receipt(replace(caps, lengths=Lengths({})), late)["dose"] is None
+    assert receipt(caps, late | {"normalize": True})["dose"]["relative"] == pytest.approx(0.5)
 
 
-def test_advice_is_the_dose_at_the_files_strength_and_at_1(have: Catalogue) -> None:
-    said = {name: doses(have.registry.entry(name).vector, have) for name in have.registry.names}
+def test_advice_is_the_dose_at_the_files_strength_and_at_1(caps: Capabilities) -> None:
+    said = {name: doses(caps.registry.entry(name).vector, caps) for name in caps.registry.names}
     unit = math.sqrt(140) / 10
     assert said["calm"] == [
         {"scale": 3.0, "relative": pytest.approx(3 * unit), "at": "attn_head.0"},
@@ -90,9 +90,9 @@ def test_advice_is_the_dose_at_the_files_strength_and_at_1(have: Catalogue) -> N
         ({"vector": "plane", "angle": 180}, "steering"),
     ],
 )
-def test_an_edit_beyond_the_limit_is_refused_or_weakened(have: Catalogue, entry: dict[str, Any], param: str) -> None:
-    strict = replace(have, limit=Limit(0.5))
-    lenient = replace(have, limit=Limit(0.5, "clamp"))
+def test_an_edit_beyond_the_limit_is_refused_or_weakened(caps: Capabilities, entry: dict[str, Any], param: str) -> None:
+    strict = replace(caps, limit=Limit(0.5))
+    lenient = replace(caps, limit=Limit(0.5, "clamp"))
     error = refusal(strict, steering=entry)
     assert (error.status, error.param) == (400, param) and "allows 0.5" in error.message
     assert compiled(strict, steering={"vector": "late"}).warnings == []
@@ -101,17 +101,17 @@ def test_an_edit_beyond_the_limit_is_refused_or_weakened(have: Catalogue, entry:
         return
     made = compiled(lenient, steering=entry)
     (said,) = made.receipt([])["steering"]
-    full = receipt(have, entry)
+    full = receipt(caps, entry)
     assert 0.499 < said["dose"]["relative"] <= 0.5 * (1 + 1e-6) and said["dose"]["at"] == full["dose"]["at"]
     assert 0 < said["scale"] / full["scale"] < 1
     assert made.warnings == [f"steering: weakened to scale {said['scale']:.4g}, the most this server allows"]
 
 
-def test_rotations_are_weakened_until_they_keep_to_the_limit(have: Catalogue) -> None:
+def test_rotations_are_weakened_until_they_keep_to_the_limit(caps: Capabilities) -> None:
     """Their dose is no multiple of their strength."""
-    made = compiled(replace(have, limit=Limit(0.3, "clamp")), steering={"vector": "turn", "scale": 2.5})
+    made = compiled(replace(caps, limit=Limit(0.3, "clamp")), steering={"vector": "turn", "scale": 2.5})
     (said,) = made.receipt([])["steering"]
-    assert 0.29 < said["dose"]["relative"] <= 0.3 < receipt(have, {"vector": "turn", "scale": 2.5})["dose"]["relative"]
+    assert 0.29 < said["dose"]["relative"] <= 0.3 < receipt(caps, {"vector": "turn", "scale": 2.5})["dose"]["relative"]
 
 
 ORDERED = [
@@ -127,7 +127,7 @@ ORDERED = [
 
 @pytest.mark.parametrize(("names", "is_noted"), ORDERED)
 def test_edits_that_do_not_commute_are_said_to_be_made_in_order(
-    everything: Catalogue, names: list[str], is_noted: bool
+    everything: Capabilities, names: list[str], is_noted: bool
 ) -> None:
     warnings = compiled(everything, steering=[{"vector": name} for name in names]).warnings
     assert [warning.split(" where")[0] for warning in warnings] == (
@@ -135,18 +135,18 @@ def test_edits_that_do_not_commute_are_said_to_be_made_in_order(
     )
 
 
-def test_renorm_is_not_addition(have: Catalogue) -> None:
+def test_renorm_is_not_addition(caps: Capabilities) -> None:
     late = {"vector": "late"}
-    assert not compiled(have, steering=[late, late]).warnings
-    assert compiled(have, steering=[late | {"renorm": True}, late]).warnings
-    (left_out,) = compiled(have, steering=[late | {"renorm": True, "scale": 0}, {"vector": "calm"}]).warnings
+    assert not compiled(caps, steering=[late, late]).warnings
+    assert compiled(caps, steering=[late | {"renorm": True}, late]).warnings
+    (left_out,) = compiled(caps, steering=[late | {"renorm": True, "scale": 0}, {"vector": "calm"}]).warnings
     assert left_out == "steering[0] was left out: it is off"
 
 
 def test_the_entry_that_takes_the_activations_too_far_is_named(tmp_path: Path) -> None:
     gains = {f"resid_post.{layer}.gain": torch.full((8,), 0.5) for layer in range(4)}
-    artifacts.write(tmp_path / "loud.safetensors", Header(method="vector", model=SHAPE), gains)
-    loud = Catalogue(Registry(read_vectors([tmp_path]), SHAPE), {}, places=PLACES)
+    vector_file.write(tmp_path / "loud.safetensors", Header(method="vector", model=SHAPE), gains)
+    loud = Capabilities(VectorSnapshot(read_vectors([tmp_path]), SHAPE), {}, hook_points=PLACES)
     entries = [{"vector": "loud", "scale": scale} for scale in (1, 200, 200)] + [{"vector": "loud", "strength": 200}]
     assert compile_extras({"steering": entries[:2]}, loud) is not None
     error = refusal(loud, steering=entries)
@@ -158,8 +158,8 @@ def test_the_entry_that_takes_the_activations_too_far_is_named(tmp_path: Path) -
 @pytest.mark.parametrize("site", ["attn_head", "mlp_out", "resid_post"])
 def test_edits_of_one_place_multiply_wherever_it_is(tmp_path: Path, site: str) -> None:
     gain = torch.ones(2, 4) if site == "attn_head" else torch.ones(8)
-    artifacts.write(tmp_path / "gain.safetensors", Header(method="vector", model=SHAPE), {f"{site}.0.gain": gain})
-    loud = Catalogue(Registry(read_vectors([tmp_path]), SHAPE), {}, places=PLACES)
+    vector_file.write(tmp_path / "gain.safetensors", Header(method="vector", model=SHAPE), {f"{site}.0.gain": gain})
+    loud = Capabilities(VectorSnapshot(read_vectors([tmp_path]), SHAPE), {}, hook_points=PLACES)
     entries = [{"vector": "gain", "scale": 999}] * 6
     assert refusal(loud, steering=entries).param == "steering[5].scale"  # 1000^5 is 1e15
     assert compile_extras({"steering": entries[:5]}, loud) is not None

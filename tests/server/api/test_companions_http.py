@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asking
 import httpx
 import pytest
 import torch
@@ -16,10 +17,8 @@ from serving import BASE, MAX_LEN, MAX_SEQS, MODEL, SHAPE, VOCABULARY, Server, s
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.vector_file import Header
-
-from . import asking
 
 pytestmark = pytest.mark.engine
 
@@ -81,7 +80,7 @@ class Reference:
             for name, path in server.models.items()
         }
         self.tokenizer = AutoTokenizer.from_pretrained(server.models["base"])
-        self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
+        self.push = vector_file.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
 
     @torch.inference_mode()
     def logits(self, prompt: Any, answer: list[int], model: str = "base", push: float = 0.0) -> Tensor:
@@ -274,8 +273,8 @@ def test_the_nearest_adapters_agree(http: httpx.Client, complete: Post, referenc
     centres = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
     header = Header(method="adapter_centres", model=SHAPE, defaults={"adapters": ["math", "law"]})
     admin, place = {"X-Whipstaff-Admin-Key": ADMIN_KEY}, {"name": "fields"}
-    data = artifacts.packed(header, {"centres": centres})
-    bad = artifacts.packed(header, {"centres": 0 * centres})
+    data = vector_file.packed(header, {"centres": centres})
+    bad = vector_file.packed(header, {"centres": 0 * centres})
     assert http.post("/v1/steering/vectors", params=place, content=bad, headers=admin).status_code == 400
     uploaded = http.post("/v1/steering/vectors", params=place, content=data, headers=admin)
     assert uploaded.is_success, uploaded.text

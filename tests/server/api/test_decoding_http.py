@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.methods import METHODS
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 
 pytestmark = pytest.mark.engine
 
@@ -91,11 +91,11 @@ class Reference:
             for name in ("base", "expert", "anti")
         }
         self.tokenizer = AutoTokenizer.from_pretrained(server.models["base"])
-        self.push = artifacts.read(server.log.parent / "vectors" / "push.safetensors")
-        files = {name: artifacts.read(server.log.parent / "heads" / f"{name}.safetensors") for name in HEADS}
-        self.defer = files["defer"].unplaced
+        self.push = vector_file.read(server.log.parent / "vectors" / "push.safetensors")
+        files = {name: vector_file.read(server.log.parent / "heads" / f"{name}.safetensors") for name in HEADS}
+        self.defer = files["defer"].shared_parts
         self.heads = {
-            files[name].method.name: {part: tensor.tolist() for part, tensor in files[name].unplaced.items()}
+            files[name].method.name: {part: tensor.tolist() for part, tensor in files[name].shared_parts.items()}
             for name in ("defer", "judge", "tempers")
         }
 

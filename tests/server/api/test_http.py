@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods import METHODS as DECODING
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.methods import METHODS
 
 pytestmark = pytest.mark.engine
@@ -59,7 +59,7 @@ class Reference:
             name: LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             for name, path in server.models.items()
         }
-        self.push = artifacts.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
+        self.push = vector_file.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
 
     def log_probabilities(
         self, ids: list[int], prompt_len: int, push: float = 0.0, alpha: float = 0.0, start: int | None = None

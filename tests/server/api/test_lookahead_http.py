@@ -14,7 +14,7 @@ from reference import kwd as reference
 from serving import LAYERS, Server
 from transformers import LlamaForCausalLM
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 
 from .test_decoding_http import whole_text
 
@@ -37,7 +37,7 @@ def chat(chat: Post) -> Post:
 @torch.inference_mode()
 def test_tokens_and_their_log_probabilities_are_those_of_a_loop(server: Server, complete: Post) -> None:
     model = LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
-    head = artifacts.read(server.log.parent / "heads" / "wary.safetensors").unplaced
+    head = vector_file.read(server.log.parent / "heads" / "wary.safetensors").shared_parts
     answer = complete(decoding=KWD, logprobs=1)
     ids, start = whole_text(answer)
     assert ids[start:] != tokens_of(complete())

@@ -5,14 +5,14 @@ from dataclasses import replace
 from catalogues import LIMITS
 
 from whipstaff.decoding.companions import CoupledParams
-from whipstaff.decoding.method import Depth, Mixing
+from whipstaff.decoding.method import Depth, StreamMixer
 from whipstaff.decoding.methods import METHODS
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.methods import METHODS as STEERING
 
 
-def test_the_table_says_which_flag_keeps_early_layers(early: Catalogue) -> None:
+def test_the_table_says_which_flag_keeps_early_layers(early: Capabilities) -> None:
     rows = [
         next(row for row in method_table(server) if row["name"] == "dola")
         for server in (early, replace(early, depth=Depth(4)))
@@ -21,9 +21,9 @@ def test_the_table_says_which_flag_keeps_early_layers(early: Catalogue) -> None:
 
 
 def test_the_method_table_says_what_this_server_can_do(
-    have: Catalogue, everything: Catalogue, nothing: Catalogue
+    caps: Capabilities, everything: Capabilities, nothing: Capabilities
 ) -> None:
-    dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (have, everything, nothing))
+    dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (caps, everything, nothing))
     edits = {name: method for name, method in STEERING.items() if method.served_by != "logits"}
     assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
@@ -34,7 +34,9 @@ def test_the_method_table_says_what_this_server_can_do(
     assert dense["mote"]["reason"] == "the served model has no experts"
     assert dense["pasta"]["reason"] == "start the server with --steering-sites attention"
     served = {entry.vector.method.name for entry in everything.registry} | {"mote", "pasta", "attention_override"}
-    mixing = {name for name, method in METHODS.items() if isinstance(method, Mixing)}  # no tokenizer, no heads here
+    mixing = {
+        name for name, method in METHODS.items() if isinstance(method, StreamMixer)
+    }  # no tokenizer, no heads here
     decoding = {name for name in mixing if not issubclass(METHODS[name].params, CoupledParams)}
     for name, row in full.items():
         assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")

@@ -17,9 +17,9 @@ from whipstaff.server.api import generate as routes
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.plan import take_draw
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
-from whipstaff.server.registry.vectors import Registry
+from whipstaff.server.registry.vectors import VectorSnapshot
 
 BODIES = {
     "/v1/completions": {"model": "base", "prompt": "a"},
@@ -53,11 +53,11 @@ def asked() -> list[Any]:
 
 @pytest.fixture
 def http(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
-    app, have = FastAPI(), Catalogue(Registry({}, SHAPE), {})
+    app, caps = FastAPI(), Capabilities(VectorSnapshot({}, SHAPE), {})
     presets = {"calm": Preset.of("calm", {"forced": {"repeat_penalty": 1.5}})}
 
-    async def current() -> Catalogue:
-        return Catalogue(have.registry, {}, presets=presets)
+    async def current() -> Capabilities:
+        return Capabilities(caps.registry, {}, presets=presets)
 
     async def answer(request: Any, raw: Any) -> Any:
         asked.append(request)
@@ -121,7 +121,7 @@ def test_a_model_is_found_by_its_whole_name(http: httpx.Client) -> None:
 
 def test_temperatures_that_vllm_does_not_take_travel_in_the_plan() -> None:
     request = openai.parse(openai.TextRequest, BODIES["/v1/completions"] | {"temperature": 3, "top_k": 4})
-    assert routes.prepare(request, Catalogue(Registry({}, SHAPE), {})) is not None
+    assert routes.prepare(request, Capabilities(VectorSnapshot({}, SHAPE), {})) is not None
     draws: list[Any] = []
 
     class Placed:

@@ -20,7 +20,7 @@ from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.plan import Member, RequestPlan
+from whipstaff.server.plan import CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Header, Vector
 from whipstaff.steering.where import Where
@@ -110,7 +110,7 @@ def test_an_ensemble(bench: Bench) -> None:
     mix = AdapterEnsemble().mix(AdapterEnsembleParams(weights=weights))
     asks = []
     for prompt in PROMPTS:
-        members = tuple(Member(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
+        members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
         asks += [Ask(prompt), Ask(prompt, RequestPlan(bench.steering(0.5)))]
         asks.append(Ask(prompt, RequestPlan(None, DecodingPlan(mix), members=members)))
     found = iter(bench.engine.tokens(*asks))
@@ -129,7 +129,10 @@ def test_adapters_that_are_steered(bench: Bench) -> None:
     mix = Mix((Term(MAIN, 1.0), Term(Stream("", 1), 1.0), Term(Stream("", 2), -0.5)))
     for prompt in PROMPTS:
         law = bench.adapters["law"]
-        members = Member(tuple(prompt), bench.steering(0.5), adapter=law), Member(tuple(prompt), adapter=law)
+        members = (
+            CompanionPlan(tuple(prompt), bench.steering(0.5), adapter=law),
+            CompanionPlan(tuple(prompt), adapter=law),
+        )
         (said,) = bench.engine.tokens(Ask(prompt, RequestPlan(None, DecodingPlan(mix), members=members)))
         rows = [
             bench.logits("", prompt, said),
@@ -149,7 +152,7 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
     weights = {"law": 1.0, "math": 3.0}
     mix = AdapterEnsemble().mix(AdapterEnsembleParams(weights=weights))
     prompt, num = PROMPTS[0], 6
-    members = tuple(Member(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
+    members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
     asks = [
         Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), members=members), num),
         Ask(prompt, RequestPlan(None, DecodingPlan(None, rewrites)), num, adapter=bench.adapters["law"]),

@@ -19,7 +19,7 @@ from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.selftest import Finding, self_test
 from whipstaff.server.plan import RequestPlan
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.ops import Diagonal
@@ -56,7 +56,7 @@ class Served:
             entry = piece.entry("golden")
             own = {name: entry.pop(name) for name in [*entry] if name not in SteeringParams.model_fields}
             params = SteeringParams.model_validate(entry)
-            vector = artifacts.without_file(self.engine.shape)[piece.method] if not piece.tensors else None
+            vector = vector_file.without_file(self.engine.shape)[piece.method] if not piece.tensors else None
             if wild is not None:
                 header, tensors = wild.imported(self.engine.shape)
                 vector = self.engine.add_vector(tensors, header)
@@ -65,7 +65,7 @@ class Served:
                 case "edits":
                     planner.add(params, own, vector, None)
                 case "rows":
-                    rows.append(Wanted(vector.digest, len(vector.unplaced["rows"]), own["insert"]))
+                    rows.append(Wanted(vector.digest, len(vector.shared_parts["rows"]), own["insert"]))
                 case _:
                     planner.add_special(params, own, vector)
                     if piece.method == "prefix_kv":
@@ -84,11 +84,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         path = tiny.save(name, Path(tmp_path_factory.mktemp(name)))
     vectors = [
-        artifacts.parse(artifacts.packed(piece.header(goldens.shape_of(name)), piece.tensors))
+        vector_file.parse(vector_file.packed(piece.header(goldens.shape_of(name)), piece.tensors))
         for case in (goldens.cases(name) if name in GOLDEN else ())
         for piece in case.pieces
     ]
-    vectors += [artifacts.parse(artifacts.packed(*wild.imported(goldens.shape_of(name)))) for wild in wilds(name)]
+    vectors += [vector_file.parse(vector_file.packed(*wild.imported(goldens.shape_of(name)))) for wild in wilds(name)]
     sites: list[Hook] = [site for site in SITES if site != "router" or name == "mixtral_a"]
     if name != "gpt_neox":  # runs as transformers' own code
         sites.append("attention")

@@ -19,8 +19,8 @@ from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
 from whipstaff.server.engine.worker.step import Steerer
 from whipstaff.server.engine.worker.token_copies import TokenCopies
-from whipstaff.server.plan import KEY, Member, PlacedPlan, RequestPlan
-from whipstaff.steering.plan import PlannedEdit, Row, RowEdit, SteeringPlan
+from whipstaff.server.plan import KEY, CompanionPlan, PositionedPlan, RequestPlan
+from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
 
@@ -36,18 +36,18 @@ class FakeTables:
     """Numbers rows in the order they come."""
 
     def __init__(self) -> None:
-        self.slots: dict[Row, int] = {}
+        self.slots: dict[EditSet, int] = {}
 
-    def acquire(self, rows: Any) -> dict[Row, int]:
+    def acquire(self, rows: Any) -> dict[EditSet, int]:
         return {row: self.slots.setdefault(row, len(self.slots)) for row in rows}
 
 
-def placed(clauses: list[int], prompt_len: int) -> PlacedPlan:
-    edits = tuple(PlannedEdit(RowEdit(f"vector {c}", "{}", None), CLAUSES[c]) for c in clauses)
-    return PlacedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
+def placed(clauses: list[int], prompt_len: int) -> PositionedPlan:
+    edits = tuple(PlannedEdit(Edit(f"vector {c}", "{}", None), CLAUSES[c]) for c in clauses)
+    return PositionedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
 
 
-def steerer(*plans: tuple[str, PlacedPlan | None]) -> Steerer:
+def steerer(*plans: tuple[str, PositionedPlan | None]) -> Steerer:
     made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), {}.__getitem__))
     made.tables = FakeTables()  # type: ignore[assignment]
     made.note_requests([], plans)
@@ -58,7 +58,7 @@ def steerer(*plans: tuple[str, PlacedPlan | None]) -> Steerer:
 def test_a_placed_plan_knows_its_rows_and_where_they_begin(planned: list[Any], prompt_len: int) -> None:
     edits = [PlannedEdit(edit, where) for edit, clause in planned if (where := valid(clause)) is not None]
     plan = SteeringPlan(tuple(edits))
-    segments, placed = plan.segments(prompt_len), PlacedPlan(RequestPlan(plan if edits else None), prompt_len)
+    segments, placed = plan.segments(prompt_len), PositionedPlan(RequestPlan(plan if edits else None), prompt_len)
     assert placed.rows == {row for one in segments for row in (one.row, one.row_at_tokens) if row}
     assert placed.first_edited == min((one.start for one in segments), default=None)
 
@@ -94,8 +94,8 @@ def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
 
 def coupled(until: int | None, num_generated: int) -> BatchView:
     """Four rows: a plain one, a companion, a primary (prompt of 7) and its other companion."""
-    members = (Member((1, 2), until=until), Member((3,)))
-    primary = PlacedPlan(RequestPlan(members=members), 7)
+    members = (CompanionPlan((1, 2), until=until), CompanionPlan((3,)))
+    primary = PositionedPlan(RequestPlan(members=members), 7)
     starts, positions = np.arange(5, dtype=np.int32), np.array([3, 2, 6, 1]) + num_generated
     return BatchView([None, None, primary, None], starts, positions, ["x", "g/1", "g", "g/2"], np.ones(4, np.bool_))
 
@@ -131,9 +131,9 @@ def test_companions_get_the_token_of_their_primary() -> None:
 
 
 def test_members_travel_as_json() -> None:
-    steering = SteeringPlan((PlannedEdit(RowEdit("v", "{}", None), CLAUSES[1]),))
+    steering = SteeringPlan((PlannedEdit(Edit("v", "{}", None), CLAUSES[1]),))
     mix = Mix((Term(MAIN, 1.5), Term(Stream("expert", 2), -0.5)))
-    plan = RequestPlan(None, DecodingPlan(mix), members=(Member((1, 2), steering, 5), Member((3,))))
+    plan = RequestPlan(None, DecodingPlan(mix), members=(CompanionPlan((1, 2), steering, 5), CompanionPlan((3,))))
     again = RequestPlan.from_wire({KEY: json.loads(json.dumps(plan.to_wire()))})
     assert again == plan
     assert (plan.plan_of(1), plan.plan_of(2)) == (RequestPlan(steering), RequestPlan(models=("expert",)))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.scheduler.scheduler import key_blocks
-from whipstaff.server.plan import PlacedPlan, RequestPlan
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
 BLOCK = 16
@@ -40,14 +40,14 @@ def keys(tokens: list[int], prompt_len: int, plan: RequestPlan | None, later: in
     request = FakeRequest(tokens=tokens[: len(tokens) - later], block_hashes=[], _block_hasher=chained)
     request.update_block_hashes()
     if plan is not None:
-        key_blocks(request, PlacedPlan(plan, prompt_len), BLOCK)
+        key_blocks(request, PositionedPlan(plan, prompt_len), BLOCK)
     request.tokens = tokens
     request.update_block_hashes()
     return list(request.block_hashes)
 
 
 def steering(where: Where, scale: float = 1.0, digest: str = "a") -> RequestPlan:
-    return RequestPlan(SteeringPlan((PlannedEdit(RowEdit(digest, scale, None), where),)))
+    return RequestPlan(SteeringPlan((PlannedEdit(Edit(digest, scale, None), where),)))
 
 
 TOKENS = [(index * 7) % 251 for index in range(100)]
@@ -106,5 +106,5 @@ def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
 
 def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:
     request = FakeRequest(tokens=TOKENS, block_hashes=[], _block_hasher=None)
-    key_blocks(request, PlacedPlan(steering(Where.of("all")), 10), BLOCK)
+    key_blocks(request, PositionedPlan(steering(Where.of("all")), 10), BLOCK)
     assert request.block_hashes == [] and request._block_hasher is None

@@ -116,12 +116,12 @@ class Bench:
                     entry.get("renorm", False),
                 )
             )
-        plan = RequestPlan(planner.plan, DecodingPlan(Mix.of(mix)) if mix else None, ticket=str(uuid4()))
+        plan = RequestPlan(planner.plan, DecodingPlan(Mix.of(mix)) if mix else None, readings_id=str(uuid4()))
         return Case(prompt, plan, theirs, mix)
 
     def readings(self, case: Case) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.engine.run(
-            self.engine.engine.collective_rpc("whipstaff_readings", args=(case.plan.ticket,))
+            self.engine.engine.collective_rpc("whipstaff_readings", args=(case.plan.readings_id,))
         )[0]
         return found
 

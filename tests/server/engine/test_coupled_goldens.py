@@ -12,8 +12,8 @@ from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.methods.forced import ForcedSetting
 from whipstaff.decoding.methods.sh2 import Sh2, Sh2Params
 from whipstaff.decoding.mix import Mix
-from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
-from whipstaff.server.plan import Member, RequestPlan
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SamplerSettings
+from whipstaff.server.plan import CompanionPlan, RequestPlan
 
 pytestmark = pytest.mark.engine
 
@@ -27,8 +27,8 @@ def cases(name: str) -> list[dict[str, Any]]:
 
 
 def coupled(mix: Mix, other: list[int], *rewrites: Rewrite) -> RequestPlan:
-    draw = Draw(0.0, 0, 1.0, 0.0, False) if rewrites else None
-    return RequestPlan(None, DecodingPlan(mix, rewrites, draw), members=(Member(tuple(other)),))
+    draw = SamplerSettings(0.0, 0, 1.0, 0.0, False) if rewrites else None
+    return RequestPlan(None, DecodingPlan(mix, rewrites, draw), members=(CompanionPlan(tuple(other)),))
 
 
 def guided(case: dict[str, Any]) -> Ask:

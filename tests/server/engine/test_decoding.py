@@ -20,10 +20,10 @@ from reference import seeded, steered
 from reference.decoded import Decoding, Seen
 from torch import Tensor
 
-from whipstaff.decoding.method import Mixing
+from whipstaff.decoding.method import StreamMixer
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
-from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SamplerSettings
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Header, Vector
@@ -110,14 +110,14 @@ class Bench:
     vector: Vector
     models: dict[str, Any]
 
-    def plan(self, entries: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> DecodingPlan:
+    def plan(self, entries: Sequence[Mapping[str, Any]], draw: SamplerSettings | None = None) -> DecodingPlan:
         """Entries as the front end would compile them."""
         mixes: list[Mix] = []
         rewrites: list[Rewrite] = []
         for entry in entries:
             method: Any = METHODS[entry["method"]]
             params = method.params.model_validate(entry)
-            if isinstance(method, Mixing):
+            if isinstance(method, StreamMixer):
                 mixes.append(method.mix(params))
                 continue
             setting = method.place(method.resolve(params, Letters()), StubPrompt())
@@ -129,7 +129,7 @@ class Bench:
 
     def ask(self, name: str, prompt: list[int], steering: SteeringPlan | None = None) -> Ask:
         sampling: dict[str, Any] = {"temperature": 1.0, "seed": SEED} if name in SAMPLED else {}
-        draw = Draw(temperature=TEMPERATURE, top_k=TOP_K) if name in SAMPLED else None
+        draw = SamplerSettings(temperature=TEMPERATURE, top_k=TOP_K) if name in SAMPLED else None
         plan = self.plan((ENTRIES | SAMPLED)[name], draw)
         return Ask(prompt, RequestPlan(steering, plan), NUM_TOKENS, sampling)
 
@@ -159,7 +159,7 @@ class Bench:
     def decoding(self, name: str, prompt: list[int]) -> Decoding:
         """A request as the loop decodes it."""
         drawn: dict[str, Any] = {"seed": SEED, "temperature": TEMPERATURE, "top_k": TOP_K} if name in SAMPLED else {}
-        heads = {kind: {part: x.tolist() for part, x in file.unplaced.items()} for kind, file in self.heads.items()}
+        heads = {kind: {part: x.tolist() for part, x in file.shared_parts.items()} for kind, file in self.heads.items()}
         return Decoding((ENTRIES | SAMPLED)[name], len(prompt), heads, **drawn, **LETTERS)
 
     def seen(self, ids: list[int], num_prompt: int, steering: SteeringPlan | None) -> Seen:

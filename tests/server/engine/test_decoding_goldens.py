@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from decodings import GOLDEN, StubWords, golden
+from decodings import GOLDEN, StubVocabulary, golden
 from engines import Ask, EngineUnderTest
 from reference import steered
 from transformers import AutoModelForCausalLM
 
-from whipstaff.decoding.method import Mixing, Params
+from whipstaff.decoding.method import Params, StreamMixer
 from whipstaff.decoding.methods import METHODS
-from whipstaff.decoding.plan import DecodingPlan, Draw, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SamplerSettings
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Header, Vector
@@ -70,11 +70,11 @@ def plan(name: str, own: dict[str, Any], head: Vector) -> RequestPlan:
     """A request with one method."""
     method: Any = METHODS[name]
     params: Params = method.params(**own)
-    if isinstance(method, Mixing):
+    if isinstance(method, StreamMixer):
         return RequestPlan(None, DecodingPlan(method.mix(params)))
     early = tuple(own.get("layers", ()))
     heads = (head.digest,) * len(method.head_fields)
-    setting = method.resolve(params, StubWords()).model_dump_json()
+    setting = method.resolve(params, StubVocabulary()).model_dump_json()
     rewrite = Rewrite(name, setting, tuple(method.streams(params).values()), heads, early)
     return RequestPlan(SteeringPlan((), keeps=early) if early else None, DecodingPlan(rewrites=(rewrite,)))
 
@@ -137,11 +137,11 @@ def test_truncation_leaves_greedy_alone_unless_temperature_comes_last(
     bare = plan("xtc", {"probability": 1.0, "threshold": 0.002}, head)
     assert bare.decoding is not None
 
-    def ask(draw: Draw) -> Ask:
+    def ask(draw: SamplerSettings) -> Ask:
         assert bare.decoding is not None
         return Ask(PROMPTS[0], replace(bare, decoding=replace(bare.decoding, draw=draw)), NUM_TOKENS)
 
-    first, last = recorded.tokens(ask(Draw(0.0)), ask(Draw(0.0, is_temperature_last=True)))
+    first, last = recorded.tokens(ask(SamplerSettings(0.0)), ask(SamplerSettings(0.0, is_temperature_last=True)))
     assert first == steered.greedy(models["base"], PROMPTS[0], NUM_TOKENS)
     ids = list(PROMPTS[0])
     for token in last:

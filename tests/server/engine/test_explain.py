@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from whipstaff.server.engine.worker.logits.explain import Row, Snapshot
+from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Snapshot
 
 
 def test_early_layers_are_said_of_the_rows_that_ask() -> None:
     """Of three rows that read early layers, the second asks; what others read is not kept."""
     base, early = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).split(1)
     base, early = base[0], torch.cat([early[0], early[0].flip(1)])
-    snapshot = Snapshot([Row("asks", 1, 2)], base)
+    snapshot = Snapshot([ExplainedToken("asks", 1, 2)], base)
     snapshot.note_early([0, 1, 2], [[4], [0, 2], [0, 2, 4]], early)
     kept = early.clone()
     early.zero_()  # the buffer is somebody else's in the next step

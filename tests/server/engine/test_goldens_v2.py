@@ -5,7 +5,7 @@ import pytest
 from engines import EngineUnderTest
 from modes import v2_on_cpu
 
-from whipstaff.steering import vector_file as artifacts
+from whipstaff.steering import vector_file
 from whipstaff.steering.needs import Hook
 
 from .test_architectures import TOLERANCE, Served
@@ -35,7 +35,7 @@ def test_goldens_on_v2(model: str) -> None:
     assert len(cases) == len(CASES[model])
     shape = goldens.shape_of(model)
     vectors = [
-        artifacts.parse(artifacts.packed(piece.header(shape), piece.tensors))
+        vector_file.parse(vector_file.packed(piece.header(shape), piece.tensors))
         for case in cases
         for piece in case.pieces
         if piece.tensors

@@ -25,9 +25,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import configure
 from whipstaff.server.engine.scheduler.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
-from whipstaff.server.plan import KEY, Member, RequestPlan
-from whipstaff.steering.method import Place
-from whipstaff.steering.plan import PlannedEdit, RowEdit, SteeringPlan
+from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
@@ -186,10 +186,10 @@ class Traffic:
         return self.chance.choices(range(300), k=self.chance.randint(1, 60 if kind < 0.95 else MAX_LEN - 31))
 
     def plan(self, members: int) -> dict[str, Any] | None:
-        edit = SteeringPlan((PlannedEdit(RowEdit("v", str(self.chance.randrange(3)), None), Where.of("all")),))
+        edit = SteeringPlan((PlannedEdit(Edit("v", str(self.chance.randrange(3)), None), Where.of("all")),))
         mine = edit if self.chance.random() < 0.3 else None
         theirs = tuple(
-            Member(
+            CompanionPlan(
                 tuple(self.prompt()),
                 edit if self.chance.random() < 0.2 else None,
                 self.chance.choice((None, None, 1, 4)),
@@ -329,8 +329,8 @@ class Loading(Worker):
 
     def __init__(self, scheduler: Any, vector: Vector, num_slots: int) -> None:
         super().__init__(scheduler)
-        places = [Place("resid_pre", 0), *(Place("resid_post", layer) for layer in range(3))]
-        specs = [SiteSpec(place, 0, 96) for place in places]
+        hook_points = [HookPoint("resid_pre", 0), *(HookPoint("resid_post", layer) for layer in range(3))]
+        specs = [SiteSpec(place, 0, 96) for place in hook_points]
         self.tables = Tables(specs, num_slots, 3, torch.device("cpu"), {vector.digest: vector}.__getitem__)
 
     def run(self, output: Any) -> ModelRunnerOutput:

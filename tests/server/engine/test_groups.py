@@ -27,7 +27,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.scheduler.groups import MEMBER_CONTEXT
-from whipstaff.server.plan import Member, RequestPlan
+from whipstaff.server.plan import CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
@@ -203,7 +203,7 @@ class Traffic:
         if kind == 1:
             mix = Mix((*mix.terms, Term(Stream("expert", 1), 0.8, True)))
         members = tuple(
-            Member(tuple(self.prompt()), self.steering() if self.chance.random() < 0.3 else None)
+            CompanionPlan(tuple(self.prompt()), self.steering() if self.chance.random() < 0.3 else None)
             for _ in range(num - 1)
         )
         if kind == 2 and self.chance.random() < 0.5:
@@ -271,7 +271,7 @@ def test_as_hugging_face_guidance(bench: Bench, nobody_left: None) -> None:
     traffic = Traffic(bench, seed=8)
     prompts = [(traffic.prompt(), traffic.prompt(), scale) for scale in (1.5, 3.0, 0.5)]
     asks = [
-        Ask(prompt, RequestPlan(None, DecodingPlan(guidance(scale)), members=(Member(tuple(other)),)), 10)
+        Ask(prompt, RequestPlan(None, DecodingPlan(guidance(scale)), members=(CompanionPlan(tuple(other)),)), 10)
         for prompt, other, scale in prompts
     ]
     for (prompt, other, scale), tokens in zip(prompts, bench.engine.tokens(*asks), strict=True):
@@ -292,7 +292,7 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
     nothing = Mix((Term(MAIN, 1.0), Term(Stream("", 1), 0.0)))
     for length in (1, 3, 60):
         prompt, sampling = traffic.stem[:length], {"temperature": 1.0, "seed": 7 + length}
-        coupled = RequestPlan(None, DecodingPlan(nothing), members=(Member(tuple(traffic.prompt())),))
+        coupled = RequestPlan(None, DecodingPlan(nothing), members=(CompanionPlan(tuple(traffic.prompt())),))
         alone, beside, again = bench.engine.tokens(
             Ask(prompt, None, 8, sampling), Ask(prompt, coupled, 8, sampling), Ask(prompt, coupled, 8, sampling)
         )
@@ -304,7 +304,7 @@ def test_a_seed_draws_what_a_plain_loop_draws(bench: Bench, nobody_left: None) -
     traffic, temperature, num = Traffic(bench, seed=6), 0.8, 12
     asks = []
     for length, scale in ((3, None), (3, 1.5), (70, None), (70, 2.5), (1, 0.5)):
-        members = (Member(tuple(traffic.prompt())),)
+        members = (CompanionPlan(tuple(traffic.prompt())),)
         plan = None if scale is None else RequestPlan(None, DecodingPlan(guidance(scale)), members=members)
         sampling = {"temperature": temperature, "seed": 40 + length}
         asks.append(Ask(traffic.stem[:length], plan, num, sampling))
@@ -320,7 +320,7 @@ def test_a_seed_draws_what_a_plain_loop_draws(bench: Bench, nobody_left: None) -
 
 
 def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member((4, 5, 6)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(CompanionPlan((4, 5, 6)),))
     drawn = [
         {"temperature": 1.0, "seed": 3} | more
         for more in ({"n": 2, "output_kind": RequestOutputKind.FINAL_ONLY}, {}, {"seed": 4})
@@ -333,14 +333,14 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     """The primary's own tokens and lengths; or, with a word of its own, the room that a member has."""
     traffic = Traffic(bench, seed=6)
     long, short = tuple(traffic.stem * 3)[: MAX_LEN - 5], tuple(traffic.stem[:9])
-    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(Member(short),))
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(CompanionPlan(short),))
     (output,) = bench.engine.generate(Ask([7, 8, 9], plan, 8, {"detokenize": True}))
     free, text = list(output.outputs[0].token_ids), output.outputs[0].text
     stop = free[4]
     asks = [
         Ask([7, 8, 9], plan, 8, {"stop_token_ids": [stop]}),
         Ask([7, 8, 9], plan, 1),
-        Ask([7, 8, 9], replace(plan, members=(Member(long),)), 40),
+        Ask([7, 8, 9], replace(plan, members=(CompanionPlan(long),)), 40),
         Ask([7, 8, 9], plan, 100, {"detokenize": True, "stop": [text[3:5]]}),
     ]
     stopped, single, full, cut = bench.engine.generate(*asks)
@@ -359,7 +359,7 @@ def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
     Triton's interpreter cannot run the kernel with which V2 applies grammars.
     """
     choices = ["left", "right"]
-    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)), Member((8,))))
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(CompanionPlan((5, 6, 7)), CompanionPlan((8,))))
 
     def ask(prompt: list[int]) -> Ask:
         wanted = StructuredOutputsParams(choice=choices)
@@ -376,7 +376,7 @@ def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
 
 
 def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(Member((5, 6, 7)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(CompanionPlan((5, 6, 7)),))
     for prompt in ([9], [9, 8, 7]):
         asks = [Ask(prompt, asked, 3, {"prompt_logprobs": 1}) for asked in (None, plan)]
         plain, coupled = (output.prompt_logprobs for output in bench.engine.generate(*asks))
@@ -384,7 +384,7 @@ def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None
 
 
 def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(2.0)), members=(Member((4, 5, 6, 7)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(2.0)), members=(CompanionPlan((4, 5, 6, 7)),))
     ask = Ask([9, 8, 7], plan, 5, {"logprobs": 3})
     (output,) = bench.engine.generate(ask)
     tokens = list(output.outputs[0].token_ids)
@@ -397,14 +397,14 @@ def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([Member((5, 6))] * MOST_SEQUENCES, "runs at most 10"),
-        ([Member(tuple([5] * MAX_LEN))], "may have 1 to 255"),
-        ([Member(())], "a prompt of 0 tokens"),
-        ([Member((5, 100_000))], "not in the vocabulary"),
-        ([Member(tuple([5] * 200))] * 3, "need 22 blocks"),
+        ([CompanionPlan((5, 6))] * MOST_SEQUENCES, "runs at most 10"),
+        ([CompanionPlan(tuple([5] * MAX_LEN))], "may have 1 to 255"),
+        ([CompanionPlan(())], "a prompt of 0 tokens"),
+        ([CompanionPlan((5, 100_000))], "not in the vocabulary"),
+        ([CompanionPlan(tuple([5] * 200))] * 3, "need 22 blocks"),
     ],
 )
-def test_what_cannot_run_is_refused(bench: Bench, members: list[Member], said: str) -> None:
+def test_what_cannot_run_is_refused(bench: Bench, members: list[CompanionPlan], said: str) -> None:
     plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=tuple(members))
     with pytest.raises(ValueError, match=said):
         bench.engine.generate(Ask([5, 6], plan, 2))

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
 from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.plan import PlacedPlan, RequestPlan
+from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.conditions import Schedule
-from whipstaff.steering.plan import PlannedEdit, PlannedProbe, RowEdit, RowProbe, SteeringPlan
+from whipstaff.steering.plan import Edit, PlannedEdit, PlannedProbe, ProbeRead, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.vector_file import Header, Vector
@@ -348,8 +348,8 @@ GATES = [
     Gate(column=0, on=0.5, off=0.5),
     Gate(ramp=(1, 1.0, 2.0, 0.0, 1.0)),
 ]
-LATCH = PlannedProbe(RowProbe("probe", 0, 0, True), Where.of("last_prompt"))
-READ = PlannedProbe(RowProbe("probe", 0, 0, False), Where.of("all"))
+LATCH = PlannedProbe(ProbeRead("probe", 0, 0, True), Where.of("last_prompt"))
+READ = PlannedProbe(ProbeRead("probe", 0, 0, False), Where.of("all"))
 
 
 @st.composite
@@ -359,7 +359,7 @@ def some_plans(draw: st.DrawFn) -> SteeringPlan | None:
     edits = draw(
         st.lists(
             st.builds(
-                lambda digest, gate, where: PlannedEdit(RowEdit(digest, "{}", None, gate=gate), where),
+                lambda digest, gate, where: PlannedEdit(Edit(digest, "{}", None, gate=gate), where),
                 st.sampled_from("ab"),
                 st.sampled_from(GATES),
                 st.sampled_from(WHERES),
@@ -430,8 +430,8 @@ def test_blocks_with_one_key_hold_what_one_plan_made(
 
 def test_a_request_that_comes_back_keeps_what_was_read() -> None:
     """Model Runner V2 is told of a resumed request as of a new one; what it read before may stand in cached blocks."""
-    latched = PlannedEdit(RowEdit("a", "{}", None, gate=GATES[2]), Where.of("generation"))
-    placed = PlacedPlan(RequestPlan(SteeringPlan((latched,), (LATCH,))), 5)
+    latched = PlannedEdit(Edit("a", "{}", None, gate=GATES[2]), Where.of("generation"))
+    placed = PositionedPlan(RequestPlan(SteeringPlan((latched,), (LATCH,))), 5)
     steerer = Steerer(
         8, torch.device("cpu"), Decoder(torch.device("cpu"), 16, (), {}.__getitem__), num_histories=3, max_len=16
     )

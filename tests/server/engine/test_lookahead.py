@@ -27,8 +27,8 @@ from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.frontend.selftest import Finding, self_test
-from whipstaff.server.plan import Member, RequestPlan
-from whipstaff.steering.method import Place
+from whipstaff.server.plan import CompanionPlan, RequestPlan
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.vector_file import Header, Vector
@@ -84,7 +84,7 @@ class Bench:
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
         steering = SteeringPlan(edits, keeps=EARLY if case.is_dola else ())
         decoding = DecodingPlan(mix, tuple(rewrites)) if mix or rewrites else None
-        plan = RequestPlan(steering, decoding, members=(Member(case.negative),) if case.negative else ())
+        plan = RequestPlan(steering, decoding, members=(CompanionPlan(case.negative),) if case.negative else ())
         return Ask(case.prompt, plan, case.num_tokens)
 
     def streams(self, case: Case, ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class Bench:
             row = self.contrasted(row, ids)
         if not case.k:
             return row
-        head = self.heads[case.looks_ahead].unplaced
+        head = self.heads[case.looks_ahead].shared_parts
         if not case.looks_ahead:
             return torch.tensor(reference.rewrite(row.tolist(), (head["weight"] @ hidden).tolist(), case.k))
 
@@ -288,7 +288,7 @@ def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
     planner = Planner()
     params = SteeringParams.model_validate({"vector": "v", "where": "all", "layers": [2]} | said)
     planner.add(params, {"scale": 2.5}, bench.vector, file)
-    adds = {2: bench.vector.tensors[Place("resid_post", 2)]["add"]}
+    adds = {2: bench.vector.tensors[HookPoint("resid_post", 2)]["add"]}
     when = conditioned.When(probe, high, True, low, is_once=False)
     edit_ = conditioned.Entry(adds, 2.5, lambda position, prompt_len: True, when=when, schedule=said["schedule"])
     trace = conditioned.Trace([], {}, {}, [set()], math.inf)
@@ -301,10 +301,10 @@ def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
         finally:
             handle.remove()
 
-    head, ids = bench.heads[True].unplaced, list(text)
+    head, ids = bench.heads[True].shared_parts, list(text)
     case = bench.ask(Case(text, k=6))
     assert case.plan is not None
-    case.plan = replace(case.plan, steering=planner.plan, ticket="ticket " + bench.mode)
+    case.plan = replace(case.plan, steering=planner.plan, readings_id="ticket " + bench.mode)
     beside = Case(prompt(20, 17), k=4)
     tokens, others = bench.engine.tokens(case, bench.ask(beside))
     bench.check(beside, others)
@@ -319,7 +319,9 @@ def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
         ids.append(token)
     streams(ids[:-1])
     assert len(trace.opened[0]) > 0 and trace.margin > 1e-4
-    (read,) = bench.engine.run(bench.engine.engine.collective_rpc("whipstaff_readings", args=(case.plan.ticket,)))[0]
+    (read,) = bench.engine.run(bench.engine.engine.collective_rpc("whipstaff_readings", args=(case.plan.readings_id,)))[
+        0
+    ]
     assert read["positions"] == len(ids) - 1
     readings = zip(read["columns"][0], trace.readings[file.digest], strict=True)
     known = [(said, expected) for said, expected in readings if said is not None]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.steering.ops import Diagonal, Op, directions
+from whipstaff.steering.ops import Diagonal, EditOp, directions
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.vector_file import Header, Vector, packed, parse
@@ -241,7 +241,7 @@ def test_edits_are_made_in_the_order_given(answers: Answers, path: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     direction, add = (next(iter(FILES[name].data.values())) for name in ("remove", "caa"))
     unit = (direction / direction.norm())[None]
-    ops: list[Op] = [directions(unit, unit, Phi.AFFINE, a=-1.0), Diagonal(None, add)]
+    ops: list[EditOp] = [directions(unit, unit, Phi.AFFINE, a=-1.0), Diagonal(None, add)]
     found = []
     for output, made in zip(answers.ordered, (ops, ops[::-1]), strict=True):
         edit = reference.Edit("resid_post", 1, made, lambda position, prompt_len: True)

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.soft_prompts import NOTHING, SoftRows
-from whipstaff.server.plan import PlacedPlan, RequestPlan
+from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import ModelShape
@@ -98,7 +98,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 def ask(ids: list[int], wanted: list[tuple[Vector, int]], num: int = NUM_TOKENS, **sampling: Any) -> Ask:
     """A request for soft prompts before tokens of its prompt."""
     expanded, inserts = place_inserts(
-        ids, [Wanted(vector.digest, len(vector.unplaced["rows"]), before) for vector, before in wanted]
+        ids, [Wanted(vector.digest, len(vector.shared_parts["rows"]), before) for vector, before in wanted]
     )
     return Ask(expanded, plan(SteeringPlan((), inserts=inserts)), num, sampling)
 
@@ -160,7 +160,7 @@ def test_crowds(bench: Bench) -> None:
         chosen = [(rng.choice(vectors), rng.choice([0, len(ids) // 2, len(ids)])) for _ in range(rng.choice([0, 1, 3]))]
         asks.append(ask(ids, chosen) if chosen else Ask(ids, max_tokens=NUM_TOKENS))
         inserts = asks[-1].plan.steering.inserts if asks[-1].plan and asks[-1].plan.steering else ()
-        rows = {vector.digest: vector.unplaced["rows"] for vector in vectors}
+        rows = {vector.digest: vector.shared_parts["rows"] for vector in vectors}
         stretches.append([(insert.start, rows[insert.digest]) for insert in inserts])
         asks.append(Ask(asks[-1].prompt, max_tokens=NUM_TOKENS))  # the placeholders as the tokens that they are
         stretches.append([])
@@ -188,19 +188,19 @@ def test_the_buffers_hold_what_the_step_has() -> None:
     }
     soft = SoftRows(64, 4, torch.float32, torch.device("cpu"), vectors.__getitem__)
     for _ in range(200):
-        plans: list[PlacedPlan | None] = []
+        plans: list[PositionedPlan | None] = []
         starts, positions = [0], []
         expected: list[Tensor | None] = []
         for _ in range(rng.randint(0, 4)):
             names = rng.choices(["a", "b", "c"], k=rng.randint(0, 3))
-            wanted = [Wanted(name, len(vectors[name].unplaced["rows"]), rng.randint(0, 6)) for name in names]
+            wanted = [Wanted(name, len(vectors[name].shared_parts["rows"]), rng.randint(0, 6)) for name in names]
             ids, inserts = place_inserts([1] * 6, wanted)
             rows: list[Tensor | None] = [None] * (len(ids) + 5)
             for digest, start, num in inserts:
-                rows[start : start + num] = vectors[digest].unplaced["rows"]
+                rows[start : start + num] = vectors[digest].shared_parts["rows"]
             first = rng.randrange(len(rows))
             last = rng.randint(first + 1, min(len(rows), first + 16))
-            plans.append(PlacedPlan(RequestPlan(SteeringPlan((), inserts=inserts)), len(ids)) if names else None)
+            plans.append(PositionedPlan(RequestPlan(SteeringPlan((), inserts=inserts)), len(ids)) if names else None)
             positions.append(first)
             starts.append(starts[-1] + last - first)
             expected += rows[first:last]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from serving import environment
 
-from whipstaff.server.registry import folder as store_module
-from whipstaff.server.registry.folder import BadStore, Manifest, Store
-from whipstaff.server.registry.vectors import BadVectorFile, Registry, VectorFile, read_stored
+from whipstaff.server.registry import folder as folder_module
+from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
+from whipstaff.server.registry.vectors import BadVectorFile, VectorFile, VectorSnapshot, read_stored
 from whipstaff.steering.vector_file import Header, ModelShape, packed, parse, read
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=2, num_heads=2, head_dim=4)
@@ -25,7 +25,7 @@ def data(number: int) -> bytes:
     return packed(Header(method="caa", model=SHAPE), {"resid_post.0.add": torch.full((8,), float(number + 1))})
 
 
-def keep(store: Store, name: str, content: bytes) -> Path:
+def keep(store: RegistryFolder, name: str, content: bytes) -> Path:
     with store.locked():
         path = store.put(content)
         manifest = store.read()
@@ -40,8 +40,8 @@ def files(folder: Path) -> set[str]:
 
 
 def test_what_is_kept_is_found_again_bit_for_bit(tmp_path: Path) -> None:
-    path = keep(Store(tmp_path / "new" / "folder"), "one", data(1))
-    again = Store(tmp_path / "new" / "folder")
+    path = keep(RegistryFolder(tmp_path / "new" / "folder"), "one", data(1))
+    again = RegistryFolder(tmp_path / "new" / "folder")
     assert again.read().vectors == {"one": hashlib.sha256(data(1)).hexdigest()}
     assert path.read_bytes() == data(1) and path.name == f"{parse(data(1)).digest}.safetensors"
     (found,) = read_stored(again, {}).values()
@@ -49,7 +49,7 @@ def test_what_is_kept_is_found_again_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_every_change_changes_the_stamp(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = RegistryFolder(tmp_path)
     seen = {store.stamp()}
     for number in range(20):
         keep(store, "one", data(number % 2))
@@ -58,25 +58,25 @@ def test_every_change_changes_the_stamp(tmp_path: Path) -> None:
 
 
 def test_replaced_and_half_written_files_are_swept(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = RegistryFolder(tmp_path)
     for number in range(3):
         keep(store, "one", data(number))
     keep(store, "same", data(2))
     (tmp_path / "objects" / ".half").write_bytes(b"x")
-    Store(tmp_path)
+    RegistryFolder(tmp_path)
     assert files(tmp_path) == {"lock", "manifest.json", f"objects/{parse(data(2)).digest}.safetensors"}
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
 def test_a_disk_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    store = Store(tmp_path)
+    store = RegistryFolder(tmp_path)
     keep(store, "one", data(1))
     before = files(tmp_path)
 
     def fail(*args: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(store_module.os, step, fail)
+    monkeypatch.setattr(folder_module.os, step, fail)
     with pytest.raises(OSError, match="the disk is full"):
         keep(store, "one", data(2))
     monkeypatch.undo()
@@ -84,7 +84,7 @@ def test_a_disk_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_spool_has_no_name(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = RegistryFolder(tmp_path)
     before = files(tmp_path)
     with store.spool() as file:
         file.write(b"x" * 100_000)
@@ -93,7 +93,7 @@ def test_a_spool_has_no_name(tmp_path: Path) -> None:
 
 
 def test_damaged_folders_are_refused_with_the_file(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = RegistryFolder(tmp_path)
     path = keep(store, "one", data(1))
     path.write_bytes(data(1)[:-3])
     with pytest.raises(BadVectorFile, match=f"'one', {path}: not a sound safetensors file"):
@@ -105,12 +105,12 @@ def test_damaged_folders_are_refused_with_the_file(tmp_path: Path) -> None:
         read_stored(store, {"one": VectorFile(path, read(path))})
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadStore, match=r"manifest\.json cannot be read"):
-        Store(tmp_path)
+        RegistryFolder(tmp_path)
 
 
 def test_a_registry_says_why_the_workers_cannot_hold_a_vector(tmp_path: Path) -> None:
-    path = keep(Store(tmp_path), "one", data(1))
-    registry = Registry({"one": VectorFile(path, read(path), False, "no room")}, SHAPE)
+    path = keep(RegistryFolder(tmp_path), "one", data(1))
+    registry = VectorSnapshot({"one": VectorFile(path, read(path), False, "no room")}, SHAPE)
     assert registry.entry("one").problem == "no room" and registry.names == []
 
 
@@ -147,7 +147,7 @@ def test_writers_of_two_processes_and_kills_leave_a_whole_registry(tmp_path: Pat
         for writer in writers:
             writer.send_signal(signal.SIGKILL)
             writer.wait()
-        store = Store(tmp_path)
+        store = RegistryFolder(tmp_path)
         vectors = store.read().vectors
         assert set(vectors) <= {"one", "two"}
         assert all(

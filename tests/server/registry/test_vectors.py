@@ -9,12 +9,12 @@ from whipstaff.server.errors import (
     NotFound,
     VectorUnfit,
 )
-from whipstaff.server.registry.capabilities import Catalogue
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import BadVectorFile, read_vectors
 
 
-def test_names_are_file_names_and_unfit_vectors_are_known_but_not_usable(have: Catalogue) -> None:
-    registry = have.registry
+def test_names_are_file_names_and_unfit_vectors_are_known_but_not_usable(caps: Capabilities) -> None:
+    registry = caps.registry
     assert registry.names == sorted(FILES.keys() - {"wide"})
     assert [entry.name for entry in registry] == sorted(FILES)
     with pytest.raises(VectorUnfit, match=r"hidden 16.*hidden 8"):

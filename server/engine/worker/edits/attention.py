@@ -422,8 +422,8 @@ class _Site:
             keys = torch.tensor(edit.keys, device=cache.device)
             weights = torch.tensor(edit.weights, device=cache.device)
             values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
-            places = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
-            output[:, head] = (weights @ values[places, 0]).to(output.dtype)
+            cells = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
+            output[:, head] = (weights @ values[cells, 0]).to(output.dtype)
 
     def attend_beside(self, edit: SideAttention, layer: int, query: Tensor, output: Tensor) -> None:
         """Add gated attention to learned rows to (n, heads, Dv) `output`."""

@@ -22,12 +22,12 @@ from whipstaff.server.engine.worker.edits.attention import (
     outside,
 )
 from whipstaff.server.engine.worker.edits.routing import RoutingTables, install_routing, routing_of
-from whipstaff.server.plan import PlacedPlan
+from whipstaff.server.plan import PositionedPlan
 from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams, Pasta, PastaParams
 from whipstaff.steering.methods.mote import MoTE
 from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import PrefixKV
-from whipstaff.steering.plan import Row, RowSpecial
+from whipstaff.steering.plan import EditSet, RowSpecial
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import resolve_window
 
@@ -49,9 +49,9 @@ class Asked(Protocol):
         """Of the first token, absolute."""
 
     @property
-    def row(self) -> Row: ...
+    def row(self) -> EditSet: ...
     @property
-    def placed(self) -> PlacedPlan: ...
+    def placed(self) -> PositionedPlan: ...
 
 
 class Specials:
@@ -116,7 +116,7 @@ class Specials:
         self.slots[:num].copy_(torch.from_numpy(self._host[:num]), non_blocking=True)
         self._dirty = num_tokens if slots else 0
 
-    def _routes_in(self, row: Row) -> tuple[RowSpecial, ...]:
+    def _routes_in(self, row: EditSet) -> tuple[RowSpecial, ...]:
         return tuple(
             item
             for item in row

@@ -19,7 +19,7 @@ from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.steering.method import Place
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
 from whipstaff.steering.tables import SiteSpec, SiteTables, Tables
@@ -45,7 +45,7 @@ def install_sites(
     Raises:
         UnsupportedEngine: naming a site that this model does not show.
     """
-    hooks: dict[Place, tuple[SiteSpec, nn.Module, Editing]] = {}
+    hooks: dict[HookPoint, tuple[SiteSpec, nn.Module, Editing]] = {}
     for layer in find_layers(model, KINDS):
         found = _places(layer, layout.shape)
         for site in layout.sites:
@@ -54,7 +54,7 @@ def install_sites(
                 hooks[spec.place] = spec, module, editing
             elif site != "resid_pre":
                 raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
-    encoders = {Place(site, layer): size for site, layer, size in layout.encoders}
+    encoders = {HookPoint(site, layer): size for site, layer, size in layout.encoders}
     max_tokens, device = len(steerer.tokens), steerer.tokens.device
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
@@ -92,7 +92,7 @@ def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, T
     return buffers
 
 
-Editing = Callable[[Any, Place], type]
+Editing = Callable[[Any, HookPoint], type]
 
 
 def _places(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
@@ -109,15 +109,19 @@ def _places(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec
         found["resid_pre"] = layer.block, _edit_input
     if layer.mlp_input is not None and layer.mlp_output is not None:
         found |= {"mlp_in": (layer.mlp_input, _edit_input), "mlp_out": (layer.mlp_output, _edit_output)}
-    places: dict[Site, tuple[SiteSpec, nn.Module, Editing]] = {
-        site: (SiteSpec(Place(site, layer.index), 0, shape.hidden_size), module, editing)
+    hook_points: dict[Site, tuple[SiteSpec, nn.Module, Editing]] = {
+        site: (SiteSpec(HookPoint(site, layer.index), 0, shape.hidden_size), module, editing)
         for site, (module, editing) in found.items()
     }
-    places["attn_head"] = SiteSpec(Place("attn_head", layer.index), first, width), layer.output_projection, _edit_heads
+    hook_points["attn_head"] = (
+        SiteSpec(HookPoint("attn_head", layer.index), first, width),
+        layer.output_projection,
+        _edit_heads,
+    )
     gates = [] if layer.mlp_input is None else _routers(layer.mlp_input, shape.num_experts)
     if len(gates) == 1:
-        places["router"] = SiteSpec(Place("router", layer.index), 0, shape.num_experts), gates[0], _edit_output
-    return places
+        hook_points["router"] = SiteSpec(HookPoint("router", layer.index), 0, shape.num_experts), gates[0], _edit_output
+    return hook_points
 
 
 def _routers(mlp: nn.Module, num_experts: int) -> list[nn.Module]:
@@ -131,7 +135,7 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Editing, place: Place, buffers: dict[str, Tensor]) -> None:
+def _adopt(module: nn.Module, editing: Editing, place: HookPoint, buffers: dict[str, Tensor]) -> None:
     cls = type(module)
     subclass = editing(cls, place)
     _rename(subclass, cls)
@@ -166,7 +170,7 @@ def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> N
     )
 
 
-def _edit_stream(cls: Any, place: Place) -> type:
+def _edit_stream(cls: Any, place: HookPoint) -> type:
     """A decoder block whose output, the residual stream, is edited.
 
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
@@ -185,7 +189,7 @@ def _edit_stream(cls: Any, place: Place) -> type:
     return EditedBlock
 
 
-def _edit_heads(cls: Any, place: Place) -> type:
+def _edit_heads(cls: Any, place: HookPoint) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
     site = place.site
 
@@ -197,7 +201,7 @@ def _edit_heads(cls: Any, place: Place) -> type:
     return EditedProjection
 
 
-def _edit_input(cls: Any, place: Place) -> type:
+def _edit_input(cls: Any, place: HookPoint) -> type:
     """A module whose hidden states are edited before it sees them; a copy, since others may read them too."""
     site = place.site
 
@@ -218,7 +222,7 @@ def _edit_input(cls: Any, place: Place) -> type:
     return EditedInput
 
 
-def _edit_output(cls: Any, place: Place) -> type:
+def _edit_output(cls: Any, place: HookPoint) -> type:
     """A module whose output, or the first of its outputs, is edited."""
     site = place.site
 

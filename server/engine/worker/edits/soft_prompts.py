@@ -64,7 +64,9 @@ class SoftRows:
             end = position + int(view.starts[row + 1]) - token
             for digest, start, num in placed.inserts:
                 first, last = max(start, position), min(start + num, end)
-                learned = self._vector_of(digest).unplaced.get(ROWS)  # None: the keys and values are learned instead
+                learned = self._vector_of(digest).shared_parts.get(
+                    ROWS
+                )  # None: the keys and values are learned instead
                 if first < last and learned is not None:
                     rows = learned[first - start : last - start]
                     yield Piece(token + first - position, token + last - position, rows)

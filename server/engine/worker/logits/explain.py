@@ -45,7 +45,7 @@ class Seen(NamedTuple):
         return Seen(*(tensor.cpu() for tensor in self))
 
 
-class Row(NamedTuple):
+class ExplainedToken(NamedTuple):
     """One token that will be explained."""
 
     request_id: str
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 class Snapshot:
     """The rows of a step that will be explained, before and after decoding."""
 
-    def __init__(self, rows: Sequence[Row], base: Tensor) -> None:
+    def __init__(self, rows: Sequence[ExplainedToken], base: Tensor) -> None:
         self._rows, self._index = rows, torch.tensor([row.row for row in rows], device=base.device)
         self._base = self._final = base[self._index]
         self._streams: list[tuple[int, str, Tensor]] = []  # which of our rows, the stream's name, its logits
@@ -103,7 +103,7 @@ class Snapshot:
 class Explanations(NamedTuple):
     """Of one step."""
 
-    rows: Sequence[Row]
+    rows: Sequence[ExplainedToken]
     tokens: Tensor  # (n,)
     divergence: Tensor  # (n,) KL(final || base) in nats
     seen: dict[str, Seen]

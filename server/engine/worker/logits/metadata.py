@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from whipstaff.decoding.method import Rewriting, Stage
+from whipstaff.decoding.method import LogitsRewriter, Stage
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow
-from whipstaff.decoding.plan import DecodingPlan, Draw
+from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
 from whipstaff.server.engine.worker.batch import ABSENT, Ints
 
 _ORDER = {name: index for index, name in enumerate(METHODS)}
@@ -28,7 +28,7 @@ Turn = Stage | Literal["late temperature"]
 class Applied(NamedTuple):
     """One method of one request, ready to run."""
 
-    method: Rewriting[Any]
+    method: LogitsRewriter[Any]
     setting: BaseModel
     streams: tuple[str, ...]
     heads: tuple[str, ...]
@@ -75,7 +75,7 @@ class Seat(NamedTuple):
 class Task(NamedTuple):
     """One method on the rows that use it with the same streams, heads and place among the request's floats."""
 
-    method: Rewriting[Any]
+    method: LogitsRewriter[Any]
     streams: tuple[str, ...]
     heads: tuple[str, ...]
     state: slice
@@ -103,7 +103,7 @@ class Biased(NamedTuple):
 
 
 class Truncated(NamedTuple):
-    """Rows that get their request's own truncation: see `draw.truncate`."""
+    """Rows that get their request's own truncation: see `draw.apply_top_k_top_p_min_p`."""
 
     rows: Tensor  # (n,) int64
     top_k: Tensor | None
@@ -187,7 +187,7 @@ class Roster:
         said = [(index, token, float(by)) for index, (_, bias) in enumerate(found) for token, by in bias.items()]
         return Biased(self._sent([row for row, _ in found]), *map(self._sent, zip(*said, strict=True)))
 
-    def _drawn(self) -> Iterator[tuple[int, Known, Draw]]:
+    def _drawn(self) -> Iterator[tuple[int, Known, SamplerSettings]]:
         for row, request in self.seats:
             if request.plan.draw is not None:
                 yield row, request, request.plan.draw

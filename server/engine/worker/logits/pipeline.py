@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.decoding.method import Rewriting, setting_type
+from whipstaff.decoding.method import LogitsRewriter, setting_type
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow, MixedRows
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.decoding.rows import Rows
-from whipstaff.decoding.sampler import temper, truncate
+from whipstaff.decoding.sampler import apply_temperature, apply_top_k_top_p_min_p
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView, Ints
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, Stream
-from whipstaff.server.engine.worker.logits.explain import Explanations, Row, Snapshot
+from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Explanations, Snapshot
 from whipstaff.server.engine.worker.logits.metadata import Applied, Biased, Known, Roster, Seat, Task, Tempered, sent
-from whipstaff.server.plan import PlacedPlan
+from whipstaff.server.plan import PositionedPlan
 
 NO_TOKEN = -1
 _FIRST_SLOTS = 8
@@ -41,7 +41,7 @@ class Arrival(NamedTuple):
     """A request that a worker hears of for the first time."""
 
     request_id: str
-    placed: PlacedPlan | None
+    placed: PositionedPlan | None
     prompt: Sequence[int]
     seed: int | None = None
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
@@ -121,11 +121,11 @@ class Decoder:
             self._roster = None
 
     def _known(self, plan: DecodingPlan, arrival: Arrival) -> Known:
-        applied, num_state = [], 0
+        applied, state_size = [], 0
         for name, setting, streams, heads, early in plan.rewrites:
             method = METHODS[name]
-            assert isinstance(method, Rewriting)
-            own = slice(num_state, num_state := num_state + method.num_state)
+            assert isinstance(method, LogitsRewriter)
+            own = slice(state_size, state_size := state_size + method.state_size)
             settled = setting_type(method).model_validate_json(setting)
             applied.append(Applied(method, settled, streams, heads, early, own))
         seed = next(
@@ -135,20 +135,20 @@ class Decoder:
         known = Known(
             plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied, bias=arrival.bias
         )
-        if num_state or any("tokens" in one.method.needs for one in applied):
-            known.slot = self._new_slot(num_state)
+        if state_size or any("tokens" in one.method.needs for one in applied):
+            known.slot = self._new_slot(state_size)
             self._state[known.slot] = torch.nan
             self._tokens[known.slot, : len(arrival.prompt)] = torch.tensor(arrival.prompt, dtype=torch.int32)
         return known
 
-    def _new_slot(self, num_state: int) -> int:
+    def _new_slot(self, state_size: int) -> int:
         if not self._free:
             num = len(self._tokens)
             more = max(num, _FIRST_SLOTS)
             self._free = list(range(num, num + more))
             self._tokens = torch.cat([self._tokens, self._tokens.new_zeros(more, self._max_len)])
             self._state = torch.cat([self._state, self._state.new_zeros(more, self._state.shape[1])])
-        if (missing := num_state - self._state.shape[1]) > 0:
+        if (missing := state_size - self._state.shape[1]) > 0:
             self._state = torch.cat([self._state, self._state.new_zeros(len(self._state), missing)], 1)
         return self._free.pop()
 
@@ -220,7 +220,9 @@ class Decoder:
         self._step = step = Step(roster, view.positions[rows] + ends - view.starts[rows], ends, others, hidden)
         mixed = roster.mixed(step.num_generated, view.members)
         if roster.explained:
-            explained = [Row(view.requests[row], row, request.plan.explain or 0) for row, request in roster.explained]
+            explained = [
+                ExplainedToken(view.requests[row], row, request.plan.explain or 0) for row, request in roster.explained
+            ]
             self._snapshot = Snapshot(explained, logits)
             self._note_streams(self._snapshot, mixed, logits, others)
         if roster.scored_base is not None:
@@ -293,8 +295,8 @@ class Decoder:
         for (row, request), position in zip(step.roster.seats, step.positions.tolist(), strict=True):
             if request.tells_scores:
                 mine.setdefault(request, []).append((row, position))
-        for request, places in mine.items():
-            rows, at = sent(places, self._device).unbind(1)
+        for request, cells in mine.items():
+            rows, at = sent(cells, self._device).unbind(1)
             if request.excess is None:
                 request.excess = torch.zeros(request.num_prompt, device=self._device)
             request.excess[at] = decoded[rows].logsumexp(-1)
@@ -332,7 +334,7 @@ class Decoder:
         _temper(drawn, roster.tempered[False])
         if roster.truncated is not None:
             rows, *how = roster.truncated
-            drawn[rows] = truncate(drawn[rows], *how)
+            drawn[rows] = apply_top_k_top_p_min_p(drawn[rows], *how)
         self._run(roster.tasks("truncation", "late temperature"), drawn, step)
         _temper(drawn, roster.tempered[True])
         return drawn
@@ -388,12 +390,12 @@ class Decoder:
             given.tokens = self._tokens_of(task, positions)
         if "hidden" in method.needs:
             given.hidden = step.hidden[rows].to(torch.float32)
-        if "uniform" in method.needs:
+        if "random" in method.needs:
             numbers = uniforms([request.seed for request in requests], positions, method.name)
             given.uniform = sent(numbers, self._device)
         if "temperature" in method.needs:
             given.temperature = given.column(request.temperature for request in requests)[:, 0]
-        if "early" in method.needs:
+        if "early_exit" in method.needs:
             assert self.early is not None
             given.early_layers = task.early
             given.early = self.early.logits(
@@ -405,9 +407,9 @@ class Decoder:
                     for layer in layers
                 ]
             )
-        if "ahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
+        if "lookahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
             given.ahead = self.look_ahead(self._view, [step.roster.seats[index].row for index in task.seats], positions)
-        if method.num_state:
+        if method.state_size:
             assert task.slots is not None
             given.state = self._state[task.slots, task.state]
         return given
@@ -442,7 +444,7 @@ def _taken(logits: Tensor, rows: Tensor) -> Tensor:
 def _temper(logits: Tensor, tempered: Tempered | None) -> None:
     if tempered is not None:
         rows, temperature = tempered
-        logits[rows] = temper(logits[rows], temperature)
+        logits[rows] = apply_temperature(logits[rows], temperature)
 
 
 def uniforms(
