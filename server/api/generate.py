@@ -1,7 +1,8 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from whipstaff.server import metrics
+from whipstaff.server import leases, metrics
 from whipstaff.server.admission.companions import Scoring
 from whipstaff.server.admission.explanations import Explained
 from whipstaff.server.admission.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
@@ -21,6 +22,7 @@ from whipstaff.server.api.text import check_text
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.leases import Lease
 from whipstaff.server.plan import RequestPlan, take_draw
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
@@ -46,6 +48,7 @@ class PreparedRequest:
     xargs: frozenset[str] = frozenset()  # fields that came in vllm_xargs
     explained: Explained | None = None
     num_placed: int = 0  # prompts
+    lease: Lease = leases.NOTHING  # of the vectors that its plan names
 
     @property
     def scores_prompts(self) -> bool:
@@ -111,7 +114,7 @@ class PlacedRequest:
             draw = take_draw(params, compiled.is_temperature_last)
             plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
         explain = None if self.prepared.explained is None else self._explain
-        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain, compiled.vectors)
+        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain, self.prepared.lease)
 
     def _explain(self, index: int, record: dict[str, Any]) -> None:
         assert self.prepared.explained is not None
@@ -135,13 +138,14 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
     base, name = openai.split_model(request.model, raw.app)
     if name is None and not _asks(request) and not unknown_names(request):
         return None
-    caps = await catalogue(raw)
+    body = {} if name is None else await raw.json()
+    caps = await catalogue(raw)  # as it is now: nothing may be awaited until what it names is held
     preset = None if name is None else caps.preset(name, "model")
     if preset is None:
         return prepare(request, caps)
     metrics.PRESETS.labels(preset.name).inc()
     request.model = base
-    return prepare(request, caps, preset, await raw.json())
+    return prepare(request, caps, preset, body)
 
 
 def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
@@ -174,7 +178,6 @@ def prepare(
         compiled or Compiled(RequestPlan(), {}, caps), request.n or 1, preset=preset, filled=filled, xargs=xargs
     )
     ready.compiled.warnings[:0] = unknown
-    ready.compiled.caps = caps.facts
     if ready.compiled.explain is not None:
         ready.explained = Explained(caps.words)
     if not ready.compiled.is_plain:
@@ -251,23 +254,35 @@ def _scalar(name: str, value: Any) -> Any:
     return loose(value) if name in TEXTS and isinstance(value, str) and value.startswith("[") else value
 
 
+async def exchange() -> AsyncIterator[AsyncExitStack]:
+    """What ends with a request: once its response was sent, or its client is gone."""
+    async with AsyncExitStack() as at_end:
+        yield at_end
+
+
 @router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
-async def create_chat_completion(request: openai.ChatRequest, raw_request: Request) -> Response:
+async def create_chat_completion(
+    request: openai.ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
+) -> Response:
     """OpenAI's chat completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request)
+    return await _generate(request, raw_request, at_end)
 
 
 @router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
-async def create_completion(request: openai.TextRequest, raw_request: Request) -> Response:
+async def create_completion(
+    request: openai.TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
+) -> Response:
     """OpenAI's completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request)
+    return await _generate(request, raw_request, at_end)
 
 
-async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> Response:
+async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request, at_end: AsyncExitStack) -> Response:
     with openai.answering_as(request.model):
         ready = await prepared(request, raw)
+        if ready is not None:
+            ready.lease = at_end.enter_context(raw.app.state.whipstaff.hold(ready.compiled.vectors))
         result = await openai.answer(request, raw)
     if isinstance(result, Response):
         return result
@@ -275,7 +290,7 @@ async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Reque
     if hasattr(result, "__aiter__"):
         if ready is not None:
             result = with_extras(result, partial(ready.receipt, openai.readings(raw)), ready.explained)
-        return openai.event_stream(result, raw, headers)
+        return openai.event_stream(result, raw, headers, at_end)
     body = result.model_dump()
     if ready is not None:
         body[FIELD] = await ready.receipt(openai.readings(raw))

@@ -1,8 +1,7 @@
 """What a server has for requests to name, and what its operator allows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from whipstaff.decoding.method import Depth
@@ -53,11 +52,6 @@ class Capabilities:
     def preset(self, name: str, param: str | None = None) -> Preset:
         """Raises: NotFound."""
         if name not in self.presets:
-            caps = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
-            raise NotFound(f"there is no preset {name!r}; this server has: {caps}", param)
+            names = ", ".join(map(repr, self.presets)) or "none; start it with --presets, or upload one"
+            raise NotFound(f"there is no preset {name!r}; this server has: {names}", param)
         return self.presets[name]
-
-    @cached_property
-    def facts(self) -> "Capabilities":
-        """All but what has names: a request that keeps this keeps no vector."""
-        return replace(self, registry=VectorSnapshot({}, self.registry.model), presets={})

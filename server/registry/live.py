@@ -2,14 +2,13 @@
 
 Whoever asks gets a `Capabilities` that never changes; a request keeps the one it was compiled with. Every process that
 serves looks at the folder's manifest once per request that names something, so all see one registry as soon as a change
-was answered. A vector is in the workers before a catalogue names it (see `engine.residents`).
+was answered. A vector is in the workers before `Capabilities` name it (see `engine.frontend.vector_leases`).
 """
 
 import asyncio
-import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from whipstaff.server import metrics
 from whipstaff.server.admission.entries import lacking
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
+from whipstaff.server.leases import Lease
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
 from whipstaff.server.registry.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
@@ -27,7 +27,6 @@ from whipstaff.steering.vector_file import Vector
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 PAUSE = 1.0  # seconds between looks at the folder while nobody asks
-COLLECT = 4  # looks
 CheckPreset = Callable[[Preset, Capabilities], Awaitable[None]]
 
 
@@ -36,15 +35,16 @@ class LiveRegistry:
 
     def __init__(
         self,
-        residents: VectorLeases,
+        leases: VectorLeases,
         facts: Capabilities,
         files: Mapping[str, VectorFile],
         store: RegistryFolder | None = None,
         presets: Iterable[Path] = (),
     ) -> None:
         """`facts` says what the server can do; `files` are the vectors given at start-up, and those stored then."""
-        self._residents, self._have, self._store = residents, facts, store
-        self._files = {name: file._replace(vector=residents.adopt(file.vector)) for name, file in files.items()}
+        self._leases, self._have, self._store = leases, facts, store
+        self._lease = leases.hold(file.vector.digest for file in files.values())  # of what `_have` names
+        self._files = {name: file._replace(vector=leases.adopt(file.vector)) for name, file in files.items()}
         self._fixed: dict[str, VectorFile] = {}
         self._preset_paths = tuple(presets)
         self._presets: dict[str, Preset] = {}  # those of files, as they were last sound
@@ -87,23 +87,18 @@ class LiveRegistry:
         return self._have
 
     async def follow(self) -> None:
-        """Look now and then, for ever: a server that nobody asks lets go of what was replaced, too.
-
-        What a request that was cut off referred to may be in a knot with the exception that ended it, which only
-        Python's collector undoes; as long as vectors outlive their names, it is asked to.
-        """
-        num_looks = 0
+        """Look now and then, for ever: a server that nobody asks lets go of what was replaced, too."""
         while True:
             await asyncio.sleep(PAUSE)
             try:
-                caps = await self.current()
+                await self.current()
             except OSError as error:
                 logger.error("the registry cannot be looked at: %s", error)
-                continue
-            named = {entry.vector.digest for entry in caps.registry}
-            num_looks = num_looks + 1 if self._residents.loaded - named else 0
-            if num_looks and num_looks % COLLECT == 0:
-                gc.collect()
+
+    def hold(self, vectors: Iterable[Vector]) -> Lease:
+        """Keep what a request names until the lease is released; asked for before anything else is awaited, since what
+        was `current` may be replaced then."""
+        return self._leases.hold(vector.digest for vector in vectors)
 
     async def preset_names(self) -> Iterable[str]:
         return (await self.current()).presets
@@ -121,13 +116,13 @@ class LiveRegistry:
             raise Unavailable(reason, "name")
         async with self._writing(name, self._fixed) as store:
             path = await asyncio.to_thread(store.put, data)
-            vector = self._residents.adopt(vector)
-            if (reason := await self._residents.load(vector, path)) is not None:
-                await asyncio.to_thread(store.sweep)
-                raise Unavailable(reason, "name")
-            manifest = store.read()
-            replaced = manifest.vectors.get(name)
-            await self._commit(store, manifest, vectors=manifest.vectors | {name: vector.digest})
+            with self._leases.hold([vector.digest]):  # until the registry, which names it then, holds it
+                if (reason := await self._leases.load(self._leases.adopt(vector), path)) is not None:
+                    await asyncio.to_thread(store.sweep)
+                    raise Unavailable(reason, "name")
+                manifest = store.read()
+                replaced = manifest.vectors.get(name)
+                await self._commit(store, manifest, vectors=manifest.vectors | {name: vector.digest})
             return self._have.registry.entry(name), replaced
 
     async def remove_vector(self, name: str) -> None:
@@ -189,20 +184,29 @@ class LiveRegistry:
 
     async def _refresh(self) -> None:
         seen = self._stamp()
-        try:
-            manifest = self._store.read() if self._store else Manifest()
-            files = self._fixed | await self._stored(manifest)
-        except BadStore as error:
-            logger.error("%s; what it held before is served", error)
-            self._seen = seen
-            return
-        caps = replace(self._have, registry=VectorSnapshot(files, self._have.registry.model), presets={})
-        self._have = replace(caps, presets=await self._sound_presets(manifest, caps) if self._check else {})
+        with ExitStack() as reading:
+            try:
+                manifest = self._store.read() if self._store else Manifest()
+                files = self._fixed | await self._stored(manifest, reading)
+            except BadStore as error:
+                logger.error("%s; what it held before is served", error)
+                self._seen = seen
+                return
+            await self._serve(manifest, files)
         self._seen = seen
+
+    async def _serve(self, manifest: Manifest, files: Mapping[str, VectorFile]) -> None:
+        """From here on these are what requests may name."""
+        caps = replace(self._have, registry=VectorSnapshot(files, self._have.registry.model), presets={})
+        caps = replace(caps, presets=await self._sound_presets(manifest, caps) if self._check else {})
+        before, self._lease = self._lease, self._leases.hold(entry.vector.digest for entry in caps.registry)
+        self._have = caps
+        before.release()
         metrics.VECTORS.set(len(caps.registry.names))
 
-    async def _stored(self, manifest: Manifest) -> dict[str, VectorFile]:
-        """The folder's vectors, in the workers where they fit. Another process may replace one meanwhile."""
+    async def _stored(self, manifest: Manifest, reading: ExitStack) -> dict[str, VectorFile]:
+        """The folder's vectors, in the workers where they fit, held while `reading` is open. Another process may
+        replace one meanwhile."""
         found: dict[str, VectorFile] = {}
         for name, digest in manifest.vectors.items():
             if name in self._fixed:
@@ -211,8 +215,9 @@ class LiveRegistry:
                 )
                 continue
             path = self._store.path_of(digest)  # type: ignore[union-attr]
+            reading.enter_context(self._leases.hold([digest]))
             try:
-                vector = await self._residents.read(path, digest)
+                vector = await self._leases.read(path, digest)
             except (SteeringError, OSError) as error:
                 if path.exists():
                     logger.error("the registry's vector %r, %s, cannot be read: %s", name, path, error)
@@ -222,7 +227,7 @@ class LiveRegistry:
 
     async def _load(self, vector: Vector, path: Path) -> str | None:
         fits = misfit(vector, self._have.registry.model) is None
-        return await self._residents.load(vector, path) if fits else None
+        return await self._leases.load(vector, path) if fits else None
 
     async def _sound_presets(self, manifest: Manifest, caps: Capabilities) -> dict[str, Preset]:
         """Every preset; a file that was changed into something unsound stays what it was."""

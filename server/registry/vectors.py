@@ -59,9 +59,9 @@ class VectorSnapshot:
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""
         if name not in self._entries:
-            caps = ", ".join(map(repr, self._entries)) or "none"
+            names = ", ".join(map(repr, self._entries)) or "none"
             raise NotFound(
-                f"there is no vector {name!r}; this server has: {caps}; start it with --vectors, or upload one", param
+                f"there is no vector {name!r}; this server has: {names}; start it with --vectors, or upload one", param
             )
         return self._entries[name]
 

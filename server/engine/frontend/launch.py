@@ -19,6 +19,7 @@ from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
 from whipstaff.server.engine.explanations import listen
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.server.leases import NOTHING, Lease
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape, config_shape
 from whipstaff.steering.sites import CORE, entering
@@ -38,8 +39,8 @@ class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
-    number of a sequence and what is said of its next token, where the plan asks for that; `keeps` is kept for as long
-    as the engine may look up what the plan names.
+    number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
+    that the plan names.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class PlanDict(dict[str, Any]):
         label: str = "",
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
-        keeps: object = None,
+        lease: Lease = NOTHING,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.explained, self.keeps = label, note, explained, keeps
+        self.label, self.note, self.explained, self.lease = label, note, explained, lease
         self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
@@ -78,9 +79,10 @@ class Engine(AsyncLLM):
         if plan is not None and (reason := _why_refused(plan["members"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
-        async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
-            async for output in watched:
-                yield output
+        with plan.lease.again() if plan is not None else NOTHING.again():
+            async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
+                async for output in watched:
+                    yield output
 
 
 def start(

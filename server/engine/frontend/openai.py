@@ -11,7 +11,7 @@ import signal
 from argparse import Namespace
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -52,6 +52,7 @@ from whipstaff.server.admission.names import ALIASES
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.leases import Lease
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PlaceChat, PromptSource
 
@@ -89,6 +90,8 @@ class Placed(Protocol):
 
 class Prepared(Protocol):
     """What a request's extras came to."""
+
+    lease: Lease  # of the vectors that it names
 
     @property
     def scores_prompts(self) -> bool:
@@ -179,7 +182,7 @@ class Extras(BaseModel):
         assert self._prepared is not None
         for prompt in prompts:
             for name, wanted in self._prepared.wanted_scores(prompt).items():
-                prompt.scores[name] = await _log_probabilities(serving, wanted, self._served)
+                prompt.scores[name] = await _log_probabilities(serving, wanted, self._served, self._prepared.lease)
 
     def place(
         self,
@@ -414,9 +417,10 @@ def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> P
     return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, place)
 
 
-async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None) -> list[float]:
-    """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked."""
-    plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), keeps=wanted) if wanted.steering else None
+async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None, lease: Lease) -> list[float]:
+    """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked by vectors
+    of which the caller has a lease."""
+    plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), lease=lease) if wanted.steering else None
     extra = {plans.KEY: plan} if plan else None
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
     ids = list(wanted.ids)
@@ -628,10 +632,12 @@ def load_headers(raw: Request) -> dict[str, str] | None:
     return cast("dict[str, str] | None", metrics_header(wanted))
 
 
-def event_stream(events: Any, raw: Request, headers: Mapping[str, str]) -> StreamingResponse:
-    """Server-sent events with vLLM's keep-alive comments."""
+def event_stream(events: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> StreamingResponse:
+    """Server-sent events with vLLM's keep-alive comments. They are closed `at_end` of the request: a client that went
+    away may have left them in the middle."""
     interval = float(getattr(raw.app.state.args, "sse_keep_alive_interval", 0))
     stream = with_sse_keep_alive(events, interval)
+    at_end.push_async_callback(stream.aclose)
     return StreamingResponse(stream, media_type="text/event-stream", headers=dict(headers))
 
 
