@@ -300,7 +300,7 @@ class LogitsRewriter(Method[P]):
         return params
 
     def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
-        """The early layers whose logits it reads, in the order of `Rows.early`. Raises: DecodingError."""
+        """The early layers whose logits it reads, in the order of `Rows.early_exit`. Raises: DecodingError."""
         return ()
 
     def takes_norm(self, params: P) -> bool:

@@ -17,14 +17,14 @@ class Rows:
     num_generated: Sequence[int]  # (R,) tokens generated before this one
     tokens: Tensor | None = None  # (R, W) int64 prompt and generation so far; -1 from each row's own end on
     hidden: Tensor | None = None  # (R, H) the last hidden state, after the final norm
-    uniform: Tensor | None = None  # (R,) float32 in [0, 1), the same for the same seed and position
+    random: Tensor | None = None  # (R,) float32 in [0, 1), the same for the same seed and position
     temperature: Tensor | None = None  # (R,) float32 what the requests say; 0 is greedy
     state: Tensor | None = None  # (R, num_state) float32, NaN at first; what is written here comes back next time
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # stream field -> (R, V') that model's raw logits
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
-    early: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
+    early_exit: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
     early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
-    ahead: Callable[[Tensor], Tensor] | None = None  # (R,) tokens to try -> (R, H) hidden states they lead to; or None
+    lookahead: Callable[[Tensor], Tensor] | None = None  # (R,) tokens to try -> (R, H) hidden states they lead to
     is_prompt: bool = False  # whether the rows are a prompt's, to be scored and not drawn from
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
 

@@ -16,6 +16,23 @@ MAY_IMPORT = {
 }
 
 
+SERVER = "whipstaff.server"
+ENGINE = f"{SERVER}.engine"
+EVERYWHERE = {"errors", "metrics", "plan", "leases"}  # modules of server/ that every room of it may import
+# What the rooms of server/ may import of it. app.py, which puts them together, is the only one that knows all.
+SERVER_ROOMS = {
+    "prompt": set(),
+    "registry": {"prompt"},
+    "admission": {"prompt", "registry"},
+    "engine": {"prompt", "registry"},
+    "api": {"prompt", "registry", "admission", "engine"},
+    "demo": set(),
+    "commands": {"app", "settings", "engine", "registry", "demo"},
+}
+# The engine's three processes know nothing of one another: what they share stands beside them.
+PROCESSES = ("frontend", "scheduler", "worker")
+
+
 def sources(room: str) -> Iterator[Path]:
     return (ROOT / room).rglob("*.py")
 
@@ -46,6 +63,33 @@ def test_vllm_has_one_door_and_http_one_room() -> None:
                 assert "vllm" not in roots, f"{path.relative_to(ROOT)} imports vLLM"
             if room != "server":
                 assert not roots & {"fastapi", "starlette", "uvicorn"}, f"{path.relative_to(ROOT)} knows of HTTP"
+
+
+def inside(path: Path, package: str) -> Iterator[str]:
+    """What a file imports of a package, without the package's name."""
+    for name in imports(path):
+        if name.startswith(f"{package}.") and name != f"{package}.":
+            yield name.removeprefix(f"{package}.")
+
+
+def test_the_rooms_of_the_server_know_only_what_is_below_them() -> None:
+    for room, below in SERVER_ROOMS.items():
+        for path in sources(f"server/{room}"):
+            seen = {name.split(".")[0] for name in inside(path, SERVER)} - EVERYWHERE - below - {room}
+            assert not seen, f"{path.relative_to(ROOT)} imports {seen}"
+
+
+def test_the_engines_processes_do_not_know_one_another() -> None:
+    for process in PROCESSES:
+        for path in sources(f"server/engine/{process}"):
+            seen = {name.split(".")[0] for name in inside(path, ENGINE)} & set(PROCESSES) - {process}
+            assert not seen, f"{path.relative_to(ROOT)} imports {seen}"
+
+
+def test_what_crosses_processes_knows_neither_vllm_nor_torch() -> None:
+    for name in ("plan", "leases"):
+        roots = {imported.split(".")[0] for imported in imports(ROOT / "server" / f"{name}.py")}
+        assert not roots & {"vllm", "torch", "fastapi"}
 
 
 def test_no_bare_rooms() -> None:

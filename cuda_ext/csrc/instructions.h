@@ -25,7 +25,7 @@ enum class Operand : int32_t {
 
 enum class Needs : int32_t { Nothing, Encoder, Kept };
 
-enum class Op : int32_t {
+enum class Opcode : int32_t {
   End = 0,
   Jump = 1,
   Gain = 2,

@@ -121,7 +121,7 @@ struct Machine : Registers {
     is_changed = true;
   }
 
-  bool is_last() const { return pc == edits.num_instructions || edits.code[pc].op == Op::End; }
+  bool is_last() const { return pc == edits.num_instructions || edits.code[pc].op == Opcode::End; }
 
   // row <- row + rest, edited; rest <- 0.
   template <class T>
@@ -285,9 +285,9 @@ int64_t num_passes(const RunEdits& edits, int64_t pc) {
   for (int64_t left = edits.num_instructions; left > 0 && pc >= 0 && pc < edits.num_instructions; --left) {
     const Instruction& i = edits.code[pc];
     const int32_t op = static_cast<int32_t>(i.op);
-    if (i.op == Op::End || op < 0 || op >= NUM_OPS) break;
-    pc = i.op == Op::Jump ? i.i0 : pc + 1;
-    passes += OP_KINDS[op].passes + (i.op == Op::TopK ? i.i1 : 0);
+    if (i.op == Opcode::End || op < 0 || op >= NUM_OPS) break;
+    pc = i.op == Opcode::Jump ? i.i0 : pc + 1;
+    passes += OP_KINDS[op].passes + (i.op == Opcode::TopK ? i.i1 : 0);
   }
   return std::max<int64_t>(passes, 1);
 }

@@ -14,7 +14,7 @@ namespace whipstaff {
 
 // A row of `code` and the same row of `args`; the operator's docstring says what the numbers mean to each op.
 struct Instruction {
-  Op op;
+  Opcode op;
   int32_t i0, i1, i2, i3, i4;
 };
 
@@ -86,8 +86,8 @@ struct RunEdits {
 
   // Where the next direction of a group is, at pc or behind a JUMP there; -1: the group ends.
   WHIPSTAFF_HOST_DEVICE int64_t next_in_group(int64_t pc) const {
-    if (pc < num_instructions && code[pc].op == Op::Jump) pc = code[pc].i0;
-    return 0 <= pc && pc < num_instructions && code[pc].op == Op::Dir && code[pc].i3 != 1 ? pc : -1;
+    if (pc < num_instructions && code[pc].op == Opcode::Jump) pc = code[pc].i0;
+    return 0 <= pc && pc < num_instructions && code[pc].op == Opcode::Dir && code[pc].i3 != 1 ? pc : -1;
   }
 
   // What direction r of a group adds, before gain and u_out; z are the group's readings, `at` its instructions.
@@ -141,7 +141,7 @@ WHIPSTAFF_DEVICE void run(Machine& machine) {
     ++machine.pc, --machine.left;
     switch (i.op) {
 #define WHIPSTAFF_STEP(op, step) \
-  case Op::op: machine.step(i, arg); break;
+  case Opcode::op: machine.step(i, arg); break;
       WHIPSTAFF_FOR_EACH_OP(WHIPSTAFF_STEP)
 #undef WHIPSTAFF_STEP
       default: machine.end(i, arg);

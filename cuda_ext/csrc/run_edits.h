@@ -156,8 +156,8 @@ struct ProgramCheck {
     for (int64_t left = size; left > 0; --left) {
       const Instruction& i = edits.code[pc];
       instruction(i);
-      if (i.op == Op::End) return;
-      pc = i.op == Op::Jump ? i.i0 : pc + 1;
+      if (i.op == Opcode::End) return;
+      pc = i.op == Opcode::Jump ? i.i0 : pc + 1;
       STD_TORCH_CHECK(0 <= pc && pc < size, "token ", token, " leaves the code for ", pc, ", it has ", size,
                       " instructions");
     }

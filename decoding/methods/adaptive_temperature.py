@@ -47,10 +47,10 @@ class AdaptiveTemperature(LogitsRewriter[AdaptiveTemperatureParams]):
         return params
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        assert rows.hidden is not None and rows.uniform is not None and rows.state is not None
+        assert rows.hidden is not None and rows.random is not None and rows.state is not None
         head, kept = rows.heads["head"], rows.state[:, 0]
         pi = chances(rows.hidden.float(), head)
-        drawn = (pi.cumsum(1) <= rows.uniform[:, None]).sum(1).clamp(max=pi.shape[1] - 1)
+        drawn = (pi.cumsum(1) <= rows.random[:, None]).sum(1).clamp(max=pi.shape[1] - 1)
         is_drawn = rows.column(params.choose == "sample" for params in settings)[:, 0] > 0
         tau = head["temperatures"][torch.where(is_drawn, drawn, pi.argmax(1))]
         is_kept = rows.column(params.level == "sequence" for params in settings)[:, 0] > 0

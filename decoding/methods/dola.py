@@ -80,14 +80,14 @@ class Dola(LogitsRewriter[DolaParams]):
         return params.post_softmax is not None
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        assert rows.early is not None
+        assert rows.early_exit is not None
         counts = [len(layers) for layers in rows.early_layers]
         pairs = [(row, layer) for row, layers in enumerate(rows.early_layers) for layer in layers]
         table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.contiguous()
         owners, layers = table.to(rows.logits.device, non_blocking=True)
-        chosen = choose(divergences(rows.logits, rows.early, owners), counts)
+        chosen = choose(divergences(rows.logits, rows.early_exit, owners), counts)
         rows.facts["layer"] = layers[chosen]
-        streams = rows.logits, rows.early, chosen, rows.column(one.relative_top for one in settings)[:, 0]
+        streams = rows.logits, rows.early_exit, chosen, rows.column(one.relative_top for one in settings)[:, 0]
         drawn = contrast(*streams)
         if not rows.is_prompt or not any(map(self.tells_scores, settings)):
             return drawn

@@ -65,10 +65,10 @@ def _judged(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
 
 def _judged_ahead(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """(R, n) log-probability of class 1 once each token is fed."""
-    assert rows.ahead is not None
+    assert rows.lookahead is not None
     found = []
     for tried in tokens.unbind(1):
-        classes = rows.ahead(tried).float() @ head["weight"].T  # (R, 2)
+        classes = rows.lookahead(tried).float() @ head["weight"].T  # (R, 2)
         found.append((classes + head["bias"] if "bias" in head else classes).log_softmax(1)[:, 1])
     return torch.stack(found, 1)
 

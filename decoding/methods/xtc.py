@@ -41,11 +41,11 @@ class Xtc(LogitsRewriter[XtcParams]):
         return params.probability == 0 or params.threshold > 0.5
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
-        assert rows.uniform is not None
+        assert rows.random is not None
         logits, (best, log_p) = rows.logits, rows.best()
         threshold = rows.column(params.threshold for params in settings)[:, 0].clamp(min=_TINY)  # a banned one has 0
         cut_rows_(turned := -logits, high=log_p - best - threshold.log())
         least = -turned.amax(1)  # of the likely ones; inf where there are none
-        happens = rows.uniform < rows.column(params.probability for params in settings)[:, 0]
+        happens = rows.random < rows.column(params.probability for params in settings)[:, 0]
         cut_rows_(logits, high=least.masked_fill(~happens, torch.inf))
         return logits

@@ -22,7 +22,7 @@ def golden_rows() -> Rows:
         [1] * 7,
         [0] * 7,
         hidden=TENSORS["hidden"].float(),
-        uniform=TENSORS["uniforms"].float(),
+        random=TENSORS["uniforms"].float(),
         state=torch.full((7, 1), torch.nan),
         heads={"head": HEAD},
     )
@@ -58,11 +58,11 @@ def test_a_plain_computation() -> None:
     kinds = [AdaptiveTemperatureParams(head="h", choose=choose) for choose in ("argmax", "sample")]
     batch = random_batch(METHOD, kinds * 6)
     rows, head = batch.rows, {part: tensor.tolist() for part, tensor in batch.rows.heads["head"].items()}
-    assert rows.hidden is not None and rows.uniform is not None
+    assert rows.hidden is not None and rows.random is not None
     expected = []
     for row, params in enumerate(batch.settings):
         pi = reference.chances(rows.hidden[row].tolist(), head)
-        index = reference.chosen(pi, float(rows.uniform[row]) if params.choose == "sample" else None)
+        index = reference.chosen(pi, float(rows.random[row]) if params.choose == "sample" else None)
         expected.append(tempered(rows.logits[row].tolist(), head["temperatures"][index]))
     torch.testing.assert_close(run(METHOD, batch), torch.tensor(expected))
 

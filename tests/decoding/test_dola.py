@@ -24,7 +24,7 @@ def rows_of(name: str) -> tuple[Rows, list[DolaParams]]:
     layers = case.get("candidate_layers", [case.get("premature_layer")])
     num = len(logits)
     rows = Rows(logits[:, -1].clone(), [len(case["prompt"])] * num, list(range(num)))
-    rows.early, rows.early_layers = logits[:, :-1].flatten(0, 1), [layers] * num
+    rows.early_exit, rows.early_layers = logits[:, :-1].flatten(0, 1), [layers] * num
     return rows, [DolaParams(layers=layers, relative_top=case["relative_top"])] * num
 
 
@@ -49,7 +49,7 @@ def test_scores_and_layers_are_those_of_the_official_code(name: str) -> None:
 def test_divergences_are_those_of_the_official_code(name: str) -> None:
     rows, _ = rows_of(name)
     expected = TENSORS[f"{name}.js_mean_over_vocab"] * rows.logits.shape[1]
-    found = divergences(rows.logits, rows.early, torch.arange(len(expected)).repeat_interleave(expected.shape[1]))
+    found = divergences(rows.logits, rows.early_exit, torch.arange(len(expected)).repeat_interleave(expected.shape[1]))
     torch.testing.assert_close(found.view_as(expected), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -57,8 +57,8 @@ def test_a_plain_computation() -> None:
     """Rows with other candidates and other thresholds side by side, some tokens banned."""
     params = [DolaParams(layers=list(range(1 + r % 4)), relative_top=(0.0, 0.1, 0.5, 1.0)[r % 4]) for r in range(12)]
     batch = random_batch(METHOD, params)
-    assert batch.rows.early is not None
-    early, expected, chosen = iter(batch.rows.early.tolist()), [], []
+    assert batch.rows.early_exit is not None
+    early, expected, chosen = iter(batch.rows.early_exit.tolist()), [], []
     for row, one in zip(batch.rows.logits.tolist(), params, strict=True):
         layers = [next(early) for _ in range(len(one.layers))]
         chosen.append(reference.choice(row, layers))
@@ -76,8 +76,8 @@ def test_scores_of_prompts() -> None:
     ]
     batch = random_batch(METHOD, params)
     batch.rows.is_prompt = True
-    assert batch.rows.early is not None
-    pairs = zip(batch.rows.logits.tolist(), batch.rows.early.tolist(), kinds, strict=True)
+    assert batch.rows.early_exit is not None
+    pairs = zip(batch.rows.logits.tolist(), batch.rows.early_exit.tolist(), kinds, strict=True)
     expected = [
         reference.rewrite(mature, early, top) if post is None else reference.scored(mature, early, top, post, fill)
         for mature, early, (top, post, fill) in pairs

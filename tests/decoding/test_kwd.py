@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_official_step_that_looks_ahead(name: str) -> No
         f = good[torch.arange(3), tokens]
         return torch.stack([1 - f, f], 1).log()  # which an identity makes of f again
 
-    rows.ahead, rows.heads = ahead, {"classifier": {"weight": torch.eye(2)}}
+    rows.lookahead, rows.heads = ahead, {"classifier": {"weight": torch.eye(2)}}
     result = METHOD.rewrite(rows, [KwdParams(classifier="c", k=case["k"])] * 3)
     assert result.argmax(1).tolist() == case["chosen"]
     p = logits.softmax(1)
@@ -70,7 +70,7 @@ def test_a_plain_computation_that_looks_ahead(has_bias: bool) -> None:
     if not has_bias:
         head = {"weight": head["weight"], "bias": torch.zeros(2)}
     batch.rows.heads = {"classifier": head if has_bias else {"weight": head["weight"]}}
-    batch.rows.ahead = lambda tokens: led_to[torch.arange(len(ks)), tokens]
+    batch.rows.lookahead = lambda tokens: led_to[torch.arange(len(ks)), tokens]
 
     def judge(row: int) -> Callable[[int], float]:
         return lambda token: float((head["weight"] @ led_to[row, token] + head["bias"]).softmax(0)[1])
@@ -78,7 +78,7 @@ def test_a_plain_computation_that_looks_ahead(has_bias: bool) -> None:
     before = batch.rows.logits.tolist()
     expected = [reference.rewrite_ahead(row, judge(r), k) for r, (row, k) in enumerate(zip(before, ks, strict=True))]
     torch.testing.assert_close(run(METHOD, batch), torch.tensor(expected), atol=1e-4, rtol=1e-5)
-    batch.rows.ahead = None
+    batch.rows.lookahead = None
     with pytest.raises(AssertionError):
         run(METHOD, batch)
 

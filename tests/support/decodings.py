@@ -97,13 +97,13 @@ class Batch:
         moved: dict[str, Any] = {}
         for field in dataclasses.fields(Rows):
             value = getattr(self.rows, field.name)
-            if isinstance(value, Tensor) and field.name != "early":
+            if isinstance(value, Tensor) and field.name != "early_exit":
                 moved[field.name] = value[index].clone()
             elif field.name in ("num_prompt", "num_generated"):
                 moved[field.name] = [value[r] for r in order]
-        if self.rows.early is not None:
-            parts = self.rows.early.split([len(layers) for layers in self.rows.early_layers])
-            moved["early"] = torch.cat([self.rows.early[:0], *(parts[r] for r in order)])
+        if self.rows.early_exit is not None:
+            parts = self.rows.early_exit.split([len(layers) for layers in self.rows.early_layers])
+            moved["early_exit"] = torch.cat([self.rows.early_exit[:0], *(parts[r] for r in order)])
             moved["early_layers"] = [self.rows.early_layers[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
         members = None if self.members is None else self.members[index].clone()
@@ -155,7 +155,7 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
     _add_needs(method, rows, random, normal)
     if "early_exit" in method.needs:
         rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
-        rows.early = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
+        rows.early_exit = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
     return Batch(rows, settings)
 
 
@@ -173,7 +173,7 @@ def _add_needs(method: LogitsRewriter[Any], rows: Rows, random: torch.Generator,
     if "hidden" in method.needs:
         rows.hidden = normal(num_rows, HIDDEN)
     if "random" in method.needs:
-        rows.uniform = torch.rand(num_rows, generator=random)
+        rows.random = torch.rand(num_rows, generator=random)
     if "temperature" in method.needs:
         rows.temperature = torch.rand(num_rows, generator=random) + 0.2
     if method.state_size:

@@ -118,8 +118,8 @@ WRITER = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from whipstaff.server.store import Store
-store = Store(Path(sys.argv[1]))
+from whipstaff.server.registry.folder import RegistryFolder
+store = RegistryFolder(Path(sys.argv[1]))
 print("ready", flush=True)
 while True:
     for number in range(5):

@@ -365,8 +365,8 @@ class Decoder:
             if self._snapshot is not None:
                 read = [step.roster.seats[index].row for index in task.seats]
                 self._snapshot.note_facts(read, given.facts)
-                if given.early is not None:
-                    self._snapshot.note_early(read, given.early_layers, given.early)
+                if given.early_exit is not None:
+                    self._snapshot.note_early(read, given.early_layers, given.early_exit)
             if given.state is not None:
                 self._keep_state(task, given)
                 self._noted.append((task, given))
@@ -392,13 +392,13 @@ class Decoder:
             given.hidden = step.hidden[rows].to(torch.float32)
         if "random" in method.needs:
             numbers = uniforms([request.seed for request in requests], positions, method.name)
-            given.uniform = sent(numbers, self._device)
+            given.random = sent(numbers, self._device)
         if "temperature" in method.needs:
             given.temperature = given.column(request.temperature for request in requests)[:, 0]
         if "early_exit" in method.needs:
             assert self.early is not None
             given.early_layers = task.early
-            given.early = self.early.logits(
+            given.early_exit = self.early.logits(
                 [
                     Stream(layer, token, method.takes_norm(setting))
                     for token, setting, layers in zip(
@@ -408,7 +408,9 @@ class Decoder:
                 ]
             )
         if "lookahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
-            given.ahead = self.look_ahead(self._view, [step.roster.seats[index].row for index in task.seats], positions)
+            given.lookahead = self.look_ahead(
+                self._view, [step.roster.seats[index].row for index in task.seats], positions
+            )
         if method.state_size:
             assert task.slots is not None
             given.state = self._state[task.slots, task.state]
