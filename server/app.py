@@ -15,13 +15,11 @@ from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
 from whipstaff.server.admission.preset_check import check
 from whipstaff.server.admission.request import PLAIN
-from whipstaff.server.api import admin
-from whipstaff.server.api import generate as routes
+from whipstaff.server.api import admin, generate
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.text import check_text
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.frontend import multi_api_server as several
-from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend import multi_api_server, openai
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
@@ -58,12 +56,12 @@ def serve_several(args: Namespace, settings: Settings) -> None:
     def layout(config: Any) -> None:
         configure(config, **_needs(settings, read_files(settings)[0].values()))
 
-    several.run(args, layout, serve_one)
+    multi_api_server.run(args, layout, serve_one)
 
 
 def serve_one(sock: Any, args: Namespace, client: dict[str, Any]) -> None:
     """One of them."""
-    several.run_one(_serve(args, args.whipstaff_settings, sock, client))
+    multi_api_server.run_one(_serve(args, args.whipstaff_settings, sock, client))
 
 
 async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[str, Any] | None = None) -> None:
@@ -71,12 +69,12 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
     files, store = read_files(settings)
     engine = launch(args, settings, files, client)
     try:
-        library = await load(engine, settings, files, store)
+        registry = await load(engine, settings, files, store)
         del files  # from here on the library alone says which vectors live
         if engine.index == 0:
-            await prove(engine, await library.current())
-            await note_proven(engine, (await library.current()).lengths.by_place)
-        app = await extend(await openai.build(engine, args), engine, library, settings)
+            await prove(engine, await registry.current())
+            await note_proven(engine, (await registry.current()).lengths.by_place)
+        app = await extend(await openai.build(engine, args), engine, registry, settings)
         stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:
         engine.shutdown()
@@ -161,9 +159,9 @@ async def load(
         looks_ahead=engine.layout.looks_ahead,
         routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
-    library = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
-    await library.start()
-    return library
+    registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
+    await registry.start()
+    return registry
 
 
 async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
@@ -179,25 +177,25 @@ async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
     return findings
 
 
-async def extend(app: FastAPI, engine: Engine, library: LiveRegistry, settings: Settings) -> FastAPI:
+async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings: Settings) -> FastAPI:
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
-    app.state.whipstaff = library
+    app.state.whipstaff = registry
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = _watch
-    ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
+    ours = {route.path for route in generate.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
-            _first(route, routes.drop_preset if route.path in _NOT_GENERATING else routes.refuse_extras)
+            _first(route, generate.drop_preset if route.path in _NOT_GENERATING else generate.refuse_extras)
             _first(route, check_text)
         elif isinstance(route, APIRoute) and route.path == "/metrics":
-            _first(route, routes.read_worker)
-    app.include_router(routes.router)
+            _first(route, generate.read_worker)
+    app.include_router(generate.router)
     app.include_router(admin.router)
     openai.admit(app, admin_key.opens)
-    openai.list_models(app, library.preset_names)
-    await library.check_presets_with(partial(check, app=app))
-    app.add_exception_handler(WhipstaffError, routes.answer_refusal)
+    openai.list_models(app, registry.preset_names)
+    await registry.check_presets_with(partial(check, app=app))
+    app.add_exception_handler(WhipstaffError, generate.answer_refusal)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
     return app
 
