@@ -38,7 +38,7 @@ class ProbeRead(NamedTuple):
     is_latched: bool
 
 
-class RowSpecial(NamedTuple):
+class ModuleEdit(NamedTuple):
     """An edit that is no program: of the expert router or of attention."""
 
     digest: str
@@ -68,7 +68,7 @@ class Insert(NamedTuple):
     num: int
 
 
-Item = Edit | ProbeRead | RowSpecial | StreamCopy | Meter
+Item = Edit | ProbeRead | ModuleEdit | StreamCopy | Meter
 EditSet = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
 _SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
@@ -97,8 +97,8 @@ class PlannedProbe:
 
 
 @dataclass(frozen=True)
-class PlannedSpecial:
-    special: RowSpecial
+class PlannedModuleEdit:
+    special: ModuleEdit
     where: Where
 
 
@@ -112,7 +112,7 @@ class SteeringPlan:
     entropy_column: int = -1  # the condition that holds entropies; -1: nobody asks for them
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
-    specials: tuple[PlannedSpecial, ...] = ()
+    specials: tuple[PlannedModuleEdit, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
 
     @property
@@ -184,7 +184,8 @@ class SteeringPlan:
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
             tuple(
-                PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
+                PlannedModuleEdit(ModuleEdit(*entry[:-1]), Where.model_validate(entry[-1]))
+                for entry in wire["specials"]
             ),
             tuple(wire["keeps"]),
         )

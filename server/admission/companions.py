@@ -14,7 +14,7 @@ from whipstaff.server.prompt.message_spans import Adapter, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedSpecial, SteeringPlan
+from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedModuleEdit, SteeringPlan
 
 
 class Scoring(NamedTuple):
@@ -211,7 +211,7 @@ def _placed(
     return plan, ids if expanded is None else expanded
 
 
-def _check_selects(planned: PlannedEdit | PlannedSpecial, num_tokens: int, path: str) -> None:
+def _check_selects(planned: PlannedEdit | PlannedModuleEdit, num_tokens: int, path: str) -> None:
     try:
         planned.where.check(num_tokens, 1 << 30)
     except SteeringError as error:
