@@ -37,8 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PositionedPlan
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
@@ -362,7 +362,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
 
-    steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), {}.__getitem__))
+    steerer = WorkerStep(2048, torch.device("cpu"), LogitsPipeline(torch.device("cpu"), 2048, (), {}.__getitem__))
     steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))

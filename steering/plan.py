@@ -97,7 +97,7 @@ class PlannedProbe:
 
 
 @dataclass(frozen=True)
-class PlannedModuleEdit:
+class PlannedSpecial:
     special: ModuleEdit
     where: Where
 
@@ -112,7 +112,7 @@ class SteeringPlan:
     entropy_column: int = -1  # the condition that holds entropies; -1: nobody asks for them
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
-    specials: tuple[PlannedModuleEdit, ...] = ()
+    specials: tuple[PlannedSpecial, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
 
     @property
@@ -184,8 +184,7 @@ class SteeringPlan:
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
             tuple(
-                PlannedModuleEdit(ModuleEdit(*entry[:-1]), Where.model_validate(entry[-1]))
-                for entry in wire["specials"]
+                PlannedSpecial(ModuleEdit(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
             ),
             tuple(wire["keeps"]),
         )

@@ -17,8 +17,8 @@ from whipstaff.steering.plan import (
     Edit,
     ModuleEdit,
     PlannedEdit,
-    PlannedModuleEdit,
     PlannedProbe,
+    PlannedSpecial,
     ProbeRead,
     SteeringPlan,
 )
@@ -65,7 +65,7 @@ class Planner:
     schedules: list[Schedule] = field(default_factory=list)
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
     bounds: list[tuple[HookPoint, Bound]] = field(default_factory=list)
-    specials: list[PlannedModuleEdit] = field(default_factory=list)
+    specials: list[PlannedSpecial] = field(default_factory=list)
 
     @property
     def plan(self) -> SteeringPlan:
@@ -95,7 +95,7 @@ class Planner:
             self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
         return range(first, len(self.edits))
 
-    def add_special(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedModuleEdit:
+    def add_special(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedSpecial:
         """Add one entry whose method is served by the router or by attention.
 
         Raises: SteeringError naming the field, pydantic.ValidationError.
@@ -109,7 +109,7 @@ class Planner:
             where = Where(prompt=[(0, len(next(iter(vector.tensors.values()))["key"]))])
         if where.tokens or (where.exclude and where.exclude.tokens):
             raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
-        self.specials.append(PlannedModuleEdit(ModuleEdit(vector.digest, settings.model_dump_json()), where))
+        self.specials.append(PlannedSpecial(ModuleEdit(vector.digest, settings.model_dump_json()), where))
         return self.specials[-1]
 
     @staticmethod

@@ -14,7 +14,7 @@ from whipstaff.server.prompt.message_spans import Adapter, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedSpecial, SteeringPlan
 
 
 class Scoring(NamedTuple):
@@ -130,7 +130,7 @@ def _check_number(found: Sequence[Coupled], prompt: Prompt, caps: Capabilities) 
 
 
 def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
-    return (entry for entry in entries if entry.mix is not None and entry.mix.num_members)
+    return (entry for entry in entries if entry.mix is not None and entry.mix.num_companions)
 
 
 def _method(entry: Decoded) -> StreamMixer[Any]:
@@ -157,7 +157,7 @@ def _checked(
     if bad := [token for token in ids if token >= caps.vocabulary]:
         raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {caps.vocabulary}", path)
     assert entry.mix is not None
-    models = frozenset(s.model for s in entry.mix.streams if s.member == number)
+    models = frozenset(s.model for s in entry.mix.streams if s.companion == number)
     own = entry.steered.get(companion.steering)
     steering = (request if own is None else own) if "" in models else Unplaced()  # only the served model is steered
     plan, expanded = _placed(steering, own is None, ids, prompt, caps, path)
@@ -211,7 +211,7 @@ def _placed(
     return plan, ids if expanded is None else expanded
 
 
-def _check_selects(planned: PlannedEdit | PlannedModuleEdit, num_tokens: int, path: str) -> None:
+def _check_selects(planned: PlannedEdit | PlannedSpecial, num_tokens: int, path: str) -> None:
     try:
         planned.where.check(num_tokens, 1 << 30)
     except SteeringError as error:

@@ -31,7 +31,7 @@ from whipstaff.steering.methods.virtual_tokens import InsertParams, PrefixKV
 from whipstaff.steering.methods.virtual_tokens import SoftPrompt as SoftPromptMethod
 from whipstaff.steering.ops import Directions
 from whipstaff.steering.overflow import MAX_GROWTH, growth
-from whipstaff.steering.plan import PlannedEdit, PlannedModuleEdit
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial
 from whipstaff.steering.planner import OWN_FIELDS, Planner, SteeringParams
 from whipstaff.steering.routing_scheme import RoutingError
 from whipstaff.steering.sites import canonical
@@ -230,7 +230,7 @@ def _check_routing(
 
 
 def _check_special(
-    vector: Vector, planned: PlannedModuleEdit, others: list[Steered], planner: Planner, caps: Capabilities
+    vector: Vector, planned: PlannedSpecial, others: list[Steered], planner: Planner, caps: Capabilities
 ) -> None:
     """Check an edit of the router or of attention against the served model. Raises: SteeringError."""
     params = vector.method.params.model_validate_json(planned.special.setting)

@@ -11,12 +11,12 @@ from whipstaff.server.prompt.message_spans import Prompt, Span
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
 from whipstaff.steering.methods.virtual_tokens import ROWS, InsertParams
-from whipstaff.steering.plan import Insert, PlannedEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import SteeringParams
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import NOWHERE, Messages
 
-Planned = TypeVar("Planned", PlannedEdit, PlannedModuleEdit)
+Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)
 
 
 @dataclass(frozen=True)

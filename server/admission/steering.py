@@ -15,7 +15,7 @@ from whipstaff.steering.dose import Dose
 from whipstaff.steering.edits import Lengths, strongest
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams
-from whipstaff.steering.plan import PlannedEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.plan import PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN
 from whipstaff.steering.vector_file import Vector
@@ -49,7 +49,7 @@ class Steered:
         """Its method's name: one of ours, or the general one for files of other methods."""
         return self.vector.method.name
 
-    def planned(self, plan: SteeringPlan) -> Sequence[PlannedEdit | PlannedModuleEdit]:
+    def planned(self, plan: SteeringPlan) -> Sequence[PlannedEdit | PlannedSpecial]:
         """What the entry became in its plan."""
         return [plan.edits[i] for i in self.edits] if self.special is None else [plan.specials[self.special]]
 
@@ -179,7 +179,7 @@ def _positions(planned: PlannedEdit, sequence: Fed) -> list[int]:
     ]
 
 
-def _overlap(planned: PlannedEdit | PlannedModuleEdit, sequence: Fed) -> int:
+def _overlap(planned: PlannedEdit | PlannedSpecial, sequence: Fed) -> int:
     """How many of a sequence's tokens an edit was meant for."""
     where, num_fed = planned.where, sequence.num_fed
     if where.token_ids:

@@ -12,7 +12,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.server import plan as plans
 
-KEY = "whipstaff"
+EXPLAIN_KEY = "whipstaff"
 _ATTRIBUTE = "whipstaff_explanations"
 
 
@@ -49,7 +49,7 @@ def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
     for outputs in by_client.values() if said else ():
         for one in outputs.outputs:
             if one.new_token_ids and one.request_id in said:
-                one.kv_transfer_params = {KEY: said[one.request_id]}
+                one.kv_transfer_params = {EXPLAIN_KEY: said[one.request_id]}
 
 
 def listen(processor: Any) -> None:
@@ -61,7 +61,7 @@ def listen(processor: Any) -> None:
             self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
         ) -> None:
             extra = request.sampling_params.extra_args if request.sampling_params else None
-            plan: Any = (extra or {}).get(plans.KEY)
+            plan: Any = (extra or {}).get(plans.PLAN_KEY)
             if getattr(plan, "explained", None) is not None:
                 self.whipstaff_plans[request.request_id] = plan
                 plan.indices[request.request_id] = request_index
@@ -69,7 +69,7 @@ def listen(processor: Any) -> None:
 
         def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
             for output in engine_core_outputs if self.whipstaff_plans else ():
-                if output.kv_transfer_params and (said := output.kv_transfer_params.pop(KEY, None)) is not None:
+                if output.kv_transfer_params and (said := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
                     output.kv_transfer_params = None
                     if (plan := self.whipstaff_plans.get(output.request_id)) is not None:
                         plan.explained(plan.indices[output.request_id], said)

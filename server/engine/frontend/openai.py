@@ -208,7 +208,7 @@ class Extras(BaseModel):
         one that our own stages apply."""
         params = self.cooled(make) if not self.is_plain and is_hot(self) else make()
         if self._placed:
-            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire(params)}
+            params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: self._placed.popleft().wire(params)}
         return params
 
     def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
@@ -417,7 +417,7 @@ def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> P
 async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None) -> list[float]:
     """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked."""
     plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), keeps=wanted) if wanted.steering else None
-    extra = {plans.KEY: plan} if plan else None
+    extra = {plans.PLAN_KEY: plan} if plan else None
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
     ids = list(wanted.ids)
     prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
@@ -658,14 +658,14 @@ def listen(args: Namespace) -> tuple[str, Any]:
 
 async def serve(
     app: FastAPI, args: Namespace, sock: Any, peer_loads: tuple[Any, int] | None = None
-) -> asyncio.Task[None]:
+) -> asyncio.MethodCall[None]:
     """Serve until told to stop; await the returned task after shutting the engine down.
 
     Args:
         peer_loads: the loads of all API servers that share the socket, and which of them is this one's.
     """
     log_config = get_uvicorn_log_config(args)
-    task: asyncio.Task[None] = await serve_http(
+    task: asyncio.MethodCall[None] = await serve_http(
         app,
         sock=sock,
         peer_loads=peer_loads,

@@ -34,7 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.occupancy import GroupUse
-from whipstaff.server.plan import KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
@@ -49,7 +49,7 @@ class Group:
         self.names: tuple[str | None, ...] = tuple(companion.request_id for companion in companions)
         self._untils = {
             companion.request_id: member.until
-            for companion, member in zip(companions, plan.members, strict=True)
+            for companion, member in zip(companions, plan.companions, strict=True)
             if member.until is not None
         }
         self._max_tokens = primary.max_tokens  # what the request asked for
@@ -92,7 +92,7 @@ class Group:
 
 def companions(primary: Request, plan: RequestPlan) -> list[Request]:
     """The requests of a plan's members. They sample nothing themselves, so nothing about sampling is theirs."""
-    return [_companion(primary, index, member, plan.plan_of(index)) for index, member in enumerate(plan.members, 1)]
+    return [_companion(primary, index, member, plan.plan_of(index)) for index, member in enumerate(plan.companions, 1)]
 
 
 def _companion(primary: Request, index: int, member: CompanionPlan, plan: RequestPlan | None) -> Request:
@@ -104,7 +104,7 @@ def _companion(primary: Request, index: int, member: CompanionPlan, plan: Reques
             max_tokens=primary.max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={KEY: plan.to_wire()} if plan else None,
+            extra_args={PLAN_KEY: plan.to_wire()} if plan else None,
         ),
         pooling_params=None,
         client_index=NOWHERE,
@@ -121,8 +121,8 @@ def _salt(primary: Request, member: CompanionPlan) -> str | None:
     salt: str | None = primary.cache_salt
     if member.steering is None or member.steering.entropy_column < 0:
         return salt
-    asked = (primary.sampling_params.extra_args or {}).get(KEY) if primary.sampling_params else None
-    said = [salt, primary.prompt_token_ids, {**(asked or {}), "ticket": ""}]
+    asked = (primary.sampling_params.extra_args or {}).get(PLAN_KEY) if primary.sampling_params else None
+    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": ""}]
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 

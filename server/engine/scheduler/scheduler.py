@@ -234,5 +234,5 @@ def _digest(placed: PositionedPlan) -> bytes:
     if steering is not None:
         said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
         if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
-            said += [placed.plan.decoding, placed.plan.members]
+            said += [placed.plan.decoding, placed.plan.companions]
     return hashlib.sha256(repr(said).encode()).digest()

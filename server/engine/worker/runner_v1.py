@@ -6,12 +6,12 @@ import numpy as np
 from torch import Tensor
 
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.engine.worker.token_copies import TokenCopies
 
 
-def attach(runner: Any, steerer: Steerer) -> None:
+def attach(runner: Any, steerer: WorkerStep) -> None:
     """Make `runner` tell `steerer` of every real step."""
     cls: Any = type(runner)
     on_cpu, copies = runner.device.type == "cpu", TokenCopies()
@@ -19,7 +19,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
     class SteeredRunner(cls):
         def _model_forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
             step = view(self, steerer)
-            copies.followers = step.followers
+            copies.companion_rows = step.companion_rows
             steerer.begin_step(step, input_ids)  # real steps only: dummy runs call the model itself
             try:
                 return super()._model_forward(input_ids, *args, **kwargs)
@@ -37,7 +37,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
                 self.input_batch.generators.update(held)
 
         def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return steerer.decoder.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
+            return steerer.pipeline.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
 
         def _sample(self, *args: Any, **kwargs: Any) -> Any:
             output = super()._sample(*args, **kwargs)
@@ -46,17 +46,17 @@ def attach(runner: Any, steerer: Steerer) -> None:
 
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
-    _watch_draws(runner.sampler, steerer.decoder)
+    _watch_draws(runner.sampler, steerer.pipeline)
 
 
-def _watch_draws(sampler: Any, decoder: Decoder) -> None:
+def _watch_draws(sampler: Any, pipeline: LogitsPipeline) -> None:
     cls: Any = type(sampler)
 
     class WatchedSampler(cls):
         whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
 
         def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            scored = decoder.scored(logits)
+            scored = pipeline.scored(logits)
             self.whipstaff_decoded = None if scored is logits else logits
             return super().forward(scored, *args, **kwargs)
 
@@ -65,16 +65,16 @@ def _watch_draws(sampler: Any, decoder: Decoder) -> None:
             return super().apply_logits_processors(decoded, *args, **kwargs)
 
         def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
-            drawn = decoder.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
+            drawn = pipeline.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
             sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
-            decoder.after_draw(drawn, sampled)
+            pipeline.after_draw(drawn, sampled)
             return sampled, log_probabilities
 
     WatchedSampler.__name__ = cls.__name__
     sampler.__class__ = WatchedSampler
 
 
-def view(runner: Any, steerer: Steerer) -> BatchView:
+def view(runner: Any, steerer: WorkerStep) -> BatchView:
     """The rows of the persistent batch, in its order."""
     if not steerer.has_plans:
         return NOBODY

@@ -6,12 +6,12 @@ import numpy as np
 from torch import Tensor
 
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.engine.worker.token_copies import TokenCopies
 
 
-def attach(runner: Any, steerer: Steerer) -> None:
+def attach(runner: Any, steerer: WorkerStep) -> None:
     """Make `runner` tell `steerer` of every real step."""
     cls: Any = type(runner)
     copies = TokenCopies()
@@ -20,7 +20,7 @@ def attach(runner: Any, steerer: Steerer) -> None:
         def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
             input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
             step = view(input_batch, steerer)
-            copies.followers = step.followers
+            copies.companion_rows = step.companion_rows
             steerer.begin_step(step, input_batch.input_ids)
             return input_batch
 
@@ -37,29 +37,29 @@ def attach(runner: Any, steerer: Steerer) -> None:
 
     SteeredRunner.__name__ = cls.__name__
     runner.__class__ = SteeredRunner
-    _watch_draws(runner.sampler, steerer.decoder)
-    _watch_prompts(runner.prompt_logprobs_worker, steerer.decoder)
+    _watch_draws(runner.sampler, steerer.pipeline)
+    _watch_prompts(runner.prompt_logprobs_worker, steerer.pipeline)
 
 
-def _watch_prompts(scorer: Any, decoder: Decoder) -> None:
+def _watch_prompts(scorer: Any, pipeline: LogitsPipeline) -> None:
     cls: Any = type(scorer)
 
     class WatchedScorer(cls):
         def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
-            return decoder.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+            return pipeline.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
 
     WatchedScorer.__name__ = cls.__name__
     scorer.__class__ = WatchedScorer
 
 
-def _watch_draws(sampler: Any, decoder: Decoder) -> None:
+def _watch_draws(sampler: Any, pipeline: LogitsPipeline) -> None:
     cls: Any = type(sampler)
 
     class WatchedSampler(cls):
         whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
 
         def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            scored = decoder.scored(logits)
+            scored = pipeline.scored(logits)
             self.whipstaff_decoded = None if scored is logits else logits
             return super().__call__(scored, *args, **kwargs)
 
@@ -68,16 +68,16 @@ def _watch_draws(sampler: Any, decoder: Decoder) -> None:
             return super().sample(decoded, *args, **kwargs)
 
         def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
-            drawn = decoder.before_draw(logits)
+            drawn = pipeline.before_draw(logits)
             sampled, processed = super()._sample_random(drawn, *args, **kwargs)
-            decoder.after_draw(drawn, sampled)
+            pipeline.after_draw(drawn, sampled)
             return sampled, processed
 
     WatchedSampler.__name__ = cls.__name__
     sampler.__class__ = WatchedSampler
 
 
-def view(input_batch: Any, steerer: Steerer) -> BatchView:
+def view(input_batch: Any, steerer: WorkerStep) -> BatchView:
     """The rows of the step's input batch, in its order."""
     if not steerer.has_plans:
         return NOBODY

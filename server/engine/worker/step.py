@@ -22,7 +22,7 @@ from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.soft_prompts import SoftRows
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.plan import PositionedPlan
 from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES
 from whipstaff.steering.plan import EditSet
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     placed: PositionedPlan
 
 
-class Steerer:
+class WorkerStep:
     """Per-step state that the model's sites read.
 
     `tokens` (max_tokens, 2 + MAX_CONDITIONS) int32, `gains` (max_tokens, MAX_SCHEDULES) float32 and `history`
@@ -65,7 +65,7 @@ class Steerer:
         self,
         max_tokens: int,
         device: torch.device,
-        decoder: Decoder,
+        pipeline: LogitsPipeline,
         num_histories: int = 0,
         max_len: int = 0,
     ) -> None:
@@ -75,7 +75,7 @@ class Steerer:
         self.history = torch.full((num_histories, max_len), torch.nan, device=device)
         self.meters = torch.zeros(0, 2, device=device)  # (places, 2): sum of lengths and number of rows measured
         self.view: BatchView | None = None
-        self.decoder = decoder
+        self.pipeline = pipeline
         self.num_steps = 0
         self.groups: Mapping[str, Sequence[str | None]] = {}  # that take a common step: see `BatchView.in_groups`
         self.tables: Tables | None = None
@@ -118,7 +118,7 @@ class Steerer:
                     self.history[rows] = torch.nan
 
     def readings_of(self, readings_id: str) -> list[dict[str, Any]]:
-        """What the sequences with that ticket have read; see `worker.whipstaff_readings`. Waits for the device."""
+        """What the sequences of that `readings_id` have read; see `worker.whipstaff_readings`. Waits for the device."""
         kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]
         kept += [self._read(name) for name in self._histories if self._requests[name].plan.readings_id == readings_id]
         return [
@@ -161,7 +161,7 @@ class Steerer:
         """Write what happens to the step's tokens."""
         self.view = view
         self.num_steps += 1
-        self.decoder.begin_step(view, input_ids)
+        self.pipeline.begin_step(view, input_ids)
         self._entropies = None
         if not view.plans and not self._was_asked:
             return
@@ -215,7 +215,7 @@ class Steerer:
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""
         self.view = None
-        self.decoder.end_forward()
+        self.pipeline.end_forward()
         if self.specials is not None:
             self.specials.end_step()
 
@@ -292,7 +292,7 @@ class Steerer:
 
     def _await_entropies(self, view: BatchView) -> None:
         found: list[tuple[int, int, int]] = []
-        drawn_for = dict(view.followers)  # companions' tokens come from the distributions of their primaries
+        drawn_for = dict(view.companion_rows)  # companions' tokens come from the distributions of their primaries
         for index, placed in view.planned():
             plan, following = (
                 placed.plan.steering,

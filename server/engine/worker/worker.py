@@ -20,9 +20,9 @@ from whipstaff.server.engine.worker.edits.sites import install_sites
 from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead
 from whipstaff.server.engine.worker.logits.model_hook import compose
-from whipstaff.server.engine.worker.logits.pipeline import Arrival, Decoder
+from whipstaff.server.engine.worker.logits.pipeline import Arrival, LogitsPipeline
 from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.tables import Tables
@@ -53,16 +53,16 @@ class SteeredWorker:
         self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
         self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
         self._heads: dict[str, dict[str, Tensor]] = {}
-        decoder = Decoder(
+        pipeline = LogitsPipeline(
             runner.device,
             config.model_config.max_model_len,
             [auxiliary.name for auxiliary in auxiliaries],
             self._head,
         )
-        self._steerer = Steerer(
+        self._steerer = WorkerStep(
             max_tokens(config),
             runner.device,
-            decoder,
+            pipeline,
             layout.num_histories,
             layout.max_len,
         )
@@ -86,7 +86,7 @@ class SteeredWorker:
         adapter = runner_v2 if _is_v2(runner) else runner_v1
         adapter.attach(runner, self._steerer)
         if layout.looks_ahead:
-            decoder.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables, adapters).after
+            pipeline.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables, adapters).after
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
@@ -99,7 +99,7 @@ class SteeredWorker:
         self._steerer.note_requests(
             scheduler_output.finished_req_ids, ((new.request_id, new.placed) for new in arrivals)
         )
-        self._steerer.decoder.note_requests(scheduler_output.finished_req_ids, arrivals)
+        self._steerer.pipeline.note_requests(scheduler_output.finished_req_ids, arrivals)
         # warm-up comes from no scheduler of ours
         self._steerer.groups = getattr(scheduler_output, "whipstaff_groups", {})
         self._slot_use, self._group_use = getattr(scheduler_output, "whipstaff_use", (self._slot_use, self._group_use))
@@ -107,7 +107,7 @@ class SteeredWorker:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        return attach(output, self._steerer.decoder.take_explanations())
+        return attach(output, self._steerer.pipeline.take_explanations())
 
     def _head(self, digest: str) -> dict[str, Tensor]:
         """The tensors of a learned head, where the model is."""
@@ -166,7 +166,7 @@ class SteeredWorker:
             "sites": [list(place) for place in self._tables.hook_points],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._steerer.soft is not None,
-            "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
+            "has_final_norm": self._steerer.pipeline.early is not None and self._steerer.pipeline.early.has_norm,
             "specials": self._steerer.specials.facts() if self._steerer.specials else {},
             "runner": "v2" if _is_v2(self.model_runner) else "v1",
         }
@@ -174,7 +174,7 @@ class SteeredWorker:
     def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
         """What the conditions of a request read: for each of its sequences, finished ones first,
         {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
-        reading that decided}; None where nothing was read. Empty when nobody has that ticket, or not any more."""
+        reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
         return self._steerer.readings_of(readings_id)
 
     def whipstaff_note_proven(self, facts: Any) -> None:
@@ -198,12 +198,12 @@ class SteeredWorker:
         steerer = self._steerer
         return {
             "steps": steerer.num_steps,
-            "auxiliary_steps_run": dict(steerer.decoder.auxiliary_steps.run),
-            "auxiliary_steps_skipped": dict(steerer.decoder.auxiliary_steps.skipped),
+            "auxiliary_steps_run": dict(steerer.pipeline.auxiliary_steps.run),
+            "auxiliary_steps_skipped": dict(steerer.pipeline.auxiliary_steps.skipped),
             "table_uploads": self._tables.num_uploads,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),
-            "requests_held": steerer.num_requests + steerer.decoder.num_requests,
+            "requests_held": steerer.num_requests + steerer.pipeline.num_requests,
             "slots_in_use": self._slot_use.num_used,
             "requests_waiting_for_slots": self._slot_use.num_waiting,
             "histories_used": steerer.num_histories_used,

@@ -16,10 +16,10 @@ from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.engine.worker.token_copies import TokenCopies
-from whipstaff.server.plan import KEY, CompanionPlan, PositionedPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
@@ -47,8 +47,8 @@ def placed(clauses: list[int], prompt_len: int) -> PositionedPlan:
     return PositionedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
 
 
-def steerer(*plans: tuple[str, PositionedPlan | None]) -> Steerer:
-    made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), {}.__getitem__))
+def steerer(*plans: tuple[str, PositionedPlan | None]) -> WorkerStep:
+    made = WorkerStep(256, torch.device("cpu"), LogitsPipeline(torch.device("cpu"), 256, (), {}.__getitem__))
     made.tables = FakeTables()  # type: ignore[assignment]
     made.note_requests([], plans)
     return made
@@ -94,22 +94,22 @@ def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
 
 def coupled(until: int | None, num_generated: int) -> BatchView:
     """Four rows: a plain one, a companion, a primary (prompt of 7) and its other companion."""
-    members = (CompanionPlan((1, 2), until=until), CompanionPlan((3,)))
-    primary = PositionedPlan(RequestPlan(members=members), 7)
+    companions = (CompanionPlan((1, 2), until=until), CompanionPlan((3,)))
+    primary = PositionedPlan(RequestPlan(companions=companions), 7)
     starts, positions = np.arange(5, dtype=np.int32), np.array([3, 2, 6, 1]) + num_generated
     return BatchView([None, None, primary, None], starts, positions, ["x", "g/1", "g", "g/2"], np.ones(4, np.bool_))
 
 
 def test_a_primary_knows_its_members_rows() -> None:
     view = coupled(4, 3).in_groups({"g": ("g/1", "g/2")})
-    assert (view.members, view.followers) == ({2: (1, 3)}, [(1, 2), (3, 2)])
+    assert (view.companions, view.companion_rows) == ({2: (1, 3)}, [(1, 2), (3, 2)])
 
 
 def test_members_leave_the_mix_at_their_time_and_the_batch_when_they_are_dropped() -> None:
     late = coupled(4, 4).in_groups({"g": ("g/1", "g/2")})
-    assert (late.members, late.followers) == ({2: (ABSENT, 3)}, [(1, 2), (3, 2)])
+    assert (late.companions, late.companion_rows) == ({2: (ABSENT, 3)}, [(1, 2), (3, 2)])
     dropped = coupled(4, 5).in_groups({"g": (None, "g/2")})
-    assert (dropped.members, dropped.followers) == ({2: (ABSENT, 3)}, [(3, 2)])
+    assert (dropped.companions, dropped.companion_rows) == ({2: (ABSENT, 3)}, [(3, 2)])
 
 
 @pytest.mark.parametrize("groups", [{}, {"g": (None, "g/2")}, {"g": ("g/1", "elsewhere")}])
@@ -124,8 +124,8 @@ def test_companions_get_the_token_of_their_primary() -> None:
     copies, sampled = TokenCopies(), torch.tensor([[5], [6], [7], [8]], dtype=torch.int32)
     copies.apply_(sampled)
     assert sampled.flatten().tolist() == [5, 6, 7, 8]
-    for followers, expected in ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
-        copies.followers = followers
+    for companion_rows, expected in ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
+        copies.companion_rows = companion_rows
         copies.apply_(sampled)
         assert sampled.flatten().tolist() == expected
 
@@ -133,8 +133,8 @@ def test_companions_get_the_token_of_their_primary() -> None:
 def test_members_travel_as_json() -> None:
     steering = SteeringPlan((PlannedEdit(Edit("v", "{}", None), CLAUSES[1]),))
     mix = Mix((Term(MAIN, 1.5), Term(Stream("expert", 2), -0.5)))
-    plan = RequestPlan(None, DecodingPlan(mix), members=(CompanionPlan((1, 2), steering, 5), CompanionPlan((3,))))
-    again = RequestPlan.from_wire({KEY: json.loads(json.dumps(plan.to_wire()))})
+    plan = RequestPlan(None, DecodingPlan(mix), companions=(CompanionPlan((1, 2), steering, 5), CompanionPlan((3,))))
+    again = RequestPlan.from_wire({PLAN_KEY: json.loads(json.dumps(plan.to_wire()))})
     assert again == plan
     assert (plan.plan_of(1), plan.plan_of(2)) == (RequestPlan(steering), RequestPlan(models=("expert",)))
 

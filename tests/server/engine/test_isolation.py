@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.conditions import Schedule
 from whipstaff.steering.plan import Edit, PlannedEdit, PlannedProbe, ProbeRead, SteeringPlan
@@ -432,8 +432,8 @@ def test_a_request_that_comes_back_keeps_what_was_read() -> None:
     """Model Runner V2 is told of a resumed request as of a new one; what it read before may stand in cached blocks."""
     latched = PlannedEdit(Edit("a", "{}", None, gate=GATES[2]), Where.of("generation"))
     placed = PositionedPlan(RequestPlan(SteeringPlan((latched,), (LATCH,))), 5)
-    steerer = Steerer(
-        8, torch.device("cpu"), Decoder(torch.device("cpu"), 16, (), {}.__getitem__), num_histories=3, max_len=16
+    steerer = WorkerStep(
+        8, torch.device("cpu"), LogitsPipeline(torch.device("cpu"), 16, (), {}.__getitem__), num_histories=3, max_len=16
     )
     steerer.note_requests((), [("one", placed)])
     steerer.history[:, 0] = 2.0

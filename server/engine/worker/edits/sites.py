@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
@@ -34,7 +34,7 @@ KINDS = Kinds(
 
 
 def install_sites(
-    model: nn.Module, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector], dtype: torch.dtype
+    model: nn.Module, layout: Layout, steerer: WorkerStep, vector_of: Callable[[str], Vector], dtype: torch.dtype
 ) -> Tables:
     """Hook the sites of `model` that the layout asks for to freshly made tables.
 
@@ -74,7 +74,7 @@ def install_sites(
     return tables
 
 
-def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, Tensor]:
+def _buffers(tables: SiteTables, steerer: WorkerStep, meter: Tensor) -> dict[str, Tensor]:
     """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
     buffers = {
         "lines": tables.lines,

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from whipstaff.server.engine.worker.batch import BatchView, Ints
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.lora import StepAdapters
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.step import WorkerStep
 
 BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 
@@ -33,7 +33,7 @@ class Lookahead:
         self,
         runner: Any,
         base: Callable[..., Tensor],
-        steerer: Steerer,
+        steerer: WorkerStep,
         block_tables: BlockTables,
         adapters: StepAdapters,
     ) -> None:

@@ -17,9 +17,9 @@ from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.edits.sites import KINDS
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.lora import StepAdapters
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.sites import final_norm
 
 _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bfloat16 (256 is its last exact step)
@@ -27,12 +27,12 @@ _NUM_TAGS = 2
 
 
 def compose(
-    base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer, hidden_size: int, adapters: StepAdapters
+    base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: WorkerStep, hidden_size: int, adapters: StepAdapters
 ) -> None:
     """Give the base model's instance a subclass of its class that decodes."""
     cls: Any = type(base)
     by_name = {auxiliary.name: auxiliary for auxiliary in auxiliaries}
-    decoder: Decoder = steerer.decoder
+    pipeline: LogitsPipeline = steerer.pipeline
 
     class Composite(cls):
         whipstaff_beside: tuple[list[str], bool] = ([], False)  # what stands beside the hidden states
@@ -46,10 +46,10 @@ def compose(
             **kwargs: Any,
         ) -> Any:
             hidden = cls.forward(self, input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            names = decoder.needed_auxiliaries() if by_name else []
+            names = pipeline.needed_auxiliaries() if by_name else []
             beside = [by_name[name].forward(_ids(input_ids), positions) for name in names]
-            is_tagged = decoder.scores_prompts
-            if not decoder.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+            is_tagged = pipeline.scores_prompts
+            if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
                 return hidden
             self.whipstaff_beside = names, is_tagged
             return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
@@ -65,10 +65,10 @@ def compose(
             }
             if logits is None:  # tensor parallel: another rank samples
                 return None
-            if decoder.awaits_logits:
-                logits = decoder.decode(logits, streams, own)
+            if pipeline.awaits_logits:
+                logits = pipeline.decode(logits, streams, own)
             elif is_tagged:
-                logits = decoder.decode_prompt(logits, streams, own, _tokens(others[-1]))
+                logits = pipeline.decode_prompt(logits, streams, own, _tokens(others[-1]))
             steerer.note_logits(logits)
             return logits
 
@@ -77,7 +77,7 @@ def compose(
     base.__class__ = Composite
     assert steerer.tables is not None
     head = partial(cls.compute_logits, base)
-    decoder.early = EarlyHead(head, final_norm(base, KINDS), steerer.tables, adapters)
+    pipeline.early = EarlyHead(head, final_norm(base, KINDS), steerer.tables, adapters)
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:

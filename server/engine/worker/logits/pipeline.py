@@ -24,9 +24,18 @@ from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.decoding.rows import Rows
 from whipstaff.decoding.sampler import apply_temperature, apply_top_k_top_p_min_p
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView, Ints
-from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, Stream
+from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, EarlyStream
 from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Explanations, Snapshot
-from whipstaff.server.engine.worker.logits.metadata import Applied, Biased, Known, Roster, Seat, Task, Tempered, sent
+from whipstaff.server.engine.worker.logits.metadata import (
+    ActiveRow,
+    Biased,
+    BoundMethod,
+    DecodingMetadata,
+    MethodCall,
+    RequestState,
+    Tempered,
+    sent,
+)
 from whipstaff.server.plan import PositionedPlan
 
 NO_TOKEN = -1
@@ -49,10 +58,10 @@ class Arrival(NamedTuple):
     bias: Mapping[int, float] = {}  # what vLLM will add to the logits of some tokens
 
 
-class Step(NamedTuple):
+class DecodingStep(NamedTuple):
     """A roster's rows in one step, and what their methods may read."""
 
-    roster: Roster
+    metadata: DecodingMetadata
     positions: Ints  # (n,) absolute, of the last token that each row follows from
     ends: Ints  # (n,) that token's number in the step
     others: Mapping[str, Tensor]  # auxiliary model -> (B, V_k) its logits
@@ -61,7 +70,7 @@ class Step(NamedTuple):
     @property
     def num_generated(self) -> Ints:
         """(n,) tokens generated before the one that follows."""
-        found: Ints = (self.positions + 1 - self.roster.num_prompt).clip(0)
+        found: Ints = (self.positions + 1 - self.metadata.num_prompt).clip(0)
         return found
 
 
@@ -73,26 +82,26 @@ class AuxiliarySteps:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-class Decoder:
+class LogitsPipeline:
     """Per-step state between a forward pass and the draw that follows it."""
 
     def __init__(self, device: torch.device, max_len: int, auxiliaries: Iterable[str], heads: Heads) -> None:
         self.auxiliary_steps = AuxiliarySteps()
         self._device, self._max_len, self._heads = device, max_len, heads
         self._auxiliaries = tuple(auxiliaries)
-        self._requests: dict[str, Known] = {}
+        self._requests: dict[str, RequestState] = {}
         self._free: list[int] = []
         self._tokens = torch.zeros(0, max_len, dtype=torch.int32, device=device)
         self._state = torch.zeros(0, 0, device=device)
         self._view = NOBODY
         self.is_in_step = False  # whether a real forward pass is under way: not profiling, warm-up or capture
-        self._seats: list[Seat] = []  # the rows that become tokens in this step
-        self._roster: Roster | None = None  # of these seats, or of those before
-        self._step: Step | None = None
+        self._active: list[ActiveRow] = []  # the rows that become tokens in this step
+        self._metadata: DecodingMetadata | None = None  # of these seats, or of those before
+        self._step: DecodingStep | None = None
         self._mixed: list[MixedRow] = []  # what `_mixer` mixes
         self._mixer = MixedRows(())
         self._is_decoded = self._is_drawn = True
-        self._noted: list[tuple[Task, Rows]] = []
+        self._noted: list[tuple[MethodCall, Rows]] = []
         self._snapshot: Snapshot | None = None
         self._explanations: Explanations | None = None
         self._undecoded: tuple[Tensor, Tensor] | None = None  # rows whose log-probabilities are the base's, and those
@@ -109,33 +118,33 @@ class Decoder:
         for request_id in finished if self._requests else ():
             known = self._requests.pop(request_id, None)
             if known is not None:
-                self._roster = None
+                self._metadata = None
                 self._free += [known.slot] if known.slot >= 0 else []
         for arrival in new:
             plan = arrival.placed.plan.decoding if arrival.placed else None
             if plan is None or arrival.placed is None:
                 continue
             if arrival.request_id not in self._requests:  # V2 says again who was preempted
-                self._requests[arrival.request_id] = self._known(plan, arrival)
+                self._requests[arrival.request_id] = self._state_of(plan, arrival)
             self._requests[arrival.request_id].num_prompt = arrival.placed.prompt_len  # see `groups` on short prompts
-            self._roster = None
+            self._metadata = None
 
-    def _known(self, plan: DecodingPlan, arrival: Arrival) -> Known:
-        applied, state_size = [], 0
+    def _state_of(self, plan: DecodingPlan, arrival: Arrival) -> RequestState:
+        bound, state_size = [], 0
         for name, setting, streams, heads, early in plan.rewrites:
             method = METHODS[name]
             assert isinstance(method, LogitsRewriter)
             own = slice(state_size, state_size := state_size + method.state_size)
             settled = setting_type(method).model_validate_json(setting)
-            applied.append(Applied(method, settled, streams, heads, early, own))
+            bound.append(BoundMethod(method, settled, streams, heads, early, own))
         seed = next(
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )
         assert arrival.placed is not None
-        known = Known(
-            plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, applied, bias=arrival.bias
+        known = RequestState(
+            plan, arrival.placed.prompt_len, seed, arrival.scores_prompt, arrival.bans, bound, bias=arrival.bias
         )
-        if state_size or any("tokens" in one.method.needs for one in applied):
+        if state_size or any("tokens" in one.method.needs for one in bound):
             known.slot = self._new_slot(state_size)
             self._state[known.slot] = torch.nan
             self._tokens[known.slot, : len(arrival.prompt)] = torch.tensor(arrival.prompt, dtype=torch.int32)
@@ -154,14 +163,14 @@ class Decoder:
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Find the rows that become tokens, and learn the tokens that this step feeds."""
-        self._view, self._seats, self._noted, self._step, self.is_in_step = view, [], [], None, True
+        self._view, self._active, self._noted, self._step, self.is_in_step = view, [], [], None, True
         self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._requests
         if self._is_decoded:
             return
         known = [(row, self._requests.get(name)) for row, name in enumerate(view.requests)]
-        here = [Seat(row, request) for row, request in known if request is not None]
-        self._seats = [seat for seat in here if view.draws[seat.row]]
+        here = [ActiveRow(row, request) for row, request in known if request is not None]
+        self._active = [row_of for row_of in here if view.draws[row_of.row]]
         if input_ids is not None:
             self._note_tokens(view, [(row, request.slot) for row, request in here if request.slot >= 0], input_ids)
 
@@ -212,28 +221,31 @@ class Decoder:
             hidden: (B, H) the served model's last hidden states.
         """
         self._is_decoded = True
-        if self._roster is None or self._roster.seats != self._seats:
-            self._roster = Roster(self._seats, self._device, EARLY_ROOM // logits.shape[1])
-        roster, view = self._roster, self._view
-        rows = np.array([seat.row for seat in self._seats], np.int64)
+        if self._metadata is None or self._metadata.active != self._active:
+            self._metadata = DecodingMetadata(self._active, self._device, EARLY_ROOM // logits.shape[1])
+        metadata, view = self._metadata, self._view
+        rows = np.array([row_of.row for row_of in self._active], np.int64)
         ends = view.starts[rows + 1].astype(np.int64) - 1
-        self._step = step = Step(roster, view.positions[rows] + ends - view.starts[rows], ends, others, hidden)
-        mixed = roster.mixed(step.num_generated, view.members)
-        if roster.explained:
+        self._step = step = DecodingStep(
+            metadata, view.positions[rows] + ends - view.starts[rows], ends, others, hidden
+        )
+        mixed = metadata.mixed(step.num_generated, view.companions)
+        if metadata.explained:
             explained = [
-                ExplainedToken(view.requests[row], row, request.plan.explain or 0) for row, request in roster.explained
+                ExplainedToken(view.requests[row], row, request.plan.explain or 0)
+                for row, request in metadata.explained
             ]
             self._snapshot = Snapshot(explained, logits)
             self._note_streams(self._snapshot, mixed, logits, others)
-        if roster.scored_base is not None:
-            self._undecoded = roster.scored_base, logits[roster.scored_base].to(torch.float32)
+        if metadata.scored_base is not None:
+            self._undecoded = metadata.scored_base, logits[metadata.scored_base].to(torch.float32)
         decoded = self._decoded(logits, step, mixed)
         if self._snapshot is not None:
             self._snapshot.note_final(decoded)
-        if decoded is not logits and roster.biased is not None:
-            _lift(decoded, logits, roster.biased)
-        if decoded is not logits and roster.banning is not None:
-            self._add_last_resorts(decoded, logits, roster.banning)
+        if decoded is not logits and metadata.biased is not None:
+            _lift(decoded, logits, metadata.biased)
+        if decoded is not logits and metadata.banning is not None:
+            self._add_last_resorts(decoded, logits, metadata.banning)
         return decoded
 
     def _add_last_resorts(self, decoded: Tensor, logits: Tensor, rows: Tensor) -> None:
@@ -247,12 +259,12 @@ class Decoder:
     def _note_streams(
         self, snapshot: Snapshot, mixed: Sequence[MixedRow], logits: Tensor, others: Mapping[str, Tensor]
     ) -> None:
-        for row, mix, members in mixed:
+        for row, mix, rows in mixed:
             for stream in mix.streams:
                 read = others[stream.model] if stream.model else logits
-                snapshot.note_stream(row, stream.label, read[members[stream.member]])
-        for row, request in self._seats:
-            for model in dict.fromkeys(model for one in request.applied for model in one.streams):
+                snapshot.note_stream(row, stream.label, read[rows[stream.companion]])
+        for row, request in self._active:
+            for model in dict.fromkeys(model for one in request.bound for model in one.streams):
                 snapshot.note_stream(row, model, others[model][row])
 
     def scored(self, logits: Tensor) -> Tensor:
@@ -272,7 +284,7 @@ class Decoder:
         view, ends = self._view, np.asarray(tokens, np.int64)
         rows = np.searchsorted(view.starts, ends, side="right") - 1
         found = [
-            (index, Seat(index, request))
+            (index, ActiveRow(index, request))
             for index, row in enumerate(rows.tolist())
             if row < len(view.requests)
             and (request := self._requests.get(view.requests[row])) is not None
@@ -282,17 +294,17 @@ class Decoder:
         index = np.array([index for index, _ in found], np.int64)
         rows, ends = rows[index], ends[index]
         positions = view.positions[rows] + ends - view.starts[rows]
-        seats = [seat for _, seat in found]
-        roster = Roster(seats, self._device, EARLY_ROOM // logits.shape[1], is_prompt=True)
-        step = Step(roster, positions, ends, others, hidden)
-        decoded = self._decoded(logits, step, roster.mixed(step.num_generated, {}))
+        active = [row_of for _, row_of in found]
+        metadata = DecodingMetadata(active, self._device, EARLY_ROOM // logits.shape[1], is_prompt=True)
+        step = DecodingStep(metadata, positions, ends, others, hidden)
+        decoded = self._decoded(logits, step, metadata.mixed(step.num_generated, {}))
         self._note_excess(decoded, step)
         return decoded
 
-    def _note_excess(self, decoded: Tensor, step: Step) -> None:
+    def _note_excess(self, decoded: Tensor, step: DecodingStep) -> None:
         """vLLM tells log-softmax of what it gets; the difference to scores is added when it has done so."""
-        mine: dict[Known, list[tuple[int, int]]] = {}
-        for (row, request), position in zip(step.roster.seats, step.positions.tolist(), strict=True):
+        mine: dict[RequestState, list[tuple[int, int]]] = {}
+        for (row, request), position in zip(step.metadata.active, step.positions.tolist(), strict=True):
             if request.tells_scores:
                 mine.setdefault(request, []).append((row, position))
         for request, cells in mine.items():
@@ -311,14 +323,14 @@ class Decoder:
                 found[name] = tensors._replace(logprobs=tensors.logprobs + excess)
         return found
 
-    def _decoded(self, logits: Tensor, step: Step, mixed: list[MixedRow]) -> Tensor:
-        tasks = step.roster.tasks("mix", "rule")
-        if not mixed and not tasks:
+    def _decoded(self, logits: Tensor, step: DecodingStep, mixed: list[MixedRow]) -> Tensor:
+        calls = step.metadata.calls("mix", "rule")
+        if not mixed and not calls:
             return logits
         if mixed != self._mixed:
             self._mixed, self._mixer = mixed, MixedRows(mixed)
         decoded = self._mixer.of(logits, step.others)
-        self._run(tasks, decoded, step)
+        self._run(calls, decoded, step)
         return decoded
 
     def before_draw(self, logits: Tensor, is_spare: bool = False) -> Tensor:
@@ -327,25 +339,25 @@ class Decoder:
         With `is_spare`, `logits` may be changed in place: nobody reads them afterwards.
         """
         step = self._step
-        if self._is_drawn or step is None or not step.roster.changes_draw:
+        if self._is_drawn or step is None or not step.metadata.changes_draw:
             return logits
-        drawn, roster = logits.to(torch.float32, copy=not is_spare), step.roster
-        self._run(roster.tasks("penalty", "temperature"), drawn, step)
-        _temper(drawn, roster.tempered[False])
-        if roster.truncated is not None:
-            rows, *how = roster.truncated
+        drawn, metadata = logits.to(torch.float32, copy=not is_spare), step.metadata
+        self._run(metadata.calls("penalty", "temperature"), drawn, step)
+        _temper(drawn, metadata.tempered[False])
+        if metadata.truncated is not None:
+            rows, *how = metadata.truncated
             drawn[rows] = apply_top_k_top_p_min_p(drawn[rows], *how)
-        self._run(roster.tasks("truncation", "late temperature"), drawn, step)
-        _temper(drawn, roster.tempered[True])
+        self._run(metadata.calls("truncation", "late temperature"), drawn, step)
+        _temper(drawn, metadata.tempered[True])
         return drawn
 
     def after_draw(self, logits: Tensor, sampled: Tensor) -> None:
         """Let methods with state learn what was drawn: (B,) from the logits that `before_draw` gave."""
         self._is_drawn = True
-        for task, given in self._noted:
-            given.logits = _taken(logits, task.rows)
-            task.method.note(given, task.settings, sampled.flatten()[task.rows].long())
-            self._keep_state(task, given)
+        for call, given in self._noted:
+            given.logits = _taken(logits, call.rows)
+            call.method.note(given, call.settings, sampled.flatten()[call.rows].long())
+            self._keep_state(call, given)
         self._noted = []
         if self._snapshot is not None:
             self._explanations, self._snapshot = self._snapshot.drawn(sampled.flatten()), None
@@ -355,39 +367,39 @@ class Decoder:
         found, self._explanations = self._explanations, None
         return found
 
-    def _run(self, tasks: Iterable[Task], logits: Tensor, step: Step) -> None:
+    def _run(self, calls: Iterable[MethodCall], logits: Tensor, step: DecodingStep) -> None:
         """Let methods change their rows, one after the other."""
-        for task in tasks:
-            given = self._given(task, logits, step)
-            rewritten = task.method.rewrite(given, task.settings)
+        for call in calls:
+            given = self._given(call, logits, step)
+            rewritten = call.method.rewrite(given, call.settings)
             if rewritten is not logits:
-                logits[task.rows] = rewritten
+                logits[call.rows] = rewritten
             if self._snapshot is not None:
-                read = [step.roster.seats[index].row for index in task.seats]
+                read = [step.metadata.active[index].row for index in call.indices]
                 self._snapshot.note_facts(read, given.facts)
                 if given.early is not None:
                     self._snapshot.note_early(read, given.early_layers, given.early)
             if given.state is not None:
-                self._keep_state(task, given)
-                self._noted.append((task, given))
+                self._keep_state(call, given)
+                self._noted.append((call, given))
 
-    def _given(self, task: Task, logits: Tensor, step: Step) -> Rows:
+    def _given(self, call: MethodCall, logits: Tensor, step: DecodingStep) -> Rows:
         """What a method may read of its rows."""
-        method, rows, positions = task.method, task.rows, step.positions[task.seats]
-        requests = [step.roster.seats[index].request for index in task.seats]
+        method, rows, positions = call.method, call.rows, step.positions[call.indices]
+        requests = [step.metadata.active[index].request for index in call.indices]
         given = Rows(
             _taken(logits, rows),
             [request.num_prompt for request in requests],
-            step.num_generated[task.seats].tolist(),
+            step.num_generated[call.indices].tolist(),
             streams={
                 name: step.others[model][rows, : logits.shape[1]]
-                for name, model in zip(method.stream_fields, task.streams, strict=True)
+                for name, model in zip(method.stream_fields, call.streams, strict=True)
             },
-            heads={name: self._heads(digest) for name, digest in zip(method.head_fields, task.heads, strict=True)},
-            is_prompt=step.roster.is_prompt,
+            heads={name: self._heads(digest) for name, digest in zip(method.head_fields, call.heads, strict=True)},
+            is_prompt=step.metadata.is_prompt,
         )
         if "tokens" in method.needs:
-            given.tokens = self._tokens_of(task, positions)
+            given.tokens = self._tokens_of(call, positions)
         if "hidden" in method.needs:
             given.hidden = step.hidden[rows].to(torch.float32)
         if "random" in method.needs:
@@ -397,31 +409,33 @@ class Decoder:
             given.temperature = given.column(request.temperature for request in requests)[:, 0]
         if "early_exit" in method.needs:
             assert self.early is not None
-            given.early_layers = task.early
+            given.early_layers = call.early
             given.early = self.early.logits(
                 [
-                    Stream(layer, token, method.takes_norm(setting))
+                    EarlyStream(layer, token, method.takes_norm(setting))
                     for token, setting, layers in zip(
-                        step.ends[task.seats].tolist(), task.settings, task.early, strict=True
+                        step.ends[call.indices].tolist(), call.settings, call.early, strict=True
                     )
                     for layer in layers
                 ]
             )
         if "lookahead" in method.needs and self.look_ahead is not None and not given.is_prompt:
-            given.ahead = self.look_ahead(self._view, [step.roster.seats[index].row for index in task.seats], positions)
+            given.ahead = self.look_ahead(
+                self._view, [step.metadata.active[index].row for index in call.indices], positions
+            )
         if method.state_size:
-            assert task.slots is not None
-            given.state = self._state[task.slots, task.state]
+            assert call.slots is not None
+            given.state = self._state[call.slots, call.state]
         return given
 
-    def _keep_state(self, task: Task, given: Rows) -> None:
+    def _keep_state(self, call: MethodCall, given: Rows) -> None:
         assert given.state is not None
-        self._state[task.slots, task.state] = given.state
+        self._state[call.slots, call.state] = given.state
 
-    def _tokens_of(self, task: Task, positions: Ints) -> Tensor:
+    def _tokens_of(self, call: MethodCall, positions: Ints) -> Tensor:
         """(R, W) int64."""
         lengths, width = sent(positions + 1, self._device), int(positions.max()) + 1
-        tokens = self._tokens[task.slots, :width].long()
+        tokens = self._tokens[call.slots, :width].long()
         return tokens.masked_fill(torch.arange(width, device=self._device) >= lengths[:, None], NO_TOKEN)
 
 
