@@ -78,6 +78,11 @@ class RequestPlan:
         )
 
 
+def plan_of(request: Any) -> RequestPlan | None:
+    """What one of vLLM's requests asks for; None for a plain one."""
+    return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
+
+
 def take_draw(params: Any, is_temperature_last: bool) -> SamplerSettings:
     """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
 

@@ -105,7 +105,7 @@ def _unmade(module: ModuleType, name: str) -> None:
 
 
 def _uninserted(module: ModuleType) -> None:
-    swap(module.SoftRows, "_pieces", lambda pieces: lambda self, view: iter(()))
+    swap(module.SoftRows, "_learned", lambda learned: lambda self, view: iter(()))
 
 
 def _headless(module: ModuleType, name: str) -> None:

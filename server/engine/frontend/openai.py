@@ -51,6 +51,7 @@ from whipstaff.server.admission.companions import Scoring
 from whipstaff.server.admission.names import ALIASES
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
+from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PlaceChat, PromptSource
@@ -640,9 +641,9 @@ async def build(engine: Engine, args: Namespace) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    app.state.openai_serving_chat.__class__ = ServingChat
-    app.state.openai_serving_completion.__class__ = ServingCompletion
-    app.state.openai_serving_models.__class__ = ServingModels
+    swap(app.state.openai_serving_chat, ServingChat)
+    swap(app.state.openai_serving_completion, ServingCompletion)
+    swap(app.state.openai_serving_models, ServingModels)
     return app
 
 
@@ -658,14 +659,14 @@ def listen(args: Namespace) -> tuple[str, Any]:
 
 async def serve(
     app: FastAPI, args: Namespace, sock: Any, peer_loads: tuple[Any, int] | None = None
-) -> asyncio.MethodCall[None]:
+) -> asyncio.Task[None]:
     """Serve until told to stop; await the returned task after shutting the engine down.
 
     Args:
         peer_loads: the loads of all API servers that share the socket, and which of them is this one's.
     """
     log_config = get_uvicorn_log_config(args)
-    task: asyncio.MethodCall[None] = await serve_http(
+    task: asyncio.Task[None] = await serve_http(
         app,
         sock=sock,
         peer_loads=peer_loads,

@@ -27,7 +27,7 @@ class VectorLeases:
         self._alive: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
         self.loaded: set[str] = set()  # digests of what the workers hold for this process
         self._order = asyncio.Lock()  # of loading and dropping
-        self._tasks: set[asyncio.MethodCall[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def read(self, path: Path, digest: str) -> Vector:
         """The vector of that digest, the same object for as long as it lives. Raises: SteeringError, OSError."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,15 @@ from whipstaff.server.plan import PositionedPlan
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
 ABSENT = -1  # the row of a member that takes no part any more
+
+
+class TokenSpan(NamedTuple):
+    """Some of one row's tokens: [first, last) of the step."""
+
+    batch_row: int
+    first: int
+    last: int
+    position: int  # of the first, absolute
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,13 @@ class BatchView:
     def planned(self) -> Iterator[tuple[int, PositionedPlan]]:
         """The rows that ask for something."""
         return ((row, plan) for row, plan in enumerate(self.plans) if plan is not None)
+
+    def tokens_at(self, row: int, start: int, end: int | None) -> TokenSpan | None:
+        """The step's tokens of a row whose positions are in [start, end); None where there are none."""
+        token, position = int(self.starts[row]), int(self.positions[row])
+        after = position + int(self.starts[row + 1]) - token
+        first, last = max(start, position), after if end is None else min(end, after)
+        return TokenSpan(row, token + first - position, token + last - position, first) if first < last else None
 
     def token_positions(self) -> npt.NDArray[np.int64]:
         """(T,) the absolute position of every token, for tests and debugging."""

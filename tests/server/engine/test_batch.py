@@ -1,4 +1,4 @@
-"""Both runner adapters give the same view of a step, and the steerer says what happens to every token."""
+"""Both runner adapters give the same view of a step, and the token table says what happens to every token."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,14 @@ import torch
 from clauses import PLANNED, valid
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import step_edits
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
-from whipstaff.server.engine.worker.step import WorkerStep
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.engine.worker.token_copies import TokenCopies
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
@@ -47,11 +48,14 @@ def placed(clauses: list[int], prompt_len: int) -> PositionedPlan:
     return PositionedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
 
 
-def steerer(*plans: tuple[str, PositionedPlan | None]) -> WorkerStep:
-    made = WorkerStep(256, torch.device("cpu"), LogitsPipeline(torch.device("cpu"), 256, (), {}.__getitem__))
-    made.tables = FakeTables()  # type: ignore[assignment]
-    made.note_requests([], plans)
+def requests_of(**plans: PositionedPlan | None) -> Requests:
+    made = Requests()
+    list(made.take(Arrival(name, plan) for name, plan in plans.items()))
     return made
+
+
+def edits_of(requests: Requests, **sizes: int) -> StepEdits:
+    return step_edits(requests, FakeTables(), **sizes)
 
 
 @given(planned=st.lists(PLANNED, max_size=4), prompt_len=st.integers(1, 14))
@@ -66,7 +70,7 @@ def test_a_placed_plan_knows_its_rows_and_where_they_begin(planned: list[Any], p
 def test_both_adapters_give_the_same_view() -> None:
     """Three rows: a plain one, a chunk of a steered prompt, and a steered decode, in longer buffers."""
     plans = {"plain": None, "prefill": placed([1], 50), "decode": placed([0], 7)}
-    made = steerer(*plans.items())
+    step: Any = SimpleNamespace(requests=requests_of(**plans), groups={})
     starts, positions = np.array([0, 1, 21, 22, 99, 99], np.int32), np.array([12, 30, 9, 77], np.int32)
     v1 = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=list(plans), num_reqs=3, num_computed_tokens_cpu=positions),
@@ -80,7 +84,7 @@ def test_both_adapters_give_the_same_view() -> None:
         num_computed_tokens_np=positions,
         prefill_len_np=np.array([12, 50, 11, 99]),
     )
-    for view in (runner_v1.view(v1, made), runner_v2.view(v2, made)):
+    for view in (runner_v1.view(v1, step), runner_v2.view(v2, step)):
         assert list(view.plans) == list(plans.values())
         assert view.token_positions().tolist() == [12, *range(30, 50), 9]
         assert [plan.prompt_len for _, plan in view.planned()] == [50, 7]
@@ -88,8 +92,8 @@ def test_both_adapters_give_the_same_view() -> None:
 
 
 def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
-    made = steerer(("plain", None))
-    assert runner_v1.view(None, made) is runner_v2.view(None, made) is NOBODY
+    step: Any = SimpleNamespace(requests=requests_of(plain=None), groups={})
+    assert runner_v1.view(None, step) is runner_v2.view(None, step) is NOBODY
 
 
 def coupled(until: int | None, num_generated: int) -> BatchView:
@@ -148,13 +152,16 @@ REQUESTS = st.lists(
 @given(steps=st.lists(REQUESTS, min_size=1, max_size=4))
 def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]) -> None:
     """Several steps in a row, so that what one step leaves behind would show in the next."""
-    made = steerer()
+    known = Requests()
+    made = edits_of(known)
     for requests in steps:
         plans = [placed(clauses, prompt_len) if clauses else None for clauses, prompt_len, _, _ in requests]
         lengths = [length for *_, length in requests]
         starts = np.cumsum([0, *lengths]).astype(np.int32)
         view = BatchView(plans, starts, np.array([position for _, _, position, _ in requests], np.int32))
-        made.begin_step(replace(view, requests=[str(index) for index in range(len(plans))]), None)
+        names = [str(index) for index in range(len(plans))]
+        list(known.take(map(Arrival, names, plans)))
+        made.begin_step(replace(view, requests=names), None)
         expected = []
         for plan, (_, _, position, length) in zip(plans, requests, strict=True):
             for p in range(position, position + length):
@@ -163,5 +170,5 @@ def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]
                     if plan
                     else []
                 )
-                expected.append(made.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[union-attr]
-        assert made.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))
+                expected.append(made.sites.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[attr-defined]
+        assert made.token_table.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))

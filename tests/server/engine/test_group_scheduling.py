@@ -126,7 +126,7 @@ class Worker:
         names = list(output.num_scheduled_tokens)
         assert set(names) == set(computed)
         sampled: list[list[int]] = []
-        steps = getattr(output, "whipstaff_groups", {})
+        steps = output.whipstaff_notes.groups
         together = {name for primary, others in steps.items() for name in (primary, *others) if name}
         for name in names:
             end = computed[name] + output.num_scheduled_tokens[name]
@@ -275,7 +275,7 @@ class Traffic:
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not s.requests and not s.running and not s.waiting and not s._held
         assert not s._groups and not s._group_of and not s._ended and not s._placed
-        assert s._slots_in_use == 0 and not s._rows_in_use
+        assert s._slots.num_used == 0 and not s._slots._rows
         assert s.group_use().num_half_scheduled == 0
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]

@@ -79,7 +79,8 @@ class MethodCall(NamedTuple):
     streams: tuple[str, ...]
     heads: tuple[str, ...]
     state: slice
-    indices: list[int]  # of the active rows
+    active: list[ActiveRow]
+    indices: list[int]  # of these rows among all that are active
     rows: Tensor  # (n,) int64 of the logits
     slots: Tensor | None  # (n,) int64; None where the requests need none
     settings: list[BaseModel]
@@ -164,15 +165,17 @@ class DecodingMetadata:
 
     def _call(self, users: Sequence[tuple[int, BoundMethod]]) -> MethodCall:
         indices, bound = [index for index, _ in users], [one for _, one in users]
-        slots = [self.active[index].request.slot for index in indices]
+        active = [self.active[index] for index in indices]
+        slots = [request.slot for _, request in active]
         method, _, streams, heads, _, state = bound[0]
         return MethodCall(
             method,
             streams,
             heads,
             state,
+            active,
             indices,
-            self._sent([self.active[index].row for index in indices]),
+            self._sent([row for row, _ in active]),
             self._sent(slots) if slots[0] >= 0 else None,
             [one.setting for one in bound],
             [one.early for one in bound],
