@@ -33,7 +33,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
-from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 
 SCALE = 1.5
 NEGATIVES = {"short": 4, "long": 128}  # tokens
@@ -80,7 +80,9 @@ async def answer(engine: Engine, ids: list[int], negative: list[int] | None) -> 
     if negative is not None:
         mix = Cfg().mix(CfgParams(guidance_scale=SCALE))
         extra = {
-            KEY: PlanDict(RequestPlan(None, DecodingPlan(mix), members=(CompanionPlan(tuple(negative)),)).to_wire())
+            PLAN_KEY: PlanDict(
+                RequestPlan(None, DecodingPlan(mix), companions=(CompanionPlan(tuple(negative)),)).to_wire()
+            )
         }
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
     async for _ in engine.generate({"prompt_token_ids": ids}, params, str(uuid4())):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
 
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
-from whipstaff.server.plan import KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, RequestPlan
 
 PROMPT_LEN, MAX_TOKENS = 32, 48
 VOCABULARY, HIDDEN, LAYERS = 16384, 512, 16  # a vocabulary as large beside the blocks as in models that people serve
@@ -45,7 +45,7 @@ async def throughput(
             max_tokens=MAX_TOKENS,
             ignore_eos=True,
             detokenize=False,
-            extra_args=None if wire is None else {KEY: PlanDict(wire)},
+            extra_args=None if wire is None else {PLAN_KEY: PlanDict(wire)},
         )
         async with gate:
             async for _ in engine.generate(prompt, params, str(uuid4())):

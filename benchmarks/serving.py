@@ -31,14 +31,19 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.edits.histories import Histories
+from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
+from whipstaff.server.engine.worker.edits.sites import Sites
+from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.edits.token_table import TokenTable
+from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.plan import PositionedPlan
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
@@ -362,8 +367,11 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
 
-    steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), {}.__getitem__))
-    steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+    cpu, vector_of, requests = torch.device("cpu"), {vector.digest: vector}.__getitem__, Requests()
+    table, histories = TokenTable(2048, cpu), Histories(requests, 0, 0, cpu)
+    tables = Tables(specs, MAX_SEQS, LAYERS, cpu, vector_of)
+    no_modules = ModuleEdits(nn.Module(), 2048, cpu, vector_of, 0, edits_router=False, edits_attention=False)
+    edits = StepEdits(requests, table, histories, Sites(tables, torch.zeros(0, 2)), no_modules, NoSoftRows())
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))
 
@@ -372,16 +380,17 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
 
     starts, positions = np.arange(MAX_SEQS + 1, dtype=np.int32), np.full(MAX_SEQS, PROMPT_LEN, dtype=np.int32)
     names = [str(index) for index in range(MAX_SEQS)]
+    list(requests.take(map(Arrival, names, plans)))
 
     def begin() -> None:
-        steerer.begin_step(BatchView(plans[:MAX_SEQS], starts, positions, names), None)
+        edits.begin_step(BatchView(plans[:MAX_SEQS], starts, positions, names), None)
 
     x = torch.randn(MAX_SEQS, HIDDEN)
     sites = [tables.at(place) for place in tables.hook_points]
 
     def edit() -> None:
         for site in sites:
-            run_edits_(x, site.lines, site.code, site.args, steerer.tokens, steerer.gains, steerer.history)
+            run_edits_(x, site.lines, site.code, site.args, table.tokens, table.gains, histories.values)
 
     found = {
         "admission_ms": median_ms(lambda: admit(3), num),
@@ -391,7 +400,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     begin()
     found |= {f"step_host_ms_{MAX_SEQS}_rows": median_ms(begin, num)}
     found |= {f"step_edits_ms_{len(specs)}_sites_{MAX_SEQS}_tokens": median_ms(edit, num)}
-    steerer.tokens.fill_(-1)
+    table.tokens.fill_(-1)
     return found | {f"step_edits_ms_{len(specs)}_sites_nobody": median_ms(edit, num)}
 
 

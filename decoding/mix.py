@@ -17,12 +17,12 @@ class Stream(NamedTuple):
     """Where a row of logits comes from: a model, and which of the request's coupled sequences it reads."""
 
     model: str = ""  # an auxiliary model; "" is the served model
-    member: int = 0  # 0 is the request's own sequence
+    companion: int = 0  # 0 is the request's own sequence
 
     @property
     def label(self) -> str:
         """As explanations call it: base, an auxiliary model's name, or either with a sequence's number."""
-        return f"{self.model or 'base'}[{self.member}]" if self.member else self.model or "base"
+        return f"{self.model or 'base'}[{self.companion}]" if self.companion else self.model or "base"
 
 
 MAIN = Stream()
@@ -86,9 +86,9 @@ class Mix(NamedTuple):
         return sorted({term.stream.model for term in self.terms if term.stream.model})
 
     @property
-    def num_members(self) -> int:
+    def num_companions(self) -> int:
         """How many coupled sequences it reads beside the request's own."""
-        return max(term.stream.member for term in self.terms)
+        return max(term.stream.companion for term in self.terms)
 
     @property
     def streams(self) -> list[Stream]:
@@ -120,30 +120,30 @@ class Mix(NamedTuple):
     @staticmethod
     def from_wire(wire: Sequence[Any]) -> "Mix":
         terms, is_probability, window = wire
-        made = tuple(Term(Stream(model, member), *rest) for model, member, *rest in terms)
+        made = tuple(Term(Stream(model, companion), *rest) for model, companion, *rest in terms)
         return Mix(made, is_probability, Window(*window))
 
 
 def added(mixes: Sequence[Mix]) -> Mix | None:
     """Several sums as one, each with coupled sequences of its own, in order; None for none."""
-    main, num_members = 1.0, 0
+    main, num_companions = 1.0, 0
     weights: dict[Stream, float] = {}
     for mix in mixes:
         main += mix.terms[0].weight - 1
         for term in mix.terms[1:]:
-            model, member = term.stream
-            stream = Stream(model, member + num_members if member else 0)
+            model, companion = term.stream
+            stream = Stream(model, companion + num_companions if companion else 0)
             weights[stream] = weights.get(stream, 0.0) + term.weight
-        num_members += mix.num_members
+        num_companions += mix.num_companions
     return Mix((Term(MAIN, main), *(Term(stream, weight) for stream, weight in weights.items()))) if mixes else None
 
 
 class MixedRow(NamedTuple):
-    """A row that is mixed: its mix, and which rows its members are, its own first."""
+    """A row that is mixed: its mix, and which rows its sequences are, its own first."""
 
     row: int
     mix: Mix
-    members: Sequence[int]
+    rows: Sequence[int]
 
 
 class _Slot(NamedTuple):
@@ -158,7 +158,7 @@ class MixedRows:
     rows are to be mixed in the same way."""
 
     def __init__(self, mixed: Iterable[MixedRow]) -> None:
-        """No row that is mixed is a member of another."""
+        """No row that is mixed is a companion's."""
         asked = [one for one in mixed if not one.mix.is_off]
         self._averaged = [one for one in asked if one.mix.is_probability]
         self._concerned = [one for one in asked if not one.mix.is_probability]
@@ -208,23 +208,23 @@ def mix_rows(logits: Tensor, others: Mapping[str, Tensor], mixed: Iterable[Mixed
 def _slots(concerned: Sequence[MixedRow]) -> list[_Slot]:
     """As few columns as hold every row's terms; the first holds the rows' own main stream."""
     slots = [_Slot("", {})]
-    for row, mix, members in concerned:
+    for row, mix, rows in concerned:
         for index, term in enumerate(mix.terms):
-            model, member = term.stream
+            model, companion = term.stream
             fits = (slot for slot in slots if slot.model == model and row not in slot.terms)
             slot = slots[0] if index == 0 else next(fits, None)
             if slot is None:
                 slots.append(slot := _Slot(model, {}))
-            slot.terms[row] = members[member], term
+            slot.terms[row] = rows[companion], term
     return sorted(slots, key=lambda slot: bool(slot.model))  # masks are of the first pass, and look at the served model
 
 
 def _averaged(one: MixedRow, logits: Tensor, others: Mapping[str, Tensor]) -> Tensor:
     """(V,) of one row: a mixture of distributions. Tokens that some stream lacks have no probability there."""
     total = torch.full_like(logits[one.row], -torch.inf, dtype=torch.float32)
-    for (model, member), weight, _, temperature, *_ in one.mix.terms:
+    for (model, companion), weight, _, temperature, *_ in one.mix.terms:
         if weight:
-            row = (others[model] if model else logits)[one.members[member], : len(total)].to(torch.float32)
+            row = (others[model] if model else logits)[one.rows[companion], : len(total)].to(torch.float32)
             log_p = (row / temperature).log_softmax(-1) + math.log(weight)
             total[: len(row)] = torch.logaddexp(total[: len(row)], log_p)
     return total.masked_fill(logits[one.row] == -torch.inf, -torch.inf)

@@ -8,13 +8,13 @@ from typing import Any
 from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
 from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
 
-KEY = "whipstaff"
+PLAN_KEY = "whipstaff"
 STEPS_AHEAD = 2  # a member that is not needed any more may have been given as many tokens more
 
 
 @dataclass(frozen=True)
 class CompanionPlan:
-    """A further sequence of a request, that emits the tokens which the request emits; see `groups`."""
+    """A further sequence of a request: it emits the tokens which the request emits; see `groups`."""
 
     prompt: tuple[int, ...]
     steering: SteeringPlan | None = None
@@ -40,19 +40,19 @@ class RequestPlan:
     steering: SteeringPlan | None = None
     decoding: DecodingPlan | None = None
     readings_id: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
-    members: tuple[CompanionPlan, ...] = ()  # further sequences that emit the same tokens
+    companions: tuple[CompanionPlan, ...] = ()  # further sequences that emit the same tokens
     models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
 
     @cached_property
     def untils(self) -> tuple[int | None, ...]:
         """Of each member, the generated tokens after which it is not needed any more."""
-        return tuple(member.until for member in self.members)
+        return tuple(companion.until for companion in self.companions)
 
     def plan_of(self, index: int) -> "RequestPlan | None":
         """What a member needs for itself; 1 is the first. None if nothing."""
         terms = self.decoding.mix.terms if self.decoding and self.decoding.mix else ()
-        models = {term.stream.model for term in terms if term.stream.member == index and term.stream.model}
-        steering = self.members[index - 1].steering
+        models = {term.stream.model for term in terms if term.stream.companion == index and term.stream.model}
+        steering = self.companions[index - 1].steering
         return RequestPlan(steering, models=tuple(sorted(models))) if steering or models else None
 
     def to_wire(self) -> dict[str, Any]:
@@ -60,22 +60,27 @@ class RequestPlan:
             "steering": self.steering.to_wire() if self.steering else None,
             "decoding": self.decoding.to_wire() if self.decoding else None,
             "readings_id": self.readings_id,
-            "members": [member.to_wire() for member in self.members],
+            "companions": [companion.to_wire() for companion in self.companions],
             "models": list(self.models),
         }
 
     @staticmethod
     def from_wire(extra_args: Mapping[str, Any] | None) -> "RequestPlan | None":
-        wire = (extra_args or {}).get(KEY)
+        wire = (extra_args or {}).get(PLAN_KEY)
         if wire is None:
             return None
         return RequestPlan(
             SteeringPlan.from_wire(wire["steering"]) if wire["steering"] else None,
             DecodingPlan.from_wire(wire["decoding"]) if wire["decoding"] else None,
             str(wire["readings_id"]),
-            tuple(map(CompanionPlan.from_wire, wire["members"])),
+            tuple(map(CompanionPlan.from_wire, wire["companions"])),
             tuple(wire["models"]),
         )
+
+
+def plan_of(request: Any) -> RequestPlan | None:
+    """What one of vLLM's requests asks for; None for a plain one."""
+    return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
 
 
 def take_draw(params: Any, is_temperature_last: bool) -> SamplerSettings:

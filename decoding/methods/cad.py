@@ -43,7 +43,7 @@ class Cad(StreamMixer[CadParams]):
         if (params.context is None) == (params.prompt_without is None):
             raise DecodingError("say which text of the prompt is context, or the prompt without it", "context")
         aware = Term(MAIN, 1 + params.alpha, top_p=params.top_p)
-        prior = Term(Stream(member=1), -params.alpha, top_p=params.top_p_without)
+        prior = Term(Stream(companion=1), -params.alpha, top_p=params.top_p_without)
         return Mix((aware, prior) if params.alpha else (aware,), window=params.window)
 
     def companions(self, params: CadParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:

@@ -47,7 +47,7 @@ class Cfg(StreamMixer[CfgParams]):
         gamma = params.guidance_scale
         if gamma == 1:
             return Mix((Term(MAIN, 1.0),))
-        return Mix((Term(MAIN, gamma, True), Term(Stream(member=1), 1 - gamma, True)), window=params.window)
+        return Mix((Term(MAIN, gamma, True), Term(Stream(companion=1), 1 - gamma, True)), window=params.window)
 
     def companions(self, params: CfgParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         if params.guidance_scale == 1:

@@ -36,7 +36,7 @@ class Instructive(StreamMixer[InstructiveParams]):
     def mix(self, params: InstructiveParams) -> Mix:
         if params.epsilon == 0:
             return Mix((Term(MAIN, 1.0),))
-        return Mix((Term(MAIN, 1.0), Term(Stream(member=1), -params.epsilon)), window=params.window)
+        return Mix((Term(MAIN, 1.0), Term(Stream(companion=1), -params.epsilon)), window=params.window)
 
     def companions(self, params: InstructiveParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         if params.epsilon == 0:

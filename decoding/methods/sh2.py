@@ -55,7 +55,7 @@ class Sh2(StreamMixer[Sh2Params]):
     def mix(self, params: Sh2Params) -> Mix:
         if params.template is not None and "{keys}" not in params.template:
             raise DecodingError("a template says where the {keys} stand", "template")
-        hesitant = Term(Stream(member=1), 1 + params.alpha, True, alpha=params.relative_top)
+        hesitant = Term(Stream(companion=1), 1 + params.alpha, True, alpha=params.relative_top)
         return Mix((Term(MAIN, -params.alpha, True), hesitant), window=params.window)
 
     def scored(self, params: Sh2Params, source: Source) -> Sequence[int]:

@@ -78,7 +78,7 @@ class Streams(StreamMixer[StreamsParams]):
         if is_probability:
             _check_distributions(params)
         base = Term(MAIN, params.base_weight, is_log, alpha=params.alpha, top_p=params.top_p)
-        terms, num_members = [base], 0
+        terms, num_companions = [base], 0
         for number, stream in enumerate(params.streams):
             if not stream.is_sequence and stream.model is None:
                 raise DecodingError(
@@ -87,8 +87,8 @@ class Streams(StreamMixer[StreamsParams]):
                 )
             if stream.model is not None and stream.steering:
                 raise DecodingError("an auxiliary model is not steered", f"streams[{number}].steering")
-            num_members += stream.is_sequence
-            where = Stream(stream.model or "", num_members if stream.is_sequence else 0)
+            num_companions += stream.is_sequence
+            where = Stream(stream.model or "", num_companions if stream.is_sequence else 0)
             terms.append(Term(where, stream.weight, is_log, stream.temperature))
         return Mix(tuple(terms), is_probability, params.window)
 

@@ -130,7 +130,7 @@ def _check_number(found: Sequence[Coupled], prompt: Prompt, caps: Capabilities) 
 
 
 def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
-    return (entry for entry in entries if entry.mix is not None and entry.mix.num_members)
+    return (entry for entry in entries if entry.mix is not None and entry.mix.num_companions)
 
 
 def _method(entry: Decoded) -> StreamMixer[Any]:
@@ -157,7 +157,7 @@ def _checked(
     if bad := [token for token in ids if token >= caps.vocabulary]:
         raise BadRequest(f"token {bad[0]} is not in the vocabulary, which has {caps.vocabulary}", path)
     assert entry.mix is not None
-    models = frozenset(s.model for s in entry.mix.streams if s.member == number)
+    models = frozenset(s.model for s in entry.mix.streams if s.companion == number)
     own = entry.steered.get(companion.steering)
     steering = (request if own is None else own) if "" in models else Unplaced()  # only the served model is steered
     plan, expanded = _placed(steering, own is None, ids, prompt, caps, path)

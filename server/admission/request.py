@@ -171,7 +171,7 @@ class Compiled:
     @property
     def _silent_on_prompts(self) -> Decoded | None:
         """The method that says nothing of a prompt's tokens; None where there is none, or nobody asks it."""
-        silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_members))
+        silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_companions))
         return next(silent, None) if self.logprobs_source == "final" else None
 
     def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
@@ -220,7 +220,7 @@ class Compiled:
             self._note_idle()
             self.said_of_sequences += [sequence.said() for sequence in self.coupled]
             members = tuple(sequence.member for sequence in self.coupled)
-            self.plan = replace(self.plan, decoding=self.decoding_plan(entries), members=members)
+            self.plan = replace(self.plan, decoding=self.decoding_plan(entries), companions=members)
         if self.plan.steering is None:
             return None
         shared_parts = self.shared_parts
@@ -249,9 +249,11 @@ class Compiled:
         labels = [one.name if names.count(one.name) == 1 else one.path for one in self.coupled]
         mix = self.plan.decoding.mix if self.plan.decoding else None
         return {
-            stream.label: f"{stream.model}[{labels[stream.member - 1]}]" if stream.model else labels[stream.member - 1]
+            stream.label: f"{stream.model}[{labels[stream.companion - 1]}]"
+            if stream.model
+            else labels[stream.companion - 1]
             for stream in (mix.streams if mix and labels else ())
-            if stream.member
+            if stream.companion
         }
 
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:

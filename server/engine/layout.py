@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import CORE
 
-KEY = "whipstaff"
+LAYOUT_KEY = "whipstaff"
 
 
 class AuxiliarySpec(BaseModel):
@@ -47,8 +47,8 @@ class Layout(BaseModel):
         return {spec.name: spec.max_len for spec in self.auxiliaries}
 
     def to_config(self) -> dict[str, Any]:
-        return {KEY: self.model_dump(mode="json")}
+        return {LAYOUT_KEY: self.model_dump(mode="json")}
 
     @staticmethod
     def from_config(additional_config: Any) -> "Layout":
-        return Layout.model_validate(additional_config[KEY])
+        return Layout.model_validate(additional_config[LAYOUT_KEY])

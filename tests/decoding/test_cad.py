@@ -48,7 +48,7 @@ def test_nuclei_without_a_common_token_choose_as_the_authors_scores_do() -> None
 def test_a_nucleus_of_the_prompt_alone() -> None:
     """alpha 0 leaves the other prompt out, with its nucleus."""
     params = CadParams(alpha=0.0, context="any", top_p=0.5, top_p_without=0.1)
-    assert METHOD.mix(params).num_members == 0
+    assert METHOD.mix(params).num_companions == 0
     row = torch.tensor([[3.0, 2.99, 0.0, -1.0]])
     assert mixed(params, row, -row).tolist() == [[3.0, pytest.approx(2.99), -torch.inf, -torch.inf]]
 

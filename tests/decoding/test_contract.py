@@ -129,7 +129,7 @@ def test_it_makes_the_sequences_that_its_mix_reads(name: str) -> None:
         mix, source = method.mix(params), StubSource()
         scores = [-1.0 * index for index in range(len(method.scored(params, source)) - 1)]
         made = method.companions(params, source, scores)
-        assert len(made) == mix.num_members <= MEMBERS
+        assert len(made) == mix.num_companions <= MEMBERS
         assert all(
             one.prompt and one.param.partition(".")[0].partition("[")[0] in method.params.model_fields for one in made
         )
@@ -250,7 +250,7 @@ def test_it_reads_what_it_says(name: str) -> None:
     if isinstance(method, LogitsRewriter):
         for need in method.needs - {"lookahead"}:  # which heads of some kinds read: see test_kwd
             batch = batch_of(name)
-            setattr(batch.rows, need, None)
+            setattr(batch.rows, {"random": "uniform", "early_exit": "early"}.get(need, need), None)
             with pytest.raises(AssertionError):
                 run(method, batch)
 

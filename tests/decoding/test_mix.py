@@ -160,7 +160,7 @@ def test_sums_add_up_each_with_members_of_its_own() -> None:
     aware = Mix((Term(MAIN, 1.5), Term(Stream("", 1), -0.5)))
     tuned = Mix((Term(MAIN, 1.0), Term(Stream("a", 1), 1.0), Term(Stream("a"), -1.0)))
     both = added([aware, tuned, aware])
-    assert both is not None and both.num_members == 3
+    assert both is not None and both.num_companions == 3
     assert both.terms == (
         Term(MAIN, 2.0),
         Term(Stream("", 1), -0.5),
@@ -206,7 +206,7 @@ def test_fading_distributions_stay_distributions() -> None:
 
 def test_what_a_mix_says_of_itself() -> None:
     mix = Mix((Term(MAIN, 1.0, alpha=0.1), Term(Stream("b", 2), 1.0), Term(Stream("a"), 1.0)))
-    assert mix.models == ["a", "b"] and mix.num_members == 2
+    assert mix.models == ["a", "b"] and mix.num_companions == 2
     assert not mix.is_sum and not mix.is_off
     assert Mix.of({"a": 0.0}).is_off and not Mix.of({"a": 1.0}).is_off
 

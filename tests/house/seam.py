@@ -153,13 +153,14 @@ class Seam:
         }
 
     def classes(self) -> Iterator[tuple[str, ast.ClassDef]]:
-        """Classes that are laid over vLLM's: named so in LAID_OVER, or with a base of vLLM's or one called `cls`."""
+        """Classes that are laid over vLLM's: named so in LAID_OVER, or with a base of vLLM's, or one that stands
+        for such a class where it is laid over an instance: `Swapped` (see `patch.py`) or `cls`."""
         for module, tree in self._trees.items():
-            ours = {alias.asname or alias.name for node in ast.walk(tree) for alias in _from_vllm(node)} | {"cls"}
+            ours = {alias.asname or alias.name for node in ast.walk(tree) for alias in _from_vllm(node)}
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef):
                     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-                    if bases & ours or f"{module}.{node.name}" in LAID_OVER:
+                    if bases & {*ours, "Swapped", "cls"} or f"{module}.{node.name}" in LAID_OVER:
                         yield f"{module}.{node.name}", node
 
     def overridden(self, vllm: Sources) -> set[str]:

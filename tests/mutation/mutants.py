@@ -73,11 +73,11 @@ def _steering(name: str) -> dict[str, Patch]:
     if name == "probe":
         further = {"steering.tables": _unread}
     elif name == "soft_prompt":
-        further = {"server.engine.soft": _uninserted}
+        further = {"server.engine.worker.edits.soft_prompts": _uninserted}
     return {
         "steering.methods": off,
-        "server.engine.specials": lambda module: _unmade(module, name),
-        "server.engine.worker": lambda module: _headless(module, name),
+        "server.engine.worker.edits.module_edits": lambda module: _unmade(module, name),
+        "server.engine.worker.worker": lambda module: _headless(module, name),
         **further,
     }
 
@@ -101,11 +101,11 @@ def _unmade(module: ModuleType, name: str) -> None:
 
         return made
 
-    swap(module.Specials, "_make", skipping)
+    swap(module.ModuleEdits, "_make", skipping)
 
 
 def _uninserted(module: ModuleType) -> None:
-    swap(module.SoftRows, "_pieces", lambda pieces: lambda self, view: iter(()))
+    swap(module.SoftRows, "_learned", lambda learned: lambda self, view: iter(()))
 
 
 def _headless(module: ModuleType, name: str) -> None:
@@ -142,24 +142,28 @@ def _weightless(mix: Any) -> Any:
 
 
 def _stage(name: str) -> dict[str, Patch]:
-    def roster(module: ModuleType) -> None:
+    def metadata(module: ModuleType) -> None:
         if name == "mix":
-            swap(module.Roster, "mixed", lambda mixed: lambda self, *args: [])
-        swap(module.Roster, "tasks", lambda tasks: lambda self, *turns: tasks(self, *(t for t in turns if t != name)))
+            swap(module.DecodingMetadata, "mixed", lambda mixed: lambda self, *args: [])
+        swap(
+            module.DecodingMetadata,
+            "calls",
+            lambda calls: lambda self, *turns: calls(self, *(t for t in turns if t != name)),
+        )
 
-    def decoder(module: ModuleType) -> None:
+    def pipeline(module: ModuleType) -> None:
         if name == "own temperature":
             swap(module, "_temper", lambda apply_temperature: lambda *args: None)
         elif name == "own truncation":
-            swap(module, "truncate", lambda apply_top_k_top_p_min_p: lambda logits, *args: logits)
+            swap(module, "apply_top_k_top_p_min_p", lambda apply_top_k_top_p_min_p: lambda logits, *args: logits)
 
-    return {"server.engine.roster": roster, "server.engine.decoder": decoder}
+    return {"server.engine.worker.logits.metadata": metadata, "server.engine.worker.logits.pipeline": pipeline}
 
 
 def _site(name: str) -> dict[str, Patch]:
     def specials(module: ModuleType) -> None:
         if name == "attention":
-            swap(module.Specials, "_make", lambda make: lambda self, *args: ())
+            swap(module.ModuleEdits, "_make", lambda make: lambda self, *args: ())
         elif name == "router":
             swap(module, "routing_of", lambda routing_of: lambda *args: {})
 
@@ -169,4 +173,4 @@ def _site(name: str) -> dict[str, Patch]:
 
         swap(module, "_run", skipping)
 
-    return {"server.engine.sites": sites, "server.engine.specials": specials}
+    return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": specials}

@@ -122,7 +122,7 @@ def run(method: Method[Any], batch: Batch) -> Tensor:
 def _mixed(mixes: Sequence[Mix], batch: Batch) -> Tensor:
     """Members are rows of the batch behind the others; what auxiliary models say of them is what they say of all."""
     rows, num = batch.rows, len(mixes)
-    if not any(mix.num_members for mix in mixes):
+    if not any(mix.num_companions for mix in mixes):
         return mix_rows(rows.logits, rows.streams, [MixedRow(r, mix, [r]) for r, mix in enumerate(mixes)])
     assert batch.members is not None
     logits = torch.cat([rows.logits, batch.members.flatten(0, 1)])

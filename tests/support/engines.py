@@ -22,7 +22,7 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
 from whipstaff.server.engine.frontend.selftest import describe
-from whipstaff.server.plan import KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
@@ -130,7 +130,7 @@ class EngineUnderTest:
         return [list(output.outputs[0].token_ids) for output in self.generate(*asks)]
 
     async def answer(self, ask: Ask) -> Any:
-        extra = {KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
+        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
         adapter = LoRARequest(*ask.adapter) if ask.adapter else None

@@ -73,10 +73,10 @@ class Engine(AsyncLLM):
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        plan = (sampling_params.extra_args or {}).get(request.KEY)
+        plan = (sampling_params.extra_args or {}).get(request.PLAN_KEY)
         if plan is not None and not isinstance(plan, PlanDict):
-            raise ValueError(f"vllm_xargs.{request.KEY} is reserved; send `steering` and `decoding` instead")
-        if plan is not None and (reason := _why_refused(plan["members"], self.vllm_config)):
+            raise ValueError(f"vllm_xargs.{request.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
+        if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
         with plan.lease.again() if plan is not None else NOTHING.again():

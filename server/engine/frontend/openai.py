@@ -51,6 +51,7 @@ from whipstaff.server.admission.companions import Scoring
 from whipstaff.server.admission.names import ALIASES
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
+from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.leases import Lease
 from whipstaff.server.prompt.message_spans import Chat, Prompt
@@ -211,7 +212,7 @@ class Extras(BaseModel):
         one that our own stages apply."""
         params = self.cooled(make) if not self.is_plain and is_hot(self) else make()
         if self._placed:
-            params.extra_args = {**(params.extra_args or {}), plans.KEY: self._placed.popleft().wire(params)}
+            params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: self._placed.popleft().wire(params)}
         return params
 
     def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
@@ -421,7 +422,7 @@ async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None, l
     """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked by vectors
     of which the caller has a lease."""
     plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), lease=lease) if wanted.steering else None
-    extra = {plans.KEY: plan} if plan else None
+    extra = {plans.PLAN_KEY: plan} if plan else None
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
     ids = list(wanted.ids)
     prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
@@ -646,9 +647,9 @@ async def build(engine: Engine, args: Namespace) -> FastAPI:
     tasks = await engine.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    app.state.openai_serving_chat.__class__ = ServingChat
-    app.state.openai_serving_completion.__class__ = ServingCompletion
-    app.state.openai_serving_models.__class__ = ServingModels
+    swap(app.state.openai_serving_chat, ServingChat)
+    swap(app.state.openai_serving_completion, ServingCompletion)
+    swap(app.state.openai_serving_models, ServingModels)
     return app
 
 

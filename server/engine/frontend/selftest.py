@@ -16,9 +16,9 @@ from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
-from whipstaff.server.plan import KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Edit, PlannedEdit, PlannedSpecial, RowSpecial, SteeringPlan
+from whipstaff.steering.plan import Edit, ModuleEdit, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.vector_file import Header, packed
 from whipstaff.steering.where import Where
@@ -115,7 +115,7 @@ async def _try_specials(engine: Engine, facts: dict[str, Any], plain: list[dict[
         experts = {layer: {"off": off}}
         tries.append((f"experts of layer {layer}", "mote", {"mode": "zero", "experts": experts}))
     for what, method, setting in tries:
-        special = RowSpecial(f"method:{method}", json.dumps(setting))
+        special = ModuleEdit(f"method:{method}", json.dumps(setting))
         shown = [
             await _log_probabilities(engine, RequestPlan(SteeringPlan((), specials=(PlannedSpecial(special, where),))))
             for where in (Where.of("all"), Where(generation=[(_NUM_TOKENS, None)]))
@@ -165,7 +165,7 @@ async def _log_probabilities(
     """What the model says after a prompt: per step, the likeliest tokens and their log-probabilities."""
     vocabulary = engine.model_config.get_vocab_size()
     prompt = {"prompt_token_ids": ids or [(7 + 13 * index) % vocabulary for index in range(_PROMPT_LEN)]}
-    extra = None if plan is None else {KEY: PlanDict(plan.to_wire())}
+    extra = None if plan is None else {PLAN_KEY: PlanDict(plan.to_wire())}
     params = SamplingParams(
         temperature=0, max_tokens=_NUM_TOKENS, ignore_eos=True, logprobs=3, detokenize=False, extra_args=extra
     )

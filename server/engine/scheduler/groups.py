@@ -33,8 +33,8 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
-from whipstaff.server.engine.occupancy import GroupUse
-from whipstaff.server.plan import KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
+from whipstaff.server.engine.step_notes import GroupUse
+from whipstaff.server.plan import PLAN_KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
@@ -49,7 +49,7 @@ class Group:
         self.names: tuple[str | None, ...] = tuple(companion.request_id for companion in companions)
         self._untils = {
             companion.request_id: member.until
-            for companion, member in zip(companions, plan.members, strict=True)
+            for companion, member in zip(companions, plan.companions, strict=True)
             if member.until is not None
         }
         self._max_tokens = primary.max_tokens  # what the request asked for
@@ -91,47 +91,43 @@ class Group:
 
 
 def companions(primary: Request, plan: RequestPlan) -> list[Request]:
-    """The requests of a plan's members. They sample nothing themselves, so nothing about sampling is theirs."""
-    return [_companion(primary, index, member, plan.plan_of(index)) for index, member in enumerate(plan.members, 1)]
+    """The requests of a plan's companions. They sample nothing themselves, so nothing about sampling is theirs."""
+    return [_companion(primary, index, own, plan.plan_of(index)) for index, own in enumerate(plan.companions, 1)]
 
 
-def _companion(primary: Request, index: int, member: CompanionPlan, plan: RequestPlan | None) -> Request:
+def _companion(primary: Request, index: int, own: CompanionPlan, plan: RequestPlan | None) -> Request:
     return Request(
         request_id=f"{primary.request_id}/{index}",
-        prompt_token_ids=list(member.prompt),
+        prompt_token_ids=list(own.prompt),
         sampling_params=SamplingParams(
             temperature=0,
             max_tokens=primary.max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={KEY: plan.to_wire()} if plan else None,
+            extra_args={PLAN_KEY: plan.to_wire()} if plan else None,
         ),
         pooling_params=None,
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
-        lora_request=LoRARequest(*member.adapter) if member.adapter else primary.lora_request,
-        cache_salt=_salt(primary, member),
+        lora_request=LoRARequest(*own.adapter) if own.adapter else primary.lora_request,
+        cache_salt=_salt(primary, own),
         priority=primary.priority,
         block_hasher=primary._block_hasher,
     )
 
 
-def _salt(primary: Request, member: CompanionPlan) -> str | None:
+def _salt(primary: Request, own: CompanionPlan) -> str | None:
     """Edits that follow the entropy of what tokens are drawn from depend on everything that the primary asks for."""
     salt: str | None = primary.cache_salt
-    if member.steering is None or member.steering.entropy_column < 0:
+    if own.steering is None or own.steering.entropy_column < 0:
         return salt
-    asked = (primary.sampling_params.extra_args or {}).get(KEY) if primary.sampling_params else None
-    said = [salt, primary.prompt_token_ids, {**(asked or {}), "ticket": ""}]
+    asked = (primary.sampling_params.extra_args or {}).get(PLAN_KEY) if primary.sampling_params else None
+    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": ""}]
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 class GroupedScheduling(Scheduler):
-    """Mixed into vLLM's schedulers. Without groups it only looks whether there are any.
-
-    `output.whipstaff_groups`, by the primary's id, are the companions of each group that takes a common step, in member
-    order, None for those that were dropped.
-    """
+    """Mixed into vLLM's schedulers. Without groups it only looks whether there are any."""
 
     running: list[Request]
     max_num_active_reqs: int
@@ -145,6 +141,7 @@ class GroupedScheduling(Scheduler):
         self._entering: Group | None = None  # the group that was last let in
         self._ended: list[Request] = []  # companions whose primary is gone
         self._is_stepping = False
+        self.stepping_groups: dict[str, tuple[str | None, ...]] = {}  # of the last step: see `StepNotes.groups`
         self._steps_held = self._half_scheduled = 0
         self._most_running = self.max_num_active_reqs
 
@@ -206,7 +203,7 @@ class GroupedScheduling(Scheduler):
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        paused = self._pause_state
+        paused, self.stepping_groups = self._pause_state, {}
         if not self._groups or paused == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
         self._drop_due()
@@ -224,7 +221,7 @@ class GroupedScheduling(Scheduler):
             self._pause_state, self._is_stepping, self.max_num_active_reqs = paused, False, self._most_running
         self._introduce(output, anew)
         self._check(output, released)
-        output.whipstaff_groups = {group.primary.request_id: group.names for group in released}
+        self.stepping_groups = {group.primary.request_id: group.names for group in released}
         return output
 
     def _drop_due(self) -> None:

@@ -1,34 +1,25 @@
-"""The scheduler hook: steered KV blocks get keys of their own, and no more rows run at once than there are slots.
+"""The scheduler hook: no more rows of edits run at once than there are slots, and a step's output says what we need.
 
-Prefix cache. A block's key must hold whatever changed the KV in it. An edit changes KV from its first position on, in
-later layers there and everywhere after through attention; a request that needs auxiliary models must not take blocks
-that were filled while those were skipped. So blocks from a request's first affected position on are keyed with a digest
-of its plan, and blocks before it are shared with plain traffic.
-
-Slots. Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in
-order; a request's sequences (see `groups`) wait together.
+Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in order; a
+request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
-import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from whipstaff.decoding.method import LogitsRewriter
-from whipstaff.decoding.methods import METHODS
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.occupancy import SlotUse
+from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
+from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling, companions
-from whipstaff.server.plan import PositionedPlan, RequestPlan
-from whipstaff.steering.plan import EditSet, num_slots
-
-NO_TOKEN_LEFT = "no_token_left"  # the stop reason of requests whose bans left nothing to say
-Hasher = Callable[[Request], list[bytes]]
+from whipstaff.server.engine.scheduler.slots import Slots
+from whipstaff.server.engine.step_notes import SlotUse, StepNotes, attach_notes
+from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of
 
 
 class Unit(NamedTuple):
@@ -52,13 +43,12 @@ class SteeredScheduling(GroupedScheduling):
         self._layout = Layout.from_config(vllm_config.additional_config)
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
-        self._rows_in_use: Counter[EditSet] = Counter()  # how many admitted sequences may need each row
-        self._slots_in_use = self._histories_in_use = 0
+        self._slots = Slots(self._layout)
         self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
         self._held: deque[Unit] = deque()  # waiting for slots
 
     def add_request(self, request: Request) -> None:
-        plan = _plan_of(request)
+        plan = plan_of(request)
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
@@ -71,7 +61,7 @@ class SteeredScheduling(GroupedScheduling):
 
     def _place(self, request: Request) -> bool:
         """Key a sequence's blocks. Whether it needs slots."""
-        plan = _plan_of(request)
+        plan = plan_of(request)
         if plan is None:
             return False
         placed = PositionedPlan(plan, request.num_prompt_tokens)
@@ -91,8 +81,8 @@ class SteeredScheduling(GroupedScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        # for metrics, by way of the worker
-        output.whipstaff_use = SlotUse(self._slots_in_use, len(self._held)), self.group_use()
+        slot_use = SlotUse(self._slots.num_used, len(self._held))
+        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use()))
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -129,29 +119,16 @@ class SteeredScheduling(GroupedScheduling):
         freed = super()._free_request(request, *args, **kwargs)
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
-            self._rows_in_use -= Counter(placed.rows)
-            self._slots_in_use -= self._slots_of(placed.rows)
-            self._histories_in_use -= placed.num_columns
+            self._slots.free(placed)
             self._admit()
         return freed
-
-    def _slots_of(self, rows: Iterable[EditSet]) -> int:
-        """What rows take beside those in use."""
-        num_layers = self._layout.shape.num_layers
-        return sum(num_slots(row, num_layers) for row in set(rows) if row not in self._rows_in_use)
 
     def _admit(self) -> None:
         """Hand held units to vLLM, first come first served, while their rows fit."""
         while self._held:
-            unit = self._held[0]
-            placed = [self._placed[s.request_id] for s in unit.sequences if s.request_id in self._placed]
-            rows = [row for one in placed for row in one.rows]
-            slots = self._slots_in_use + self._slots_of(rows)
-            histories = self._histories_in_use + sum(one.num_columns for one in placed)
-            if slots > self._layout.num_slots or histories > self._layout.num_histories:
+            placed = [self._placed.get(sequence.request_id) for sequence in self._held[0].sequences]
+            if not self._slots.take([one for one in placed if one is not None]):
                 return
-            self._slots_in_use, self._histories_in_use = slots, histories
-            self._rows_in_use.update(rows)
             self._start(self._held.popleft())
 
 
@@ -161,78 +138,3 @@ class SteeredScheduler(SteeredScheduling, Scheduler):
 
 class AsyncSteeredScheduler(SteeredScheduling, AsyncScheduler):
     """For asynchronous scheduling."""
-
-
-def is_banned(request: Request, token: int) -> bool:
-    """Whether the token that was drawn last is one that the request bans: what vLLM draws where nothing else is left.
-
-    Methods that say what was banned do so on purpose.
-    """
-    params = request.sampling_params
-    if params is None or (params.allowed_token_ids is None and not params.bad_words_token_ids):
-        return False
-    if params.allowed_token_ids is not None and token not in _allowed(request, params.allowed_token_ids):
-        return not _revives(request)
-    words, said = params.bad_words_token_ids or (), request.output_token_ids
-    return any(list(said[-len(word) :]) == word for word in words) and not _revives(request)
-
-
-def _allowed(request: Request, ids: Iterable[int]) -> frozenset[int]:
-    """The same as a set that is made once; a list may be as long as the vocabulary."""
-    if not hasattr(request, "whipstaff_allowed"):
-        request.whipstaff_allowed = frozenset(ids)
-    found: frozenset[int] = request.whipstaff_allowed
-    return found
-
-
-def _revives(request: Request) -> bool:
-    plan = _plan_of(request)
-    rewrites = plan.decoding.rewrites if plan is not None and plan.decoding is not None else ()
-    return any(isinstance(method := METHODS[one.method], LogitsRewriter) and method.revives for one in rewrites)
-
-
-def key_blocks(request: Request, placed: PositionedPlan, block_size: int) -> None:
-    """Give `request`'s KV blocks keys that hold its plan, from the first position on whose KV the plan changes."""
-    hasher: Hasher | None = request._block_hasher
-    if hasher is None:  # prefix caching is off
-        return
-    first = 0 if placed.auxiliaries else placed.first_edited
-    if first is None:
-        return
-    digest, generated = _digest(placed), b""
-    if placed.plan.steering is not None and placed.plan.steering.counts_from_prompt_end:
-        generated = str(placed.prompt_len).encode()
-
-    plain: list[bytes] = []  # keys without the plan: each is made of the one before, however many come at once
-
-    def keyed(request: Request) -> list[bytes]:
-        ends = range(block_size * (len(plain) + 1), 1 << 62, block_size)
-        mine, request.block_hashes = request.block_hashes, plain
-        found = hasher(request)
-        request.block_hashes = mine
-        plain.extend(found)
-        return [
-            hashlib.sha256(key + digest + (generated if end > placed.prompt_len else b"")).digest()
-            if end > first
-            else key
-            for key, end in zip(found, ends, strict=False)
-        ]
-
-    request._block_hasher = keyed
-    request.block_hashes = []
-    request.update_block_hashes()
-
-
-def _plan_of(request: Request) -> RequestPlan | None:
-    return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
-
-
-def _digest(placed: PositionedPlan) -> bytes:
-    """Of everything in the plan that changes KV: where which edits are, and which auxiliary models run."""
-    steering = placed.plan.steering
-    said: list[object] = [placed.edited, placed.auxiliaries]
-    if steering is not None:
-        said += [sorted(steering.token_ids), steering.schedules, steering.inserts]
-        if steering.entropy_column >= 0:  # edits follow the distributions that tokens were drawn from
-            said += [placed.plan.decoding, placed.plan.members]
-    return hashlib.sha256(repr(said).encode()).digest()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,15 @@ from whipstaff.server.plan import PositionedPlan
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
 ABSENT = -1  # the row of a member that takes no part any more
+
+
+class TokenSpan(NamedTuple):
+    """Some of one row's tokens: [first, last) of the step."""
+
+    batch_row: int
+    first: int
+    last: int
+    position: int  # of the first, absolute
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,10 @@ class BatchView:
     positions: Ints  # (B,) absolute position of each row's first token
     requests: Sequence[str] = ()  # (B,) whose row it is
     draws: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))  # (B,) whether its next token is drawn
-    members: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # row that is drawn for -> its members' rows
-    followers: Sequence[tuple[int, int]] = ()  # (a companion's row, the row whose token it is given)
+    companions: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # row that is drawn for -> its companions' rows
+    companion_rows: Sequence[tuple[int, int]] = ()  # (a companion's row, the row whose token it is given)
 
     def in_groups(self, groups: Mapping[str, Sequence[str | None]]) -> "BatchView":
         """With the rows of coupled sequences.
@@ -37,17 +49,17 @@ class BatchView:
 
         Raises: RuntimeError where a token would be drawn without a member that it needs.
         """
-        coupled = [(row, placed) for row, placed in self.planned() if placed.plan.members and self.draws[row]]
+        coupled = [(row, placed) for row, placed in self.planned() if placed.plan.companions and self.draws[row]]
         if not coupled:
             return self
         row_of = {name: row for row, name in enumerate(self.requests)}
-        members, followers = {}, []
+        companions, companion_rows = {}, []
         for row, placed in coupled:
-            names = groups.get(self.requests[row], [None] * len(placed.plan.members))
+            names = groups.get(self.requests[row], [None] * len(placed.plan.companions))
             rows = [ABSENT if name is None else row_of.get(name, ABSENT) for name in names]
-            followers += [(other, row) for other in rows if other != ABSENT]
-            members[row] = self._taking_part(row, placed, rows)
-        return replace(self, members=members, followers=followers)
+            companion_rows += [(other, row) for other in rows if other != ABSENT]
+            companions[row] = self._taking_part(row, placed, rows)
+        return replace(self, companions=companions, companion_rows=companion_rows)
 
     def _taking_part(self, row: int, placed: PositionedPlan, rows: Sequence[int]) -> tuple[int, ...]:
         """Members leave when tokens have been delivered, which may be some steps after they were needed."""
@@ -67,6 +79,13 @@ class BatchView:
     def planned(self) -> Iterator[tuple[int, PositionedPlan]]:
         """The rows that ask for something."""
         return ((row, plan) for row, plan in enumerate(self.plans) if plan is not None)
+
+    def tokens_at(self, row: int, start: int, end: int | None) -> TokenSpan | None:
+        """The step's tokens of a row whose positions are in [start, end); None where there are none."""
+        token, position = int(self.starts[row]), int(self.positions[row])
+        after = position + int(self.starts[row + 1]) - token
+        first, last = max(start, position), after if end is None else min(end, after)
+        return TokenSpan(row, token + first - position, token + last - position, first) if first < last else None
 
     def token_positions(self) -> npt.NDArray[np.int64]:
         """(T,) the absolute position of every token, for tests and debugging."""

@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from whipstaff.server.engine.patch import swap
+
 
 def settle_adapters(runner: Any, model: nn.Module) -> None:
     """Let no token use an adapter that its request does not name."""
     runner._set_active_loras((0,), (0,), set())
     for wrapper in {module.punica_wrapper for module in model.modules() if hasattr(module, "punica_wrapper")}:
         if type(wrapper) is PunicaWrapperCPU:
-            wrapper.__class__ = _SparingWrapper
+            swap(wrapper, _SparingWrapper)
 
 
 class _SparingWrapper(PunicaWrapperCPU):

@@ -5,87 +5,79 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.engine.worker.token_copies import TokenCopies
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 
 
-def attach(runner: Any, steerer: Steerer) -> None:
-    """Make `runner` tell `steerer` of every real step."""
-    cls: Any = type(runner)
-    on_cpu, copies = runner.device.type == "cpu", TokenCopies()
-
-    class SteeredRunner(cls):
-        def _model_forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-            step = view(self, steerer)
-            copies.followers = step.followers
-            steerer.begin_step(step, input_ids)  # real steps only: dummy runs call the model itself
-            try:
-                return super()._model_forward(input_ids, *args, **kwargs)
-            finally:
-                steerer.end_step()
-
-        def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-            # vLLM 0.32 rewinds the generator of a seeded request whose prefill is still incomplete, and CPU generators
-            # cannot be rewound: it kills the engine. Such a row's sample is thrown away, so let it draw from the
-            # default generator and leave the request's own untouched.
-            held = unfinished_generators(self) if on_cpu else {}
-            try:
-                return super().sample_tokens(*args, **kwargs)
-            finally:
-                self.input_batch.generators.update(held)
-
-        def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return steerer.decoder.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
-
-        def _sample(self, *args: Any, **kwargs: Any) -> Any:
-            output = super()._sample(*args, **kwargs)
-            copies.apply_(output.sampled_token_ids)
-            return output
-
-    SteeredRunner.__name__ = cls.__name__
-    runner.__class__ = SteeredRunner
-    _watch_draws(runner.sampler, steerer.decoder)
+def attach(runner: Any, step: WorkerStep) -> None:
+    """Let `runner` call `step` in every real step."""
+    swap(runner, SteeredRunner, whipstaff_step=step)
+    swap(runner.sampler, WatchedSampler, whipstaff_pipeline=step.pipeline)
 
 
-def _watch_draws(sampler: Any, decoder: Decoder) -> None:
-    cls: Any = type(sampler)
+class SteeredRunner(Swapped):
+    """Laid over vLLM's runner."""
 
-    class WatchedSampler(cls):
-        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
+    whipstaff_step: WorkerStep
 
-        def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            scored = decoder.scored(logits)
-            self.whipstaff_decoded = None if scored is logits else logits
-            return super().forward(scored, *args, **kwargs)
+    def _model_forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.whipstaff_step.begin(view(self, self.whipstaff_step), input_ids)  # dummy runs call the model itself
+        try:
+            return super()._model_forward(input_ids, *args, **kwargs)
+        finally:
+            self.whipstaff_step.end_forward()
 
-        def apply_logits_processors(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded.float()
-            return super().apply_logits_processors(decoded, *args, **kwargs)
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM 0.32 rewinds the generator of a seeded request whose prefill is still incomplete, and CPU generators
+        # cannot be rewound: it kills the engine. Such a row's sample is thrown away, so let it draw from the
+        # default generator and leave the request's own untouched.
+        held = unfinished_generators(self) if self.device.type == "cpu" else {}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(held)
 
-        def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
-            drawn = decoder.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
-            sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
-            decoder.after_draw(drawn, sampled)
-            return sampled, log_probabilities
+    def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.whipstaff_step.pipeline.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
 
-    WatchedSampler.__name__ = cls.__name__
-    sampler.__class__ = WatchedSampler
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._sample(*args, **kwargs)
+        self.whipstaff_step.give_to_companions_(output.sampled_token_ids)
+        return output
 
 
-def view(runner: Any, steerer: Steerer) -> BatchView:
+class WatchedSampler(Swapped):
+    """Laid over vLLM's sampler."""
+
+    whipstaff_pipeline: LogitsPipeline
+
+    def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(self.whipstaff_pipeline.scored(logits), *args, **kwargs)
+
+    def apply_logits_processors(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().apply_logits_processors(self.whipstaff_pipeline.to_draw_from(logits).float(), *args, **kwargs)
+
+    def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
+        drawn = self.whipstaff_pipeline.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
+        sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
+        self.whipstaff_pipeline.after_draw(drawn, sampled)
+        return sampled, log_probabilities
+
+
+def view(runner: Any, step: WorkerStep) -> BatchView:
     """The rows of the persistent batch, in its order."""
-    if not steerer.has_plans:
+    if not step.requests:
         return NOBODY
     batch = runner.input_batch
     return BatchView(
-        plans=[steerer.plan_of(request_id) for request_id in batch.req_ids],
+        plans=[step.requests.plan_of(request_id) for request_id in batch.req_ids],
         starts=runner.query_start_loc.np[: batch.num_reqs + 1],
         positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
-    ).in_groups(steerer.groups)
+    ).in_groups(step.groups)
 
 
 def unfinished_generators(runner: Any) -> dict[int, Any]:

@@ -5,91 +5,81 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.engine.worker.token_copies import TokenCopies
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.step import WorkerStep
 
 
-def attach(runner: Any, steerer: Steerer) -> None:
-    """Make `runner` tell `steerer` of every real step."""
-    cls: Any = type(runner)
-    copies = TokenCopies()
-
-    class SteeredRunner(cls):
-        def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-            input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
-            step = view(input_batch, steerer)
-            copies.followers = step.followers
-            steerer.begin_step(step, input_batch.input_ids)
-            return input_batch
-
-        def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().execute_model(*args, **kwargs)
-            finally:
-                steerer.end_step()
-
-        def sample(self, *args: Any, **kwargs: Any) -> Any:
-            output, *counts = super().sample(*args, **kwargs)
-            copies.apply_(output.sampled_token_ids)
-            return output, *counts
-
-    SteeredRunner.__name__ = cls.__name__
-    runner.__class__ = SteeredRunner
-    _watch_draws(runner.sampler, steerer.decoder)
-    _watch_prompts(runner.prompt_logprobs_worker, steerer.decoder)
+def attach(runner: Any, step: WorkerStep) -> None:
+    """Let `runner` call `step` in every real step."""
+    swap(runner, SteeredRunner, whipstaff_step=step)
+    swap(runner.sampler, WatchedSampler, whipstaff_pipeline=step.pipeline)
+    swap(runner.prompt_logprobs_worker, WatchedScorer, whipstaff_pipeline=step.pipeline)
 
 
-def _watch_prompts(scorer: Any, decoder: Decoder) -> None:
-    cls: Any = type(scorer)
+class SteeredRunner(Swapped):
+    """Laid over vLLM's runner."""
 
-    class WatchedScorer(cls):
-        def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
-            return decoder.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+    whipstaff_step: WorkerStep
 
-    WatchedScorer.__name__ = cls.__name__
-    scorer.__class__ = WatchedScorer
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        input_batch = super().prepare_inputs(*args, **kwargs)  # real batches only; dummy ones are made elsewhere
+        self.whipstaff_step.begin(view(input_batch, self.whipstaff_step), input_batch.input_ids)
+        return input_batch
 
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().execute_model(*args, **kwargs)
+        finally:
+            self.whipstaff_step.end_forward()
 
-def _watch_draws(sampler: Any, decoder: Decoder) -> None:
-    cls: Any = type(sampler)
-
-    class WatchedSampler(cls):
-        whipstaff_decoded: Any = None  # what is drawn from, where log-probabilities are taken of something else
-
-        def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            scored = decoder.scored(logits)
-            self.whipstaff_decoded = None if scored is logits else logits
-            return super().__call__(scored, *args, **kwargs)
-
-        def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-            decoded = logits if self.whipstaff_decoded is None else self.whipstaff_decoded
-            return super().sample(decoded, *args, **kwargs)
-
-        def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
-            drawn = decoder.before_draw(logits)
-            sampled, processed = super()._sample_random(drawn, *args, **kwargs)
-            decoder.after_draw(drawn, sampled)
-            return sampled, processed
-
-    WatchedSampler.__name__ = cls.__name__
-    sampler.__class__ = WatchedSampler
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        output, *counts = super().sample(*args, **kwargs)
+        self.whipstaff_step.give_to_companions_(output.sampled_token_ids)
+        return output, *counts
 
 
-def view(input_batch: Any, steerer: Steerer) -> BatchView:
+class WatchedSampler(Swapped):
+    """Laid over vLLM's sampler."""
+
+    whipstaff_pipeline: LogitsPipeline
+
+    def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(self.whipstaff_pipeline.scored(logits), *args, **kwargs)
+
+    def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().sample(self.whipstaff_pipeline.to_draw_from(logits), *args, **kwargs)
+
+    def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
+        drawn = self.whipstaff_pipeline.before_draw(logits)
+        sampled, processed = super()._sample_random(drawn, *args, **kwargs)
+        self.whipstaff_pipeline.after_draw(drawn, sampled)
+        return sampled, processed
+
+
+class WatchedScorer(Swapped):
+    """Laid over what scores prompts."""
+
+    whipstaff_pipeline: LogitsPipeline
+
+    def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
+        return self.whipstaff_pipeline.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+
+
+def view(input_batch: Any, step: WorkerStep) -> BatchView:
     """The rows of the step's input batch, in its order."""
-    if not steerer.has_plans:
+    if not step.requests:
         return NOBODY
     num, starts = input_batch.num_reqs, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
     positions = input_batch.num_computed_tokens_np[:num]
     return BatchView(
-        plans=[steerer.plan_of(request_id) for request_id in input_batch.req_ids],
+        plans=[step.requests.plan_of(request_id) for request_id in input_batch.req_ids],
         starts=starts,
         positions=positions,
         requests=input_batch.req_ids,
         draws=positions + np.diff(starts) >= input_batch.prefill_len_np[:num],
-    ).in_groups(steerer.groups)
+    ).in_groups(step.groups)
 
 
 def block_tables(runner: Any) -> list[tuple[Tensor, int]]:

@@ -1,6 +1,5 @@
-"""The worker: vLLM's own, plus a steerer, sites and auxiliary models attached to what it loads."""
+"""The worker: vLLM's own, which does what is in `step.py` in every step, and answers the front end's calls."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import causes
-from whipstaff.server.engine.config import max_tokens
-from whipstaff.server.engine.explanations import attach
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.occupancy import GroupUse, SlotUse
-from whipstaff.server.engine.worker import runner_v1, runner_v2
-from whipstaff.server.engine.worker.auxiliary import Auxiliary
-from whipstaff.server.engine.worker.edits.module_edits import Specials
-from whipstaff.server.engine.worker.edits.sites import install_sites
-from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
-from whipstaff.server.engine.worker.logits.lookahead import Lookahead
-from whipstaff.server.engine.worker.logits.model_hook import compose
-from whipstaff.server.engine.worker.logits.pipeline import Arrival, Decoder
-from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
-from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.server.engine.worker.build import build_step, is_v2
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.tables import Tables
-from whipstaff.steering.vector_file import parse, read, without_file
+from whipstaff.steering.vector_file import Vector, parse, read, without_file
 
 
 class SteeredWorker:
@@ -34,7 +21,10 @@ class SteeredWorker:
 
     vllm_config: Any
     model_runner: Any
-    _slot_use, _group_use = SlotUse(), GroupUse()
+    _step: WorkerStep
+    _vectors: dict[str, Vector]
+    _holders: dict[str, set[str]]  # of the vectors that may be dropped: who holds each
+    _heads: dict[str, dict[str, Tensor]]
     _proven: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,71 +33,22 @@ class SteeredWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        config = self.vllm_config
-        layout = Layout.from_config(config.additional_config)
-        runner, hidden_size = self.model_runner, int(config.model_config.get_hidden_size())
-        model = runner.get_model()
-        if config.lora_config is not None:
-            settle_adapters(runner, model)
-        auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
-        self._holders: dict[str, set[str]] = {}  # of the vectors that may be dropped: who holds each
-        self._vectors = {vector.digest: vector for vector in without_file(layout.shape).values()}
-        self._heads: dict[str, dict[str, Tensor]] = {}
-        decoder = Decoder(
-            runner.device,
-            config.model_config.max_model_len,
-            [auxiliary.name for auxiliary in auxiliaries],
-            self._head,
-        )
-        self._steerer = Steerer(
-            max_tokens(config),
-            runner.device,
-            decoder,
-            layout.num_histories,
-            layout.max_len,
-        )
-        self._steerer.tables = install_sites(
-            model, layout, self._steerer, self._vectors.__getitem__, config.model_config.dtype
-        )
-        self._steerer.soft = install_soft_rows(
-            model, config.model_config, max_tokens(config), runner.device, self._vectors.__getitem__
-        )
-        self._steerer.specials = Specials(
-            model,
-            max_tokens(config),
-            runner.device,
-            self._vectors.__getitem__,
-            layout.num_slots,
-            edits_router="router" in layout.sites,
-            edits_attention=layout.edits_attention,
-        )
-        base, adapters = partial(type(model).forward, model), StepAdapters(runner)
-        compose(model, auxiliaries, self._steerer, hidden_size, adapters)
-        adapter = runner_v2 if _is_v2(runner) else runner_v1
-        adapter.attach(runner, self._steerer)
-        if layout.looks_ahead:
-            decoder.look_ahead = Lookahead(runner, base, self._steerer, adapter.block_tables, adapters).after
+        shape = Layout.from_config(self.vllm_config.additional_config).shape
+        self._vectors = {vector.digest: vector for vector in without_file(shape).values()}
+        self._holders, self._heads = {}, {}
+        self._step = build_step(self.model_runner, self.vllm_config, self._vectors.__getitem__, self._head)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
-        assert self._steerer.specials is not None
-        if self._steerer.specials.attention is not None:
-            self._steerer.specials.attention.learn_layouts()
+        if self._step.edits.module_edits.attention is not None:
+            self._step.edits.module_edits.attention.learn_layouts()
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        arrivals = [_arrival(new) for new in scheduler_output.scheduled_new_reqs]
-        self._steerer.note_requests(
-            scheduler_output.finished_req_ids, ((new.request_id, new.placed) for new in arrivals)
-        )
-        self._steerer.decoder.note_requests(scheduler_output.finished_req_ids, arrivals)
-        # warm-up comes from no scheduler of ours
-        self._steerer.groups = getattr(scheduler_output, "whipstaff_groups", {})
-        self._slot_use, self._group_use = getattr(scheduler_output, "whipstaff_use", (self._slot_use, self._group_use))
+        self._step.note_schedule(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        return attach(output, self._steerer.decoder.take_explanations())
+        return self._step.tell(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def _head(self, digest: str) -> dict[str, Tensor]:
         """The tensors of a learned head, where the model is."""
@@ -150,13 +91,11 @@ class SteeredWorker:
         del self._vectors[digest], self._holders[digest]
         self._tables.forget(digest)
         self._heads.pop(digest, None)
-        if self._steerer.specials is not None:
-            self._steerer.specials.forget(digest)
+        self._step.edits.module_edits.forget(digest)
 
     @property
     def _tables(self) -> Tables:
-        assert self._steerer.tables is not None
-        return self._steerer.tables
+        return self._step.edits.sites.tables
 
     def whipstaff_describe(self) -> dict[str, Any]:
         """The model's shape, its sites and the way it runs."""
@@ -165,17 +104,17 @@ class SteeredWorker:
             "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
             "sites": [list(place) for place in self._tables.hook_points],
             "dtype": str(model_config.dtype).removeprefix("torch."),
-            "takes_soft_prompts": self._steerer.soft is not None,
-            "has_final_norm": self._steerer.decoder.early is not None and self._steerer.decoder.early.has_norm,
-            "specials": self._steerer.specials.facts() if self._steerer.specials else {},
-            "runner": "v2" if _is_v2(self.model_runner) else "v1",
+            "takes_soft_prompts": self._step.edits.soft_rows.is_on,
+            "has_final_norm": self._step.pipeline.has_final_norm,
+            "specials": self._step.edits.module_edits.facts(),
+            "runner": "v2" if is_v2(self.model_runner) else "v1",
         }
 
     def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
         """What the conditions of a request read: for each of its sequences, finished ones first,
         {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
-        reading that decided}; None where nothing was read. Empty when nobody has that ticket, or not any more."""
-        return self._steerer.readings_of(readings_id)
+        reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
+        return self._step.edits.histories.readings_of(readings_id)
 
     def whipstaff_note_proven(self, facts: Any) -> None:
         """Keep what the API server that tested this engine has to say to those that did not."""
@@ -187,29 +126,31 @@ class SteeredWorker:
 
     def whipstaff_norms(self) -> list[tuple[str, int, float, int]]:
         """(site, layer, sum of lengths, tokens) that were metered since the last call; this rank's part of them."""
-        measured = self._steerer.meters.tolist()
-        self._steerer.meters.zero_()
+        meters = self._step.edits.sites.meters
+        measured = meters.tolist()
+        meters.zero_()
         return [
             (*place, total, int(num)) for place, (total, num) in zip(self._tables.hook_points, measured, strict=True)
         ]
 
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
-        steerer = self._steerer
+        step = self._step
+        slot_use, group_use = step.notes.slot_use, step.notes.group_use
         return {
-            "steps": steerer.num_steps,
-            "auxiliary_steps_run": dict(steerer.decoder.auxiliary_steps.run),
-            "auxiliary_steps_skipped": dict(steerer.decoder.auxiliary_steps.skipped),
+            "steps": step.num_steps,
+            "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps.run),
+            "auxiliary_steps_skipped": dict(step.pipeline.auxiliary_steps.skipped),
             "table_uploads": self._tables.num_uploads,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),
-            "requests_held": steerer.num_requests + steerer.decoder.num_requests,
-            "slots_in_use": self._slot_use.num_used,
-            "requests_waiting_for_slots": self._slot_use.num_waiting,
-            "histories_used": steerer.num_histories_used,
-            "companions_running": self._group_use.num_companions,
-            "group_steps_held": self._group_use.num_steps_held,
-            "groups_half_scheduled": self._group_use.num_half_scheduled,
+            "requests_held": len(step.requests),
+            "slots_in_use": slot_use.num_used,
+            "requests_waiting_for_slots": slot_use.num_waiting,
+            "histories_used": step.edits.histories.num_used,
+            "companions_running": group_use.num_companions,
+            "group_steps_held": group_use.num_steps_held,
+            "groups_half_scheduled": group_use.num_half_scheduled,
         }
 
 
@@ -219,21 +160,3 @@ class CpuWorker(SteeredWorker, CPUWorker):
 
 class CudaWorker(SteeredWorker, Worker):
     """On CUDA devices."""
-
-
-def _is_v2(runner: Any) -> bool:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    return isinstance(runner, GPUModelRunner)
-
-
-def _arrival(new: Any) -> Arrival:
-    parameters = new.sampling_params
-    plan = RequestPlan.from_wire(parameters.extra_args if parameters else None)
-    if plan is None:
-        return Arrival(new.req_id, None, ())
-    placed = PositionedPlan(plan, int(new.prompt_len))
-    scores_prompt = parameters.prompt_logprobs is not None
-    bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
-    ids, bias = new.prompt_token_ids or (), parameters.logit_bias or {}
-    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias)

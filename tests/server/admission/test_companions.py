@@ -17,7 +17,7 @@ from whipstaff.decoding.mix import Window
 from whipstaff.server.admission.request import Compiled, compile_extras
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.prompt.vocabulary import Vocabulary
@@ -103,9 +103,9 @@ def test_members_stand_in_the_order_in_which_their_mixes_count_them(
     chat = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_chat": True}
     made = placed(caps, prompt_of(tokenizer), decoding=[{"method": "cad", "context": "It rains. "}, chat])
     without, as_chat = tokenizer.encode("Is it raining?"), tokenizer.encode(f"<s>user: {TEXT}\nassistant:")
-    assert made.plan.members == (CompanionPlan(tuple(without)), CompanionPlan(tuple(as_chat)))
+    assert made.plan.companions == (CompanionPlan(tuple(without)), CompanionPlan(tuple(as_chat)))
     assert made.plan.plan_of(1) is None and made.plan.plan_of(2) == RequestPlan(models=("expert",))
-    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
 
 
 def test_the_receipt_tells_every_sequence(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -116,16 +116,16 @@ def test_the_receipt_tells_every_sequence(caps: Capabilities, tokenizer: PreTrai
     windowed = placed(caps, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
     assert windowed.receipt([])["decoding"][0]["from"] == 2
     assert windowed.plan.decoding is not None and windowed.plan.decoding.mix is not None
-    assert windowed.plan.decoding.mix.window == Window(2, 8) and windowed.plan.members[0].until == 8
+    assert windowed.plan.decoding.mix.window == Window(2, 8) and windowed.plan.companions[0].until == 8
 
 
 def test_shorthands_are_guidance(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     entry = placed(caps, prompt_of(tokenizer), decoding=[CFG | {"guidance_scale": 3.0, "negative_prompt": "dry"}])
     short = placed(caps, prompt_of(tokenizer), guidance_scale=3.0, negative_prompt="dry")
-    assert short.plan == entry.plan and short.plan.members == (CompanionPlan(tuple(tokenizer.encode("dry"))),)
+    assert short.plan == entry.plan and short.plan.companions == (CompanionPlan(tuple(tokenizer.encode("dry"))),)
     last = placed(caps, prompt_of(tokenizer), guidance_scale=3.0)
-    assert last.plan.members == (CompanionPlan(tuple(tokenizer.encode(TEXT)[-1:])),)
-    assert placed(caps, prompt_of(tokenizer), guidance_scale=1.0).plan.members == ()
+    assert last.plan.companions == (CompanionPlan(tuple(tokenizer.encode(TEXT)[-1:])),)
+    assert placed(caps, prompt_of(tokenizer), guidance_scale=1.0).plan.companions == ()
 
 
 def test_keys_are_in_the_receipt_and_the_prompt(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,7 +135,7 @@ def test_keys_are_in_the_receipt_and_the_prompt(caps: Capabilities, tokenizer: P
     ids = tokenizer.encode("It rains.")
     assert said["key_positions"] == [len(ids) - 1] and said["keys"] == tokenizer.decode(ids[-1:])
     assert said["prompt"] == f"Pondering: {said['keys']}\n\nContext:{TEXT}"
-    assert made.plan.members == (CompanionPlan(tuple(tokenizer.encode(said["prompt"]))),)
+    assert made.plan.companions == (CompanionPlan(tuple(tokenizer.encode(said["prompt"]))),)
 
 
 def test_what_is_only_looked_at_scores_nothing(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -241,12 +241,12 @@ def test_a_flag_is_named_where_one_would_help(caps: Capabilities, tokenizer: Pre
             placed(server, prompt_of(tokenizer, adapters=ADAPTERS, adapter=own), decoding=fields)
         assert caught.value.status == 422
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
-    assert [member.adapter for member in made.plan.members] == [law, ADAPTERS["math"]]
+    assert [member.adapter for member in made.plan.companions] == [law, ADAPTERS["math"]]
 
 
 def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
-    assert [member.adapter for member in made.plan.members] == [ADAPTERS["law"], ADAPTERS["math"]]
+    assert [member.adapter for member in made.plan.companions] == [ADAPTERS["law"], ADAPTERS["math"]]
     shares = nearness(torch.tensor(FEATURE).double(), CENTRES.double(), 2).tolist()
     said = made.receipt([])
     assert said["decoding"][0] == {
@@ -346,14 +346,14 @@ def test_steering_is_that_of_all_sequences_unless_one_says_otherwise(
     entry = COUPLED[name]
     plan = compiled(STEERED, steering=PUSH).asked
     shared = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry)
-    assert [member.steering for member in shared.plan.members] == [plan] * len(shared.plan.members)
+    assert [member.steering for member in shared.plan.companions] == [plan] * len(shared.plan.companions)
     assert all(one["steered"] for one in shared.receipt([])["sequences"])
     off = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": []})
-    assert off.plan.steering == plan and not any(member.steering for member in off.plan.members)
+    assert off.plan.steering == plan and not any(member.steering for member in off.plan.companions)
     own = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": PUSH | {"scale": 3}})
     other = compiled(STEERED, steering=PUSH | {"scale": 3}).asked
-    assert all(member.steering == other for member in own.plan.members) and own.plan.steering == plan
-    assert not any(member.steering for member in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.members)
+    assert all(member.steering == other for member in own.plan.companions) and own.plan.steering == plan
+    assert not any(member.steering for member in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.companions)
 
 
 def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -368,7 +368,7 @@ def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreT
 
 def test_rows_are_inserted_into_every_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     made = placed(STEERED, prompt_of(tokenizer), steering={"vector": "soft"}, **GUIDED)
-    (member,) = made.plan.members
+    (member,) = made.plan.companions
     assert member.steering is not None and made.plan.steering is not None
     assert member.steering.inserts == made.plan.steering.inserts and member.steering.inserts[0].num == 3
     assert list(member.prompt[3:]) == tokenizer.encode("dry")
@@ -380,7 +380,7 @@ def test_rows_are_inserted_into_every_sequence(tokenizer: PreTrainedTokenizerFas
 def test_auxiliary_models_are_not_steered(tokenizer: PreTrainedTokenizerFast) -> None:
     pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_prompt": "wet"}
     made = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=pair)
-    assert made.plan.members[0].steering is None and not made.receipt([])["sequences"][0]["steered"]
+    assert made.plan.companions[0].steering is None and not made.receipt([])["sequences"][0]["steered"]
     free = {"method": "streams", "streams": [{"weight": 1, "model": "expert", "steering": [PUSH]}]}
     with pytest.raises(WhipstaffError, match="not steered") as caught:
         compiled(STEERED, decoding=free)
@@ -390,7 +390,7 @@ def test_auxiliary_models_are_not_steered(tokenizer: PreTrainedTokenizerFast) ->
 def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     late = {**PUSH, "where": {"prompt": [[6, 8]]}}
     made = placed(STEERED, prompt_of(tokenizer), steering=late, **GUIDED)
-    (member,) = made.plan.members
+    (member,) = made.plan.companions
     assert member.steering is not None and not member.steering.segments(len(member.prompt))
     assert made.warnings == ["steering selects no token of the sequence of negative_prompt"]
     own = CFG | GUIDED | {"steering": late}
@@ -420,7 +420,7 @@ def test_conditions_of_all_sequences_are_counted(tokenizer: PreTrainedTokenizerF
     with pytest.raises(WhipstaffError, match="2 sequences read 2 things") as caught:
         placed(few, prompt_of(tokenizer), steering=when, **GUIDED)
     assert caught.value.param == "steering"
-    assert placed(STEERED, prompt_of(tokenizer), steering=when, **GUIDED).plan.members[0].steering is not None
+    assert placed(STEERED, prompt_of(tokenizer), steering=when, **GUIDED).plan.companions[0].steering is not None
 
 
 def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -440,7 +440,7 @@ def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTo
     prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, place(messages, ids), source)
     user = {**PUSH, "where": {"messages": [{"role": "user"}]}}
     made = placed(STEERED, prompt, steering=user, **GUIDED)
-    (member,) = made.plan.members
+    (member,) = made.plan.companions
     assert member.steering is not None
     ((start, end),) = [(one.start, one.end) for one in member.steering.segments(len(member.prompt))]
     assert tokenizer.decode(member.prompt[start:end]).strip() == "dry"
@@ -488,4 +488,4 @@ def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: d
         return
     if made is not None:
         json.dumps(made.receipt([]), ensure_ascii=False, allow_nan=False).encode()
-        assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+        assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan

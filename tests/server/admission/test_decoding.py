@@ -13,7 +13,7 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import BadRequest
-from whipstaff.server.plan import KEY, PositionedPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
@@ -68,7 +68,7 @@ def test_what_a_method_reads_of_early_layers_is_kept(early: Capabilities, fields
     made = compiled(early, **fields)
     assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
     assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
-    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+    assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
     (said,) = made.receipt([])["decoding"]
     assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
     assert made.label == "dola"

@@ -19,7 +19,7 @@ from whipstaff.server.errors import (
     Unavailable,
     WhipstaffError,
 )
-from whipstaff.server.plan import KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities, Limit
 from whipstaff.steering.method import MAX_SCALE, HookPoint
@@ -97,7 +97,7 @@ def test_a_plan_survives_its_journey_to_the_engine(caps: Capabilities) -> None:
     plan = compiled(caps, steering=MIXED, decoding=[PAIR]).plan
     assert plan.readings_id and plan.steering is not None
     assert (len(plan.steering.edits), plan.steering.num_columns, len(plan.steering.schedules)) == (8, 3, 1)
-    assert RequestPlan.from_wire(json.loads(json.dumps({KEY: plan.to_wire()}))) == plan
+    assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: plan.to_wire()}))) == plan
 
 
 TOO_MANY = [{"vector": "calm"}] * 33
@@ -442,7 +442,7 @@ def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
     if made is not None:
         said = made.receipt([])
         json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
-        assert RequestPlan.from_wire(json.loads(json.dumps({KEY: made.plan.to_wire()}))) == made.plan
+        assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
         if SERVERS[server].get("limit"):
             assert all(entry["dose"]["relative"] <= 0.501 for entry in said["steering"] if entry.get("dose"))
 

@@ -112,7 +112,7 @@ def test_an_ensemble(bench: Bench) -> None:
     for prompt in PROMPTS:
         members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
         asks += [Ask(prompt), Ask(prompt, RequestPlan(bench.steering(0.5)))]
-        asks.append(Ask(prompt, RequestPlan(None, DecodingPlan(mix), members=members)))
+        asks.append(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=members)))
     found = iter(bench.engine.tokens(*asks))
     for prompt in PROMPTS:
         said = next(found)
@@ -133,7 +133,7 @@ def test_adapters_that_are_steered(bench: Bench) -> None:
             CompanionPlan(tuple(prompt), bench.steering(0.5), adapter=law),
             CompanionPlan(tuple(prompt), adapter=law),
         )
-        (said,) = bench.engine.tokens(Ask(prompt, RequestPlan(None, DecodingPlan(mix), members=members)))
+        (said,) = bench.engine.tokens(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=members)))
         rows = [
             bench.logits("", prompt, said),
             bench.logits("law", prompt, said, 0.5),
@@ -154,7 +154,7 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
     prompt, num = PROMPTS[0], 6
     members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
     asks = [
-        Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), members=members), num),
+        Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), companions=members), num),
         Ask(prompt, RequestPlan(None, DecodingPlan(None, rewrites)), num, adapter=bench.adapters["law"]),
         Ask(
             prompt, RequestPlan(bench.steering(0.5), DecodingPlan(None, rewrites)), num, adapter=bench.adapters["math"]

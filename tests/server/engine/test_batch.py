@@ -1,4 +1,4 @@
-"""Both runner adapters give the same view of a step, and the steerer says what happens to every token."""
+"""Both runner adapters give the same view of a step, and the token table says what happens to every token."""
 
 import json
 from dataclasses import replace
@@ -11,15 +11,16 @@ import torch
 from clauses import PLANNED, valid
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import step_edits
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.engine.worker.token_copies import TokenCopies
-from whipstaff.server.plan import KEY, CompanionPlan, PositionedPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
@@ -47,11 +48,14 @@ def placed(clauses: list[int], prompt_len: int) -> PositionedPlan:
     return PositionedPlan(RequestPlan(SteeringPlan(edits)), prompt_len)
 
 
-def steerer(*plans: tuple[str, PositionedPlan | None]) -> Steerer:
-    made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), {}.__getitem__))
-    made.tables = FakeTables()  # type: ignore[assignment]
-    made.note_requests([], plans)
+def requests_of(**plans: PositionedPlan | None) -> Requests:
+    made = Requests()
+    list(made.take(Arrival(name, plan) for name, plan in plans.items()))
     return made
+
+
+def edits_of(requests: Requests, **sizes: int) -> StepEdits:
+    return step_edits(requests, FakeTables(), **sizes)
 
 
 @given(planned=st.lists(PLANNED, max_size=4), prompt_len=st.integers(1, 14))
@@ -66,7 +70,7 @@ def test_a_placed_plan_knows_its_rows_and_where_they_begin(planned: list[Any], p
 def test_both_adapters_give_the_same_view() -> None:
     """Three rows: a plain one, a chunk of a steered prompt, and a steered decode, in longer buffers."""
     plans = {"plain": None, "prefill": placed([1], 50), "decode": placed([0], 7)}
-    made = steerer(*plans.items())
+    step: Any = SimpleNamespace(requests=requests_of(**plans), groups={})
     starts, positions = np.array([0, 1, 21, 22, 99, 99], np.int32), np.array([12, 30, 9, 77], np.int32)
     v1 = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=list(plans), num_reqs=3, num_computed_tokens_cpu=positions),
@@ -80,7 +84,7 @@ def test_both_adapters_give_the_same_view() -> None:
         num_computed_tokens_np=positions,
         prefill_len_np=np.array([12, 50, 11, 99]),
     )
-    for view in (runner_v1.view(v1, made), runner_v2.view(v2, made)):
+    for view in (runner_v1.view(v1, step), runner_v2.view(v2, step)):
         assert list(view.plans) == list(plans.values())
         assert view.token_positions().tolist() == [12, *range(30, 50), 9]
         assert [plan.prompt_len for _, plan in view.planned()] == [50, 7]
@@ -88,28 +92,28 @@ def test_both_adapters_give_the_same_view() -> None:
 
 
 def test_a_step_in_which_nobody_asks_for_anything_is_not_looked_at() -> None:
-    made = steerer(("plain", None))
-    assert runner_v1.view(None, made) is runner_v2.view(None, made) is NOBODY
+    step: Any = SimpleNamespace(requests=requests_of(plain=None), groups={})
+    assert runner_v1.view(None, step) is runner_v2.view(None, step) is NOBODY
 
 
 def coupled(until: int | None, num_generated: int) -> BatchView:
     """Four rows: a plain one, a companion, a primary (prompt of 7) and its other companion."""
-    members = (CompanionPlan((1, 2), until=until), CompanionPlan((3,)))
-    primary = PositionedPlan(RequestPlan(members=members), 7)
+    companions = (CompanionPlan((1, 2), until=until), CompanionPlan((3,)))
+    primary = PositionedPlan(RequestPlan(companions=companions), 7)
     starts, positions = np.arange(5, dtype=np.int32), np.array([3, 2, 6, 1]) + num_generated
     return BatchView([None, None, primary, None], starts, positions, ["x", "g/1", "g", "g/2"], np.ones(4, np.bool_))
 
 
 def test_a_primary_knows_its_members_rows() -> None:
     view = coupled(4, 3).in_groups({"g": ("g/1", "g/2")})
-    assert (view.members, view.followers) == ({2: (1, 3)}, [(1, 2), (3, 2)])
+    assert (view.companions, view.companion_rows) == ({2: (1, 3)}, [(1, 2), (3, 2)])
 
 
 def test_members_leave_the_mix_at_their_time_and_the_batch_when_they_are_dropped() -> None:
     late = coupled(4, 4).in_groups({"g": ("g/1", "g/2")})
-    assert (late.members, late.followers) == ({2: (ABSENT, 3)}, [(1, 2), (3, 2)])
+    assert (late.companions, late.companion_rows) == ({2: (ABSENT, 3)}, [(1, 2), (3, 2)])
     dropped = coupled(4, 5).in_groups({"g": (None, "g/2")})
-    assert (dropped.members, dropped.followers) == ({2: (ABSENT, 3)}, [(3, 2)])
+    assert (dropped.companions, dropped.companion_rows) == ({2: (ABSENT, 3)}, [(3, 2)])
 
 
 @pytest.mark.parametrize("groups", [{}, {"g": (None, "g/2")}, {"g": ("g/1", "elsewhere")}])
@@ -124,8 +128,8 @@ def test_companions_get_the_token_of_their_primary() -> None:
     copies, sampled = TokenCopies(), torch.tensor([[5], [6], [7], [8]], dtype=torch.int32)
     copies.apply_(sampled)
     assert sampled.flatten().tolist() == [5, 6, 7, 8]
-    for followers, expected in ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
-        copies.followers = followers
+    for companion_rows, expected in ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
+        copies.companion_rows = companion_rows
         copies.apply_(sampled)
         assert sampled.flatten().tolist() == expected
 
@@ -133,8 +137,8 @@ def test_companions_get_the_token_of_their_primary() -> None:
 def test_members_travel_as_json() -> None:
     steering = SteeringPlan((PlannedEdit(Edit("v", "{}", None), CLAUSES[1]),))
     mix = Mix((Term(MAIN, 1.5), Term(Stream("expert", 2), -0.5)))
-    plan = RequestPlan(None, DecodingPlan(mix), members=(CompanionPlan((1, 2), steering, 5), CompanionPlan((3,))))
-    again = RequestPlan.from_wire({KEY: json.loads(json.dumps(plan.to_wire()))})
+    plan = RequestPlan(None, DecodingPlan(mix), companions=(CompanionPlan((1, 2), steering, 5), CompanionPlan((3,))))
+    again = RequestPlan.from_wire({PLAN_KEY: json.loads(json.dumps(plan.to_wire()))})
     assert again == plan
     assert (plan.plan_of(1), plan.plan_of(2)) == (RequestPlan(steering), RequestPlan(models=("expert",)))
 
@@ -148,13 +152,16 @@ REQUESTS = st.lists(
 @given(steps=st.lists(REQUESTS, min_size=1, max_size=4))
 def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]) -> None:
     """Several steps in a row, so that what one step leaves behind would show in the next."""
-    made = steerer()
+    known = Requests()
+    made = edits_of(known)
     for requests in steps:
         plans = [placed(clauses, prompt_len) if clauses else None for clauses, prompt_len, _, _ in requests]
         lengths = [length for *_, length in requests]
         starts = np.cumsum([0, *lengths]).astype(np.int32)
         view = BatchView(plans, starts, np.array([position for _, _, position, _ in requests], np.int32))
-        made.begin_step(replace(view, requests=[str(index) for index in range(len(plans))]), None)
+        names = [str(index) for index in range(len(plans))]
+        list(known.take(map(Arrival, names, plans)))
+        made.begin_step(replace(view, requests=names), None)
         expected = []
         for plan, (_, _, position, length) in zip(plans, requests, strict=True):
             for p in range(position, position + length):
@@ -163,5 +170,5 @@ def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]
                     if plan
                     else []
                 )
-                expected.append(made.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[union-attr]
-        assert made.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))
+                expected.append(made.sites.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[attr-defined]
+        assert made.token_table.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))

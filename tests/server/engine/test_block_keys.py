@@ -8,11 +8,14 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.scheduler.scheduler import key_blocks
-from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.server.engine.scheduler.block_keys import key_blocks
+from whipstaff.server.engine.scheduler.groups import companions
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
@@ -108,3 +111,20 @@ def test_nothing_is_keyed_when_prefix_caching_is_off() -> None:
     request = FakeRequest(tokens=TOKENS, block_hashes=[], _block_hasher=None)
     key_blocks(request, PositionedPlan(steering(Where.of("all")), 10), BLOCK)
     assert request.block_hashes == [] and request._block_hasher is None
+
+
+def test_companions_that_follow_the_primarys_entropy_are_keyed_by_what_it_asks_for_but_for_its_name() -> None:
+    """Who asks what was read, and under which id, changes no KV."""
+    follows = SteeringPlan((PlannedEdit(Edit("a", "{}", None), Where.of("all")),), entropy_column=0)
+
+    def salt(scale: float, readings_id: str) -> str | None:
+        plan = RequestPlan(
+            None, DecodingPlan(Mix.of({"expert": scale})), readings_id, (CompanionPlan((1, 2), follows),)
+        )
+        params = SamplingParams(extra_args={PLAN_KEY: plan.to_wire()})
+        primary = Request("p", [3, 4], params, pooling_params=None)
+        (companion,) = companions(primary, plan)
+        found: str | None = companion.cache_salt
+        return found
+
+    assert salt(0.5, "one") == salt(0.5, "two") != salt(0.7, "one")

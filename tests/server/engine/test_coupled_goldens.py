@@ -28,7 +28,7 @@ def cases(name: str) -> list[dict[str, Any]]:
 
 def coupled(mix: Mix, other: list[int], *rewrites: Rewrite) -> RequestPlan:
     draw = SamplerSettings(0.0, 0, 1.0, 0.0, False) if rewrites else None
-    return RequestPlan(None, DecodingPlan(mix, rewrites, draw), members=(CompanionPlan(tuple(other)),))
+    return RequestPlan(None, DecodingPlan(mix, rewrites, draw), companions=(CompanionPlan(tuple(other)),))
 
 
 def guided(case: dict[str, Any]) -> Ask:

@@ -14,7 +14,7 @@ def test_early_layers_are_said_of_the_rows_that_ask() -> None:
     snapshot.note_early([0, 1, 2], [[4], [0, 2], [0, 2, 4]], early)
     kept = early.clone()
     early.zero_()  # the buffer is somebody else's in the next step
-    (said,) = snapshot.drawn(torch.tensor([0, 3, 5])).said().values()
+    (said,) = snapshot.drawn(torch.tensor([0, 3, 5])).to_json().values()
     assert list(said["streams"]) == ["layer 0", "layer 2"]
     for layer, logits in zip(("layer 0", "layer 2"), kept[1:3], strict=True):
         log_p, one = logits.log_softmax(0), said["streams"][layer]

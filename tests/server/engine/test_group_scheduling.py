@@ -25,7 +25,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import configure
 from whipstaff.server.engine.scheduler.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
-from whipstaff.server.plan import KEY, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
@@ -126,7 +126,7 @@ class Worker:
         names = list(output.num_scheduled_tokens)
         assert set(names) == set(computed)
         sampled: list[list[int]] = []
-        steps = getattr(output, "whipstaff_groups", {})
+        steps = output.whipstaff_notes.groups
         together = {name for primary, others in steps.items() for name in (primary, *others) if name}
         for name in names:
             end = computed[name] + output.num_scheduled_tokens[name]
@@ -196,7 +196,7 @@ class Traffic:
             )
             for _ in range(members)
         )
-        return {KEY: RequestPlan(mine, members=theirs).to_wire()} if mine or theirs else None
+        return {PLAN_KEY: RequestPlan(mine, companions=theirs).to_wire()} if mine or theirs else None
 
     def add(
         self, members: int, max_tokens: int | None = None, prompt: list[int] | None = None, **sampling: Any
@@ -275,7 +275,7 @@ class Traffic:
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not s.requests and not s.running and not s.waiting and not s._held
         assert not s._groups and not s._group_of and not s._ended and not s._placed
-        assert s._slots_in_use == 0 and not s._rows_in_use
+        assert s._slots.num_used == 0 and not s._slots._rows
         assert s.group_use().num_half_scheduled == 0
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
@@ -284,7 +284,7 @@ class Traffic:
             elif str(asked.end) == "error":  # it could never run
                 plan = RequestPlan.from_wire(asked.request.sampling_params.extra_args)
                 assert plan is not None and not asked.got
-                lengths = [asked.request.num_prompt_tokens, *(len(member.prompt) for member in plan.members)]
+                lengths = [asked.request.num_prompt_tokens, *(len(member.prompt) for member in plan.companions)]
                 too_long = sum(-(-(length + 1) // BLOCK) for length in lengths) >= self.case.num_blocks
                 assert too_long or len(lengths) > self.case.max_num_seqs
             elif asked.end != "aborted":
@@ -352,7 +352,7 @@ def test_requests_with_more_lines_than_there_is_room_for_wait(
         for schedule in SCHEDULES:
             params = SteeringParams.model_validate({"vector": "v", "where": "all", "schedule": schedule})
             planner.add(params, {"scale": traffic.chance.random()}, vector, None)
-        return {KEY: RequestPlan(planner.plan).to_wire()}
+        return {PLAN_KEY: RequestPlan(planner.plan).to_wire()}
 
     monkeypatch.setattr(traffic, "plan", steered)
     for _ in range(16):
@@ -389,7 +389,7 @@ def test_a_banned_token_was_drawn_since_no_other_was_left(model: str, name: str,
 def test_a_method_that_says_what_was_banned_goes_on(model: str) -> None:
     rewrite = Rewrite("forced", json.dumps({"ids": [token("0", 0)]}))
     traffic = Traffic(model, CASES["async"], 1)
-    traffic.plan = lambda members: {KEY: RequestPlan(None, DecodingPlan(rewrites=(rewrite,))).to_wire()}  # type: ignore[method-assign]
+    traffic.plan = lambda members: {PLAN_KEY: RequestPlan(None, DecodingPlan(rewrites=(rewrite,))).to_wire()}  # type: ignore[method-assign]
     asked = traffic.add(0, 4, [5] * 20, allowed_token_ids=[299])
     traffic.drain()
     assert asked.got == [token("0", index) for index in range(4)]

@@ -69,12 +69,15 @@ class Bench:
         """(len(tokens), V) what each token was chosen from, given those before it."""
         assert ask.plan is not None
         mix = ask.plan.decoding.mix if ask.plan.decoding else None
-        prompts = [ask.prompt, *(list(member.prompt) for member in ask.plan.members)]
-        steering = [ask.plan.steering, *(member.steering for member in ask.plan.members)]
-        untils = [member.until for member in ask.plan.members if member.until is not None]
+        prompts = [ask.prompt, *(list(member.prompt) for member in ask.plan.companions)]
+        steering = [ask.plan.steering, *(member.steering for member in ask.plan.companions)]
+        untils = [member.until for member in ask.plan.companions if member.until is not None]
 
         def logits(stream: Stream) -> Tensor:
-            prompt, edits = prompts[stream.member], self._edits(steering[stream.member] if not stream.model else None)
+            prompt, edits = (
+                prompts[stream.companion],
+                self._edits(steering[stream.companion] if not stream.model else None),
+            )
             found = steered.logits(self.models[stream.model], prompt + tokens[:-1], len(prompt), edits)
             return found[len(prompt) - 1 :, : tiny.VOCABULARY]
 
@@ -208,7 +211,7 @@ class Traffic:
         )
         if kind == 2 and self.chance.random() < 0.5:
             members = (replace(members[0], until=self.chance.randint(1, 6)),)
-        return self.ask(RequestPlan(mine, DecodingPlan(mix), members=members))
+        return self.ask(RequestPlan(mine, DecodingPlan(mix), companions=members))
 
     def other(self) -> Ask:
         return self.ask(RequestPlan(self.steering()) if self.chance.random() < 0.5 else None)
@@ -271,7 +274,7 @@ def test_as_hugging_face_guidance(bench: Bench, nobody_left: None) -> None:
     traffic = Traffic(bench, seed=8)
     prompts = [(traffic.prompt(), traffic.prompt(), scale) for scale in (1.5, 3.0, 0.5)]
     asks = [
-        Ask(prompt, RequestPlan(None, DecodingPlan(guidance(scale)), members=(CompanionPlan(tuple(other)),)), 10)
+        Ask(prompt, RequestPlan(None, DecodingPlan(guidance(scale)), companions=(CompanionPlan(tuple(other)),)), 10)
         for prompt, other, scale in prompts
     ]
     for (prompt, other, scale), tokens in zip(prompts, bench.engine.tokens(*asks), strict=True):
@@ -292,7 +295,7 @@ def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> No
     nothing = Mix((Term(MAIN, 1.0), Term(Stream("", 1), 0.0)))
     for length in (1, 3, 60):
         prompt, sampling = traffic.stem[:length], {"temperature": 1.0, "seed": 7 + length}
-        coupled = RequestPlan(None, DecodingPlan(nothing), members=(CompanionPlan(tuple(traffic.prompt())),))
+        coupled = RequestPlan(None, DecodingPlan(nothing), companions=(CompanionPlan(tuple(traffic.prompt())),))
         alone, beside, again = bench.engine.tokens(
             Ask(prompt, None, 8, sampling), Ask(prompt, coupled, 8, sampling), Ask(prompt, coupled, 8, sampling)
         )
@@ -305,7 +308,7 @@ def test_a_seed_draws_what_a_plain_loop_draws(bench: Bench, nobody_left: None) -
     asks = []
     for length, scale in ((3, None), (3, 1.5), (70, None), (70, 2.5), (1, 0.5)):
         members = (CompanionPlan(tuple(traffic.prompt())),)
-        plan = None if scale is None else RequestPlan(None, DecodingPlan(guidance(scale)), members=members)
+        plan = None if scale is None else RequestPlan(None, DecodingPlan(guidance(scale)), companions=members)
         sampling = {"temperature": temperature, "seed": 40 + length}
         asks.append(Ask(traffic.stem[:length], plan, num, sampling))
     others = [traffic.group() for _ in range(2)]
@@ -320,7 +323,7 @@ def test_a_seed_draws_what_a_plain_loop_draws(bench: Bench, nobody_left: None) -
 
 
 def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(CompanionPlan((4, 5, 6)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), companions=(CompanionPlan((4, 5, 6)),))
     drawn = [
         {"temperature": 1.0, "seed": 3} | more
         for more in ({"n": 2, "output_kind": RequestOutputKind.FINAL_ONLY}, {}, {"seed": 4})
@@ -333,14 +336,14 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     """The primary's own tokens and lengths; or, with a word of its own, the room that a member has."""
     traffic = Traffic(bench, seed=6)
     long, short = tuple(traffic.stem * 3)[: MAX_LEN - 5], tuple(traffic.stem[:9])
-    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=(CompanionPlan(short),))
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), companions=(CompanionPlan(short),))
     (output,) = bench.engine.generate(Ask([7, 8, 9], plan, 8, {"detokenize": True}))
     free, text = list(output.outputs[0].token_ids), output.outputs[0].text
     stop = free[4]
     asks = [
         Ask([7, 8, 9], plan, 8, {"stop_token_ids": [stop]}),
         Ask([7, 8, 9], plan, 1),
-        Ask([7, 8, 9], replace(plan, members=(CompanionPlan(long),)), 40),
+        Ask([7, 8, 9], replace(plan, companions=(CompanionPlan(long),)), 40),
         Ask([7, 8, 9], plan, 100, {"detokenize": True, "stop": [text[3:5]]}),
     ]
     stopped, single, full, cut = bench.engine.generate(*asks)
@@ -359,7 +362,7 @@ def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
     Triton's interpreter cannot run the kernel with which V2 applies grammars.
     """
     choices = ["left", "right"]
-    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(CompanionPlan((5, 6, 7)), CompanionPlan((8,))))
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), companions=(CompanionPlan((5, 6, 7)), CompanionPlan((8,))))
 
     def ask(prompt: list[int]) -> Ask:
         wanted = StructuredOutputsParams(choice=choices)
@@ -376,7 +379,7 @@ def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
 
 
 def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), members=(CompanionPlan((5, 6, 7)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(3.0)), companions=(CompanionPlan((5, 6, 7)),))
     for prompt in ([9], [9, 8, 7]):
         asks = [Ask(prompt, asked, 3, {"prompt_logprobs": 1}) for asked in (None, plan)]
         plain, coupled = (output.prompt_logprobs for output in bench.engine.generate(*asks))
@@ -384,7 +387,7 @@ def test_scores_of_a_prompt_are_its_own(bench: Bench, nobody_left: None) -> None
 
 
 def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(2.0)), members=(CompanionPlan((4, 5, 6, 7)),))
+    plan = RequestPlan(None, DecodingPlan(guidance(2.0)), companions=(CompanionPlan((4, 5, 6, 7)),))
     ask = Ask([9, 8, 7], plan, 5, {"logprobs": 3})
     (output,) = bench.engine.generate(ask)
     tokens = list(output.outputs[0].token_ids)
@@ -405,6 +408,6 @@ def test_log_probabilities_are_the_mix(bench: Bench, nobody_left: None) -> None:
     ],
 )
 def test_what_cannot_run_is_refused(bench: Bench, members: list[CompanionPlan], said: str) -> None:
-    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), members=tuple(members))
+    plan = RequestPlan(None, DecodingPlan(guidance(1.5)), companions=tuple(members))
     with pytest.raises(ValueError, match=said):
         bench.engine.generate(Ask([5, 6], plan, 2))

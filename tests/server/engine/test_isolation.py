@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.worker.edits.histories import Histories
+from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.conditions import Schedule
 from whipstaff.steering.plan import Edit, PlannedEdit, PlannedProbe, ProbeRead, SteeringPlan
@@ -432,16 +432,21 @@ def test_a_request_that_comes_back_keeps_what_was_read() -> None:
     """Model Runner V2 is told of a resumed request as of a new one; what it read before may stand in cached blocks."""
     latched = PlannedEdit(Edit("a", "{}", None, gate=GATES[2]), Where.of("generation"))
     placed = PositionedPlan(RequestPlan(SteeringPlan((latched,), (LATCH,))), 5)
-    steerer = Steerer(
-        8, torch.device("cpu"), Decoder(torch.device("cpu"), 16, (), {}.__getitem__), num_histories=3, max_len=16
-    )
-    steerer.note_requests((), [("one", placed)])
-    steerer.history[:, 0] = 2.0
-    steerer.note_requests((), [("one", placed)])
-    assert steerer.num_histories_used == 1
-    assert steerer.history[:, 0].tolist() == [2.0] * 3
-    steerer.note_requests(["one"], ())
-    assert len(steerer._free_histories) == 3
+    requests = Requests()
+    histories = Histories(requests, num_histories=3, max_len=16, device=torch.device("cpu"))
+
+    def comes() -> None:
+        for request, _ in requests.take([Arrival("one", placed)]):
+            histories.add(request)
+
+    comes()
+    histories.values[:, 0] = 2.0
+    comes()
+    assert histories.num_used == 1
+    assert histories.values[:, 0].tolist() == [2.0] * 3
+    for request in requests.finish(["one"]):
+        histories.remove(request)
+    assert histories.num_used == 0
 
 
 @given(steering=some_plans(), prompt_len=st.integers(1, 7 * KEYED), later=st.integers(1, 6 * KEYED))

@@ -84,7 +84,7 @@ class Bench:
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
         steering = SteeringPlan(edits, keeps=EARLY if case.is_dola else ())
         decoding = DecodingPlan(mix, tuple(rewrites)) if mix or rewrites else None
-        plan = RequestPlan(steering, decoding, members=(CompanionPlan(case.negative),) if case.negative else ())
+        plan = RequestPlan(steering, decoding, companions=(CompanionPlan(case.negative),) if case.negative else ())
         return Ask(case.prompt, plan, case.num_tokens)
 
     def streams(self, case: Case, ids: list[int]) -> tuple[Tensor, Tensor]:

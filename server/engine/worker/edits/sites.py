@@ -6,7 +6,7 @@ reads persistent buffers; it is traced into compiled graphs and captured into CU
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.worker.step import Steerer
+from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
@@ -33,12 +34,25 @@ KINDS = Kinds(
 )
 
 
+class Sites(NamedTuple):
+    """What the sites of a model read and write."""
+
+    tables: Tables
+    meters: Tensor  # (hook points, 2): sum of lengths and number of rows measured, in the tables' order
+
+
 def install_sites(
-    model: nn.Module, layout: Layout, steerer: Steerer, vector_of: Callable[[str], Vector], dtype: torch.dtype
-) -> Tables:
+    model: nn.Module,
+    layout: Layout,
+    token_table: TokenTable,
+    history: Tensor,
+    vector_of: Callable[[str], Vector],
+    dtype: torch.dtype,
+) -> Sites:
     """Hook the sites of `model` that the layout asks for to freshly made tables.
 
     Args:
+        history: see `Histories.values`.
         vector_of: finds a loaded vector by digest.
         dtype: of the model's activations.
 
@@ -55,7 +69,7 @@ def install_sites(
             elif site != "resid_pre":
                 raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
     encoders = {HookPoint(site, layer): size for site, layer, size in layout.encoders}
-    max_tokens, device = len(steerer.tokens), steerer.tokens.device
+    max_tokens, device = len(token_table.tokens), token_table.tokens.device
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
         layout.num_slots,
@@ -68,21 +82,21 @@ def install_sites(
             for layer in layout.early_layers
         },
     )
-    steerer.meters = torch.zeros(len(hooks), 2, device=device)
-    for meter, (place, (_, module, editing)) in zip(steerer.meters, hooks.items(), strict=True):
-        _adopt(module, editing, place, _buffers(tables.at(place), steerer, meter))
-    return tables
+    meters = torch.zeros(len(hooks), 2, device=device)
+    for meter, (place, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
+        _adopt(module, editing, place, _buffers(tables.at(place), token_table, history, meter))
+    return Sites(tables, meters)
 
 
-def _buffers(tables: SiteTables, steerer: Steerer, meter: Tensor) -> dict[str, Tensor]:
+def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor) -> dict[str, Tensor]:
     """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
     buffers = {
         "lines": tables.lines,
         "code": tables.code,
         "args": tables.args,
-        "tokens": steerer.tokens,
-        "gains": steerer.gains,
-        "history": steerer.history,
+        "tokens": token_table.tokens,
+        "gains": token_table.gains,
+        "history": history,
         "meter": meter,
     }
     if tables.encoders is not None:
@@ -136,16 +150,9 @@ def _bare(module: nn.Module) -> Any:
 
 
 def _adopt(module: nn.Module, editing: Editing, place: HookPoint, buffers: dict[str, Tensor]) -> None:
-    cls = type(module)
-    subclass = editing(cls, place)
-    _rename(subclass, cls)
     for name, buffer in buffers.items():
         module.register_buffer(f"whipstaff_{place.site}_{name}", buffer, persistent=False)
-    module.__class__ = subclass
-
-
-def _rename(subclass: type, cls: type) -> None:
-    subclass.__name__, subclass.__qualname__, subclass.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    swap(module, editing(type(module), place))
 
 
 def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> None:

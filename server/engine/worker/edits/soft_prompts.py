@@ -6,32 +6,36 @@ what the embedding gives.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from whipstaff.cuda_ext import put_rows_
-from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.batch import BatchView, TokenSpan
 from whipstaff.steering.methods.virtual_tokens import ROWS
 from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1
 
 
-class Piece(NamedTuple):
-    """A stretch of the step's tokens and the learned rows that they get."""
+class NoSoftRows:
+    """Where learned rows cannot take the place of tokens."""
 
-    first: int
-    last: int  # exclusive
-    rows: Tensor  # (last - first, H) on the host
+    is_on = False
+
+    def begin_step(self, view: BatchView) -> None:
+        """Nobody asks for any."""
 
 
 class SoftRows:
     """`rows` (max_tokens, H) in the model's type and `index` (max_tokens,) int32 are on the model's device; their
     addresses never change, so captured graphs read them. Token t of a step gets row index[t], if that is not NOTHING.
     """
+
+    is_on = True
 
     def __init__(
         self,
@@ -52,30 +56,27 @@ class SoftRows:
         if self._dirty:
             self.index[: self._dirty] = NOTHING
             self._dirty = 0
-        for first, last, rows in self._pieces(view):
-            self.rows[first:last].copy_(rows, non_blocking=True)
-            self.index[first:last] = self._own[first:last]
-            self._dirty = last
+        for tokens, rows in self._learned(view):
+            own = slice(tokens.first, tokens.last)
+            self.rows[own].copy_(rows, non_blocking=True)
+            self.index[own] = self._own[own]
+            self._dirty = tokens.last
 
-    def _pieces(self, view: BatchView) -> Iterator[Piece]:
-        """In order of their tokens."""
+    def _learned(self, view: BatchView) -> Iterator[tuple[TokenSpan, Tensor]]:
+        """The step's placeholders and the rows (n, H) that they get, on the host, in order of their tokens."""
         for row, placed in view.planned():
-            token, position = int(view.starts[row]), int(view.positions[row])
-            end = position + int(view.starts[row + 1]) - token
             for digest, start, num in placed.inserts:
-                first, last = max(start, position), min(start + num, end)
-                learned = self._vector_of(digest).shared_parts.get(
-                    ROWS
-                )  # None: the keys and values are learned instead
-                if first < last and learned is not None:
-                    rows = learned[first - start : last - start]
-                    yield Piece(token + first - position, token + last - position, rows)
+                learned = self._vector_of(digest).shared_parts.get(ROWS)  # None: keys and values are learned instead
+                tokens = view.tokens_at(row, start, start + num)
+                if tokens is not None and learned is not None:
+                    skipped = tokens.position - start
+                    yield tokens, learned[skipped : skipped + tokens.last - tokens.first]
 
 
 def install_soft_rows(
     model: nn.Module, config: Any, max_tokens: int, device: torch.device, vector_of: Callable[[str], Vector]
-) -> SoftRows | None:
-    """Let the module that embeds the model's tokens override its output; None where that cannot be.
+) -> SoftRows | NoSoftRows:
+    """Let the module that embeds the model's tokens override its output, where that can be.
 
     Args:
         config: of vLLM's model. Where prompts may hold embeddings or images, tokens are embedded outside of the step.
@@ -84,7 +85,7 @@ def install_soft_rows(
     hidden_size = int(config.get_hidden_size())
     module = input_embedding(model, device, hidden_size)
     if module is None or config.is_multimodal_model or config.enable_prompt_embeds:
-        return None
+        return NoSoftRows()
     soft = SoftRows(max_tokens, hidden_size, config.dtype, device, vector_of)
     cls: Any = type(module)
 
@@ -95,14 +96,9 @@ def install_soft_rows(
             put_rows_(per_token, self.whipstaff_soft_rows, self.whipstaff_soft_index)
             return embeddings
 
-    Overridden.__name__, Overridden.__qualname__, Overridden.__module__ = (
-        cls.__name__,
-        cls.__qualname__,
-        cls.__module__,
-    )
     module.register_buffer("whipstaff_soft_rows", soft.rows, persistent=False)
     module.register_buffer("whipstaff_soft_index", soft.index, persistent=False)
-    module.__class__ = Overridden
+    swap(module, Overridden)
     return soft
 
 

@@ -10,7 +10,7 @@ from whipstaff.server.engine.worker.lora import StepAdapters
 from whipstaff.steering.tables import Tables
 
 
-class Stream(NamedTuple):
+class EarlyStream(NamedTuple):
     """One token's stream at an early layer, as it stands there or after the model's final norm."""
 
     layer: int
@@ -35,7 +35,7 @@ class EarlyHead:
     def has_norm(self) -> bool:
         return self._norm is not None
 
-    def logits(self, streams: Sequence[Stream]) -> Tensor:
+    def logits(self, streams: Sequence[EarlyStream]) -> Tensor:
         """(P, V) a row for each, with one product for all of them."""
         order = sorted(range(len(streams)), key=lambda index: streams[index].layer)
         layers = [streams[index].layer for index in order]

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
         values, best = log_p.topk(min(num, log_p.shape[1]))
         return Seen((log_p > drawn).sum(1) + 1, drawn[:, 0], best, values)
 
-    def said(self, row: int, num: int) -> dict[str, Any]:
+    def to_json(self, row: int, num: int) -> dict[str, Any]:
         best = zip(self.best[row, :num].tolist(), self.best_log_probabilities[row, :num].tolist(), strict=True)
         return {
             "rank": int(self.rank[row]),
@@ -110,7 +110,7 @@ class Explanations(NamedTuple):
     streams: list[tuple[int, str, Seen]]
     facts: list[tuple[int, str, Tensor]]
 
-    def said(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """By request. Waits for the device."""
         tokens, divergence = self.tokens.tolist(), self.divergence.tolist()
         seen = {name: one.on_host() for name, one in self.seen.items()}
@@ -118,14 +118,14 @@ class Explanations(NamedTuple):
             {
                 "id": tokens[index],
                 "kl": divergence[index],
-                **{name: one.said(index, row.num) for name, one in seen.items()},
+                **{name: one.to_json(index, row.num) for name, one in seen.items()},
                 "streams": {},
                 "facts": {},
             }
             for index, row in enumerate(self.rows)
         ]
         for index, name, one in self.streams:
-            found[index]["streams"][name] = one.on_host().said(0, self.rows[index].num)
+            found[index]["streams"][name] = one.on_host().to_json(0, self.rows[index].num)
         for index, name, value in self.facts:
             found[index]["facts"][name] = value.tolist()
-        return {row.request_id: said for row, said in zip(self.rows, found, strict=True)}
+        return {row.request_id: told for row, told in zip(self.rows, found, strict=True)}

@@ -19,11 +19,18 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from whipstaff.server.engine.worker.batch import BatchView, Ints
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.lora import StepAdapters
-from whipstaff.server.engine.worker.step import Steerer
 
 BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
+
+
+class NoLookahead:
+    """Where the scheduler sets no place apart."""
+
+    def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> None:
+        """Methods do without."""
 
 
 class Lookahead:
@@ -33,7 +40,7 @@ class Lookahead:
         self,
         runner: Any,
         base: Callable[..., Tensor],
-        steerer: Steerer,
+        edits: StepEdits,
         block_tables: BlockTables,
         adapters: StepAdapters,
     ) -> None:
@@ -41,9 +48,10 @@ class Lookahead:
         Args:
             runner: vLLM's model runner.
             base: the served model's forward pass, without auxiliary models.
+            edits: which steer a token that is tried as if it had been drawn.
             block_tables: of the runner in a step; see `runner_v1.block_tables`.
         """
-        self._runner, self._base, self._steerer, self._block_tables = runner, base, steerer, block_tables
+        self._runner, self._base, self._edits, self._block_tables = runner, base, edits, block_tables
         self._adapters = adapters
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
@@ -62,7 +70,7 @@ class Lookahead:
             (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
             with (
                 self._adapters.of(last),
-                self._steerer.trying(tried, ids),
+                self._edits.trying(tried, ids),
                 set_forward_context(
                     attention,
                     self._runner.vllm_config,

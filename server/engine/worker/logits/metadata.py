@@ -1,4 +1,4 @@
-"""Rosters: the rows of a step that become tokens, and what has to be done to which of them.
+"""Decoding metadata: the rows of a step that become tokens, and what has to be done to which of them.
 
 A batch that decodes keeps its rows from step to step, so what follows from who they are is worked out, and sent to the
 device, once.
@@ -25,7 +25,7 @@ Turn = Stage | Literal["late temperature"]
 """A stage, or its place after truncation for requests that say temperature_last."""
 
 
-class Applied(NamedTuple):
+class BoundMethod(NamedTuple):
     """One method of one request, ready to run."""
 
     method: LogitsRewriter[Any]
@@ -37,7 +37,7 @@ class Applied(NamedTuple):
 
 
 @dataclass(eq=False)
-class Known:
+class RequestState:
     """An unfinished request with a decoding plan."""
 
     plan: DecodingPlan
@@ -45,14 +45,14 @@ class Known:
     seed: int
     scores_prompt: bool
     bans: bool
-    applied: list[Applied]
+    bound: list[BoundMethod]
     bias: Mapping[int, float] = field(default_factory=dict)  # that vLLM will add to the logits of some tokens
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
     excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property
     def tells_scores(self) -> bool:
-        return any(one.method.tells_scores(one.setting) for one in self.applied)
+        return any(one.method.tells_scores(one.setting) for one in self.bound)
 
     @property
     def temperature(self) -> float:
@@ -65,21 +65,22 @@ class Known:
         return self.plan.draw is not None and self.plan.draw.is_temperature_last
 
 
-class Seat(NamedTuple):
+class ActiveRow(NamedTuple):
     """A row of logits that belongs to a request with a plan."""
 
     row: int
-    request: Known
+    request: RequestState
 
 
-class Task(NamedTuple):
+class MethodCall(NamedTuple):
     """One method on the rows that use it with the same streams, heads and place among the request's floats."""
 
     method: LogitsRewriter[Any]
     streams: tuple[str, ...]
     heads: tuple[str, ...]
     state: slice
-    seats: list[int]  # of the roster
+    active: list[ActiveRow]
+    indices: list[int]  # of these rows among all that are active
     rows: Tensor  # (n,) int64 of the logits
     slots: Tensor | None  # (n,) int64; None where the requests need none
     settings: list[BaseModel]
@@ -111,84 +112,88 @@ class Truncated(NamedTuple):
     min_p: Tensor | None
 
 
-class Roster:
-    """What `seats` need done, on the device of their logits.
+class DecodingMetadata:
+    """What `active` need done, on the device of their logits.
 
     Args:
-        seats: in the order of their rows.
-        most_early: how many rows of early layers' logits may be there at once; a task beyond that becomes several.
+        active: in the order of their rows.
+        most_early: how many rows of early layers' logits may be there at once; a call beyond that becomes several.
         is_prompt: whether the rows are a prompt's, to be scored and not drawn from.
     """
 
-    def __init__(self, seats: Sequence[Seat], device: torch.device, most_early: int, is_prompt: bool = False) -> None:
-        self.seats, self.is_prompt, self._sent = seats, is_prompt, partial(sent, device=device)
-        self.num_prompt = np.array([seat.request.num_prompt for seat in seats], np.int64)
-        self._tasks = self._grouped(most_early)
-        mixes = ((index, seat.row, seat.request.plan.mix) for index, seat in enumerate(seats))
-        self._mixes = [(index, row, mix, 1 + mix.num_members) for index, row, mix in mixes if mix is not None]
-        self.explained = [seat for seat in seats if seat.request.plan.explain is not None]
+    def __init__(
+        self, active: Sequence[ActiveRow], device: torch.device, most_early: int, is_prompt: bool = False
+    ) -> None:
+        self.active, self.is_prompt, self._sent = active, is_prompt, partial(sent, device=device)
+        self.num_prompt = np.array([active_row.request.num_prompt for active_row in active], np.int64)
+        self._calls = self._grouped(most_early)
+        mixes = ((index, active_row.row, active_row.request.plan.mix) for index, active_row in enumerate(active))
+        self._mixes = [(index, row, mix, 1 + mix.num_companions) for index, row, mix in mixes if mix is not None]
+        self.explained = [active_row for active_row in active if active_row.request.plan.explain is not None]
         self.scored_base = self._rows(lambda request: request.plan.scores_base)
         self.banning = self._rows(lambda request: request.bans)
         self.biased = self._biased()
         self.tempered = {is_late: self._tempered(is_late) for is_late in (False, True)}
         self.truncated = self._truncated()
-        self.changes_draw = any(seat.request.applied or seat.request.plan.draw for seat in seats)
+        self.changes_draw = any(active_row.request.bound or active_row.request.plan.draw for active_row in active)
 
-    def tasks(self, *turns: Turn) -> list[Task]:
+    def calls(self, *turns: Turn) -> list[MethodCall]:
         """In the order in which they run."""
-        return [task for turn in turns for task in self._tasks.get(turn, ())]
+        return [call for turn in turns for call in self._calls.get(turn, ())]
 
-    def mixed(self, num_generated: Ints, members: Mapping[int, tuple[int, ...]]) -> list[MixedRow]:
+    def mixed(self, num_generated: Ints, companions: Mapping[int, tuple[int, ...]]) -> list[MixedRow]:
         """The rows whose mixes can be made: of sequences that are all there. A mix ends with the first that leaves."""
         found = []
         for index, row, mix, num in self._mixes:
-            now, rows = mix.at(int(num_generated[index])), (row, *members.get(row, ()))
+            now, rows = mix.at(int(num_generated[index])), (row, *companions.get(row, ()))
             if now is not None and len(rows) >= num and ABSENT not in rows[:num]:
                 found.append(MixedRow(row, now, rows))
         return found
 
-    def _grouped(self, most_early: int) -> dict[Turn, list[Task]]:
-        found: dict[Any, list[tuple[int, Applied]]] = {}
-        for index, (_, request) in enumerate(self.seats):
-            for one in request.applied:
+    def _grouped(self, most_early: int) -> dict[Turn, list[MethodCall]]:
+        found: dict[Any, list[tuple[int, BoundMethod]]] = {}
+        for index, (_, request) in enumerate(self.active):
+            for one in request.bound:
                 is_late = one.method.stage == "temperature" and request.is_tempered_late
                 turn: Turn = "late temperature" if is_late else one.method.stage
                 key = turn, one.method, one.streams, one.heads, one.state.start
                 found.setdefault(key, []).append((index, one))
-        tasks: dict[Turn, list[Task]] = {}
-        for (turn, *_), members in sorted(found.items(), key=lambda item: _ORDER[item[0][1].name]):
-            tasks.setdefault(turn, []).extend(self._task(part) for part in _parts(members, most_early))
-        return tasks
+        calls: dict[Turn, list[MethodCall]] = {}
+        for (turn, *_), users in sorted(found.items(), key=lambda item: _ORDER[item[0][1].name]):
+            calls.setdefault(turn, []).extend(self._call(part) for part in _parts(users, most_early))
+        return calls
 
-    def _task(self, members: Sequence[tuple[int, Applied]]) -> Task:
-        seats, applied = [index for index, _ in members], [one for _, one in members]
-        slots = [self.seats[index].request.slot for index in seats]
-        method, _, streams, heads, _, state = applied[0]
-        return Task(
+    def _call(self, users: Sequence[tuple[int, BoundMethod]]) -> MethodCall:
+        indices, bound = [index for index, _ in users], [one for _, one in users]
+        active = [self.active[index] for index in indices]
+        slots = [request.slot for _, request in active]
+        method, _, streams, heads, _, state = bound[0]
+        return MethodCall(
             method,
             streams,
             heads,
             state,
-            seats,
-            self._sent([self.seats[index].row for index in seats]),
+            active,
+            indices,
+            self._sent([row for row, _ in active]),
             self._sent(slots) if slots[0] >= 0 else None,
-            [one.setting for one in applied],
-            [one.early for one in applied],
+            [one.setting for one in bound],
+            [one.early for one in bound],
         )
 
     def _rows(self, wanted: Any) -> Tensor | None:
-        rows = [row for row, request in self.seats if wanted(request)]
+        rows = [row for row, request in self.active if wanted(request)]
         return self._sent(rows) if rows else None
 
     def _biased(self) -> Biased | None:
-        found = [(row, request.bias) for row, request in self.seats if request.bias]
+        found = [(row, request.bias) for row, request in self.active if request.bias]
         if not found:
             return None
         said = [(index, token, float(by)) for index, (_, bias) in enumerate(found) for token, by in bias.items()]
         return Biased(self._sent([row for row, _ in found]), *map(self._sent, zip(*said, strict=True)))
 
-    def _drawn(self) -> Iterator[tuple[int, Known, SamplerSettings]]:
-        for row, request in self.seats:
+    def _drawn(self) -> Iterator[tuple[int, RequestState, SamplerSettings]]:
+        for row, request in self.active:
             if request.plan.draw is not None:
                 yield row, request, request.plan.draw
 
@@ -198,7 +203,7 @@ class Roster:
             for row, request, draw in self._drawn()
             if draw.is_temperature_last == is_late
             and draw.temperature != 1
-            and not any(one.method.stage == "temperature" for one in request.applied)
+            and not any(one.method.stage == "temperature" for one in request.bound)
         ]
         return Tempered(*map(self._sent, zip(*found, strict=True))) if found else None
 
@@ -223,12 +228,12 @@ def sent(numbers: Any, device: torch.device) -> Tensor:
     return made.to(device, non_blocking=True)
 
 
-def _parts(members: Sequence[tuple[int, Applied]], most_early: int) -> Iterator[Sequence[tuple[int, Applied]]]:
-    """A task's rows, in parts that read no more than `most_early` early streams, or one row's."""
+def _parts(users: Sequence[tuple[int, BoundMethod]], most_early: int) -> Iterator[Sequence[tuple[int, BoundMethod]]]:
+    """A call's rows, in parts that read no more than `most_early` early streams, or one row's."""
     first = num_early = 0
-    for index, (_, one) in enumerate(members):
+    for index, (_, one) in enumerate(users):
         num_early += len(one.early)
         if index > first and num_early > most_early:
-            yield members[first:index]
+            yield users[first:index]
             first, num_early = index, len(one.early)
-    yield members[first:]
+    yield users[first:]

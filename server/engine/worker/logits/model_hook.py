@@ -1,4 +1,4 @@
-"""The served model learns to run auxiliary models beside itself and to let the decoder have its logits.
+"""The served model learns to run auxiliary models beside itself and to let the pipeline have its logits.
 
 A forward pass that runs auxiliary models returns the base's hidden states with theirs beside them. Where rows of
 prompts will be scored, two last columns name the token of the step that each row belongs to: whatever rows vLLM then
@@ -7,77 +7,93 @@ row for each of the batch's; they need no names.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
-from whipstaff.server.engine.worker.edits.sites import KINDS
-from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
-from whipstaff.server.engine.worker.logits.pipeline import Decoder
-from whipstaff.server.engine.worker.lora import StepAdapters
-from whipstaff.server.engine.worker.step import Steerer
-from whipstaff.steering.sites import final_norm
+from whipstaff.server.engine.worker.step import WorkerStep
 
 _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bfloat16 (256 is its last exact step)
 _NUM_TAGS = 2
 
 
-def compose(
-    base: nn.Module, auxiliaries: Sequence[Auxiliary], steerer: Steerer, hidden_size: int, adapters: StepAdapters
-) -> None:
-    """Give the base model's instance a subclass of its class that decodes."""
-    cls: Any = type(base)
-    by_name = {auxiliary.name: auxiliary for auxiliary in auxiliaries}
-    decoder: Decoder = steerer.decoder
+def compose(base: nn.Module, auxiliaries: Sequence[Auxiliary], step: WorkerStep, hidden_size: int) -> None:
+    """Let the base model decode. `hidden_size` is its own."""
+    swap(
+        base,
+        Composite,
+        whipstaff_step=step,
+        whipstaff_auxiliaries={auxiliary.name: auxiliary for auxiliary in auxiliaries},
+        whipstaff_hidden_size=hidden_size,
+        whipstaff_beside=NOTHING_BESIDE,
+    )
 
-    class Composite(cls):
-        whipstaff_beside: tuple[list[str], bool] = ([], False)  # what stands beside the hidden states
 
-        def forward(
-            self,
-            input_ids: Tensor | None,
-            positions: Tensor,
-            intermediate_tensors: Any = None,
-            inputs_embeds: Tensor | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            hidden = cls.forward(self, input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            names = decoder.needed_auxiliaries() if by_name else []
-            beside = [by_name[name].forward(_ids(input_ids), positions) for name in names]
-            is_tagged = decoder.scores_prompts
-            if not decoder.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
-                return hidden
-            self.whipstaff_beside = names, is_tagged
-            return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+class Beside(NamedTuple):
+    """What stands beside a pass's hidden states: those of auxiliary models, then the tokens' names."""
 
-        def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-            names, is_tagged = self.whipstaff_beside if hidden.shape[-1] != hidden_size else ([], False)
-            widths = [hidden_size, *(by_name[name].hidden_size for name in names), *([_NUM_TAGS] if is_tagged else [])]
-            own, *others = torch.split(hidden, widths, dim=-1) if len(widths) > 1 else [hidden]
-            own = own.contiguous()
-            logits: Tensor | None = cls.compute_logits(self, own, *args, **kwargs)
-            streams = {
-                name: by_name[name].compute_logits(part.contiguous()) for name, part in zip(names, others, strict=False)
-            }
-            if logits is None:  # tensor parallel: another rank samples
-                return None
-            if decoder.awaits_logits:
-                logits = decoder.decode(logits, streams, own)
-            elif is_tagged:
-                logits = decoder.decode_prompt(logits, streams, own, _tokens(others[-1]))
-            steerer.note_logits(logits)
-            return logits
+    models: list[str]
+    is_tagged: bool
 
-    Composite.__name__, Composite.__qualname__ = cls.__name__, cls.__qualname__
-    Composite.__module__ = cls.__module__
-    base.__class__ = Composite
-    assert steerer.tables is not None
-    head = partial(cls.compute_logits, base)
-    decoder.early = EarlyHead(head, final_norm(base, KINDS), steerer.tables, adapters)
+
+NOTHING_BESIDE = Beside([], False)
+
+
+class Composite(Swapped):
+    """Laid over the base model's class."""
+
+    whipstaff_step: WorkerStep
+    whipstaff_auxiliaries: dict[str, Auxiliary]
+    whipstaff_hidden_size: int
+    whipstaff_beside: Beside  # of the last pass
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
+        names = pipeline.needed_auxiliaries() if auxiliaries else []
+        beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
+        is_tagged = pipeline.scores_prompts
+        if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+            return hidden
+        self.whipstaff_beside = Beside(names, is_tagged)
+        return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+
+    def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        step = self.whipstaff_step
+        own, others, tags = self._whipstaff_parts(hidden)
+        logits: Tensor | None = super().compute_logits(own, *args, **kwargs)
+        streams = {name: self.whipstaff_auxiliaries[name].compute_logits(part) for name, part in others.items()}
+        if logits is None:  # tensor parallel: another rank samples
+            return None
+        if step.pipeline.awaits_logits:
+            logits = step.pipeline.decode(logits, streams, own)
+        elif tags is not None:
+            logits = step.pipeline.decode_prompt(logits, streams, own, _tokens(tags))
+        step.edits.histories.note_logits(logits)
+        return logits
+
+    def _whipstaff_parts(self, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The model's own hidden states, those of auxiliary models by name, and the columns that name tokens."""
+        size = self.whipstaff_hidden_size
+        names, is_tagged = self.whipstaff_beside if hidden.shape[-1] != size else NOTHING_BESIDE
+        if not names and not is_tagged:
+            return hidden.contiguous(), {}, None
+        widths = [size, *(self.whipstaff_auxiliaries[name].hidden_size for name in names)]
+        own, *others = torch.split(hidden, [*widths, *([_NUM_TAGS] if is_tagged else [])], dim=-1)
+        tags = others.pop() if is_tagged else None
+        parts = {name: part.contiguous() for name, part in zip(names, others, strict=True)}
+        return own.contiguous(), parts, tags
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:

@@ -1,0 +1,99 @@
+"""What a worker does in a step is built whole, once its model is loaded: from the parts that this server has."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from whipstaff.server.engine.config import max_tokens
+from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.worker import runner_v1, runner_v2
+from whipstaff.server.engine.worker.auxiliary import Auxiliary
+from whipstaff.server.engine.worker.edits.histories import Histories
+from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
+from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites
+from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.edits.token_table import TokenTable
+from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
+from whipstaff.server.engine.worker.logits.model_hook import compose
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
+from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
+from whipstaff.server.engine.worker.requests import Requests
+from whipstaff.server.engine.worker.step import WorkerStep
+from whipstaff.steering.sites import final_norm
+from whipstaff.steering.vector_file import Vector
+
+VectorOf = Callable[[str], Vector]  # finds a loaded vector by digest
+
+
+def build_step(
+    runner: Any, config: Any, vector_of: VectorOf, head_of: Callable[[str], dict[str, Tensor]]
+) -> WorkerStep:
+    """Load the auxiliary models, let the served model and `runner` call a step, and give that step.
+
+    Args:
+        runner: vLLM's model runner, its model loaded.
+        config: vLLM's.
+        head_of: finds the tensors of a learned head by digest, where the model is.
+
+    Raises: UnsupportedEngine where the model cannot be steered as the layout asks.
+    """
+    layout, model = Layout.from_config(config.additional_config), runner.get_model()
+    if config.lora_config is not None:
+        settle_adapters(runner, model)
+    auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
+    requests, adapters = Requests(), StepAdapters(runner)
+    edits = _edits(model, runner.device, config, layout, requests, vector_of)
+    adapter = runner_v2 if is_v2(runner) else runner_v1
+    step = WorkerStep(
+        requests,
+        edits,
+        LogitsPipeline(
+            requests,
+            [auxiliary.name for auxiliary in auxiliaries],
+            config.model_config.max_model_len,
+            runner.device,
+            head_of,
+            EarlyHead(
+                partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
+            ),
+            Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
+            if layout.looks_ahead
+            else NoLookahead(),
+        ),
+    )
+    compose(model, auxiliaries, step, int(config.model_config.get_hidden_size()))
+    adapter.attach(runner, step)
+    return step
+
+
+def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:
+    num_tokens, model_config = max_tokens(config), config.model_config
+    token_table = TokenTable(num_tokens, device)
+    histories = Histories(requests, layout.num_histories, layout.max_len, device)
+    return StepEdits(
+        requests,
+        token_table,
+        histories,
+        install_sites(model, layout, token_table, histories.values, vector_of, model_config.dtype),
+        soft_rows=install_soft_rows(model, model_config, num_tokens, device, vector_of),
+        module_edits=ModuleEdits(
+            model,
+            num_tokens,
+            device,
+            vector_of,
+            layout.num_slots,
+            edits_router="router" in layout.sites,
+            edits_attention=layout.edits_attention,
+        ),
+    )
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether it is Model Runner V2."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    return isinstance(runner, GPUModelRunner)

@@ -1,0 +1,139 @@
+"""Histories: what a request's conditions read, position by position, for edits that are gated by it.
+
+Sites write most readings themselves (`run_edits_`); entropies come with the logits, a forward pass later. Readings of
+finished sequences are kept for a while, for who asks by `readings_id`.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from whipstaff.cuda_ext import explain_rows
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.token_table import EditedSpan
+from whipstaff.server.engine.worker.requests import PlannedRequest, Requests
+from whipstaff.server.plan import PositionedPlan
+
+MAX_KEPT, MAX_KEPT_NUMBERS = 256, 1 << 22  # sequences that are finished, and numbers, whose readings are kept
+
+
+class Kept(NamedTuple):
+    """The readings of a sequence."""
+
+    readings_id: str
+    placed: PositionedPlan
+    values: Tensor  # (conditions, positions) float32, on the device
+
+    def to_json(self) -> dict[str, Any]:
+        """Waits for the device."""
+        return {
+            "positions": self.values.shape[1],
+            "columns": [
+                [None if math.isnan(value) else value for value in column[: 1 if is_latched else None]]
+                for column, is_latched in zip(self.values.tolist(), self.placed.latched_columns, strict=True)
+            ],
+        }
+
+
+class AwaitedEntropies(NamedTuple):
+    """Where the entropies of a step's distributions go."""
+
+    logits_rows: Tensor  # (n,) int64
+    histories: Tensor  # (n,) int64 rows of `Histories.values`
+    positions: Tensor  # (n,) int64 of the tokens that are drawn from them
+
+
+class Histories:
+    """`values` (num_histories, max_len) float32 is on the model's device, NaN where nothing was read; its address never
+    changes, so captured graphs read it."""
+
+    def __init__(self, requests: Requests, num_histories: int, max_len: int, device: torch.device) -> None:
+        self.values = torch.full((num_histories, max_len), torch.nan, device=device)
+        self._requests = requests
+        self._free = list(range(num_histories))
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
+        self._awaited: AwaitedEntropies | None = None
+
+    @property
+    def num_used(self) -> int:
+        return len(self.values) - len(self._free)
+
+    def add(self, request: PlannedRequest) -> None:
+        """Find room for what its conditions will read. A request that comes again keeps what it has read, which may
+        stand in cached blocks."""
+        if request.placed.num_columns and not request.histories:
+            request.histories = [self._free.pop() for _ in range(request.placed.num_columns)]
+            self.values[request.histories] = torch.nan
+
+    def remove(self, request: PlannedRequest) -> None:
+        """Free its room, and keep its readings if somebody may ask for them."""
+        if not request.histories:
+            return
+        if request.placed.plan.readings_id:
+            self._kept.pop(request.request_id, None)
+            self._kept[request.request_id] = self._read(request)
+            while (
+                len(self._kept) > MAX_KEPT
+                or sum(kept.values.numel() for kept in self._kept.values()) > MAX_KEPT_NUMBERS
+            ):
+                self._kept.popitem(last=False)
+        self._free += request.histories
+
+    def readings_of(self, readings_id: str) -> list[dict[str, Any]]:
+        """What the sequences of that `readings_id` have read, see `worker.whipstaff_readings`. Waits for the device."""
+        kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]
+        kept += [
+            self._read(one) for one in self._requests if one.histories and one.placed.plan.readings_id == readings_id
+        ]
+        return [one.to_json() for one in kept]
+
+    def _read(self, request: PlannedRequest) -> Kept:
+        """A copy on the device; nothing waits for it."""
+        values = torch.stack([self.values[row, : request.num_read] for row in request.histories])
+        return Kept(request.placed.plan.readings_id, request.placed, values)
+
+    def begin_step(self, view: BatchView, spans: Iterable[EditedSpan]) -> None:
+        """Count the positions that are fed, and await the entropies that schedules follow."""
+        self._awaited = None
+        for span in spans:
+            if span.request.histories:
+                span.request.num_read = max(span.request.num_read, span.position + span.last - span.first)
+        found = list(self._following(view)) if self.num_used else []
+        if found:
+            self._awaited = AwaitedEntropies(*torch.tensor(found, device=self.values.device).unbind(1))
+
+    def _following(self, view: BatchView) -> Iterator[tuple[int, int, int]]:
+        drawn_for = dict(view.companion_rows)  # companions' tokens come from the distributions of their primaries
+        for row, placed in view.planned():
+            plan = placed.plan.steering
+            if plan is None or plan.entropy_column < 0:
+                continue
+            following = int(view.positions[row] + view.starts[row + 1] - view.starts[row])
+            if placed.prompt_len <= following < self.values.shape[1]:
+                histories = self._requests[view.requests[row]].histories
+                yield drawn_for.get(row, row), histories[plan.entropy_column], following
+
+    def note_logits(self, logits: Tensor) -> None:
+        """Keep the entropies that schedules follow. The first logits after a forward pass are those to sample from, a
+        row for each of the batch's."""
+        if self._awaited is None:
+            return
+        (rows, histories, positions), self._awaited = self._awaited, None
+        self.values[histories, positions] = explain_rows(logits[rows].contiguous()).entropy
+
+    @contextmanager
+    def untouched(self, spans: Sequence[EditedSpan]) -> Iterator[None]:
+        """What is read in here of the tokens of these spans, one each, is forgotten."""
+        cells = [(row, span.position) for span in spans for row in span.request.histories]
+        rows, positions = torch.tensor(cells, dtype=torch.int64, device=self.values.device).reshape(-1, 2).unbind(1)
+        at = rows[:, None], torch.stack([positions, torch.zeros_like(positions)], 1)  # 0: where latches are
+        read = self.values[at]
+        try:
+            yield
+        finally:
+            self.values[at] = read

@@ -1,0 +1,90 @@
+"""What happens to the activations of a step's tokens, and of tokens that are tried: by programs, by edits of modules,
+by learned rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.histories import Histories
+from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
+from whipstaff.server.engine.worker.edits.sites import Sites
+from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
+from whipstaff.server.engine.worker.edits.token_table import EditedSpan, TokenTable
+from whipstaff.server.engine.worker.requests import Requests
+
+
+class StepEdits:
+    """Tells the parts that edit what a step's tokens get."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        token_table: TokenTable,
+        histories: Histories,
+        sites: Sites,
+        module_edits: ModuleEdits,
+        soft_rows: SoftRows | NoSoftRows,
+    ) -> None:
+        self.token_table, self.histories, self.sites = token_table, histories, sites
+        self.module_edits, self.soft_rows = module_edits, soft_rows
+        self._requests = requests
+        self._was_asked = False  # whether the last step may have left something behind
+
+    def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
+        """Say what happens to the step's tokens."""
+        if not view.plans and not self._was_asked:
+            return
+        self._was_asked = bool(view.plans)
+        spans = self._spans(view)
+        self.histories.begin_step(view, spans)
+        self._write(view, spans, input_ids)
+
+    def end_step(self) -> None:
+        """After the forward pass: what follows until the next step is not a real step."""
+        self.module_edits.end_step()
+
+    @contextmanager
+    def trying(self, view: BatchView, tokens: Tensor) -> Iterator[None]:
+        """A forward pass beside the step's own, over a token for each row that may come next: it is steered as if it
+        did, and nothing that was read or kept on the way stays.
+
+        Args:
+            view: the rows, each with its one token.
+            tokens: (B,) ids.
+        """
+        spans = self._spans(view)
+        with self.histories.untouched(spans), self._streams_untouched(view):
+            self._write(view, spans, tokens)
+            try:
+                yield
+            finally:
+                self.end_step()
+
+    def _write(self, view: BatchView, spans: list[EditedSpan], input_ids: Tensor | None) -> None:
+        self.token_table.write(spans, view.num_tokens, input_ids, self.sites.tables)
+        self.module_edits.begin_step(spans, view.num_tokens)
+        self.soft_rows.begin_step(view)
+
+    @contextmanager
+    def _streams_untouched(self, view: BatchView) -> Iterator[None]:
+        """The early layers' streams that the step kept, over which a pass of those rows writes."""
+        plans = [placed.plan.steering for _, placed in view.planned()]
+        layers = {layer for plan in plans if plan is not None for layer in plan.keeps}
+        buffers = [self.sites.tables.kept(layer) for layer in sorted(layers)]
+        before = [buffer[: view.num_tokens].clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer[: len(kept)] = kept
+
+    def _spans(self, view: BatchView) -> list[EditedSpan]:
+        """In order of their tokens."""
+        return [
+            EditedSpan(*tokens, row, row_at_tokens, self._requests[view.requests[index]], placed)
+            for index, placed in view.planned()
+            for start, end, row, row_at_tokens in placed.segments
+            if (tokens := view.tokens_at(index, start, end)) is not None
+        ]

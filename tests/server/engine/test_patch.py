@@ -1,0 +1,50 @@
+"""An object of vLLM's that learned something is still what it was, to who asks."""
+
+from typing import Any
+
+from whipstaff.server.engine.patch import Swapped, swap
+
+
+class Sampler:
+    """As vLLM has it."""
+
+    def sample(self, logits: int) -> int:
+        return logits
+
+
+class Doubling(Swapped):
+    factor: int
+
+    def sample(self, logits: int) -> int:
+        found: int = super().sample(self.factor * logits)
+        return found
+
+
+def test_only_the_one_instance_learns() -> None:
+    one, other = Sampler(), Sampler()
+    swap(one, Doubling, factor=2)
+    assert (one.sample(3), other.sample(3)) == (6, 3)
+
+
+def test_it_keeps_its_name_and_its_class() -> None:
+    made: Any = Sampler()
+    swap(made, Doubling, factor=2)
+    cls = type(made)
+    assert isinstance(made, Sampler) and cls is not Sampler
+    assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
+        Sampler.__name__,
+        Sampler.__qualname__,
+        Sampler.__module__,
+        Sampler.__doc__,
+    )
+
+
+def test_it_may_learn_more_than_once_and_from_what_derives_from_it() -> None:
+    class Adding(Sampler):
+        def sample(self, logits: int) -> int:
+            return super().sample(logits) + 1
+
+    made = Sampler()
+    swap(made, Doubling, factor=2)
+    swap(made, Adding)
+    assert made.sample(3) == 7

@@ -1,0 +1,90 @@
+"""What a step keeps of the requests: one map, entropies that schedules follow, and nothing of tokens only tried."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from steps import step_edits
+
+from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
+from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.steering.plan import Edit, Gate, PlannedEdit, SteeringPlan
+from whipstaff.steering.where import Where
+
+PROMPT, MAX_LEN = 4, 16
+FOLLOWS = PlannedEdit(Edit("v", "{}", None, gate=Gate(ramp=(0, 1.0, 4.0, 1.0, 0.0))), Where.of("generation"))
+PLACED = PositionedPlan(RequestPlan(SteeringPlan((FOLLOWS,), entropy_column=0)), PROMPT)
+
+
+class FakeTables:
+    """One address for every row of edits, and no early layers."""
+
+    def acquire(self, rows: Any) -> dict[Any, int]:
+        return dict.fromkeys(rows, 0)
+
+
+def known(**plans: PositionedPlan | None) -> tuple[Requests, StepEdits]:
+    requests = Requests()
+    edits = step_edits(requests, FakeTables(), num_histories=2, max_len=MAX_LEN)
+    for request, _ in requests.take(Arrival(name, plan) for name, plan in plans.items()):
+        edits.histories.add(request)
+    return requests, edits
+
+
+def rows(position: int, length: int, *names: str) -> BatchView:
+    """Rows of one length each at the same position."""
+    starts = np.arange(len(names) + 1, dtype=np.int32) * length
+    return BatchView([PLACED] * len(names), starts, np.full(len(names), position), names)
+
+
+@pytest.mark.parametrize("is_edited", (False, True))
+def test_an_entropy_is_kept_though_no_token_of_the_step_is_edited(is_edited: bool) -> None:
+    """The first generated token is drawn at the prompt's end, where an edit of what is generated has nothing to do."""
+    requests, edits = known(a=PLACED)
+    edits.begin_step(rows(PROMPT, 1, "a") if is_edited else rows(0, PROMPT, "a"), None)
+    logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    edits.histories.note_logits(logits)
+    read = edits.histories.values[requests["a"].histories[0]]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert read[PROMPT + is_edited] == pytest.approx(float(expected), rel=1e-5)
+    assert int((~read.isnan()).sum()) == 1
+
+
+def test_a_prompt_that_is_not_done_awaits_no_entropy() -> None:
+    _, edits = known(a=PLACED)
+    edits.begin_step(rows(0, PROMPT - 1, "a"), None)
+    edits.histories.note_logits(torch.zeros(1, 8))
+    assert edits.histories.values.isnan().all()
+
+
+def test_what_is_tried_leaves_no_reading_and_counts_for_nothing() -> None:
+    requests, edits = known(a=PLACED, b=PLACED)
+    edits.begin_step(rows(PROMPT, 1, "a", "b"), None)
+    edits.histories.values[:, 0] = 7.0  # a latch
+    before, num_read = edits.histories.values.clone(), requests["b"].num_read
+    with edits.trying(rows(PROMPT + 1, 1, "b"), torch.tensor([5])):
+        edits.histories.values[:, 0] = edits.histories.values[:, PROMPT + 1] = 9.0
+    own, other = requests["b"].histories[0], requests["a"].histories[0]
+    torch.testing.assert_close(edits.histories.values[own], before[own], rtol=0, atol=0, equal_nan=True)
+    assert edits.histories.values[other, 0] == 9.0
+    assert requests["b"].num_read == num_read == PROMPT + 1
+
+
+def test_a_request_that_comes_again_keeps_what_was_made_for_it() -> None:
+    requests = Requests()
+    ((first, _),) = requests.take([Arrival("a", PLACED), Arrival("plain", None)])
+    again = PositionedPlan(PLACED.plan, PROMPT - 1)
+    ((second, _),) = requests.take([Arrival("a", again)])
+    assert second is first and requests.plan_of("a") is again
+    assert (len(requests), requests.plan_of("plain"), requests.decoding_of("a")) == (1, None, None)
+
+
+def test_an_id_may_finish_and_come_back_in_one_step() -> None:
+    requests = Requests()
+    ((first, _),) = requests.take([Arrival("a", PLACED)])
+    gone: list[PlannedRequest] = list(requests.finish(["a", "plain"]))
+    ((second, _),) = requests.take([Arrival("a", PLACED)])
+    assert gone == [first] and second is not first
