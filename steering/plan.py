@@ -38,7 +38,7 @@ class ProbeRead(NamedTuple):
     is_latched: bool
 
 
-class RowSpecial(NamedTuple):
+class ModuleEdit(NamedTuple):
     """An edit that is no program: of the expert router or of attention."""
 
     digest: str
@@ -68,7 +68,7 @@ class Insert(NamedTuple):
     num: int
 
 
-Item = Edit | ProbeRead | RowSpecial | StreamCopy | Meter
+Item = Edit | ProbeRead | ModuleEdit | StreamCopy | Meter
 EditSet = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
 _SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
@@ -98,7 +98,7 @@ class PlannedProbe:
 
 @dataclass(frozen=True)
 class PlannedSpecial:
-    special: RowSpecial
+    special: ModuleEdit
     where: Where
 
 
@@ -184,7 +184,7 @@ class SteeringPlan:
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
             tuple(
-                PlannedSpecial(RowSpecial(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
+                PlannedSpecial(ModuleEdit(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
             ),
             tuple(wire["keeps"]),
         )

@@ -15,11 +15,11 @@ from whipstaff.steering.methods.virtual_tokens import PrefixKV
 from whipstaff.steering.overflow import Bound
 from whipstaff.steering.plan import (
     Edit,
+    ModuleEdit,
     PlannedEdit,
     PlannedProbe,
     PlannedSpecial,
     ProbeRead,
-    RowSpecial,
     SteeringPlan,
 )
 from whipstaff.steering.programs import Gate
@@ -109,7 +109,7 @@ class Planner:
             where = Where(prompt=[(0, len(next(iter(vector.tensors.values()))["key"]))])
         if where.tokens or (where.exclude and where.exclude.tokens):
             raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
-        self.specials.append(PlannedSpecial(RowSpecial(vector.digest, settings.model_dump_json()), where))
+        self.specials.append(PlannedSpecial(ModuleEdit(vector.digest, settings.model_dump_json()), where))
         return self.specials[-1]
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import Opcode
 from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, EditSet, Meter, ProbeRead, RowSpecial, StreamCopy
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, EditSet, Meter, ModuleEdit, ProbeRead, StreamCopy
 from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
 from whipstaff.steering.sites import canonical, entering, pool_of
 from whipstaff.steering.vector_file import Vector
@@ -227,7 +227,7 @@ class Tables:
         steps: dict[HookPoint, list[Step]] = {}
         kept: set[HookPoint] = set()
         for item in row:
-            if isinstance(item, RowSpecial | Meter):
+            if isinstance(item, ModuleEdit | Meter):
                 continue
             if isinstance(item, StreamCopy):
                 kept.update(map(entering, item.layers))

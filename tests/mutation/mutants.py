@@ -101,7 +101,7 @@ def _unmade(module: ModuleType, name: str) -> None:
 
         return made
 
-    swap(module.Specials, "_make", skipping)
+    swap(module.ModuleEdits, "_make", skipping)
 
 
 def _uninserted(module: ModuleType) -> None:
@@ -159,7 +159,7 @@ def _stage(name: str) -> dict[str, Patch]:
 def _site(name: str) -> dict[str, Patch]:
     def specials(module: ModuleType) -> None:
         if name == "attention":
-            swap(module.Specials, "_make", lambda make: lambda self, *args: ())
+            swap(module.ModuleEdits, "_make", lambda make: lambda self, *args: ())
         elif name == "router":
             swap(module, "routing_of", lambda routing_of: lambda *args: {})
 

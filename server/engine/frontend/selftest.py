@@ -18,7 +18,7 @@ from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.plan import KEY, RequestPlan
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Edit, PlannedEdit, PlannedSpecial, RowSpecial, SteeringPlan
+from whipstaff.steering.plan import Edit, ModuleEdit, PlannedEdit, PlannedSpecial, SteeringPlan
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.vector_file import Header, packed
 from whipstaff.steering.where import Where
@@ -115,7 +115,7 @@ async def _try_specials(engine: Engine, facts: dict[str, Any], plain: list[dict[
         experts = {layer: {"off": off}}
         tries.append((f"experts of layer {layer}", "mote", {"mode": "zero", "experts": experts}))
     for what, method, setting in tries:
-        special = RowSpecial(f"method:{method}", json.dumps(setting))
+        special = ModuleEdit(f"method:{method}", json.dumps(setting))
         shown = [
             await _log_probabilities(engine, RequestPlan(SteeringPlan((), specials=(PlannedSpecial(special, where),))))
             for where in (Where.of("all"), Where(generation=[(_NUM_TOKENS, None)]))

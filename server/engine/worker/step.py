@@ -20,7 +20,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
 from whipstaff.server.engine.worker.batch import BatchView
-from whipstaff.server.engine.worker.edits.module_edits import Specials
+from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.soft_prompts import SoftRows
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
 from whipstaff.server.plan import PositionedPlan
@@ -79,7 +79,7 @@ class Steerer:
         self.num_steps = 0
         self.groups: Mapping[str, Sequence[str | None]] = {}  # that take a common step: see `BatchView.in_groups`
         self.tables: Tables | None = None
-        self.specials: Specials | None = None
+        self.specials: ModuleEdits | None = None
         self.soft: SoftRows | None = None
         self._requests: dict[str, PositionedPlan] = {}
         self._histories: dict[str, list[int]] = {}  # by request, a row of `history` for each of its conditions

@@ -15,7 +15,7 @@ from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.occupancy import GroupUse, SlotUse
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
-from whipstaff.server.engine.worker.edits.module_edits import Specials
+from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import install_sites
 from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead
@@ -72,7 +72,7 @@ class SteeredWorker:
         self._steerer.soft = install_soft_rows(
             model, config.model_config, max_tokens(config), runner.device, self._vectors.__getitem__
         )
-        self._steerer.specials = Specials(
+        self._steerer.specials = ModuleEdits(
             model,
             max_tokens(config),
             runner.device,

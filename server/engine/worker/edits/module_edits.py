@@ -1,6 +1,6 @@
 """Edits that are no programs: of the expert router and of attention. Each is there where this server installed it.
 
-A row of a request's edits names them as `RowSpecial`; which tokens get which row is the steerer's business. Here a row
+A row of a request's edits names them as `ModuleEdit`; which tokens get which row is the steerer's business. Here a row
 becomes a slot of the router's tables, and objects that the attention layers obey.
 """
 
@@ -27,7 +27,7 @@ from whipstaff.steering.methods.attention import AttentionOverride, OverridePara
 from whipstaff.steering.methods.mote import MoTE
 from whipstaff.steering.methods.side_attention import SideAttention
 from whipstaff.steering.methods.virtual_tokens import PrefixKV
-from whipstaff.steering.plan import EditSet, RowSpecial
+from whipstaff.steering.plan import EditSet, ModuleEdit
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import resolve_window
 
@@ -54,7 +54,7 @@ class Asked(Protocol):
     def placed(self) -> PositionedPlan: ...
 
 
-class Specials:
+class ModuleEdits:
     """What one worker's model obeys beside programs."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Specials:
         self.attention = AttentionEdits(model) if edits_attention else None
         self._vector_of = vector_of
         self._routes = _Routes(self.routing, num_slots, vector_of) if self.routing else None
-        self._made: OrderedDict[tuple[RowSpecial, int], tuple[AttentionEdit, ...]] = OrderedDict()
+        self._made: OrderedDict[tuple[ModuleEdit, int], tuple[AttentionEdit, ...]] = OrderedDict()
         self._host = np.full(max_tokens, NO_SLOT, dtype=np.int32)
         self._dirty = 0
 
@@ -95,7 +95,7 @@ class Specials:
 
     def begin_step(self, asked: Iterable[Asked], num_tokens: int) -> None:
         """Say what the step's tokens ask for."""
-        found = [one for one in asked if any(isinstance(item, RowSpecial) for item in one.row)]
+        found = [one for one in asked if any(isinstance(item, ModuleEdit) for item in one.row)]
         if self.attention is not None:
             self.attention.begin_step(stretch for one in found for stretch in self._stretches(one))
         if self._routes is not None and (found or self._dirty):
@@ -116,20 +116,20 @@ class Specials:
         self.slots[:num].copy_(torch.from_numpy(self._host[:num]), non_blocking=True)
         self._dirty = num_tokens if slots else 0
 
-    def _routes_in(self, row: EditSet) -> tuple[RowSpecial, ...]:
+    def _routes_in(self, row: EditSet) -> tuple[ModuleEdit, ...]:
         return tuple(
             item
             for item in row
-            if isinstance(item, RowSpecial) and isinstance(self._vector_of(item.digest).method, MoTE)
+            if isinstance(item, ModuleEdit) and isinstance(self._vector_of(item.digest).method, MoTE)
         )
 
     def _stretches(self, one: Asked) -> Iterator[Stretch]:
         for item in one.row:
-            if isinstance(item, RowSpecial):
+            if isinstance(item, ModuleEdit):
                 for edit in self._attention_edits(item, one.placed.prompt_len):
                     yield Stretch(one.batch_row, one.first, one.last, one.position, edit)
 
-    def _attention_edits(self, special: RowSpecial, prompt_len: int) -> tuple[AttentionEdit, ...]:
+    def _attention_edits(self, special: ModuleEdit, prompt_len: int) -> tuple[AttentionEdit, ...]:
         """What a special comes to for prompts of one length; learned rows are the same for all."""
         is_relative = isinstance(self._vector_of(special.digest).method, AttentionOverride | Pasta)
         key = special, prompt_len if is_relative else 0
@@ -140,7 +140,7 @@ class Specials:
         self._made.move_to_end(key)
         return self._made[key]
 
-    def _make(self, special: RowSpecial, prompt_len: int) -> Iterator[AttentionEdit]:
+    def _make(self, special: ModuleEdit, prompt_len: int) -> Iterator[AttentionEdit]:
         assert self.attention is not None
         vector = self._vector_of(special.digest)
         params: Any = vector.method.params.model_validate_json(special.setting)
@@ -188,10 +188,10 @@ class _Routes:
         vector_of: Callable[[str], Vector],
     ) -> None:
         self._tables, self._vector_of = tables, vector_of
-        self._slots: OrderedDict[tuple[RowSpecial, ...], int] = OrderedDict()
+        self._slots: OrderedDict[tuple[ModuleEdit, ...], int] = OrderedDict()
         self._free = list(range(num_slots))
 
-    def acquire(self, routes: Iterable[tuple[RowSpecial, ...]]) -> dict[tuple[RowSpecial, ...], int]:
+    def acquire(self, routes: Iterable[tuple[ModuleEdit, ...]]) -> dict[tuple[ModuleEdit, ...], int]:
         """A slot for each; the scheduler admits no more rows at once than there are."""
         wanted = dict.fromkeys(routes)
         for route in wanted:
@@ -209,5 +209,5 @@ class _Routes:
         for route in [route for route in self._slots if any(special.digest == digest for special in route)]:
             self._free.append(self._slots.pop(route))
 
-    def _evict(self, in_use: dict[tuple[RowSpecial, ...], None]) -> int:
+    def _evict(self, in_use: dict[tuple[ModuleEdit, ...], None]) -> int:
         return self._slots.pop(next(route for route in self._slots if route not in in_use))

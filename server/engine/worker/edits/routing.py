@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
-from whipstaff.steering.plan import RowSpecial
+from whipstaff.steering.plan import ModuleEdit
 from whipstaff.steering.routing_scheme import FORCE, OFF, PRE, RENORM, ZERO, RoutingError, Scheme
 from whipstaff.steering.vector_file import Vector
 
@@ -85,7 +85,7 @@ class RoutingTables:
             self._written.add(slot)
 
 
-def routing_of(specials: Iterable[RowSpecial], vector_of: Callable[[str], Vector]) -> Iterator[tuple[int, Routing]]:
+def routing_of(specials: Iterable[ModuleEdit], vector_of: Callable[[str], Vector]) -> Iterator[tuple[int, Routing]]:
     """What entries of a request ask of the routers, for `RoutingTables.write`."""
     for special in specials:
         vector = vector_of(special.digest)
