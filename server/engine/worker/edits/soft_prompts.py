@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from whipstaff.cuda_ext import put_rows_
 from whipstaff.server.engine.worker.batch import BatchView
-from whipstaff.steering.methods.virtual_tokens import ROWS
+from whipstaff.steering.kinds.rows import ROWS_PART
 from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1
@@ -64,9 +64,7 @@ class SoftRows:
             end = position + int(view.starts[row + 1]) - token
             for digest, start, num in placed.inserts:
                 first, last = max(start, position), min(start + num, end)
-                learned = self._vector_of(digest).shared_parts.get(
-                    ROWS
-                )  # None: the keys and values are learned instead
+                learned = self._vector_of(digest).shared_parts.get(ROWS_PART)  # None: keys and values are learned
                 if first < last and learned is not None:
                     rows = learned[first - start : last - start]
                     yield Piece(token + first - position, token + last - position, rows)
