@@ -26,14 +26,14 @@ from whipstaff.server.engine.frontend.selftest import Finding, calibrate, descri
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import WhipstaffError
 from whipstaff.server.prompt.vocabulary import Vocabulary
-from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.folder import RegistryFolder
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.vectors import VectorFile, VectorSnapshot, misfit, read_stored, read_vectors
 from whipstaff.server.settings import Settings
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.routing_scheme import Scheme
+from whipstaff.steering.served import Limit, ModuleAbilities
 from whipstaff.steering.shape import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
@@ -119,6 +119,7 @@ async def load(
     """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
     model = ModelShape.model_validate(facts["model"])
+    abilities = ModuleAbilities.from_wire(facts["specials"])
     lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
     metrics.SLOTS.set(engine.layout.num_slots)
     logger.info(
@@ -149,7 +150,7 @@ async def load(
         tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,
         takes_soft_prompts=facts["takes_soft_prompts"],
         logprobs_mode=config.logprobs_mode,
-        attention=facts["specials"]["attention"],
+        attention=abilities.attention,
         depth=Depth(
             engine.layout.shape.num_layers,
             bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
@@ -157,7 +158,7 @@ async def load(
             facts["has_final_norm"],
         ),
         looks_ahead=engine.layout.looks_ahead,
-        routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
+        routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
     await registry.start()

@@ -6,20 +6,16 @@ what both do together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import HookPoint, Tensors
 from whipstaff.steering.vector_file import GENERIC, Header, Vector
 from whipstaff.steering.where import Where
-
-ADDING = frozenset({"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector", "iti"})
-"""Methods with `add` (and `gain`), which may be mixed: the result is a plain vector."""
-LINEAR = ADDING | {"lofit", "add_direction", "actadd"}
-DIRECTIONS = frozenset({"directional_ablation", "directional_patch"})
-"""Their direction is a vector, but their strength is no factor of it."""
 
 Numbers = dict[str, Tensor]  # by tensor name, float64
 
@@ -109,11 +105,11 @@ def _combined(
             raise SteeringError(f"{name} does not fit {sources[0].name}: {error}") from error
     strengths = [strength_of(vector) for _, vector in sources]
     agree = len(set(strengths)) == 1 and method == first.header.method
-    if not agree and method in DIRECTIONS:
+    if not agree and first.method.combines == "directions":
         raise SteeringError(f"the strengths {strengths} differ, and are no factor of {method}'s direction")
     factors = [1.0 if agree else strength for strength in strengths]
     found = [
-        {name: factor * tensor.double() for name, tensor in _plain(source.vector).items()}
+        {name: factor * tensor.double() for name, tensor in _linear_numbers(source.vector).items()}
         for factor, source in zip(factors, sources, strict=True)
     ]
     _check_shapes(found, sources)
@@ -133,32 +129,28 @@ def _combined(
 
 def _method(vectors: Sequence[Vector]) -> str:
     """The result's."""
-    if any(vector.header.defaults.get("operator", "linear") != "linear" for vector in vectors):
-        raise SteeringError("an edit with a piecewise operator is not linear in its numbers; it cannot be combined")
+    for vector in vectors:
+        vector.method.check_linear(vector.header.defaults)
     methods = {vector.header.method for vector in vectors}
-    known = {vector.method.name for vector in vectors}
-    if len(methods) == 1 and known <= LINEAR | DIRECTIONS:
+    if unfit := {vector.method.name for vector in vectors if vector.method.combines == "never"}:
+        named = ", ".join(sorted(unfit))
+        raise SteeringError(f"{named}: its edit is not linear in its numbers, so files of it cannot be combined")
+    if len(methods) == 1:
         return methods.pop()
-    if known <= ADDING:
+    if all(vector.method.combines == "added" for vector in vectors):
         return GENERIC
-    if len(methods) > 1 and known <= LINEAR | DIRECTIONS:
-        raise SteeringError(f"{', '.join(sorted(methods))} keep different numbers and cannot be combined")
-    unfit = ", ".join(sorted(known - LINEAR - DIRECTIONS))
-    raise SteeringError(f"{unfit}: its edit is not linear in its numbers, so files of it cannot be combined")
+    raise SteeringError(f"{', '.join(sorted(methods))} keep different numbers and cannot be combined")
 
 
-def _plain(vector: Vector) -> dict[str, Tensor]:
-    """Numbers in which the edit is linear: ITI's deviations times its unit directions are one `add`."""
-    found = numbers_of(vector)
-    plain = {}
-    for name, tensor in found.items():
-        place, _, part = name.rpartition(".")
-        if vector.method.name != "iti" or part == "add":
-            plain[name] = tensor
-        elif part == "direction":
-            length = tensor.norm(dim=1).clamp_min(1e-30)
-            plain[f"{place}.add"] = (found[f"{place}.sigma"] / length)[:, None] * tensor
-    return plain
+def _linear_numbers(vector: Vector) -> dict[str, Tensor]:
+    """The numbers in which the edit is linear, as a file would name them."""
+    parts = {point: vector.method.linear_parts(its) for point, its in vector.tensors.items()}
+    return numbers_of(replace(vector, tensors=parts, shared_parts=_left(vector.shared_parts, parts)))
+
+
+def _left(shared: Tensors, parts: Mapping[HookPoint, Tensors]) -> Tensors:
+    """Of the shared parts, those that hook points still have."""
+    return {name: tensor for name, tensor in shared.items() if any(its.get(name) is tensor for its in parts.values())}
 
 
 def _check_shapes(found: Sequence[Numbers], sources: Sequence[Source]) -> None:

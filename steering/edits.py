@@ -1,41 +1,36 @@
 """What one entry of a request does at each place: its ops, what they take of the tables, and how far they reach."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary, ref
+from typing import Any, NamedTuple
 
 from whipstaff.steering.dose import Dose, dose, largest
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, HookPoint, Scaled
 from whipstaff.steering.ops import Diagonal, EditOp
 from whipstaff.steering.overflow import Bound, bound
-from whipstaff.steering.plan import Edit
+from whipstaff.steering.plan import Edit, ModuleEdit
 from whipstaff.steering.programs import Step, assemble, lines_of
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
 
-T = TypeVar("T")
-_MAX_SETTINGS = 256  # of one vector, whose weights and doses are kept
+_MAX_SETTINGS = 1024  # as JSON, parsed
 
 
-def _by_vector(make: Callable[..., T]) -> Callable[..., T]:
-    """Keep what `make(vector, ...)` gives for as long as the vector lives, and not the vector for as long as that."""
-    found: WeakKeyDictionary[Vector, Callable[..., T]] = WeakKeyDictionary()
+@lru_cache(maxsize=_MAX_SETTINGS)
+def _parsed(params: type[EditParams], setting: str) -> EditParams:
+    return params.model_validate_json(setting)
 
-    def kept(vector: Vector, *args: Any) -> T:
-        if vector not in found:
-            its_own = ref(vector)
-            found[vector] = lru_cache(maxsize=_MAX_SETTINGS)(lambda *args: make(its_own(), *args))
-        return found[vector](*args)
 
-    return kept
+def settings_of(vector: Vector, edit: Edit | ModuleEdit) -> Any:
+    """The parameters that an edit was planned with, as its method's own type."""
+    return _parsed(vector.method.params, edit.setting)
 
 
 def edits_of(vector: Vector, edit: Edit) -> dict[HookPoint, tuple[EditOp, ...]]:
     """What an edit does at each place, by the place's canonical name."""
-    params = vector.method.params.model_validate_json(edit.setting)
+    params = settings_of(vector, edit)
     found: dict[HookPoint, tuple[EditOp, ...]] = {}
     for place, tensors in vector.tensors.items():
         if edit.layers is None or place.layer in edit.layers:
@@ -76,10 +71,10 @@ class Weight(NamedTuple):
 
 def weigh(vector: Vector, edit: Edit) -> Weight:
     """Raises: SteeringError when the edit cannot be made so."""
-    return _weigh(vector, edit._replace(gate=edit.gate.outline))
+    outlined = edit._replace(gate=edit.gate.outline)
+    return vector.once(outlined, lambda: _weigh(vector, outlined))
 
 
-@_by_vector
 def _weigh(vector: Vector, edit: Edit) -> Weight:
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
@@ -99,15 +94,17 @@ class Lengths:
     by_place: Mapping[HookPoint, float]
 
 
-@_by_vector
 def strongest(vector: Vector, edit: Edit, lengths: Lengths) -> Dose | None:
-    """The largest relative dose of an edit, over the places whose lengths are known."""
-    known = lengths.by_place
+    """The largest relative dose of an edit, over the hook points whose lengths are known."""
+    return vector.once((edit, lengths), lambda: _strongest(vector, edit, lengths.by_place))
+
+
+def _strongest(vector: Vector, edit: Edit, known: Mapping[HookPoint, float]) -> Dose | None:
     return largest({place: dose(ops, known[place]) for place, ops in edits_of(vector, edit).items() if place in known})
 
 
 def _can_normalize(vector: Vector, edit: Edit) -> bool:
-    params = vector.method.params.model_validate_json(edit.setting)
+    params = settings_of(vector, edit)
     if not isinstance(params, Scaled):
         return False
     one, model = params.model_copy(update={"scale": 1.0}), vector.header.model

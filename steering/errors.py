@@ -1,4 +1,4 @@
-"""The one exception of this room: a request's steering that cannot be applied, and which field says so."""
+"""The exceptions of this room: a request's steering that cannot be applied, and which field says so."""
 
 
 class SteeringError(ValueError):
@@ -7,6 +7,10 @@ class SteeringError(ValueError):
     def __init__(self, message: str, param: str = "") -> None:
         super().__init__(message)
         self.param = param
+
+
+class NotServed(SteeringError):
+    """Sound steering that this server cannot do; the message says how another could be started."""
 
 
 class VectorMismatch(SteeringError):

@@ -6,15 +6,50 @@ real tokens; the engine sees the expanded prompt, and windows of where clauses c
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain, count
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.methods.virtual_tokens import InsertParams, MessageEdge
+from whipstaff.steering.method import EditParams
 from whipstaff.steering.plan import Insert
-from whipstaff.steering.where import Messages
+from whipstaff.steering.where import Index, Messages
 
 Span = tuple[int, int]  # [start, end) in a prompt
 Bounds = Callable[[Messages], Sequence[Span]]
+
+
+class MessageEdge(BaseModel):
+    """Where the content of one message of a chat begins or ends. `role` and `index` choose as in where clauses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class Chosen(BaseModel):
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        role: str | None = Field(None, min_length=1, max_length=64)
+        index: Index | None = None
+
+    message: Chosen
+    at: Literal["start", "end"] = "start"
+
+
+class InsertParams(EditParams):
+    insert: Index | MessageEdge = Field(
+        0,
+        description="the rows come before this token of the prompt as sent; negative counts from its end, and its "
+        "length puts them last; or an edge of a message's content",
+    )
+    tokens: int | None = Field(
+        None, strict=True, ge=1, lt=1 << 31, description="only the first so many rows; none: all of them"
+    )
+
+
+class Inserted(NamedTuple):
+    """The placeholders that an entry asks for, and where."""
+
+    params: InsertParams
+    num: int
 
 
 def num_rows(params: InsertParams, have: int) -> int:

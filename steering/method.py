@@ -1,8 +1,8 @@
 """What a steering method is: a name, a paper, parameters, the tensors its files hold, and the edits they make."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from whipstaff.steering.ops import EditOp
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Shorthand, Where
+
+if TYPE_CHECKING:  # both know of methods
+    from whipstaff.steering.kinds.kind import Kind
+    from whipstaff.steering.served import ModuleAbilities
 
 MAX_SCALE = 1e4
 Tensors = Mapping[str, Tensor]  # part -> float32 tensor, in the shape of the file
@@ -46,7 +50,18 @@ class HookPoint(NamedTuple):
     layer: int  # 0-based block index
 
 
+class Trial(NamedTuple):
+    """One thing to try in the self-test."""
+
+    what: str
+    setting: Mapping[str, Any]  # the method's parameters, which must change what the model says
+
+
 P = TypeVar("P", bound=EditParams)
+S = TypeVar("S", bound=Scaled)
+
+
+Combining = Literal["never", "directions", "alike", "added"]
 
 
 class Method(ABC, Generic[P]):
@@ -60,15 +75,17 @@ class Method(ABC, Generic[P]):
     params: ClassVar[type[EditParams]]
     sites: ClassVar[tuple[Site, ...]]
     where: ClassVar[Shorthand]  # the paper's own choice of tokens
-    served_by: ClassVar[Literal["edits", "router", "attention", "rows", "logits"]] = "edits"
-    """What makes it happen: programs of edits; the expert router; the attention kernel's neighbour; inserted rows;
-    decoding methods, which read it as a learned head."""
+    kind: ClassVar["Kind"]  # what makes it happen
     needs_file: ClassVar[bool] = True  # if not, a request may name the method instead of a vector
     off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     """Part -> its shape in symbols: `width` (of the site; `heads, head_dim` at attn_head), `hidden`, `heads`,
     `head_dim`, `experts`, and free names such as `rank`, which agree within one place. A name that ends in `?` says
     that the part may be absent."""
+
+    combines: ClassVar[Combining] = "never"
+    """Whether files of it can be summed (see `algebra`): never; only as directions, of which the strength is no factor;
+    with files of the same method; or with all that keep `add` and `gain`, since they are plain vectors."""
 
     def is_off(self, params: P) -> bool:
         """Whether an entry with these parameters leaves the model alone, bit for bit."""
@@ -98,33 +115,30 @@ class Method(ABC, Generic[P]):
         """Checks of parameters that name layers, heads or experts. Raises: SteeringError naming the field."""
         return None
 
+    def own_where(self, tensors: Mapping[HookPoint, Tensors]) -> Where | None:
+        """The tokens that it is for whatever a request says; None where a request may choose."""
+        return None
+
+    def linear_parts(self, tensors: Tensors) -> Tensors:
+        """The numbers of one hook point in which the edit is linear."""
+        return tensors
+
+    def check_linear(self, defaults: Mapping[str, Any]) -> None:
+        """Raises: SteeringError where the parameters that a file states make its edit one that is not linear."""
+        return None
+
+    def trials(self, abilities: "ModuleAbilities") -> Iterator[Trial]:
+        """What shows, on any model, that the engine obeys; for methods that need no file."""
+        yield from ()
+
     def encoder_size(self, tensors: Tensors, defaults: Mapping[str, Any]) -> int:
         """How many readings decide together which of them are active (see `ops.TopK`); 0 for most methods."""
         return 0
 
-    @abstractmethod
     def ops(self, tensors: Tensors, params: P, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        """The edits at one place, applied in order."""
+        """The edits of activations at one hook point, applied in order."""
+        return ()
 
     def spread(self, params: P, tensors: Mapping[HookPoint, Tensors], where: Where) -> Iterator[tuple[P, Where]]:
         """The edit as one or more, each with its own tokens; most methods make one."""
         yield params, where
-
-
-S = TypeVar("S", bound=Scaled)
-
-
-class ScaledMethod(Method[S]):
-    """A method with a strength: at 0 it makes no edit at all."""
-
-    off: ClassVar = {"scale": 0.0}
-
-    def is_off(self, params: S) -> bool:
-        return params.scale == 0
-
-    def ops(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return self.edits(tensors, params, place, model) if params.scale else ()
-
-    @abstractmethod
-    def edits(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        """The edits at one place at a strength that is not 0."""

@@ -24,15 +24,23 @@ class Needs:
     def of(vectors: Iterable[Vector], hooks: Iterable[Hook] = ()) -> "Needs":
         """What `vectors` need, and `hooks` besides."""
         asked = set(hooks)
-        sites, attention = {site for site in SITES if site in asked}, "attention" in asked
-        encoders: dict[HookPoint, int] = {}
+        needs = Needs(frozenset(site for site in SITES if site in asked), "attention" in asked)
         for vector in vectors:
-            if vector.method.served_by == "attention":
-                attention = True
-                continue
-            for place, tensors in vector.tensors.items():
-                at = canonical(place)
-                sites.add(at.site)
-                if size := vector.method.encoder_size(tensors, vector.header.defaults):
-                    encoders[at] = encoders.get(at, 0) + size
-        return Needs(frozenset(sites), attention, encoders)
+            needs |= vector.method.kind.needs(vector)
+        return needs
+
+    @staticmethod
+    def of_hook_points(vector: Vector) -> "Needs":
+        """What edits of activations need: the vector's sites, and room for its encoders."""
+        sizes = {
+            canonical(point): vector.method.encoder_size(tensors, vector.header.defaults)
+            for point, tensors in vector.tensors.items()
+        }
+        return Needs(
+            frozenset(point.site for point in sizes), encoders={at: size for at, size in sizes.items() if size}
+        )
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """Both."""
+        sizes = {at: self.encoders.get(at, 0) + size for at, size in other.encoders.items()}
+        return Needs(self.sites | other.sites, self.attention or other.attention, {**self.encoders, **sizes})

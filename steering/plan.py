@@ -97,8 +97,8 @@ class PlannedProbe:
 
 
 @dataclass(frozen=True)
-class PlannedSpecial:
-    special: ModuleEdit
+class PlannedModuleEdit:
+    edit: ModuleEdit
     where: Where
 
 
@@ -112,7 +112,7 @@ class SteeringPlan:
     entropy_column: int = -1  # the condition that holds entropies; -1: nobody asks for them
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
-    specials: tuple[PlannedSpecial, ...] = ()
+    specials: tuple[PlannedModuleEdit, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
 
     @property
@@ -156,7 +156,7 @@ class SteeringPlan:
     def _items(self) -> Iterator[tuple[Item, Where]]:
         yield from ((planned.probe, planned.where) for planned in self.probes)
         yield from ((planned.edit, planned.where) for planned in self.edits)
-        yield from ((planned.special, planned.where) for planned in self.specials)
+        yield from ((planned.edit, planned.where) for planned in self.specials)
         if self.keeps:
             yield StreamCopy(self.keeps), Where.of("all")
         if self.is_metered:
@@ -170,7 +170,7 @@ class SteeringPlan:
             "entropy_column": self.entropy_column,
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
-            "specials": [[*planned.special, _where(planned.where)] for planned in self.specials],
+            "specials": [[*planned.edit, _where(planned.where)] for planned in self.specials],
             "keeps": list(self.keeps),
         }
 
@@ -183,9 +183,7 @@ class SteeringPlan:
             int(wire["entropy_column"]),
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
-            tuple(
-                PlannedSpecial(ModuleEdit(*entry[:-1]), Where.model_validate(entry[-1])) for entry in wire["specials"]
-            ),
+            tuple(_module_edit_from_wire(*entry) for entry in wire["specials"]),
             tuple(wire["keeps"]),
         )
 
@@ -224,6 +222,10 @@ def _edit_from_wire(
     row_layers = None if layers is None else tuple(layers)
     edit = Edit(digest, setting, row_layers, normalize, renorm, opened, num_lines, num_instructions)
     return PlannedEdit(edit, Where.model_validate(where))
+
+
+def _module_edit_from_wire(digest: str, setting: str, where: dict[str, Any]) -> PlannedModuleEdit:
+    return PlannedModuleEdit(ModuleEdit(digest, setting), Where.model_validate(where))
 
 
 def _ramp(column: int, *numbers: float) -> tuple[int, float, float, float, float]:

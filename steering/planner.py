@@ -11,14 +11,13 @@ from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedul
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, HookPoint
-from whipstaff.steering.methods.virtual_tokens import PrefixKV
 from whipstaff.steering.overflow import Bound
 from whipstaff.steering.plan import (
     Edit,
     ModuleEdit,
     PlannedEdit,
+    PlannedModuleEdit,
     PlannedProbe,
-    PlannedSpecial,
     ProbeRead,
     SteeringPlan,
 )
@@ -65,7 +64,7 @@ class Planner:
     schedules: list[Schedule] = field(default_factory=list)
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
     bounds: list[tuple[HookPoint, Bound]] = field(default_factory=list)
-    specials: list[PlannedSpecial] = field(default_factory=list)
+    specials: list[PlannedModuleEdit] = field(default_factory=list)
 
     @property
     def plan(self) -> SteeringPlan:
@@ -95,21 +94,20 @@ class Planner:
             self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
         return range(first, len(self.edits))
 
-    def add_special(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedSpecial:
+    def add_module_edit(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedModuleEdit:
         """Add one entry whose method is served by the router or by attention.
 
         Raises: SteeringError naming the field, pydantic.ValidationError.
         """
         settings = self.checked(vector, own)
-        for name in ("layers", "when", "schedule", "normalize", "renorm"):
+        for name in vector.method.kind.meaningless:
             if getattr(params, name):
                 raise SteeringError(f"{vector.method.name} is not an edit of activations and takes no {name}", name)
-        where = Where.of(params.where or vector.header.where or vector.method.where)
-        if isinstance(vector.method, PrefixKV):
-            where = Where(prompt=[(0, len(next(iter(vector.tensors.values()))["key"]))])
+        chosen = Where.of(params.where or vector.header.where or vector.method.where)
+        where = vector.method.own_where(vector.tensors) or chosen
         if where.tokens or (where.exclude and where.exclude.tokens):
             raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
-        self.specials.append(PlannedSpecial(ModuleEdit(vector.digest, settings.model_dump_json()), where))
+        self.specials.append(PlannedModuleEdit(ModuleEdit(vector.digest, settings.model_dump_json()), where))
         return self.specials[-1]
 
     @staticmethod
@@ -186,7 +184,7 @@ def _layers(chosen: list[int] | None, vector: Vector) -> tuple[int, ...] | None:
 
 
 def _probe_layer(when: When, probe: Vector) -> int:
-    if probe.method.name != "probe":
+    if not probe.method.kind.is_condition:
         raise SteeringError(
             f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
         )

@@ -2,10 +2,9 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
-
-from whipstaff.steering.methods.mote import Routing
 
 PRE, ZERO, RENORM, FORCE = 1, 2, 4, 8  # bits of a code
 OFF = {"pre": PRE, "zero": ZERO, "zero_renorm": ZERO | RENORM}
@@ -14,6 +13,15 @@ MODES = (*OFF, "force")
 
 class RoutingError(ValueError):
     """Experts that a layer does not have, or so many off or on that it could not route."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one layer's router does."""
+
+    mode: Literal["pre", "zero", "zero_renorm", "force"]
+    off: tuple[int, ...]
+    on: tuple[int, ...]
 
 
 @dataclass(frozen=True)

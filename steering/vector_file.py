@@ -8,11 +8,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError, VectorMismatch
 from whipstaff.steering.method import HookPoint, Method, Tensors
-from whipstaff.steering.methods import METHODS
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.where import Clause
 
 MAX_BYTES = 1 << 30
+_MAX_MADE = 512  # weights and doses of one vector's settings
+T = TypeVar("T")
 _NO_FILE = "method:"  # in place of a digest
 GENERIC = "vector"  # the method of files whose header names none of ours
 _PLACED_NAME = re.compile(rf"({'|'.join(SITES)})\.(0|[1-9]\d{{0,3}})\.([A-Za-z]\w*)")
@@ -62,6 +64,7 @@ class Vector:
     header: Header
     tensors: Mapping[HookPoint, Tensors]
     shared_parts: Tensors = field(default_factory=dict)  # parts of methods that edit no place, such as soft prompts
+    _made: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
 
     @property
     def method(self) -> Method[Any]:
@@ -74,6 +77,16 @@ class Vector:
     @property
     def sites(self) -> list[str]:
         return sorted({place.site for place in self.tensors})
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for a key; the latest so many are kept, for as long as the vector."""
+        if key not in self._made:
+            self._made[key] = make()
+            if len(self._made) > _MAX_MADE:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        made: T = self._made[key]
+        return made
 
     def norms(self) -> dict[str, float]:
         """L2 norm of every tensor, by tensor name."""
@@ -115,7 +128,14 @@ def zeros(vector: Vector) -> list[str]:
 
 def method_of(name: str) -> Method[Any]:
     """The method that a header names; vectors of methods without code of their own add their numbers."""
-    return METHODS.get(name) or METHODS[GENERIC]
+    return methods().get(name) or methods()[GENERIC]
+
+
+def methods() -> Mapping[str, Method[Any]]:
+    """The table of all, which is read late: methods know of vectors."""
+    from whipstaff.steering.methods import METHODS
+
+    return METHODS
 
 
 def without_file(model: ModelShape) -> dict[str, Vector]:
@@ -124,7 +144,7 @@ def without_file(model: ModelShape) -> dict[str, Vector]:
         name: Vector(
             _NO_FILE + name, Header(method=name, model=model), {place: {} for place in method.hook_points(model)}
         )
-        for name, method in METHODS.items()
+        for name, method in methods().items()
         if not method.needs_file
     }
 

@@ -14,7 +14,7 @@ from whipstaff.server.prompt.message_spans import Adapter, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedSpecial, SteeringPlan
+from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedModuleEdit, SteeringPlan
 
 
 class Scoring(NamedTuple):
@@ -201,7 +201,7 @@ def _placed(
         check_one_set(steering.entries, plan)
         num = len(ids if expanded is None else expanded)
         for entry in steering.entries:
-            entry.check_keys(plan, num, caps)
+            entry.check_prompt(plan, num, caps)
             for planned in () if is_shared else entry.planned(plan):
                 _check_selects(planned, num, entry.path)
     except BadRequest as error:
@@ -211,7 +211,7 @@ def _placed(
     return plan, ids if expanded is None else expanded
 
 
-def _check_selects(planned: PlannedEdit | PlannedSpecial, num_tokens: int, path: str) -> None:
+def _check_selects(planned: PlannedEdit | PlannedModuleEdit, num_tokens: int, path: str) -> None:
     try:
         planned.where.check(num_tokens, 1 << 30)
     except SteeringError as error:

@@ -44,12 +44,12 @@ class Unplaced(NamedTuple):
     def paths(self) -> list[str]:
         """Where in the request each edit of the plan stands, then each special."""
         paths = [entry.path for entry in self.entries for _ in entry.edits]
-        return paths + [entry.path for entry in self.entries if entry.special is not None]
+        return paths + [entry.path for entry in self.entries if entry.module_edit is not None]
 
     @property
     def soft(self) -> list[SoftPrompt]:
         """The rows that a prompt must have room for; a KV prefix stands first."""
-        prefix_first = sorted(self.entries, key=lambda entry: entry.special is None)
+        prefix_first = sorted(self.entries, key=lambda entry: entry.module_edit is None)
         return [entry.soft for entry in prefix_first if entry.soft is not None]
 
     @property

@@ -1,22 +1,19 @@
 """Placing a request's steering in one of its prompts: messages become positions, soft prompts' rows get room."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.prompt.message_spans import Prompt, Span
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.inserts import Wanted, index_of, num_rows, place_inserts, shift
-from whipstaff.steering.methods.virtual_tokens import ROWS, InsertParams
-from whipstaff.steering.plan import Insert, PlannedEdit, PlannedSpecial, SteeringPlan
-from whipstaff.steering.planner import SteeringParams
-from whipstaff.steering.vector_file import Vector
+from whipstaff.steering.inserts import InsertParams, Wanted, index_of, place_inserts, shift
+from whipstaff.steering.plan import Insert, PlannedEdit, PlannedModuleEdit, SteeringPlan
 from whipstaff.steering.where import NOWHERE, Messages
 
-Planned = TypeVar("Planned", PlannedEdit, PlannedSpecial)
+Planned = TypeVar("Planned", PlannedEdit, PlannedModuleEdit)
 
 
 @dataclass(frozen=True)
@@ -27,16 +24,6 @@ class SoftPrompt:
     digest: str
     params: InsertParams
     num: int  # of rows
-
-    @staticmethod
-    def of(params: SteeringParams, own: Mapping[str, Any], vector: Vector, path: str) -> "SoftPrompt":
-        """What an entry asks for. Raises: BadRequest, SteeringError, pydantic.ValidationError."""
-        for name in sorted(params.model_fields_set - {"vector"}):
-            raise BadRequest(
-                "a soft prompt takes the place of tokens; there is nothing that this could mean", f"{path}.{name}"
-            )
-        said = InsertParams.model_validate({**vector.header.known_defaults, **own})
-        return SoftPrompt(path, vector.digest, said, num_rows(said, len(vector.shared_parts[ROWS])))
 
 
 def place_plan(

@@ -27,7 +27,7 @@ from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
 from whipstaff.server.admission.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.admission.positions import place_plan
-from whipstaff.server.admission.steering import Fed, Steered, check_one_set
+from whipstaff.server.admission.steering import Steered, check_one_set
 from whipstaff.server.api.text import check_characters
 from whipstaff.server.errors import (
     BadRequest,
@@ -43,6 +43,7 @@ from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.planner import MAX_EDITS, Planner
 from whipstaff.steering.vector_file import Vector
@@ -259,7 +260,7 @@ class Compiled:
     def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
         check_one_set(self.steering, plan)
         for entry in self.steering:
-            entry.check_keys(plan, prompt_len, self.caps)
+            entry.check_prompt(plan, prompt_len, self.caps)
             for planned in entry.planned(plan):
                 try:
                     planned.where.check(prompt_len, allowed)

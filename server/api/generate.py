@@ -15,7 +15,6 @@ from whipstaff.server.admission.companions import Scoring
 from whipstaff.server.admission.explanations import Explained
 from whipstaff.server.admission.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
 from whipstaff.server.admission.request import Compiled, compile_extras, loose, on_unknown
-from whipstaff.server.admission.steering import Fed, doses
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.receipts import FIELD, Tally, with_extras
 from whipstaff.server.api.text import check_text
@@ -29,6 +28,7 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset, blaming
 from whipstaff.server.registry.vectors import Entry
+from whipstaff.steering.fed import Fed
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
@@ -327,7 +327,7 @@ async def vector(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str
     return {
         **said_vector(entry),
         "norms": entry.vector.norms(),
-        "doses": doses(entry.vector, caps) if entry.problem is None else [],
+        "doses": entry.vector.method.kind.doses(entry.vector, caps) if entry.problem is None else [],
     }
 
 

@@ -14,14 +14,11 @@ from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
 
-_OF_ACTIVATIONS = ("layers", "when", "schedule", "normalize", "renorm")
-_MEANINGLESS = {"router": _OF_ACTIVATIONS, "attention": _OF_ACTIVATIONS, "rows": ("where", *_OF_ACTIVATIONS)}
-
 
 def method_table(caps: Capabilities) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, caps) for method in STEERING.values() if method.served_by != "logits"),
+        *(_steering(method, caps) for method in STEERING.values() if method.kind.is_entry),
         *(_decoding(method, caps) for method in DECODING.values()),
     ]
 
@@ -29,7 +26,7 @@ def method_table(caps: Capabilities) -> list[dict[str, Any]]:
 def _steering(method: Method[Any], caps: Capabilities) -> dict[str, Any]:
     vectors = [entry.name for entry in caps.registry if entry.problem is None and entry.vector.method is method]
     schema = _merged(SteeringParams, method.params)
-    for name in _MEANINGLESS.get(method.served_by, ()):
+    for name in method.kind.meaningless:
         del schema["properties"][name]
     schema["properties"]["vector"]["enum"] = vectors
     if method.needs_file:
@@ -53,12 +50,8 @@ def _steering(method: Method[Any], caps: Capabilities) -> dict[str, Any]:
 
 def _why_not(method: Method[Any], has_vectors: bool, caps: Capabilities) -> str | None:
     """Why no request can use a method on this server; None when one can."""
-    if method.served_by == "router" and not caps.registry.model.num_experts:
-        return "the served model has no experts"
-    if method.served_by == "router" and not caps.routing:
-        return "start the server with --steering-sites router"
-    if method.served_by == "attention" and caps.attention is None:
-        return "start the server with --steering-sites attention"
+    if (reason := method.kind.why_not(caps)) is not None:
+        return reason
     if method.needs_file and not has_vectors:
         return "no vector of this method is loaded; start the server with --vectors PATH"
     return None

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from whipstaff.server.admission.explanations import Explained
-from whipstaff.server.admission.steering import Fed
+from whipstaff.steering.fed import Fed
 
 FIELD = "whipstaff"
 

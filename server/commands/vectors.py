@@ -117,7 +117,7 @@ def described(name: str, vector: Vector) -> Iterator[str]:
     yield f"model     {shape.architecture} (hidden {shape.hidden_size}, {shape.num_layers} layers, " + (
         f"{shape.num_heads} heads of {shape.head_dim})"
     )
-    if method.served_by == "logits":
+    if not method.kind.is_entry:
         yield "sites     none: read by `decoding`"
     else:
         yield f"sites     {'; '.join(_sites(vector)) or 'none: rows beside the prompt'}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from whipstaff.server import metrics
-from whipstaff.server.admission.entries import lacking
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
 from whipstaff.server.leases import Lease
@@ -112,7 +111,7 @@ class LiveRegistry:
         """
         if (reason := misfit(vector, self._have.registry.model)) is not None:
             raise VectorUnfit(reason, "name")
-        if (reason := lacking(vector, None, self._have)) is not None:
+        if (reason := vector.method.kind.lacking(vector, None, self._have)) is not None:
             raise Unavailable(reason, "name")
         async with self._writing(name, self._fixed) as store:
             path = await asyncio.to_thread(store.put, data)

@@ -27,6 +27,7 @@ from whipstaff.steering.importers.contents import (
 from whipstaff.steering.importers.importer import Draft, Hints, Importer, layer_of
 from whipstaff.steering.importers.keys import key_of
 from whipstaff.steering.importers.source import Source, numbers
+from whipstaff.steering.methods import METHODS
 from whipstaff.steering.shape import ModelShape
 
 _CAA = re.compile(r"vec_layer_(\d{1,4})(?:_.*)?\.pt")
@@ -44,7 +45,7 @@ LABELS = (  # beside vectors: what they are of
     "dataset",
 )
 BESIDE = ("layer", *LABELS)
-ADDING = {"vector", "caa", "repe", "control_vector", "shift_vector", "function_vector"}
+ADDING = {name for name, one in METHODS.items() if one.combines == "added" and "resid_post" in one.sites}
 _TURNING = {"add_direction", "directional_ablation", "directional_patch"}
 
 

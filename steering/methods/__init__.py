@@ -9,15 +9,15 @@ from whipstaff.steering.methods.angular import Angular
 from whipstaff.steering.methods.attention import AttentionOverride, Pasta
 from whipstaff.steering.methods.context_knob import ContextKnob
 from whipstaff.steering.methods.direction import AddDirection, DirectionalAblation, DirectionalPatch
-from whipstaff.steering.methods.head import (
+from whipstaff.steering.methods.head_scale import HeadScale
+from whipstaff.steering.methods.iti import ITI
+from whipstaff.steering.methods.learned_heads import (
     AdapterCentres,
     DeferHead,
     PrefixClassifier,
     TemperatureHead,
     TokenClassifier,
 )
-from whipstaff.steering.methods.head_scale import HeadScale
-from whipstaff.steering.methods.iti import ITI
 from whipstaff.steering.methods.lofit import LoFiT
 from whipstaff.steering.methods.mote import MoTE
 from whipstaff.steering.methods.probe import Probe

@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.where import Where
@@ -31,6 +32,7 @@ class ActAddParams(Scaled):
 class ActAdd(ScaledMethod[ActAddParams]):
     name, paper = "actadd", "Turner et al. 2023, arXiv:2308.10248"
     params, sites, where = ActAddParams, ("resid_pre",), "prompt"
+    combines = "alike"
     parts: ClassVar = {"rows": ("n", "width")}
 
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:

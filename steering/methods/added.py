@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
@@ -11,7 +12,7 @@ from whipstaff.steering.shape import ModelShape
 class Added(ScaledMethod[Scaled]):
     """What the methods below share."""
 
-    params = Scaled
+    params, combines = Scaled, "added"
     parts: ClassVar = {"add": ("width",)}
 
     def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:

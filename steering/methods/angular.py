@@ -17,7 +17,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
+from whipstaff.steering.kinds.edits import EditMethod
+from whipstaff.steering.method import EditParams, HookPoint, Tensors
 from whipstaff.steering.ops import EditOp, directions
 from whipstaff.steering.shape import ModelShape
 
@@ -29,7 +30,7 @@ class AngularParams(EditParams):
     adaptive: bool = Field(False, description="only rows that lean towards the first direction")
 
 
-class Angular(Method[AngularParams]):
+class Angular(EditMethod[AngularParams]):
     name, paper = "angular", "Vu and Nguyen 2025, arXiv:2510.26243"
     params, sites, where = AngularParams, ("attn_in", "mlp_in"), "all"
     off: ClassVar = {}

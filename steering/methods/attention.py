@@ -4,15 +4,18 @@ attention_override  at the last prompt token, a head's probabilities become the 
 pasta               prompt keys outside the highlighted spans get log(alpha) on a head's scores, for every query
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
-from whipstaff.steering.ops import EditOp
+from whipstaff.steering.kinds.attention import AttentionEdit, AttentionMethod, RowOverride, ScoreBias
+from whipstaff.steering.method import EditParams, HookPoint, Tensors, Trial
+from whipstaff.steering.served import AttentionAbilities, ModuleAbilities
 from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.where import Interval, resolve_window
 
 _Index = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 _Layer = Annotated[int, Field(ge=0, lt=1 << 31)]  # a JSON key, so a string too
@@ -52,10 +55,10 @@ class OverrideParams(EditParams):
         return self
 
 
-class AttentionOverride(Method[OverrideParams]):
+class AttentionOverride(AttentionMethod[OverrideParams]):
     name, paper = "attention_override", "Merullo et al. 2023, arXiv:2310.08744"
     params, sites, where = OverrideParams, (), "last_prompt"
-    served_by, needs_file = "attention", False
+    needs_file, is_relative = False, True
     off: ClassVar = {}
     parts: ClassVar = {}
 
@@ -63,8 +66,33 @@ class AttentionOverride(Method[OverrideParams]):
         for index, edit in enumerate(params.edits):
             _check_head(edit.layer, edit.head, model, f"edits.{index}.layer", f"edits.{index}.head")
 
-    def ops(self, tensors: Tensors, params: OverrideParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()
+    def asked_layers(self, params: OverrideParams, tensors: Mapping[HookPoint, Tensors]) -> Mapping[int, str]:
+        return {edit.layer: f"edits.{index}.layer" for index, edit in enumerate(params.edits)}
+
+    def check_prompt(
+        self, params: OverrideParams, intervals: Sequence[Interval], prompt_len: int, abilities: AttentionAbilities
+    ) -> None:
+        """The keys that heads are told to look at must be there."""
+        first = intervals[0][0] if intervals else prompt_len - 1
+        last = prompt_len - 1 if intervals and intervals[-1][1] is not None else None
+        for index, edit in enumerate(params.edits):
+            window = abilities.windows.get(edit.layer)
+            for number, key in enumerate(edit.keys):
+                position, path = key + prompt_len if key < 0 else key, f"edits[{index}].keys[{number}]"
+                if not 0 <= position <= min(first, prompt_len - 1):
+                    raise SteeringError(
+                        f"position {key} is not at or before token {first}, the first whose heads are told", path
+                    )
+                if window is not None and (last is None or last - position >= window):
+                    raise SteeringError(f"layer {edit.layer} sees {window} tokens back; position {key} is beyond", path)
+
+    def attention_edits(
+        self, params: OverrideParams, tensors: Mapping[HookPoint, Tensors], prompt_len: int
+    ) -> Iterator[AttentionEdit]:
+        """The heads' new attention, keys as absolute positions."""
+        for edit in params.edits:
+            keys = tuple(key + prompt_len if key < 0 else key for key in edit.keys)
+            yield RowOverride(edit.layer, edit.head, keys, tuple(edit.weights or [1 / len(keys)] * len(keys)))
 
 
 class PastaParams(EditParams):
@@ -87,12 +115,12 @@ class PastaParams(EditParams):
         return self
 
 
-class Pasta(Method[PastaParams]):
+class Pasta(AttentionMethod[PastaParams]):
     """As the release does, the factor is applied once per span: of k spans, keys inside one get it k - 1 times."""
 
     name, paper = "pasta", "Zhang et al. 2023, arXiv:2311.02262"
     params, sites, where = PastaParams, (), "all"
-    served_by, needs_file = "attention", False
+    needs_file, is_relative, ability = False, True, "bias"
     off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
     parts: ClassVar = {}
 
@@ -104,8 +132,31 @@ class Pasta(Method[PastaParams]):
             for index, head in enumerate(heads):
                 _check_head(layer, head, model, f"heads.{layer}", f"heads.{layer}.{index}")
 
-    def ops(self, tensors: Tensors, params: PastaParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()
+    def asked_layers(self, params: PastaParams, tensors: Mapping[HookPoint, Tensors]) -> Mapping[int, str]:
+        return {layer: f"heads.{layer}" for layer in params.heads}
+
+    def attention_edits(
+        self, params: PastaParams, tensors: Mapping[HookPoint, Tensors], prompt_len: int
+    ) -> Iterator[AttentionEdit]:
+        """Additions to scores, one per span as in the release; they add up."""
+        for start, end in params.spans:
+            span = resolve_window(start, end, prompt_len)
+            windows = outside(span, prompt_len) if params.scale_position == "exclude" else [span]
+            amounts = tuple((first, last, math.log(params.alpha)) for first, last in windows)
+            for layer, heads in params.heads.items():
+                yield ScoreBias(layer, tuple(heads), amounts)
+
+    def trials(self, abilities: ModuleAbilities) -> Iterator[Trial]:
+        """Attention that looks away from most of the prompt, layer by layer."""
+        for layer in abilities.attention.bias if abilities.attention else ():
+            yield Trial(f"attention of layer {layer}", {"heads": {layer: [0]}, "spans": [[0, 2]]})
+
+
+def outside(span: tuple[int, int], prompt_len: int) -> list[tuple[int, int]]:
+    """The windows of the prompt that a span does not cover."""
+    start, end = (min(position, prompt_len) for position in span)
+    windows = [(0, start), (max(start, end), prompt_len)]
+    return [(first, last) for first, last in windows if first < last]
 
 
 def _check_head(layer: int, head: int, model: ModelShape, layer_path: str, head_path: str) -> None:

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, directions
 from whipstaff.steering.shape import ModelShape
 

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, S, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import Combining, HookPoint, S, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal, directions
 from whipstaff.steering.shape import ModelShape, Site
 
@@ -26,6 +27,7 @@ class OneDirection(ScaledMethod[S]):
     """What the methods below share."""
 
     sites, where = STREAM_WIDE, "all"
+    combines: ClassVar[Combining] = "directions"
     parts: ClassVar = {"direction": ("width",)}
 
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
@@ -52,6 +54,7 @@ class DirectionalAblation(OneDirection[Scaled]):
 
 class AddDirection(OneDirection[Scaled]):
     name, paper, params = "add_direction", _PAPER, Scaled
+    combines = "alike"
 
     def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["direction"]),)

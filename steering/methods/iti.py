@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors, strength
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors, strength
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
@@ -20,6 +21,7 @@ class ITIParams(Scaled):
 class ITI(ScaledMethod[ITIParams]):
     name, paper = "iti", "Li et al. 2023, arXiv:2306.03341"
     params, sites, where = ITIParams, ("attn_head",), "each_last"
+    combines = "added"
     parts: ClassVar = {
         "direction?": ("heads", "head_dim"),
         "sigma?": ("heads",),
@@ -39,9 +41,12 @@ class ITI(ScaledMethod[ITIParams]):
         for head in lost.nonzero().flatten().tolist():
             raise SteeringError(f"the direction of layer {place.layer}, head {head} has length 0")
 
-    def edits(self, tensors: Tensors, params: ITIParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def linear_parts(self, tensors: Tensors) -> Tensors:
+        """The deviations times the unit directions are one `add`."""
         if "add" in tensors:
-            return (diagonal(params.scale, tensors["add"]),)
+            return tensors
         direction = tensors["direction"]  # (heads, head_dim)
-        length = direction.norm(dim=1).clamp_min(1e-30)
-        return (diagonal(params.scale, (tensors["sigma"] / length)[:, None] * direction),)
+        return {"add": (tensors["sigma"] / direction.norm(dim=1).clamp_min(1e-30))[:, None] * direction}
+
+    def edits(self, tensors: Tensors, params: ITIParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+        return (diagonal(params.scale, self.linear_parts(tensors)["add"]),)

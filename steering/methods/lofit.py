@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 
@@ -12,6 +13,7 @@ from whipstaff.steering.shape import ModelShape
 class LoFiT(ScaledMethod[Scaled]):
     name, paper = "lofit", "Yin et al. 2024, arXiv:2406.01563"
     params, sites, where = Scaled, ("attn_head",), "all"
+    combines = "alike"
     parts: ClassVar = {"A?": ("heads", "head_dim"), "v?": ("heads", "head_dim")}
 
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:

@@ -8,15 +8,16 @@ An expert that is on, in any mode, takes the place of the weakest selected one. 
 Experts are named by the request, by a file (masks `off` and `on`, 1 for the experts meant), or by both.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
-from whipstaff.steering.ops import EditOp
+from whipstaff.steering.kinds.router import RouterMethod
+from whipstaff.steering.method import EditParams, HookPoint, Tensors, Trial
+from whipstaff.steering.routing_scheme import Routing
+from whipstaff.steering.served import ModuleAbilities
 from whipstaff.steering.shape import ModelShape
 
 _Index = Annotated[int, Field(strict=True, ge=0)]
@@ -36,19 +37,10 @@ class MoTEParams(EditParams):
     experts: dict[Annotated[int, Field(ge=0)], Experts] = Field({}, max_length=1024, description="layer -> experts")
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What one layer's router does."""
-
-    mode: Literal["pre", "zero", "zero_renorm", "force"]
-    off: tuple[int, ...]
-    on: tuple[int, ...]
-
-
-class MoTE(Method[MoTEParams]):
+class MoTE(RouterMethod[MoTEParams]):
     name, paper = "mote", "Dahlke et al. 2025, arXiv:2502.11096"
     params, sites, where = MoTEParams, ("router",), "all"
-    served_by, needs_file = "router", False
+    needs_file = False
     off: ClassVar = {}
     parts: ClassVar = {"off?": ("experts",), "on?": ("experts",)}
 
@@ -84,9 +76,6 @@ class MoTE(Method[MoTEParams]):
                             f"a layer has experts 0 to {model.num_experts - 1}", f"experts.{layer}.{part}.{index}"
                         )
 
-    def ops(self, tensors: Tensors, params: MoTEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()
-
     def chosen(self, params: MoTEParams, layer: int, tensors: Tensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The experts of a layer that are off, and those that are on."""
         named = params.experts.get(layer, Experts())
@@ -101,3 +90,9 @@ class MoTE(Method[MoTEParams]):
         layers = sorted({place.layer for place in tensors} | set(params.experts))
         found = {layer: self.chosen(params, layer, tensors.get(HookPoint("router", layer), {})) for layer in layers}
         return {layer: Routing(params.mode, off, on) for layer, (off, on) in found.items() if off or on}
+
+    def trials(self, abilities: ModuleAbilities) -> Iterator[Trial]:
+        """Experts that are switched off, layer by layer, so that as few are left as a token needs."""
+        for layer, scheme in abilities.routing.items():
+            experts = {layer: {"off": list(range(scheme.num_experts - scheme.top_k))}}
+            yield Trial(f"experts of layer {layer}", {"mode": "zero", "experts": experts})

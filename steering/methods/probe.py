@@ -1,13 +1,12 @@
 """A probe reads a row and edits nothing: conditions of other edits ask for its reading, direction . x + bias."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
-from whipstaff.steering.ops import EditOp
+from whipstaff.steering.kinds.probe import ProbeMethod
+from whipstaff.steering.method import EditParams, HookPoint, Tensors
 from whipstaff.steering.shape import ModelShape
 
 
@@ -15,7 +14,7 @@ class ProbeParams(EditParams):
     metric: Literal["dot", "cosine"] = Field("dot", description="cosine: both are brought to length 1 first")
 
 
-class Probe(Method[ProbeParams]):
+class Probe(ProbeMethod[ProbeParams]):
     name, paper = "probe", "Alain and Bengio 2016, arXiv:1610.01644; as a condition: Lee et al. 2024, arXiv:2409.05907"
     params, sites, where = ProbeParams, ("resid_post",), "all"
     off: ClassVar = {}
@@ -24,6 +23,3 @@ class Probe(Method[ProbeParams]):
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
         if not tensors["direction"].any():
             raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
-
-    def ops(self, tensors: Tensors, params: ProbeParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import Directions, EditOp, Replacement, TopK
 from whipstaff.steering.shape import ModelShape
 

@@ -6,21 +6,22 @@ with the layer's weights, q rotated and K not. LLaMA-Adapter has tokens E and on
 layers and a gate per head. The engine computes it; there is nothing to edit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
-from whipstaff.steering.ops import EditOp
+from whipstaff.steering.kinds.attention import AttentionEdit, AttentionMethod, SideTokens
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.shape import ModelShape
 
 MAX_TOKENS = 64
 
 
-class SideAttention(ScaledMethod[Scaled]):
+class SideAttention(AttentionMethod[Scaled]):
     name, paper = "side_attention", "Zhang et al. 2023, arXiv:2303.16199; Ziheng et al. 2023, arXiv:2312.05503"
     params, sites, where = Scaled, ("attn_head",), "all"
-    served_by = "attention"
+    ability = "side"
+    off: ClassVar = {"scale": 0.0}
     parts: ClassVar = {"tokens": ("num_tokens", "hidden"), "gate": ("num_gates",)}
 
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
@@ -30,5 +31,11 @@ class SideAttention(ScaledMethod[Scaled]):
         if num_gates not in (1, model.num_heads):
             raise SteeringError(f"layer {place.layer} has {num_gates} gates, wanted 1 or {model.num_heads}")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()
+    def is_off(self, params: Scaled) -> bool:
+        return params.scale == 0
+
+    def attention_edits(
+        self, params: Scaled, tensors: Mapping[HookPoint, Tensors], prompt_len: int
+    ) -> Iterator[AttentionEdit]:
+        tokens, gates = ({point.layer: parts[part] for point, parts in tensors.items()} for part in ("tokens", "gate"))
+        yield SideTokens(tokens, gates, params.scale)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import Cross, EditOp, diagonal
 from whipstaff.steering.shape import ModelShape
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import HookPoint, Scaled, ScaledMethod, Tensors
+from whipstaff.steering.kinds.edits import ScaledMethod
+from whipstaff.steering.method import HookPoint, Scaled, Tensors
 from whipstaff.steering.ops import EditOp, diagonal
 from whipstaff.steering.shape import SITES, ModelShape
 
@@ -12,6 +13,7 @@ from whipstaff.steering.shape import SITES, ModelShape
 class GenericVector(ScaledMethod[Scaled]):
     name, paper = "vector", "the file's own"
     params, sites, where = Scaled, tuple(SITES), "each_last"
+    combines = "added"
     parts: ClassVar = {"add?": ("width",), "gain?": ("width",)}
 
     def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:

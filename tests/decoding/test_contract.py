@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from whipstaff.decoding.method import STAGES, DecodingError, LogitsRewriter, Method, Params, StreamMixer, setting_type
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.methods.rule_adapter import RuleAdapter
+from whipstaff.steering.kinds.head import HEAD
 from whipstaff.steering.methods import METHODS as FILES
 
 NAMED = {
@@ -102,7 +103,7 @@ def test_it_says_what_it_is(name: str) -> None:
     assert set(method.shorthands.values()) <= set(method.params.model_fields)
     assert {*method.stream_fields, *method.head_fields} <= set(method.params.model_fields)
     kinds = [*method.head_fields.values(), *method.ahead_fields.values()]
-    assert all(FILES[kind].served_by == "logits" for kind in kinds) and len(kinds) == len(set(kinds))
+    assert all(FILES[kind].kind is HEAD for kind in kinds) and len(kinds) == len(set(kinds))
     assert set(method.ahead_fields) <= set(method.head_fields)
     assert bool(method.ahead_fields) == ("lookahead" in getattr(method, "needs", ()))
     assert isinstance(method, StreamMixer) != isinstance(method, LogitsRewriter)

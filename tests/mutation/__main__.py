@@ -31,6 +31,7 @@ from mutants import HOOKS, OWN, STAGES, VARIABLE, plant  # noqa: E402
 
 from whipstaff.decoding.method import StreamMixer  # noqa: E402
 from whipstaff.decoding.methods import METHODS as DECODING  # noqa: E402
+from whipstaff.steering.kinds.edits import EDITS  # noqa: E402
 from whipstaff.steering.methods import METHODS as STEERING  # noqa: E402
 
 NOTHING = "nothing"
@@ -48,7 +49,8 @@ SERVED_BY = {
     "router": [f"{ENGINE}/test_routing.py"],
     "attention": [f"{ENGINE}/test_attention.py", f"{ENGINE}/test_soft.py"],
     "rows": [f"{ENGINE}/test_soft.py"],
-    "logits": [],
+    "probe": [f"{ENGINE}/test_conditions.py"],
+    "head": [],
 }
 DRAWN = [f"{ENGINE}/test_decoding.py", f"{HTTP}/test_decoding_http.py"]
 MIXED = [f"{ENGINE}/test_coupled_goldens.py", f"{ENGINE}/test_proxy_tuning.py", f"{HTTP}/test_coupled_http.py"]
@@ -65,8 +67,8 @@ def mutants() -> dict[str, dict[str, list[str]]]:
     """By name, the tests that concern a mutant at each level."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, method in STEERING.items():
-        unit = ["tests/steering/test_methods.py"] if method.served_by == "edits" and name != "probe" else []
-        engine = [f"{ENGINE}/test_conditions.py"] if name == "probe" else HEADS.get(name) or SERVED_BY[method.served_by]
+        unit = ["tests/steering/test_methods.py"] if method.kind is EDITS else []
+        engine = HEADS.get(name) or SERVED_BY[method.kind.name]
         found[f"steering:{name}"] = {"unit": unit, "engine": engine}
     for name, decoding in DECODING.items():
         own = f"tests/decoding/test_{name}.py"

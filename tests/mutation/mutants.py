@@ -65,9 +65,9 @@ def swap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 def _steering(name: str) -> dict[str, Patch]:
     def off(module: ModuleType) -> None:
         method = type(module.METHODS[name])
-        swap(method, "ops", lambda ops: lambda *args: ())
-        if method.served_by == "router":
-            swap(method, "routing", lambda routing: lambda *args: {})
+        for what, nothing in (("ops", ()), ("attention_edits", ()), ("routing", {})):
+            if hasattr(method, what):
+                swap(method, what, lambda made, nothing=nothing: lambda *args: nothing)
 
     further: dict[str, Patch] = {}
     if name == "probe":
@@ -76,7 +76,6 @@ def _steering(name: str) -> dict[str, Patch]:
         further = {"server.engine.worker.edits.soft_prompts": _uninserted}
     return {
         "steering.methods": off,
-        "server.engine.worker.edits.module_edits": lambda module: _unmade(module, name),
         "server.engine.worker.worker": lambda module: _headless(module, name),
         **further,
     }
@@ -89,19 +88,6 @@ def _unread(module: ModuleType) -> None:
         return type(found)(0 * found.direction, 0.0, found.column, found.is_latched, False)
 
     swap(module, "_reading", lambda reading: lambda *args: zero(reading(*args)))
-
-
-def _unmade(module: ModuleType, name: str) -> None:
-    """An edit of attention is not made."""
-
-    def skipping(make: Any) -> Any:
-        def made(self: Any, special: Any, prompt_len: int) -> Any:
-            is_it = self._vector_of(special.digest).method.name == name
-            return () if is_it else make(self, special, prompt_len)
-
-        return made
-
-    swap(module.ModuleEdits, "_make", skipping)
 
 
 def _uninserted(module: ModuleType) -> None:
@@ -163,7 +149,7 @@ def _stage(name: str) -> dict[str, Patch]:
 def _site(name: str) -> dict[str, Patch]:
     def specials(module: ModuleType) -> None:
         if name == "attention":
-            swap(module.ModuleEdits, "_make", lambda make: lambda self, *args: ())
+            swap(module.ModuleEdits, "_attention_edits", lambda make: lambda self, *args: ())
         elif name == "router":
             swap(module, "routing_of", lambda routing_of: lambda *args: {})
 

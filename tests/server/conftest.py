@@ -23,6 +23,7 @@ from whipstaff.steering import vector_file
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.routing_scheme import Scheme
+from whipstaff.steering.served import AttentionAbilities
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Header
@@ -104,7 +105,7 @@ def everything(caps: Capabilities, vector_files: Path) -> Capabilities:
         caps,
         registry=VectorSnapshot(read_vectors([vector_files]), SPARSE_SHAPE),
         hook_points=hook_points,
-        attention={"layers": [0, 1, 2, 3], "bias": [0, 1], "lacking": {2: "its scores are capped"}},
+        attention=AttentionAbilities([0, 1, 2, 3], bias=[0, 1], lacking={2: "its scores are capped"}),
         routing={1: scheme, 2: scheme},
     )
 

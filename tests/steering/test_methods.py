@@ -21,13 +21,14 @@ from whipstaff import cuda_ext
 from whipstaff.steering import methods
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.kinds.edits import EDITS
 from whipstaff.steering.method import HookPoint, Method, Scaled
 from whipstaff.steering.methods import METHODS
-from whipstaff.steering.methods.mote import Routing
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.ops import diagonal
 from whipstaff.steering.plan import Edit, EditSet, ProbeRead, StreamCopy, num_slots
 from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_of
+from whipstaff.steering.routing_scheme import Routing
 from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
 from whipstaff.steering.tables import SiteSpec, Tables
@@ -833,7 +834,7 @@ def executed(ops: Any, x: Tensor) -> None:
     cuda_ext.run_edits_(x, table, code, numbers_, tokens, gains, history, None, None, encoder, encoder_bias)
 
 
-PROGRAMS = [name for name in EXAMPLES if METHODS[name].served_by == "edits" and name != "probe"]
+PROGRAMS = [name for name in EXAMPLES if METHODS[name].kind is EDITS]
 GATES = [OPEN, Gate(lane=0), Gate(lane=1), Gate(column=0, on=0.5, off=0.5), Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0))]
 PROBE = file_of("probe", EXAMPLES["probe"][0])
 PLACES = sorted({canonical(HookPoint(site, layer)) for site in SITES if site != "router" for layer in range(3)})

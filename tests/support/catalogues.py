@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from whipstaff.server.admission.request import Compiled, compile_extras
-from whipstaff.server.admission.steering import Fed
 from whipstaff.server.errors import (
     WhipstaffError,
 )
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.fed import Fed
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import SITES

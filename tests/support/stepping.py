@@ -5,6 +5,7 @@ position, end of positions or None]. What plans cannot say, such as any bias on 
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import load
@@ -12,17 +13,12 @@ from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from whipstaff.server.engine.config import require_eager_attention
-from whipstaff.server.engine.worker.edits.attention import (
-    AttentionEdit,
-    AttentionEdits,
-    RowOverride,
-    ScoreBias,
-    Stretch,
-)
+from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
+from whipstaff.steering.kinds.attention import RowOverride, ScoreBias
 
 
 def stretches(
-    row: int, start: int, end: int, position: int, edit: AttentionEdit, intervals: Iterable[tuple[int, int | None]]
+    row: int, start: int, end: int, position: int, edit: LayerEdit, intervals: Iterable[tuple[int, int | None]]
 ) -> Iterator[Stretch]:
     """What of the absolute `intervals` lies in a row's tokens [start, end), the first of them at `position`."""
     for first, stop in intervals:
@@ -39,7 +35,7 @@ class SteppingWorker(CPUWorker):
         self._asks: dict[str, dict[str, Any]] = {}
         require_eager_attention(self.vllm_config.compilation_config)
         self._attention = AttentionEdits(runner.get_model())
-        self._edits: dict[str, AttentionEdit] = {}
+        self._edits: dict[str, LayerEdit] = {}
         worker, cls = self, type(runner)
 
         class SteppingRunner(cls):
@@ -68,7 +64,7 @@ class SteppingWorker(CPUWorker):
         self._attention.begin_step(found)
 
     def attention_facts(self) -> dict[str, Any]:
-        return self._attention.facts()
+        return asdict(self._attention.abilities)
 
     def add_bias(self, name: str, layer: int, heads: list[int], spans: list[tuple[int, int, float]]) -> None:
         self._add(name, ScoreBias(layer, tuple(heads), tuple((start, end, amount) for start, end, amount in spans)))
@@ -89,7 +85,7 @@ class SteppingWorker(CPUWorker):
         pairs = {layer: (rows[:, 2 * layer], rows[:, 2 * layer + 1]) for layer in range(rows.shape[1] // 2)}
         self._add(name, self._attention.prefix_kv(pairs))
 
-    def _add(self, name: str, edit: AttentionEdit) -> None:
+    def _add(self, name: str, edit: LayerEdit) -> None:
         self._attention.check(edit)
         self._edits[name] = edit
 

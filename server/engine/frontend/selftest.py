@@ -18,9 +18,10 @@ from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Edit, ModuleEdit, PlannedEdit, PlannedSpecial, SteeringPlan
+from whipstaff.steering.plan import Edit, ModuleEdit, PlannedEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.served import ModuleAbilities
 from whipstaff.steering.shape import ModelShape, Site
-from whipstaff.steering.vector_file import Header, packed
+from whipstaff.steering.vector_file import Header, packed, without_file
 from whipstaff.steering.where import Where
 
 _PROMPT_LEN = 6
@@ -94,7 +95,7 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     finally:
         for digest in probes.values():
             await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
-    async for finding in _try_specials(engine, facts["specials"], plain):
+    async for finding in _try_module_edits(engine, ModuleAbilities.from_wire(facts["specials"]), shape, plain):
         yield finding
     if engine.layout.looks_ahead:
         yield await _try_ahead(engine, shape, plain)
@@ -104,23 +105,18 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
         yield Finding(f"auxiliary model {name}", shown[0] != plain, shown[1] == plain)
 
 
-async def _try_specials(engine: Engine, facts: dict[str, Any], plain: list[dict[int, float]]) -> AsyncIterator[Finding]:
-    """Attention that looks away from most of the prompt, experts that are switched off, layer by layer; and the same
-    asked for on tokens that are never generated, which must change nothing."""
-    tries: list[tuple[str, str, dict[str, Any]]] = []
-    for layer in (facts["attention"] or {"bias": ()})["bias"]:
-        tries.append((f"attention of layer {layer}", "pasta", {"heads": {layer: [0]}, "spans": [[0, 2]]}))
-    for layer, scheme in facts["routing"].items():
-        off = list(range(scheme["num_experts"] - scheme["top_k"]))
-        experts = {layer: {"off": off}}
-        tries.append((f"experts of layer {layer}", "mote", {"mode": "zero", "experts": experts}))
-    for what, method, setting in tries:
-        special = ModuleEdit(f"method:{method}", json.dumps(setting))
-        shown = [
-            await _log_probabilities(engine, RequestPlan(SteeringPlan((), specials=(PlannedSpecial(special, where),))))
-            for where in (Where.of("all"), Where(generation=[(_NUM_TOKENS, None)]))
-        ]
-        yield Finding(what, shown[0] != plain, shown[1] == plain)
+async def _try_module_edits(
+    engine: Engine, abilities: ModuleAbilities, shape: ModelShape, plain: list[dict[int, float]]
+) -> AsyncIterator[Finding]:
+    """What methods without a file have to show; and the same asked for on tokens that are never generated, which must
+    change nothing."""
+    for vector in without_file(shape).values():
+        for what, setting in vector.method.trials(abilities):
+            edit = ModuleEdit(vector.digest, json.dumps(setting))
+            wheres = Where.of("all"), Where(generation=[(_NUM_TOKENS, None)])
+            plans = [SteeringPlan((), specials=(PlannedModuleEdit(edit, where),)) for where in wheres]
+            shown = [await _log_probabilities(engine, RequestPlan(plan)) for plan in plans]
+            yield Finding(what, shown[0] != plain, shown[1] == plain)
 
 
 async def _try_ahead(engine: Engine, shape: ModelShape, plain: list[dict[int, float]]) -> Finding:

@@ -21,10 +21,11 @@ from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.prompt.vocabulary import Vocabulary
-from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorFile, VectorSnapshot
 from whipstaff.steering.edits import Lengths
 from whipstaff.steering.method import HookPoint
+from whipstaff.steering.served import Limit
 from whipstaff.steering.vector_file import Header, packed, parse
 
 TEXT = "It rains. Is it raining?"

@@ -5,7 +5,7 @@ import pytest
 from whipstaff.server.admission.positions import SoftPrompt, place_plan
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.steering.methods.virtual_tokens import InsertParams
+from whipstaff.steering.inserts import InsertParams
 from whipstaff.steering.plan import SteeringPlan
 
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.request import compile_extras
-from whipstaff.server.admission.steering import Fed
 from whipstaff.server.errors import (
     BadRequest,
     Unavailable,
@@ -21,8 +20,10 @@ from whipstaff.server.errors import (
 )
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
-from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.fed import Fed
 from whipstaff.steering.method import MAX_SCALE, HookPoint
+from whipstaff.steering.served import Limit
 from whipstaff.steering.where import Where
 
 

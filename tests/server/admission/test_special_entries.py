@@ -8,10 +8,11 @@ from whipstaff.server.admission.request import compile_extras
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot
+from whipstaff.steering.served import AttentionAbilities
 from whipstaff.steering.shape import ModelShape
 
 SHAPE = ModelShape(architecture="Toy", hidden_size=16, num_layers=3, num_heads=2, head_dim=8)
-FACTS = {"layers": [0, 1, 2], "lacking": {}, "bias": [0, 1], "side": [], "windows": {1: 8}}
+FACTS = AttentionAbilities([0, 1, 2], bias=[0, 1], windows={1: 8})
 HAVE = Capabilities(VectorSnapshot({}, SHAPE), {}, num_layers=3, attention=FACTS)
 PROMPT_LEN = 20
 

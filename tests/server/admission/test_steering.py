@@ -10,11 +10,12 @@ import torch
 from catalogues import MIXED, PLACES, SHAPE, WHEN, compiled, receipt, refusal
 
 from whipstaff.server.admission.request import compile_extras
-from whipstaff.server.admission.steering import Fed, doses
-from whipstaff.server.registry.capabilities import Capabilities, Limit
+from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
 from whipstaff.steering import vector_file
 from whipstaff.steering.edits import Lengths
+from whipstaff.steering.fed import Fed
+from whipstaff.steering.served import Limit
 from whipstaff.steering.vector_file import Header
 
 
@@ -70,7 +71,8 @@ def test_doses_are_beside_the_activations_and_follow_schedules(caps: Capabilitie
 
 
 def test_advice_is_the_dose_at_the_files_strength_and_at_1(caps: Capabilities) -> None:
-    said = {name: doses(caps.registry.entry(name).vector, caps) for name in caps.registry.names}
+    vectors = {name: caps.registry.entry(name).vector for name in caps.registry.names}
+    said = {name: vector.method.kind.doses(vector, caps) for name, vector in vectors.items()}
     unit = math.sqrt(140) / 10
     assert said["calm"] == [
         {"scale": 3.0, "relative": pytest.approx(3 * unit), "at": "attn_head.0"},

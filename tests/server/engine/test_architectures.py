@@ -61,13 +61,13 @@ class Served:
                 header, tensors = wild.imported(self.engine.shape)
                 vector = self.engine.add_vector(tensors, header)
             vector = vector or self.engine.add_vector(piece.tensors, piece.header(self.engine.shape))
-            match vector.method.served_by:
+            match vector.method.kind.name:
                 case "edits":
                     planner.add(params, own, vector, None)
                 case "rows":
                     rows.append(Wanted(vector.digest, len(vector.shared_parts["rows"]), own["insert"]))
                 case _:
-                    planner.add_special(params, own, vector)
+                    planner.add_module_edit(params, own, vector)
                     if piece.method == "prefix_kv":
                         rows.append(Wanted(vector.digest, len(vector.tensors["attn_head", 0]["key"]), 0))
         ids, inserts = place_inserts(ids, rows)

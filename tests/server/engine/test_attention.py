@@ -24,9 +24,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import require_eager_attention
-from whipstaff.server.engine.worker.edits.attention import CacheLayout, outside
-from whipstaff.server.engine.worker.edits.module_edits import score_biases
-from whipstaff.steering.methods.attention import PastaParams
+from whipstaff.server.engine.worker.edits.attention import CacheLayout
+from whipstaff.steering.methods.attention import Pasta, PastaParams, outside
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,7 +109,7 @@ def test_golden_cases(bench: Bench) -> None:
 def _pasta(engine: SteppingEngine, name: str, params: PastaParams, prompt_len: int) -> list[list[Any]]:
     """What it comes to for a prompt of that length, given to the engine; what a request asks for."""
     asked: list[list[Any]] = []
-    for number, bias in enumerate(score_biases(params, prompt_len)):
+    for number, bias in enumerate(Pasta().attention_edits(params, {}, prompt_len)):
         engine.rpc("add_bias", f"{name}{number}", bias.layer, list(bias.heads), list(bias.spans))
         asked.append([f"{name}{number}", 0, None])
     return asked

@@ -10,9 +10,9 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from whipstaff.server.engine.worker.edits.routing import RoutingTables, _adopt, _How, _reroute_all_
-from whipstaff.steering.methods.mote import Experts, MoTEParams, Routing
-from whipstaff.steering.plan import ModuleEdit, PlannedSpecial, SteeringPlan
-from whipstaff.steering.routing_scheme import RoutingError, Scheme
+from whipstaff.steering.methods.mote import Experts, MoTEParams
+from whipstaff.steering.plan import ModuleEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.routing_scheme import Routing, RoutingError, Scheme
 from whipstaff.steering.vector_file import without_file
 from whipstaff.steering.where import Where
 
@@ -178,7 +178,7 @@ def test_other_models(name: str, tmp_path: Path) -> None:
         if edit is not None:
             experts = Experts(off=edit.get("off", []), on=edit.get("on", []))
             special = ModuleEdit(digest, MoTEParams(mode=edit["mode"], experts={1: experts}).model_dump_json())
-            steering = SteeringPlan((), specials=(PlannedSpecial(special, Where.of("all")),))
+            steering = SteeringPlan((), specials=(PlannedModuleEdit(special, Where.of("all")),))
         asks.append(Ask(prompt, plan(steering), 6, {"logprobs": 5}))
     try:
         outputs = engine.generate(*asks)

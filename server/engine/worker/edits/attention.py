@@ -20,9 +20,10 @@ queries come to nothing, their keys and values are overwritten before they enter
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.steering.kinds.attention import AttentionEdit, PrefixRows, RowOverride, ScoreBias, SideTokens
+from whipstaff.steering.served import AttentionAbilities
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
 _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
@@ -41,33 +44,6 @@ _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
 
 class AttentionError(ValueError):
     """An edit that this model cannot be given."""
-
-
-@dataclass(frozen=True)
-class RowOverride:
-    """Head `head` of layer `layer` gives sum_j weights[j] * v[keys[j]]; keys are positions up to the token's own."""
-
-    layer: int
-    head: int
-    keys: tuple[int, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def layers(self) -> Iterable[int]:
-        return (self.layer,)
-
-
-@dataclass(frozen=True)
-class ScoreBias:
-    """Every (start, end, amount) adds to the scores of keys at positions [start, end)."""
-
-    layer: int
-    heads: tuple[int, ...]
-    spans: tuple[tuple[int, int, float], ...]
-
-    @property
-    def layers(self) -> Iterable[int]:
-        return (self.layer,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +56,6 @@ class SideAttention:
     @property
     def layers(self) -> Iterable[int]:
         return self.rows
-
-    def scaled(self, factor: float) -> "SideAttention":
-        return replace(self, scale=self.scale * factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +70,8 @@ class PrefixKV:
         return self.rows
 
 
-AttentionEdit = RowOverride | ScoreBias | SideAttention | PrefixKV
-_ORDER: tuple[type, ...] = (ScoreBias, RowOverride, SideAttention)
+LayerEdit = RowOverride | ScoreBias | SideAttention | PrefixKV
+L = TypeVar("L", bound=LayerEdit)
 
 
 @dataclass(frozen=True)
@@ -109,14 +82,7 @@ class Stretch:
     start: int  # tokens [start, end) of the step
     end: int
     position: int  # absolute, of the token at `start`
-    edit: AttentionEdit
-
-
-def outside(span: tuple[int, int], prompt_len: int) -> list[tuple[int, int]]:
-    """The windows of the prompt that a span does not cover, for PASTA's `exclude`."""
-    start, end = (min(place, prompt_len) for place in span)
-    windows = [(0, start), (max(start, end), prompt_len)]
-    return [(first, last) for first, last in windows if first < last]
+    edit: LayerEdit
 
 
 class AttentionEdits:
@@ -131,7 +97,7 @@ class AttentionEdits:
         """Raises: UnsupportedEngine when no layer can be edited, with each one's reason."""
         self.lacking: dict[int, str] = {}  # why layers that have attention cannot be edited
         self._sites: dict[int, _Site] = {}
-        self._queries: dict[int, list[Stretch]] = {}  # per layer, sorted by _ORDER
+        self._queries: dict[int, list[Stretch]] = {}  # per layer, sorted by `_turn`
         self._prefixes: dict[int, list[Stretch]] = {}
         holders = {child: module for module in model.modules() for child in module.children()}
         for attention in [module for module in model.modules() if isinstance(module, Attention)]:
@@ -149,18 +115,26 @@ class AttentionEdits:
         """0-based indices of the blocks whose attention obeys."""
         return list(self._sites)
 
-    def facts(self) -> dict[str, Any]:
-        """Plain data for admission: which layers obey, which take biases, which learned rows (they have the fused
-        projection that those go through), and how far back each one sees."""
-        return {
-            "layers": self.layers,
-            "lacking": dict(self.lacking),
-            "bias": [layer for layer, site in self._sites.items() if not site.why_no_bias],
-            "side": [layer for layer, site in self._sites.items() if site.can_project],
-            "windows": {layer: site.window for layer, site in self._sites.items() if site.window},
-        }
+    @property
+    def abilities(self) -> AttentionAbilities:
+        return AttentionAbilities(
+            self.layers,
+            bias=[layer for layer, site in self._sites.items() if not site.why_no_bias],
+            side=[layer for layer, site in self._sites.items() if site.can_project],
+            windows={layer: site.window for layer, site in self._sites.items() if site.window},
+            lacking=dict(self.lacking),
+        )
 
-    def check(self, edit: AttentionEdit) -> None:
+    def made(self, edit: AttentionEdit) -> LayerEdit:
+        """An edit with its learned numbers as this rank's layers take them. Raises: AttentionError."""
+        match edit:
+            case SideTokens():
+                return replace(self.side_attention(edit.tokens, edit.gates), scale=edit.scale)
+            case PrefixRows():
+                return self.prefix_kv(edit.rows)
+        return edit
+
+    def check(self, edit: LayerEdit) -> None:
         """Raises: AttentionError when a layer cannot be given `edit`."""
         for layer in edit.layers:
             site = self._sites.get(layer)
@@ -212,10 +186,7 @@ class AttentionEdits:
                 for layer in stretch.edit.layers:
                     prefixes[layer].append(stretch)
         self._prefixes = dict(prefixes)
-        self._queries = {
-            layer: sorted(asked, key=lambda stretch: _ORDER.index(type(stretch.edit)))
-            for layer, asked in queries.items()
-        }
+        self._queries = {layer: sorted(asked, key=_turn) for layer, asked in queries.items()}
 
     def end_step(self) -> None:
         """Until the next step nobody asks for anything."""
@@ -257,18 +228,10 @@ class AttentionEdits:
         asked = self._queries.get(layer)
         if not asked:
             return
-        site, biased = self._sites[layer], defaultdict(list)
-        for stretch in asked:
-            if isinstance(stretch.edit, ScoreBias):
-                biased[stretch.row].append(stretch)
-        for row, group in biased.items():
-            site.attend(query, cache, block_table[row], group, output)
-        for stretch in asked:
-            if isinstance(stretch.edit, RowOverride):
-                site.override(stretch.edit, cache, block_table[stretch.row], output[stretch.start : stretch.end])
-            elif isinstance(stretch.edit, SideAttention):
-                tokens = slice(stretch.start, stretch.end)
-                site.attend_beside(stretch.edit, layer, query[tokens], output[tokens])
+        for (_, row), group in groupby(asked, key=_turn):
+            stretches = list(group)
+            apply = _APPLIED[type(stretches[0].edit)]
+            apply(self._sites[layer], layer, stretches, query, cache, block_table[row], output)
 
     def _with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of (T, kv_heads, D) keys and values in which the tokens of prefixes have the learned ones."""
@@ -377,9 +340,11 @@ class _Site:
         keys, values = made[:, queries:].split([self._num_kv_heads * size for size in sizes], dim=-1)
         return keys.unflatten(1, (-1, sizes[0])), values.unflatten(1, (-1, sizes[1]))
 
-    def attend(self, query: Tensor, cache: Tensor, blocks: Tensor, asked: Sequence[Stretch], output: Tensor) -> None:
+    def attend(
+        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+    ) -> None:
         """Attend again with the biases that one request asks for; they add up. Writes heads and tokens concerned."""
-        edits = [(stretch, stretch.edit) for stretch in asked if isinstance(stretch.edit, ScoreBias)]
+        edits = list(_of(ScoreBias, asked))
         heads = sorted({head for _, edit in edits for head in self._here(edit.heads)})
         if not heads:
             return
@@ -415,22 +380,29 @@ class _Site:
                     new = attended[tokens.start - first : tokens.stop - first, [heads.index(head) for head in mine]]
                     output[tokens, mine] = new.to(output.dtype)
 
-    def override(self, edit: RowOverride, cache: Tensor, blocks: Tensor, output: Tensor) -> None:
-        """Give one head of (n, heads, Dv) `output` the row of attention that `edit` says."""
-        for head in self._here([edit.head]):
-            layout = self._layout
-            keys = torch.tensor(edit.keys, device=cache.device)
-            weights = torch.tensor(edit.weights, device=cache.device)
-            values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
-            cells = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
-            output[:, head] = (weights @ values[cells, 0]).to(output.dtype)
+    def override(
+        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+    ) -> None:
+        """Give single heads of (T, heads, Dv) `output` the rows of attention that one request asks for."""
+        for stretch, edit in _of(RowOverride, asked):
+            for head in self._here([edit.head]):
+                layout = self._layout
+                keys = torch.tensor(edit.keys, device=cache.device)
+                weights = torch.tensor(edit.weights, device=cache.device)
+                values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
+                cells = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
+                output[stretch.start : stretch.end, head] = (weights @ values[cells, 0]).to(output.dtype)
 
-    def attend_beside(self, edit: SideAttention, layer: int, query: Tensor, output: Tensor) -> None:
-        """Add gated attention to learned rows to (n, heads, Dv) `output`."""
-        keys, values, gates = edit.rows[layer]
-        scores = torch.einsum("nhd,lhd->hnl", query.float(), keys.repeat_interleave(self._group, 1)) * self._scale
-        attended = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values.repeat_interleave(self._group, 1))
-        output.copy_(output.float() + edit.scale * gates.unsqueeze(-1) * attended)
+    def attend_beside(
+        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+    ) -> None:
+        """Add gated attention to learned rows to (T, heads, Dv) `output`."""
+        for stretch, edit in _of(SideAttention, asked):
+            (keys, values, gates), tokens = edit.rows[layer], slice(stretch.start, stretch.end)
+            wide = keys.repeat_interleave(self._group, 1)
+            scores = torch.einsum("nhd,lhd->hnl", query[tokens].float(), wide) * self._scale
+            attended = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values.repeat_interleave(self._group, 1))
+            output[tokens] = output[tokens].float() + edit.scale * gates.unsqueeze(-1) * attended
 
     @property
     def _layout(self) -> CacheLayout:
@@ -444,6 +416,24 @@ class _Site:
 
     def _here(self, heads: Iterable[int]) -> list[int]:
         return [head - self._first_head for head in heads if 0 <= head - self._first_head < self._num_heads]
+
+
+# How each sort of edit is made on the tokens of one request, in this order.
+_APPLIED: dict[type, Callable[[_Site, int, list[Stretch], Tensor, Tensor, Tensor, Tensor], None]] = {
+    ScoreBias: _Site.attend,
+    RowOverride: _Site.override,
+    SideAttention: _Site.attend_beside,
+}
+_ORDER = list(_APPLIED)
+
+
+def _of(sort: type[L], asked: Iterable[Stretch]) -> Iterator[tuple[Stretch, L]]:
+    """The stretches of one sort of edit."""
+    return ((stretch, stretch.edit) for stretch in asked if isinstance(stretch.edit, sort))
+
+
+def _turn(stretch: Stretch) -> tuple[int, int]:
+    return _ORDER.index(type(stretch.edit)), stretch.row
 
 
 def _why_not(attention: Any) -> str:

@@ -6,30 +6,21 @@ becomes a slot of the router's tables, and objects that the attention layers obe
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from whipstaff.server.engine.worker.edits.attention import (
-    AttentionEdit,
-    AttentionEdits,
-    RowOverride,
-    ScoreBias,
-    Stretch,
-    outside,
-)
+from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
 from whipstaff.server.engine.worker.edits.routing import RoutingTables, install_routing, routing_of
 from whipstaff.server.plan import PositionedPlan
-from whipstaff.steering.methods.attention import AttentionOverride, OverrideParams, Pasta, PastaParams
-from whipstaff.steering.methods.mote import MoTE
-from whipstaff.steering.methods.side_attention import SideAttention
-from whipstaff.steering.methods.virtual_tokens import PrefixKV
+from whipstaff.steering.kinds.attention import ATTENTION
+from whipstaff.steering.kinds.kind import Kind
+from whipstaff.steering.kinds.router import ROUTER
 from whipstaff.steering.plan import EditSet, ModuleEdit
+from whipstaff.steering.served import ModuleAbilities
 from whipstaff.steering.vector_file import Vector
-from whipstaff.steering.where import resolve_window
 
 NO_SLOT = -1
 MAX_HELD = 256  # attention edits kept between steps
@@ -73,18 +64,19 @@ class ModuleEdits:
         self.attention = AttentionEdits(model) if edits_attention else None
         self._vector_of = vector_of
         self._routes = _Routes(self.routing, num_slots, vector_of) if self.routing else None
-        self._made: OrderedDict[tuple[ModuleEdit, int], tuple[AttentionEdit, ...]] = OrderedDict()
+        self._made: OrderedDict[tuple[ModuleEdit, int], tuple[LayerEdit, ...]] = OrderedDict()
         self._host = np.full(max_tokens, NO_SLOT, dtype=np.int32)
         self._dirty = 0
 
+    @property
+    def abilities(self) -> ModuleAbilities:
+        """What the model obeys."""
+        routing = {layer: self.routing.scheme(layer) for layer in self.routing.layers} if self.routing else {}
+        return ModuleAbilities(None if self.attention is None else self.attention.abilities, routing)
+
     def facts(self) -> dict[str, Any]:
-        """Plain data for admission: what attention obeys, and how each layer's router selects."""
-        routing = (
-            {}
-            if self.routing is None
-            else {layer: asdict(replace(self.routing.scheme(layer), bias=None)) for layer in self.routing.layers}
-        )
-        return {"attention": None if self.attention is None else self.attention.facts(), "routing": routing}
+        """The same as plain data, for admission."""
+        return self.abilities.to_wire()
 
     def forget(self, digest: str) -> None:
         """Drop what was made of a vector."""
@@ -117,65 +109,30 @@ class ModuleEdits:
         self._dirty = num_tokens if slots else 0
 
     def _routes_in(self, row: EditSet) -> tuple[ModuleEdit, ...]:
-        return tuple(
-            item
-            for item in row
-            if isinstance(item, ModuleEdit) and isinstance(self._vector_of(item.digest).method, MoTE)
-        )
+        return tuple(self._of_kind(ROUTER, row))
+
+    def _of_kind(self, kind: Kind, row: EditSet) -> Iterator[ModuleEdit]:
+        """The edits of a row that one kind serves."""
+        for item in row:
+            if isinstance(item, ModuleEdit) and self._vector_of(item.digest).method.kind is kind:
+                yield item
 
     def _stretches(self, one: Asked) -> Iterator[Stretch]:
-        for item in one.row:
-            if isinstance(item, ModuleEdit):
-                for edit in self._attention_edits(item, one.placed.prompt_len):
-                    yield Stretch(one.batch_row, one.first, one.last, one.position, edit)
+        for item in self._of_kind(ATTENTION, one.row):
+            for edit in self._attention_edits(item, one.placed.prompt_len):
+                yield Stretch(one.batch_row, one.first, one.last, one.position, edit)
 
-    def _attention_edits(self, special: ModuleEdit, prompt_len: int) -> tuple[AttentionEdit, ...]:
-        """What a special comes to for prompts of one length; learned rows are the same for all."""
-        is_relative = isinstance(self._vector_of(special.digest).method, AttentionOverride | Pasta)
-        key = special, prompt_len if is_relative else 0
+    def _attention_edits(self, item: ModuleEdit, prompt_len: int) -> tuple[LayerEdit, ...]:
+        """What an edit comes to for prompts of one length; learned rows are the same for all."""
+        assert self.attention is not None
+        vector = self._vector_of(item.digest)
+        key = item, prompt_len if ATTENTION.is_relative(vector) else 0
         if key not in self._made:
             if len(self._made) == MAX_HELD:
                 self._made.popitem(last=False)
-            self._made[key] = tuple(self._make(special, prompt_len))
+            self._made[key] = tuple(map(self.attention.made, ATTENTION.edits(vector, item, prompt_len)))
         self._made.move_to_end(key)
         return self._made[key]
-
-    def _make(self, special: ModuleEdit, prompt_len: int) -> Iterator[AttentionEdit]:
-        assert self.attention is not None
-        vector = self._vector_of(special.digest)
-        params: Any = vector.method.params.model_validate_json(special.setting)
-        layers = {place.layer: tensors for place, tensors in vector.tensors.items()}
-        if isinstance(vector.method, AttentionOverride):
-            yield from attention_rows(params, prompt_len)
-        elif isinstance(vector.method, Pasta):
-            yield from score_biases(params, prompt_len)
-        elif isinstance(vector.method, SideAttention):
-            made = self.attention.side_attention(
-                {layer: tensors["tokens"] for layer, tensors in layers.items()},
-                {layer: tensors["gate"] for layer, tensors in layers.items()},
-            )
-            yield made.scaled(params.scale)
-        elif isinstance(vector.method, PrefixKV):
-            yield self.attention.prefix_kv(
-                {layer: (tensors["key"], tensors["value"]) for layer, tensors in layers.items()}
-            )
-
-
-def attention_rows(params: OverrideParams, prompt_len: int) -> Iterator[RowOverride]:
-    """The heads' new attention, keys as absolute positions."""
-    for edit in params.edits:
-        keys = tuple(key + prompt_len if key < 0 else key for key in edit.keys)
-        yield RowOverride(edit.layer, edit.head, keys, tuple(edit.weights or [1 / len(keys)] * len(keys)))
-
-
-def score_biases(params: PastaParams, prompt_len: int) -> Iterator[ScoreBias]:
-    """PASTA's additions to scores, one per span as in the release; they add up."""
-    for start, end in params.spans:
-        span = resolve_window(start, end, prompt_len)
-        windows = outside(span, prompt_len) if params.scale_position == "exclude" else [span]
-        amounts = tuple((first, last, float(np.log(params.alpha))) for first, last in windows)
-        for layer, heads in params.heads.items():
-            yield ScoreBias(layer, tuple(heads), amounts)
 
 
 class _Routes:
@@ -206,7 +163,7 @@ class _Routes:
 
     def forget(self, digest: str) -> None:
         """Free the slots that name a vector."""
-        for route in [route for route in self._slots if any(special.digest == digest for special in route)]:
+        for route in [route for route in self._slots if any(item.digest == digest for item in route)]:
             self._free.append(self._slots.pop(route))
 
     def _evict(self, in_use: dict[tuple[ModuleEdit, ...], None]) -> int:

@@ -29,9 +29,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.steering.methods.mote import MoTE, MoTEParams, Routing
+from whipstaff.steering.kinds.router import ROUTER
 from whipstaff.steering.plan import ModuleEdit
-from whipstaff.steering.routing_scheme import FORCE, OFF, PRE, RENORM, ZERO, RoutingError, Scheme
+from whipstaff.steering.routing_scheme import FORCE, OFF, PRE, RENORM, ZERO, Routing, RoutingError, Scheme
 from whipstaff.steering.vector_file import Vector
 
 _ROUTERS = (CPURouter, CustomRoutingRouter, FusedTopKBiasRouter, FusedTopKRouter, GroupedTopKRouter)
@@ -85,13 +85,10 @@ class RoutingTables:
             self._written.add(slot)
 
 
-def routing_of(specials: Iterable[ModuleEdit], vector_of: Callable[[str], Vector]) -> Iterator[tuple[int, Routing]]:
+def routing_of(edits: Iterable[ModuleEdit], vector_of: Callable[[str], Vector]) -> Iterator[tuple[int, Routing]]:
     """What entries of a request ask of the routers, for `RoutingTables.write`."""
-    for special in specials:
-        vector = vector_of(special.digest)
-        method, params = vector.method, MoTEParams.model_validate_json(special.setting)
-        assert isinstance(method, MoTE)
-        yield from method.routing(params, vector.tensors).items()
+    for edit in edits:
+        yield from ROUTER.routing(vector_of(edit.digest), edit).items()
 
 
 def install_routing(model: nn.Module, slots: Tensor, num_slots: int) -> RoutingTables:

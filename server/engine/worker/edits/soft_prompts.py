@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from whipstaff.cuda_ext import put_rows_
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.worker.batch import BatchView, TokenSpan
-from whipstaff.steering.methods.virtual_tokens import ROWS
+from whipstaff.steering.kinds.rows import ROWS_PART
 from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1
@@ -66,7 +66,9 @@ class SoftRows:
         """The step's placeholders and the rows (n, H) that they get, on the host, in order of their tokens."""
         for row, placed in view.planned():
             for digest, start, num in placed.inserts:
-                learned = self._vector_of(digest).shared_parts.get(ROWS)  # None: keys and values are learned instead
+                learned = self._vector_of(digest).shared_parts.get(
+                    ROWS_PART
+                )  # None: keys and values are learned instead
                 tokens = view.tokens_at(row, start, start + num)
                 if tokens is not None and learned is not None:
                     skipped = tokens.position - start

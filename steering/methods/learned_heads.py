@@ -1,25 +1,21 @@
 """Learned heads: small networks on the last hidden state that decoding methods read. They edit nothing; they are files
 of the registry like vectors, for one model, and a request names them in `decoding`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.method import EditParams, HookPoint, Method, Tensors
-from whipstaff.steering.ops import EditOp
-from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.kinds.head import HeadMethod
+from whipstaff.steering.method import EditParams, Tensors
 
 
-class Head(Method[EditParams]):
-    """What the heads below share. Their shapes use `hidden`, and free names that the served model must agree with."""
+class Head(HeadMethod[EditParams]):
+    """What the heads below share."""
 
-    params, sites, where, served_by = EditParams, (), "all", "logits"
+    params, sites, where = EditParams, (), "all"
     off: ClassVar = {}
-
-    def ops(self, tensors: Tensors, params: EditParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return ()
 
 
 class DeferHead(Head):
