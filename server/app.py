@@ -13,11 +13,11 @@ from fastapi.routing import APIRoute
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
-from whipstaff.server.admission.preset_check import check
 from whipstaff.server.admission.request import PLAIN
 from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.api.admin import Admin
+from whipstaff.server.api.preset_check import check
 from whipstaff.server.api.text import check_text
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.frontend import multi_api_server as several

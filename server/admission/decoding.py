@@ -18,10 +18,10 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission.entries import admit
-from whipstaff.server.admission.names import in_own_names, said_of_methods
 from whipstaff.server.admission.positions import SoftPrompt
 from whipstaff.server.admission.steering import Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
+from whipstaff.server.names import in_own_names, said_of_methods
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan

@@ -25,7 +25,6 @@ from whipstaff.server.admission.decoding import (
 )
 from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
-from whipstaff.server.admission.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.admission.positions import place_plan
 from whipstaff.server.admission.steering import Fed, Steered, check_one_set
 from whipstaff.server.api.text import check_characters
@@ -39,6 +38,7 @@ from whipstaff.server.errors import (
     no_entry,
     parsed,
 )
+from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities

@@ -12,15 +12,15 @@ from fastapi.responses import JSONResponse, Response
 from whipstaff.server import metrics
 from whipstaff.server.admission.companions import Scoring
 from whipstaff.server.admission.explanations import Explained
-from whipstaff.server.admission.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
 from whipstaff.server.admission.request import Compiled, compile_extras, loose, on_unknown
 from whipstaff.server.admission.steering import Fed, doses
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.receipts import FIELD, Tally, with_extras
+from whipstaff.server.api.sse import FIELD, Tally, with_extras
 from whipstaff.server.api.text import check_text
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
 from whipstaff.server.plan import RequestPlan, take_draw
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities

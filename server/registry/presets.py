@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from whipstaff.server.admission import names
-from whipstaff.server.admission.names import ALIASES, FIELDS, TEXTS, thing
+from whipstaff.server import names
 from whipstaff.server.errors import BadRequest, WhipstaffError, bad_field
+from whipstaff.server.names import ALIASES, FIELDS, TEXTS, thing
 from whipstaff.server.registry.folder import Stamp, stamp_of
 
 MAX_BYTES = 1 << 20

@@ -48,10 +48,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server import plan as plans
 from whipstaff.server.admission.companions import Scoring
-from whipstaff.server.admission.names import ALIASES
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.names import ALIASES
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PlaceChat, PromptSource
 

@@ -9,11 +9,11 @@ from catalogues import PAIR, compiled, refusal
 
 from whipstaff.decoding.method import Depth, Method
 from whipstaff.decoding.methods import METHODS
-from whipstaff.server.admission import names
-from whipstaff.server.admission.names import GATES, SHORTHANDS, header_of, near, thing, unknown_reasons
+from whipstaff.server import names
 from whipstaff.server.admission.request import Compiled, compile_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
+from whipstaff.server.names import GATES, SHORTHANDS, header_of, near, thing, unknown_reasons
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset

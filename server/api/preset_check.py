@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from whipstaff.server.admission.names import FIELDS, near
 from whipstaff.server.api.generate import compile_request
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.names import FIELDS, near
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Part, Preset
 
