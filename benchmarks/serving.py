@@ -35,11 +35,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.cuda_ext import run_edits_
-from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.logits.pipeline import Decoder
 from whipstaff.server.engine.worker.step import Steerer
 from whipstaff.server.plan import PositionedPlan
+from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
 from whipstaff.steering import vector_file
@@ -355,12 +356,12 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     compiled = [compile_extras(steered(config), caps) for config in range(64)]
     plans = [PositionedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
     fresh = iter(range(10**9))
+    prompt = Prompt(PROMPT_LEN, list(range(PROMPT_LEN)), PROMPT_LEN + MAX_TOKENS, None)
 
     def admit(config: int) -> None:
         one = compile_extras(steered(config), caps)
         assert one is not None
-        one.check(PROMPT_LEN, MAX_TOKENS, True)
-        one.plan.to_wire()
+        one.at_prompt(prompt, lambda _: MAX_TOKENS, True).plan.to_wire()
 
     steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), {}.__getitem__))
     steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)

@@ -13,15 +13,15 @@ from fastapi.routing import APIRoute
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
+from whipstaff.server.admission.entries import lacking
 from whipstaff.server.admission.request import PLAIN
 from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.preset_check import check
-from whipstaff.server.api.text import check_text
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.frontend import guard, openai
 from whipstaff.server.engine.frontend import multi_api_server as several
-from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
@@ -161,7 +161,7 @@ async def load(
         looks_ahead=engine.layout.looks_ahead,
         routing={layer: Scheme(**scheme) for layer, scheme in facts["specials"]["routing"].items()},
     )
-    library = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
+    library = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets, lacking)
     await library.start()
     return library
 
@@ -189,12 +189,12 @@ async def extend(app: FastAPI, engine: Engine, library: LiveRegistry, settings: 
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             _first(route, routes.drop_preset if route.path in _NOT_GENERATING else routes.refuse_extras)
-            _first(route, check_text)
+            _first(route, routes.check_text)
         elif isinstance(route, APIRoute) and route.path == "/metrics":
             _first(route, routes.read_worker)
     app.include_router(routes.router)
     app.include_router(admin.router)
-    openai.admit(app, admin_key.opens)
+    guard.admit(app, admin_key.opens)
     openai.list_models(app, library.preset_names)
     await library.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, routes.answer_refusal)

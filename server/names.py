@@ -29,7 +29,6 @@ FIELDS = (
 """What Whipstaff adds to requests."""
 
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # other servers' names of vLLM's fields
-_MAX_HEADER = 1000  # characters
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")
@@ -142,13 +141,6 @@ def near(name: str, known: Collection[str]) -> str:
     if (same := _SAME.get(name)) in known:
         return f"; did you mean {same}?"
     return did_you_mean(name, known)
-
-
-def header_of(warnings: Iterable[str]) -> str:
-    """Warnings as the value of a header: printable ASCII, and not long."""
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 4]} ..."
 
 
 def that_change(fields: Mapping[str, Any]) -> list[str]:

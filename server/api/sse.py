@@ -1,43 +1,21 @@
-"""Receipts: what was done to a request, for its response. Same request and same receipt mean same behaviour."""
+"""Answers on their way out: server-sent events with explanations and a receipt, and warnings as a header."""
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
 from whipstaff.server.admission.explanations import Explained
-from whipstaff.server.admission.steering import Fed
+from whipstaff.server.admission.receipt import RECEIPT_FIELD
 
-FIELD = "whipstaff"
+_MAX_HEADER = 1000  # characters
 
 
-class Tally:
-    """Counts the tokens of a request's sequences as its outputs pass by, and keeps them where the plan needs them."""
-
-    def __init__(self) -> None:
-        self.keeps_tokens = False
-        self._prompts: dict[str, list[int]] = {}
-        self._generated: dict[tuple[str, int], list[int]] = {}
-        self._counts: dict[tuple[str, int], int] = {}
-
-    def note(self, output: Any) -> None:
-        """One vLLM RequestOutput; its token ids are what came since the last one."""
-        if output.prompt_token_ids is not None:
-            self._prompts[output.request_id] = output.prompt_token_ids
-        for sequence in output.outputs:
-            key = output.request_id, sequence.index
-            self._counts[key] = self._counts.get(key, 0) + len(sequence.token_ids)
-            if self.keeps_tokens:
-                self._generated.setdefault(key, []).extend(sequence.token_ids)
-
-    def fed(self) -> list[Fed]:
-        """Every sequence."""
-        found = []
-        for (request_id, index), generated in self._counts.items():
-            prompt = self._prompts[request_id]
-            ids = [*prompt, *self._generated[request_id, index]] if self.keeps_tokens else []
-            found.append(Fed(len(prompt), len(prompt) + max(generated - 1, 0), ids))
-        return found
+def header_of(warnings: Iterable[str]) -> str:
+    """Warnings as the value of a header: printable ASCII, and not long."""
+    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 4]} ..."
 
 
 async def with_extras(
@@ -51,7 +29,7 @@ async def with_extras(
     async with aclosing(chunks):
         async for chunk in chunks:
             if chunk.startswith("data: [DONE]") and held is not None:
-                held = _changed(held, {FIELD: await receipt()})
+                held = _changed(held, {RECEIPT_FIELD: await receipt()})
             if held is not None:
                 yield held
             held = chunk if explained is None or chunk.startswith("data: [DONE]") else _changed(chunk, {}, explained)

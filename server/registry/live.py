@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from whipstaff.server import metrics
-from whipstaff.server.admission.entries import lacking
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
 from whipstaff.server.registry.capabilities import Capabilities
@@ -29,6 +28,7 @@ logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its
 PAUSE = 1.0  # seconds between looks at the folder while nobody asks
 COLLECT = 4  # looks
 CheckPreset = Callable[[Preset, Capabilities], Awaitable[None]]
+Lacking = Callable[[Vector, None, Capabilities], str | None]  # what a server must be started with for a vector
 
 
 class LiveRegistry:
@@ -41,9 +41,11 @@ class LiveRegistry:
         files: Mapping[str, VectorFile],
         store: RegistryFolder | None = None,
         presets: Iterable[Path] = (),
+        lacking: Lacking = lambda *_: None,
     ) -> None:
-        """`facts` says what the server can do; `files` are the vectors given at start-up, and those stored then."""
-        self._residents, self._have, self._store = residents, facts, store
+        """`facts` says what the server can do; `files` are the vectors given at start-up, and those stored then;
+        uploads are refused for what is `lacking`."""
+        self._residents, self._have, self._store, self._lacking = residents, facts, store, lacking
         self._files = {name: file._replace(vector=residents.adopt(file.vector)) for name, file in files.items()}
         self._fixed: dict[str, VectorFile] = {}
         self._preset_paths = tuple(presets)
@@ -117,7 +119,7 @@ class LiveRegistry:
         """
         if (reason := misfit(vector, self._have.registry.model)) is not None:
             raise VectorUnfit(reason, "name")
-        if (reason := lacking(vector, None, self._have)) is not None:
+        if (reason := self._lacking(vector, None, self._have)) is not None:
             raise Unavailable(reason, "name")
         async with self._writing(name, self._fixed) as store:
             path = await asyncio.to_thread(store.put, data)
