@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
 from whipstaff.server.admission.entries import lacking
-from whipstaff.server.admission.request import PLAIN
 from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.api.admin import Admin
@@ -22,7 +21,7 @@ from whipstaff.server.api.preset_check import check
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.frontend import guard, openai
 from whipstaff.server.engine.frontend import multi_api_server as several
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
+from whipstaff.server.engine.frontend.launch import Engine, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
@@ -183,7 +182,7 @@ async def extend(app: FastAPI, engine: Engine, library: LiveRegistry, settings: 
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
     app.state.whipstaff = library
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
-    engine.watch = _watch
+    engine.watch = metrics.watch
     ours = {route.path for route in routes.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
@@ -207,7 +206,3 @@ def _first(route: APIRoute, what: Callable[[Request], Awaitable[None]]) -> None:
     route.dependant.dependencies.insert(
         0, get_parameterless_sub_dependant(depends=Depends(what), path=route.path_format)
     )
-
-
-def _watch(plan: PlanDict | None, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    return metrics.watch(plan.label if plan else PLAIN, outputs, plan.note if plan else None)

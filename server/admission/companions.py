@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
-from whipstaff.server.admission.decoding import DecodingEntry, SequenceSteering
+from whipstaff.server.admission.decoding import DecodingEntry
 from whipstaff.server.admission.positions import steering_at_prompt
-from whipstaff.server.admission.steering import Steered, check_one_set
+from whipstaff.server.admission.steering import SequenceSteering, Steered, check_one_set
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
 from whipstaff.server.plan import STEPS_AHEAD, CompanionPlan, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Adapter, Prompt

@@ -19,44 +19,16 @@ from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.fields import entries_at
-from whipstaff.server.admission.positions import SoftPrompt
-from whipstaff.server.admission.steering import Steered
+from whipstaff.server.admission.steering import SequenceSteering, Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
 from whipstaff.server.names import in_own_names, said_of_methods
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import MAX_EDITS, Planner
 from whipstaff.steering.vector_file import Vector
 
 MAX_DECODING = 8
-_GREEDY_BELOW = 1e-5  # as in vLLM
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
-
-
-class SequenceSteering(NamedTuple):
-    """How a sequence is steered, whatever its prompt will be: the request's own, or a companion's."""
-
-    entries: Sequence[Steered] = ()
-    plan: SteeringPlan = SteeringPlan(())
-    warnings: Sequence[str] = ()  # for the receipt
-
-    @property
-    def paths(self) -> list[str]:
-        """Where in the request each edit of the plan stands, then each special."""
-        paths = [entry.path for entry in self.entries for _ in entry.edits]
-        return paths + [entry.path for entry in self.entries if entry.special is not None]
-
-    @property
-    def soft(self) -> list[SoftPrompt]:
-        """The rows that a prompt must have room for; a KV prefix stands first."""
-        prefix_first = sorted(self.entries, key=lambda entry: entry.special is None)
-        return [entry.soft for entry in prefix_first if entry.soft is not None]
-
-    @property
-    def vectors(self) -> list[Vector]:
-        """The files that it reads."""
-        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
 
 
 class GivenEntry(NamedTuple):
@@ -105,6 +77,16 @@ class DecodingEntry:
     def stream_paths(self) -> dict[str, str]:
         """Auxiliary model -> the field that names it."""
         return {name: self.path_of(where) for where, name in self.method.streams(self.params).items()}
+
+    @property
+    def chooses_temperature(self) -> bool:
+        """Whether its method, and not the request, says how hot the draw is."""
+        return isinstance(self.method, LogitsRewriter) and self.method.chooses_temperature
+
+    @property
+    def bounds_draw(self) -> bool:
+        """Whether, however hot the request's own temperature, not every token becomes about as likely."""
+        return self.method.stage == "truncation" or self.chooses_temperature
 
     def at_prompt(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "DecodingEntry":
         """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
@@ -323,30 +305,6 @@ def _check_together(entries: Sequence[DecodingEntry]) -> None:
         seen[name] = entry
         mix = entry if entry.mix is not None else mix
         temperature = entry if entry.method.stage == "temperature" else temperature
-
-
-def check_draw(entries: Sequence[DecodingEntry], temperature: float | None) -> None:
-    """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
-    for entry in entries if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
-        if isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature:
-            raise BadRequest(
-                f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",
-                entry.path_of("method"),
-            )
-
-
-def bounds_draw(entries: Sequence[DecodingEntry]) -> bool:
-    """Whether, however hot the request's own temperature, not every token becomes about as likely."""
-    return any(
-        entry.method.stage == "truncation"
-        or (isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature)
-        for entry in entries
-    )
-
-
-def draws_itself(entries: Sequence[DecodingEntry], is_temperature_last: bool) -> bool:
-    """Whether temperature and truncation are ours to do, in an order that vLLM's sampler does not have."""
-    return is_temperature_last or any(entry.method.stage in ("temperature", "truncation") for entry in entries)
 
 
 def _path_of(path: str, names: Mapping[str, str], param: str) -> str:

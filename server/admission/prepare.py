@@ -16,7 +16,6 @@ from uuid import uuid4
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     DecodingEntry,
-    SequenceSteering,
     admit_decoding,
     entries_of,
 )
@@ -34,7 +33,7 @@ from whipstaff.server.admission.fields import (
     ours_in,
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
-from whipstaff.server.admission.steering import Steered
+from whipstaff.server.admission.steering import SequenceSteering, Steered
 from whipstaff.server.errors import (
     BadRequest,
     FieldOrigins,
@@ -181,6 +180,8 @@ def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) 
 
 def _decoding(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut, merges: bool) -> list[DecodingEntry]:
     found: list[DecodingEntry] = []
+    if all(fields.get(name) is None for name in ("decoding", *SHORTHANDS, *GATES)):
+        return found
     named = entries_in(fields.get("decoding"), "decoding", MAX_DECODING)
     short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
     for given in entries_of(short, named, merges):

@@ -12,18 +12,12 @@ from typing import Any
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
-from whipstaff.server.admission.decoding import (
-    DecodingEntry,
-    SequenceSteering,
-    bounds_draw,
-    check_draw,
-    draws_itself,
-    plan_of,
-)
+from whipstaff.server.admission.decoding import DecodingEntry, plan_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import steering_at_prompt
-from whipstaff.server.admission.steering import check_one_set
+from whipstaff.server.admission.steering import SequenceSteering, check_one_set
 from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
+from whipstaff.server.metrics import PLAIN
 from whipstaff.server.plan import PlacedRequest, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
@@ -32,9 +26,9 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.vector_file import Vector
 
-PLAIN = "plain"
 SEVERAL = "several"
 MAX_TEMPERATURE = 100.0
+_GREEDY_BELOW = 1e-5  # as in vLLM
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Options:
 
     def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
         """The entries as one plan; None if decoding is vLLM's. Raises: BadRequest."""
-        plan, scores_base = plan_of(entries), self.logprobs_source == "base"
+        plan, scores_base = plan_of(entries) if entries else None, self.logprobs_source == "base"
         takes_over = self.is_temperature_last or self.is_hot or self.explain is not None or scores_base
         if plan is None and not takes_over:
             return None
@@ -95,8 +89,10 @@ class CompiledRequest:
 
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
         """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
+        if self.options.is_dry or not self.decoding:
+            return {}
         with self.origins.named():
-            return {} if self.options.is_dry else wanted_scores(self.decoding, prompt, self.caps, self.steering)
+            return wanted_scores(self.decoding, prompt, self.caps, self.steering)
 
     def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest:
         """The request in one of its prompts.
@@ -224,11 +220,12 @@ class CompiledRequest:
     @property
     def draws_itself(self) -> bool:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
-        return draws_itself(self.decoding, self.options.is_temperature_last or self.options.is_hot)
+        stages = {entry.method.stage for entry in self.decoding}
+        return self.options.is_temperature_last or self.options.is_hot or bool(stages & {"temperature", "truncation"})
 
     def heated(self, temperature: float, truncates: bool) -> "CompiledRequest":
         """With a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""
-        if not (truncates or bounds_draw(self.decoding)):
+        if not (truncates or any(entry.bounds_draw for entry in self.decoding)):
             raise BadRequest(
                 f"{temperature:g} is taken where something truncates, such as min_p, top_n_sigma, top_k or top_p; "
                 "alone, at most 2 is: beyond, every token is about as likely",
@@ -241,8 +238,14 @@ class CompiledRequest:
         return replace(self, options=options, plan=plan)
 
     def check_draw(self, temperature: float | None) -> None:
-        """Check the request's own sampling parameters. Raises: BadRequest."""
-        check_draw(self.decoding, temperature)
+        """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
+        for entry in self.decoding if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
+            if entry.chooses_temperature:
+                raise BadRequest(
+                    f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them "
+                    "out",
+                    entry.path_of("method"),
+                )
 
     def check_grammar(self, has_grammar: bool) -> None:
         """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""

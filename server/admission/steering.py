@@ -112,6 +112,31 @@ class Steered:
         }
 
 
+class SequenceSteering(NamedTuple):
+    """How a sequence is steered, whatever its prompt will be: the request's own, or a companion's."""
+
+    entries: Sequence[Steered] = ()
+    plan: SteeringPlan = SteeringPlan(())
+    warnings: Sequence[str] = ()  # for the receipt
+
+    @property
+    def paths(self) -> list[str]:
+        """Where in the request each edit of the plan stands, then each special."""
+        paths = [entry.path for entry in self.entries for _ in entry.edits]
+        return paths + [entry.path for entry in self.entries if entry.special is not None]
+
+    @property
+    def soft(self) -> list[SoftPrompt]:
+        """The rows that a prompt must have room for; a KV prefix stands first."""
+        prefix_first = sorted(self.entries, key=lambda entry: entry.special is None)
+        return [entry.soft for entry in prefix_first if entry.soft is not None]
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """The files that it reads."""
+        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
+
+
 def check_one_set(entries: Iterable[Steered], plan: SteeringPlan) -> None:
     """The engine tells apart one set of tokens per sequence. Raises: BadRequest."""
     first: frozenset[int] = frozenset()
