@@ -173,7 +173,7 @@ class PlacedRequest:
         settings = take_sampler_settings(params, self.is_temperature_last)
         return replace(self.plan, decoding=replace(self.plan.decoding, draw=settings)).to_wire()
 
-    def named(self, record: dict[str, Any]) -> dict[str, Any]:
+    def by_client_names(self, record: dict[str, Any]) -> dict[str, Any]:
         """What the engine says of a token, its streams by the client's names."""
         return record | {"streams": {self.stream_names.get(name, name): s for name, s in record["streams"].items()}}
 

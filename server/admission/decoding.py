@@ -21,7 +21,7 @@ from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.fields import entries_at
 from whipstaff.server.admission.steering import SequenceSteering, Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.names import in_own_names, said_of_methods
+from whipstaff.server.names import fields_by_method, in_own_names
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -113,7 +113,7 @@ def entries_of(
 
     Raises: BadRequest.
     """
-    short = said_of_methods(fields)
+    short = fields_by_method(fields)
     for path, written in named:
         entry, own = in_own_names(written, path)
         name = entry.get("method") if isinstance(entry, dict) else None

@@ -20,7 +20,7 @@ class ExplainParams(BaseModel):
     top: int = Field(5, ge=0, le=MAX_TOP, description="likeliest tokens of every distribution")
 
 
-class Explained:
+class ChoiceExplanations:
     """The records of one request's choices that have not been sent."""
 
     def __init__(self, words: Vocabulary | None) -> None:

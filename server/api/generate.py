@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from whipstaff.server import metrics
 from whipstaff.server import plan as plans
-from whipstaff.server.admission.explanations import Explained
+from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.admission.fields import check_characters, ours_in, unpacked, with_xargs
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
@@ -88,7 +88,8 @@ async def _generate(request: OpenAIRequest, raw: Request) -> Response:
         compiled = await compiled_of(request, raw)
         if compiled is None:
             return _response(await openai.answer(request, raw), raw, {})
-        tally, explained = Tally(), None if compiled.options.explain is None else Explained(compiled.caps.words)
+        tally, explains = Tally(), compiled.options.explain is not None
+        explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
             request.attach(compiled, tally.note, explained.note if explained else None)
         result = await openai.answer(request, raw)
@@ -138,7 +139,7 @@ async def methods(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
 @router.get("/v1/steering/vectors")
 async def vectors(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every vector that was loaded."""
-    return {"object": "list", "data": [said_vector(entry) for entry in caps.registry]}
+    return {"object": "list", "data": [vector_to_json(entry) for entry in caps.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
@@ -146,7 +147,7 @@ async def vector(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = caps.registry.entry(name)
     return {
-        **said_vector(entry),
+        **vector_to_json(entry),
         "norms": entry.vector.norms(),
         "doses": doses(entry.vector, caps) if entry.problem is None else [],
     }
@@ -202,16 +203,16 @@ def _with_some_prompt(body: dict[str, Any], preset: Preset) -> OpenAIRequest:
 @router.get("/v1/steering/presets")
 async def presets(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every preset: what it says, and the digest that receipts name."""
-    return {"object": "list", "data": [said_preset(preset) for preset in caps.presets.values()]}
+    return {"object": "list", "data": [preset_to_json(preset) for preset in caps.presets.values()]}
 
 
 @router.get("/v1/steering/presets/{name}")
 async def preset(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """One preset."""
-    return said_preset(caps.preset(name))
+    return preset_to_json(caps.preset(name))
 
 
-def said_preset(preset: Preset) -> dict[str, Any]:
+def preset_to_json(preset: Preset) -> dict[str, Any]:
     """A preset, for its owner."""
     return {
         "id": preset.name,
@@ -222,7 +223,7 @@ def said_preset(preset: Preset) -> dict[str, Any]:
     }
 
 
-def said_vector(entry: Entry) -> dict[str, Any]:
+def vector_to_json(entry: Entry) -> dict[str, Any]:
     """A vector, for its owner."""
     header, vector = entry.vector.header, entry.vector
     return {

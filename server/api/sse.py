@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from whipstaff.server.admission.explanations import Explained
+from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.admission.receipt import RECEIPT_FIELD
 
 _MAX_HEADER = 1000  # characters
@@ -21,7 +21,7 @@ def header_of(warnings: Iterable[str]) -> str:
 async def with_extras(
     chunks: AsyncGenerator[str, None],
     receipt: Callable[[], Awaitable[dict[str, Any]]],
-    explained: Explained | None,
+    explained: ChoiceExplanations | None,
 ) -> AsyncGenerator[str, None]:
     """Server-sent events with explanations in every choice, and the receipt in the last data event before [DONE].
     Closing this closes `chunks`."""
@@ -37,7 +37,7 @@ async def with_extras(
         yield held
 
 
-def _changed(event: str, more: dict[str, Any], explained: Explained | None = None) -> str:
+def _changed(event: str, more: dict[str, Any], explained: ChoiceExplanations | None = None) -> str:
     body = {**json.loads(event.removeprefix("data: ")), **more}
     if explained is not None:
         explained.add_to(body)

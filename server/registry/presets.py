@@ -157,7 +157,7 @@ class Preset:
             raise BadRequest(f"the preset {self.name!r} sets {clash[0]}; leave it out", paths[clash[1]])
         for name in names.all_names(self.body.forced.fields):  # what is left of these changes nothing
             _unsay(request, name)
-        chosen = names.not_said(self.body.default.fields, sent) | self.body.forced.fields
+        chosen = names.unsaid_defaults(self.body.default.fields, sent) | self.body.forced.fields
         for name, value in chosen.items():
             setattr(request, name, value)
         if hasattr(request, "messages"):

@@ -29,7 +29,7 @@ from whipstaff.server.errors import BadRequest
 from whipstaff.server.names import ALIASES, FIELDS
 from whipstaff.server.plan import PlacedRequest, Scoring
 from whipstaff.server.prompt.message_spans import Chat, Prompt
-from whipstaff.server.prompt.prompt_source import PlaceChat, PromptSource
+from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
@@ -169,7 +169,7 @@ class Extras(BaseModel):
         for index, one in enumerate(inputs):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
             source = _source(self, one, serving, chat) if ids else None
-            its_chat = chat.place(chat.messages, ids) if chat and ids else None
+            its_chat = chat.locate(chat.messages, ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._vllm.model or "")
             where = index, len(inputs)
@@ -215,7 +215,7 @@ class Extras(BaseModel):
 
         def explained(choice: int, record: dict[str, Any]) -> None:
             assert note_token is not None
-            note_token(first + choice, placed.named(record))
+            note_token(first + choice, placed.by_client_names(record))
 
         told = None if note_token is None else explained
         return PlanDict(placed.to_wire(params), self._compiled.label, self._note, told, self._compiled.vectors)
@@ -354,7 +354,7 @@ class Chats(NamedTuple):
 
     messages: Sequence[Any]
     text_of: Render
-    place: PlaceChat
+    locate: LocateChat
     adds_special_tokens: bool
 
 
@@ -376,10 +376,10 @@ def chats_of(request: ChatRequest, conversation: list[Any], serving: Any) -> Cha
             safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
         )
 
-    def place(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
+    def locate(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
         return Chat(tokenizer, messages, ids, text_of)
 
-    return Chats(conversation, text_of, place, request.add_special_tokens)
+    return Chats(conversation, text_of, locate, request.add_special_tokens)
 
 
 def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
@@ -400,8 +400,8 @@ def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> P
 
     adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
     messages, written = chat.messages if chat else None, prompt.get("prompt")
-    place = None if chat is None else chat.place
-    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, place)
+    locate = None if chat is None else chat.locate
+    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, locate)
 
 
 async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None) -> list[float]:

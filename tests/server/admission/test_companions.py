@@ -449,13 +449,13 @@ def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTo
     def ids_of(messages: Any) -> list[int]:
         return list(tokenizer.encode(text_of(messages, True)))
 
-    def place(messages: Any, ids: Any) -> Chat:
+    def locate(messages: Any, ids: Any) -> Chat:
         return Chat(tokenizer, messages, ids, text_of)
 
     messages = [{"role": "user", "content": TEXT}]
     ids = ids_of(messages)
-    source = PromptSource(ids, tokenizer, False, ids_of, messages, place=place)
-    prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, place(messages, ids), source)
+    source = PromptSource(ids, tokenizer, False, ids_of, messages, locate=locate)
+    prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, locate(messages, ids), source)
     user = {**PUSH, "where": {"messages": [{"role": "user"}]}}
     made = placed(STEERED, prompt, steering=user, **GUIDED)
     (member,) = made.plan.members
