@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.cuda_ext import run_edits_
-from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
@@ -45,6 +45,7 @@ from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.plan import PositionedPlan
+from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
 from whipstaff.steering import vector_file
@@ -360,12 +361,12 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     compiled = [compile_extras(steered(config), caps) for config in range(64)]
     plans = [PositionedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]
     fresh = iter(range(10**9))
+    prompt = Prompt(PROMPT_LEN, list(range(PROMPT_LEN)), PROMPT_LEN + MAX_TOKENS, None)
 
     def admit(config: int) -> None:
         one = compile_extras(steered(config), caps)
         assert one is not None
-        one.check(PROMPT_LEN, MAX_TOKENS, True)
-        one.plan.to_wire()
+        one.at_prompt(prompt, lambda _: MAX_TOKENS, True).plan.to_wire()
 
     cpu, vector_of, requests = torch.device("cpu"), {vector.digest: vector}.__getitem__, Requests()
     table, histories = TokenTable(2048, cpu), Histories(requests, 0, 0, cpu)

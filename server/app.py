@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,12 @@ from fastapi.routing import APIRoute
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
-from whipstaff.server.admission.preset_check import check
-from whipstaff.server.admission.request import PLAIN
 from whipstaff.server.api import admin, generate
 from whipstaff.server.api.admin import Admin
-from whipstaff.server.api.text import check_text
+from whipstaff.server.api.preset_check import check
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.frontend import multi_api_server, openai
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, configure, start
+from whipstaff.server.engine.frontend import guard, multi_api_server, openai
+from whipstaff.server.engine.frontend.launch import Engine, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
@@ -182,18 +180,18 @@ async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings:
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
     app.state.whipstaff = registry
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
-    engine.watch = _watch
+    engine.watch = metrics.watch
     ours = {route.path for route in generate.router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             _first(route, generate.drop_preset if route.path in _NOT_GENERATING else generate.refuse_extras)
-            _first(route, check_text)
+            _first(route, generate.check_text)
         elif isinstance(route, APIRoute) and route.path == "/metrics":
             _first(route, generate.read_worker)
     app.include_router(generate.router)
     app.include_router(admin.router)
-    openai.admit(app, admin_key.opens)
+    guard.admit(app, admin_key.opens)
     openai.list_models(app, registry.preset_names)
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
@@ -206,7 +204,3 @@ def _first(route: APIRoute, what: Callable[[Request], Awaitable[None]]) -> None:
     route.dependant.dependencies.insert(
         0, get_parameterless_sub_dependant(depends=Depends(what), path=route.path_format)
     )
-
-
-def _watch(plan: PlanDict | None, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    return metrics.watch(plan.label if plan else PLAIN, outputs, plan.note if plan else None)

@@ -14,7 +14,9 @@ WhipstaffError
 import difflib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import AliasChoices, BaseModel, ValidationError
@@ -71,6 +73,39 @@ class TooLarge(WhipstaffError):
 
 class Unavailable(WhipstaffError):
     status, type = 422, "UnprocessableEntityError"
+
+
+@dataclass(frozen=True)
+class FieldOrigins:
+    """Where those fields of a request came from that the client did not write at its top level."""
+
+    preset: str = ""  # its name
+    filled: frozenset[str] = frozenset()  # fields that the preset filled in
+    xargs: frozenset[str] = frozenset()  # fields that came in the request's vllm_xargs
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let errors say where their field came from: a client knows a preset by `model` only."""
+        try:
+            yield
+        except WhipstaffError as error:
+            name = re.split(r"[.\[]", error.param or "")[0]
+            if name in self.xargs:
+                raise type(error)(error.message, f"vllm_xargs.{error.param}") from None
+            if name not in self.filled:
+                raise
+            raise type(error)(f"preset {self.preset!r}, {error.param}: {error.message}", "model") from None
+
+
+@contextmanager
+def naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
+    """Let errors of one of several prompts say which."""
+    try:
+        yield
+    except WhipstaffError as error:
+        if num_prompts == 1:
+            raise
+        raise type(error)(f"prompt[{index}]: {error.message}", error.param) from None
 
 
 def bad_field(error: ValidationError, data: Any, prefix: str, known: Collection[str] = ()) -> BadRequest:

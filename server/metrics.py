@@ -3,13 +3,23 @@
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
 
 TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 DOSE_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 100)
+
+
+PLAIN = "plain"  # the method of requests of which the engine does nothing differently
+
+
+class Watched(Protocol):
+    """A plan as the engine's front end carries it."""
+
+    label: str  # its methods
+    note: Callable[[Any], None] | None  # called with each output
 
 
 def _gauge(name: str, what: str) -> Gauge:
@@ -70,10 +80,10 @@ def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:
         FIRED.inc(fired["tokens"])
 
 
-async def watch(
-    method: str, outputs: AsyncGenerator[Any, None], note: Callable[[Any], None] | None
-) -> AsyncGenerator[Any, None]:
-    """Pass a generation's outputs on, timing them under `method`; `note` sees each. Closing this closes `outputs`."""
+async def watch(plan: Watched | None, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Pass a generation's outputs on, timing them; `plan`, unless it is plain, notes each. Closing this closes
+    `outputs`."""
+    method, note = (plan.label, plan.note) if plan else (PLAIN, None)
     first, following = FIRST_TOKEN.labels(method), NEXT_TOKEN.labels(method)
     start = last = time.perf_counter()
     outcome, is_first = "aborted", True

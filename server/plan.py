@@ -1,9 +1,9 @@
 """What a request carries into the engine: its compiled plan, as JSON under one key of SamplingParams.extra_args."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
 from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
@@ -83,17 +83,6 @@ def plan_of(request: Any) -> RequestPlan | None:
     return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
 
 
-def take_draw(params: Any, is_temperature_last: bool) -> SamplerSettings:
-    """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
-
-    A greedy request stays greedy: it takes the best of what our stages leave.
-    """
-    draw = SamplerSettings(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
-    if params.temperature > 0:
-        params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
-    return draw
-
-
 @dataclass(frozen=True)
 class PositionedPlan:
     """A plan whose prompt length is known, so that its positions are absolute."""
@@ -151,3 +140,55 @@ class PositionedPlan:
     def auxiliaries(self) -> list[str]:
         """The auxiliary models that must run on all of the sequence, sorted."""
         return sorted({*self.plan.models, *(self.plan.decoding.models if self.plan.decoding else ())})
+
+
+class Scoring(NamedTuple):
+    """A text whose tokens the served model is to score before a plan can be placed in a prompt."""
+
+    ids: Sequence[int]  # with placeholders of inserted rows
+    steering: SteeringPlan | None
+
+    @property
+    def positions(self) -> list[int]:
+        """Where its own tokens stand."""
+        inserts = self.steering.inserts if self.steering else ()
+        rows = {position for insert in inserts for position in range(insert.start, insert.start + insert.num)}
+        return [position for position in range(len(self.ids)) if position not in rows]
+
+
+@dataclass(frozen=True)
+class PlacedRequest:
+    """A compiled request in one of its prompts: what the engine's front end schedules, and the receipt tells."""
+
+    plan: RequestPlan
+    num_tokens: int  # of the prompt, with the rows that were inserted
+    max_tokens: int  # that may be generated at most
+    ids: list[int] | None = None  # the prompt with placeholders for rows; None: it stays as it is
+    draws_itself: bool = False  # whether temperature and truncation are our stages' to do, and not vLLM's
+    is_temperature_last: bool = False
+    stream_names: Mapping[str, str] = field(default_factory=dict)  # as explanations call streams -> as the client does
+    companions: tuple[Mapping[str, Any], ...] = ()  # as the receipt shows them
+    warnings: tuple[str, ...] = ()
+
+    def to_wire(self, params: Any) -> dict[str, Any]:
+        """What the engine gets beside vLLM's sampling parameters, from which it may take some over."""
+        if not self.draws_itself:
+            return self.plan.to_wire()
+        assert self.plan.decoding is not None
+        settings = take_sampler_settings(params, self.is_temperature_last)
+        return replace(self.plan, decoding=replace(self.plan.decoding, draw=settings)).to_wire()
+
+    def by_client_names(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the engine says of a token, its streams by the client's names."""
+        return record | {"streams": {self.stream_names.get(name, name): s for name, s in record["streams"].items()}}
+
+
+def take_sampler_settings(params: Any, is_temperature_last: bool) -> SamplerSettings:
+    """Move temperature and truncation out of vLLM's sampling parameters, so that its sampler draws from what it gets.
+
+    A greedy request stays greedy: it takes the best of what our stages leave.
+    """
+    draw = SamplerSettings(params.temperature, max(params.top_k, 0), params.top_p, params.min_p, is_temperature_last)
+    if params.temperature > 0:
+        params.temperature, params.top_k, params.top_p, params.min_p = 1.0, 0, 1.0, 0.0
+    return draw

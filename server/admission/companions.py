@@ -1,15 +1,16 @@
-"""The further sequences of a request: their prompts, their steering, and whether this server can hold them."""
+"""The companions of a request, which are further sequences that emit its tokens: their prompts, their steering, and
+whether this server can hold them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
-from whipstaff.server.admission.decoding import Decoded, Unplaced
-from whipstaff.server.admission.positions import place_plan
-from whipstaff.server.admission.steering import Steered, check_one_set
+from whipstaff.server.admission.decoding import DecodingEntry
+from whipstaff.server.admission.positions import steering_at_prompt
+from whipstaff.server.admission.steering import SequenceSteering, Steered, check_one_set
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
-from whipstaff.server.plan import STEPS_AHEAD, CompanionPlan, PositionedPlan, RequestPlan
+from whipstaff.server.plan import STEPS_AHEAD, CompanionPlan, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Adapter, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.registry.capabilities import Capabilities
@@ -17,27 +18,13 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedModuleEdit, SteeringPlan
 
 
-class Scoring(NamedTuple):
-    """A text whose tokens the served model is to score."""
-
-    ids: Sequence[int]  # with placeholders of inserted rows
-    steering: SteeringPlan | None
-
-    @property
-    def positions(self) -> list[int]:
-        """Where its own tokens stand."""
-        inserts = self.steering.inserts if self.steering else ()
-        rows = {position for insert in inserts for position in range(insert.start, insert.start + insert.num)}
-        return [position for position in range(len(self.ids)) if position not in rows]
-
-
 @dataclass(frozen=True)
-class Coupled:
-    """One further sequence in one prompt of the request."""
+class PlacedCompanion:
+    """A companion of a request in one of its prompts."""
 
-    entry: Decoded
+    entry: DecodingEntry
     companion: Companion
-    member: CompanionPlan
+    plan: CompanionPlan
     models: frozenset[str]  # auxiliary models that read it
     entries: Sequence[Steered] = ()  # what its steering came of
 
@@ -55,22 +42,22 @@ class Coupled:
         """How many tokens can follow its prompt while it is needed, and the longest it may become. The scheduler itself
         ends a request whose sequence reaches the served model's context; see `groups`."""
         most = min([caps.max_len, *(caps.auxiliaries[model] for model in self.models)])
-        room = most - len(self.member.prompt)
-        until = self.member.until
+        room = most - len(self.plan.prompt)
+        until = self.plan.until
         return (caps.max_len if until is not None and until + STEPS_AHEAD <= room else room), most
 
     def rows(self) -> frozenset[EditSet]:
         """The distinct rows of edits that it may need at once."""
-        return PositionedPlan(RequestPlan(self.member.steering), len(self.member.prompt)).rows
+        return PositionedPlan(RequestPlan(self.plan.steering), len(self.plan.prompt)).rows
 
-    def said(self) -> dict[str, Any]:
-        """The sequence as the receipt shows it."""
-        said = {"field": self.path, "prompt_tokens": len(self.member.prompt), **self.companion.said}
-        return {**said, "steered": self.member.steering is not None}
+    def to_json(self) -> dict[str, Any]:
+        """The companion as the receipt shows it."""
+        said = {"field": self.path, "prompt_tokens": len(self.plan.prompt), **self.companion.said}
+        return {**said, "steered": self.plan.steering is not None}
 
 
 def wanted_scores(
-    entries: Sequence[Decoded], prompt: Prompt, caps: Capabilities, request: Unplaced
+    entries: Sequence[DecodingEntry], prompt: Prompt, caps: Capabilities, request: SequenceSteering
 ) -> dict[str, Scoring]:
     """The texts whose tokens must be scored before further prompts can be made, by their entry; `request` is the
     request's own steering.
@@ -79,28 +66,30 @@ def wanted_scores(
     """
     found: dict[str, Scoring] = {}
     source = prompt.source
-    for entry in _coupled(entries) if source else ():
+    for entry in _with_companions(entries) if source else ():
         assert source is not None
         if ids := _scored(entry, source, caps):
             own = entry.steered.get("steering")
-            plan, expanded = _placed(request if own is None else own, own is None, ids, prompt, caps, entry.path_of(""))
+            plan, expanded = _steered(
+                request if own is None else own, own is None, ids, prompt, caps, entry.path_of("")
+            )
             found[entry.method.name] = Scoring(expanded, plan)
     return found
 
 
-def couple(
-    entries: Sequence[Decoded], prompt: Prompt, caps: Capabilities, request: Unplaced, is_dry: bool
-) -> list[Coupled]:
-    """Every further sequence that the entries ask for, in the order in which their mixes count them.
+def companions_at_prompt(
+    entries: Sequence[DecodingEntry], prompt: Prompt, caps: Capabilities, request: SequenceSteering, is_dry: bool
+) -> list[PlacedCompanion]:
+    """Every companion that the entries ask for, in the order in which their mixes count them.
 
     Args:
-        request: the request's own steering, which holds for sequences that have none of their own.
+        request: the request's own steering, which holds for companions that have none of their own.
         is_dry: whether nothing was scored, since nothing will run; what depends on scores is then left out.
 
     Raises: BadRequest, NotFound, Unavailable.
     """
-    found: list[Coupled] = []
-    for entry in _coupled(entries):
+    found: list[PlacedCompanion] = []
+    for entry in _with_companions(entries):
         if prompt.source is None:
             raise BadRequest("further prompts can only be made of a prompt of text or tokens", entry.path_of("method"))
         if is_dry and _scored(entry, prompt.source, caps):
@@ -115,9 +104,9 @@ def couple(
     return found
 
 
-def _check_number(found: Sequence[Coupled], prompt: Prompt, caps: Capabilities) -> None:
+def _check_number(found: Sequence[PlacedCompanion], prompt: Prompt, caps: Capabilities) -> None:
     """Whether this server can run all of them at once."""
-    adapters = {prompt.adapter, *(one.member.adapter for one in found)} - {None}
+    adapters = {prompt.adapter, *(one.plan.adapter for one in found)} - {None}
     for num, most, what, flag in (
         (len(found) + 1, caps.max_seqs, "sequences", "--max-num-seqs"),
         (len(adapters), caps.max_adapters, "adapters", "--max-loras"),
@@ -129,16 +118,16 @@ def _check_number(found: Sequence[Coupled], prompt: Prompt, caps: Capabilities) 
             )
 
 
-def _coupled(entries: Sequence[Decoded]) -> Iterator[Decoded]:
+def _with_companions(entries: Sequence[DecodingEntry]) -> Iterator[DecodingEntry]:
     return (entry for entry in entries if entry.mix is not None and entry.mix.num_companions)
 
 
-def _method(entry: Decoded) -> StreamMixer[Any]:
+def _method(entry: DecodingEntry) -> StreamMixer[Any]:
     assert isinstance(entry.method, StreamMixer)
     return entry.method
 
 
-def _scored(entry: Decoded, source: PromptSource, caps: Capabilities) -> Sequence[int]:
+def _scored(entry: DecodingEntry, source: PromptSource, caps: Capabilities) -> Sequence[int]:
     try:
         ids = _method(entry).scored(entry.params, source)
     except DecodingError as error:
@@ -149,8 +138,13 @@ def _scored(entry: Decoded, source: PromptSource, caps: Capabilities) -> Sequenc
 
 
 def _checked(
-    entry: Decoded, number: int, companion: Companion, prompt: Prompt, caps: Capabilities, request: Unplaced
-) -> Coupled:
+    entry: DecodingEntry,
+    number: int,
+    companion: Companion,
+    prompt: Prompt,
+    caps: Capabilities,
+    request: SequenceSteering,
+) -> PlacedCompanion:
     path, ids = entry.path_of(companion.param), companion.prompt
     if not 0 < len(ids) < caps.max_len:
         raise BadRequest(f"this prompt has {len(ids)} tokens; it may have 1 to {caps.max_len - 1}", path)
@@ -159,13 +153,13 @@ def _checked(
     assert entry.mix is not None
     models = frozenset(s.model for s in entry.mix.streams if s.companion == number)
     own = entry.steered.get(companion.steering)
-    steering = (request if own is None else own) if "" in models else Unplaced()  # only the served model is steered
-    plan, expanded = _placed(steering, own is None, ids, prompt, caps, path)
-    member = CompanionPlan(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, caps))
-    return Coupled(entry, companion, member, models - {""}, steering.entries)
+    steering = (request if own is None else own) if "" in models else SequenceSteering()
+    plan, expanded = _steered(steering, own is None, ids, prompt, caps, path)
+    its_plan = CompanionPlan(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, caps))
+    return PlacedCompanion(entry, companion, its_plan, models - {""}, steering.entries)
 
 
-def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, caps: Capabilities) -> Adapter | None:
+def _adapter(entry: DecodingEntry, companion: Companion, prompt: Prompt, caps: Capabilities) -> Adapter | None:
     if companion.adapter is None:
         return None
     name, param = companion.adapter
@@ -183,8 +177,8 @@ def _adapter(entry: Decoded, companion: Companion, prompt: Prompt, caps: Capabil
     return prompt.adapters[name]
 
 
-def _placed(
-    steering: Unplaced, is_shared: bool, ids: Sequence[int], prompt: Prompt, caps: Capabilities, path: str
+def _steered(
+    steering: SequenceSteering, is_shared: bool, ids: Sequence[int], prompt: Prompt, caps: Capabilities, path: str
 ) -> tuple[SteeringPlan | None, Sequence[int]]:
     """Steering in a further prompt, and that prompt with room for inserted rows. Raises: BadRequest.
 
@@ -197,7 +191,7 @@ def _placed(
     assert prompt.source is not None
     here = Prompt(len(ids), list(ids), caps.max_len - 1, prompt.tokenizer, prompt.source.chat(ids), prompt.source)
     try:
-        plan, expanded = place_plan(steering.plan, steering.paths, steering.soft, here, is_shared)
+        plan, expanded = steering_at_prompt(steering.plan, steering.paths, steering.soft, here, is_shared)
         check_one_set(steering.entries, plan)
         num = len(ids if expanded is None else expanded)
         for entry in steering.entries:

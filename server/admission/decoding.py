@@ -18,47 +18,20 @@ from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.admission.entries import admit
-from whipstaff.server.admission.names import in_own_names, said_of_methods
-from whipstaff.server.admission.positions import SoftPrompt
-from whipstaff.server.admission.steering import Steered
+from whipstaff.server.admission.fields import entries_at
+from whipstaff.server.admission.steering import SequenceSteering, Steered
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
+from whipstaff.server.names import fields_by_method, in_own_names
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import MAX_EDITS, Planner
 from whipstaff.steering.vector_file import Vector
 
 MAX_DECODING = 8
-_GREEDY_BELOW = 1e-5  # as in vLLM
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
 
 
-class Unplaced(NamedTuple):
-    """Steering that waits for a prompt: the request's, or a further sequence's own."""
-
-    entries: Sequence[Steered] = ()
-    plan: SteeringPlan = SteeringPlan(())
-    warnings: Sequence[str] = ()  # for the receipt
-
-    @property
-    def paths(self) -> list[str]:
-        """Where in the request each edit of the plan stands, then each special."""
-        paths = [entry.path for entry in self.entries for _ in entry.edits]
-        return paths + [entry.path for entry in self.entries if entry.module_edit is not None]
-
-    @property
-    def soft(self) -> list[SoftPrompt]:
-        """The rows that a prompt must have room for; a KV prefix stands first."""
-        prefix_first = sorted(self.entries, key=lambda entry: entry.module_edit is None)
-        return [entry.soft for entry in prefix_first if entry.soft is not None]
-
-    @property
-    def vectors(self) -> list[Vector]:
-        """The files that it reads."""
-        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
-
-
-class Asked(NamedTuple):
+class GivenEntry(NamedTuple):
     """An entry of a request's `decoding`, or what its top-level fields say of one method."""
 
     path: str  # "": of top-level fields
@@ -79,7 +52,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodingEntry:
     """One entry of a request's `decoding`, resolved."""
 
     path: str
@@ -93,7 +66,7 @@ class Decoded:
     names: Mapping[str, str] = field(default_factory=dict)  # parameter -> the request's field, for shorthands
     vectors: tuple[Vector, ...] = ()  # the files that it reads
     ahead: str = ""  # the parameter that names a head which reads tokens before one is chosen; "": none
-    steered: Mapping[str, Unplaced] = field(default_factory=dict)  # parameter -> further sequences' own steering
+    steered: Mapping[str, SequenceSteering] = field(default_factory=dict)  # parameter -> companions' own steering
     why_off: str = ""  # why it is left out; "": it is not
 
     def path_of(self, param: str) -> str:
@@ -105,7 +78,17 @@ class Decoded:
         """Auxiliary model -> the field that names it."""
         return {name: self.path_of(where) for where, name in self.method.streams(self.params).items()}
 
-    def placed(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "Decoded":
+    @property
+    def chooses_temperature(self) -> bool:
+        """Whether its method, and not the request, says how hot the draw is."""
+        return isinstance(self.method, LogitsRewriter) and self.method.chooses_temperature
+
+    @property
+    def bounds_draw(self) -> bool:
+        """Whether, however hot the request's own temperature, not every token becomes about as likely."""
+        return self.method.stage == "truncation" or self.chooses_temperature
+
+    def at_prompt(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "DecodingEntry":
         """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
         try:
             if not isinstance(self.method, LogitsRewriter):
@@ -114,13 +97,15 @@ class Decoded:
         except (DecodingError, SteeringError) as error:
             raise BadRequest(str(error), self.path_of(error.param)) from None
 
-    def said(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The entry as the receipt shows it."""
         said = self.params.model_dump(by_alias=True, exclude_none=True)
         return said | ({"layers": list(self.early)} if self.early else {})
 
 
-def entries_of(fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merges: bool = False) -> Iterator[Asked]:
+def entries_of(
+    fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merges: bool = False
+) -> Iterator[GivenEntry]:
     """Every entry: of `decoding`, and those that top-level fields stand for.
 
     Args:
@@ -128,25 +113,25 @@ def entries_of(fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merg
 
     Raises: BadRequest.
     """
-    short = said_of_methods(fields)
-    for path, given in named:
-        entry, own = in_own_names(given, path)
+    short = fields_by_method(fields)
+    for path, written in named:
+        entry, own = in_own_names(written, path)
         name = entry.get("method") if isinstance(entry, dict) else None
         if merges and isinstance(name, str) and (said := short.pop(name, None)):
             names = {**own, **said.names}
-            yield Asked(path, {**entry, **said.params}, names, said.fields, said.gate and f"{said.gate} is false")
+            yield GivenEntry(path, {**entry, **said.params}, names, said.fields, said.gate and f"{said.gate} is false")
         else:
-            yield Asked(path, entry, own)
+            yield GivenEntry(path, entry, own)
     for name, said in short.items():
-        yield Asked("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
+        yield GivenEntry("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
 
 
-def admit_decoding(asked: Asked, caps: Capabilities) -> Decoded:
+def admit_decoding(given: GivenEntry, caps: Capabilities) -> DecodingEntry:
     """Check one entry.
 
     Raises: WhipstaffError with the JSON path of the field that cannot be honoured.
     """
-    entry, path, names = asked.entry, asked.path, asked.names
+    entry, path, names = given.entry, given.path, given.names
     if not isinstance(entry, dict):
         raise no_entry(entry, path, "method")
     name = entry.get("method")
@@ -160,9 +145,9 @@ def admit_decoding(asked: Asked, caps: Capabilities) -> Decoded:
     except BadRequest as error:
         param = (error.param or "").removeprefix(path).lstrip(".")
         raise BadRequest(error.message, _path_of(path, names, param)) from None
-    why_off = asked.why_off or ("it is off" if method.is_off(params) else "")
-    bare = Decoded(path, method, params, names=names, why_off=why_off)
-    if asked.why_off:
+    why_off = given.why_off or ("it is off" if method.is_off(params) else "")
+    bare = DecodingEntry(path, method, params, names=names, why_off=why_off)
+    if given.why_off:
         return bare
     try:
         return _resolved(bare, caps)
@@ -172,7 +157,7 @@ def admit_decoding(asked: Asked, caps: Capabilities) -> Decoded:
         raise BadRequest(str(error), where if is_short else field_path(path, error.param, entry)) from None
 
 
-def _resolved(bare: Decoded, caps: Capabilities) -> Decoded:
+def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
     """Raises: WhipstaffError, DecodingError."""
     method, params = bare.method, bare.params
     _check_streams(bare, caps)
@@ -202,8 +187,8 @@ def _resolved(bare: Decoded, caps: Capabilities) -> Decoded:
     return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
 
-def _own_steering(said: Any, path: str, caps: Capabilities) -> Unplaced:
-    """The steering of a further sequence, compiled as a request's own."""
+def _own_steering(said: Any, path: str, caps: Capabilities) -> SequenceSteering:
+    """The steering of a companion, compiled as a request's own."""
     planner, entries, warnings = Planner(), list[Steered](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
         admitted = admit(entry, where, planner, entries, caps, warnings)
@@ -211,21 +196,10 @@ def _own_steering(said: Any, path: str, caps: Capabilities) -> Unplaced:
             warnings.append(f"{where} was left out: it is off")
         else:
             entries.append(admitted)
-    return Unplaced(entries, planner.plan, warnings)
+    return SequenceSteering(entries, planner.plan, warnings)
 
 
-def entries_at(value: Any, path: str, most: int) -> list[tuple[str, Any]]:
-    """A field's entries by their paths: a list's, or a single object."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        return [(path, value)]
-    if len(value) > most:
-        raise BadRequest(f"{len(value)} entries; at most {most} are taken", path)
-    return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
-
-
-def _check_streams(bare: Decoded, caps: Capabilities) -> None:
+def _check_streams(bare: DecodingEntry, caps: Capabilities) -> None:
     wanted, models = bare.method.streams(bare.params), caps.auxiliaries
     if wanted and not models:
         raise Unavailable(
@@ -242,7 +216,7 @@ def _check_streams(bare: Decoded, caps: Capabilities) -> None:
             )
 
 
-def _check_early(bare: Decoded, layers: Sequence[int], kept: frozenset[int]) -> None:
+def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int]) -> None:
     if missing := sorted(set(layers) - kept):
         wanted = ",".join(map(str, sorted(kept.union(layers))))
         raise Unavailable(
@@ -257,7 +231,7 @@ def head_kinds(method: Method[Any], name: str) -> list[str]:
     return [fields[name] for fields in (method.head_fields, method.ahead_fields) if name in fields]
 
 
-def _ahead(bare: Decoded, heads: Mapping[str, Vector], looks_ahead: bool) -> str:
+def _ahead(bare: DecodingEntry, heads: Mapping[str, Vector], looks_ahead: bool) -> str:
     """The parameter that names a head which reads tokens before one is chosen. Raises: Unavailable."""
     for name, kind in bare.method.ahead_fields.items():
         if name in heads and heads[name].header.method == kind:
@@ -271,7 +245,7 @@ def _ahead(bare: Decoded, heads: Mapping[str, Vector], looks_ahead: bool) -> str
     return ""
 
 
-def _head(bare: Decoded, name: str, caps: Capabilities) -> Vector:
+def _head(bare: DecodingEntry, name: str, caps: Capabilities) -> Vector:
     path, wanted = bare.path_of(name), getattr(bare.params, name)
     vector = caps.registry.usable(wanted, path)
     if vector.header.method not in (kinds := head_kinds(bare.method, name)):
@@ -293,7 +267,7 @@ def judged_tokens(head: Vector) -> int | None:
     return max(sizes, default=None)
 
 
-def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
+def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     """The entries as one plan; None if they are none.
 
     Raises: BadRequest naming an entry that does not go with another.
@@ -310,11 +284,11 @@ def plan_of(entries: Sequence[Decoded]) -> DecodingPlan | None:
     return DecodingPlan(mix, rewrites) if entries else None
 
 
-def _check_together(entries: Sequence[Decoded]) -> None:
+def _check_together(entries: Sequence[DecodingEntry]) -> None:
     """Combinations whose meaning nobody could say are refused."""
-    seen: dict[str, Decoded] = {}
-    mix: Decoded | None = None
-    temperature: Decoded | None = None
+    seen: dict[str, DecodingEntry] = {}
+    mix: DecodingEntry | None = None
+    temperature: DecodingEntry | None = None
     for entry in entries:
         name = entry.method.name
         if entry.mix is None and name in seen:
@@ -331,30 +305,6 @@ def _check_together(entries: Sequence[Decoded]) -> None:
         seen[name] = entry
         mix = entry if entry.mix is not None else mix
         temperature = entry if entry.method.stage == "temperature" else temperature
-
-
-def check_draw(entries: Sequence[Decoded], temperature: float | None) -> None:
-    """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
-    for entry in entries if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
-        if isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature:
-            raise BadRequest(
-                f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them out",
-                entry.path_of("method"),
-            )
-
-
-def bounds_draw(entries: Sequence[Decoded]) -> bool:
-    """Whether, however hot the request's own temperature, not every token becomes about as likely."""
-    return any(
-        entry.method.stage == "truncation"
-        or (isinstance(entry.method, LogitsRewriter) and entry.method.chooses_temperature)
-        for entry in entries
-    )
-
-
-def draws_itself(entries: Sequence[Decoded], is_temperature_last: bool) -> bool:
-    """Whether temperature and truncation are ours to do, in an order that vLLM's sampler does not have."""
-    return is_temperature_last or any(entry.method.stage in ("temperature", "truncation") for entry in entries)
 
 
 def _path_of(path: str, names: Mapping[str, str], param: str) -> str:

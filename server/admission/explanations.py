@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from whipstaff.server.prompt.vocabulary import Vocabulary
 
 MAX_TOP = 20
-FIELD = "explain"  # of a choice
+EXPLAIN_FIELD = "explain"  # of a choice
 LogprobsSource = Literal["final", "base", "both"]
 
 
@@ -20,7 +20,7 @@ class ExplainParams(BaseModel):
     top: int = Field(5, ge=0, le=MAX_TOP, description="likeliest tokens of every distribution")
 
 
-class Explained:
+class ChoiceExplanations:
     """The records of one request's choices that have not been sent."""
 
     def __init__(self, words: Vocabulary | None) -> None:
@@ -39,7 +39,7 @@ class Explained:
         for choice in body.get("choices", ()):
             is_opening = "role" in choice.get("delta", ()) and not choice.get("finish_reason")  # before any token
             if not is_opening and (records := self._records.pop(choice["index"], None)):
-                choice[FIELD] = records
+                choice[EXPLAIN_FIELD] = records
 
     def _text(self, token: int) -> str | None:
         return self._words.texts[token] if self._words and token < len(self._words.texts) else None

@@ -1,4 +1,4 @@
-"""Placing a request's steering in one of its prompts: messages become positions, soft prompts' rows get room."""
+"""A request's steering in one of its prompts: messages become positions, soft prompts' rows get room."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class SoftPrompt:
     num: int  # of rows
 
 
-def place_plan(
+def steering_at_prompt(
     plan: SteeringPlan, paths: Sequence[str], soft: Sequence[SoftPrompt], prompt: Prompt, is_further: bool = False
 ) -> tuple[SteeringPlan, list[int] | None]:
     """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.

@@ -1,102 +1,162 @@
-"""The extra request fields and their compilation: JSON in, a plan and its receipt out, or the error with its path."""
+"""The two values that a request becomes: compiled, before any prompt is known, and placed, in each of its prompts.
 
-import json
-from collections.abc import Mapping, Sequence
+Both are made before anything is scheduled and never change. `prepare` makes the first; `CompiledRequest.at_prompt`
+makes the second, a `server.plan.PlacedRequest`, and checks what depends on the prompt: that clauses select something,
+what room is left, how many slots and conditions the request and its companions need.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-from uuid import uuid4
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.admission.companions import Coupled, Scoring, couple, wanted_scores
-from whipstaff.server.admission.decoding import (
-    MAX_DECODING,
-    Decoded,
-    Unplaced,
-    admit_decoding,
-    bounds_draw,
-    check_draw,
-    draws_itself,
-    entries_at,
-    entries_of,
-    plan_of,
-)
-from whipstaff.server.admission.entries import admit
-from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
-from whipstaff.server.admission.names import FIELDS, GATES, SHORTHANDS, TEXTS
-from whipstaff.server.admission.positions import place_plan
-from whipstaff.server.admission.steering import Steered, check_one_set
-from whipstaff.server.api.text import check_characters
-from whipstaff.server.errors import (
-    BadRequest,
-    NotFound,
-    Unavailable,
-    VectorUnfit,
-    WhipstaffError,
-    bad_field,
-    no_entry,
-    parsed,
-)
-from whipstaff.server.plan import PositionedPlan, RequestPlan
+from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
+from whipstaff.server.admission.decoding import DecodingEntry, plan_of
+from whipstaff.server.admission.explanations import LogprobsSource
+from whipstaff.server.admission.positions import steering_at_prompt
+from whipstaff.server.admission.steering import SequenceSteering, check_one_set
+from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
+from whipstaff.server.metrics import PLAIN
+from whipstaff.server.plan import PlacedRequest, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.presets import Preset
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan, num_slots
-from whipstaff.steering.planner import MAX_EDITS, Planner
 from whipstaff.steering.vector_file import Vector
 
-PLAIN = "plain"
 SEVERAL = "several"
 MAX_TEMPERATURE = 100.0
-
-OnUnavailable = Literal["error", "ignore"]
-OnUnknown = Literal["warn", "error"]
+_GREEDY_BELOW = 1e-5  # as in vLLM
 
 
-@dataclass
-class Compiled:
-    """A request's extras, ready to run."""
+@dataclass(frozen=True)
+class Options:
+    """What a request says beside its entries."""
 
-    plan: RequestPlan
-    limits: Mapping[str, int]  # of the auxiliary models it needs
-    caps: Capabilities
-    steering: list[Steered] = field(default_factory=list)
-    decoding: list[Decoded] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     is_temperature_last: bool = False
     is_hot: bool = False  # whether its temperature is one that vLLM does not take
     explain: int | None = None  # likeliest tokens of every stream to say
     logprobs_source: LogprobsSource = "final"
     is_dry: bool = False  # whether it is only looked at
-    coupled: list[Coupled] = field(default_factory=list)  # further sequences of the prompt placed last
-    asked: SteeringPlan = SteeringPlan(())  # noqa: RUF009 - frozen; what `steering` became, not placed in any prompt
-    said_of_sequences: list[dict[str, Any]] = field(default_factory=list)  # of all prompts
+
+    def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
+        """The entries as one plan; None if decoding is vLLM's. Raises: BadRequest."""
+        plan, scores_base = plan_of(entries) if entries else None, self.logprobs_source == "base"
+        takes_over = self.is_temperature_last or self.is_hot or self.explain is not None or scores_base
+        if plan is None and not takes_over:
+            return None
+        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=scores_base)
+
+
+@dataclass(frozen=True)
+class CompiledRequest:
+    """A request's extras, ready for any prompt."""
+
+    caps: Capabilities
+    plan: RequestPlan = RequestPlan()  # noqa: RUF009 - frozen
+    steering: SequenceSteering = SequenceSteering()  # noqa: RUF009 - a tuple
+    decoding: tuple[DecodingEntry, ...] = ()
+    options: Options = Options()
+    limits: Mapping[str, int] = field(default_factory=dict)  # of the auxiliary models that it needs
+    warnings: tuple[str, ...] = ()
+    origins: FieldOrigins = FieldOrigins()  # noqa: RUF009 - frozen
+    preset: Preset | None = None
 
     @property
     def label(self) -> str:
         """The methods in use, for metrics: few, since it holds names of our own only, and one of each side."""
-        sides = {entry.label for entry in self.steering}, {entry.method.name for entry in self.decoding}
+        sides = {entry.label for entry in self.steering.entries}, {entry.method.name for entry in self.decoding}
         names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
         return "+".join(sorted(names)) or PLAIN
 
     @property
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
-        named = [vector for entry in self.steering for vector in (entry.vector, entry.probe) if vector is not None]
-        return [*named, *(head for entry in self.decoding for head in entry.vectors)]
+        return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]
 
     @property
     def is_plain(self) -> bool:
         """Whether the engine does nothing differently for it."""
         return self.plan.steering is None and self.plan.decoding is None
 
-    def check(self, prompt_len: int, max_tokens: int, is_explicit: bool) -> int:
-        """Check the plan against a prompt; what may be generated, at most.
+    def dry(self) -> "CompiledRequest":
+        """The same, to be looked at only."""
+        return replace(self, options=replace(self.options, is_dry=True))
 
-        Raises: BadRequest for a clause that selects nothing or a context that an auxiliary model does not have.
+    # ---- in a prompt
+
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
+        """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
+        if self.options.is_dry or not self.decoding:
+            return {}
+        with self.origins.named():
+            return wanted_scores(self.decoding, prompt, self.caps, self.steering)
+
+    def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest:
+        """The request in one of its prompts.
+
+        Args:
+            most_tokens: how many tokens vLLM lets follow a prompt of that many.
+            is_explicit: whether the client itself said how many it wants.
+
+        Raises: WhipstaffError naming the field that does not go with this prompt.
+        """
+        with naming_prompt(prompt.index, prompt.num), self.origins.named():
+            return self._at_prompt(prompt, most_tokens, is_explicit)
+
+    def _at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest:
+        plan, ids, companions, warnings = self.plan, None, list[PlacedCompanion](), list[str]()
+        if self.decoding:
+            entries = [entry.at_prompt(prompt, prompt.index, prompt.num) for entry in self.decoding]
+            companions = companions_at_prompt(entries, prompt, self.caps, self.steering, self.options.is_dry)
+            decoding = self.options.decoding_plan(entries)
+            plan = replace(plan, decoding=decoding, companions=tuple(one.plan for one in companions))
+            warnings += self._idle(companions)
+        if plan.steering is not None:
+            shared = self.steering
+            steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
+        num_tokens = prompt.num_tokens if ids is None else len(ids)
+        allowed = self._allowed(companions, num_tokens, most_tokens(num_tokens), is_explicit, warnings)
+        if plan.steering is not None or companions:
+            self._check_steering(plan, companions, num_tokens, allowed)
+        return PlacedRequest(
+            plan,
+            num_tokens,
+            allowed,
+            ids,
+            self.draws_itself,
+            self.options.is_temperature_last,
+            _stream_names(plan.decoding, companions),
+            tuple(one.to_json() for one in companions),
+            tuple(warnings),
+        )
+
+    def _idle(self, companions: Sequence[PlacedCompanion]) -> list[str]:
+        """What to say where an entry of the request's steering finds nothing to edit in a companion."""
+        found: list[str] = []
+        for companion in companions:
+            plan, num_tokens = companion.plan.steering, len(companion.plan.prompt)
+            shared = self.steering.entries if companion.entries is self.steering.entries else ()
+            for entry in shared if plan is not None else ():
+                assert plan is not None
+                if not any(one.where.selects(num_tokens) for one in entry.planned(plan)) and entry.soft is None:
+                    found.append(f"{entry.path} selects no token of the sequence of {companion.path}")
+        return found
+
+    def _allowed(
+        self,
+        companions: Sequence[PlacedCompanion],
+        prompt_len: int,
+        max_tokens: int,
+        is_explicit: bool,
+        warnings: list[str],
+    ) -> int:
+        """How many tokens may be generated at most; why they are fewer is added to `warnings`.
+
+        Raises: BadRequest for a context that an auxiliary model or a companion does not have.
         """
         allowed = max_tokens
         for name, limit in sorted(self.limits.items(), key=lambda item: item[1]):  # the tightest is the one to name
@@ -106,42 +166,106 @@ class Compiled:
                 raise BadRequest(f"auxiliary model {name!r} follows at most {limit} tokens, not {wanted}", path)
             if limit - prompt_len < allowed:
                 allowed = limit - prompt_len
-                self.warnings.append(
+                warnings.append(
                     f"the answer may have {allowed} tokens: auxiliary model {name!r} follows at most {limit}"
                 )
-        for sequence in self.coupled:
-            room, its_limit = sequence.room(self.caps)
+        for companion in companions:
+            room, its_limit = companion.room(self.caps)
             if room < 1 or (is_explicit and max_tokens > room):
                 raise BadRequest(
-                    f"after these {len(sequence.member.prompt)} prompt tokens there is room for {max(room, 0)}, not "
+                    f"after these {len(companion.plan.prompt)} prompt tokens there is room for {max(room, 0)}, not "
                     f"{max_tokens if is_explicit else 1}",
-                    sequence.path,
+                    companion.path,
                 )
             if room < allowed and its_limit < self.caps.max_len:
                 allowed = room
-                self.warnings.append(
-                    f"the answer may have {allowed} tokens: the sequence of {sequence.path} is followed for {its_limit}"
+                warnings.append(
+                    f"the answer may have {allowed} tokens: the sequence of {companion.path} is followed for "
+                    f"{its_limit}"
                 )
-        if self.plan.steering is not None or self.coupled:
-            self._check_steering(self.plan.steering or SteeringPlan(()), prompt_len, allowed)
         return allowed
 
-    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
-        """The texts whose tokens must be scored before the plan can be placed in a prompt. Raises: BadRequest."""
-        return {} if self.is_dry else wanted_scores(self.decoding, prompt, self.caps, self.shared_parts)
+    def _check_steering(
+        self, plan: RequestPlan, companions: Sequence[PlacedCompanion], prompt_len: int, allowed: int
+    ) -> None:
+        """Raises: BadRequest for a clause that selects nothing, Unavailable for what does not fit into this server."""
+        steering = plan.steering or SteeringPlan(())
+        check_one_set(self.steering.entries, steering)
+        for entry in self.steering.entries:
+            entry.check_prompt(steering, prompt_len, self.caps)
+            for planned in entry.planned(steering):
+                try:
+                    planned.where.check(prompt_len, allowed)
+                except SteeringError as error:
+                    raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
+        further = [companion.plan.steering for companion in companions]
+        read = steering.num_columns + sum(one.num_columns for one in further if one is not None)
+        if read > self.caps.num_histories:
+            raise Unavailable(
+                f"the conditions of the request's {1 + len(further)} sequences read {read} things, and this server "
+                f"keeps {self.caps.num_histories} at once",
+                "steering",
+            )
+        rows = PositionedPlan(plan, prompt_len).rows.union(*(companion.rows() for companion in companions))
+        wanted = sum(num_slots(row, self.caps.num_layers) for row in rows)
+        if wanted > self.caps.num_slots:
+            raise Unavailable(
+                f"these vectors overlap in {len(rows)} different ways that take {wanted} slots together, and this "
+                f"server has {self.caps.num_slots}; start it with a larger --steering-slots",
+                "steering",
+            )
+
+    # ---- beside what else the request says
 
     @property
     def draws_itself(self) -> bool:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
-        return draws_itself(self.decoding, self.is_temperature_last or self.is_hot)
+        stages = {entry.method.stage for entry in self.decoding}
+        return self.options.is_temperature_last or self.options.is_hot or bool(stages & {"temperature", "truncation"})
+
+    def heated(self, temperature: float, truncates: bool) -> "CompiledRequest":
+        """With a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""
+        if not (truncates or any(entry.bounds_draw for entry in self.decoding)):
+            raise BadRequest(
+                f"{temperature:g} is taken where something truncates, such as min_p, top_n_sigma, top_k or top_p; "
+                "alone, at most 2 is: beyond, every token is about as likely",
+                "temperature",
+            )
+        if not temperature <= MAX_TEMPERATURE:
+            raise BadRequest(f"at most {MAX_TEMPERATURE:g} is taken", "temperature")
+        options = replace(self.options, is_hot=True)
+        plan = replace(self.plan, decoding=options.decoding_plan(self.decoding))
+        return replace(self, options=options, plan=plan)
+
+    def check_draw(self, temperature: float | None) -> None:
+        """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
+        for entry in self.decoding if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
+            if entry.chooses_temperature:
+                raise BadRequest(
+                    f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them "
+                    "out",
+                    entry.path_of("method"),
+                )
+
+    def check_grammar(self, has_grammar: bool) -> None:
+        """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""
+        for entry in self.decoding if has_grammar else ():
+            if isinstance(entry.method, LogitsRewriter) and entry.method.revives:
+                raise BadRequest(f"{entry.method.name} follows no grammar; leave one out", entry.path_of("method"))
+
+    def check_sampling(self, params: Any, index: int, num_prompts: int) -> None:
+        """Check what vLLM will sample a prompt by. Raises: BadRequest."""
+        with naming_prompt(index, num_prompts), self.origins.named():
+            self.check_grammar(params.structured_outputs is not None)
 
     def check_logprobs(self, scores_prompt: bool) -> None:
         """Check where log-probabilities shall come from. Raises: BadRequest, Unavailable."""
+        source = self.options.logprobs_source
         if scores_prompt and (silent := self._silent_on_prompts) is not None:
             raise BadRequest(self.silence_on_prompts, silent.path_of(silent.ahead or "method"))
-        if self.logprobs_source == "both" and scores_prompt:
+        if source == "both" and scores_prompt:
             raise BadRequest("a prompt is scored by one source at a time; ask twice", "logprobs_source")
-        if self.logprobs_source != "final" and not self.caps.logprobs_mode.startswith("raw"):
+        if source != "final" and not self.caps.logprobs_mode.startswith("raw"):
             raise Unavailable(
                 f"this server tells log-probabilities of what is drawn from; start it without --logprobs-mode "
                 f"{self.caps.logprobs_mode}",
@@ -170,247 +294,16 @@ class Compiled:
         )
 
     @property
-    def _silent_on_prompts(self) -> Decoded | None:
+    def _silent_on_prompts(self) -> DecodingEntry | None:
         """The method that says nothing of a prompt's tokens; None where there is none, or nobody asks it."""
         silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_companions))
-        return next(silent, None) if self.logprobs_source == "final" else None
-
-    def decoding_plan(self, entries: Sequence[Decoded]) -> DecodingPlan | None:
-        """The entries as one plan. Raises: BadRequest."""
-        plan = plan_of(entries)
-        draws = self.is_temperature_last or self.is_hot
-        if plan is None and not (draws or self.explain is not None or self._scores_base):
-            return None
-        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=self._scores_base)
-
-    @property
-    def _scores_base(self) -> bool:
-        return self.logprobs_source == "base"
-
-    def check_grammar(self, has_grammar: bool) -> None:
-        """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""
-        for entry in self.decoding if has_grammar else ():
-            if isinstance(entry.method, LogitsRewriter) and entry.method.revives:
-                raise BadRequest(f"{entry.method.name} follows no grammar; leave one out", entry.path_of("method"))
-
-    def check_draw(self, temperature: float | None) -> None:
-        """Check the request's own sampling parameters. Raises: BadRequest."""
-        check_draw(self.decoding, temperature)
-
-    def take_heat(self, temperature: float, truncates: bool) -> None:
-        """Take a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""
-        if not (truncates or bounds_draw(self.decoding)):
-            raise BadRequest(
-                f"{temperature:g} is taken where something truncates, such as min_p, top_n_sigma, top_k or top_p; "
-                "alone, at most 2 is: beyond, every token is about as likely",
-                "temperature",
-            )
-        if not temperature <= MAX_TEMPERATURE:
-            raise BadRequest(f"at most {MAX_TEMPERATURE:g} is taken", "temperature")
-        self.is_hot = True
-        self.plan = replace(self.plan, decoding=self.decoding_plan(self.decoding))
-
-    def place(self, prompt: Prompt) -> list[int] | None:
-        """Place the plan in a prompt; the prompt with room for inserted rows, None if it stays as it is.
-
-        Raises: BadRequest for a field that does not go with this prompt.
-        """
-        if self.decoding:
-            entries = [entry.placed(prompt, prompt.index, prompt.num) for entry in self.decoding]
-            self.coupled = couple(entries, prompt, self.caps, self.shared_parts, self.is_dry)
-            self._note_idle()
-            self.said_of_sequences += [sequence.said() for sequence in self.coupled]
-            members = tuple(sequence.member for sequence in self.coupled)
-            self.plan = replace(self.plan, decoding=self.decoding_plan(entries), companions=members)
-        if self.plan.steering is None:
-            return None
-        shared_parts = self.shared_parts
-        steering, ids = place_plan(shared_parts.plan, shared_parts.paths, shared_parts.soft, prompt)
-        self.plan = replace(self.plan, steering=replace(steering, keeps=self.plan.steering.keeps))
-        return ids
-
-    @property
-    def shared_parts(self) -> Unplaced:
-        """The request's own steering, for any of its sequences."""
-        return Unplaced(self.steering, self.asked)
-
-    def _note_idle(self) -> None:
-        """Say so where an entry of the request's steering finds nothing to edit in a further sequence."""
-        for sequence in self.coupled:
-            plan, num_tokens = sequence.member.steering, len(sequence.member.prompt)
-            for entry in self.steering if plan is not None and sequence.entries is self.steering else ():
-                assert plan is not None
-                if not any(one.where.selects(num_tokens) for one in entry.planned(plan)) and entry.soft is None:
-                    self.warnings.append(f"{entry.path} selects no token of the sequence of {sequence.path}")
-
-    @property
-    def stream_names(self) -> dict[str, str]:
-        """As explanations call the streams of further sequences -> by the name or the field that the client gave."""
-        names = [sequence.name for sequence in self.coupled]
-        labels = [one.name if names.count(one.name) == 1 else one.path for one in self.coupled]
-        mix = self.plan.decoding.mix if self.plan.decoding else None
-        return {
-            stream.label: f"{stream.model}[{labels[stream.companion - 1]}]"
-            if stream.model
-            else labels[stream.companion - 1]
-            for stream in (mix.streams if mix and labels else ())
-            if stream.companion
-        }
-
-    def _check_steering(self, plan: SteeringPlan, prompt_len: int, allowed: int) -> None:
-        check_one_set(self.steering, plan)
-        for entry in self.steering:
-            entry.check_prompt(plan, prompt_len, self.caps)
-            for planned in entry.planned(plan):
-                try:
-                    planned.where.check(prompt_len, allowed)
-                except SteeringError as error:
-                    raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
-        self._check_columns(plan)
-        rows = PositionedPlan(self.plan, prompt_len).rows.union(*(sequence.rows() for sequence in self.coupled))
-        wanted = sum(num_slots(row, self.caps.num_layers) for row in rows)
-        if wanted > self.caps.num_slots:
-            raise Unavailable(
-                f"these vectors overlap in {len(rows)} different ways that take {wanted} slots together, and this "
-                f"server has {self.caps.num_slots}; start it with a larger --steering-slots",
-                "steering",
-            )
-
-    def _check_columns(self, plan: SteeringPlan) -> None:
-        further = [sequence.member.steering for sequence in self.coupled]
-        wanted = plan.num_columns + sum(one.num_columns for one in further if one is not None)
-        if wanted > self.caps.num_histories:
-            raise Unavailable(
-                f"the conditions of the request's {1 + len(further)} sequences read {wanted} things, and this server "
-                f"keeps {self.caps.num_histories} at once",
-                "steering",
-            )
-
-    def leave_out(self, what: str, why: str, is_several: bool = False) -> None:
-        """Say that something changes nothing, and was left out."""
-        self.warnings.append(f"{what} {'were' if is_several else 'was'} left out: {why}")
-
-    def receipt(self, fed: list[Fed]) -> dict[str, Any]:
-        """What was done, for the response; `fed` are the finished sequences."""
-        plan = self.plan.steering or SteeringPlan(())
-        return {
-            "steering": [entry.said(plan, fed, self.caps) for entry in self.steering],
-            "decoding": [entry.said() for entry in self.decoding],
-            **({"sequences": self.said_of_sequences} if self.said_of_sequences else {}),
-            "warnings": self.warnings,
-        }
+        return next(silent, None) if self.options.logprobs_source == "final" else None
 
 
-def compile_extras(fields: Mapping[str, Any], catalogue: Capabilities, merges: bool = False) -> Compiled | None:
-    """Compile a request's `steering` and `decoding`; None for a plain request.
-
-    Args:
-        merges: whether `decoding` is a preset's default, which the request's other fields overrule.
-
-    Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
-    """
-    if all(fields.get(name) is None for name in FIELDS):
-        return None
-    is_lenient = _one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore"
-    compiled = Compiled(RequestPlan(), {}, catalogue, is_temperature_last=_flag(fields, "temperature_last"))
-    compiled.logprobs_source = _one_of(LogprobsSource, fields, "logprobs_source", "final")
-    if (explain := fields.get("explain")) is not None or compiled.logprobs_source == "both":
-        compiled.explain = parsed(ExplainParams, {} if explain is None else _json(explain, "explain"), "explain").top
-    planner = Planner()
-    for path, entry in _entries(fields.get("steering"), "steering", MAX_EDITS):
-        try:
-            steered = admit(entry, path, planner, compiled.steering, catalogue, compiled.warnings)
-            compiled.leave_out(path, "it is off") if steered.is_off else compiled.steering.append(steered)
-        except (NotFound, VectorUnfit, Unavailable) as error:
-            _skip(error, compiled, is_lenient)
-    named = _entries(fields.get("decoding"), "decoding", MAX_DECODING)
-    short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
-    for asked in entries_of(short, named, merges):
-        try:
-            decoded = admit_decoding(asked, catalogue)
-            if decoded.why_off:
-                compiled.leave_out(asked.where, decoded.why_off, asked.is_several)
-            else:
-                compiled.decoding.append(decoded)
-                compiled.warnings += [said for own in decoded.steered.values() for said in own.warnings]
-        except (NotFound, VectorUnfit, Unavailable) as error:
-            _skip(error, compiled, is_lenient)
-    decoding = compiled.decoding_plan(compiled.decoding)
-    models = decoding.models if decoding else []
-    everybodys = [compiled.steering, *(own.entries for entry in compiled.decoding for own in entry.steered.values())]
-    if models and (soft := next((entry.soft for entries in everybodys for entry in entries if entry.soft), None)):
-        raise BadRequest("auxiliary models have no embeddings for the rows of a soft prompt", f"{soft.path}.vector")
-    steering = planner.plan if compiled.steering else None
-    compiled.asked = planner.plan
-    _check_ahead(compiled)
-    if decoding and decoding.early_layers:
-        steering = replace(steering or SteeringPlan(()), keeps=decoding.early_layers)
-    compiled.plan = RequestPlan(steering, decoding, uuid4().hex if steering and steering.num_columns else "")
-    compiled.limits = {name: catalogue.auxiliaries[name] for name in models}
-    return compiled
-
-
-def _check_ahead(compiled: Compiled) -> None:
-    """A token that is tried is steered as if it were chosen, which nothing may depend on. Raises: BadRequest."""
-    trying = [entry.path_of(entry.ahead) for entry in compiled.decoding if entry.ahead]
-    for entry in compiled.steering if trying else ():
-        if entry.params.schedule is not None and entry.params.schedule.shape == "entropy":
-            raise BadRequest(
-                f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
-                f"{entry.path}.schedule",
-            )
-
-
-def _one_of(choices: Any, fields: Mapping[str, Any], name: str, default: str) -> Any:
-    value = fields.get(name)
-    try:
-        return TypeAdapter(choices).validate_python(default if value is None else value)
-    except ValidationError as error:
-        raise bad_field(error, value, name) from None
-
-
-def on_unknown(fields: Mapping[str, Any]) -> str:
-    """What to do with names that nobody knows. Raises: BadRequest."""
-    found: str = _one_of(OnUnknown, fields, "on_unknown", "warn")
-    return found
-
-
-def _json(value: Any, name: str) -> Any:
-    """A value, or what a JSON string holds (vllm_xargs' way)."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"not JSON: {error}", name) from None
-    check_characters(found, name)
-    return found
-
-
-def loose(value: Any) -> Any:
-    """What a JSON string holds, or the string if it is none, such as `low`."""
-    try:
-        return _json(value, "")
-    except BadRequest:
-        return value
-
-
-def _entries(value: Any, name: str, most: int) -> list[tuple[str, Any]]:
-    """A field's entries by their paths: a list's, a single object, or either in a JSON string (vllm_xargs' way)."""
-    if isinstance(value, str) and value.strip()[:1] not in ("{", "[", '"'):
-        raise no_entry(value, name, "method" if name == "decoding" else "vector")
-    return entries_at(_json(value, name), name, most)
-
-
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
-    value = loose(fields.get(name))
-    if value not in (None, False, True):  # 0 and 1 too: what vLLM's xargs make of the two
-        raise BadRequest("true or false", name)
-    return bool(value)
-
-
-def _skip(error: WhipstaffError, compiled: Compiled, is_lenient: bool) -> None:
-    """Leave an entry out if the request allows that, and say so in the receipt."""
-    if not is_lenient:
-        raise error
-    compiled.warnings.append(f"{error.param} was left out: {error.message}")
+def _stream_names(decoding: DecodingPlan | None, companions: Sequence[PlacedCompanion]) -> dict[str, str]:
+    """As explanations call the streams of companions -> by the name or the field that the client gave."""
+    names = [companion.name for companion in companions]
+    labels = [one.name if names.count(one.name) == 1 else one.path for one in companions]
+    mix = decoding.mix if decoding else None
+    read = [(stream, labels[stream.companion - 1]) for stream in (mix.streams if mix else ()) if stream.companion]
+    return {stream.label: f"{stream.model}[{label}]" if stream.model else label for stream, label in read}

@@ -1,8 +1,8 @@
 """The entries of a request's `steering`, resolved, and what the receipt says of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from whipstaff.server.admission.positions import SoftPrompt
 from whipstaff.server.errors import BadRequest
@@ -11,6 +11,7 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.kinds.kind import Entry
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,31 @@ class Steered(Entry):
             "method": self.vector.header.method,
             **self.vector.method.kind.describe(self, plan, fed, caps),
         }
+
+
+class SequenceSteering(NamedTuple):
+    """How a sequence is steered, whatever its prompt will be: the request's own, or a companion's."""
+
+    entries: Sequence[Steered] = ()
+    plan: SteeringPlan = SteeringPlan(())
+    warnings: Sequence[str] = ()  # for the receipt
+
+    @property
+    def paths(self) -> list[str]:
+        """Where in the request each edit of the plan stands, then each special."""
+        paths = [entry.path for entry in self.entries for _ in entry.edits]
+        return paths + [entry.path for entry in self.entries if entry.module_edit is not None]
+
+    @property
+    def soft(self) -> list[SoftPrompt]:
+        """The rows that a prompt must have room for; a KV prefix stands first."""
+        prefix_first = sorted(self.entries, key=lambda entry: entry.module_edit is None)
+        return [entry.soft for entry in prefix_first if entry.soft is not None]
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """The files that it reads."""
+        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
 
 
 def check_one_set(entries: Iterable[Steered], plan: SteeringPlan) -> None:

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
-from whipstaff.server.api.generate import said_preset, said_vector
+from whipstaff.server.api.generate import preset_to_json, vector_to_json
 from whipstaff.server.errors import BadRequest, Forbidden, TooLarge, Unauthorized
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import MAX_BYTES, Preset
@@ -98,7 +98,7 @@ async def put_vector(
         data, vector = await asyncio.to_thread(_read, file, filename or name, format, hints, model)
     entry, replaced = await library.put_vector(name, data, vector)
     status = 201 if replaced is None else 200
-    return JSONResponse({**said_vector(entry), "replaced": replaced}, status_code=status)
+    return JSONResponse({**vector_to_json(entry), "replaced": replaced}, status_code=status)
 
 
 @router.delete("/v1/steering/vectors/{name}")
@@ -122,7 +122,7 @@ async def put_preset(raw: Request, library: LiveRegistry = Depends(admitted)) ->
     _check_name(name := body.pop("name"))
     preset = Preset.of(name, body, is_fixed=False)
     was_there = await library.put_preset(preset)
-    return JSONResponse(said_preset(preset), status_code=200 if was_there else 201)
+    return JSONResponse(preset_to_json(preset), status_code=200 if was_there else 201)
 
 
 @router.delete("/v1/steering/presets/{name}")

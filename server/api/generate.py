@@ -1,129 +1,36 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from whipstaff.server import leases, metrics
-from whipstaff.server.admission.companions import Scoring
-from whipstaff.server.admission.explanations import Explained
-from whipstaff.server.admission.names import FIELDS, TEXTS, header_of, that_change, unknown_reasons
-from whipstaff.server.admission.request import Compiled, compile_extras, loose, on_unknown
+from whipstaff.server import metrics
+from whipstaff.server.admission.explanations import ChoiceExplanations
+from whipstaff.server.admission.fields import check_characters, ours_in, unpacked, with_xargs
+from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
+from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
+from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.receipts import FIELD, Tally, with_extras
-from whipstaff.server.api.text import check_text
+from whipstaff.server.api.sse import header_of, with_extras
 from whipstaff.server.engine.frontend import openai
-from whipstaff.server.engine.frontend.launch import PlanDict
-from whipstaff.server.errors import BadRequest, NotFound, TooLarge, Unavailable, WhipstaffError
-from whipstaff.server.leases import Lease
-from whipstaff.server.plan import RequestPlan, take_draw
-from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, parse
+from whipstaff.server.errors import FieldOrigins, NotFound, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.names import FIELDS, that_change
+from whipstaff.server.plan import PLAN_KEY
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
-from whipstaff.server.registry.presets import Preset, blaming
+from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import Entry
-from whipstaff.steering.fed import Fed
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
 OURS = "/v1/chat/completions and /v1/completions"  # the routes that take presets and extras
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
-
-
-@dataclass
-class PreparedRequest:
-    """What one request's extras and its preset came to, handed to the engine's front end."""
-
-    compiled: Compiled
-    num_choices: int = 1  # of each prompt
-    tally: Tally = field(default_factory=Tally)
-    preset: Preset | None = None
-    filled: frozenset[str] = frozenset()  # fields that the preset filled in
-    xargs: frozenset[str] = frozenset()  # fields that came in vllm_xargs
-    explained: Explained | None = None
-    num_placed: int = 0  # prompts
-    lease: Lease = leases.NOTHING  # of the vectors that its plan names
-
-    @property
-    def scores_prompts(self) -> bool:
-        return self.compiled.scores_prompts
-
-    def check_sampling(self, params: Any) -> None:
-        with blaming(self.preset, self.filled, self.xargs):
-            self.compiled.check_grammar(params.structured_outputs is not None)
-
-    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]:
-        with blaming(self.preset, self.filled, self.xargs):
-            return self.compiled.wanted_scores(prompt)
-
-    def place(self, prompt: Prompt) -> "PlacedRequest":
-        with blaming(self.preset, self.filled, self.xargs):
-            ids = self.compiled.place(prompt)
-        if self.compiled.plan.steering is not None and self.compiled.plan.steering.token_ids:
-            self.tally.keeps_tokens = True
-        num_tokens = prompt.num_tokens if ids is None else len(ids)
-        first, self.num_placed = self.num_placed * self.num_choices, self.num_placed + 1
-        return PlacedRequest(ids, self, self.compiled.plan, first, num_tokens, self.compiled.stream_names)
-
-    async def receipt(self, readings: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> dict[str, Any]:
-        """What was done. `readings` finds what a request's conditions read, by its ticket."""
-        fed, readings_id = self.tally.fed(), self.compiled.plan.readings_id
-        if readings_id:
-            found = await readings(readings_id)
-            fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-        said = self.said(fed)
-        metrics.note_steering(said["steering"])
-        return said
-
-    def said(self, fed: list[Fed]) -> dict[str, Any]:
-        """The receipt; `fed` are the finished sequences."""
-        named = {} if self.preset is None else {"preset": {"id": self.preset.name, "digest": self.preset.digest}}
-        return {**named, **self.compiled.receipt(fed)}
-
-
-def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
-    """The readings of a sequence of that length, which no other sequence then gets; none if they are gone."""
-    for index, one in enumerate(found):
-        if one["positions"] >= num_fed:
-            columns: list[Any] = found.pop(index)["columns"]
-            return columns
-    return []
-
-
-@dataclass(frozen=True)
-class PlacedRequest:
-    """The same for one of its prompts."""
-
-    ids: list[int] | None
-    prepared: PreparedRequest
-    plan: RequestPlan
-    first_choice: int
-    num_tokens: int
-    stream_names: Mapping[str, str]  # as explanations call streams -> as the client knows them
-
-    def wire(self, params: Any) -> PlanDict:
-        compiled, plan = self.prepared.compiled, self.plan
-        if compiled.draws_itself:
-            assert plan.decoding is not None
-            draw = take_draw(params, compiled.is_temperature_last)
-            plan = replace(plan, decoding=replace(plan.decoding, draw=draw))
-        explain = None if self.prepared.explained is None else self._explain
-        return PlanDict(plan.to_wire(), compiled.label, self.prepared.tally.note, explain, self.prepared.lease)
-
-    def _explain(self, index: int, record: dict[str, Any]) -> None:
-        assert self.prepared.explained is not None
-        record["streams"] = {self.stream_names.get(name, name): seen for name, seen in record["streams"].items()}
-        self.prepared.explained.note(self.first_choice + index, record)
-
-    def check(self, max_tokens: int, is_explicit: bool) -> int:
-        with blaming(self.prepared.preset, self.prepared.filled, self.prepared.xargs):
-            return self.prepared.compiled.check(self.num_tokens, max_tokens, is_explicit)
 
 
 async def catalogue(request: Request) -> Capabilities:
@@ -132,11 +39,26 @@ async def catalogue(request: Request) -> Capabilities:
     return await library.current()
 
 
-async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Request) -> PreparedRequest | None:
-    """Compile a request's extras, wherever they came in, and those of the preset in its model's name, and attach them
-    to it; None for a plain request of which there is nothing to say."""
+async def check_text(raw: Request) -> None:
+    """A dependency of every route that takes JSON: half a surrogate pair is no text. Raises: BadRequest naming the
+    field."""
+    if "json" not in raw.headers.get("content-type", ""):
+        return
+    data = await raw.body()
+    if b"\\ud" not in data.lower() and b"\xed" not in data:  # how halves are written, and other characters, too
+        return
+    try:
+        body = await raw.json()
+    except (ValueError, RecursionError):
+        return  # the route's own business
+    check_characters(body)
+
+
+async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest | None:
+    """Compile a request's extras, wherever they came in, and those of the preset in its model's name; None for a plain
+    request of which there is nothing to say."""
     base, name = openai.split_model(request.model, raw.app)
-    if name is None and not _asks(request) and not unknown_names(request):
+    if name is None and not request.may_have_extras and not request.unknown_names:
         return None
     body = {} if name is None else await raw.json()
     caps = await catalogue(raw)  # as it is now: nothing may be awaited until what it names is held
@@ -148,112 +70,6 @@ async def prepared(request: openai.ChatRequest | openai.TextRequest, raw: Reques
     return prepare(request, caps, preset, body)
 
 
-def _asks(request: openai.ChatRequest | openai.TextRequest) -> bool:
-    """Whether a request may have extras."""
-    named = any(getattr(request, name, None) is not None for name in FIELDS)
-    return named or bool(request.vllm_xargs) or openai.is_hot(request)
-
-
-def unknown_names(request: openai.ChatRequest | openai.TextRequest) -> list[str]:
-    """The fields of a request that neither OpenAI's protocol, vLLM nor Whipstaff knows."""
-    return [name for name in openai.unknown_names(request) if name not in FIELDS]
-
-
-def prepare(
-    request: openai.ChatRequest | openai.TextRequest,
-    caps: Capabilities,
-    preset: Preset | None = None,
-    body: Mapping[str, Any] | None = None,
-) -> PreparedRequest | None:
-    """The same, for a preset that is known, and the request as it was sent."""
-    filled = preset.fill(request, body or {}) if preset else frozenset()
-    xargs = _ours_in(request.vllm_xargs)
-    with blaming(preset, filled, xargs):
-        fields = _extras(request)
-        unknown = warn_of(unknown_names(request), fields, openai.known_names(type(request)))
-        compiled = compile_request(request, caps, fields, preset is not None and preset.gives(filled, "decoding"))
-    if compiled is None and preset is None and not unknown:
-        return None
-    ready = PreparedRequest(
-        compiled or Compiled(RequestPlan(), {}, caps), request.n or 1, preset=preset, filled=filled, xargs=xargs
-    )
-    ready.compiled.warnings[:0] = unknown
-    if ready.compiled.explain is not None:
-        ready.explained = Explained(caps.words)
-    if not ready.compiled.is_plain:
-        request.attach(ready)
-    return ready
-
-
-def warn_of(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[str]) -> list[str]:
-    """What to say of names that nobody knows. Raises: BadRequest where the request wants them refused."""
-    refuses, reasons = on_unknown(fields) == "error", unknown_reasons(names, known.union(FIELDS))
-    for name, reason in reasons.items() if refuses else ():
-        raise BadRequest(reason, name)
-    more = [f"{len(names) - len(reasons)} more fields did nothing"] if len(names) > len(reasons) else []
-    return [*(f"{name} did nothing: {reason}" for name, reason in reasons.items()), *more]
-
-
-def compile_request(
-    request: openai.ChatRequest | openai.TextRequest,
-    caps: Capabilities,
-    fields: Mapping[str, Any] | None = None,
-    merges: bool = False,
-) -> Compiled | None:
-    """Compile a request's extras, or those of its `fields` that were taken out of it; see `compile_extras`.
-
-    Raises: WhipstaffError.
-    """
-    compiled = compile_extras(_extras(request) if fields is None else fields, caps, merges)
-    if openai.is_hot(request):
-        assert request.temperature is not None
-        compiled = compiled or Compiled(RequestPlan(), {}, caps)
-        compiled.take_heat(request.temperature, openai.truncates(request))
-    if compiled is None:
-        return None
-    if request.use_beam_search and not compiled.is_plain:
-        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
-    compiled.check_draw(request.temperature)
-    compiled.check_grammar(openai.has_grammar(request))
-    compiled.check_logprobs(request.scores_prompt)
-    if isinstance(request, openai.ChatRequest) and request.echo and request.logprobs and not compiled.scores_prompts:
-        compiled.warnings.append(f"prompt_logprobs are left out: {compiled.silence_on_prompts}")
-    return compiled
-
-
-def _extras(request: openai.ChatRequest | openai.TextRequest) -> dict[str, Any]:
-    """The fields of a request that vLLM does not know, taken out of its vllm_xargs."""
-    present = {name: getattr(request, name, None) for name in FIELDS} | (request.model_extra or {})
-    return _with_xargs(present, request.vllm_xargs)
-
-
-def _ours_in(xargs: Any) -> frozenset[str]:
-    """Our fields that came in a request's vllm_xargs."""
-    return frozenset(xargs).intersection(FIELDS) if isinstance(xargs, dict) else frozenset()
-
-
-def _with_xargs(fields: dict[str, Any], xargs: Any) -> dict[str, Any]:
-    """The extra fields, from the top level of a request and, as JSON strings, out of its vllm_xargs."""
-    if not isinstance(xargs, dict):
-        return fields
-    if FIELD in xargs:
-        raise BadRequest("reserved: send `steering` and `decoding` instead", f"vllm_xargs.{FIELD}")
-    for name in FIELDS:
-        if name in xargs and fields.get(name) is not None:
-            raise BadRequest(f"{name} is given twice, at the top level and in vllm_xargs", f"vllm_xargs.{name}")
-    return fields | {name: _scalar(name, xargs.pop(name)) for name in FIELDS if name in xargs}
-
-
-def _unpacked(name: str, value: Any) -> Any:
-    return value if name in TEXTS else loose(value)
-
-
-def _scalar(name: str, value: Any) -> Any:
-    """A value of vllm_xargs, where lists are JSON strings; of a field that takes texts, a string is one that holds a
-    list."""
-    return loose(value) if name in TEXTS and isinstance(value, str) and value.startswith("[") else value
-
-
 async def exchange() -> AsyncIterator[AsyncExitStack]:
     """What ends with a request: once its response was sent, or its client is gone."""
     async with AsyncExitStack() as at_end:
@@ -263,7 +79,7 @@ async def exchange() -> AsyncIterator[AsyncExitStack]:
 @router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
 async def create_chat_completion(
-    request: openai.ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
+    request: ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's chat completions, with `steering` and `decoding`."""
     return await _generate(request, raw_request, at_end)
@@ -272,30 +88,48 @@ async def create_chat_completion(
 @router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
 @openai.cancellable
 async def create_completion(
-    request: openai.TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
+    request: TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's completions, with `steering` and `decoding`."""
     return await _generate(request, raw_request, at_end)
 
 
-async def _generate(request: openai.ChatRequest | openai.TextRequest, raw: Request, at_end: AsyncExitStack) -> Response:
+async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack) -> Response:
     with openai.answering_as(request.model):
-        ready = await prepared(request, raw)
-        if ready is not None:
-            ready.lease = at_end.enter_context(raw.app.state.whipstaff.hold(ready.compiled.vectors))
+        compiled = await compiled_of(request, raw)
+        if compiled is None:
+            return _response(await openai.answer(request, raw), raw, {}, at_end)
+        lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
+        tally, explains = Tally(), compiled.options.explain is not None
+        explained = ChoiceExplanations(compiled.caps.words) if explains else None
+        if not compiled.is_plain:
+            request.attach(compiled, tally.note, explained.note if explained else None, lease)
         result = await openai.answer(request, raw)
+
+    async def said() -> dict[str, Any]:
+        made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
+        metrics.note_steering(made["steering"])
+        return made
+
     if isinstance(result, Response):
         return result
-    headers = {WARNINGS: header_of(ready.compiled.warnings)} if ready is not None and ready.compiled.warnings else {}
+    warnings = warnings_of(compiled, request.placed)
+    headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        if ready is not None:
-            result = with_extras(result, partial(ready.receipt, openai.readings(raw)), ready.explained)
+        return _response(with_extras(result, said, explained), raw, headers, at_end)
+    body = result.model_dump() | {RECEIPT_FIELD: await said()}
+    if explained is not None:
+        explained.add_to(body)
+    return _response(body, raw, headers, at_end)
+
+
+def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> Response:
+    """What vLLM answers, as HTTP: a response already, events, or a body."""
+    if isinstance(result, Response):
+        return result
+    if hasattr(result, "__aiter__"):
         return openai.event_stream(result, raw, headers, at_end)
-    body = result.model_dump()
-    if ready is not None:
-        body[FIELD] = await ready.receipt(openai.readings(raw))
-        if ready.explained is not None:
-            ready.explained.add_to(body)
+    body = result if isinstance(result, dict) else result.model_dump()
     return JSONResponse(body, headers={**(openai.load_headers(raw) or {}), **headers})
 
 
@@ -317,7 +151,7 @@ async def methods(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
 @router.get("/v1/steering/vectors")
 async def vectors(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every vector that was loaded."""
-    return {"object": "list", "data": [said_vector(entry) for entry in caps.registry]}
+    return {"object": "list", "data": [vector_to_json(entry) for entry in caps.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
@@ -325,7 +159,7 @@ async def vector(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = caps.registry.entry(name)
     return {
-        **said_vector(entry),
+        **vector_to_json(entry),
         "norms": entry.vector.norms(),
         "doses": entry.vector.method.kind.doses(entry.vector, caps) if entry.problem is None else [],
     }
@@ -338,65 +172,59 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     With `messages` or `prompt` the body is a whole request, and what depends on the prompt is checked too.
     """
     started = time.perf_counter()
-    if "messages" not in body and "prompt" not in body:
-        caps, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
-        if name is None:
-            plan = _validated(body, caps)
-        else:
-            ready = await prepared(_with_some_prompt(body, caps.preset(name, "model")), raw)
-            plan = ready.said([]) if ready else None
-    else:
-        model = openai.ChatRequest if "messages" in body else openai.TextRequest
-        request = openai.parse(model, body)
-        ready = await prepared(request, raw)
-        if ready is not None:
-            ready.compiled.is_dry = True
-        refused = await openai.render(request, raw.app)
-        if refused is not None:
+    request: OpenAIRequest | None = None
+    if "messages" in body or "prompt" in body:
+        request = parse(ChatRequest if "messages" in body else TextRequest, body)
+        compiled = await compiled_of(request, raw)
+        if compiled is not None and not compiled.is_plain:
+            request.attach(compiled.dry())
+        if (refused := await openai.render(request, raw.app)) is not None:
             return refused
-        plan = ready.said([]) if ready else None
+    else:
+        compiled = await _compiled_without_prompt(body, raw)
+    placed = () if request is None else request.placed
+    plan = NOTHING if compiled is None else receipt(compiled, placed)
     took = (time.perf_counter() - started) * 1e3
-    return JSONResponse({"valid": True, "plan": plan or NOTHING, "milliseconds": took})
+    return JSONResponse({"valid": True, "plan": plan, "milliseconds": took})
 
 
-def _with_some_prompt(body: dict[str, Any], preset: Preset) -> openai.ChatRequest | openai.TextRequest:
+async def _compiled_without_prompt(body: dict[str, Any], raw: Request) -> CompiledRequest | None:
+    """Fields alone, or with a preset. Raises: WhipstaffError."""
+    caps, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
+    if name is not None:
+        return await compiled_of(_with_some_prompt(body, caps.preset(name, "model")), raw)
+    with FieldOrigins(xargs=ours_in(body.get("vllm_xargs"))).named():
+        fields = with_xargs(body, body.get("vllm_xargs"))
+        known = ChatRequest.known_names() | TextRequest.known_names()
+        names = [name for name, value in body.items() if value is not None and name not in known]
+        unknown = unknown_warnings(names, fields, known)
+        compiled = compile_extras(fields, caps)
+    if compiled is None and not unknown:
+        return None
+    compiled = compiled or CompiledRequest(caps)
+    return replace(compiled, warnings=(*unknown, *compiled.warnings))
+
+
+def _with_some_prompt(body: dict[str, Any], preset: Preset) -> OpenAIRequest:
     """Fields without a prompt as a request that the preset can fill in. Raises: what a route would."""
     if preset.is_for_text:
-        return openai.parse(openai.TextRequest, {**body, "prompt": "Hello"})
-    return openai.parse(openai.ChatRequest, {**body, "messages": [{"role": "user", "content": "Hello"}]})
-
-
-def _validated(body: dict[str, Any], caps: Capabilities) -> dict[str, Any] | None:
-    """The plan of fields without a prompt. Raises: WhipstaffError."""
-    with blaming(None, (), _ours_in(body.get("vllm_xargs"))):
-        return _compiled(body, caps)
-
-
-def _compiled(body: dict[str, Any], caps: Capabilities) -> dict[str, Any] | None:
-    fields = _with_xargs(body, body.get("vllm_xargs"))
-    known = openai.known_names(openai.ChatRequest) | openai.known_names(openai.TextRequest)
-    names = [name for name, value in body.items() if value is not None and name not in known and name not in FIELDS]
-    unknown = warn_of(names, fields, known)
-    compiled = compile_extras(fields, caps)
-    if compiled is None:
-        return {**NOTHING, "warnings": unknown} if unknown else None
-    compiled.warnings[:0] = unknown
-    return compiled.receipt([])
+        return parse(TextRequest, {**body, "prompt": "Hello"})
+    return parse(ChatRequest, {**body, "messages": [{"role": "user", "content": "Hello"}]})
 
 
 @router.get("/v1/steering/presets")
 async def presets(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """Every preset: what it says, and the digest that receipts name."""
-    return {"object": "list", "data": [said_preset(preset) for preset in caps.presets.values()]}
+    return {"object": "list", "data": [preset_to_json(preset) for preset in caps.presets.values()]}
 
 
 @router.get("/v1/steering/presets/{name}")
 async def preset(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
     """One preset."""
-    return said_preset(caps.preset(name))
+    return preset_to_json(caps.preset(name))
 
 
-def said_preset(preset: Preset) -> dict[str, Any]:
+def preset_to_json(preset: Preset) -> dict[str, Any]:
     """A preset, for its owner."""
     return {
         "id": preset.name,
@@ -407,7 +235,7 @@ def said_preset(preset: Preset) -> dict[str, Any]:
     }
 
 
-def said_vector(entry: Entry) -> dict[str, Any]:
+def vector_to_json(entry: Entry) -> dict[str, Any]:
     """A vector, for its owner."""
     header, vector = entry.vector.header, entry.vector
     return {
@@ -432,8 +260,8 @@ async def refuse_extras(raw: Request) -> None:
         raise Unavailable(f"presets work on {OURS}; here, name the model without @{preset}", "model")
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
-    said = {name: _unpacked(name, fields[name]) for name in FIELDS if fields.get(name) is not None}
-    if present := [*that_change(said), *(name for name in (FIELD,) if fields.get(name) is not None)]:
+    said = {name: unpacked(name, fields[name]) for name in FIELDS if fields.get(name) is not None}
+    if present := [*that_change(said), *(name for name in (PLAN_KEY,) if fields.get(name) is not None)]:
         raise Unavailable(f"{present[0]} works on {OURS}", present[0])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from whipstaff.decoding.method import Content, DecodingError, Message
 
 Render = Callable[[Sequence[Mapping[str, Any]]], list[int]]
-PlaceChat = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Any]  # messages, their prompt -> `chat.Chat`
+LocateChat = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Any]  # messages, their prompt -> `chat.Chat`
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PromptSource:
     render: Render  # of messages, by the served model's template; it may raise whatever the template does
     messages: Sequence[Mapping[str, Any]] | None = None  # None: the prompt is no chat
     written: str | None = None  # the text that the client sent; None: it sent tokens
-    place: PlaceChat | None = None  # finds the messages of a chat in a prompt; None where that cannot be done
+    locate: LocateChat | None = None  # finds the messages of a chat in a prompt; None where that cannot be done
     _rendered: dict[tuple[int, ...], Sequence[Mapping[str, Any]]] = field(default_factory=dict, compare=False)
 
     @property
@@ -74,7 +74,7 @@ class PromptSource:
         """The chat that a prompt made here was rendered from, a `chat.Chat`; None where it is none."""
         is_own = self.messages is not None and list(ids) == list(self.ids)
         messages = self.messages if is_own else self._rendered.get(tuple(ids))
-        return None if messages is None or self.place is None else self.place(messages, ids)
+        return None if messages is None or self.locate is None else self.locate(messages, ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)

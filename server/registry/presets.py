@@ -6,18 +6,16 @@ Under `default` a request's own value wins; what is `forced` a request may not s
 
 import hashlib
 import json
-import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from whipstaff.server.admission import names
-from whipstaff.server.admission.names import ALIASES, FIELDS, TEXTS, thing
+from whipstaff.server import names
 from whipstaff.server.errors import BadRequest, WhipstaffError, bad_field
+from whipstaff.server.names import ALIASES, FIELDS, TEXTS, thing
 from whipstaff.server.registry.folder import Stamp, stamp_of
 
 MAX_BYTES = 1 << 20
@@ -159,7 +157,7 @@ class Preset:
             raise BadRequest(f"the preset {self.name!r} sets {clash[0]}; leave it out", paths[clash[1]])
         for name in names.all_names(self.body.forced.fields):  # what is left of these changes nothing
             _unsay(request, name)
-        chosen = names.not_said(self.body.default.fields, sent) | self.body.forced.fields
+        chosen = names.unsaid_defaults(self.body.default.fields, sent) | self.body.forced.fields
         for name, value in chosen.items():
             setattr(request, name, value)
         if hasattr(request, "messages"):
@@ -197,21 +195,6 @@ class Preset:
             raise BadRequest(f"the preset {self.name!r} writes the prompt as text; send text", "prompt")
         written = [template.replace(PROMPT, text) for text in texts]
         request.prompt = written[0] if isinstance(request.prompt, str) else written
-
-
-@contextmanager
-def blaming(preset: Preset | None, fields: Collection[str], xargs: Collection[str] = ()) -> Iterator[None]:
-    """Errors in fields that a preset filled in name the preset: a client knows it by `model` only. Errors in fields
-    that came in a request's vllm_xargs say so."""
-    try:
-        yield
-    except WhipstaffError as error:
-        name = re.split(r"[.\[]", error.param or "")[0]
-        if name in xargs:
-            raise type(error)(error.message, f"vllm_xargs.{error.param}") from None
-        if preset is None or name not in fields:
-            raise
-        raise type(error)(f"preset {preset.name!r}, {error.param}: {error.message}", "model") from None
 
 
 def _sent(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

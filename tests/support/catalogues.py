@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from whipstaff.server.admission.request import Compiled, compile_extras
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.receipt import receipt as receipt_of
+from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.errors import (
     WhipstaffError,
 )
+from whipstaff.server.plan import PlacedRequest
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.fed import Fed
@@ -65,7 +68,7 @@ HOOKED = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in
 PLACES = frozenset(canonical(HookPoint(site, layer)) for site in SITES if site in HOOKED for layer in range(4))
 
 
-def compiled(caps: Capabilities, **fields: Any) -> Compiled:
+def compiled(caps: Capabilities, **fields: Any) -> CompiledRequest:
     result = compile_extras(fields, caps)
     assert result is not None
     return result
@@ -84,13 +87,18 @@ def plan_of(caps: Capabilities, *entries: Any) -> SteeringPlan:
 
 
 def receipt(caps: Capabilities, entry: Any, fed: list[Fed] | None = None) -> dict[str, Any]:
-    (said,) = compiled(caps, steering=entry).receipt(fed or [])["steering"]
+    (said,) = receipt_of(compiled(caps, steering=entry), fed=fed or [])["steering"]
     return dict(said)
 
 
-def check(made: Compiled, prompt_len: int = 9, max_tokens: int = 4) -> int:
-    made.place(Prompt(prompt_len, list(range(prompt_len)), 64, None))
-    return made.check(prompt_len, max_tokens, is_explicit=True)
+def at_prompt(made: CompiledRequest, prompt: Prompt, max_tokens: int = 4, is_explicit: bool = True) -> PlacedRequest:
+    return made.at_prompt(prompt, lambda _: max_tokens, is_explicit)
+
+
+def check(made: CompiledRequest, prompt_len: int = 9, max_tokens: int = 4, is_explicit: bool = True) -> int:
+    """How many tokens may follow a prompt of some tokens."""
+    prompt = Prompt(prompt_len, list(range(prompt_len)), 64, None)
+    return at_prompt(made, prompt, max_tokens, is_explicit).max_tokens
 
 
 PAIR = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}

@@ -3,21 +3,24 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from anyjson import EXTRAS
+from catalogues import at_prompt
 from hypothesis import given, settings
 from serving import SHAPE, VOCABULARY, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods.adapter_ensemble import nearness
 from whipstaff.decoding.mix import Window
-from whipstaff.server.admission.request import Compiled, compile_extras
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.receipt import receipt, warnings_of
+from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PlacedRequest, RequestPlan
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.server.prompt.vocabulary import Vocabulary
@@ -69,7 +72,7 @@ def caps() -> Capabilities:
     return HAVE
 
 
-def compiled(caps: Capabilities, **fields: Any) -> Compiled:
+def compiled(caps: Capabilities, **fields: Any) -> CompiledRequest:
     made = compile_extras(fields, caps)
     assert made is not None
     return made
@@ -88,14 +91,31 @@ def prompt_of(tokenizer: Any, text: str = TEXT, **own: Any) -> Prompt:
     )
 
 
-def placed(caps: Capabilities, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Compiled:
+class Made(NamedTuple):
+    """A request in one prompt."""
+
+    compiled: CompiledRequest
+    placed: PlacedRequest
+
+    @property
+    def plan(self) -> RequestPlan:
+        return self.placed.plan
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        return receipt(self.compiled, [self.placed])
+
+    @property
+    def warnings(self) -> list[str]:
+        return warnings_of(self.compiled, [self.placed])
+
+
+def placed(caps: Capabilities, prompt: Prompt, max_tokens: int = 4, **fields: Any) -> Made:
     made = compiled(caps, **fields)
     wanted = made.wanted_scores(prompt)
     numbers = {name: range(len(one.positions) - 1) for name, one in wanted.items()}
     prompt.scores.update({name: [-float(index) for index in each] for name, each in numbers.items()})
-    made.place(prompt)
-    made.check(prompt.num_tokens, max_tokens, is_explicit=True)
-    return made
+    return Made(made, at_prompt(made, prompt, max_tokens))
 
 
 def test_members_stand_in_the_order_in_which_their_mixes_count_them(
@@ -111,11 +131,11 @@ def test_members_stand_in_the_order_in_which_their_mixes_count_them(
 
 def test_the_receipt_tells_every_sequence(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     named = {"prompt": [5, 6, 7], "weight": -1.0, "name": "wet"}
-    said = placed(caps, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt([])
+    said = placed(caps, prompt_of(tokenizer), decoding={"method": "streams", "streams": [named]}).receipt
     (one,) = said["sequences"]
     assert one == {"field": "decoding.streams[0].prompt", "prompt_tokens": 3, "name": "wet", "steered": False}
     windowed = placed(caps, prompt_of(tokenizer), decoding=CFG | {"from": 2, "until": 8})
-    assert windowed.receipt([])["decoding"][0]["from"] == 2
+    assert windowed.receipt["decoding"][0]["from"] == 2
     assert windowed.plan.decoding is not None and windowed.plan.decoding.mix is not None
     assert windowed.plan.decoding.mix.window == Window(2, 8) and windowed.plan.companions[0].until == 8
 
@@ -132,7 +152,7 @@ def test_shorthands_are_guidance(caps: Capabilities, tokenizer: PreTrainedTokeni
 def test_keys_are_in_the_receipt_and_the_prompt(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     sh2 = {"method": "sh2", "key_num": 20, "context": "It rains."}
     made = placed(caps, prompt_of(tokenizer), decoding=sh2)
-    (said,) = made.receipt([])["sequences"]
+    (said,) = made.receipt["sequences"]
     ids = tokenizer.encode("It rains.")
     assert said["key_positions"] == [len(ids) - 1] and said["keys"] == tokenizer.decode(ids[-1:])
     assert said["prompt"] == f"Pondering: {said['keys']}\n\nContext:{TEXT}"
@@ -141,14 +161,12 @@ def test_keys_are_in_the_receipt_and_the_prompt(caps: Capabilities, tokenizer: P
 
 def test_what_is_only_looked_at_scores_nothing(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     made = compiled(caps, decoding={"method": "sh2"})
-    made.is_dry = True
+    made = made.dry()
     assert made.wanted_scores(prompt_of(tokenizer)) == {}
-    made.place(prompt_of(tokenizer))
-    assert "sequences" not in made.receipt([])
-    wrong = compiled(caps, decoding={"method": "sh2", "context": "It snows."})
-    wrong.is_dry = True
+    assert "sequences" not in receipt(made, [at_prompt(made, prompt_of(tokenizer))])
+    wrong = compiled(caps, decoding={"method": "sh2", "context": "It snows."}).dry()
     with pytest.raises(WhipstaffError) as caught:
-        wrong.place(prompt_of(tokenizer))
+        at_prompt(wrong, prompt_of(tokenizer))
     assert caught.value.param == "decoding.context"
 
 
@@ -249,7 +267,7 @@ def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: Pr
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
     assert [member.adapter for member in made.plan.companions] == [ADAPTERS["law"], ADAPTERS["math"]]
     shares = nearness(torch.tensor(FEATURE).double(), CENTRES.double(), 2).tolist()
-    said = made.receipt([])
+    said = made.receipt
     assert said["decoding"][0] == {
         **{"method": "adapter_ensemble", "centres": "centres", "top_m": 2, "base_weight": 0.5},
         **{"weights": pytest.approx(dict(zip(("law", "math"), shares, strict=False))), "from": 0, "fade": "constant"},
@@ -261,7 +279,7 @@ def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: Pr
     assert made.plan.decoding is not None and made.plan.decoding.mix is not None
     weights = [term.weight for term in made.plan.decoding.mix.terms]
     assert weights == pytest.approx([0.5, shares[0] / 2, shares[1] / 2])
-    assert made.vectors == [FILES["centres"].vector]
+    assert made.compiled.vectors == [FILES["centres"].vector]
 
 
 def test_an_adapter_that_is_not_there_names_its_flag(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -281,7 +299,7 @@ def test_longer_texts_than_the_model_takes_are_not_scored(
 
 def test_a_prompt_of_more_than_text_has_no_others(caps: Capabilities) -> None:
     with pytest.raises(WhipstaffError) as caught:
-        compiled(caps, decoding=CFG).place(Prompt(9, None, MAX_LEN, None))
+        at_prompt(compiled(caps, decoding=CFG), Prompt(9, None, MAX_LEN, None))
     assert caught.value.param == "decoding.method"
 
 
@@ -291,24 +309,24 @@ def test_room_is_counted_until_a_sequence_is_not_needed(caps: Capabilities, toke
     with pytest.raises(WhipstaffError, match="room for 6"):  # two steps are under way when a sequence is let go
         placed(caps, prompt_of(tokenizer), 20, decoding=CFG | {"negative_prompt": long, "until": 5})
     made = compiled(caps, guidance_scale=2.0, negative_prompt=long)
-    made.place(prompt_of(tokenizer))
-    assert made.check(9, 30, is_explicit=False) == 30 and not made.warnings  # the scheduler ends it, and says why
+    free = at_prompt(made, prompt_of(tokenizer), 30, is_explicit=False)
+    assert free.max_tokens == 30 and not free.warnings  # the scheduler ends it, and says why
 
 
 def test_room_beside_an_auxiliary_model_is_told(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}  # which follows 20 tokens
     made = compiled(caps, decoding=pair)
-    made.place(prompt_of(tokenizer))
-    assert made.check(9, 30, is_explicit=False) == 11
-    assert made.warnings == ["the answer may have 11 tokens: auxiliary model 'anti' follows at most 20"]
+    prompt = Prompt(9, list(range(9)), MAX_LEN, tokenizer)
+    one = at_prompt(made, prompt, 30, is_explicit=False)
+    assert one.max_tokens == 11
+    assert one.warnings == ("the answer may have 11 tokens: auxiliary model 'anti' follows at most 20",)
     free = {"method": "streams", "streams": [{"weight": 1, "model": "anti", "prompt": [5] * 13}]}
-    made = compiled(caps, decoding=free)
-    made.place(prompt_of(tokenizer))
-    made.limits = {}  # of the request's own sequence
-    assert made.check(9, 30, is_explicit=False) == 7
-    assert made.warnings == [
-        "the answer may have 7 tokens: the sequence of decoding.streams[0].prompt is followed for 20"
-    ]
+    made = replace(compiled(caps, decoding=free), limits={})  # of the request's own sequence
+    one = at_prompt(made, prompt_of(tokenizer), 30, is_explicit=False)
+    assert one.max_tokens == 7
+    assert one.warnings == (
+        "the answer may have 7 tokens: the sequence of decoding.streams[0].prompt is followed for 20",
+    )
 
 
 STEERED = Capabilities(
@@ -345,20 +363,20 @@ def test_steering_is_that_of_all_sequences_unless_one_says_otherwise(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
     entry = COUPLED[name]
-    plan = compiled(STEERED, steering=PUSH).asked
+    plan = compiled(STEERED, steering=PUSH).steering.plan
     shared = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry)
     assert [member.steering for member in shared.plan.companions] == [plan] * len(shared.plan.companions)
-    assert all(one["steered"] for one in shared.receipt([])["sequences"])
+    assert all(one["steered"] for one in shared.receipt["sequences"])
     off = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": []})
     assert off.plan.steering == plan and not any(member.steering for member in off.plan.companions)
     own = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": PUSH | {"scale": 3}})
-    other = compiled(STEERED, steering=PUSH | {"scale": 3}).asked
+    other = compiled(STEERED, steering=PUSH | {"scale": 3}).steering.plan
     assert all(member.steering == other for member in own.plan.companions) and own.plan.steering == plan
     assert not any(member.steering for member in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.companions)
 
 
 def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    for steering, expected in (({}, compiled(STEERED, steering=PUSH).asked), ({"steering": []}, None)):
+    for steering, expected in (({}, compiled(STEERED, steering=PUSH).steering.plan), ({"steering": []}, None)):
         made = compiled(STEERED, steering=PUSH, decoding={"method": "sh2"} | steering)
         assert made.wanted_scores(prompt_of(tokenizer))["sh2"].steering == expected
     made = compiled(STEERED, steering={"vector": "soft", "insert": 1}, decoding={"method": "sh2"})
@@ -381,7 +399,7 @@ def test_rows_are_inserted_into_every_sequence(tokenizer: PreTrainedTokenizerFas
 def test_auxiliary_models_are_not_steered(tokenizer: PreTrainedTokenizerFast) -> None:
     pair = {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti", "expert_prompt": "wet"}
     made = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=pair)
-    assert made.plan.companions[0].steering is None and not made.receipt([])["sequences"][0]["steered"]
+    assert made.plan.companions[0].steering is None and not made.receipt["sequences"][0]["steered"]
     free = {"method": "streams", "streams": [{"weight": 1, "model": "expert", "steering": [PUSH]}]}
     with pytest.raises(WhipstaffError, match="not steered") as caught:
         compiled(STEERED, decoding=free)
@@ -432,13 +450,13 @@ def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTo
     def ids_of(messages: Any) -> list[int]:
         return list(tokenizer.encode(text_of(messages, True)))
 
-    def place(messages: Any, ids: Any) -> Chat:
+    def locate(messages: Any, ids: Any) -> Chat:
         return Chat(tokenizer, messages, ids, text_of)
 
     messages = [{"role": "user", "content": TEXT}]
     ids = ids_of(messages)
-    source = PromptSource(ids, tokenizer, False, ids_of, messages, place=place)
-    prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, place(messages, ids), source)
+    source = PromptSource(ids, tokenizer, False, ids_of, messages, locate=locate)
+    prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, locate(messages, ids), source)
     user = {**PUSH, "where": {"messages": [{"role": "user"}]}}
     made = placed(STEERED, prompt, steering=user, **GUIDED)
     (member,) = made.plan.companions
@@ -478,15 +496,14 @@ def test_adapters_need_a_flag_in_the_method_table(caps: Capabilities) -> None:
 @settings(max_examples=300, deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
-    made = None
+    made: Made | None = None
     try:
-        made = compile_extras(fields, HAVE)
-        if made is not None:
+        if compile_extras(fields, HAVE) is not None:
             made = placed(HAVE, prompt_of(TOKENIZER, adapters=ADAPTERS), **fields)
     except WhipstaffError as error:
         assert 400 <= error.status < 500 and error.param is not None
         json.dumps(error.body(), ensure_ascii=False, allow_nan=False).encode()
         return
     if made is not None:
-        json.dumps(made.receipt([]), ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(made.receipt, ensure_ascii=False, allow_nan=False).encode()
         assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from catalogues import PAIR, SHAPE, TENSORS, UNIT, compiled, refusal
+from catalogues import PAIR, SHAPE, TENSORS, UNIT, check, compiled, refusal
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.server.admission.receipt import receipt as receipt_of
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
@@ -54,11 +55,11 @@ def test_bad_decoding_is_refused_by_its_path(caps: Capabilities, value: Any, sta
 
 def test_an_auxiliary_models_context_bounds_the_request(caps: Capabilities) -> None:
     made = compiled(caps, decoding=PAIR | {"expert": "short"})
-    assert made.check(prompt_len=4, max_tokens=50, is_explicit=False) == 6  # not said: as much as fits
-    assert made.check(prompt_len=4, max_tokens=6, is_explicit=True) == 6
+    assert check(made, prompt_len=4, max_tokens=50, is_explicit=False) == 6  # not said: as much as fits
+    assert check(made, prompt_len=4, max_tokens=6) == 6
     for prompt_len, max_tokens, is_explicit in ((4, 7, True), (10, 1, False), (99, 1, True)):
         with pytest.raises(BadRequest, match="follows at most") as caught:
-            made.check(prompt_len, max_tokens, is_explicit)
+            check(made, prompt_len, max_tokens, is_explicit)
         assert caught.value.param == "decoding.expert"
 
 
@@ -69,8 +70,8 @@ def test_what_a_method_reads_of_early_layers_is_kept(early: Capabilities, fields
     assert made.plan.steering == SteeringPlan((), keeps=tuple(layers))
     assert made.plan.decoding is not None and made.plan.decoding.early_layers == tuple(layers)
     assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
-    (said,) = made.receipt([])["decoding"]
-    assert (said["method"], said["layers"], made.receipt([])["steering"]) == ("dola", layers, [])
+    (said,) = receipt_of(made)["decoding"]
+    assert (said["method"], said["layers"], receipt_of(made)["steering"]) == ("dola", layers, [])
     assert made.label == "dola"
 
 

@@ -12,18 +12,14 @@ from torch import Tensor
 from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice
 from vllm.logprobs import Logprob
 
-from whipstaff.server.api.generate import compile_request
-from whipstaff.server.api.text import check_characters
-from whipstaff.server.engine.frontend.openai import (
-    ChatRequest,
-    ServingCompletion,
-    TextRequest,
-    check_something_is_left,
-    naming_prompt,
-)
+from whipstaff.server.admission.fields import check_characters, fields_of
+from whipstaff.server.admission.prepare import compile_request
+from whipstaff.server.admission.receipt import receipt as receipt_of
+from whipstaff.server.engine.frontend.openai import ServingCompletion
+from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest, check_something_is_left
 from whipstaff.server.engine.worker.logits.metadata import Biased
 from whipstaff.server.engine.worker.logits.pipeline import _lift
-from whipstaff.server.errors import BadRequest, NotFound
+from whipstaff.server.errors import BadRequest, NotFound, naming_prompt
 from whipstaff.server.registry.capabilities import Capabilities
 
 CALM = {"vector": "calm"}
@@ -62,7 +58,7 @@ def test_errors_say_what_to_write_and_where(caps: Capabilities, name: str) -> No
 
 def test_one_name_is_enough(caps: Capabilities) -> None:
     for name in ("scale", "strength", "coefficient"):
-        assert compiled(caps, steering={**CALM, name: 2}).receipt([])["steering"][0]["scale"] == 2
+        assert receipt_of(compiled(caps, steering={**CALM, name: 2}))["steering"][0]["scale"] == 2
 
 
 def test_scoring_alone_feeds_every_token_of_the_prompt(caps: Capabilities) -> None:
@@ -105,9 +101,9 @@ def test_what_asks_for_scores_of_a_prompt(
     assert request.scores_prompt == is_scored
     if is_scored:
         with pytest.raises(BadRequest, match="forced"):
-            compile_request(request, caps)
+            compile_request(request, caps, fields_of(request))
         return
-    made = compile_request(request, caps)
+    made = compile_request(request, caps, fields_of(request))
     assert made is not None and not made.scores_prompts
     request.attach(made)
     assert request.to_sampling_params(4, {}).prompt_logprobs is None

@@ -7,18 +7,33 @@ from typing import Any
 
 import pytest
 from anyjson import EXTRAS
-from catalogues import FILES, MIXED, MOTE, PAIR, PASTA, SPARSE, WHEN, check, compiled, plan_of, receipt, refusal
+from catalogues import (
+    FILES,
+    MIXED,
+    MOTE,
+    PAIR,
+    PASTA,
+    SPARSE,
+    WHEN,
+    at_prompt,
+    check,
+    compiled,
+    plan_of,
+    receipt,
+    refusal,
+)
 from hypothesis import given, settings
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.receipt import receipt as receipt_of
 from whipstaff.server.errors import (
     BadRequest,
     Unavailable,
     WhipstaffError,
 )
-from whipstaff.server.plan import PLAN_KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, PlacedRequest, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.fed import Fed
@@ -273,10 +288,10 @@ def test_what_was_left_alone_says_which_flag_would_help(
     plain_sparse = replace(caps, registry=everything.registry)
     for server, words in ((caps, dense), (plain_sparse, sparse)):
         assert words in refusal(server, steering=entry).message
-    assert compiled(everything, steering=entry).steering
+    assert compiled(everything, steering=entry).steering.entries
     if entry.get("vector") == "angular":  # of its layers, those that are hooked
         elsewhere = replace(caps, hook_points=caps.hook_points | {HookPoint("attn_in", 1)})
-        assert compiled(elsewhere, steering=entry).steering
+        assert compiled(elsewhere, steering=entry).steering.entries
 
 
 def test_soft_prompts_need_a_model_that_takes_rows(caps: Capabilities) -> None:
@@ -300,7 +315,7 @@ def test_what_reads_all_heads_at_once_is_refused_where_ranks_share_them(
     caps: Capabilities, entry: dict[str, Any], is_taken: bool
 ) -> None:
     shared = replace(caps, tensor_parallel=2)
-    assert compiled(caps, steering=entry).steering
+    assert compiled(caps, steering=entry).steering.entries
     if is_taken:
         assert compiled(shared, steering=entry).plan == compiled(caps, steering=entry).plan
         return
@@ -323,7 +338,7 @@ def test_what_a_server_lacks_is_left_out_only_when_asked_and_said_so(caps: Capab
         ],
         decoding=[{"method": "telepathy"}, PAIR | {"expert": "absent"}],
     )
-    assert [entry.path for entry in made.steering] == ["steering[1]"]
+    assert [entry.path for entry in made.steering.entries] == ["steering[1]"]
     assert made.plan.steering == plan_of(caps, {"vector": "calm"})
     assert made.plan.decoding is None
     starts = [warning.split(" was left out")[0] for warning in made.warnings]
@@ -393,24 +408,24 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities
     where = {"messages": [{"role": "user"}]}
     entries = [entry | {"where": where} for entry in ({"vector": "late"}, PASTA, {"vector": "calm"})]
     made = compiled(everything, steering=entries)
-    made.place(Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
-    assert made.plan.steering is not None
-    placed = [*made.plan.steering.edits, *made.plan.steering.specials]
-    assert [planned.where.intervals(9) for planned in placed] == [[(2, 4)]] * 3
-    assert [said["where"][0]["prompt"] for said in made.receipt([])["steering"]] == [[(2, 4)]] * 3
+    placed = at_prompt(made, Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
+    assert placed.plan.steering is not None
+    edits = [*placed.plan.steering.edits, *placed.plan.steering.specials]
+    assert [planned.where.intervals(9) for planned in edits] == [[(2, 4)]] * 3
+    assert [said["where"][0]["prompt"] for said in receipt_of(made, [placed])["steering"]] == [[(2, 4)]] * 3
     absent = compiled(everything, steering=[{"vector": "late"}, PASTA | {"where": {"messages": [{"role": "tool"}]}}])
     with pytest.raises(BadRequest) as caught:
-        absent.place(Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
+        at_prompt(absent, Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
     assert caught.value.param == "steering[1].where.messages"
 
 
 def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything: Capabilities) -> None:
     made = compiled(everything, steering=[{"vector": "soft"}, {"vector": "prefix"}])
-    ids = made.place(Prompt(3, [7, 8, 9], 64, None))
-    assert ids is not None and made.plan.steering is not None
-    assert ids[5:] == [7, 8, 9]
-    assert [(insert.start, insert.num) for insert in made.plan.steering.inserts] == [(0, 2), (2, 3)]
-    said = made.receipt([Fed(8, 10, [])])["steering"]
+    placed = at_prompt(made, Prompt(3, [7, 8, 9], 64, None))
+    assert placed.ids is not None and placed.plan.steering is not None
+    assert placed.ids[5:] == [7, 8, 9]
+    assert [(insert.start, insert.num) for insert in placed.plan.steering.inserts] == [(0, 2), (2, 3)]
+    said = receipt_of(made, [placed], [Fed(8, 10, [])])["steering"]
     assert said[0]["prompt_tokens"] == 3 and said[1]["where"] == [{"prompt": [(0, 2)], "generation": "none"}]
     error = refusal(everything, steering={"vector": "prefix"}, decoding=PAIR)
     assert (error.status, error.param) == (400, "steering.vector")
@@ -431,19 +446,20 @@ SERVERS = {
 def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
     everything: Capabilities, server: str, fields: dict[str, Any]
 ) -> None:
-    made = None
+    made, placed = None, list[PlacedRequest]()
     try:
         made = compile_extras(fields, replace(everything, **SERVERS[server]))
         if made is not None:
-            check(made)
+            placed = [at_prompt(made, Prompt(9, list(range(9)), 64, None))]
     except WhipstaffError as error:
         assert 400 <= error.status < 500
         assert error.param is not None
         json.dumps(error.body(), ensure_ascii=False, allow_nan=False).encode()
     if made is not None:
-        said = made.receipt([])
+        said = receipt_of(made, placed)
         json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
-        assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
+        plan = placed[0].plan if placed else made.plan
+        assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: plan.to_wire()}))) == plan
         if SERVERS[server].get("limit"):
             assert all(entry["dose"]["relative"] <= 0.501 for entry in said["steering"] if entry.get("dose"))
 
@@ -459,9 +475,9 @@ def test_a_request_that_needs_more_slots_than_there_are_is_refused(caps: Capabil
     windows = [{"vector": "late", "where": {"prompt": [[start, None]]}} for start in range(4)]
     few = replace(caps, num_slots=3)
     with pytest.raises(Unavailable, match="--steering-slots") as caught:
-        compiled(few, steering=windows).check(prompt_len=9, max_tokens=4, is_explicit=True)
+        check(compiled(few, steering=windows))
     assert caught.value.param == "steering"
-    assert compiled(few, steering=windows[:3]).check(prompt_len=9, max_tokens=4, is_explicit=True) == 4
+    assert check(compiled(few, steering=windows[:3])) == 4
 
 
 def test_an_autoencoder_without_its_error_term_takes_room_for_all_its_features(caps: Capabilities) -> None:

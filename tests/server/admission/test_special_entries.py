@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+from catalogues import check
 
-from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.errors import BadRequest, Unavailable, WhipstaffError
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot
@@ -21,7 +22,7 @@ def refusal(entry: dict[str, Any], caps: Capabilities = HAVE) -> WhipstaffError:
     with pytest.raises(WhipstaffError) as caught:
         compiled = compile_extras({"steering": [entry]}, caps)
         assert compiled is not None
-        compiled.check(PROMPT_LEN, 8, True)
+        check(compiled, PROMPT_LEN, 8)
     return caught.value
 
 
@@ -55,7 +56,7 @@ def test_bad_entries_name_their_field(entry: dict[str, Any], param: str | None) 
 def test_good_keys_pass() -> None:
     for entry in (override(0, 0, 19, -1), override(1, 12, -8), override(2, 3, where={"prompt": [[3, 6]]})):
         compiled = compile_extras({"steering": [entry]}, HAVE)
-        assert compiled is not None and compiled.check(PROMPT_LEN, 8, True) == 8
+        assert compiled is not None and check(compiled, PROMPT_LEN, 8) == 8
 
 
 def test_without_the_flag_the_flag_is_named() -> None:

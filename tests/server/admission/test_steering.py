@@ -9,7 +9,8 @@ import pytest
 import torch
 from catalogues import MIXED, PLACES, SHAPE, WHEN, compiled, receipt, refusal
 
-from whipstaff.server.admission.request import compile_extras
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.receipt import receipt as receipt_of
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
 from whipstaff.steering import vector_file
@@ -20,7 +21,7 @@ from whipstaff.steering.vector_file import Header
 
 
 def test_the_receipt_repeats_what_decides(caps: Capabilities) -> None:
-    said = compiled(caps, steering=MIXED).receipt([])["steering"]
+    said = receipt_of(compiled(caps, steering=MIXED))["steering"]
     assert said[0]["when"] == WHEN
     assert said[1]["schedule"] == {"shape": "linear", "tokens": 8}
     assert said[1]["features"] == [{"feature": 2, "set": 4.0, "scale": None, "add": None, "only_if_active": False}]
@@ -34,7 +35,7 @@ def test_the_receipt_repeats_what_decides(caps: Capabilities) -> None:
 def test_the_receipt_counts_the_tokens_that_were_edited(caps: Capabilities) -> None:
     made = compiled(caps, steering=[{"vector": "calm"}, {"vector": "late", "where": {"generation": [[1, 3]]}}])
     # two sequences: 5 prompt tokens of which the last is edited, then 9 and 1 more positions fed
-    said = made.receipt([Fed(5, 14, []), Fed(5, 6, [])])["steering"]
+    said = receipt_of(made, fed=[Fed(5, 14, []), Fed(5, 6, [])])["steering"]
     assert [entry["edited_tokens"] for entry in said] == [(1 + 9) + (1 + 1), 2 + 0]
 
 
@@ -97,22 +98,22 @@ def test_an_edit_beyond_the_limit_is_refused_or_weakened(caps: Capabilities, ent
     lenient = replace(caps, limit=Limit(0.5, "clamp"))
     error = refusal(strict, steering=entry)
     assert (error.status, error.param) == (400, param) and "allows 0.5" in error.message
-    assert compiled(strict, steering={"vector": "late"}).warnings == []
+    assert compiled(strict, steering={"vector": "late"}).warnings == ()
     if "angle" in entry:  # there is no scale to lower
         assert refusal(lenient, steering=entry).param == param
         return
     made = compiled(lenient, steering=entry)
-    (said,) = made.receipt([])["steering"]
+    (said,) = receipt_of(made)["steering"]
     full = receipt(caps, entry)
     assert 0.499 < said["dose"]["relative"] <= 0.5 * (1 + 1e-6) and said["dose"]["at"] == full["dose"]["at"]
     assert 0 < said["scale"] / full["scale"] < 1
-    assert made.warnings == [f"steering: weakened to scale {said['scale']:.4g}, the most this server allows"]
+    assert made.warnings == (f"steering: weakened to scale {said['scale']:.4g}, the most this server allows",)
 
 
 def test_rotations_are_weakened_until_they_keep_to_the_limit(caps: Capabilities) -> None:
     """Their dose is no multiple of their strength."""
     made = compiled(replace(caps, limit=Limit(0.3, "clamp")), steering={"vector": "turn", "scale": 2.5})
-    (said,) = made.receipt([])["steering"]
+    (said,) = receipt_of(made)["steering"]
     assert 0.29 < said["dose"]["relative"] <= 0.3 < receipt(caps, {"vector": "turn", "scale": 2.5})["dose"]["relative"]
 
 

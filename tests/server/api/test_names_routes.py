@@ -8,15 +8,18 @@ from typing import Any
 import httpx
 import pytest
 from asking import assert_refused, ok
-from catalogues import SHAPE
+from catalogues import SHAPE, at_prompt
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.api import generate as routes
 from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend.requests import TextRequest, parse
 from whipstaff.server.errors import WhipstaffError
-from whipstaff.server.plan import take_draw
+from whipstaff.server.plan import RequestPlan
+from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import VectorSnapshot
@@ -120,18 +123,16 @@ def test_a_model_is_found_by_its_whole_name(http: httpx.Client) -> None:
 
 
 def test_temperatures_that_vllm_does_not_take_travel_in_the_plan() -> None:
-    request = openai.parse(openai.TextRequest, BODIES["/v1/completions"] | {"temperature": 3, "top_k": 4})
-    assert routes.prepare(request, Capabilities(VectorSnapshot({}, SHAPE), {})) is not None
-    draws: list[Any] = []
-
-    class Placed:
-        def wire(self, params: Any) -> Any:
-            draws.append(take_draw(params, False))
-            return {}
-
-    request._placed.append(Placed())  # type: ignore[arg-type]
+    request = parse(TextRequest, BODIES["/v1/completions"] | {"temperature": 3, "top_k": 4})
+    compiled = prepare(request, Capabilities(VectorSnapshot({}, SHAPE), {}))
+    assert compiled is not None
+    request.attach(compiled)
+    request.placed.append(at_prompt(compiled, Prompt(1, [5], 64, None)))
     params = request.to_sampling_params(5, {})
-    assert (params.temperature, draws[0].temperature, draws[0].top_k, request.temperature) == (1.0, 3.0, 4, 3.0)
+    plan = RequestPlan.from_wire(params.extra_args)
+    assert plan is not None and plan.decoding is not None and plan.decoding.draw is not None
+    draw = plan.decoding.draw
+    assert (params.temperature, draw.temperature, draw.top_k, request.temperature) == (1.0, 3.0, 4, 3.0)
 
 
 @pytest.mark.parametrize("path", BODIES)

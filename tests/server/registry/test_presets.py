@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from whipstaff.server import demo
-from whipstaff.server.errors import BadRequest, NotFound
-from whipstaff.server.registry.presets import BadPreset, Preset, blaming, preset_files, read_preset, stamp_of_files
+from whipstaff.server.errors import BadRequest, FieldOrigins, NotFound
+from whipstaff.server.registry.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
 
 USER = {"role": "user", "content": "Why?"}
 EXAMPLES = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]
@@ -87,14 +87,14 @@ def test_the_digest_is_of_what_it_says() -> None:
 
 def test_errors_in_what_a_preset_says_name_the_preset() -> None:
     preset = Preset.of("it", {"default": {"steering": []}})
-    with pytest.raises(NotFound) as refused, blaming(preset, ["steering"]):
+    with pytest.raises(NotFound) as refused, FieldOrigins(preset.name, frozenset(["steering"])).named():
         raise NotFound("there is no vector 'x'", "steering[0].vector")
     assert (refused.value.param, refused.value.message) == (
         "model",
         "preset 'it', steering[0].vector: there is no vector 'x'",
     )
-    for blamed in (preset, None):
-        with pytest.raises(NotFound) as refused, blaming(blamed, ["seed"]):
+    for origins in (FieldOrigins(preset.name, frozenset(["seed"])), FieldOrigins()):
+        with pytest.raises(NotFound) as refused, origins.named():
             raise NotFound("there is no vector 'x'", "steering[0].vector")
         assert refused.value.param == "steering[0].vector"
 

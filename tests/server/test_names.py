@@ -9,11 +9,14 @@ from catalogues import PAIR, compiled, refusal
 
 from whipstaff.decoding.method import Depth, Method
 from whipstaff.decoding.methods import METHODS
-from whipstaff.server.admission import names
-from whipstaff.server.admission.names import GATES, SHORTHANDS, header_of, near, thing, unknown_reasons
-from whipstaff.server.admission.request import Compiled, compile_extras
-from whipstaff.server.engine.frontend import openai
+from whipstaff.server import names
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.receipt import receipt
+from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.api.sse import header_of
+from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
+from whipstaff.server.names import GATES, SHORTHANDS, near, thing, unknown_reasons
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
@@ -82,7 +85,7 @@ def worded(caps: Capabilities) -> Capabilities:
     return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3)
 
 
-def methods_of(made: Compiled) -> list[str]:
+def methods_of(made: CompiledRequest) -> list[str]:
     return [entry.method.name for entry in made.decoding]
 
 
@@ -132,13 +135,13 @@ def test_a_neutral_switch_is_off_whatever_stands_beside_it(worded: Capabilities,
     method = METHODS[SHORTHANDS[field][0]]
     beside = {name: ON[SHORTHANDS[name][1]] for name in companions(method)}
     made = compiled(worded, **{field: OFF[field], **beside})
-    assert made.is_plain and made.receipt([])["decoding"] == []
+    assert made.is_plain and receipt(made)["decoding"] == []
     assert len(made.warnings) == 1 and field in made.warnings[0] and "it is off" in made.warnings[0]
 
 
 def test_other_servers_defaults_are_as_good_as_absent(worded: Capabilities) -> None:
     made = compiled(worded, **SILLY_TAVERN)
-    assert made.is_plain and not made.receipt([])["decoding"]
+    assert made.is_plain and not receipt(made)["decoding"]
     assert all(any(field in said for said in made.warnings) for field in SILLY_TAVERN)
     on = compiled(worded, **SILLY_TAVERN | {"dynamic_temperature": True, "dynatemp_low": 0.5, "dynatemp_high": 1.5}
                   | {"dynatemp_range": 0.5})  # fmt: skip
@@ -191,10 +194,10 @@ def test_empty_lists_are_plain(caps: Capabilities, fields: dict[str, Any]) -> No
 @pytest.mark.parametrize("name", ["scale", "strength", "coefficient"])
 def test_no_strength_is_no_steering(caps: Capabilities, name: str) -> None:
     made = compiled(caps, steering=[{"vector": "calm", name: 0}, {"vector": "late"}])
-    assert [entry.path for entry in made.steering] == ["steering[1]"]
-    assert made.warnings == ["steering[0] was left out: it is off"]
+    assert [entry.path for entry in made.steering.entries] == ["steering[1]"]
+    assert made.warnings == ("steering[0] was left out: it is off",)
     alone = compiled(caps, steering={"vector": "calm", name: 0, "when": {"probe": "probe", "above": 0}, "layers": [3]})
-    assert alone.is_plain and not alone.plan.readings_id and alone.receipt([])["steering"] == []
+    assert alone.is_plain and not alone.plan.readings_id and receipt(alone)["steering"] == []
     assert refusal(caps, steering={"vector": "nope", name: 0}).status == 404
     assert refusal(caps, steering={"vector": "calm", name: 0, "layers": [2]}).param == "steering.layers"
 
@@ -331,10 +334,10 @@ def merged(worded: Capabilities, default: dict[str, Any], **body: Any) -> list[d
     request = SimpleNamespace(messages=[], **body)
     filled = preset.fill(request, vars(request))
     made = compiled_merging(worded, preset.gives(filled, "decoding"), request)
-    return list(made.receipt([])["decoding"])
+    return list(receipt(made)["decoding"])
 
 
-def compiled_merging(worded: Capabilities, merges: bool, request: Any) -> Compiled:
+def compiled_merging(worded: Capabilities, merges: bool, request: Any) -> CompiledRequest:
     made = compile_extras({key: getattr(request, key, None) for key in names.FIELDS}, worded, merges)
     assert made is not None
     return made
@@ -406,17 +409,17 @@ def test_things_are_the_same_by_all_their_names() -> None:
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        (openai.TextRequest, "max_completion_tokens"),
-        (openai.TextRequest, "top_logprobs"),
-        (openai.TextRequest, "messages"),
-        (openai.ChatRequest, "prompt"),
-        (openai.ChatRequest, "suffix"),
+        (TextRequest, "max_completion_tokens"),
+        (TextRequest, "top_logprobs"),
+        (TextRequest, "messages"),
+        (ChatRequest, "prompt"),
+        (ChatRequest, "suffix"),
     ],
 )
 def test_what_only_the_other_route_reads_did_nothing(model: Any, name: str) -> None:
-    other = openai.ChatRequest if model is openai.TextRequest else openai.TextRequest
-    assert name not in openai.known_names(model) and name in openai.known_names(other)
-    assert {"store", "metadata", "service_tier", "user", "stream"} <= openai.known_names(model)  # which change nothing
+    other = ChatRequest if model is TextRequest else TextRequest
+    assert name not in model.known_names() and name in other.known_names()
+    assert {"store", "metadata", "service_tier", "user", "stream"} <= model.known_names()  # which change nothing
 
 
 # ---- entries of `decoding`

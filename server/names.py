@@ -29,7 +29,6 @@ FIELDS = (
 """What Whipstaff adds to requests."""
 
 ALIASES = {"repeat_penalty": "repetition_penalty"}  # other servers' names of vLLM's fields
-_MAX_HEADER = 1000  # characters
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")
@@ -40,7 +39,7 @@ def thing(name: str) -> Any:
     return SHORTHANDS.get(name, _SAME.get(name, name))
 
 
-class Said(NamedTuple):
+class MethodFields(NamedTuple):
     """What a request's top-level fields say of one method."""
 
     fields: Sequence[str]  # in the method's order
@@ -58,13 +57,13 @@ class Said(NamedTuple):
         return f"{method.name} is off without {' or '.join(wanted)}"
 
 
-def said_of_methods(fields: Mapping[str, Any]) -> dict[str, Said]:
+def fields_by_method(fields: Mapping[str, Any]) -> dict[str, MethodFields]:
     """What shorthands say, by method. Raises: BadRequest for one parameter with two values."""
-    found = {name: _said(method, fields) for name, method in METHODS.items()}
+    found = {name: _fields_of_method(method, fields) for name, method in METHODS.items()}
     return {name: said for name, said in found.items() if said.fields}
 
 
-def _said(method: Method[Any], fields: Mapping[str, Any]) -> Said:
+def _fields_of_method(method: Method[Any], fields: Mapping[str, Any]) -> MethodFields:
     params: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, param in method.shorthands.items():
@@ -78,7 +77,7 @@ def _said(method: Method[Any], fields: Mapping[str, Any]) -> Said:
     if bad := [name for name, value in gates.items() if value not in (False, True)]:
         raise BadRequest("true or false", bad[0])
     said = [name for name in method.shorthands if fields.get(name) is not None]
-    return Said([*said, *gates], params, names, next((name for name, value in gates.items() if not value), ""))
+    return MethodFields([*said, *gates], params, names, next((name for name, value in gates.items() if not value), ""))
 
 
 def _read(method: Method[Any], name: str, value: Any) -> Any:
@@ -114,7 +113,7 @@ def in_own_names(entry: Any, path: str = "") -> tuple[Any, dict[str, str]]:
     own = method.params.model_fields
     others = {name: entry[name] for name in method.shorthands if name in entry and name not in own}
     try:
-        said = _said(method, others)
+        said = _fields_of_method(method, others)
     except BadRequest as error:
         raise BadRequest(error.message, f"{path}.{error.param}") from None
     for param, name in said.names.items():
@@ -144,16 +143,9 @@ def near(name: str, known: Collection[str]) -> str:
     return did_you_mean(name, known)
 
 
-def header_of(warnings: Iterable[str]) -> str:
-    """Warnings as the value of a header: printable ASCII, and not long."""
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 4]} ..."
-
-
 def that_change(fields: Mapping[str, Any]) -> list[str]:
     """Those of Whipstaff's fields that are more than neutral. Raises: BadRequest for one that says nothing sound."""
-    of_methods = said_of_methods({name: fields.get(name) for name in (*SHORTHANDS, *GATES)})
+    of_methods = fields_by_method({name: fields.get(name) for name in (*SHORTHANDS, *GATES)})
     on = [said for name, said in of_methods.items() if not (said.why_off(METHODS[name]) or _is_off(name, said))]
     named = {field for said in on for field in said.fields}
     return [
@@ -163,7 +155,7 @@ def that_change(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_off(method: str, said: Said) -> bool:
+def _is_off(method: str, said: MethodFields) -> bool:
     return is_off({"method": method, **said.params})
 
 
@@ -184,11 +176,11 @@ def _clashes(forced: Mapping[str, Any], sent: Mapping[str, Any]) -> Iterator[tup
                 yield by_thing[thing(name)], name
             elif name == "decoding":
                 yield from ((theirs, name) for entry in _listed(value) for theirs in _of_entry(entry, forced))
-    for method, said in said_of_methods(sent).items():
+    for method, said in fields_by_method(sent).items():
         yield from _of_shorthands(METHODS[method], said, forced)
 
 
-def _of_shorthands(method: Method[Any], said: Said, forced: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _of_shorthands(method: Method[Any], said: MethodFields, forced: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own = {SHORTHANDS[name][1]: name for name in forced if name in SHORTHANDS and SHORTHANDS[name][0] == method.name}
     if said.gate or _is_off(method.name, said):
         return
@@ -250,7 +242,7 @@ def all_names(forced: Iterable[str]) -> list[str]:
     return list(dict.fromkeys((*forced, *same, *gates)))
 
 
-def not_said(default: Mapping[str, Any], sent: Mapping[str, Any]) -> dict[str, Any]:
+def unsaid_defaults(default: Mapping[str, Any], sent: Mapping[str, Any]) -> dict[str, Any]:
     """What a preset says by default and a request does not, by any name."""
     said = set(map(thing, sent))
     entries = _listed(sent.get("decoding"))

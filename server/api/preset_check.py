@@ -5,10 +5,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
-from whipstaff.server.admission.names import FIELDS, near
-from whipstaff.server.api.generate import compile_request
-from whipstaff.server.engine.frontend import openai
+from whipstaff.server.admission.fields import fields_of
+from whipstaff.server.admission.prepare import compile_request
+from whipstaff.server.engine.frontend.openai import reason_against
+from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest, check_sampling, parse
 from whipstaff.server.errors import BadRequest, WhipstaffError
+from whipstaff.server.names import FIELDS, near
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Part, Preset
 
@@ -22,15 +24,15 @@ async def check(preset: Preset, caps: Capabilities, app: FastAPI) -> None:
     """
     for name, part in (("default", preset.body.default), ("forced", preset.body.forced)):
         _check_names(part, name)
-    tries: list[tuple[Any, dict[str, Any]]] = [(openai.TextRequest, {"prompt": _WORD})] if preset.is_for_text else []
+    tries: list[tuple[Any, dict[str, Any]]] = [(TextRequest, {"prompt": _WORD})] if preset.is_for_text else []
     if preset.is_for_chat:
-        tries.append((openai.ChatRequest, {"messages": [{"role": "user", "content": _WORD}]}))
+        tries.append((ChatRequest, {"messages": [{"role": "user", "content": _WORD}]}))
     for model, body in tries:
         try:
-            request = openai.parse(model, body)
+            request = parse(model, body)
             filled = preset.fill(request, body)
-            compiled = compile_request(request, caps, merges=preset.gives(filled, "decoding"))
-            openai.check_sampling(request, is_hot_taken=compiled is not None and compiled.is_hot)
+            compiled = compile_request(request, caps, fields_of(request), preset.gives(filled, "decoding"))
+            check_sampling(request, is_hot_taken=compiled is not None and compiled.options.is_hot)
         except RequestValidationError as error:
             raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None
         except WhipstaffError as error:
@@ -54,6 +56,6 @@ def _path(param: str | None, preset: Preset) -> str | None:
 
 async def _render(request: Any, preset: Preset, app: FastAPI) -> None:
     """The model's own template must take the preset's messages, and its context hold them."""
-    if (reason := await openai.reason_against(request, app)) is not None:
+    if (reason := await reason_against(request, app)) is not None:
         name = next(name for name in ("system", "examples", "prompt") if name in preset.said)
         raise BadRequest(reason, _path(name, preset))

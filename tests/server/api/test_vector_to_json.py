@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from whipstaff.server.api.generate import said_vector
+from whipstaff.server.api.generate import vector_to_json
 from whipstaff.server.registry.vectors import Entry
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.vector_file import Header, packed, parse
@@ -16,5 +16,5 @@ def test_zeros_are_warned_of_at_upload() -> None:
     tensors = {"resid_post.0.add": torch.ones(16), "resid_post.1.add": torch.zeros(16)}
     told = {"warnings": ["made in a hurry"]}
     vector = parse(packed(Header(method="caa", model=SHAPE, provenance=told), tensors))
-    said = said_vector(Entry("calm", Path("calm.safetensors"), vector, None, False))
+    said = vector_to_json(Entry("calm", Path("calm.safetensors"), vector, None, False))
     assert said["warnings"] == ["made in a hurry", "add of resid_post.1 is all zeros"]

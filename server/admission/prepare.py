@@ -1,0 +1,218 @@
+"""Admission, in the order in which a request passes its checks; what depends on a prompt comes after, in `request`.
+
+prepare             what a preset fills in, then `fields` (JSON), `names` (unknown ones), and the two below
+ compile_request    beside the request's own sampling parameters: temperature, beam search, grammar, log-probabilities
+  compile_extras    options, then every entry (`entries`, `decoding`), then one plan of them
+
+Every refusal is a WhipstaffError with the path of the first field that cannot be honoured; `FieldOrigins.named` makes
+it say so where a preset or vllm_xargs brought that field.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from whipstaff.server.admission.decoding import (
+    MAX_DECODING,
+    DecodingEntry,
+    admit_decoding,
+    entries_of,
+)
+from whipstaff.server.admission.entries import admit
+from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
+from whipstaff.server.admission.fields import (
+    OnUnavailable,
+    OnUnknown,
+    entries_in,
+    fields_of,
+    flag,
+    from_json,
+    loose,
+    one_of,
+    ours_in,
+)
+from whipstaff.server.admission.request import CompiledRequest, Options
+from whipstaff.server.admission.steering import SequenceSteering, Steered
+from whipstaff.server.errors import (
+    BadRequest,
+    FieldOrigins,
+    NotFound,
+    Unavailable,
+    VectorUnfit,
+    WhipstaffError,
+    parsed,
+)
+from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS, unknown_reasons
+from whipstaff.server.plan import RequestPlan
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.server.registry.presets import Preset
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.planner import MAX_EDITS, Planner
+
+
+def prepare(
+    request: Any, caps: Capabilities, preset: Preset | None = None, body: Mapping[str, Any] | None = None
+) -> CompiledRequest | None:
+    """Compile a parsed request of chat or text; None if it is plain and there is nothing to say of it.
+
+    Args:
+        preset: what the request's model names beside a model; it fills the request in.
+        body: the request as it was sent.
+
+    Raises: WhipstaffError.
+    """
+    filled = preset.fill(request, body or {}) if preset else frozenset[str]()
+    origins = FieldOrigins(preset.name if preset else "", filled, ours_in(request.vllm_xargs))
+    with origins.named():
+        fields = fields_of(request)
+        unknown = unknown_warnings(request.unknown_names, fields, request.known_names())
+        compiled = compile_request(request, caps, fields, preset is not None and preset.gives(filled, "decoding"))
+    if compiled is None and preset is None and not unknown:
+        return None
+    compiled = compiled or CompiledRequest(caps)
+    warnings = (*unknown, *compiled.warnings)
+    return replace(compiled, warnings=warnings, origins=origins, preset=preset)
+
+
+def unknown_warnings(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+    """What to say of names that nobody knows. Raises: BadRequest where the request wants them refused."""
+    refuses, reasons = one_of(OnUnknown, fields, "on_unknown", "warn") == "error", unknown_reasons(names, known)
+    for name, reason in reasons.items() if refuses else ():
+        raise BadRequest(reason, name)
+    more = [f"{len(names) - len(reasons)} more fields did nothing"] if len(names) > len(reasons) else []
+    return [*(f"{name} did nothing: {reason}" for name, reason in reasons.items()), *more]
+
+
+def compile_request(
+    request: Any, caps: Capabilities, fields: Mapping[str, Any], merges: bool = False
+) -> CompiledRequest | None:
+    """Compile a request's extras, its `fields`, beside what else it says; see `compile_extras`.
+
+    Raises: WhipstaffError.
+    """
+    compiled = compile_extras(fields, caps, merges)
+    if request.is_hot:
+        compiled = (compiled or CompiledRequest(caps)).heated(request.temperature, request.truncates)
+    if compiled is None:
+        return None
+    if request.use_beam_search and not compiled.is_plain:
+        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
+    compiled.check_draw(request.temperature)
+    compiled.check_grammar(request.has_grammar)
+    compiled.check_logprobs(request.scores_prompt)
+    if request.echoes_scores and not compiled.scores_prompts:
+        warning = f"prompt_logprobs are left out: {compiled.silence_on_prompts}"
+        return replace(compiled, warnings=(*compiled.warnings, warning))
+    return compiled
+
+
+def compile_extras(fields: Mapping[str, Any], caps: Capabilities, merges: bool = False) -> CompiledRequest | None:
+    """Compile a request's `steering` and `decoding`; None for a plain request.
+
+    Args:
+        merges: whether `decoding` is a preset's default, which the request's other fields overrule.
+
+    Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
+    """
+    if all(fields.get(name) is None for name in FIELDS):
+        return None
+    left_out = LeftOut(one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore")
+    options = _options(fields)
+    steering = _steering(fields, caps, left_out)
+    entries = _decoding(fields, caps, left_out, merges)
+    decoding = options.decoding_plan(entries)
+    models = decoding.models if decoding else []
+    _check_soft_prompts(models, steering, entries)
+    _check_lookahead(steering.entries, entries)
+    plan = steering.plan if steering.entries else None
+    if decoding and decoding.early_layers:
+        plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
+    return CompiledRequest(
+        caps,
+        RequestPlan(plan, decoding, uuid4().hex if plan and plan.num_columns else ""),
+        steering,
+        tuple(entries),
+        options,
+        {name: caps.auxiliaries[name] for name in models},
+        tuple(left_out.warnings),
+    )
+
+
+class LeftOut:
+    """What of a request was left out, and why, for its receipt."""
+
+    def __init__(self, is_lenient: bool) -> None:
+        """`is_lenient` is whether what this server lacks may be."""
+        self._is_lenient = is_lenient
+        self.warnings: list[str] = []
+
+    def note(self, what: str, why: str, is_several: bool = False) -> None:
+        """Something that changes nothing."""
+        self.warnings.append(f"{what} {'were' if is_several else 'was'} left out: {why}")
+
+    def skip(self, error: WhipstaffError) -> None:
+        """Something that this server lacks. Raises: the error, if the request does not allow that."""
+        if not self._is_lenient:
+            raise error
+        self.warnings.append(f"{error.param} was left out: {error.message}")
+
+
+def _options(fields: Mapping[str, Any]) -> Options:
+    is_temperature_last = flag(fields, "temperature_last")
+    source = one_of(LogprobsSource, fields, "logprobs_source", "final")
+    top, explain = None, fields.get("explain")
+    if explain is not None or source == "both":
+        top = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").top
+    return Options(is_temperature_last, explain=top, logprobs_source=source)
+
+
+def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
+    planner, found = Planner(), list[Steered]()
+    for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
+        try:
+            steered = admit(entry, path, planner, found, caps, left_out.warnings)
+            left_out.note(path, "it is off") if steered.is_off else found.append(steered)
+        except (NotFound, VectorUnfit, Unavailable) as error:
+            left_out.skip(error)
+    return SequenceSteering(found, planner.plan)
+
+
+def _decoding(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut, merges: bool) -> list[DecodingEntry]:
+    found: list[DecodingEntry] = []
+    if all(fields.get(name) is None for name in ("decoding", *SHORTHANDS, *GATES)):
+        return found
+    named = entries_in(fields.get("decoding"), "decoding", MAX_DECODING)
+    short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
+    for given in entries_of(short, named, merges):
+        try:
+            entry = admit_decoding(given, caps)
+            if entry.why_off:
+                left_out.note(given.where, entry.why_off, given.is_several)
+            else:
+                found.append(entry)
+                left_out.warnings += [warning for own in entry.steered.values() for warning in own.warnings]
+        except (NotFound, VectorUnfit, Unavailable) as error:
+            left_out.skip(error)
+    return found
+
+
+def _check_soft_prompts(models: Sequence[str], steering: SequenceSteering, decoding: Sequence[DecodingEntry]) -> None:
+    """Raises: BadRequest."""
+    everybodys = [steering, *(own for entry in decoding for own in entry.steered.values())]
+    for entry in (entry for one in everybodys for entry in one.entries) if models else ():
+        if entry.soft:
+            raise BadRequest(
+                "auxiliary models have no embeddings for the rows of a soft prompt", f"{entry.soft.path}.vector"
+            )
+
+
+def _check_lookahead(steering: Sequence[Steered], decoding: Sequence[DecodingEntry]) -> None:
+    """A token that is tried is steered as if it were chosen, which nothing may depend on. Raises: BadRequest."""
+    trying = [entry.path_of(entry.ahead) for entry in decoding if entry.ahead]
+    for entry in steering if trying else ():
+        if entry.params.schedule is not None and entry.params.schedule.shape == "entropy":
+            raise BadRequest(
+                f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
+                f"{entry.path}.schedule",
+            )

@@ -1,0 +1,79 @@
+"""Receipts: what was done to a request, for its response. Same request and same receipt mean same behaviour."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.plan import PlacedRequest
+from whipstaff.steering.fed import Fed
+from whipstaff.steering.plan import SteeringPlan
+
+RECEIPT_FIELD = "whipstaff"  # of a response
+Readings = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
+
+
+class Tally:
+    """The tokens of a request's sequences, noted as its outputs pass by."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, list[int]] = {}
+        self._generated: dict[tuple[str, int], list[int]] = {}
+
+    def note(self, output: Any) -> None:
+        """One vLLM RequestOutput; its token ids are what came since the last one."""
+        if output.prompt_token_ids is not None:
+            self._prompts[output.request_id] = output.prompt_token_ids
+        for sequence in output.outputs:
+            self._generated.setdefault((output.request_id, sequence.index), []).extend(sequence.token_ids)
+
+    def fed(self) -> list[Fed]:
+        """Every sequence."""
+        found = []
+        for (request_id, _), generated in self._generated.items():
+            prompt = self._prompts[request_id]
+            num_fed = len(prompt) + max(len(generated) - 1, 0)
+            found.append(Fed(len(prompt), num_fed, [*prompt, *generated]))
+        return found
+
+
+def receipt(compiled: CompiledRequest, placed: Sequence[PlacedRequest] = (), fed: Sequence[Fed] = ()) -> dict[str, Any]:
+    """What was done, or would be.
+
+    Args:
+        placed: the request in its prompts, as far as it got there.
+        fed: its finished sequences.
+    """
+    plan = (placed[-1].plan if placed else compiled.plan).steering or SteeringPlan(())
+    preset, companions = compiled.preset, [one for each in placed for one in each.companions]
+    return {
+        **({} if preset is None else {"preset": {"id": preset.name, "digest": preset.digest}}),
+        "steering": [entry.said(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
+        "decoding": [entry.to_json() for entry in compiled.decoding],
+        **({"sequences": companions} if companions else {}),
+        "warnings": warnings_of(compiled, placed),
+    }
+
+
+def warnings_of(compiled: CompiledRequest, placed: Sequence[PlacedRequest]) -> list[str]:
+    """What the client should know, as far as the request got."""
+    return [*compiled.warnings, *(warning for each in placed for warning in each.warnings)]
+
+
+async def final_receipt(
+    compiled: CompiledRequest, placed: Sequence[PlacedRequest], tally: Tally, readings: Readings
+) -> dict[str, Any]:
+    """What was done, once everything is generated."""
+    fed = tally.fed()
+    if readings_id := compiled.plan.readings_id:
+        found = await readings(readings_id)
+        fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
+    return receipt(compiled, placed, fed)
+
+
+def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
+    """The readings of a sequence of that length, which no other sequence then gets; none if they are gone."""
+    for index, one in enumerate(found):
+        if one["positions"] >= num_fed:
+            columns: list[Any] = found.pop(index)["columns"]
+            return columns
+    return []

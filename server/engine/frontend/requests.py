@@ -1,0 +1,425 @@
+"""vLLM's request models with the extra fields, and their way from tokens to the engine.
+
+A request carries what admission compiled of its extras. Serving (`openai`) then does three things more than vLLM's,
+once the prompts are tokenised and before anything is scheduled: `check` what vLLM will sample by, `score` the texts
+that the plan depends on, and `place` the request in each of its prompts, which may insert tokens. The sampling
+parameters that vLLM then asks for carry the plan.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol, cast
+from uuid import uuid4
+
+from fastapi.exceptions import RequestValidationError
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
+from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.utils import api_utils as vllm_routes
+from vllm.exceptions import VLLMClientError
+from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
+from vllm.sampling_params import SamplingParams
+
+from whipstaff.server import leases
+from whipstaff.server import plan as plans
+from whipstaff.server.engine.compat import chat_params
+from whipstaff.server.engine.frontend.launch import PlanDict
+from whipstaff.server.errors import BadRequest
+from whipstaff.server.leases import Lease
+from whipstaff.server.names import ALIASES, FIELDS
+from whipstaff.server.plan import PlacedRequest, Scoring
+from whipstaff.server.prompt.message_spans import Chat, Prompt
+from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
+
+Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
+NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
+NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
+
+OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream")) - {
+    "best_of"
+}  # which vLLM ignores, and which changes the answer
+_HOTTEST = 2.0  # temperature that vLLM takes
+
+
+class Compiled(Protocol):
+    """What is asked here of a compiled request: `CompiledRequest`, which admission makes and the engine does not know.
+
+    All of it may raise an exception that answers the client.
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def scores_prompts(self) -> bool: ...
+    def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
+    def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
+    def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest: ...
+
+
+class Extras(BaseModel):
+    """The fields that Whipstaff adds. They are checked by admission, which knows what this server has."""
+
+    model: str | None = None  # as vLLM has it
+    steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
+    decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
+    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
+    temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
+    on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
+    on_unknown: Any = Field(None, description='"warn" (default) of fields that nobody knows, or "error"')
+    _compiled: Compiled | None = PrivateAttr(None)
+    _placed: list[PlacedRequest] = PrivateAttr(default_factory=list)  # of its prompts, in order
+    _num_scheduled: int = PrivateAttr(0)  # of those
+    _note: NoteOutput | None = PrivateAttr(None)
+    _note_token: NoteToken | None = PrivateAttr(None)
+    _lease: Lease = PrivateAttr(leases.NOTHING)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renames(cls, body: Any) -> Any:
+        return renamed(body, cls.model_fields) if isinstance(body, dict) else body
+
+    def attach(
+        self,
+        compiled: Compiled,
+        note: NoteOutput | None = None,
+        note_token: NoteToken | None = None,
+        lease: Lease = leases.NOTHING,
+    ) -> None:
+        """Give the request what its extras came to; from here on it is not plain.
+
+        Args:
+            note: called with each of its outputs.
+            note_token: called with each explanation of one of its tokens.
+            lease: of the vectors that it names.
+        """
+        self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
+
+    @property
+    def is_plain(self) -> bool:
+        return self._compiled is None
+
+    @property
+    def placed(self) -> list[PlacedRequest]:
+        """The request in its prompts, as far as they are tokenised."""
+        return self._placed
+
+    # ---- what admission asks of a request
+
+    @property
+    def _vllm(self) -> Any:
+        """Itself, with the fields of its other base class."""
+        return self
+
+    @property
+    def may_have_extras(self) -> bool:
+        named = any(getattr(self, name, None) is not None for name in FIELDS)
+        return named or bool(self._vllm.vllm_xargs) or self.is_hot
+
+    @property
+    def is_hot(self) -> bool:
+        """Whether its temperature is one that vLLM does not take."""
+        own = self._vllm.temperature
+        return own is not None and own > _HOTTEST and not self._vllm.use_beam_search
+
+    @property
+    def truncates(self) -> bool:
+        """Whether it itself leaves out what is unlikely."""
+        is_nucleus = self._vllm.top_p is not None and self._vllm.top_p < 1
+        return is_nucleus or (self._vllm.top_k or 0) > 0 or (self._vllm.min_p or 0) > 0
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer must follow a grammar."""
+        wanted = self._vllm.response_format
+        shape = getattr(wanted, "type", "text") if wanted else "text"
+        return shape != "text" or self._vllm.structured_outputs is not None
+
+    @property
+    def unknown_names(self) -> list[str]:
+        """Its fields that neither OpenAI's protocol, vLLM nor Whipstaff knows, in its order."""
+        known, more = self.known_names(), self.model_extra or {}
+        return [name for name, value in more.items() if value is not None and name not in known]
+
+    @classmethod
+    def known_names(cls) -> frozenset[str]:
+        """The fields of a request that mean something on its route, or nothing on either and OpenAI's protocol has
+        them."""
+        return _known_names(cls)
+
+    # ---- from tokens to the engine
+
+    @property
+    def lists_tokens(self) -> bool:
+        """Whether it says which tokens are allowed, of which nothing may be left."""
+        return self._vllm.allowed_token_ids is not None and not self._vllm.use_beam_search
+
+    async def check(self, inputs: list[Any], serving: Any, max_tokens: int | None) -> None:
+        """Everything that vLLM checks when it schedules the request, before anything of ours. Raises: whatever it does;
+        BadRequest."""
+        tasks = await serving.engine_client.get_supported_tasks()
+        for index, one in enumerate(inputs):
+            most = _most_tokens(serving._extract_prompt_len(one), serving, max_tokens)
+            params = self._vllm.to_sampling_params(most, serving.default_sampling_params)
+            processor = serving.engine_client.input_processor
+            made = await processor.process_inputs_async(f"check-{uuid4()}", one, params, tasks)
+            check_something_is_left(made.sampling_params)
+            if self._compiled is not None:
+                self._compiled.check_sampling(made.sampling_params, index, len(inputs))
+
+    def prompts(self, inputs: list[Any], serving: Any, max_tokens: int | None, chat: "Chats | None") -> list[Prompt]:
+        """The request's prompts, as far as placing it needs them."""
+        room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
+        adapters = {name: (name, it.lora_int_id, it.lora_path) for name, it in serving.models.lora_requests.items()}
+        found = []
+        for index, one in enumerate(inputs):
+            ids = one["prompt_token_ids"] if one["type"] == "token" else None
+            source = _source(self, one, serving, chat) if ids else None
+            its_chat = chat.locate(chat.messages, ids) if chat and ids else None
+            num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
+            own = adapters.get(self._vllm.model or "")
+            where = index, len(inputs)
+            found.append(Prompt(num_tokens, ids, room, tokenizer, its_chat, source, adapters, own, *where))
+        return found
+
+    async def score(self, prompts: list[Prompt], serving: Any) -> None:
+        """Let the engine score the texts that companions' prompts depend on."""
+        assert self._compiled is not None
+        for prompt in prompts:
+            for name, wanted in self._compiled.wanted_scores(prompt).items():
+                prompt.scores[name] = await _log_probabilities(serving, wanted, self._vllm.model, self._lease)
+
+    def place(self, inputs: list[Any], prompts: list[Prompt], serving: Any, max_tokens: int | None) -> int | None:
+        """Place the request in each of its prompts. What it may generate at most, where vLLM would let it more."""
+        assert self._compiled is not None
+
+        def most_tokens(num_tokens: int) -> int:
+            return max(_most_tokens(num_tokens, serving, max_tokens), 1)  # to echo alone, vLLM generates one, too
+
+        for one, prompt in zip(inputs, prompts, strict=True):
+            placed = self._compiled.at_prompt(prompt, most_tokens, max_tokens is not None)
+            if placed.ids is not None:
+                one["prompt_token_ids"] = placed.ids
+            self._placed.append(placed)
+        is_capped = any(placed.max_tokens < most_tokens(placed.num_tokens) for placed in self._placed)
+        return min(placed.max_tokens for placed in self._placed) if is_capped else None
+
+    def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
+        """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
+        one that our own stages apply."""
+        params = self.cooled(make) if not self.is_plain and self.is_hot else make()
+        if self._num_scheduled < len(self._placed):
+            plan = self._plan_dict(self._num_scheduled, params)
+            params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: plan}
+            self._num_scheduled += 1
+        return params
+
+    def _plan_dict(self, index: int, params: SamplingParams) -> PlanDict:
+        """The plan of a prompt, with what watches its answers."""
+        assert self._compiled is not None
+        placed, note_token, first = self._placed[index], self._note_token, index * (self._vllm.n or 1)
+
+        def explained(choice: int, record: dict[str, Any]) -> None:
+            assert note_token is not None
+            note_token(first + choice, placed.by_client_names(record))
+
+        told = None if note_token is None else explained
+        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, told, self._lease)
+
+    def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
+        """With a temperature that vLLM does not take."""
+        own, self._vllm.temperature = self._vllm.temperature, 1.0
+        try:
+            params = make()
+        finally:
+            self._vllm.temperature = own
+        params.temperature = own
+        return params
+
+
+class ChatRequest(ChatCompletionRequest, Extras):
+    """A chat completion with the extra fields."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted. `echo` repeats the text of the last message."""
+        return self.prompt_logprobs is not None
+
+    @property
+    def echoes_scores(self) -> bool:
+        """Whether vLLM scores its prompt though nobody asked."""
+        return bool(self.echo and self.logprobs)
+
+    @property
+    def explicit_max_tokens(self) -> int | None:
+        """How many tokens the client itself wants at most."""
+        wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return cast("int | None", wanted)
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = self.planned(partial(super().to_sampling_params, *args, **kwargs))
+        if self._compiled is not None and not self.scores_prompt and not self._compiled.scores_prompts:
+            # vLLM scores the prompt of every chat that echoes, asked or not: here it would be without the method
+            params.prompt_logprobs, params.skip_reading_prefix_cache = None, False
+        return params
+
+
+class TextRequest(CompletionRequest, Extras):
+    """A text completion with the extra fields."""
+
+    @property
+    def echoes_scores(self) -> bool:
+        """Whether vLLM scores its prompt though nobody asked: of texts, it does not."""
+        return False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted."""
+        return self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None)
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        return self.planned(partial(super().to_sampling_params, *args, **kwargs))
+
+
+OpenAIRequest = ChatRequest | TextRequest
+
+
+def renamed(body: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with other servers' names of vLLM's fields replaced. Raises: BadRequest."""
+    for theirs, name in ALIASES.items() if ALIASES.keys() & body.keys() else ():
+        if (value := body.get(theirs)) is None:
+            continue
+        try:
+            checked = TypeAdapter(fields[name].annotation).validate_python(value)
+        except ValidationError as error:
+            raise BadRequest(str(error.errors()[0]["msg"]), theirs) from None
+        if body.get(name) not in (None, checked):
+            raise BadRequest(f"given twice: {name} is {body[name]!r}", theirs)
+        body = {key: other for key, other in body.items() if key != theirs} | {name: checked}
+    return body
+
+
+@cache
+def _known_names(model: type[Extras]) -> frozenset[str]:
+    aliases = {field.alias for field in model.model_fields.values() if field.alias}
+    of_others = {*ChatRequest.model_fields, *TextRequest.model_fields}
+    return (OPENAI - of_others).union(model.model_fields, aliases, ALIASES, FIELDS)
+
+
+def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> OpenAIRequest:
+    """A request from its JSON. Raises: what a route with this request model would."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+def check_sampling(request: OpenAIRequest, is_hot_taken: bool) -> None:
+    """Check the ranges of a request's sampling parameters. Raises: BadRequest."""
+    make = partial(request.to_sampling_params, max(request.max_tokens or 1, request.min_tokens), {})
+    try:
+        request.cooled(make) if is_hot_taken else make()
+    except (ValueError, VLLMClientError) as error:
+        raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
+
+
+def check_something_is_left(params: SamplingParams) -> None:
+    """Refuse bans that leave none of the allowed tokens: vLLM would generate padding. Raises: BadRequest.
+
+    Args:
+        params: with the tokens of words and the ones that stop, as vLLM's input processor leaves them.
+    """
+    if params.allowed_token_ids is None:
+        return
+    left = set(params.allowed_token_ids) - {word[0] for word in params.bad_words_token_ids or () if len(word) == 1}
+    if not left:
+        raise BadRequest("these are all of allowed_token_ids: no token is left to generate", "bad_words")
+    if params.min_tokens and params.structured_outputs is None and not left - params.all_stop_token_ids:
+        raise BadRequest(
+            "no token is left to generate before so many: those of allowed_token_ids all end the answer", "min_tokens"
+        )
+
+
+def _most_tokens(num_tokens: int, serving: Any, max_tokens: int | None) -> int:
+    """How many tokens vLLM lets follow a prompt of that length."""
+    most: int = vllm_routes.get_max_tokens(
+        serving.model_config.max_model_len,
+        max_tokens,
+        num_tokens,
+        serving.default_sampling_params,
+        serving.override_max_tokens,
+    )
+    return most
+
+
+# ---- prompts
+
+
+class Chats(NamedTuple):
+    """A chat request's messages, and what its template makes of messages."""
+
+    messages: Sequence[Any]
+    text_of: Render
+    locate: LocateChat
+    adds_special_tokens: bool
+
+
+def chats_of(request: ChatRequest, conversation: list[Any], serving: Any) -> Chats | None:
+    """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
+    renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
+    if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
+        return None
+    tools = None
+    if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
+        tools = [tool.model_dump() for tool in request.tools]
+    params = chat_params(request, renderer)
+    defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
+    settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
+
+    def text_of(messages: Sequence[Any], is_prompt: bool) -> str:
+        ends_here = {} if is_prompt else {"add_generation_prompt": False, "continue_final_message": False}
+        return str(
+            safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
+        )
+
+    def locate(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
+        return Chat(tokenizer, messages, ids, text_of)
+
+    return Chats(conversation, text_of, locate, request.add_special_tokens)
+
+
+def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
+    """A prompt as a source of others; None for chats that no Hugging Face template made."""
+    tokenizer, renderer = serving.renderer.tokenizer, serving.online_renderer
+    if tokenizer is None or (chat is None and isinstance(request, ChatRequest)):
+        return None
+
+    def ids_of(messages: Sequence[Any]) -> list[int]:
+        if chat is not None:
+            text, adds = chat.text_of(messages, True), chat.adds_special_tokens
+        else:
+            template = {"chat_template": renderer.chat_template, "add_generation_prompt": True, "tokenize": False}
+            text = str(safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **template))
+            adds = False
+        found: list[int] = tokenizer.encode(text, add_special_tokens=adds)
+        return found
+
+    adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
+    messages, written = chat.messages if chat else None, prompt.get("prompt")
+    locate = None if chat is None else chat.locate
+    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, locate)
+
+
+async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None, lease: Lease) -> list[float]:
+    """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked by vectors
+    of which the caller has a lease."""
+    plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), lease=lease) if wanted.steering else None
+    extra = {plans.PLAN_KEY: plan} if plan else None
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
+    ids = list(wanted.ids)
+    prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
+    async for output in serving.engine_client.generate(prompt, params, f"score-{uuid4()}", lora_request=adapter):
+        said = output.prompt_logprobs or said
+    return [said[position][ids[position]].logprob for position in wanted.positions[1:]] if said else []
