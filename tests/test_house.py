@@ -18,7 +18,7 @@ MAY_IMPORT = {
 
 SERVER = "whipstaff.server"
 ENGINE = f"{SERVER}.engine"
-EVERYWHERE = {"errors", "metrics", "plan", "leases"}  # modules of server/ that every room of it may import
+EVERYWHERE = {"errors", "leases", "metrics", "names", "plan"}  # modules of server/ that every room of it may import
 # What the rooms of server/ may import of it. app.py, which puts them together, is the only one that knows all.
 SERVER_ROOMS = {
     "prompt": set(),

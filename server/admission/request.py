@@ -304,6 +304,6 @@ def _stream_names(decoding: DecodingPlan | None, companions: Sequence[PlacedComp
     """As explanations call the streams of companions -> by the name or the field that the client gave."""
     names = [companion.name for companion in companions]
     labels = [one.name if names.count(one.name) == 1 else one.path for one in companions]
-    mix = decoding.mix if decoding else None
-    read = [(stream, labels[stream.companion - 1]) for stream in (mix.streams if mix else ()) if stream.companion]
+    streams = decoding.mix.streams if decoding and decoding.mix and companions else ()  # none: it is looked at only
+    read = [(stream, labels[stream.companion - 1]) for stream in streams if stream.companion]
     return {stream.label: f"{stream.model}[{label}]" if stream.model else label for stream, label in read}

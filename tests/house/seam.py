@@ -32,45 +32,47 @@ ROUTERS = "vllm.model_executor.layers.fused_moe.router"
 
 # Our class -> vLLM's that it is laid over: a base class, or what an instance was before its class was swapped.
 LAID_OVER: dict[str, tuple[str, ...]] = {
-    "lora._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
-    "attention.EditedAttention": (
+    "worker.lora._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
+    "worker.edits.attention.EditedAttention": (
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
-    "model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
+    "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "explanations.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
-    "groups.GroupedScheduling": (SCHEDULER,),
-    "launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
-    "requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
-    "requests.TextRequest": ("vllm.entrypoints.openai.completion.protocol.CompletionRequest",),
-    "openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
-    "openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
-    "openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
-    "guard.Guard": ("vllm.entrypoints.serve.middleware.authenticate.AuthenticationMiddleware",),
-    "routing.EditedRouter": (
+    "scheduler.groups.GroupedScheduling": (SCHEDULER,),
+    "frontend.launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
+    "frontend.requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
+    "frontend.requests.TextRequest": ("vllm.entrypoints.openai.completion.protocol.CompletionRequest",),
+    "frontend.openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
+    "frontend.openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
+    "frontend.openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
+    "frontend.guard.Guard": ("vllm.entrypoints.serve.middleware.authenticate.AuthenticationMiddleware",),
+    "worker.edits.routing.EditedRouter": (
         f"{ROUTERS}.cpu_router.CPURouter",
         f"{ROUTERS}.custom_routing_router.CustomRoutingRouter",
         f"{ROUTERS}.fused_topk_bias_router.FusedTopKBiasRouter",
         f"{ROUTERS}.fused_topk_router.FusedTopKRouter",
         f"{ROUTERS}.grouped_topk_router.GroupedTopKRouter",
     ),
-    "runner_v1.SteeredRunner": (V1,),
-    "runner_v1.WatchedSampler": ("vllm.v1.sample.sampler.Sampler",),
-    "runner_v2.SteeredRunner": (V2,),
-    "runner_v2.WatchedSampler": ("vllm.v1.worker.gpu.sample.sampler.Sampler",),
-    "runner_v2.WatchedScorer": ("vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker",),
-    "scheduler.SteeredScheduling": (SCHEDULER,),
-    "scheduler.SteeredScheduler": (SCHEDULER,),
-    "scheduler.AsyncSteeredScheduler": ("vllm.v1.core.sched.async_scheduler.AsyncScheduler",),
-    "sites.EditedBlock": ("vllm.model_executor.models.llama.LlamaDecoderLayer",),
-    "sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
-    "sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
-    "sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
-    "soft_prompts.Overridden": ("vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",),
-    "worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
-    "worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
-    "worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
+    "worker.runner_v1.SteeredRunner": (V1,),
+    "worker.runner_v1.WatchedSampler": ("vllm.v1.sample.sampler.Sampler",),
+    "worker.runner_v2.SteeredRunner": (V2,),
+    "worker.runner_v2.WatchedSampler": ("vllm.v1.worker.gpu.sample.sampler.Sampler",),
+    "worker.runner_v2.WatchedScorer": ("vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker",),
+    "scheduler.scheduler.SteeredScheduling": (SCHEDULER,),
+    "scheduler.scheduler.SteeredScheduler": (SCHEDULER,),
+    "scheduler.scheduler.AsyncSteeredScheduler": ("vllm.v1.core.sched.async_scheduler.AsyncScheduler",),
+    "worker.edits.sites.EditedBlock": ("vllm.model_executor.models.llama.LlamaDecoderLayer",),
+    "worker.edits.sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
+    "worker.edits.sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
+    "worker.edits.sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
+    "worker.edits.soft_prompts.Overridden": (
+        "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
+    ),
+    "worker.worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
+    "worker.worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
+    "worker.worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
 }
 
 
@@ -139,7 +141,7 @@ class Seam:
 
     def __init__(self, only: str = "*") -> None:
         """`only` one of our modules."""
-        self._trees = {path.stem: ast.parse(path.read_text()) for path in sorted(ENGINE.rglob(f"{only}.py"))}
+        self._trees = {_module(path): ast.parse(path.read_text()) for path in sorted(ENGINE.rglob(f"{only}.py"))}
 
     def imported(self) -> set[str]:
         """Everything that is imported from vLLM."""
@@ -189,6 +191,11 @@ class Seam:
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
         } - ours
+
+
+def _module(path: Path) -> str:
+    """A module's name within `server.engine`."""
+    return ".".join(path.relative_to(ENGINE).with_suffix("").parts)
 
 
 def _from_vllm(node: ast.AST) -> list[ast.alias]:
