@@ -34,6 +34,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.patch import swap
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
 _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
@@ -248,9 +249,7 @@ class AttentionEdits:
                     key, value = edits._with_prefixes(layer, key, value)
                 cls.do_kv_cache_update(self, owner, key, value, *args, **kwargs)
 
-        EditedAttention.__name__, EditedAttention.__qualname__ = cls.__name__, cls.__qualname__
-        EditedAttention.__module__ = cls.__module__
-        impl.__class__ = EditedAttention
+        swap(impl, EditedAttention)
 
     def _edit(self, layer: int, query: Tensor, cache: Tensor, block_table: Tensor, output: Tensor) -> None:
         """Edit (T, heads, Dv) `output` in place, for the tokens that ask."""
