@@ -9,7 +9,7 @@ from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
 from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
 
 PLAN_KEY = "whipstaff"
-STEPS_AHEAD = 2  # a member that is not needed any more may have been given as many tokens more
+STEPS_AHEAD = 2  # a companion that is not needed any more may have been given as many tokens more
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class RequestPlan:
 
     @cached_property
     def untils(self) -> tuple[int | None, ...]:
-        """Of each member, the generated tokens after which it is not needed any more."""
+        """Of each companion, the generated tokens after which it is not needed any more."""
         return tuple(companion.until for companion in self.companions)
 
     def plan_of(self, index: int) -> "RequestPlan | None":
-        """What a member needs for itself; 1 is the first. None if nothing."""
+        """What a companion needs for itself; 1 is the first. None if nothing."""
         terms = self.decoding.mix.terms if self.decoding and self.decoding.mix else ()
         models = {term.stream.model for term in terms if term.stream.companion == index and term.stream.model}
         steering = self.companions[index - 1].steering

@@ -13,6 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from whipstaff.server.engine.config import require_eager_attention
+from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
 from whipstaff.steering.kinds.attention import RowOverride, ScoreBias
 
@@ -43,7 +44,7 @@ class SteppingWorker(CPUWorker):
                 worker.begin_step(self.input_batch, self.query_start_loc.np)
                 return super()._model_forward(*args, **kwargs)
 
-        runner.__class__ = SteppingRunner
+        swap(runner, SteppingRunner)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)

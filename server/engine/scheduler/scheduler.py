@@ -16,7 +16,8 @@ from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
-from whipstaff.server.engine.scheduler.groups import GroupedScheduling, companions
+from whipstaff.server.engine.scheduler.group import companions
+from whipstaff.server.engine.scheduler.groups import GroupedScheduling
 from whipstaff.server.engine.scheduler.slots import Slots
 from whipstaff.server.engine.step_notes import SlotUse, StepNotes, attach_notes
 from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of

@@ -11,7 +11,7 @@ from whipstaff.server.plan import PositionedPlan
 
 Ints = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
-ABSENT = -1  # the row of a member that takes no part any more
+ABSENT = -1  # the row of a companion that takes no part any more
 
 
 class TokenSpan(NamedTuple):
@@ -45,9 +45,9 @@ class BatchView:
         """With the rows of coupled sequences.
 
         Args:
-            groups: by a primary's id, its companions' ids in member order, None for those that were dropped.
+            groups: by a primary's id, its companions' ids in order, None for those that were dropped.
 
-        Raises: RuntimeError where a token would be drawn without a member that it needs.
+        Raises: RuntimeError where a token would be drawn without a companion that it needs.
         """
         coupled = [(row, placed) for row, placed in self.planned() if placed.plan.companions and self.draws[row]]
         if not coupled:
@@ -62,7 +62,7 @@ class BatchView:
         return replace(self, companions=companions, companion_rows=companion_rows)
 
     def _taking_part(self, row: int, placed: PositionedPlan, rows: Sequence[int]) -> tuple[int, ...]:
-        """Members leave when tokens have been delivered, which may be some steps after they were needed."""
+        """Companions leave when tokens have been delivered, which may be some steps after they were needed."""
         num_generated = int(self.positions[row] + self.starts[row + 1] - self.starts[row]) - placed.prompt_len
         taking = [
             other if until is None or num_generated < until else None

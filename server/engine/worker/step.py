@@ -37,6 +37,7 @@ class WorkerStep:
         self.requests, self.edits, self.pipeline = requests, edits, pipeline
         self.num_steps = 0
         self.notes = StepNotes({}, SlotUse(), GroupUse())  # as the scheduler told them last
+        self._companion_rows: Sequence[tuple[int, int]] = ()  # of the step to be sampled
         self._copies = TokenCopies()
 
     @property
@@ -61,7 +62,7 @@ class WorkerStep:
     def begin(self, view: BatchView, input_ids: Tensor | None) -> None:
         """A real step's forward pass begins. Profiling, warm-up and graph capture are none."""
         self.num_steps += 1
-        self._copies.companion_rows = view.companion_rows
+        self._companion_rows = view.companion_rows
         self.pipeline.begin_step(view, input_ids)
         self.edits.begin_step(view, input_ids)
 
@@ -71,7 +72,7 @@ class WorkerStep:
 
     def give_to_companions_(self, sampled: Tensor) -> None:
         """(B, 1) token ids: companions' become those of their primaries."""
-        self._copies.apply_(sampled)
+        self._copies.apply_(sampled, self._companion_rows)
 
     def tell(self, output: Any) -> Any:
         """The step's output, with its explanations."""

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
-from whipstaff.server.engine.scheduler.groups import companions
+from whipstaff.server.engine.scheduler.group import companions
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where

@@ -24,7 +24,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import configure
-from whipstaff.server.engine.scheduler.scheduler import NO_TOKEN_LEFT, AsyncSteeredScheduler, SteeredScheduler
+from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT
+from whipstaff.server.engine.scheduler.scheduler import AsyncSteeredScheduler, SteeredScheduler
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan

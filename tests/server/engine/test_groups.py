@@ -26,7 +26,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.scheduler.groups import MEMBER_CONTEXT
+from whipstaff.server.engine.scheduler.group import MEMBER_CONTEXT
 from whipstaff.server.plan import CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Vector

@@ -35,6 +35,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.patch import swap
 from whipstaff.steering.kinds.attention import AttentionEdit, PrefixRows, RowOverride, ScoreBias, SideTokens
 from whipstaff.steering.served import AttentionAbilities
 
@@ -219,9 +220,7 @@ class AttentionEdits:
                     key, value = edits._with_prefixes(layer, key, value)
                 cls.do_kv_cache_update(self, owner, key, value, *args, **kwargs)
 
-        EditedAttention.__name__, EditedAttention.__qualname__ = cls.__name__, cls.__qualname__
-        EditedAttention.__module__ = cls.__module__
-        impl.__class__ = EditedAttention
+        swap(impl, EditedAttention)
 
     def _edit(self, layer: int, query: Tensor, cache: Tensor, block_table: Tensor, output: Tensor) -> None:
         """Edit (T, heads, Dv) `output` in place, for the tokens that ask."""

@@ -29,6 +29,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine.patch import swap
 from whipstaff.steering.kinds.router import ROUTER
 from whipstaff.steering.plan import ModuleEdit
 from whipstaff.steering.routing_scheme import FORCE, OFF, PRE, RENORM, ZERO, Routing, RoutingError, Scheme
@@ -167,14 +168,8 @@ def _adopt(router: Any, scheme: Scheme, code: Tensor, slots: Tensor) -> None:
             )
             return weights, ids
 
-    EditedRouter.__name__, EditedRouter.__qualname__, EditedRouter.__module__ = (
-        cls.__name__,
-        cls.__qualname__,
-        cls.__module__,
-    )
     assert isinstance(router, BaseRouter)
-    router.whipstaff_code, router.whipstaff_slots, router.whipstaff_bias = code, slots, scheme.bias
-    router.__class__ = EditedRouter
+    swap(router, EditedRouter, whipstaff_code=code, whipstaff_slots=slots, whipstaff_bias=scheme.bias)
 
 
 def reroute_(
