@@ -284,4 +284,4 @@ def _reading(vector: Vector, probe: ProbeRead) -> Reading:
     bias = float(parts["bias"]) if "bias" in parts else 0.0
     is_cosine = vector.header.defaults.get("metric", "dot") == "cosine"
     direction = parts["direction"] / parts["direction"].norm() if is_cosine else parts["direction"]
-    return Reading(direction, bias, probe.column, probe.is_latched, is_cosine)
+    return Reading(direction, bias, probe.condition_index, probe.is_latched, is_cosine)

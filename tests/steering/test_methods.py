@@ -554,7 +554,7 @@ def through_tables(vector: Vector, said: dict[str, Any], x: Tensor, gain: float 
     method: Any = vector.method
     params = method.params.model_validate(said)
     method.check_params(params, vector.tensors)
-    edit = Edit(vector.digest, params.model_dump_json(), None, gate=Gate(lane=0))
+    edit = Edit(vector.digest, params.model_dump_json(), None, gate=Gate(schedule_index=0))
     weight = weigh(vector, edit)
     edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
     held = room(num_slots((edit,), SHAPE.num_layers), {vector.digest: vector})
@@ -835,7 +835,13 @@ def executed(ops: Any, x: Tensor) -> None:
 
 
 PROGRAMS = [name for name in EXAMPLES if METHODS[name].kind is EDITS]
-GATES = [OPEN, Gate(lane=0), Gate(lane=1), Gate(column=0, on=0.5, off=0.5), Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0))]
+GATES = [
+    OPEN,
+    Gate(schedule_index=0),
+    Gate(schedule_index=1),
+    Gate(condition_index=0, on=0.5, off=0.5),
+    Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0)),
+]
 PROBE = file_of("probe", EXAMPLES["probe"][0])
 PLACES = sorted({canonical(HookPoint(site, layer)) for site in SITES if site != "router" for layer in range(3)})
 
