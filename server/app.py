@@ -75,7 +75,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
         del files  # from here on the library alone says which vectors live
         if engine.index == 0:
             await prove(engine, await library.current())
-            await note_proven(engine, (await library.current()).lengths.by_place)
+            await note_proven(engine, (await library.current()).lengths.by_point)
         app = await extend(await openai.build(engine, args), engine, library, settings)
         stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:

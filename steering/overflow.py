@@ -28,14 +28,14 @@ def max_amplification(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
             came before; those elsewhere act on normalised activations and add what they make to the stream.
     """
     at: dict[HookPoint, Bound] = {}
-    for place, (factor, constant) in bounds:  # those of one place are made one after the other
-        before, plus = at.get(place, (1.0, 0.0))
-        at[place] = before * factor, plus * factor + constant
+    for point, (factor, constant) in bounds:  # those of one place are made one after the other
+        before, plus = at.get(point, (1.0, 0.0))
+        at[point] = before * factor, plus * factor + constant
     size = 1.0
-    for place, (factor, constant) in at.items():
-        if place.site == "router":  # its logits choose and weigh experts; they reach no activation
+    for point, (factor, constant) in at.items():
+        if point.site == "router":  # its logits choose and weigh experts; they reach no activation
             continue
-        size = size * factor + constant if place.site in _IN_STREAM else size + factor - 1.0 + constant
+        size = size * factor + constant if point.site in _IN_STREAM else size + factor - 1.0 + constant
     return size
 
 

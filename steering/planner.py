@@ -91,7 +91,7 @@ class Planner:
             edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
             self.edits.append(PlannedEdit(edit, its_where))
             most = max(1.0, params.schedule.largest if params.schedule else 1.0)
-            self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
+            self.bounds += [(point, _scaled(limits, most)) for point, limits in weight.bounds]
         return range(first, len(self.edits))
 
     def add_module_edit(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedModuleEdit:
@@ -134,7 +134,7 @@ class Planner:
             return Gate(schedule_index=schedule_index, ramp=ramp)
         assert probe is not None
         layer = _probe_layer(when, probe)
-        chosen = [canonical(place).layer for place in vector.tensors if layers is None or place.layer in layers]
+        chosen = [canonical(point).layer for point in vector.tensors if layers is None or point.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
                 f"the probe is read after layer {layer}, and this edit begins in layer {early}: an edit can only "

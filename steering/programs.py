@@ -142,8 +142,8 @@ class Program:
 def lines_of(programs: Mapping[HookPoint, Program]) -> dict[str, list[Line]]:
     """The lines that the programs of a row take, by pool, each once."""
     found: dict[str, dict[Line, None]] = {}
-    for place, program in programs.items():
-        found.setdefault(pool_of(place.site), {}).update(dict.fromkeys(program.lines))
+    for point, program in programs.items():
+        found.setdefault(pool_of(point.site), {}).update(dict.fromkeys(program.lines))
     return {pool: list(lines) for pool, lines in found.items() if lines}
 
 

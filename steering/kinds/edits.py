@@ -82,7 +82,7 @@ class EditMethod(Method[P]):
     kind = EDITS
 
     @abstractmethod
-    def ops(self, tensors: Tensors, params: P, place: HookPoint, model: ModelShape) -> Sequence[EditOp]: ...
+    def ops(self, tensors: Tensors, params: P, point: HookPoint, model: ModelShape) -> Sequence[EditOp]: ...
 
 
 class ScaledMethod(EditMethod[S]):
@@ -93,11 +93,11 @@ class ScaledMethod(EditMethod[S]):
     def is_off(self, params: S) -> bool:
         return params.scale == 0
 
-    def ops(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return self.edits(tensors, params, place, model) if params.scale else ()
+    def ops(self, tensors: Tensors, params: S, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+        return self.edits(tensors, params, point, model) if params.scale else ()
 
     @abstractmethod
-    def edits(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: S, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         """The edits at one hook point at a strength that is not 0."""
 
 
@@ -175,4 +175,4 @@ def _largest_dose(vector: Vector, planned: Iterable[PlannedEdit], lengths: Lengt
 
 
 def _describe(dose: Dose) -> dict[str, Any]:
-    return {"relative": dose.relative, "at": f"{dose.place.site}.{dose.place.layer}"}
+    return {"relative": dose.relative, "at": f"{dose.point.site}.{dose.point.layer}"}

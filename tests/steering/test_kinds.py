@@ -40,7 +40,7 @@ class Nudge(ScaledMethod[Scaled]):
     name, paper, params, sites, where = "nudge", "none", Scaled, ("mlp_out",), "all"
     parts: ClassVar = {"push": ("width",)}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["push"]),)
 
 

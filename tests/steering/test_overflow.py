@@ -59,7 +59,7 @@ def test_taking_a_direction_away_everywhere_grows_nothing() -> None:
     direction = torch.nn.functional.normalize(torch.randn(1, WIDTH))
     ablate = bound([directions(direction, direction, Phi.AFFINE, -1.0)])
     hook_points = [HookPoint(site, layer) for layer in range(200) for site in ("resid_pre", "resid_post")]
-    assert max_amplification((place, ablate) for place in hook_points) == pytest.approx(1.0, rel=1e-3)
+    assert max_amplification((point, ablate) for point in hook_points) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_doubling_in_every_layer_ends_beyond_what_float16_holds() -> None:
