@@ -356,7 +356,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     specs = [SiteSpec(HookPoint("resid_post", layer), 0, HIDDEN) for layer in range(LAYERS)]
     specs += [SiteSpec(HookPoint("attn_head", layer), 0, HIDDEN) for layer in range(LAYERS)]
     registry = VectorSnapshot(read_vectors([Path(made["vectors"])]), SHAPE)
-    caps = Capabilities(registry, {}, num_layers=LAYERS, hook_points=frozenset(spec.place for spec in specs))
+    caps = Capabilities(registry, {}, num_layers=LAYERS, hook_points=frozenset(spec.point for spec in specs))
     vector = caps.registry.usable("everywhere", "")
     compiled = [compile_extras(steered(config), caps) for config in range(64)]
     plans = [PositionedPlan(one.plan, PROMPT_LEN) for one in compiled if one is not None]

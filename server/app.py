@@ -71,7 +71,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
         del files  # from here on the library alone says which vectors live
         if engine.index == 0:
             await prove(engine, await registry.current())
-            await note_proven(engine, (await registry.current()).lengths.by_place)
+            await note_proven(engine, (await registry.current()).lengths.by_point)
         app = await extend(await openai.build(engine, args), engine, registry, settings)
         stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:

@@ -133,7 +133,7 @@ class PositionedPlan:
     def latched_columns(self) -> list[bool]:
         """Of every condition, whether it is decided once."""
         steering = self.plan.steering
-        latched = {p.probe.column for p in steering.probes if p.probe.is_latched} if steering else set()
+        latched = {p.probe.condition_index for p in steering.probes if p.probe.is_latched} if steering else set()
         return [column in latched for column in range(self.num_columns)]
 
     @cached_property

@@ -145,15 +145,15 @@ def fired(gate: Gate, columns: Sequence[Readings], positions: Iterable[int]) -> 
 
 
 def _openings(gate: Gate, columns: Sequence[Readings], positions: Iterable[int]) -> Iterable[bool | None]:
-    holds = [] if gate.column < 0 else _states(gate, columns[gate.column])
+    holds = [] if gate.condition_index < 0 else _states(gate, columns[gate.condition_index])
     for position in positions:
         is_open: bool | None = True
-        if gate.column >= 0:
+        if gate.condition_index >= 0:
             index = 0 if gate.is_latched else position
             is_open = holds[index] if index < len(holds) else None
         if is_open and gate.ramp is not None:
-            column, low, high, at_low, at_high = gate.ramp
-            reading = columns[column][position] if position < len(columns[column]) else None
+            condition_index, low, high, at_low, at_high = gate.ramp
+            reading = columns[condition_index][position] if position < len(columns[condition_index]) else None
             share = 0.0 if reading is None else min(max((reading - low) / (high - low), 0.0), 1.0)
             is_open = at_low + (at_high - at_low) * share != 0
         yield is_open

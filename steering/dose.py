@@ -23,15 +23,15 @@ class Dose(NamedTuple):
     """The largest of an edit's doses and where it is given."""
 
     relative: float
-    place: HookPoint
+    point: HookPoint
 
 
 def largest(doses: Mapping[HookPoint, float]) -> Dose | None:
     """The largest of some doses; None of none."""
     if not doses:
         return None
-    place = max(doses, key=lambda each: doses[each])
-    return Dose(doses[place], place)
+    point = max(doses, key=lambda each: doses[each])
+    return Dose(doses[point], point)
 
 
 def dose(ops: Iterable[EditOp], length: float) -> float:

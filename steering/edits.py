@@ -32,22 +32,22 @@ def edits_of(vector: Vector, edit: Edit) -> dict[HookPoint, tuple[EditOp, ...]]:
     """What an edit does at each place, by the place's canonical name."""
     params = settings_of(vector, edit)
     found: dict[HookPoint, tuple[EditOp, ...]] = {}
-    for place, tensors in vector.tensors.items():
-        if edit.layers is None or place.layer in edit.layers:
-            ops = tuple(_made(vector, edit, params, place, tensors))
+    for point, tensors in vector.tensors.items():
+        if edit.layers is None or point.layer in edit.layers:
+            ops = tuple(_made(vector, edit, params, point, tensors))
             if ops:
-                found[canonical(place)] = (*found.get(canonical(place), ()), *ops)
+                found[canonical(point)] = (*found.get(canonical(point), ()), *ops)
     return found
 
 
-def _made(vector: Vector, edit: Edit, params: EditParams, place: HookPoint, tensors: Any) -> Sequence[EditOp]:
+def _made(vector: Vector, edit: Edit, params: EditParams, point: HookPoint, tensors: Any) -> Sequence[EditOp]:
     method, model = vector.method, vector.header.model
     if not edit.normalize:
-        return method.ops(tensors, params, place, model)
+        return method.ops(tensors, params, point, model)
     assert isinstance(params, Scaled)
     if not params.scale:
         return ()
-    ops = method.ops(tensors, params.model_copy(update={"scale": 1.0}), place, model)
+    ops = method.ops(tensors, params.model_copy(update={"scale": 1.0}), point, model)
     adds = [op.add for op in ops if isinstance(op, Diagonal) and op.add is not None and op.add.any()]
     return [Diagonal(None, params.scale * add / add.norm()) for add in adds]
 
@@ -79,10 +79,10 @@ def _weigh(vector: Vector, edit: Edit) -> Weight:
     if edit.normalize and not _can_normalize(vector, edit):
         raise SteeringError("normalize is for vectors that are added; this one does something else", "normalize")
     made = edits_of(vector, edit)
-    programs = {place: assemble([], [Step(ops, edit.gate, edit.renorm)]) for place, ops in made.items()}
+    programs = {point: assemble([], [Step(ops, edit.gate, edit.renorm)]) for point, ops in made.items()}
     num_lines = max(map(len, lines_of(programs).values()), default=0)
     longest = max((len(program.codes) for program in programs.values()), default=0)
-    bounds = tuple((place, bound(ops)) for place, ops in sorted(made.items(), key=lambda item: item[0].layer))
+    bounds = tuple((point, bound(ops)) for point, ops in sorted(made.items(), key=lambda item: item[0].layer))
     only_adds = not edit.renorm and all(_only_adds(op) for ops in made.values() for op in ops)
     return Weight(num_lines, longest, bounds, only_adds)
 
@@ -91,16 +91,16 @@ def _weigh(vector: Vector, edit: Edit) -> Weight:
 class Lengths:
     """The usual length of activations at every place of the served model."""
 
-    by_place: Mapping[HookPoint, float]
+    by_point: Mapping[HookPoint, float]
 
 
 def strongest(vector: Vector, edit: Edit, lengths: Lengths) -> Dose | None:
     """The largest relative dose of an edit, over the hook points whose lengths are known."""
-    return vector.once((edit, lengths), lambda: _strongest(vector, edit, lengths.by_place))
+    return vector.once((edit, lengths), lambda: _strongest(vector, edit, lengths.by_point))
 
 
 def _strongest(vector: Vector, edit: Edit, known: Mapping[HookPoint, float]) -> Dose | None:
-    return largest({place: dose(ops, known[place]) for place, ops in edits_of(vector, edit).items() if place in known})
+    return largest({point: dose(ops, known[point]) for point, ops in edits_of(vector, edit).items() if point in known})
 
 
 def _can_normalize(vector: Vector, edit: Edit) -> bool:
@@ -110,6 +110,6 @@ def _can_normalize(vector: Vector, edit: Edit) -> bool:
     one, model = params.model_copy(update={"scale": 1.0}), vector.header.model
     return all(
         _only_adds(op)
-        for place, tensors in vector.tensors.items()
-        for op in vector.method.ops(tensors, one, place, model)
+        for point, tensors in vector.tensors.items()
+        for op in vector.method.ops(tensors, one, point, model)
     )

@@ -25,14 +25,16 @@ def num_edited(planned: Sequence[PlannedEdit | PlannedModuleEdit], fed: Sequence
 def fired_tokens(planned: Sequence[PlannedEdit], fed: Sequence[Fed]) -> dict[str, Any]:
     """On how many tokens a condition, or an entropy, let an entry through, of those where that is known: the receipt's
     `fired`, where the entry has a condition."""
-    if not planned or (planned[0].edit.gate.column < 0 and planned[0].edit.gate.ramp is None):
+    if not planned or (planned[0].edit.gate.condition_index < 0 and planned[0].edit.gate.ramp is None):
         return {}
     gate, counts = planned[0].edit.gate, [0, 0]
     for sequence in fed:
         for one in planned if sequence.columns else ():
             found = fired(gate, sequence.columns, _positions(one, sequence))
             counts = [counts[0] + found.num_open, counts[1] + found.num_known]
-    readings = [sequence.columns[gate.column][0] for sequence in fed if sequence.columns] if gate.is_latched else []
+    readings = (
+        [sequence.columns[gate.condition_index][0] for sequence in fed if sequence.columns] if gate.is_latched else []
+    )
     return {"fired": {"tokens": counts[0], "of": counts[1], **({"readings": readings} if readings else {})}}
 
 

@@ -95,7 +95,7 @@ class Method(ABC, Generic[P]):
         """Where parts without a place of their own apply."""
         return []
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         """Checks on a file beyond names, shapes and finite numbers. Raises: SteeringError."""
         return None
 
@@ -135,7 +135,7 @@ class Method(ABC, Generic[P]):
         """How many readings decide together which of them are active (see `ops.TopK`); 0 for most methods."""
         return 0
 
-    def ops(self, tensors: Tensors, params: P, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def ops(self, tensors: Tensors, params: P, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         """The edits of activations at one hook point, applied in order."""
         return ()
 

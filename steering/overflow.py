@@ -1,7 +1,7 @@
 """How large a request's edits can make activations: a bound at admission, so that nobody overflows the model.
 
-Beyond MAX_GROWTH activations overflow: what a request then leaves in the KV cache is not finite, and attention kernels
-that multiply masked entries by zero carry that into the next request which gets the block.
+Beyond MAX_AMPLIFICATION activations overflow: what a request then leaves in the KV cache is not finite, and attention
+kernels that multiply masked entries by zero carry that into the next request which gets the block.
 """
 
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from whipstaff.steering.ops import Cross, Diagonal, Directions, EditOp, Replacem
 
 # What activations of size one may become, by dtype. Normalisation squares activations in float32, so bfloat16 and
 # float32 models have room for 1e15 and a large activation besides; float16 itself ends at 65504.
-MAX_GROWTH = {"float16": 1e3, "bfloat16": 1e15, "float32": 1e15}
+MAX_AMPLIFICATION = {"float16": 1e3, "bfloat16": 1e15, "float32": 1e15}
 Bound = tuple[float, float]  # (f, c): what is at most s becomes at most f * s + c
 _IN_STREAM = ("resid_pre", "resid_post")
 
 
-def growth(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
+def max_amplification(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
     """How large the edits can make an activation of size one on its way through all layers, at most.
 
     Args:
@@ -28,14 +28,14 @@ def growth(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
             came before; those elsewhere act on normalised activations and add what they make to the stream.
     """
     at: dict[HookPoint, Bound] = {}
-    for place, (factor, constant) in bounds:  # those of one place are made one after the other
-        before, plus = at.get(place, (1.0, 0.0))
-        at[place] = before * factor, plus * factor + constant
+    for point, (factor, constant) in bounds:  # those of one place are made one after the other
+        before, plus = at.get(point, (1.0, 0.0))
+        at[point] = before * factor, plus * factor + constant
     size = 1.0
-    for place, (factor, constant) in at.items():
-        if place.site == "router":  # its logits choose and weigh experts; they reach no activation
+    for point, (factor, constant) in at.items():
+        if point.site == "router":  # its logits choose and weigh experts; they reach no activation
             continue
-        size = size * factor + constant if place.site in _IN_STREAM else size + factor - 1.0 + constant
+        size = size * factor + constant if point.site in _IN_STREAM else size + factor - 1.0 + constant
     return size
 
 

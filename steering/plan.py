@@ -30,11 +30,11 @@ class Edit(NamedTuple):
 
 
 class ProbeRead(NamedTuple):
-    """One probe to read; `column` is the condition of the request that it decides."""
+    """One probe to read; `condition_index` is the condition of the request that it decides."""
 
     digest: str
     layer: int
-    column: int
+    condition_index: int
     is_latched: bool
 
 
@@ -118,7 +118,7 @@ class SteeringPlan:
     @property
     def num_columns(self) -> int:
         """How many of the engine's histories the request needs."""
-        return max([self.entropy_column, *(planned.probe.column for planned in self.probes)]) + 1
+        return max([self.entropy_column, *(planned.probe.condition_index for planned in self.probes)]) + 1
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -197,7 +197,7 @@ def _gate(gate: Gate) -> list[Any] | None:
     if gate.is_open:
         return None
     ramp = None if gate.ramp is None else list(gate.ramp)
-    return [gate.lane, gate.column, gate.is_latched, gate.on, gate.off, gate.sign, ramp]
+    return [gate.schedule_index, gate.condition_index, gate.is_latched, gate.on, gate.off, gate.sign, ramp]
 
 
 def _where(where: Where) -> dict[str, Any]:
@@ -217,8 +217,9 @@ def _edit_from_wire(
 ) -> PlannedEdit:
     opened = OPEN
     if gate is not None:
-        lane, column, is_latched, on, off, sign, ramp = gate
-        opened = Gate(lane, column, is_latched, float(on), float(off), sign, None if ramp is None else _ramp(*ramp))
+        schedule, condition, is_latched, on, off, sign, ramp = gate
+        ramp = None if ramp is None else _ramp(*ramp)
+        opened = Gate(schedule, condition, is_latched, float(on), float(off), sign, ramp)
     row_layers = None if layers is None else tuple(layers)
     edit = Edit(digest, setting, row_layers, normalize, renorm, opened, num_lines, num_instructions)
     return PlannedEdit(edit, Where.model_validate(where))
@@ -228,9 +229,9 @@ def _module_edit_from_wire(digest: str, setting: str, where: dict[str, Any]) -> 
     return PlannedModuleEdit(ModuleEdit(digest, setting), Where.model_validate(where))
 
 
-def _ramp(column: int, *numbers: float) -> tuple[int, float, float, float, float]:
+def _ramp(condition_index: int, *numbers: float) -> tuple[int, float, float, float, float]:
     low, high, at_low, at_high = map(float, numbers)
-    return column, low, high, at_low, at_high
+    return condition_index, low, high, at_low, at_high
 
 
 def num_slots(row: EditSet, num_layers: int) -> int:

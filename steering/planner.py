@@ -69,9 +69,9 @@ class Planner:
     @property
     def plan(self) -> SteeringPlan:
         """What was added so far."""
-        column = self.columns.index("entropy") if "entropy" in self.columns else -1
+        condition_index = self.columns.index("entropy") if "entropy" in self.columns else -1
         return SteeringPlan(
-            tuple(self.edits), tuple(self.probes), tuple(self.schedules), column, specials=tuple(self.specials)
+            tuple(self.edits), tuple(self.probes), tuple(self.schedules), condition_index, specials=tuple(self.specials)
         )
 
     def add(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector, probe: Vector | None) -> range:
@@ -91,7 +91,7 @@ class Planner:
             edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
             self.edits.append(PlannedEdit(edit, its_where))
             most = max(1.0, params.schedule.largest if params.schedule else 1.0)
-            self.bounds += [(place, _scaled(limits, most)) for place, limits in weight.bounds]
+            self.bounds += [(point, _scaled(limits, most)) for point, limits in weight.bounds]
         return range(first, len(self.edits))
 
     def add_module_edit(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector) -> PlannedModuleEdit:
@@ -122,19 +122,19 @@ class Planner:
     def _gate(
         self, params: SteeringParams, vector: Vector, layers: tuple[int, ...] | None, probe: Vector | None, where: Where
     ) -> Gate:
-        lane, ramp = -1, None
+        schedule_index, ramp = -1, None
         schedule, when = params.schedule, params.when
         if schedule is not None and schedule.shape == "entropy":
             assert schedule.low is not None and schedule.high is not None
-            column = self._column("entropy", "schedule")
-            ramp = (column, schedule.low, schedule.high, schedule.start, schedule.to)
+            condition_index = self._condition_index("entropy", "schedule")
+            ramp = (condition_index, schedule.low, schedule.high, schedule.start, schedule.to)
         elif schedule is not None:
-            lane = self._lane(schedule)
+            schedule_index = self._schedule_index(schedule)
         if when is None:
-            return Gate(lane=lane, ramp=ramp)
+            return Gate(schedule_index=schedule_index, ramp=ramp)
         assert probe is not None
         layer = _probe_layer(when, probe)
-        chosen = [canonical(place).layer for place in vector.tensors if layers is None or place.layer in layers]
+        chosen = [canonical(point).layer for point in vector.tensors if layers is None or point.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
                 f"the probe is read after layer {layer}, and this edit begins in layer {early}: an edit can only "
@@ -143,20 +143,20 @@ class Planner:
             )
         is_latched = when.decide == "prompt"
         positions: Shorthand = "last_prompt" if is_latched else "each_last" if where.is_late else "all"
-        column = self._column((probe.digest, layer, positions), "when")
-        read = PlannedProbe(ProbeRead(probe.digest, layer, column, is_latched), Where.of(positions))
+        condition_index = self._condition_index((probe.digest, layer, positions), "when")
+        read = PlannedProbe(ProbeRead(probe.digest, layer, condition_index, is_latched), Where.of(positions))
         if read not in self.probes:
             self.probes.append(read)
-        return Gate(lane, column, is_latched, when.on, when.off, when.sign, ramp)
+        return Gate(schedule_index, condition_index, is_latched, when.on, when.off, when.sign, ramp)
 
-    def _column(self, reads: object, param: str) -> int:
+    def _condition_index(self, reads: object, param: str) -> int:
         if reads not in self.columns:
             if len(self.columns) == MAX_CONDITIONS:
                 raise SteeringError(f"a request may depend on {MAX_CONDITIONS} different readings", param)
             self.columns.append(reads)
         return self.columns.index(reads)
 
-    def _lane(self, schedule: Schedule) -> int:
+    def _schedule_index(self, schedule: Schedule) -> int:
         if schedule not in self.schedules:
             if len(self.schedules) == MAX_SCHEDULES:
                 raise SteeringError(f"a request may have {MAX_SCHEDULES} different schedules", "schedule")

@@ -22,11 +22,11 @@ from whipstaff.steering.sites import pool_of
 class Gate:
     """How much of an edit a token gets: the product of a schedule's gain, a condition and a ramp over readings.
 
-    `lane` is a column of the request's gains, `column` one of its conditions; -1 is none.
+    `schedule_index` is one of the request's schedules, `condition_index` one of its conditions; -1 is none.
     """
 
-    lane: int = -1
-    column: int = -1
+    schedule_index: int = -1
+    condition_index: int = -1
     is_latched: bool = False
     on: float = 0.0
     off: float = 0.0
@@ -40,13 +40,13 @@ class Gate:
     @property
     def is_partial(self) -> bool:
         """Whether it can be anything but 0 and 1."""
-        return self.lane >= 0 or self.ramp is not None
+        return self.schedule_index >= 0 or self.ramp is not None
 
     @property
     def outline(self) -> "Gate":
         """A gate that takes as many instructions and merges edits alike, whatever its numbers."""
         ramp = None if self.ramp is None else (0, 0.0, 0.0, 0.0, 0.0)
-        return Gate(min(self.lane, 0), min(self.column, 0), ramp=ramp)
+        return Gate(min(self.schedule_index, 0), min(self.condition_index, 0), ramp=ramp)
 
 
 OPEN = Gate()
@@ -108,11 +108,11 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """A probe read before a place's edits: `column` of the request's conditions gets direction . x + bias."""
+    """A probe read before a place's edits: `condition_index` of the request's conditions gets direction . x + bias."""
 
     direction: Tensor  # (width,)
     bias: float
-    column: int
+    condition_index: int
     is_latched: bool
     is_cosine: bool
 
@@ -142,8 +142,8 @@ class Program:
 def lines_of(programs: Mapping[HookPoint, Program]) -> dict[str, list[Line]]:
     """The lines that the programs of a row take, by pool, each once."""
     found: dict[str, dict[Line, None]] = {}
-    for place, program in programs.items():
-        found.setdefault(pool_of(place.site), {}).update(dict.fromkeys(program.lines))
+    for point, program in programs.items():
+        found.setdefault(pool_of(point.site), {}).update(dict.fromkeys(program.lines))
     return {pool: list(lines) for pool, lines in found.items() if lines}
 
 
@@ -151,7 +151,7 @@ def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool =
     """The program of one row at one place; empty when nothing happens there."""
     program = Program()
     for reading in readings:
-        flags = [reading.column, int(reading.is_latched), int(reading.is_cosine)]
+        flags = [reading.condition_index, int(reading.is_latched), int(reading.is_cosine)]
         program.add(Opcode.PROBE, [Line.own(reading.direction), *flags], [0, 0, 0, 0, reading.bias])
     gate = OPEN
     for (wanted, renorm), together in _stages(steps):
@@ -218,12 +218,12 @@ def _composed(first: Diagonal, then: Diagonal) -> Diagonal:
 
 
 def _emit_gate(program: Program, gate: Gate) -> None:
-    program.add(Opcode.GAIN, [gate.lane], [1.0])
-    if gate.column >= 0:
-        program.add(Opcode.WHEN, [gate.column, int(gate.is_latched)], [gate.on, gate.off, float(gate.sign)])
+    program.add(Opcode.GAIN, [gate.schedule_index], [1.0])
+    if gate.condition_index >= 0:
+        program.add(Opcode.WHEN, [gate.condition_index, int(gate.is_latched)], [gate.on, gate.off, float(gate.sign)])
     if gate.ramp is not None:
-        column, *numbers = gate.ramp
-        program.add(Opcode.RAMP, [column], numbers)
+        condition_index, *numbers = gate.ramp
+        program.add(Opcode.RAMP, [condition_index], numbers)
 
 
 def _emit(program: Program, op: EditOp, source: str) -> None:

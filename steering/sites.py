@@ -16,11 +16,11 @@ from whipstaff.steering.shape import Site
 CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked in every server; others where wanted
 
 
-def canonical(place: HookPoint) -> HookPoint:
+def canonical(point: HookPoint) -> HookPoint:
     """The stream entering a block is the one that leaves the block before it."""
-    if place.site == "resid_pre" and place.layer > 0:
-        return HookPoint("resid_post", place.layer - 1)
-    return place
+    if point.site == "resid_pre" and point.layer > 0:
+        return HookPoint("resid_post", point.layer - 1)
+    return point
 
 
 def entering(layer: int) -> HookPoint:

@@ -28,7 +28,7 @@ NOTHING = -1  # the address of tokens that are left alone
 class SiteSpec(NamedTuple):
     """One place. `first` and `width` are this process's slice of it (tensor parallelism)."""
 
-    place: HookPoint
+    point: HookPoint
     first: int
     width: int
 
@@ -123,36 +123,36 @@ class Tables:
         Args:
             kept: by early layer (see `StreamCopy`), (max_tokens, width) room in the model's type for the streams there.
         """
-        self.hook_points = [spec.place for spec in sites]
+        self.hook_points = [spec.point for spec in sites]
         self.num_uploads = 0
         self._vector_of = vector_of
         self._pools: dict[str, Pool] = {}
-        for place, first, width in sites:
-            if (name := pool_of(place.site)) not in self._pools:
+        for point, first, width in sites:
+            if (name := pool_of(point.site)) not in self._pools:
                 lines = torch.zeros(2 * num_layers * num_slots, width, device=device)
                 self._pools[name] = Pool(lines, slice(first, first + width))
         num_frames = 2 * num_slots
         self._code = torch.zeros(len(sites), num_frames * FRAME, 6, dtype=torch.int32, device=device)
         self._args = torch.zeros(len(sites), num_frames * FRAME, 6, device=device)
         self._encoders = {
-            place: Encoders(torch.zeros(size, width, device=device), torch.zeros(size, device=device))
-            for place, _, width in sites
-            if (size := (encoder_sizes or {}).get(place))
+            point: Encoders(torch.zeros(size, width, device=device), torch.zeros(size, device=device))
+            for point, _, width in sites
+            if (size := (encoder_sizes or {}).get(point))
         }
         self._free_frames = list(range(num_frames))
         self._held: OrderedDict[EditSet, _Held] = OrderedDict()  # least recently used first
-        self._index = {place: index for index, place in enumerate(self.hook_points)}
+        self._index = {point: index for index, point in enumerate(self.hook_points)}
         self._kept = {entering(layer): rows for layer, rows in (kept or {}).items()}
 
     def kept(self, layer: int) -> Tensor:
         """(max_tokens, width) the streams at an early layer: row t is token t's, where its row of edits keeps it."""
         return self._kept[entering(layer)]
 
-    def at(self, place: HookPoint) -> SiteTables:
+    def at(self, point: HookPoint) -> SiteTables:
         """What a place reads, sharing memory."""
-        index = self._index[place]
-        lines = self._pools[pool_of(place.site)].lines
-        return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(place), self._kept.get(place))
+        index = self._index[point]
+        lines = self._pools[pool_of(point.site)].lines
+        return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(point), self._kept.get(point))
 
     @property
     def num_used(self) -> int:
@@ -160,9 +160,9 @@ class Tables:
 
     def reserve(self, vector: Vector) -> str | None:
         """Set room apart for a vector that is to be held; what is in the way, or None."""
-        for place, tensors in vector.tensors.items():
+        for point, tensors in vector.tensors.items():
             size = vector.method.encoder_size(tensors, vector.header.defaults)
-            encoders = self._encoders.get(at := canonical(place))
+            encoders = self._encoders.get(at := canonical(point))
             if size and (encoders is None or not encoders.reserve(vector.digest, size)):
                 self.forget(vector.digest)
                 room = 0 if encoders is None else len(encoders.weight)
@@ -234,13 +234,13 @@ class Tables:
                 continue
             vector = self._vector_of(item.digest)
             if isinstance(item, ProbeRead):
-                place = HookPoint("resid_post", item.layer)
-                readings.setdefault(place, []).append(_reading(vector, item))
+                point = HookPoint("resid_post", item.layer)
+                readings.setdefault(point, []).append(_reading(vector, item))
                 continue
-            for place, ops in edits_of(vector, item).items():
-                steps.setdefault(place, []).append(Step(ops, item.gate, item.renorm, item.digest))
-        touched = [place for place in self.hook_points if place in readings or place in steps or place in kept]
-        return {place: assemble(readings.get(place, ()), steps.get(place, ()), place in kept) for place in touched}
+            for point, ops in edits_of(vector, item).items():
+                steps.setdefault(point, []).append(Step(ops, item.gate, item.renorm, item.digest))
+        touched = [point for point in self.hook_points if point in readings or point in steps or point in kept]
+        return {point: assemble(readings.get(point, ()), steps.get(point, ()), point in kept) for point in touched}
 
     @staticmethod
     def _write_lines(pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
@@ -260,17 +260,17 @@ class Tables:
         )
         for frame, after in enumerate(frames[1:]):
             code[:, frame * FRAME + FRAME_ROOM, :2] = torch.tensor([int(Opcode.JUMP), after * FRAME], dtype=torch.int32)
-        for place, program in programs.items():
+        for point, program in programs.items():
             if not program.codes:
                 continue
-            index, found = self._index[place], addresses.get(pool_of(place.site), {})
+            index, found = self._index[point], addresses.get(pool_of(point.site), {})
             at = [FRAME * (i // FRAME_ROOM) + i % FRAME_ROOM for i in range(len(program.codes))]
             said = [
                 [what, *(found[operand] if isinstance(operand, Line) else operand for operand in operands)]
                 for what, operands in zip(program.codes, program.operands, strict=True)
             ]
             for encoding in program.encodings:
-                said[encoding.instruction][1] = self._encoders[place].start_of(encoding)
+                said[encoding.instruction][1] = self._encoders[point].start_of(encoding)
             code[index, at] = torch.tensor(said, dtype=torch.int32)
             args[index, at] = torch.tensor(program.numbers)
         for number, frame in enumerate(frames):
@@ -284,4 +284,4 @@ def _reading(vector: Vector, probe: ProbeRead) -> Reading:
     bias = float(parts["bias"]) if "bias" in parts else 0.0
     is_cosine = vector.header.defaults.get("metric", "dot") == "cosine"
     direction = parts["direction"] / parts["direction"].norm() if is_cosine else parts["direction"]
-    return Reading(direction, bias, probe.column, probe.is_latched, is_cosine)
+    return Reading(direction, bias, probe.condition_index, probe.is_latched, is_cosine)

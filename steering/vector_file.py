@@ -58,7 +58,7 @@ class Header(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A loaded vector. `tensors[place][part]` is float32 in the file's shape."""
+    """A loaded vector. `tensors[point][part]` is float32 in the file's shape."""
 
     digest: str  # sha256 of the file
     header: Header
@@ -72,11 +72,11 @@ class Vector:
 
     @property
     def layers(self) -> list[int]:
-        return sorted({place.layer for place in self.tensors})
+        return sorted({point.layer for point in self.tensors})
 
     @property
     def sites(self) -> list[str]:
-        return sorted({place.site for place in self.tensors})
+        return sorted({point.site for point in self.tensors})
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, made once for a key; the latest so many are kept, for as long as the vector."""
@@ -142,7 +142,7 @@ def without_file(model: ModelShape) -> dict[str, Vector]:
     """By name, the methods that need no numbers of their own, as vectors that requests may name by `method`."""
     return {
         name: Vector(
-            _NO_FILE + name, Header(method=name, model=model), {place: {} for place in method.hook_points(model)}
+            _NO_FILE + name, Header(method=name, model=model), {point: {} for point in method.hook_points(model)}
         )
         for name, method in methods().items()
         if not method.needs_file
@@ -191,15 +191,15 @@ def parse(data: bytes) -> Vector:
     placed: dict[HookPoint, dict[str, Tensor]] = {}
     shared_parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        place, part = _split(name, method, header.model)
+        point, part = _split(name, method, header.model)
         numbers = _checked(name, tensor)
-        (shared_parts if place is None else placed.setdefault(place, {}))[part] = numbers
+        (shared_parts if point is None else placed.setdefault(point, {}))[part] = numbers
     if shared_parts:
-        for place in placed or method.hook_points(header.model):
-            placed.setdefault(place, {}).update(shared_parts)
-    for place in sorted(placed):
-        check_shapes(method, placed[place], place, header.model)
-        method.check(placed[place], place, header.model)
+        for point in placed or method.hook_points(header.model):
+            placed.setdefault(point, {}).update(shared_parts)
+    for point in sorted(placed):
+        check_shapes(method, placed[point], point, header.model)
+        method.check(placed[point], point, header.model)
     if not placed:
         if method.sites:
             raise SteeringError(f"name the layers: {method.name} has no places of its own")
@@ -210,32 +210,32 @@ def parse(data: bytes) -> Vector:
     return vector
 
 
-def check_shapes(method: Method[Any], parts: Tensors, place: HookPoint | None, model: ModelShape) -> None:
+def check_shapes(method: Method[Any], parts: Tensors, point: HookPoint | None, model: ModelShape) -> None:
     """Check the tensors of one place against the method's parts. Raises: SteeringError."""
     known: dict[str, int] = {name: getattr(model, name) for name in ("num_layers", "head_dim")}
     known |= {"hidden": model.hidden_size, "heads": model.num_heads, "experts": model.num_experts}
     if model.num_kv_heads:
         known["kv_heads"] = model.num_kv_heads
-    where = "" if place is None else f" of {place.site} {place.layer}"
+    where = "" if point is None else f" of {point.site} {point.layer}"
     for said, symbols in method.parts.items():
         name = said.removesuffix("?")
         if name not in parts:
             if said == name:
                 raise SteeringError(f"{method.name} needs a tensor {name!r}{where}; the file has {sorted(parts)}")
             continue
-        shape = _expanded(symbols, place)
+        shape = _expanded(symbols, point)
         actual = tuple(parts[name].shape)
-        if place is not None and "width" not in known:
-            known["width"] = model.width(place.site)
+        if point is not None and "width" not in known:
+            known["width"] = model.width(point.site)
         wanted = [int(symbol) if symbol.isdecimal() else known.get(symbol, symbol) for symbol in shape]
         if len(actual) != len(shape) or any(isinstance(w, int) and w != a for w, a in zip(wanted, actual, strict=True)):
             raise SteeringError(f"tensor {name!r}{where} has shape {list(actual)}, wanted {_listed(wanted)}")
         known |= dict(zip(shape, actual, strict=True))
 
 
-def _expanded(symbols: tuple[str, ...], place: HookPoint | None) -> tuple[str, ...]:
+def _expanded(symbols: tuple[str, ...], point: HookPoint | None) -> tuple[str, ...]:
     """At attn_head the file keeps heads apart."""
-    if place is None or place.site != "attn_head":
+    if point is None or point.site != "attn_head":
         return symbols
     return tuple(name for symbol in symbols for name in (("heads", "head_dim") if symbol == "width" else (symbol,)))
 
@@ -313,12 +313,12 @@ def _check_defaults(vector: Vector) -> None:
 def _check_encoders(vector: Vector) -> None:
     """Readings that compete with each other belong to one autoencoder at a place."""
     found: dict[HookPoint, HookPoint] = {}
-    for place, tensors in vector.tensors.items():
+    for point, tensors in vector.tensors.items():
         if not vector.method.encoder_size(tensors, vector.header.defaults):
             continue
-        if (other := found.setdefault(canonical(place), place)) != place:
+        if (other := found.setdefault(canonical(point), point)) != point:
             raise SteeringError(
-                f"{other.site}.{other.layer} and {place.site}.{place.layer} are the same stream; a file has one "
+                f"{other.site}.{other.layer} and {point.site}.{point.layer} are the same stream; a file has one "
                 "autoencoder there whose largest features count: make two files"
             )
 

@@ -91,7 +91,7 @@ def _check_tokens(vector: Vector, params: SteeringParams, path: str, vocabulary:
 
 
 def _check_sites(vector: Vector, params: SteeringParams, path: str, caps: Capabilities) -> None:
-    """Every place that the vector edits must be hooked in this server's model."""
+    """Every hook point that the vector edits must be hooked in this server's model."""
     named, kind = f"{path}.{'vector' if params.vector else 'method'}", vector.method.kind
     if not kind.is_entry:
         raise BadRequest(f"{params.vector!r} is a {vector.method.name}: methods of `decoding` read it", named)
@@ -102,17 +102,17 @@ def _check_sites(vector: Vector, params: SteeringParams, path: str, caps: Capabi
 def _note_order(admitted: Steered, others: list[Steered], planner: Planner, warnings: list[str]) -> None:
     """Say so where edits meet that do not commute."""
     for other in others:
-        both = _places(admitted) & _places(other)
+        both = _points(admitted) & _points(other)
         if both and not (_only_adds(admitted, planner) and _only_adds(other, planner)):
-            place = min(both)
+            point = min(both)
             warnings.append(
-                f"{other.path} and {admitted.path} do not commute where they meet ({place.site} of layer "
-                f"{place.layer}, ...): they are made in the order given"
+                f"{other.path} and {admitted.path} do not commute where they meet ({point.site} of layer "
+                f"{point.layer}, ...): they are made in the order given"
             )
             return
 
 
-def _places(entry: Steered) -> set[HookPoint]:
+def _points(entry: Steered) -> set[HookPoint]:
     """Where an entry edits activations."""
     layers = entry.params.layers
     points = entry.vector.tensors if entry.edits else ()

@@ -98,17 +98,17 @@ class Pyvene(Importer):
         name = hints.method or (_kind(source.json("config.json")) if has_config else None)
         if name is not None:
             _check_known(name)
-        states = {place: _State(source.torch(file), file) for place, file in _files(source, model, hints).items()}
+        states = {point: _State(source.torch(file), file) for point, file in _files(source, model, hints).items()}
         kind = _KINDS[name := name or _shown(states)]
         if "pytorch_model.bin" in source.names:
             source.torch("pytorch_model.bin")  # weights of the model that were trained too: they are left over
         tensors: dict[str, Tensor] = {}
-        for place, state in states.items():
+        for point, state in states.items():
             parts = kind.parts(state)
             if kind.method == "vector":
-                parts = {"add": _as_row(parts["add"], place, model)}
-            state.check_buffers(model.width(place.site))
-            tensors |= {f"{place.site}.{place.layer}.{part}": tensor for part, tensor in parts.items()}
+                parts = {"add": _as_row(parts["add"], point, model)}
+            state.check_buffers(model.width(point.site))
+            tensors |= {f"{point.site}.{point.layer}.{part}": tensor for part, tensor in parts.items()}
         where = where_of(hints.positions) if hints.positions else None
         notes = _value_note(hints) if kind.method == "context_knob" else []
         if where is None and kind.method.endswith("reft"):
@@ -284,14 +284,14 @@ def _files(source: Source, model: ModelShape, hints: Hints) -> dict[HookPoint, s
         layer = layer_of(hints, model, int(match["layer"]))
         found[HookPoint(site, layer)].append(f"intkey_{key}.bin")
     chosen = {}
-    for place, files in found.items():
+    for point, files in found.items():
         if len(files) > 1 and (hints.part is None or hints.part >= len(files)):
             raise SteeringError(
-                f"{place.site} {place.layer} has {len(files)} interventions, for different tokens (pyreft without "
+                f"{point.site} {point.layer} has {len(files)} interventions, for different tokens (pyreft without "
                 f"sharing); import each by its part, 0 to {len(files) - 1}, with its positions",
                 "part",
             )
-        chosen[place] = files[hints.part or 0]
+        chosen[point] = files[hints.part or 0]
     return chosen
 
 
@@ -310,8 +310,8 @@ def _keys(source: Source) -> list[str]:
     return list(map(str, keys))
 
 
-def _as_row(tensor: Tensor, place: HookPoint, model: ModelShape) -> Tensor:
-    if place.site != "attn_head":
+def _as_row(tensor: Tensor, point: HookPoint, model: ModelShape) -> Tensor:
+    if point.site != "attn_head":
         return tensor
     return numbers("the vector", tensor, model.num_heads * model.head_dim).view(model.num_heads, model.head_dim)
 

@@ -15,7 +15,7 @@ from whipstaff.steering.fed import Fed, fired_tokens, num_edited
 from whipstaff.steering.kinds.kind import Asked, Entry, Kind, unhooked
 from whipstaff.steering.method import HookPoint, Method, P, S, Scaled, Tensors
 from whipstaff.steering.ops import Directions, EditOp
-from whipstaff.steering.overflow import MAX_GROWTH, growth
+from whipstaff.steering.overflow import MAX_AMPLIFICATION, max_amplification
 from whipstaff.steering.plan import PlannedEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import OPEN
@@ -37,7 +37,7 @@ class EditsKind(Kind):
             _check_slices(asked, served.tensor_parallel)
         kept = asked if served.limit is None else _kept_to(served.limit, asked, served.lengths)
         edits = planner.add(asked.params, kept.own, asked.vector, asked.probe)
-        _check_growth(planner, served.dtype, "scale" if "scale" in asked.vector.method.off else "")
+        _check_overflow(planner, served.dtype, "scale" if "scale" in asked.vector.method.off else "")
         entry = Entry(asked.params, asked.vector, asked.probe, edits)
         if kept is asked:
             return entry
@@ -82,7 +82,7 @@ class EditMethod(Method[P]):
     kind = EDITS
 
     @abstractmethod
-    def ops(self, tensors: Tensors, params: P, place: HookPoint, model: ModelShape) -> Sequence[EditOp]: ...
+    def ops(self, tensors: Tensors, params: P, point: HookPoint, model: ModelShape) -> Sequence[EditOp]: ...
 
 
 class ScaledMethod(EditMethod[S]):
@@ -93,11 +93,11 @@ class ScaledMethod(EditMethod[S]):
     def is_off(self, params: S) -> bool:
         return params.scale == 0
 
-    def ops(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        return self.edits(tensors, params, place, model) if params.scale else ()
+    def ops(self, tensors: Tensors, params: S, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+        return self.edits(tensors, params, point, model) if params.scale else ()
 
     @abstractmethod
-    def edits(self, tensors: Tensors, params: S, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: S, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         """The edits at one hook point at a strength that is not 0."""
 
 
@@ -151,10 +151,10 @@ def _without_scale(own: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in ("scale", "strength", "coefficient")}
 
 
-def _check_growth(planner: Planner, dtype: str, param: str) -> None:
+def _check_overflow(planner: Planner, dtype: str, param: str) -> None:
     """Refuse edits that would overflow the model's activations, when the first entry takes them too far."""
-    most = MAX_GROWTH[dtype]
-    if not (size := growth(sorted(planner.bounds, key=lambda bound: bound[0].layer))) <= most:
+    most = MAX_AMPLIFICATION[dtype]
+    if not (size := max_amplification(sorted(planner.bounds, key=lambda bound: bound[0].layer))) <= most:
         raise SteeringError(
             f"the edits can make activations grow {size:.0e} times, and {dtype} would overflow; at most {most:.0e} "
             "is taken",
@@ -175,4 +175,4 @@ def _largest_dose(vector: Vector, planned: Iterable[PlannedEdit], lengths: Lengt
 
 
 def _describe(dose: Dose) -> dict[str, Any]:
-    return {"relative": dose.relative, "at": f"{dose.place.site}.{dose.place.layer}"}
+    return {"relative": dose.relative, "at": f"{dose.point.site}.{dose.point.layer}"}

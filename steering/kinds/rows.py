@@ -58,5 +58,5 @@ class RowsMethod(Method[R]):
     sites, where = (), "prompt"
     parts: ClassVar = {ROWS_PART: ("tokens", "hidden")}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         raise SteeringError("the rows of a soft prompt stand in no layer; name the tensor rows")

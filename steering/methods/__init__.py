@@ -25,7 +25,7 @@ from whipstaff.steering.methods.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, 
 from whipstaff.steering.methods.repe import RepE
 from whipstaff.steering.methods.sae import SAE, LFSteering
 from whipstaff.steering.methods.side_attention import SideAttention
-from whipstaff.steering.methods.site import SITE
+from whipstaff.steering.methods.soft_injection import SITE
 from whipstaff.steering.methods.tarot import TaRot
 from whipstaff.steering.methods.task_vector import TaskVector
 from whipstaff.steering.methods.vector import GenericVector

@@ -35,9 +35,9 @@ class ActAdd(ScaledMethod[ActAddParams]):
     combines = "alike"
     parts: ClassVar = {"rows": ("n", "width")}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not 1 <= len(tensors["rows"]) <= MAX_ROWS:
-            raise SteeringError(f"rows of layer {place.layer}: {len(tensors['rows'])} rows, wanted 1 to {MAX_ROWS}")
+            raise SteeringError(f"rows of layer {point.layer}: {len(tensors['rows'])} rows, wanted 1 to {MAX_ROWS}")
 
     def check_params(self, params: ActAddParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         num_rows = _num_rows(tensors)
@@ -46,7 +46,7 @@ class ActAdd(ScaledMethod[ActAddParams]):
         if isinstance(params.location, int) and -num_rows < params.location < 0:
             raise SteeringError(f"{num_rows} rows from {params.location} on would reach past the prompt", "location")
 
-    def edits(self, tensors: Tensors, params: ActAddParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ActAddParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         assert params.row is not None  # `spread` names it
         return (diagonal(params.scale, tensors["rows"][params.row]),)
 

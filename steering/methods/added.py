@@ -15,7 +15,7 @@ class Added(ScaledMethod[Scaled]):
     params, combines = Scaled, "added"
     parts: ClassVar = {"add": ("width",)}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["add"]),)
 
 

@@ -39,15 +39,15 @@ class Angular(EditMethod[AngularParams]):
     def hook_points(self, model: ModelShape) -> list[HookPoint]:
         return [HookPoint(site, layer) for layer in range(model.num_layers) for site in self.sites][1:]
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         first, second = tensors["first_direction"], tensors["second_direction"]
         if not first.any() or not second.any():
-            raise SteeringError(f"a direction of {place.site} {place.layer} has length 0")
+            raise SteeringError(f"a direction of {point.site} {point.layer} has length 0")
         across = second - (second @ first) / (first @ first) * first
         if across.norm() < 1e-4 * second.norm():
-            raise SteeringError(f"the directions of {place.site} {place.layer} are parallel; they span no plane")
+            raise SteeringError(f"the directions of {point.site} {point.layer} are parallel; they span no plane")
 
-    def ops(self, tensors: Tensors, params: AngularParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def ops(self, tensors: Tensors, params: AngularParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         plane = _plane(tensors["first_direction"], tensors["second_direction"])
         threshold = 0.0 if params.adaptive else _EVERYWHERE
         return (directions(plane, plane, Phi.ANGLE, a=math.radians(params.angle), b=threshold),)

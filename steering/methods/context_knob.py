@@ -33,25 +33,25 @@ class ContextKnob(ScaledMethod[KnobParams]):
     off: ClassVar = {"scale": 0.0, "value": 0.0}
     parts: ClassVar = {"basis": ("rank", "width")}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         basis = tensors["basis"]
         if not 1 <= len(basis) <= MAX_RANK:
-            raise SteeringError(f"the basis of layer {place.layer} has {len(basis)} rows, wanted 1 to {MAX_RANK}")
+            raise SteeringError(f"the basis of layer {point.layer} has {len(basis)} rows, wanted 1 to {MAX_RANK}")
         if (basis.norm(dim=1) == 0).any():
-            raise SteeringError(f"the basis of layer {place.layer} has a row of length 0")
+            raise SteeringError(f"the basis of layer {point.layer} has a row of length 0")
         unit = basis / basis.norm(dim=1, keepdim=True)
         cosines = unit @ unit.T
         if (cosines - torch.eye(len(basis))).abs().max() > 1e-2:
-            raise SteeringError(f"the rows of layer {place.layer}'s basis are not at right angles")
+            raise SteeringError(f"the rows of layer {point.layer}'s basis are not at right angles")
 
     def check_params(self, params: KnobParams, tensors: Mapping[HookPoint, Tensors]) -> None:
-        for place, parts in tensors.items():
+        for point, parts in tensors.items():
             if isinstance(params.value, list) and len(params.value) != len(parts["basis"]):
                 raise SteeringError(
-                    f"{len(params.value)} values for the {len(parts['basis'])} rows of layer {place.layer}", "value"
+                    f"{len(params.value)} values for the {len(parts['basis'])} rows of layer {point.layer}", "value"
                 )
 
-    def edits(self, tensors: Tensors, params: KnobParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: KnobParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         basis = tensors["basis"]  # (rank, width)
         length = basis.norm(dim=1)
         value = params.scale * torch.tensor(params.value) / length

@@ -30,9 +30,9 @@ class OneDirection(ScaledMethod[S]):
     combines: ClassVar[Combining] = "directions"
     parts: ClassVar = {"direction": ("width",)}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not tensors["direction"].any():
-            raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
+            raise SteeringError(f"the direction of {point.site} {point.layer} has length 0")
 
 
 def _set(tensors: Tensors, scale: float, value: float) -> Sequence[EditOp]:
@@ -48,7 +48,7 @@ class DirectionalAblation(OneDirection[Scaled]):
         sites: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out")
         return [HookPoint(site, layer) for layer in range(model.num_layers) for site in sites]
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return _set(tensors, params.scale, 0.0)
 
 
@@ -56,7 +56,7 @@ class AddDirection(OneDirection[Scaled]):
     name, paper, params = "add_direction", _PAPER, Scaled
     combines = "alike"
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["direction"]),)
 
 
@@ -68,5 +68,5 @@ class DirectionalPatch(OneDirection[PatchParams]):
     name, paper, params = "directional_patch", _PAPER, PatchParams
     off: ClassVar = {"scale": 0.0, "value": 0.0}
 
-    def edits(self, tensors: Tensors, params: PatchParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: PatchParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return _set(tensors, params.scale, params.value)

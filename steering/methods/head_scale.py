@@ -28,16 +28,16 @@ class HeadScale(ScaledMethod[Scaled]):
         "mean_mask?": ("heads",),
     }
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if ("mean" in tensors) != ("mean_mask" in tensors):
-            raise SteeringError(f"layer {place.layer}: mean and mean_mask (1 for heads to replace) go together")
+            raise SteeringError(f"layer {point.layer}: mean and mean_mask (1 for heads to replace) go together")
         if not tensors:
-            raise SteeringError(f"layer {place.layer} has neither scale nor mean")
+            raise SteeringError(f"layer {point.layer} has neither scale nor mean")
         mask = tensors.get("mean_mask")
         if mask is not None and not ((mask == 0) | (mask == 1)).all():
-            raise SteeringError(f"mean_mask of layer {place.layer} holds numbers other than 0 and 1")
+            raise SteeringError(f"mean_mask of layer {point.layer} holds numbers other than 0 and 1")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         gain = torch.zeros(model.num_heads)
         if "scale" in tensors:
             gain = tensors["scale"] - 1

@@ -28,18 +28,18 @@ class ITI(ScaledMethod[ITIParams]):
         "add?": ("heads", "head_dim"),
     }
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if set(tensors) not in ({"add"}, {"direction", "sigma"}):
             raise SteeringError(
-                f"iti needs direction and sigma, or add alone; layer {place.layer} has {sorted(tensors)}"
+                f"iti needs direction and sigma, or add alone; layer {point.layer} has {sorted(tensors)}"
             )
         if "add" in tensors:
             return
         if (tensors["sigma"] < 0).any():
-            raise SteeringError(f"sigma of layer {place.layer} has negative entries; it is a standard deviation")
+            raise SteeringError(f"sigma of layer {point.layer} has negative entries; it is a standard deviation")
         lost = (tensors["sigma"] > 0) & (tensors["direction"].norm(dim=1) == 0)
         for head in lost.nonzero().flatten().tolist():
-            raise SteeringError(f"the direction of layer {place.layer}, head {head} has length 0")
+            raise SteeringError(f"the direction of layer {point.layer}, head {head} has length 0")
 
     def linear_parts(self, tensors: Tensors) -> Tensors:
         """The deviations times the unit directions are one `add`."""
@@ -48,5 +48,5 @@ class ITI(ScaledMethod[ITIParams]):
         direction = tensors["direction"]  # (heads, head_dim)
         return {"add": (tensors["sigma"] / direction.norm(dim=1).clamp_min(1e-30))[:, None] * direction}
 
-    def edits(self, tensors: Tensors, params: ITIParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ITIParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, self.linear_parts(tensors)["add"]),)

@@ -16,9 +16,9 @@ class LoFiT(ScaledMethod[Scaled]):
     combines = "alike"
     parts: ClassVar = {"A?": ("heads", "head_dim"), "v?": ("heads", "head_dim")}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not tensors:
-            raise SteeringError(f"layer {place.layer} has neither A nor v")
+            raise SteeringError(f"layer {point.layer} has neither A nor v")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors.get("v"), tensors.get("A")),)

@@ -47,13 +47,13 @@ class MoTE(RouterMethod[MoTEParams]):
     def hook_points(self, model: ModelShape) -> list[HookPoint]:
         return [HookPoint("router", layer) for layer in range(model.num_layers)] if model.num_experts else []
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         for part, mask in tensors.items():
             if not ((mask == 0) | (mask == 1)).all():
-                raise SteeringError(f"{part} of layer {place.layer} holds numbers other than 0 and 1")
+                raise SteeringError(f"{part} of layer {point.layer} holds numbers other than 0 and 1")
 
     def check_params(self, params: MoTEParams, tensors: Mapping[HookPoint, Tensors]) -> None:
-        layers = {place.layer for place in tensors} | set(params.experts)
+        layers = {point.layer for point in tensors} | set(params.experts)
         chosen = {layer: self.chosen(params, layer, tensors.get(HookPoint("router", layer), {})) for layer in layers}
         if not any(off or on for off, on in chosen.values()):
             raise SteeringError("no expert is off or on", "experts")
@@ -87,7 +87,7 @@ class MoTE(RouterMethod[MoTEParams]):
 
     def routing(self, params: MoTEParams, tensors: Mapping[HookPoint, Tensors]) -> dict[int, Routing]:
         """What each layer's router does; layers without experts that are off or on are left out."""
-        layers = sorted({place.layer for place in tensors} | set(params.experts))
+        layers = sorted({point.layer for point in tensors} | set(params.experts))
         found = {layer: self.chosen(params, layer, tensors.get(HookPoint("router", layer), {})) for layer in layers}
         return {layer: Routing(params.mode, off, on) for layer, (off, on) in found.items() if off or on}
 

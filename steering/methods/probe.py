@@ -20,6 +20,6 @@ class Probe(ProbeMethod[ProbeParams]):
     off: ClassVar = {}
     parts: ClassVar = {"direction": ("width",), "bias?": ()}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not tensors["direction"].any():
-            raise SteeringError(f"the direction of {place.site} {place.layer} has length 0")
+            raise SteeringError(f"the direction of {point.site} {point.layer} has length 0")

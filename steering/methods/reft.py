@@ -39,10 +39,10 @@ class ReFT(ScaledMethod[S]):
 
     paper, sites, where = "Wu et al. 2024, arXiv:2404.03592", ("resid_post",), "last_prompt"
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         rank = len(tensors["rotate"] if "rotate" in tensors else tensors["project"])
         if not 1 <= rank <= MAX_RANK:
-            raise SteeringError(f"layer {place.layer} has rank {rank}, wanted 1 to {MAX_RANK}")
+            raise SteeringError(f"layer {point.layer} has rank {rank}, wanted 1 to {MAX_RANK}")
 
 
 class Subtracting(ReFT[ReFTParams]):
@@ -51,10 +51,10 @@ class Subtracting(ReFT[ReFTParams]):
     params = ReFTParams
 
     def check_params(self, params: ReFTParams, tensors: Mapping[HookPoint, Tensors]) -> None:
-        for place, parts in tensors.items():
+        for point, parts in tensors.items():
             if params.activation != "linear" and 2 * len(parts["weight"]) > MAX_RANK:
                 raise SteeringError(
-                    f"with an activation the rank is at most {MAX_RANK // 2}; layer {place.layer} has "
+                    f"with an activation the rank is at most {MAX_RANK // 2}; layer {point.layer} has "
                     f"{len(parts['weight'])}",
                     "activation",
                 )
@@ -64,7 +64,7 @@ class LoReFT(Subtracting):
     name = "loreft"
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ReFTParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_moved(tensors["weight"], tensors.get("bias"), tensors["rotate"], None, params),)
 
 
@@ -77,7 +77,7 @@ class NoReFT(Subtracting):
         "project_bias?": ("rank",),
     }
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ReFTParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         weight, project = tensors["weight"], tensors["project"]
         return (_moved(weight, tensors.get("bias"), project, tensors.get("project_bias"), params),)
 
@@ -86,7 +86,7 @@ class ConsReFT(ReFT[Scaled]):
     name, params = "consreft", Scaled
     parts: ClassVar = {"bias": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         rotate, scale = tensors["rotate"], params.scale
         return (directions(rotate, rotate, Phi.AFFINE, a=-scale, b=scale * tensors["bias"]),)
 
@@ -95,7 +95,7 @@ class LobiReFT(ReFT[Scaled]):
     name, params = "lobireft", Scaled
     parts: ClassVar = {"bias": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors["bias"] @ tensors["rotate"]),)
 
 
@@ -103,7 +103,7 @@ class DiReFT(ReFT[ReFTParams]):
     name, params = "direft", ReFTParams
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "rotate": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ReFTParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_added(tensors["weight"], tensors.get("bias"), tensors["rotate"], params),)
 
 
@@ -111,7 +111,7 @@ class NodiReFT(ReFT[ReFTParams]):
     name, params = "nodireft", ReFTParams
     parts: ClassVar = {"weight": ("rank", "width"), "bias?": ("rank",), "project": ("rank", "width")}
 
-    def edits(self, tensors: Tensors, params: ReFTParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: ReFTParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (_added(tensors["weight"], tensors.get("bias"), tensors["project"], params),)
 
 

@@ -29,7 +29,7 @@ class RepE(ScaledMethod[RepEParams]):
     combines = "added"
     parts: ClassVar = {"add": ("width",)}
 
-    def edits(self, tensors: Tensors, params: RepEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: RepEParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         if params.operator == "linear":
             return (diagonal(params.scale, tensors["add"]),)
         add = tensors["add"][None]  # (1, width)

@@ -84,11 +84,11 @@ class Sparse(ScaledMethod[A]):
         "input_scale?": (),
     }
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if "input_scale" in tensors and not tensors["input_scale"] > 0:
-            raise SteeringError(f"input_scale of {place.site} {place.layer} is not positive")
+            raise SteeringError(f"input_scale of {point.site} {point.layer} is not positive")
         if "threshold" in tensors and (tensors["threshold"] < 0).any():
-            raise SteeringError(f"threshold of {place.site} {place.layer} has negative entries")
+            raise SteeringError(f"threshold of {point.site} {point.layer} has negative entries")
 
     def check_file(self, params: A, defaults: Mapping[str, Any]) -> None:
         """Room for an encoder, and what it reads, is settled when the server starts."""
@@ -112,9 +112,9 @@ class SAE(Sparse[SAEParams]):
         paths = [f"features.{index}.feature" for index in range(len(params.features))]
         _check_features([edit.feature for edit in params.features], paths, tensors)
 
-    def edits(self, tensors: Tensors, params: SAEParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: SAEParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         make = _edited if params.use_error_term else _decoded
-        return (make(tensors, params, params.features, model.width(place.site)),)
+        return (make(tensors, params, params.features, model.width(point.site)),)
 
 
 class LFParams(Autoencoder):
@@ -136,18 +136,18 @@ class LFSteering(Sparse[LFParams]):
         paths = [f"features.{index}" for index in range(len(params.features))]
         _check_features(params.features, paths, tensors)
 
-    def edits(self, tensors: Tensors, params: LFParams, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: LFParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         edits = [FeatureEdit(feature=feature, add=params.bias, only_if_active=True) for feature in params.features]
-        return (_edited(tensors, params, edits, model.width(place.site)),)
+        return (_edited(tensors, params, edits, model.width(point.site)),)
 
 
 def _check_autoencoder(params: Autoencoder, tensors: Mapping[HookPoint, Tensors]) -> None:
     if (params.activation == "topk") != (params.k is not None):
         raise SteeringError("k goes with the activation topk, and topk needs it", "k")
-    for place, parts in tensors.items():
+    for point, parts in tensors.items():
         num_features = len(parts["encoder"])
         if params.activation == "jumprelu" and "threshold" not in parts:
-            raise SteeringError(f"jumprelu needs a threshold; {place.site} {place.layer} has none", "activation")
+            raise SteeringError(f"jumprelu needs a threshold; {point.site} {point.layer} has none", "activation")
         if params.k is not None and params.k > num_features:
             raise SteeringError(f"{params.k} of {num_features} features cannot be active", "k")
         if params.normalize_activations != "none" and "input_scale" in parts:
@@ -158,9 +158,9 @@ def _check_features(features: Sequence[int], paths: Sequence[str], tensors: Mapp
     for index, (feature, path) in enumerate(zip(features, paths, strict=True)):
         if feature in features[:index]:
             raise SteeringError(f"feature {feature} is named twice", path)
-        for place, parts in tensors.items():
+        for point, parts in tensors.items():
             if feature >= len(parts["encoder"]):
-                raise SteeringError(f"{place.site} {place.layer} has features 0 to {len(parts['encoder']) - 1}", path)
+                raise SteeringError(f"{point.site} {point.layer} has features 0 to {len(parts['encoder']) - 1}", path)
 
 
 def _edited(tensors: Tensors, params: Autoencoder, edits: Sequence[FeatureEdit], width: int) -> Directions:

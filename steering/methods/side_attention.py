@@ -24,12 +24,12 @@ class SideAttention(AttentionMethod[Scaled]):
     off: ClassVar = {"scale": 0.0}
     parts: ClassVar = {"tokens": ("num_tokens", "hidden"), "gate": ("num_gates",)}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         num_tokens, num_gates = len(tensors["tokens"]), len(tensors["gate"])
         if not 1 <= num_tokens <= MAX_TOKENS:
-            raise SteeringError(f"layer {place.layer} has {num_tokens} tokens, wanted 1 to {MAX_TOKENS}")
+            raise SteeringError(f"layer {point.layer} has {num_tokens} tokens, wanted 1 to {MAX_TOKENS}")
         if num_gates not in (1, model.num_heads):
-            raise SteeringError(f"layer {place.layer} has {num_gates} gates, wanted 1 or {model.num_heads}")
+            raise SteeringError(f"layer {point.layer} has {num_gates} gates, wanted 1 or {model.num_heads}")
 
     def is_off(self, params: Scaled) -> bool:
         return params.scale == 0

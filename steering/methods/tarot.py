@@ -25,18 +25,18 @@ class TaRot(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("attn_head", "mlp_out"), "all"
     parts: ClassVar = {"angles?": ("blocks", "angles"), "scale?": ("blocks",)}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if len(tensors) != 1:
-            raise SteeringError(f"{place.site} {place.layer} needs angles or scale; it has {sorted(tensors) or 'none'}")
+            raise SteeringError(f"{point.site} {point.layer} needs angles or scale; it has {sorted(tensors) or 'none'}")
         ((part, tensor),) = tensors.items()
-        num_blocks = model.num_heads if place.site == "attn_head" else 1
+        num_blocks = model.num_heads if point.site == "attn_head" else 1
         if len(tensor) != num_blocks:
-            raise SteeringError(f"{part} of {place.site} {place.layer} has {len(tensor)} rows, wanted {num_blocks}")
+            raise SteeringError(f"{part} of {point.site} {point.layer} has {len(tensor)} rows, wanted {num_blocks}")
         if part == "angles":
-            _check_angles(tensor.shape[1], model.width(place.site) // num_blocks)
+            _check_angles(tensor.shape[1], model.width(point.site) // num_blocks)
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
-        width = model.width(place.site)
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+        width = model.width(point.site)
         if "scale" in tensors:
             scale = tensors["scale"]
             gain = (scale - 1).repeat_interleave(width // len(scale))

@@ -16,6 +16,6 @@ class TaskVector(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("resid_post",), "last_prompt"
     parts: ClassVar = {"state": ("width",)}
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         state = tensors["state"]
         return (diagonal(params.scale, state, -torch.ones_like(state)),)

@@ -16,9 +16,9 @@ class GenericVector(ScaledMethod[Scaled]):
     combines = "added"
     parts: ClassVar = {"add?": ("width",), "gain?": ("width",)}
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not tensors:
-            raise SteeringError(f"{place.site} {place.layer} has neither add nor gain")
+            raise SteeringError(f"{point.site} {point.layer} has neither add nor gain")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return (diagonal(params.scale, tensors.get("add"), tensors.get("gain")),)

@@ -41,11 +41,11 @@ class PrefixKV(AttentionMethod[EditParams]):
         "value": ("num_tokens", "kv_heads", "head_dim"),
     }
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if not model.num_kv_heads:
             raise SteeringError("a file with keys and values must state the model's num_kv_heads")
         if not 1 <= len(tensors["key"]) <= MAX_TOKENS:
-            raise SteeringError(f"layer {place.layer} has {len(tensors['key'])} tokens, wanted 1 to {MAX_TOKENS}")
+            raise SteeringError(f"layer {point.layer} has {len(tensors['key'])} tokens, wanted 1 to {MAX_TOKENS}")
 
     def check_params(self, params: EditParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         lengths = {len(parts["key"]) for parts in tensors.values()}
@@ -53,7 +53,7 @@ class PrefixKV(AttentionMethod[EditParams]):
             raise SteeringError(
                 f"the file's layers have {sorted(lengths)} tokens; they must have equally many", "vector"
             )
-        layers = sorted(place.layer for place in tensors)
+        layers = sorted(point.layer for point in tensors)
         if layers != list(range(len(layers))):
             raise SteeringError(f"the file has layers {layers}; every layer needs its keys and values", "vector")
 

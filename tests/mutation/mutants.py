@@ -85,7 +85,7 @@ def _unread(module: ModuleType) -> None:
     """A probe's readings are 0."""
 
     def zero(found: Any) -> Any:
-        return type(found)(0 * found.direction, 0.0, found.column, found.is_latched, False)
+        return type(found)(0 * found.direction, 0.0, found.condition_index, found.is_latched, False)
 
     swap(module, "_reading", lambda reading: lambda *args: zero(reading(*args)))
 

@@ -154,7 +154,7 @@ def test_gates_say_what_was_asked() -> None:
     step = {"below": -2.0, "release": 3.0, "decide": "step"}
     assert planned(planner, adds(3), probe(1), when=step) == Gate(-1, 1, False, 2.0, -3.0, -1)
     linear = {"shape": "linear", "tokens": 5}
-    assert planned(planner, adds(3), schedule=linear) == Gate(lane=0)
+    assert planned(planner, adds(3), schedule=linear) == Gate(schedule_index=0)
     entropy = {"shape": "entropy", "from": 0.1, "to": 2.0, "low": 1.0, "high": 3.0}
     assert planned(planner, adds(3), schedule=entropy) == Gate(ramp=(2, 1.0, 3.0, 0.1, 2.0))
     both = planned(planner, adds(3), probe(1), when={"above": 0.7}, schedule=linear)
@@ -175,8 +175,10 @@ def test_equal_readings_share_a_column_and_equal_schedules_a_lane() -> None:
         planned(planner, adds(4), probe(2), when=step, where="generation"),
         planned(planner, adds(4), probe(2), when=step, where="all"),  # read from the first token on
     ]
-    assert [gate.column for gate in gates] == [0, 0, 1, 2, 2, 3]
-    lanes = [planned(planner, adds(4), schedule={"shape": "constant", "from": f}).lane for f in (0.5, 0.2, 0.5)]
+    assert [gate.condition_index for gate in gates] == [0, 0, 1, 2, 2, 3]
+    lanes = [
+        planned(planner, adds(4), schedule={"shape": "constant", "from": f}).schedule_index for f in (0.5, 0.2, 0.5)
+    ]
     assert lanes == [0, 1, 0]
 
 
@@ -221,8 +223,8 @@ def test_what_cannot_be_a_condition_is_refused(
 
 def test_an_edit_restricted_to_later_layers_may_depend_on_the_probe() -> None:
     planner = Planner()
-    assert planned(planner, adds(0, 3), probe(1), when={"above": 0.5}, layers=[3]).column == 0
-    assert planned(planner, adds(0, 3), probe(0, 1), when={"above": 0.5, "layer": 0}, layers=[3]).column == 1
+    assert planned(planner, adds(0, 3), probe(1), when={"above": 0.5}, layers=[3]).condition_index == 0
+    assert planned(planner, adds(0, 3), probe(0, 1), when={"above": 0.5, "layer": 0}, layers=[3]).condition_index == 1
 
 
 def test_too_many_readings_and_schedules_are_refused() -> None:
@@ -351,7 +353,7 @@ def test_open_positions_are_counted_as_the_kernel_decides(
     num = len(values)
     entropies = entropies[:num]
     off = on if is_latched else on - slack
-    gate = Gate(column=0 if has_condition else -1, is_latched=is_latched, on=on, off=off, sign=sign, ramp=ramp)
+    gate = Gate(condition_index=0 if has_condition else -1, is_latched=is_latched, on=on, off=off, sign=sign, ramp=ramp)
     was_open = _opened_by_the_kernel(gate, values, entropies)
     columns = [values[:1] if is_latched else values, entropies]
     is_known = [not has_condition or (values[0] if is_latched else value) is not None for value in values]
@@ -385,8 +387,8 @@ def _opened_by_the_kernel(gate: Gate, *columns: list[float | None]) -> list[bool
 
 
 def test_readings_that_were_not_kept_are_not_known() -> None:
-    gate = Gate(column=0, on=1.0, off=1.0)
+    gate = Gate(condition_index=0, on=1.0, off=1.0)
     assert fired(gate, [[2.0, None, 0.5]], range(6)) == (1, 2)
-    assert fired(Gate(column=0, is_latched=True, on=1.0, off=1.0), [[]], range(6)) == (0, 0)
-    assert fired(Gate(column=0, is_latched=True, on=1.0, off=1.0), [[2.0]], range(6)) == (6, 6)
-    assert fired(Gate(lane=2), [], range(6)) == (6, 6)
+    assert fired(Gate(condition_index=0, is_latched=True, on=1.0, off=1.0), [[]], range(6)) == (0, 0)
+    assert fired(Gate(condition_index=0, is_latched=True, on=1.0, off=1.0), [[2.0]], range(6)) == (6, 6)
+    assert fired(Gate(schedule_index=2), [], range(6)) == (6, 6)

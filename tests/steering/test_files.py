@@ -61,13 +61,13 @@ def read_pickle(path: Path, model: ModelShape = HERE, **hints: Any) -> Vector:
 
 
 def added(vector: Vector) -> dict[str, Tensor]:
-    return {f"{place.site}.{place.layer}": parts["add"] for place, parts in vector.tensors.items()}
+    return {f"{point.site}.{point.layer}": parts["add"] for point, parts in vector.tensors.items()}
 
 
 def check_added(vector: Vector, wanted: dict[str, Tensor]) -> None:
     found = added(vector)
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[place], wanted[place].float()) for place in wanted)
+    assert all(torch.equal(found[point], wanted[point].float()) for point in wanted)
 
 
 def refusal(path: Path, model: ModelShape = SHAPE, **hints: Any) -> SteeringError:
@@ -95,9 +95,9 @@ def edits_of(vector: Vector) -> Iterator[reference.Edit]:
     def touches(position: int, prompt_len: int) -> bool:
         return any(a <= position and (b is None or position < b) for a, b in spans.intervals(prompt_len))
 
-    for place, tensors in vector.tensors.items():
+    for point, tensors in vector.tensors.items():
         yield reference.Edit(
-            place.site, place.layer, method.ops(tensors, params, place, vector.header.model), touches, False
+            point.site, point.layer, method.ops(tensors, params, point, vector.header.model), touches, False
         )
 
 
@@ -150,8 +150,8 @@ def test_a_transformer_lens_cache_is_actadds_prompt() -> None:
     expected = load_file(FILES / "transformer_lens" / "expected.safetensors")
     for layer in range(4):
         vector = read(FILES / "transformer_lens" / "cache.pt", layer=layer)
-        ((place, parts),) = vector.tensors.items()
-        assert vector.header.method == "actadd" and place == ("resid_pre", layer)
+        ((point, parts),) = vector.tensors.items()
+        assert vector.header.method == "actadd" and point == ("resid_pre", layer)
         torch.testing.assert_close(parts["rows"], expected[f"rows.{layer}"][0], rtol=0, atol=1e-5)
     two = FILES / "transformer_lens" / "two.safetensors"  # what leaves block 1 enters block 2
     for prompt in range(2):

@@ -59,8 +59,8 @@ def after(path: Path, x: Tensor, params: dict[str, Any], **hints: Any) -> Tensor
     method: Any = vector.method
     said = method.params.model_validate(vector.header.known_defaults | params)
     method.check_params(said, vector.tensors)
-    ((place, parts),) = vector.tensors.items()
-    ops = method.ops(parts, said, place, SHAPE)
+    ((point, parts),) = vector.tensors.items()
+    ops = method.ops(parts, said, point, SHAPE)
     return torch.stack([reference.edited(row.double(), ops) for row in x])
 
 
@@ -129,9 +129,9 @@ def edited_case(path: Path, params: dict[str, Any], **hints: Any) -> dict[str, T
     method: Any = vector.method
     said = method.params.model_validate(vector.header.known_defaults | params)
     found = {}
-    for place, parts in vector.tensors.items():
-        ops = method.ops(parts, said, place, LLAMA)
-        found[f"{place.site}.{place.layer}"] = torch.stack([reference.edited(row, ops) for row in X])
+    for point, parts in vector.tensors.items():
+        ops = method.ops(parts, said, point, LLAMA)
+        found[f"{point.site}.{point.layer}"] = torch.stack([reference.edited(row, ops) for row in X])
     return found
 
 
@@ -167,8 +167,8 @@ def test_glp_projects() -> None:
     found = edited_case(path, {})
     directions = import_file(path, LLAMA)[1]
     assert set(found) == {"resid_post.1", "resid_post.2", "resid_post.3"}
-    for place, rows in found.items():
-        d = directions[f"{place}.direction"].double()
+    for point, rows in found.items():
+        d = directions[f"{point}.direction"].double()
         d = d / d.norm()
         torch.testing.assert_close(rows, X - (X @ d)[:, None] * d, rtol=1e-6, atol=1e-6)
 
@@ -252,8 +252,8 @@ def test_a_pyreft_checkpoint_without_config() -> None:
     assert found.value.param == "positions"
     header, _ = import_file(path, LLAMA, positions="f3+l3")
     assert header.method == "loreft" and header.where is not None
-    for place, rows in edited_case(path, {}, positions="f3+l3").items():
-        layer = place.split(".")[1]
+    for point, rows in edited_case(path, {}, positions="f3+l3").items():
+        layer = point.split(".")[1]
         state = torch.load(path / f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin", weights_only=True)
         w, b, r = (state[name].double() for name in ("weight", "bias", "rotate_layer"))
         wanted = X + (X @ w.T + b - X @ r) @ r.T

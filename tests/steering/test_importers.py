@@ -80,9 +80,9 @@ def edits_of(path: Path, piece: goldens.Piece) -> Iterator[reference.Edit]:
     def touches(position: int, prompt_len: int) -> bool:
         return any(a <= position and (b is None or position < b) for a, b in spans.intervals(prompt_len))
 
-    for place, tensors in vector.tensors.items():
-        ops = method.ops(tensors, params, place, vector.header.model)
-        yield reference.Edit(place.site, place.layer, ops, touches, piece.params.get("renorm", False))
+    for point, tensors in vector.tensors.items():
+        ops = method.ops(tensors, params, point, vector.header.model)
+        yield reference.Edit(point.site, point.layer, ops, touches, piece.params.get("renorm", False))
 
 
 @pytest.mark.parametrize("wild", goldens.WILD, ids=lambda wild: f"{wild.case}-{wild.format}")
@@ -229,8 +229,8 @@ class Made(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def placed(place: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{place}.{part}": tensor for part, tensor in parts.items()}
+def placed(point: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{point}.{part}": tensor for part, tensor in parts.items()}
 
 
 def _repeng(root: Path) -> Made:

@@ -60,8 +60,8 @@ def ops_of(vector: Vector, **said: Any) -> dict[HookPoint, Any]:
     method.check_model(params, vector.header.model)
     edits = [each for each, _ in method.spread(params, vector.tensors, Where.of(method.where))]
     return {
-        place: [op for each in edits for op in method.ops(tensors, each, place, vector.header.model)]
-        for place, tensors in vector.tensors.items()
+        point: [op for each in edits for op in method.ops(tensors, each, point, vector.header.model)]
+        for point, tensors in vector.tensors.items()
     }
 
 
@@ -85,14 +85,14 @@ def edits_of(piece: goldens.Piece, shape: ModelShape) -> Iterator[reference.Edit
     method.check_params(params, vector.tensors)
     where = piece.where or Where.of(method.where)
     for each, its_where in method.spread(params, vector.tensors, where):
-        for place, tensors in vector.tensors.items():
+        for point, tensors in vector.tensors.items():
 
             def touches(position: int, prompt_len: int, its_where: Where = its_where) -> bool:
                 spans = its_where.intervals(prompt_len)
                 return any(start <= position and (end is None or position < end) for start, end in spans)
 
-            ops = method.ops(tensors, each, place, shape)
-            yield reference.Edit(place.site, place.layer, ops, touches, piece.params.get("renorm", False))
+            ops = method.ops(tensors, each, point, shape)
+            yield reference.Edit(point.site, point.layer, ops, touches, piece.params.get("renorm", False))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_what_the_engine_serves_otherwise_makes_no_edits(case: goldens.Case) -> 
         if piece.tensors:
             vector = file_of(piece.method, piece.tensors, shape)
             method.check_params(params, vector.tensors)
-            assert not any(method.ops(tensors, params, place, shape) for place, tensors in vector.tensors.items())
+            assert not any(method.ops(tensors, params, point, shape) for point, tensors in vector.tensors.items())
 
 
 def test_the_table_is_complete() -> None:
@@ -151,7 +151,7 @@ def test_every_method_says_what_it_is(method: Method[Any]) -> None:
     if method.off:
         method.params.model_validate(method.off)
     assert bool(method.off) == (issubclass(method.params, Scaled) or method.name == "pasta")
-    assert all(place in method.hook_points(SHAPE) and place.site in method.sites for place in method.hook_points(SHAPE))
+    assert all(point in method.hook_points(SHAPE) and point.site in method.sites for point in method.hook_points(SHAPE))
 
 
 def test_the_reference_reaches_every_site(models: dict[str, Any]) -> None:
@@ -305,9 +305,9 @@ def test_strength_is_how_far_to_go(name: str) -> None:
     """Every edit but TaRot's rotation and the signed ones is linear in its strength."""
     tensors, said = EDITORS[name]
     vector = file_of(name, tensors)
-    place = next(iter(vector.tensors))
-    x = numbers(SHAPE.width(place.site)).double()
-    changes = [reference.edited(x, ops_of(vector, **said, scale=s)[place]) - x for s in (0.5, 1.0)]
+    point = next(iter(vector.tensors))
+    x = numbers(SHAPE.width(point.site)).double()
+    changes = [reference.edited(x, ops_of(vector, **said, scale=s)[point]) - x for s in (0.5, 1.0)]
     if name != "tarot":
         torch.testing.assert_close(2 * changes[0], changes[1], rtol=1e-5, atol=1e-5)
     assert changes[1].norm() > 0.05
@@ -317,7 +317,7 @@ def test_rows_of_one_file_share_their_numbers() -> None:
     """The engine keeps the numbers of places without parts of their own once."""
 
     def num_lines(ops: Mapping[HookPoint, Any]) -> int:
-        return len(lines_of({place: assemble([], [Step(tuple(found))]) for place, found in ops.items()})["hidden"])
+        return len(lines_of({point: assemble([], [Step(tuple(found))]) for point, found in ops.items()})["hidden"])
 
     ablation = ops_of(file_of("directional_ablation", {"direction": numbers(16)}))
     assert len(ablation) == 3 * SHAPE.num_layers and num_lines(ablation) == 1
@@ -554,7 +554,7 @@ def through_tables(vector: Vector, said: dict[str, Any], x: Tensor, gain: float 
     method: Any = vector.method
     params = method.params.model_validate(said)
     method.check_params(params, vector.tensors)
-    edit = Edit(vector.digest, params.model_dump_json(), None, gate=Gate(lane=0))
+    edit = Edit(vector.digest, params.model_dump_json(), None, gate=Gate(schedule_index=0))
     weight = weigh(vector, edit)
     edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
     held = room(num_slots((edit,), SHAPE.num_layers), {vector.digest: vector})
@@ -639,11 +639,11 @@ def test_sae_requests_share_the_encoder() -> None:
     vector = file_of("sae", tensors | {"resid_post.0.decoder_bias": numbers(16)})
     said: dict[str, Any] = {"activation": "topk", "k": 2}
     one, other = (only(ops_of(vector, features=[{"feature": f, "set": 1.0}], **said)) for f in (1, 2))
-    place = HookPoint("resid_post", 0)
-    assert one.top_k.encoder.data_ptr() == vector.tensors[place]["encoder"].data_ptr()
+    point = HookPoint("resid_post", 0)
+    assert one.top_k.encoder.data_ptr() == vector.tensors[point]["encoder"].data_ptr()
     assert one.top_k.bias.data_ptr() == other.top_k.bias.data_ptr()
-    assert vector.method.encoder_size(vector.tensors[place], said) == 6
-    assert vector.method.encoder_size(vector.tensors[place], {}) == 0
+    assert vector.method.encoder_size(vector.tensors[point], said) == 6
+    assert vector.method.encoder_size(vector.tensors[point], {}) == 0
     params = vector.method.params.model_validate(said | {"features": ONE})
     vector.method.check_file(params, said)
     with pytest.raises(SteeringError) as found:  # there is no room for what the server was not told of
@@ -806,8 +806,8 @@ def test_centres_and_their_names_are_checked_together(adapters: Any, change: Any
 def test_programs_do_what_the_ops_say() -> None:
     """The instructions that each example becomes, run by the kernel, against the reference."""
     for name, (tensors, said) in EDITORS.items():
-        for place, ops in ops_of(file_of(name, tensors), **said).items():
-            x = numbers(5, SHAPE.width(place.site))
+        for point, ops in ops_of(file_of(name, tensors), **said).items():
+            x = numbers(5, SHAPE.width(point.site))
             wanted = torch.stack([reference.edited(row.double(), ops) for row in x])
             executed(ops, x)
             torch.testing.assert_close(
@@ -835,7 +835,13 @@ def executed(ops: Any, x: Tensor) -> None:
 
 
 PROGRAMS = [name for name in EXAMPLES if METHODS[name].kind is EDITS]
-GATES = [OPEN, Gate(lane=0), Gate(lane=1), Gate(column=0, on=0.5, off=0.5), Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0))]
+GATES = [
+    OPEN,
+    Gate(schedule_index=0),
+    Gate(schedule_index=1),
+    Gate(condition_index=0, on=0.5, off=0.5),
+    Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0)),
+]
 PROBE = file_of("probe", EXAMPLES["probe"][0])
 PLACES = sorted({canonical(HookPoint(site, layer)) for site in SITES if site != "router" for layer in range(3)})
 
@@ -852,8 +858,8 @@ def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, Edit]:
     chosen = st.tuples(st.sampled_from(sites), st.integers(0, 2), st.sampled_from([1.0, 0.5]))
     is_alone = method.encoder_size(examples, {}) > 0  # in its stream
 
-    def apart(place: tuple[Any, int, float]) -> HookPoint:
-        named = HookPoint(place[0], place[1])
+    def apart(point: tuple[Any, int, float]) -> HookPoint:
+        named = HookPoint(point[0], point[1])
         return canonical(named) if is_alone else named
 
     hook_points = draw(st.lists(chosen, min_size=1, max_size=8, unique_by=apart))
@@ -868,7 +874,7 @@ def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, Edit]:
 
 def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
     """A model's tables, with room for the encoders of `vectors`."""
-    specs = [SiteSpec(place, 0, SHAPE.width(place.site)) for place in PLACES]
+    specs = [SiteSpec(point, 0, SHAPE.width(point.site)) for point in PLACES]
     kept = {layer: torch.zeros(1, 16) for layer in (0, 2)}
     held = Tables(specs, slots, SHAPE.num_layers, CPU, vectors.__getitem__, dict.fromkeys(PLACES, 150), kept)
     assert not any(map(held.reserve, vectors.values()))

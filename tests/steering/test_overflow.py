@@ -12,7 +12,7 @@ from reference.ops import edited
 from whipstaff.cuda_ext import Phi
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.ops import Cross, Diagonal, EditOp, Replacement, TopK, directions
-from whipstaff.steering.overflow import MAX_GROWTH, bound, growth
+from whipstaff.steering.overflow import MAX_AMPLIFICATION, bound, max_amplification
 from whipstaff.steering.programs import merged
 
 WIDTH = 16
@@ -59,13 +59,15 @@ def test_taking_a_direction_away_everywhere_grows_nothing() -> None:
     direction = torch.nn.functional.normalize(torch.randn(1, WIDTH))
     ablate = bound([directions(direction, direction, Phi.AFFINE, -1.0)])
     hook_points = [HookPoint(site, layer) for layer in range(200) for site in ("resid_pre", "resid_post")]
-    assert growth((place, ablate) for place in hook_points) == pytest.approx(1.0, rel=1e-3)
+    assert max_amplification((point, ablate) for point in hook_points) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_doubling_in_every_layer_ends_beyond_what_float16_holds() -> None:
     twice = bound([Diagonal(torch.full((WIDTH,), 2.0))])
-    assert growth((HookPoint("resid_post", layer), twice) for layer in range(11)) > MAX_GROWTH["float16"]
-    assert growth((HookPoint("router", layer), twice) for layer in range(11)) == 1.0
+    assert (
+        max_amplification((HookPoint("resid_post", layer), twice) for layer in range(11)) > MAX_AMPLIFICATION["float16"]
+    )
+    assert max_amplification((HookPoint("router", layer), twice) for layer in range(11)) == 1.0
 
 
 @given(seed=st.integers(0, 1 << 16))

@@ -69,21 +69,21 @@ def tables(num_slots: int, ranks: int = 1, rank: int = 0, kept: dict[int, Tensor
     return Tables(specs, num_slots, 3, CPU, BY_DIGEST.__getitem__, kept=kept)
 
 
-def run(held: Tables, place: HookPoint, address: int, x: Tensor) -> Tensor:
+def run(held: Tables, point: HookPoint, address: int, x: Tensor) -> Tensor:
     """The row x after the program at an address."""
-    site, x = held.at(place), x[None].clone()
+    site, x = held.at(point), x[None].clone()
     tokens = torch.full((1, TOKEN_COLUMNS), -1, dtype=torch.int32)
     tokens[0, 0] = address
     run_edits_(x, site.lines, site.code, site.args, tokens, torch.ones(1, NUM_GAINS), torch.zeros(1, 1), kept=site.kept)
     return x[0]
 
 
-def by_hand(row: EditSet, place: HookPoint, x: Tensor) -> Tensor:
+def by_hand(row: EditSet, point: HookPoint, x: Tensor) -> Tensor:
     """One entry after the other, from the ops alone."""
     for item in row:
         assert isinstance(item, Edit)
         before = x
-        for op in edits_of(BY_DIGEST[item.digest], item).get(place, ()):
+        for op in edits_of(BY_DIGEST[item.digest], item).get(point, ()):
             if hasattr(op, "phi"):
                 assert op.phi[0].name == "AFFINE" and op.read is not None
                 readings = op.read @ x + (0 if op.bias is None else op.bias)
@@ -97,9 +97,9 @@ def by_hand(row: EditSet, place: HookPoint, x: Tensor) -> Tensor:
 
 def check(held: Tables, addresses: dict[EditSet, int]) -> None:
     for row, address in addresses.items():
-        for place in held.hook_points:
-            x = torch.randn(held.at(place).lines.shape[1])
-            torch.testing.assert_close(run(held, place, address, x), by_hand(row, place, x))
+        for point in held.hook_points:
+            x = torch.randn(held.at(point).lines.shape[1])
+            torch.testing.assert_close(run(held, point, address, x), by_hand(row, point, x))
 
 
 def test_an_address_does_what_its_edits_do_one_after_the_other() -> None:
@@ -112,14 +112,14 @@ def test_a_stream_is_kept_as_the_rows_edits_leave_it() -> None:
     edits = ROWS[1]
     rows: list[EditSet] = [(StreamCopy((0, 2)),), (*edits, StreamCopy((0, 1, 2)))]
     for row, address in held.acquire(rows).items():
-        for place in held.hook_points:
-            x, at = torch.randn(held.at(place).lines.shape[1]), held.at(place).kept
-            after = run(held, place, address, x)
-            if at is not None and (place != HookPoint("resid_post", 0) or row != rows[0]):
+        for point in held.hook_points:
+            x, at = torch.randn(held.at(point).lines.shape[1]), held.at(point).kept
+            after = run(held, point, address, x)
+            if at is not None and (point != HookPoint("resid_post", 0) or row != rows[0]):
                 assert torch.equal(at[0], after) and at[1:].isnan().all()
             elif at is not None:
                 assert at.isnan().all()
-            torch.testing.assert_close(after, by_hand(edits if row == rows[1] else (), place, x))
+            torch.testing.assert_close(after, by_hand(edits if row == rows[1] else (), point, x))
     assert held.kept(0) is held.at(HookPoint("resid_pre", 0)).kept
     assert held.kept(2) is held.at(HookPoint("resid_post", 1)).kept
 
@@ -155,9 +155,9 @@ def test_what_a_row_takes_is_no_more_than_was_said() -> None:
 
 def test_ranks_hold_their_slice_of_the_heads() -> None:
     whole, parts = tables(num_slots=8), [tables(num_slots=8, ranks=2, rank=rank) for rank in range(2)]
-    x, place, row = torch.randn(12), HookPoint("attn_head", 1), ROWS[0]
-    expected = run(whole, place, whole.acquire([row])[row], x)
-    pieces = [run(part, place, part.acquire([row])[row], half) for part, half in zip(parts, x.chunk(2), strict=True)]
+    x, point, row = torch.randn(12), HookPoint("attn_head", 1), ROWS[0]
+    expected = run(whole, point, whole.acquire([row])[row], x)
+    pieces = [run(part, point, part.acquire([row])[row], half) for part, half in zip(parts, x.chunk(2), strict=True)]
     assert torch.equal(torch.cat(pieces), expected)
 
 
@@ -192,8 +192,8 @@ def autoencoder(num_features: int, seed: int) -> Vector:
 
 
 def test_encoders_take_the_room_that_was_set_apart_and_give_it_back() -> None:
-    place = HookPoint("resid_post", 1)
-    held = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__, {place: 10})
+    point = HookPoint("resid_post", 1)
+    held = Tables([SiteSpec(point, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__, {point: 10})
     small, other, large = autoencoder(4, 0), autoencoder(4, 1), autoencoder(6, 2)
     assert [held.reserve(one) for one in (small, small, large)] == [None] * 3
     assert "room for 4, and the 10" in str(held.reserve(other))
@@ -203,7 +203,7 @@ def test_encoders_take_the_room_that_was_set_apart_and_give_it_back() -> None:
     held.forget(small.digest)
     held.forget(other.digest)
     assert held.reserve(large) is None and held.reserve(VECTORS[0]) is None
-    bare = Tables([SiteSpec(place, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__)
+    bare = Tables([SiteSpec(point, 0, 8)], 4, 3, CPU, BY_DIGEST.__getitem__)
     assert "the 0 that this server set apart" in str(bare.reserve(small))
     assert bare.reserve(VECTORS[1]) is None
 

@@ -137,6 +137,6 @@ def test_write_refuses_what_read_would_not_take(tmp_path: Path) -> None:
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     with path.open("wb") as file:
-        file.apply_top_k_top_p_min_p(vector_file.MAX_BYTES + 1)  # sparse
+        file.truncate(vector_file.MAX_BYTES + 1)  # sparse
     with pytest.raises(SteeringError, match="at most"):
         vector_file.read(path)

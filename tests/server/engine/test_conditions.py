@@ -229,7 +229,7 @@ def _assert_readings(bench: Bench, case: Case) -> int:
     num_fed = len(case.prompt) + case.num_tokens - 1
     for planned in plan.probes:
         expected = trace.readings[planned.probe.digest]
-        said = columns[planned.probe.column]
+        said = columns[planned.probe.condition_index]
         if planned.probe.is_latched:
             assert said == [pytest.approx(expected[len(case.prompt) - 1], abs=MARGIN / 2)]
             num_compared += 1
@@ -251,8 +251,8 @@ def _assert_readings(bench: Bench, case: Case) -> int:
         counts = fired(gate, columns, positions)
         known = (
             positions
-            if gate.column < 0 or gate.is_latched
-            else [p for p in positions if columns[gate.column][p] is not None]
+            if gate.condition_index < 0 or gate.is_latched
+            else [p for p in positions if columns[gate.condition_index][p] is not None]
         )
         assert counts == (len(opened & set(known)), len(known))
     return num_compared

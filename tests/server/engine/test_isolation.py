@@ -343,9 +343,9 @@ def test_prompts_are_shared_as_far_as_their_kv_is_the_same(record: Record) -> No
 
 GATES = [
     Gate(),
-    Gate(lane=0),
-    Gate(column=0, is_latched=True),
-    Gate(column=0, on=0.5, off=0.5),
+    Gate(schedule_index=0),
+    Gate(condition_index=0, is_latched=True),
+    Gate(condition_index=0, on=0.5, off=0.5),
     Gate(ramp=(1, 1.0, 2.0, 0.0, 1.0)),
 ]
 LATCH = PlannedProbe(ProbeRead("probe", 0, 0, True), Where.of("last_prompt"))
@@ -373,8 +373,8 @@ def some_plans(draw: st.DrawFn) -> SteeringPlan | None:
     latches = any(gate.is_latched for gate in gates)
     return SteeringPlan(
         tuple(edits),
-        (LATCH,) if latches else (READ,) if any(gate.column == 0 for gate in gates) else (),
-        (schedule,) if any(gate.lane == 0 for gate in gates) else (),
+        (LATCH,) if latches else (READ,) if any(gate.condition_index == 0 for gate in gates) else (),
+        (schedule,) if any(gate.schedule_index == 0 for gate in gates) else (),
         entropy_column=1 if any(gate.ramp for gate in gates) else -1,
     )
 
@@ -394,8 +394,10 @@ def happens(steering: SteeringPlan | None, tokens: list[int], prompt_len: int, p
             continue
         if gate.is_latched and position < prompt_len - 1:
             continue  # not decided yet
-        gain = steering.schedules[0].gains(np.array([position - prompt_len])).item() if gate.lane == 0 else 1.0
-        decided_at = prompt_len - 1 if gate.is_latched else position if gate.column == 0 else None
+        gain = (
+            steering.schedules[0].gains(np.array([position - prompt_len])).item() if gate.schedule_index == 0 else 1.0
+        )
+        decided_at = prompt_len - 1 if gate.is_latched else position if gate.condition_index == 0 else None
         found.append((edit, gain, decided_at, gate.ramp is not None and position >= prompt_len))
     return found
 

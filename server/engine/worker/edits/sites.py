@@ -65,7 +65,7 @@ def install_sites(
         for site in layout.sites:
             if site in found:
                 spec, module, editing = found[site]
-                hooks[spec.place] = spec, module, editing
+                hooks[spec.point] = spec, module, editing
             elif site != "resid_pre":
                 raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
     encoders = {HookPoint(site, layer): size for site, layer, size in layout.encoders}

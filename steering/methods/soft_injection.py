@@ -15,10 +15,10 @@ class SITE(ScaledMethod[Scaled]):
     params, sites, where = Scaled, ("attn_head",), "last_prompt"
     parts: ClassVar = {"task": ("heads", "head_dim"), "alpha": ("heads",)}  # alpha after its sigmoid
 
-    def check(self, tensors: Tensors, place: HookPoint, model: ModelShape) -> None:
+    def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:
         if ((tensors["alpha"] < 0) | (tensors["alpha"] > 1)).any():
-            raise SteeringError(f"alpha of layer {place.layer} lies outside [0, 1]; store it after the sigmoid")
+            raise SteeringError(f"alpha of layer {point.layer} lies outside [0, 1]; store it after the sigmoid")
 
-    def edits(self, tensors: Tensors, params: Scaled, place: HookPoint, model: ModelShape) -> Sequence[EditOp]:
+    def edits(self, tensors: Tensors, params: Scaled, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         task, alpha = tensors["task"], tensors["alpha"][:, None]
         return (diagonal(params.scale, alpha * task, (-alpha).expand_as(task)),)
