@@ -77,7 +77,10 @@ def prepare(
 
 def unknown_warnings(names: Sequence[str], fields: Mapping[str, Any], known: frozenset[str]) -> list[str]:
     """What to say of names that nobody knows. Raises: BadRequest where the request wants them refused."""
-    refuses, reasons = one_of(OnUnknown, fields, "on_unknown", "warn") == "error", unknown_reasons(names, known)
+    refuses = one_of(OnUnknown, fields, "on_unknown", "warn") == "error"
+    if not names:
+        return []
+    reasons = unknown_reasons(names, known)
     for name, reason in reasons.items() if refuses else ():
         raise BadRequest(reason, name)
     more = [f"{len(names) - len(reasons)} more fields did nothing"] if len(names) > len(reasons) else []
@@ -168,6 +171,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
+    if fields.get("steering") is None:
+        return SequenceSteering()
     planner, found = Planner(), list[Steered]()
     for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
         try:

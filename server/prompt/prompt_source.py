@@ -8,7 +8,7 @@ from typing import Any
 from whipstaff.decoding.method import Content, DecodingError, Message
 
 Render = Callable[[Sequence[Mapping[str, Any]]], list[int]]
-LocateChat = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Any]  # messages, their prompt -> `chat.Chat`
+LocateChat = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Any]  # messages, their prompt -> its `Chat`
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PromptSource:
         return self.ids if self.messages is not None else self._chat([{"role": "user", "content": self.text}], param)
 
     def chat(self, ids: Sequence[int]) -> Any:
-        """The chat that a prompt made here was rendered from, a `chat.Chat`; None where it is none."""
+        """The chat that a prompt made here was rendered from, a `message_spans.Chat`; None where it is none."""
         is_own = self.messages is not None and list(ids) == list(self.ids)
         messages = self.messages if is_own else self._rendered.get(tuple(ids))
         return None if messages is None or self.locate is None else self.locate(messages, ids)

@@ -3,7 +3,8 @@ that of the scheduler and the worker: found by tracing them.
 
     cd tests && ../.venv/bin/python -m house.request_path
 
-A file counts when a function of it runs while one request is answered, by a server that answered its like before.
+A file counts when a function of it runs while one request is answered, by a server that answered its like before; it
+is on the way to the kernels when that was before the last of the request's kernels was first called.
 """
 
 import asyncio
@@ -12,15 +13,17 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the worker shares the process of the scheduler
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+_KERNELS = os.path.join("cuda_ext", "__init__.py")
 _OURS = tuple(f"{ROOT / room}{os.sep}" for room in ("server", "steering", "decoding", "cuda_ext"))
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -32,26 +35,30 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 class Trace:
-    """The files of ours in which this process called a function, in the order in which it first did."""
+    """The files of ours in which this process called a function, and the kernels, with when it first did."""
 
     def __init__(self) -> None:
         self._is_on = False
-        self._files: dict[str, None] = {}
+        self._files: dict[str, float] = {}
+        self._kernels: dict[str, float] = {}
         threading.setprofile(self._note)  # of threads that begin from here on
         sys.setprofile(self._note)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
         if self._is_on and event == "call":
             name = frame.f_code.co_filename
-            if name not in self._files and name.startswith(_OURS) and frame.f_code.co_name != "<module>":
-                self._files[name] = None
+            if name.startswith(_OURS) and frame.f_code.co_name != "<module>":
+                self._files.setdefault(name, time.monotonic())  # one clock for all processes
+                if name.endswith(_KERNELS):
+                    self._kernels.setdefault(frame.f_code.co_name, time.monotonic())
 
     def start(self) -> None:
-        self._files, self._is_on = {}, True
+        self._files, self._kernels, self._is_on = {}, {}, True
 
-    def stop(self) -> list[str]:
+    def stop(self) -> tuple[dict[str, float], list[float]]:
+        """When each file was first entered, and each kernel first called."""
         self._is_on = False
-        return [str(Path(name).relative_to(ROOT)) for name in self._files]
+        return {str(Path(name).relative_to(ROOT)): at for name, at in self._files.items()}, [*self._kernels.values()]
 
 
 TRACE = Trace()
@@ -63,12 +70,19 @@ class TracedWorker:
     def trace_start(self) -> None:
         TRACE.start()
 
-    def trace_stop(self) -> list[str]:
+    def trace_stop(self) -> tuple[dict[str, float], list[float]]:
         return TRACE.stop()
 
 
-async def traced(folder: Path) -> dict[str, list[str]]:
-    """The files that each of REQUESTS enters."""
+class Way(NamedTuple):
+    """The files that a request enters, in their order."""
+
+    there: list[str]  # to the kernels
+    back: list[str]
+
+
+async def traced(folder: Path) -> dict[str, Way]:
+    """The way of each of REQUESTS."""
     import httpx
     from serving import save_models, save_vectors
 
@@ -94,12 +108,12 @@ async def traced(folder: Path) -> dict[str, list[str]]:
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(served), base_url="http://test", timeout=120
         ) as http:
-            return {name: await _files_of(http, engine, fields) for name, fields in REQUESTS.items()}
+            return {name: await _way_of(http, engine, fields) for name, fields in REQUESTS.items()}
     finally:
         engine.shutdown()
 
 
-async def _files_of(http: Any, engine: Any, fields: dict[str, Any]) -> list[str]:
+async def _way_of(http: Any, engine: Any, fields: dict[str, Any]) -> Way:
     async def ask(content: str) -> None:
         body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
         answer = await http.post("/v1/chat/completions", json=body | fields)
@@ -110,9 +124,11 @@ async def _files_of(http: Any, engine: Any, fields: dict[str, Any]) -> list[str]
     await engine.collective_rpc("trace_start")
     TRACE.start()
     await ask("What is this?")
-    here = TRACE.stop()
-    (there,) = await engine.collective_rpc("trace_stop")
-    return list(dict.fromkeys([*here, *there]))
+    here, _ = TRACE.stop()
+    ((there, kernels),) = await engine.collective_rpc("trace_stop")
+    first = {file: min(files[file] for files in (here, there) if file in files) for file in here | there}
+    files, end = sorted(first, key=first.__getitem__), max(kernels)
+    return Way([file for file in files if first[file] <= end], [file for file in files if first[file] > end])
 
 
 def main() -> None:
@@ -121,8 +137,9 @@ def main() -> None:
     if "--json" in sys.argv:
         print(json.dumps(found))
         return
-    for name, files in found.items():
-        print(f"{name}: {len(files)} files", *files, sep="\n    ")
+    for name, way in found.items():
+        print(f"{name}: {len(way.there)} files to the kernels", *way.there, sep="\n    ")
+        print(f"  and {len(way.back)} on the way back", *way.back, sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from whipstaff.server import names
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.receipt import receipt
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.api.sse import header_of
 from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest
 from whipstaff.server.errors import BadRequest, NotFound, WhipstaffError
 from whipstaff.server.names import GATES, SHORTHANDS, near, thing, unknown_reasons
@@ -393,11 +392,6 @@ def test_the_nearest_name_is_said() -> None:
 def test_names_that_nobody_knows_are_bounded_and_can_be_sent() -> None:
     found = unknown_reasons(["\ud800", "y" * 10**6, *map(str, range(10**5))], {"temperature"})
     assert list(found)[:3] == ["\\ud800", "y" * 64, "0"] and len(found) == 32
-
-
-def test_a_header_is_ascii_and_bounded() -> None:
-    value = header_of(["naïve\r\nSet-Cookie: x", "y" * 5000])
-    assert value.isascii() and value.isprintable() and len(value) == 1000 and value.startswith("na\\xefve  Set")
 
 
 def test_things_are_the_same_by_all_their_names() -> None:

@@ -59,7 +59,8 @@ class ServingChat(OpenAIServingChat):
             await request.score(prompts, self)
             # a long chat takes a while to be told apart
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
-            request.max_completion_tokens = most or request.max_completion_tokens
+            if most is not None:
+                request.max_completion_tokens = most
         return result
 
 
@@ -100,7 +101,8 @@ class ServingCompletion(OpenAIServingCompletion):
         if not request.is_plain:
             prompts = request.prompts(inputs, self, request.max_tokens, None)
             await request.score(prompts, self)
-            request.max_tokens = request.place(inputs, prompts, self, request.max_tokens) or request.max_tokens
+            if (most := request.place(inputs, prompts, self, request.max_tokens)) is not None:
+                request.max_tokens = most
         return inputs
 
 

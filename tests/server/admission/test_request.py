@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -417,6 +417,17 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities
     with pytest.raises(BadRequest) as caught:
         at_prompt(absent, Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
     assert caught.value.param == "steering[1].where.messages"
+
+
+def test_prompts_of_a_request_know_nothing_of_each_other(everything: Capabilities) -> None:
+    made = compiled(everything, steering=[{"vector": "soft", "insert": 1}, {"vector": "late"}])
+    before, prompts = made.plan, [Prompt(num, list(range(num)), 64, None) for num in (9, 4)]
+    first, second = (at_prompt(made, prompt, num) for prompt, num in zip(prompts, (7, 5), strict=True))
+    assert (first.num_tokens, first.max_tokens, second.num_tokens, second.max_tokens) == (12, 7, 7, 5)
+    assert at_prompt(made, prompts[0], 7) == first != second
+    assert made.plan is before and made.warnings == ()
+    with pytest.raises(FrozenInstanceError):
+        made.plan = first.plan  # type: ignore[misc]
 
 
 def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything: Capabilities) -> None:
