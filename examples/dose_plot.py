@@ -69,7 +69,7 @@ def drawn(vector: str, points: list[Point]) -> Image.Image:
             BOTTOM - (BOTTOM - TOP) * (log_odds + most) / (2 * most),
         )
 
-    draw.text((LEFT, 12), f"log-odds of{ENDINGS[0]!r} over{ENDINGS[1]!r}", INK)
+    draw.text((LEFT, 12), f'log-odds of "{ENDINGS[0].strip()}" over "{ENDINGS[1].strip()}"', INK)
     for point in points:
         x, _ = at(point.scale, 0)
         draw.line((x, TOP, x, BOTTOM), GRID)

@@ -34,7 +34,7 @@ def complete(client: OpenAI, model: str, extra: dict[str, Any]) -> str:
     )
     said = answer.choices[0].text.strip()
     for entry in receipt(answer).get("steering", []):
-        said += f"   [{entry['vector']} on {entry['tokens']} tokens]"
+        said += f"   [{entry['vector']} on {entry['edited_tokens']} tokens]"
     return said
 
 
@@ -65,7 +65,7 @@ def stream(client: OpenAI, model: str, extra: dict[str, Any]) -> None:
     for chunk in chunks:
         for choice in chunk.choices:
             print(choice.delta.content or "", end="", flush=True)
-            for record in getattr(choice, "whipstaff", []):
+            for record in getattr(choice, "explain", []):
                 moved.append((record["kl"], record["token"]))
     print()
     if moved:
