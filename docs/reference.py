@@ -1,12 +1,14 @@
-"""Writes the parts of docs/http-api.md and docs/errors.md that follow from the code: routes, fields, methods, series,
-and what a server without an engine answers to wrong requests.
+"""Writes the parts of docs/ that follow from the code: in http-api.md routes, fields, methods and series; in errors.md
+what a server without an engine answers to wrong requests; in vllm-seam.md which of our classes stand over vLLM's.
 
-`python docs/reference.py` writes them, between the marks in either file; tests/test_docs.py holds them to the code.
+`python docs/reference.py` writes them, between the marks in each file; tests/test_docs.py holds them to the code.
 """
 
+import ast
 import inspect
 import json
 import re
+import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -50,7 +52,7 @@ def main() -> None:
 
 def written() -> dict[str, str]:
     """Each file as it has to be."""
-    made = {"http-api.md": http_api(), "errors.md": error_kinds()}
+    made = {"http-api.md": http_api(), "errors.md": error_kinds(), "vllm-seam.md": seam()}
     return {name: _between(FOLDER / name, "\n".join(lines)) for name, lines in made.items()}
 
 
@@ -312,6 +314,26 @@ def capabilities() -> Capabilities:
         files = read_vectors([demo.VECTORS, Path(folder)])
     points = frozenset(HookPoint("resid_post", layer) for layer in range(shape.num_layers))
     return Capabilities(VectorSnapshot(files, shape), {}, num_layers=shape.num_layers, hook_points=points)
+
+
+# ---- vllm-seam.md
+
+
+def seam() -> Iterator[str]:
+    """By our class, the vLLM class that it is laid over, and of its members those that ours defines anew."""
+    sys.path.insert(0, str(FOLDER.parent / "tests"))
+    from house.seam import LAID_OVER, Seam
+    from house.sources import Sources
+
+    vllm, rows = Sources("vllm", None), {}
+    for name, node in Seam().classes():
+        theirs = LAID_OVER.get(name, ())
+        members = [one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+        anew = [member for member in members if any(vllm.has(f"{their}.{member}") for their in theirs)]
+        rows[name] = ", ".join(f"`{their}`" for their in theirs), ", ".join(f"`{member}`" for member in anew)
+    yield from _table(
+        ("ours", "over vLLM's", "members anew"), *((f"`{name}`", *row) for name, row in sorted(rows.items()))
+    )
 
 
 if __name__ == "__main__":
