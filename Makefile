@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>&- &
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test test-next check bench doctor wheel clean
+.PHONY: serve test test-next check bench docs doctor wheel clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -22,6 +22,10 @@ check: .venv/.dev          ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.dev           ## what is generated in docs/: the picture of the rooms, the HTTP reference, the errors
+	$(BIN)/python docs/draw.py
+	$(BIN)/python docs/reference.py
 
 bench: .venv/.runtime      ## ratios against stock vLLM and transformers, as JSON lines
 	$(BIN)/python benchmarks/serving.py $(ARGS)

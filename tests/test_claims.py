@@ -1,4 +1,4 @@
-"""What the READMEs say that can be counted: methods, goldens, flags, endpoints, limits, files."""
+"""What READMEs and docs/ say that can be counted: methods, goldens, formats, flags, endpoints, limits."""
 
 import json
 import re
@@ -18,24 +18,29 @@ from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.settings import Settings
 from whipstaff.steering import conditions, planner
+from whipstaff.steering.importers import FORMATS, PICKLES
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.shape import SITES
 from whipstaff.steering.where import Shorthand
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-READMES = {path: (ROOT / path / "README.md").read_text() for path in (".", "steering", "decoding", "tests/golden")}
+README, STEERING_README, DECODING_README = "README.md", "steering/README.md", "decoding/README.md"
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
 
 
 def words(name: str) -> str:
-    """A README as one line."""
-    return " ".join(READMES[name].split())
+    """A document as one line."""
+    return " ".join(text(name).split())
 
 
 def table(name: str, heading: str) -> list[list[str]]:
     """The cells of the first table under a heading, without its head."""
-    text = READMES[name].split(f"\n## {heading}\n", 1)[1]
-    (rows,) = re.findall(r"\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", text.split("\n## ", 1)[0])[:1]
+    part = text(name).split(f"\n## {heading}\n", 1)[1]
+    (rows,) = re.findall(r"\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", part.split("\n## ", 1)[0])[:1]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows.strip().split("\n")]
 
 
@@ -66,30 +71,38 @@ def test_whose_code_made_the_goldens() -> None:
         f"all {made.total()} steering goldens on five small models through the engine, many at once in one batch: "
         f"{made['own']} by the papers' own code, {made['hooks']} by its hooks written anew, {made['independent']} by "
         f"independent computations from the formulas, {made['PEFT']} by PEFT, {made['SAELens']} by SAELens"
-    ) in words(".")
+    ) in words("docs/evidence.md")
     assert (
         f"of the {made.total()} steering cases it is the papers' own code in {made['own']}, its hooks written anew in "
         f"{made['hooks']}, PEFT in {made['PEFT']} and SAELens in {made['SAELens']}, and in {made['independent']} an "
         f"independent computation from the formula. Of the {recorded.total()} decoding files, {recorded['own']} come "
         f"from the papers' own code, {recorded['transformers']} from transformers, {recorded['independent']} from "
         "independent computations"
-    ) in words("tests/golden")
+    ) in words("tests/golden/README.md")
     assert len(list((GOLDEN / "steering" / "models").iterdir())) == 5
 
 
 def test_every_method_is_in_its_table_and_counted() -> None:
-    steering = [name for first, *_ in table("steering", "Methods") for name in names(first)]
-    decoding = {name: row[1] for row in table("decoding", "Methods") for name in names(row[0])}
+    steering = [name for first, *_ in table(STEERING_README, "Methods") for name in names(first)]
+    decoding = {name: row[1] for row in table(DECODING_README, "Methods") for name in names(row[0])}
     assert sorted(steering) == sorted(STEERING) and decoding == {name: m.stage for name, m in DECODING.items()}
-    assert f"| {len(STEERING)} [steering methods]" in words(".") and f"| {len(DECODING)} [decoding methods]" in words(
-        "."
-    )
+    assert f"There are {len(STEERING)} [steering methods]" in words(README)
+    assert f"There are {len(DECODING)} [decoding methods]" in words(README)
+    changelog = words("CHANGELOG.md")
+    assert f"Steering: {len(STEERING)} methods" in changelog and f"Decoding: {len(DECODING)} methods" in changelog
+
+
+def test_formats_are_counted() -> None:
+    count = len(FORMATS) + len(PICKLES)
+    assert f"# {count} formats" in words(README)
+    assert f"lists all {count} with the flags of each" in words("docs/vectors.md")
+    assert f"importers of {count} foreign formats" in words("CHANGELOG.md")
 
 
 def test_what_a_steering_method_reads_and_where() -> None:
     """Its file's parts; the tokens that it edits unless a request says others; whether it needs a file."""
     told: dict[str, str] = {}
-    for first, parts, _, tokens, _ in table("steering", "Methods"):
+    for first, parts, _, tokens, _ in table(STEERING_README, "Methods"):
         told = told if parts == "the same" else dict.fromkeys(re.findall(r"`(\w+)\??`", parts), "")
         for name in names(first):
             method = STEERING[name]
@@ -97,15 +110,15 @@ def test_what_a_steering_method_reads_and_where() -> None:
             others = {"defaults", "adapters", "noreft", "project_bias"} | (own & {"on", "off"})
             assert own - told.keys() <= others and told.keys() - own <= others, name
             assert tokens in ("", method.where), name
-    assert "Three methods need no file" in words("steering")
+    assert "Three methods need no file" in words(STEERING_README)
     assert sum(not method.needs_file for method in STEERING.values()) == 3
 
 
 def test_every_parameter_and_shorthand_of_a_decoding_method_is_named() -> None:
     """By the shorthand where the table says that; what all of several prompts take stands below the table."""
-    told = [name for row in table("decoding", "Other servers' names") for name in names(row[1])]
+    told = [name for row in table(DECODING_README, "Other servers' names") for name in names(row[1])]
     for name, method in DECODING.items():
-        (row,) = [row for row in table("decoding", "Methods") if name in names(row[0])]
+        (row,) = [row for row in table(DECODING_README, "Methods") if name in names(row[0])]
         shorthands = method.shorthands.items()
         said, common = set(names(row[2])), {"method", *CoupledParams.model_fields}
         for param in set(method.params.model_fields) - common:
@@ -115,15 +128,15 @@ def test_every_parameter_and_shorthand_of_a_decoding_method_is_named() -> None:
 
 def test_methods_of_a_stage_stand_in_the_order_in_which_they_run() -> None:
     """Of mixes a request has one."""
-    rows = [name for row in table("decoding", "Methods") for name in names(row[0]) if row[1] != "mix"]
+    rows = [name for row in table(DECODING_README, "Methods") for name in names(row[0]) if row[1] != "mix"]
     assert rows == [name for name, method in DECODING.items() if method.stage != "mix"]
-    assert [stage for stage, _ in table("decoding", "The pipeline") if not stage.startswith("[")] == list(STAGES)
+    assert [stage for stage, _ in table(DECODING_README, "The pipeline") if not stage.startswith("[")] == list(STAGES)
 
 
 @pytest.mark.parametrize("name", DECODING)
 def test_defaults_of_decoding_methods(name: str) -> None:
     """`name` (default), or under a shorthand's name, as the table says it."""
-    (said,) = [row[2] for row in table("decoding", "Methods") if name in names(row[0])]
+    (said,) = [row[2] for row in table(DECODING_README, "Methods") if name in names(row[0])]
     fields = DECODING[name].params.model_fields
     shorthands = DECODING[name].shorthands
     for param, default in re.findall(r"`(\w+)` \(([\w.-]+)[;)]", said):
@@ -143,9 +156,7 @@ def test_flags() -> None:
     parser = ArgumentParser()
     Settings.add_flags(parser)
     ours = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
-    listed = set(re.findall(r"^    (--[\w-]+) ", READMES["."], re.M))
-    assert listed <= ours
-    assert ours - listed == {"--max-upload-bytes"}  # said where uploads are
+    assert set(re.findall(r"^    (--[\w-]+) ", text("docs/operating.md"), re.M)) == ours
 
 
 def test_endpoints() -> None:
@@ -159,28 +170,21 @@ def test_endpoints() -> None:
     assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets"}
     for method, path in ours:
         tail = path.removeprefix("/v1/steering/").split("/")[0]
-        assert re.search(rf"`?{method} (?:/v1/steering|\.\.\.)/(?:{tail}|\{{name\}})", words(".")), (method, path)
+        assert re.search(rf"`?{method} (?:/v1/steering|\.\.\.)/(?:{tail}|\{{name\}})", words("docs/requests.md")), (
+            method,
+            path,
+        )
 
 
 def test_limits() -> None:
     assert (
         f"At most {planner.MAX_EDITS} entries, {conditions.MAX_SCHEDULES} different schedules, "
         f"{conditions.MAX_CONDITIONS} different readings"
-    ) in words("steering")
-    assert f"DRY counts runs of up to {dry._LONGEST} tokens" in words("decoding")
+    ) in words(STEERING_README)
+    assert f"DRY counts runs of up to {dry._LONGEST} tokens" in words(DECODING_README)
 
 
 def test_sites_and_clauses() -> None:
-    assert {name for first, *_ in table("steering", "Sites") for name in names(first)} == {*SITES, "attention"}
+    assert {name for first, *_ in table(STEERING_README, "Sites") for name in names(first)} == {*SITES, "attention"}
     for name in get_args(Shorthand):
-        assert f"`{name}`" in words("steering") and f"`{name}`" in words(".")
-
-
-def test_files_that_are_named_are_there() -> None:
-    """Those of "How it works", and what READMEs link to."""
-    told = READMES["."].split("\n## How it works\n")[1].split("\n## ")[0]
-    for path in re.findall(r"`([\w/]+\.py|[\w/]+/)`", told):
-        assert any((ROOT / folder / path).exists() for folder in ("", "server", "server/engine", "steering")), path
-    for name, text in READMES.items():
-        for target in re.findall(r"\]\(([^)#:]+)[)#]", text):
-            assert (ROOT / name / target).exists(), (name, target)
+        assert f"`{name}`" in words(STEERING_README) and f"`{name}`" in words("docs/requests.md")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from whipstaff.server import demo
+from whipstaff.server import __version__, demo
 from whipstaff.server.commands import vectors_flags
 from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
 
@@ -21,6 +21,7 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
        whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
+       whipstaff --version                           this version, and that of vLLM
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
 """
@@ -40,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
         from whipstaff.server.commands import vectors as vectors_cli
 
         sys.exit(vectors_cli.run(flags))
+    if words == ["--version"]:
+        print(f"whipstaff {__version__} over vLLM {vllm_version()}")
+        sys.exit(0)
     if not words or words[0] not in ("serve", "doctor"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")

@@ -11,7 +11,7 @@ import openai
 import pytest
 from asking import PROMPT, Post, post_json
 from catalogues import FILES, LIMITS, PLACES, SHAPE, SPARSE_SHAPE
-from serving import API_KEY, MODEL, Server
+from serving import API_KEY, MODEL, Server, serving_demo
 from shared import serving_all
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -34,6 +34,13 @@ GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0, "return_token_ids"
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving_all(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded demo, as `make serve` serves it."""
+    with serving_demo(tmp_path_factory.mktemp("demo")) as running:
         yield running
 
 

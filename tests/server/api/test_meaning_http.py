@@ -1,13 +1,12 @@
 """What strangers sent to the demo: every field means what it says, alone and beside methods, on both protocols."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from asking import Post, ok, post_json
-from serving import Server, serving_demo
+from serving import Server
 
 PROMPT = "In the morning Mara opened the door, and"
 WATCHED = {260: " a", 263: " the", 1027: " larks", 706: " dead"}
@@ -31,9 +30,8 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving_demo(tmp_path_factory.mktemp("demo")) as running:
-        yield running
+def server(demo_server: Server) -> Server:
+    return demo_server
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def test_help_is_usage_on_stdout(words: list[str], capsys: pytest.CaptureFixture
         cli.main(words)
     assert exit_.value.code == 0
     assert capsys.readouterr().out == cli.USAGE
+
+
+def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:
+    declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["version"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"whipstaff {declared} over vLLM {vllm_version()}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["sreve"], ["--port", "8000"]])
