@@ -394,8 +394,8 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities
     made = compiled(everything, steering=entries)
     made.place(Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
     assert made.plan.steering is not None
-    placed = [*made.plan.steering.edits, *made.plan.steering.specials]
-    assert [planned.where.intervals(9) for planned in placed] == [[(2, 4)]] * 3
+    placed = [one.where for one in made.plan.steering.edits] + [one.where for one in made.plan.steering.specials]
+    assert [where.intervals(9) for where in placed] == [[(2, 4)]] * 3
     assert [said["where"][0]["prompt"] for said in made.receipt([])["steering"]] == [[(2, 4)]] * 3
     absent = compiled(everything, steering=[{"vector": "late"}, PASTA | {"where": {"messages": [{"role": "tool"}]}}])
     with pytest.raises(BadRequest) as caught:
@@ -415,7 +415,7 @@ def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything:
     assert (error.status, error.param) == (400, "steering.vector")
 
 
-SERVERS = {
+SERVERS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "limited": {"limit": Limit(0.5)},
     "clamped": {"limit": Limit(0.5, "clamp")},

@@ -48,7 +48,7 @@ def placed(clauses: list[int], prompt_len: int) -> PositionedPlan:
 
 
 def steerer(*plans: tuple[str, PositionedPlan | None]) -> Steerer:
-    made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), {}.__getitem__))
+    made = Steerer(256, torch.device("cpu"), Decoder(torch.device("cpu"), 256, (), dict[str, Any]().__getitem__))
     made.tables = FakeTables()  # type: ignore[assignment]
     made.note_requests([], plans)
     return made
