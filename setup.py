@@ -5,8 +5,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.editable_wheel import editable_wheel
 from torch.utils import cpp_extension
 
@@ -40,14 +41,14 @@ def find_cuda() -> str | None:
     return os.path.realpath(top.group(1)) if top else None
 
 
-def library(name: str, suffix: str, **options: object) -> cpp_extension.CppExtension:
+def library(name: str, suffix: str, **options: Any) -> Extension:
     sources = [str(path) for path in sorted(CSRC.glob(f"*{suffix}"))]
     return cpp_extension.CppExtension(
         f"whipstaff.cuda_ext.{name}", sources, depends=HEADERS, py_limited_api=True, **options
     )
 
 
-def libraries() -> list[cpp_extension.CppExtension]:
+def libraries() -> list[Extension]:
     found = [library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI])]
     cuda = find_cuda()
     if cuda:

@@ -362,7 +362,7 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
         one.check(PROMPT_LEN, MAX_TOKENS, True)
         one.plan.to_wire()
 
-    steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), {}.__getitem__))
+    steerer = Steerer(2048, torch.device("cpu"), Decoder(torch.device("cpu"), 2048, (), dict[str, Any]().__getitem__))
     steerer.tables = tables = Tables(specs, MAX_SEQS, LAYERS, torch.device("cpu"), {vector.digest: vector}.__getitem__)
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))

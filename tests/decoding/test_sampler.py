@@ -24,7 +24,7 @@ def test_all_three_in_vllms_order() -> None:
     top_p = torch.tensor([1.0, 0.9, 0.3, 1e-6, 1.0, 0.5] * 4)
     min_p = torch.tensor([0.0, 0.05, 0.5] * 8)
     own = zip(logits.tolist(), top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True)
-    expected = torch.tensor([reference.apply_top_k_top_p_min_p(*one) for one in own])
+    expected = torch.tensor([reference.truncate(*one) for one in own])
     assert torch.equal(apply_top_k_top_p_min_p(logits.clone(), top_k, top_p, min_p), expected)
 
 

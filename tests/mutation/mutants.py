@@ -149,9 +149,9 @@ def _stage(name: str) -> dict[str, Patch]:
 
     def decoder(module: ModuleType) -> None:
         if name == "own temperature":
-            swap(module, "_temper", lambda apply_temperature: lambda *args: None)
+            swap(module, "_temper", lambda temper: lambda *args: None)
         elif name == "own truncation":
-            swap(module, "truncate", lambda apply_top_k_top_p_min_p: lambda logits, *args: logits)
+            swap(module, "truncate", lambda truncate: lambda logits, *args: logits)
 
     return {"server.engine.roster": roster, "server.engine.decoder": decoder}
 
