@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.editable_wheel import editable_wheel
 from torch.utils import cpp_extension
 
 CSRC = Path("cuda_ext/csrc")
@@ -23,6 +25,7 @@ CPU_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
+EDITABLE = Path("build/editable")
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
@@ -38,14 +41,14 @@ def find_cuda() -> str | None:
     return os.path.realpath(top.group(1)) if top else None
 
 
-def library(name: str, suffix: str, **options: object) -> cpp_extension.CppExtension:
+def library(name: str, suffix: str, **options: Any) -> Extension:
     sources = [str(path) for path in sorted(CSRC.glob(f"*{suffix}"))]
     return cpp_extension.CppExtension(
         f"whipstaff.cuda_ext.{name}", sources, depends=HEADERS, py_limited_api=True, **options
     )
 
 
-def libraries() -> list[cpp_extension.CppExtension]:
+def libraries() -> list[Extension]:
     found = [library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI])]
     cuda = find_cuda()
     if cuda:
@@ -64,8 +67,34 @@ def libraries() -> list[cpp_extension.CppExtension]:
     return found
 
 
+def link_packages(folders: dict[str, str]) -> None:
+    """Fill EDITABLE with links to the packages' folders, under the names that they are imported by.
+
+    The parent package looks for them at the checkout's root. So a module's `__file__`, in tracebacks, debuggers and
+    coverage, is the file itself and not the path through the link.
+    """
+    shutil.rmtree(EDITABLE, ignore_errors=True)
+    for package, folder in folders.items():
+        link = EDITABLE.joinpath(*package.split("."))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(folder, link.parent))
+    init = EDITABLE / "whipstaff" / "__init__.py"
+    init.write_text(f"from pathlib import Path\n\n__path__ = [str(Path(__file__).parents[{len(init.parts) - 1}])]\n")
+
+
+class LinkedEditableWheel(editable_wheel):
+    """An editable install that is one line in a .pth file. Type checkers and editors follow that; the import hook that
+    setuptools would write for folders that are not named like their packages, they do not."""
+
+    def finalize_options(self) -> None:
+        link_packages(self.distribution.package_dir)
+        self.distribution.package_dir = {"": str(EDITABLE)}
+        self.distribution.packages.append("whipstaff")  # whose folder's parent is that line
+        super().finalize_options()
+
+
 setup(
     ext_modules=libraries(),
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": cpp_extension.BuildExtension, "editable_wheel": LinkedEditableWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -28,8 +28,8 @@ class Case:
 
     name: str
     setup: dict[str, object]
-    run: Callable[[], object]
-    reference: Callable[[], object]
+    run: Callable[..., object]  # without arguments
+    reference: Callable[..., object]
     bytes_moved: int  # read and written, caches aside
 
 
@@ -160,7 +160,8 @@ def seconds(
     """Median and standard deviation of one call, after a warm-up, from as many repeats as the budget allows."""
     time_once(call, 2)
     number = max(1, min(200, int(2e-3 / max(time_once(call, 1), 1e-7))))
-    times, end = [], time.perf_counter() + budget
+    times: list[float] = []
+    end = time.perf_counter() + budget
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
         times.append(time_once(call, number))
     return statistics.median(times), statistics.stdev(times)

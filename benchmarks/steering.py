@@ -42,7 +42,7 @@ class Kind:
     """A way to steer: the plan of the i-th request."""
 
     name: str
-    plan: Callable[[int], SteeringPlan]
+    plan: Callable[..., SteeringPlan]  # of i
 
 
 def make_vectors(shape: ModelShape) -> dict[str, Vector]:

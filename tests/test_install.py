@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -200,6 +201,14 @@ def test_the_lock_takes_the_real_wheel_from_an_index(tmp_path: Path) -> None:
             [sys.executable, "-c", program], cwd=ROOT / "requirements", env=emptied(tmp_path, **variables), check=True
         )
         assert [path.endswith(".whl") for path in index.asked] == [False, True]
+
+
+def test_the_checkout_is_found_without_import_hooks() -> None:
+    """Type checkers and editors follow paths alone. What is imported is the checkout's own file, not the link to it."""
+    (package,) = [folder for folder in (Path(entry, "whipstaff") for entry in sys.path) if folder.is_dir()]
+    for room in ("server", "steering", "decoding", "cuda_ext"):
+        assert (package / room).samefile(ROOT / room)
+        assert importlib.import_module(f"whipstaff.{room}").__file__ == str(ROOT / room / "__init__.py")
 
 
 # What the machine lacks

@@ -13,7 +13,9 @@ from .batches import DTYPES, PROPERTY
 from .tolerances import TOLERANCE
 
 
-def paged(context: list[int], num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype):
+def paged(
+    context: list[int], num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys scattered over shuffled pages, the block table that finds them, and each row's context length."""
     per_row = [-(-max(length, 0) // block_size) for length in context]
     num_blocks, max_blocks = sum(per_row) + 3, max(per_row, default=0) + 2
@@ -25,7 +27,9 @@ def paged(context: list[int], num_kv_heads: int, head_size: int, block_size: int
     return keys, table, torch.tensor([*context, 0], dtype=torch.int32)
 
 
-def check_against_reference(query, keys, table, context, max_context, head_max):
+def check_against_reference(
+    query: Tensor, keys: Tensor, table: Tensor, context: Tensor, max_context: int, head_max: bool
+) -> None:
     want = reference.attention_rows(query.double(), keys.double(), table, context, 0.3, max_context, head_max)
     got = cuda_ext.attention_rows(query, keys, table, context, 0.3, max_context, head_max)
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
@@ -34,7 +38,7 @@ def check_against_reference(query, keys, table, context, max_context, head_max):
 @pytest.mark.parametrize("head_max", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [64, 128, 33])
-def test_matches_the_reference(head_size, dtype, head_max):
+def test_matches_the_reference(head_size: int, dtype: torch.dtype, head_max: bool) -> None:
     context = [1, 31, 32, 33, 700]
     keys, table, lengths = paged(context, 2, head_size, 32, dtype)
     query = torch.randn(5, 6, head_size).to(dtype)
@@ -43,7 +47,7 @@ def test_matches_the_reference(head_size, dtype, head_max):
 
 @PROPERTY
 @given(st.data())
-def test_any_shape_matches_the_reference(data):
+def test_any_shape_matches_the_reference(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     context = data.draw(st.lists(st.integers(-1, 90), max_size=5))
     num_kv_heads, group, head_size = (data.draw(st.integers(1, most)) for most in (3, 3, 70))
@@ -55,7 +59,7 @@ def test_any_shape_matches_the_reference(data):
     check_against_reference(query, keys, table, lengths, data.draw(st.integers(0, 100)), data.draw(st.booleans()))
 
 
-def test_plain_keys_are_one_page_per_row_and_agree_with_softmax():
+def test_plain_keys_are_one_page_per_row_and_agree_with_softmax() -> None:
     query, keys = torch.randn(3, 4, 16), torch.randn(3, 50, 4, 16)
     table, context = torch.arange(3, dtype=torch.int32)[:, None], torch.full((3,), 50, dtype=torch.int32)
     got = cuda_ext.attention_rows(query, keys, table, context, 0.25, 50)
@@ -64,7 +68,7 @@ def test_plain_keys_are_one_page_per_row_and_agree_with_softmax():
     assert torch.equal(cuda_ext.attention_rows(query, keys, table, context, 0.25, 50, head_max=True), got.amax(1))
 
 
-def test_registration():
+def test_registration() -> None:
     keys, table, context = paged([5, 40], 2, 16, 16, torch.float32)
     arguments = torch.randn(2, 4, 16), keys, table, context, 0.25, 48, True
     torch.library.opcheck(torch.ops.whipstaff.attention_rows.default, arguments)
@@ -84,6 +88,6 @@ REFUSED: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message):
+def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.attention_rows(*REFUSED[message], 1.0, 16)

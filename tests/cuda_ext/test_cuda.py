@@ -1,6 +1,7 @@
 """The CUDA kernels do what the CPU kernels do, also inside a captured graph. Runs where a GPU is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 S = 5
-Arguments = tuple[Tensor | list[Tensor] | float | bool | None, ...]
+Arguments = tuple[Any, ...]  # tensors, lists of tensors and numbers, as the operator takes them
 
 
 def put_arguments(popularity: str, hidden: int, dtype: torch.dtype) -> Arguments:
@@ -75,7 +76,7 @@ IN_PLACE: dict[str, tuple[Callable[..., None], Callable[..., Arguments]]] = {
 
 def on(device: str, arguments: Arguments) -> Arguments:
     """Copies; rows stay as far apart as they were."""
-    moved = []
+    moved: list[object] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             copy = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device)
@@ -93,7 +94,7 @@ def assert_same(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("hidden", [64, 133 * 8, 4096])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_matches_the_cpu_kernel(name, dtype, hidden, popularity):
+def test_matches_the_cpu_kernel(name: str, dtype: torch.dtype, hidden: int, popularity: str) -> None:
     run, make = IN_PLACE[name]
     arguments = make(popularity, hidden, dtype)
     cpu, cuda = on("cpu", arguments), on("cuda", arguments)
@@ -103,7 +104,7 @@ def test_matches_the_cpu_kernel(name, dtype, hidden, popularity):
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_a_captured_graph_follows_its_buffers(name):
+def test_a_captured_graph_follows_its_buffers(name: str) -> None:
     run, make = IN_PLACE[name]
     first, second = make("nobody", 4096, torch.bfloat16), make("zipf", 4096, torch.bfloat16)
     buffers = on("cuda", first)
@@ -127,7 +128,7 @@ def test_a_captured_graph_follows_its_buffers(name):
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_programs_match_the_cpu_kernel(dtype, seed):
+def test_programs_match_the_cpu_kernel(dtype: torch.dtype, seed: int) -> None:
     edits = any_edits(seed, 9, WIDTHS[seed % len(WIDTHS)], dtype)
     edits = edits._replace(x=edits.x.clone()) if seed % 2 else edits  # rows that allow wide loads, and rows that do not
     cpu, cuda = on("cpu", edits), on("cuda", edits)
@@ -139,7 +140,7 @@ def test_programs_match_the_cpu_kernel(dtype, seed):
             torch.testing.assert_close(got.cpu().double(), want.double(), equal_nan=True, **tolerance)
 
 
-def test_a_row_wider_than_a_block_has_unasked():
+def test_a_row_wider_than_a_block_has_unasked() -> None:
     edits = batch("all_different", 3, 20480, torch.bfloat16)
     cpu, cuda = on("cpu", edits), on("cuda", edits)
     cuda_ext.run_edits_(*cpu)
@@ -148,7 +149,7 @@ def test_a_row_wider_than_a_block_has_unasked():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_logits_match_the_cpu_kernels(dtype):
+def test_rows_of_logits_match_the_cpu_kernels(dtype: torch.dtype) -> None:
     logits, base, chosen = (
         strided(7, 5001, dtype) * 3,
         strided(7, 5009, dtype) * 3,
@@ -172,18 +173,18 @@ def test_rows_of_logits_match_the_cpu_kernels(dtype):
 
 @pytest.mark.parametrize("head_max", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_rows_match_the_cpu_kernel(dtype, head_max):
+def test_attention_rows_match_the_cpu_kernel(dtype: torch.dtype, head_max: bool) -> None:
     keys, table, context = paged([1, 31, 32, 33, 700], 2, 128, 32, dtype)
     arguments = torch.randn(5, 6, 128).to(dtype), keys, table, context, 0.1, 720, head_max
     assert_same(cuda_ext.attention_rows(*on("cuda", arguments)), cuda_ext.attention_rows(*arguments), torch.float32)
 
 
-def test_empty_batches():
+def test_empty_batches() -> None:
     index = torch.zeros(4, dtype=torch.int32, device="cuda")
     cuda_ext.put_rows_(torch.ones(0, 8, device="cuda"), torch.ones(1, 8, device="cuda"), index)
 
 
-def test_tensors_on_two_devices_are_refused():
+def test_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="rows is on cpu, x on cuda:0"):
         x, index = torch.ones(2, 8, device="cuda"), torch.zeros(2, dtype=torch.int32, device="cuda")
         cuda_ext.put_rows_(x, torch.ones(1, 8), index)

@@ -1,6 +1,7 @@
 """cut_rows_: what lies outside two bounds becomes -inf."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ INF = float("inf")
 
 @PROPERTY
 @given(st.data())
-def test_any_cut_matches_the_reference(data):
+def test_any_cut_matches_the_reference(data: st.DataObject) -> None:
     num_rows, vocab = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 1200))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     logits = strided(num_rows, vocab, data.draw(st.sampled_from(DTYPES)))
@@ -34,14 +35,14 @@ def test_any_cut_matches_the_reference(data):
     assert torch.equal(got, want)
 
 
-def test_bounds_themselves_stay():
+def test_bounds_themselves_stay() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, -INF], [1.0, 2.0, 3.0, 4.0, 5.0]])
     cuda_ext.cut_rows_(logits, torch.tensor([2.0, math.nan]), torch.tensor([3.0, 4.0]))
     assert logits.tolist() == [[-INF, 2.0, 3.0, -INF, -INF], [1.0, 2.0, 3.0, 4.0, -INF]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_bound_changes_nothing(dtype):
+def test_no_bound_changes_nothing(dtype: torch.dtype) -> None:
     logits = strided(4, 777, dtype)
     before = logits.clone()
     cuda_ext.cut_rows_(logits)
@@ -49,7 +50,7 @@ def test_no_bound_changes_nothing(dtype):
     assert torch.equal(logits, before)
 
 
-def test_what_lies_between_rows_is_left_alone():
+def test_what_lies_between_rows_is_left_alone() -> None:
     wide = torch.randn(50, 1003)
     before = wide.clone()
     cuda_ext.cut_rows_(wide[:, 1:1001], torch.full((50,), INF))
@@ -57,7 +58,7 @@ def test_what_lies_between_rows_is_left_alone():
     assert torch.isneginf(wide[:, 1:1001]).all()
 
 
-def test_registration():
+def test_registration() -> None:
     torch.library.opcheck(torch.ops.whipstaff.cut_rows_.default, (torch.randn(3, 40), torch.zeros(3), None))
 
 
@@ -71,6 +72,6 @@ def test_registration():
         ("logits must be contiguous in its last dimension", {"logits": torch.zeros(8, 2).t()}),
     ],
 )
-def test_a_refusal_names_the_tensor(message, changes):
+def test_a_refusal_names_the_tensor(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.cut_rows_(**{"logits": torch.zeros(2, 8)} | changes)

@@ -1,6 +1,7 @@
 """apply_temperature_, explain_rows and divergences: rows of logits as distributions."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ INF = float("inf")
 
 @PROPERTY
 @given(st.data())
-def test_any_temperature_matches_the_reference(data):
+def test_any_temperature_matches_the_reference(data: st.DataObject) -> None:
     num_rows, vocab = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 1200))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     logits = strided(num_rows, vocab, data.draw(st.sampled_from(DTYPES)))
@@ -29,14 +30,14 @@ def test_any_temperature_matches_the_reference(data):
     assert torch.equal(got, want)
 
 
-def test_temperature_zero_keeps_the_first_best_token():
+def test_temperature_zero_keeps_the_first_best_token() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, -INF, 1.0], [1.0, 2.0, 3.0]])
     cuda_ext.apply_temperature_(logits, torch.tensor([0.0, 0.0, -1.0]))
     assert logits.tolist() == [[-INF, 3.0, -INF], [2.0, -INF, -INF], [1.0, 2.0, 3.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_temperature_one_changes_nothing(dtype):
+def test_temperature_one_changes_nothing(dtype: torch.dtype) -> None:
     logits = strided(3, 777, dtype)
     before = logits.clone()
     cuda_ext.apply_temperature_(logits, torch.ones(5))
@@ -46,30 +47,30 @@ def test_temperature_one_changes_nothing(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 64, 1111, 32000])
 @pytest.mark.parametrize("num_rows", [0, 1, 7])
-def test_an_explanation_matches_the_reference(num_rows, vocab, dtype):
+def test_an_explanation_matches_the_reference(num_rows: int, vocab: int, dtype: torch.dtype) -> None:
     final, base = strided(num_rows, vocab, dtype) * 3, strided(num_rows, vocab + 5, dtype) * 3
     want = reference.explain_rows(final.double(), base.double())
     for value, wanted in zip(cuda_ext.explain_rows(final, base), want, strict=True):
         torch.testing.assert_close(value, wanted, **TOLERANCE[torch.float32])
 
 
-def test_hand_worked():
+def test_hand_worked() -> None:
     final, base = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
     entropy, divergence = cuda_ext.explain_rows(final, base)
     assert entropy.item() == pytest.approx(math.log(2))
     assert divergence.item() == pytest.approx(math.log(2))
 
 
-def test_a_token_the_base_bans_makes_the_divergence_infinite():
+def test_a_token_the_base_bans_makes_the_divergence_infinite() -> None:
     assert cuda_ext.explain_rows(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -INF]])).divergence.item() == INF
 
 
-def test_a_row_explains_itself_as_unchanged():
+def test_a_row_explains_itself_as_unchanged() -> None:
     logits = torch.randn(4, 500)
     assert cuda_ext.explain_rows(logits, logits).divergence.tolist() == [0.0] * 4
 
 
-def test_without_base_only_the_entropy_is_told():
+def test_without_base_only_the_entropy_is_told() -> None:
     explanation = cuda_ext.explain_rows(torch.zeros(2, 8))
     assert explanation.entropy.tolist() == pytest.approx([math.log(8)] * 2)
     assert explanation.divergence.tolist() == [0.0, 0.0]
@@ -77,7 +78,7 @@ def test_without_base_only_the_entropy_is_told():
 
 @PROPERTY
 @given(st.data())
-def test_any_divergence_matches_the_reference(data):
+def test_any_divergence_matches_the_reference(data: st.DataObject) -> None:
     num_rows, num_early, vocab = (data.draw(st.integers(low, high)) for low, high in ((1, 5), (0, 9), (1, 1200)))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     scale, dtype = data.draw(st.sampled_from([0.0, 0.01, 3.0, 60.0])), data.draw(st.sampled_from(DTYPES))
@@ -90,7 +91,7 @@ def test_any_divergence_matches_the_reference(data):
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
-def test_hand_worked_divergences():
+def test_hand_worked_divergences() -> None:
     mature = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]).log()
     early = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.1, 0.2, 0.7]]).log()
     terms = [(0.5, 0.5), (0.375, 0.375**2 / 0.5 / 0.25)]  # m, and m^2 / (q p) where it is not 1
@@ -100,7 +101,7 @@ def test_hand_worked_divergences():
     assert banned.tolist() == [INF]
 
 
-def test_registration():
+def test_registration() -> None:
     final, base = torch.randn(3, 40), torch.randn(3, 41)
     torch.library.opcheck(torch.ops.whipstaff.apply_temperature_.default, (final, torch.tensor([0.0, 1.0, 2.0])))
     torch.library.opcheck(torch.ops.whipstaff.explain_rows.default, (final, base))
@@ -116,7 +117,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message):
+def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.explain_rows(*REFUSED[message])
 
@@ -130,12 +131,12 @@ def test_a_refusal_names_the_tensor(message):
         ("mature must be float32, bfloat16 or float16, not Double", {"mature": FINAL.double()}),
     ],
 )
-def test_a_refusal_of_divergences_names_the_tensor(message, changes):
+def test_a_refusal_of_divergences_names_the_tensor(message: str, changes: dict[str, Any]) -> None:
     fine = {"mature": FINAL, "early": FINAL, "owners": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.divergences(**fine | changes)
 
 
-def test_a_missing_temperature_is_refused():
+def test_a_missing_temperature_is_refused() -> None:
     with pytest.raises(RuntimeError, match="temperature has 1 entries for 2 rows"):
         cuda_ext.apply_temperature_(FINAL.clone(), torch.ones(1))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,13 @@ def identity_rows(num_rows: int, num_streams: int) -> Tensor:
     return torch.arange(num_rows)[:, None].repeat(1, num_streams)
 
 
-def double(value):
+def double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def check_against_reference(out, streams, rows, weights, **tables):
+def check_against_reference(
+    out: Tensor, streams: list[Tensor], rows: Tensor, weights: Tensor, **tables: Tensor | None
+) -> None:
     want, got = out.double().clone(), out.clone()
     reference.mix_logits_(
         want, [s.double() for s in streams], rows, double(weights), **{name: double(t) for name, t in tables.items()}
@@ -64,7 +67,7 @@ def rows_for(popularity: str, num_rows: int, num_streams: int) -> Tensor:
 @pytest.mark.parametrize("num_rows", [1, 3, 33])
 @pytest.mark.parametrize("vocab", [64, 1111, 32000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_the_reference(popularity, num_rows, vocab, dtype):
+def test_matches_the_reference(popularity: str, num_rows: int, vocab: int, dtype: torch.dtype) -> None:
     streams = [strided(num_rows, vocab + padding, dtype) * 4 for padding in (0, 3, 64)]
     check_against_reference(
         strided(num_rows, vocab, torch.float32),
@@ -79,7 +82,7 @@ def test_matches_the_reference(popularity, num_rows, vocab, dtype):
 
 @PROPERTY
 @given(st.data())
-def test_any_mix_matches_the_reference(data):
+def test_any_mix_matches_the_reference(data: st.DataObject) -> None:
     num_rows, num_streams = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 8))
     vocab = data.draw(st.integers(1, 1500))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
@@ -108,7 +111,7 @@ def test_any_mix_matches_the_reference(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_main_stream_alone_is_unchanged_bit_for_bit(dtype):
+def test_the_main_stream_alone_is_unchanged_bit_for_bit(dtype: torch.dtype) -> None:
     logits = strided(5, 1000, dtype)
     logits[0, 3:9] = -INF
     before = logits.clone()
@@ -116,13 +119,13 @@ def test_the_main_stream_alone_is_unchanged_bit_for_bit(dtype):
     assert torch.equal(logits, before)
 
 
-def test_a_stream_with_weight_zero_is_not_read():
+def test_a_stream_with_weight_zero_is_not_read() -> None:
     out = torch.ones(1, 4)
     cuda_ext.mix_logits_(out, [out, torch.full((1, 4), math.nan)], identity_rows(1, 2), table([2.0, 0.0]))
     assert out.tolist() == [[2.0] * 4]
 
 
-def test_what_any_stream_bans_stays_banned():
+def test_what_any_stream_bans_stays_banned() -> None:
     main, other = table([0.0, -INF, -INF, 1.0]), table([-INF, -INF, 0.0, 2.0])
     out = main.clone()
     cuda_ext.mix_logits_(out, [out, other], identity_rows(1, 2), table([1.0, -1.0]))
@@ -131,7 +134,7 @@ def test_what_any_stream_bans_stays_banned():
     assert out.tolist() == [[-INF, -INF, -INF, 2.0]]
 
 
-def test_top_p_keeps_the_first_token_that_crosses_and_all_its_equals():
+def test_top_p_keeps_the_first_token_that_crosses_and_all_its_equals() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
     for p, kept in ((0.0, 1), (0.49, 1), (0.51, 3), (0.8, 3), (0.95, 4), (1.0, 4)):
         out, count = logits.clone(), torch.zeros(1, dtype=torch.int32)
@@ -139,7 +142,7 @@ def test_top_p_keeps_the_first_token_that_crosses_and_all_its_equals():
         assert (out > -INF).sum() == count == kept, p
 
 
-def test_alpha_is_relative_to_the_best_token_of_its_own_stream():
+def test_alpha_is_relative_to_the_best_token_of_its_own_stream() -> None:
     main, other = torch.tensor([[0.6, 0.3, 0.1]]).log(), torch.tensor([[0.1, 0.1, 0.8]]).log()
     cuda_ext.mix_logits_(
         out := main.clone(), [out, other], identity_rows(1, 2), table([1.0, -1.0]), alphas=table([0.4, 0])
@@ -147,7 +150,7 @@ def test_alpha_is_relative_to_the_best_token_of_its_own_stream():
     torch.testing.assert_close(out, torch.tensor([[6.0, 3.0, 0.0]]).log())
 
 
-def test_masks_that_exclude_each_other_leave_the_main_streams_best():
+def test_masks_that_exclude_each_other_leave_the_main_streams_best() -> None:
     main, other = table([-INF, 3.0, 1.0]), table([9.0, 0.0, 5.0])
     out, count = main.clone(), torch.ones(1, dtype=torch.int32)
     cuda_ext.mix_logits_(
@@ -157,7 +160,7 @@ def test_masks_that_exclude_each_other_leave_the_main_streams_best():
     assert count.item() == 0
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_do_not_see_each_other() -> None:
     streams = [torch.randn(7, 3000) for _ in range(3)]
     rows, weights = identity_rows(7, 3), torch.randn(7, 3)
     tables = {"log_softmax": torch.rand(7, 3) < 0.5, "top_ps": torch.rand(7, 3), "alphas": torch.rand(7, 3) * 0.01}
@@ -170,7 +173,7 @@ def test_rows_do_not_see_each_other():
         assert torch.equal(alone[0], together[r])
 
 
-def golden(name: str) -> tuple[list[dict], dict[str, Tensor]]:
+def golden(name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     return json.loads((GOLDEN / f"{name}.json").read_text())["cases"], load_file(GOLDEN / f"{name}.safetensors")
 
 
@@ -183,7 +186,7 @@ def mixed(streams: list[Tensor], weights: list[float], **tables: Tensor) -> Tens
     return out
 
 
-def test_golden_dexperts():
+def test_golden_dexperts() -> None:
     cases, tensors = golden("dexperts")
     for case in cases:
         streams = [tensors[f"{case['id']}.{name}"] for name in ("base", "expert", "anti")]
@@ -191,7 +194,7 @@ def test_golden_dexperts():
         assert out.argmax(1).tolist() == case["output"]
 
 
-def test_golden_contrastive_decoding_on_logits():
+def test_golden_contrastive_decoding_on_logits() -> None:
     cases, tensors = golden("contrastive_decoding_logit_beta")
     for case in cases[:3]:
         streams, beta = [tensors["expert"], tensors["amateur"]], case["beta"]
@@ -200,7 +203,7 @@ def test_golden_contrastive_decoding_on_logits():
         assert (out > -INF).sum(1).tolist() == case["kept"]
 
 
-def test_golden_contrastive_decoding_on_log_probabilities():
+def test_golden_contrastive_decoding_on_log_probabilities() -> None:
     cases, tensors = golden("contrastive_decoding_voidism")
     for case in cases:
         streams = [tensors[f"{case['id']}.{name}"] for name in ("expert", "amateur")]
@@ -209,7 +212,7 @@ def test_golden_contrastive_decoding_on_log_probabilities():
         torch.testing.assert_close(out, tensors[f"{case['id']}.scores"], rtol=0, atol=1e-4)
 
 
-def test_golden_context_aware_decoding():
+def test_golden_context_aware_decoding() -> None:
     cases, tensors = golden("context_aware_decoding")
     for case in cases[:3]:
         streams = [tensors[f"{case['id']}.{name}_logits"] for name in ("context", "prior")]
@@ -220,14 +223,14 @@ def test_golden_context_aware_decoding():
         assert out.argmax(1).tolist() == case["output"]
 
 
-def test_registration():
+def test_registration() -> None:
     streams, rows = [torch.randn(3, 40), torch.randn(3, 41)], identity_rows(3, 2)
     arguments = torch.zeros(3, 40), streams, rows, torch.ones(3, 2), None, None, torch.ones(3, 2), None, None
     torch.library.opcheck(torch.ops.whipstaff.mix_logits_.default, arguments)
 
 
-def test_under_torch_compile():
-    def step(out, other, rows, weights):
+def test_under_torch_compile() -> None:
+    def step(out: Tensor, other: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         logits = out * 2
         cuda_ext.mix_logits_(logits, [out, other + 1], rows, weights)
         return logits + 1
@@ -237,7 +240,7 @@ def test_under_torch_compile():
 
 
 OUT, ROWS, WEIGHTS = torch.zeros(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
-REFUSED = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     "takes 1 to 8 streams, not 0": ([], ROWS, WEIGHTS),
     "takes 1 to 8 streams, not 9": ([OUT] * 9, ROWS, WEIGHTS),
     r"streams\[0\] has 7 columns, fewer than out's vocabulary of 8": ([OUT[:, 1:]], ROWS, WEIGHTS),
@@ -252,6 +255,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message):
+def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.mix_logits_(OUT.clone(), *REFUSED[message])

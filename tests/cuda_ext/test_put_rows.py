@@ -27,14 +27,14 @@ def check_against_a_loop(x: Tensor, rows: Tensor, index: Tensor) -> None:
 @pytest.mark.parametrize("num_tokens", BATCHES)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_put_where_the_index_says(popularity, num_tokens, hidden, dtype):
+def test_rows_are_put_where_the_index_says(popularity: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> None:
     index = slots(popularity, num_tokens, NUM_ROWS, torch.int32)
     check_against_a_loop(strided(num_tokens, hidden, dtype), strided(NUM_ROWS, hidden, dtype), index)
 
 
 @PROPERTY
 @given(st.data())
-def test_any_rows(data):
+def test_any_rows(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     num_tokens, width = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 130))
     dtype, num_rows = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, NUM_ROWS))
@@ -42,7 +42,7 @@ def test_any_rows(data):
     check_against_a_loop(strided(num_tokens, width, dtype), strided(num_rows, width, dtype), index)
 
 
-def test_what_was_there_does_not_matter():
+def test_what_was_there_does_not_matter() -> None:
     x = torch.tensor([[float("nan"), float("inf")], [float("nan"), 1.0]])
     cuda_ext.put_rows_(x, torch.tensor([[3.0, -0.0]]), torch.tensor([0, -1], dtype=torch.int32))
     assert x[0].tolist() == [3.0, 0.0]
@@ -50,7 +50,7 @@ def test_what_was_there_does_not_matter():
     assert x[1].isnan().tolist() == [True, False]
 
 
-def test_an_index_outside_the_rows_is_harmless():
+def test_an_index_outside_the_rows_is_harmless() -> None:
     x = torch.ones(4, 8)
     cuda_ext.put_rows_(x, torch.zeros(5, 8), torch.tensor([5, 2**31 - 1, -1, -(2**31)], dtype=torch.int32))
     assert torch.equal(x, torch.ones(4, 8))
@@ -62,12 +62,12 @@ def step(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return x + 1
 
 
-def test_under_torch_compile():
+def test_under_torch_compile() -> None:
     arguments = torch.randn(6, 32), torch.randn(5, 32), torch.tensor([0, -1, 2, -1, 4, 0], dtype=torch.int32)
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*arguments), step(*arguments))
 
 
-def test_a_compiled_step_follows_its_buffers():
+def test_a_compiled_step_follows_its_buffers() -> None:
     x, rows, index = torch.randn(3, 8), torch.randn(3, 8), torch.full((4,), -1, dtype=torch.int32)
     compiled = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled(x, rows, index), 2 * x + 1)
@@ -76,7 +76,7 @@ def test_a_compiled_step_follows_its_buffers():
     assert compiled(x, rows, index)[1].tolist() == [8.0] * 8
 
 
-def test_registration():
+def test_registration() -> None:
     arguments = torch.randn(6, 32), torch.randn(5, 32), torch.arange(6, dtype=torch.int32)
     torch.library.opcheck(torch.ops.whipstaff.put_rows_.default, arguments)
 
@@ -96,6 +96,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message):
+def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.put_rows_(*REFUSED[message])

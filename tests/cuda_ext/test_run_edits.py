@@ -2,8 +2,9 @@
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Edits(NamedTuple):
 
     def copies(self, dtype: torch.dtype | None = None) -> "Edits":
         """Its own tensors, rows as far apart as before; the floating ones as `dtype`."""
-        return Edits(*(None if t is None else self._copy(t, dtype) for t in self))
+        return Edits._make(None if t is None else self._copy(t, dtype) for t in self)
 
     @staticmethod
     def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -55,7 +56,15 @@ def tables(program: Program) -> tuple[Tensor, Tensor]:
     return table[:, :6].int().contiguous(), table[:, 6:].float().contiguous()
 
 
-def direction(read: int, write: int, phi: Phi = Phi.AFFINE, first: int = 1, args=(0.0,), bias=0.0, e=0.0):
+def direction(
+    read: int,
+    write: int,
+    phi: Phi = Phi.AFFINE,
+    first: int = 1,
+    args: Sequence[float] = (0.0,),
+    bias: float = 0.0,
+    e: float = 0.0,
+) -> tuple[float, ...]:
     a, b, c, d = [*args, 0.0, 0.0, 0.0, 0.0][:4]
     return (Opcode.DIR, read, write, phi, first, 0, a, b, c, d, bias, e)
 
@@ -70,17 +79,20 @@ def check_against_reference(edits: Edits) -> None:
     torch.testing.assert_close(got.history.double(), want.history, equal_nan=True, **TOLERANCE[torch.float32])
     is_same = (want.x == edits.x.double()).all(1)
     if edits.residual is not None:
+        assert want.residual is not None and got.residual is not None
         torch.testing.assert_close(got.residual.double(), want.residual, **tolerance)
         is_same &= (want.residual == edits.residual.double()).all(1)
         assert torch.equal(got.residual[is_same], edits.residual[is_same])
     assert torch.equal(got.x[is_same], edits.x[is_same])
     if edits.kept is not None:
+        assert want.kept is not None and got.kept is not None
         torch.testing.assert_close(got.kept.double(), want.kept, **tolerance)
         is_left = (want.kept == edits.kept.double()).all(1)
         assert torch.equal(got.kept[is_left], edits.kept[is_left])
     begin = edits.tokens[: len(edits.x), 0]
     assert is_same[(begin < 0) | (begin >= len(edits.code))].all()
     if edits.meter is not None:
+        assert want.meter is not None and got.meter is not None
         torch.testing.assert_close(got.meter.double(), want.meter, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +152,7 @@ def any_program(random: Random, width: int) -> Program:
     def take() -> tuple[float, ...]:
         return (Opcode.TAKE, random.choice([-1, line()]), 0, 0, 0, 0, random.choice([1.0, 0.5, real()]))
 
-    pieces = [
+    pieces: list[Callable[[], Program]] = [
         lambda: [(Opcode.GAIN, random.randrange(-1, NUM_GAINS), 0, 0, 0, 0, random.choice([0.0, 1.0, 0.7]))],
         when,
         lambda: [(Opcode.RAMP, condition(), 0, 0, 0, 0, -1.0, 1.0, random.randrange(2), real())],
@@ -204,7 +216,7 @@ WIDTHS = (1, 2, 7, 64, 133, 192, 700, 1024)
 
 @PROPERTY
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sampled_from(WIDTHS), st.sampled_from(DTYPES))
-def test_any_program_matches_the_reference(seed, num_tokens, width, dtype):
+def test_any_program_matches_the_reference(seed: int, num_tokens: int, width: int, dtype: torch.dtype) -> None:
     check_against_reference(any_edits(seed, num_tokens, width, dtype))
 
 
@@ -222,7 +234,7 @@ SPECIMENS: dict[str, Program] = {
 @pytest.mark.parametrize("num_tokens", BATCHES)
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_the_reference(popularity, num_tokens, hidden, dtype):
+def test_matches_the_reference(popularity: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> None:
     check_against_reference(batch(popularity, num_tokens, hidden, dtype))
 
 
@@ -240,7 +252,7 @@ def batch(popularity: str, num_tokens: int, hidden: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_threads_share_the_tokens(num_threads):
+def test_threads_share_the_tokens(num_threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -281,7 +293,7 @@ def run(
     return rows.tolist(), history.tolist()
 
 
-def test_hand_worked_diagonals():
+def test_hand_worked_diagonals() -> None:
     x, lines = [[1.0, 2.0], [3.0, 4.0]], [[2.0, 0.5], [1.0, 1.0]]
     assert run([(Opcode.DIAG, 0, 1)], x, lines)[0] == [[3.0, 2.0], [7.0, 3.0]]
     assert run([(Opcode.DIAG, 0, -1)], x, lines)[0] == [[2.0, 1.0], [6.0, 2.0]]
@@ -296,8 +308,8 @@ def test_hand_worked_diagonals():
     ][0] == [2.0, 3.0]
 
 
-def test_hand_worked_crossing():
-    quarter_turn = [(Opcode.CROSS, 0, 1, 2)]
+def test_hand_worked_crossing() -> None:
+    quarter_turn: Program = [(Opcode.CROSS, 0, 1, 2)]
     lines = [[0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 1.0, 1.0]]
     assert run(quarter_turn, [[1.0, 2.0, 3.0, 4.0]], lines)[0] == [[-3.0, -4.0, 1.0, 2.0]]
     half = [(Opcode.GAIN, -1, 0, 0, 0, 0, 0.5), *quarter_turn]
@@ -307,7 +319,7 @@ def test_hand_worked_crossing():
 AXES = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
 
 
-def test_directions_of_a_group_read_the_same_row():
+def test_directions_of_a_group_read_the_same_row() -> None:
     one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
     assert run([one, other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
     assert run([one, direction(1, 0, args=[1.0])], [[1.0, 2.0]], AXES)[0] == [[4.0, 3.0]]
@@ -316,7 +328,7 @@ def test_directions_of_a_group_read_the_same_row():
     assert run([direction(0, -1, args=[2.0])], [[1.0, 2.0]], AXES)[0] == [[1.0, 2.0]]
 
 
-def test_a_group_goes_on_behind_a_jump():
+def test_a_group_goes_on_behind_a_jump() -> None:
     """Tables cut long programs into frames: a group, and a pair, may lie in two of them."""
     one, other = direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0], first=0)
     assert run([one, (Opcode.JUMP, 3), (Opcode.END,), other], [[1.0, 2.0]], AXES)[0] == [[3.0, 3.0]]
@@ -334,7 +346,7 @@ def test_a_group_goes_on_behind_a_jump():
     assert run([one, (Opcode.JUMP, 2), add], [[1.0, 2.0]], AXES)[0] == [[1.0, 4.0]]
 
 
-def test_a_group_ends_after_64_directions():
+def test_a_group_ends_after_64_directions() -> None:
     many = [direction(0, 0, args=[1.0 / 64], first=0) for _ in range(128)]
     assert run(many, [[1.0, 0.0]], AXES)[0] == [[4.0, 0.0]]
 
@@ -342,7 +354,7 @@ def test_a_group_ends_after_64_directions():
 TAKE = (Opcode.TAKE, -1, 0, 0, 0, 0, 1.0)
 
 
-def test_directions_apart_read_the_same_row_and_take_its_place():
+def test_directions_apart_read_the_same_row_and_take_its_place() -> None:
     x, ones = [[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     swapped = [direction(0, 1, args=[1.0]), direction(1, 0, args=[1.0])]  # two groups
     assert run([(Opcode.APART,), *swapped, TAKE], x, ones)[0] == [[2.0, 1.0]]
@@ -357,7 +369,7 @@ def test_directions_apart_read_the_same_row_and_take_its_place():
     assert run([(Opcode.APART,), *many, TAKE], x, ones)[0] == [[150.0, 0.0]]
 
 
-def test_what_takes_a_normed_rows_place_is_scaled_back():
+def test_what_takes_a_normed_rows_place_is_scaled_back() -> None:
     take, read = (Opcode.TAKE, 1, 0, 0, 0, 0, 1.0), direction(0, 0, args=[1.0])
     back = 5 / 2**0.5
     assert run([(Opcode.NORM_IN, 1), (Opcode.APART,), read, take], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
@@ -372,7 +384,7 @@ def along_axes(x: list[float], phi: Phi, args: list[float], rank: int = 1) -> li
     return run([direction(r, r, phi, r == 0, args) for r in range(rank)], [x], AXES)[0][0]
 
 
-def test_hand_worked_readings():
+def test_hand_worked_readings() -> None:
     assert along_axes([3.0, 5.0], Phi.OFF, [9.0]) == [3.0, 5.0]
     assert along_axes([3.0, 5.0], Phi.AFFINE, [-1.0, 0.5]) == [0.5, 5.0]
     assert along_axes([3.0, 5.0], Phi.SET, [-6.0]) == [-6.0, 5.0]
@@ -386,21 +398,21 @@ def test_hand_worked_readings():
     assert along_axes([0.5, 5.0], Phi.SILU, [2.0])[0] == pytest.approx(0.5 + 2 * 0.5 / (1 + math.exp(-0.5)))
 
 
-def test_hand_worked_pairs():
+def test_hand_worked_pairs() -> None:
     quarter = math.pi / 2
     assert along_axes([3.0, 4.0], Phi.ANGLE, [quarter, -math.inf], rank=2) == pytest.approx([0.0, 5.0], abs=1e-6)
     assert along_axes([3.0, 4.0], Phi.ANGLE, [quarter, 3.5], rank=2) == [3.0, 4.0]
     assert along_axes([3.0, 4.0], Phi.ROTATE, [quarter], rank=2) == pytest.approx([-4.0, 3.0], abs=1e-6)
 
 
-def test_ablating_a_direction_removes_it():
+def test_ablating_a_direction_removes_it() -> None:
     x, line = torch.randn(6, 512), torch.nn.functional.normalize(torch.randn(1, 512), dim=1)
     program, tokens = tables([direction(0, 0, Phi.SET)]), torch.zeros(6, 2, dtype=torch.int32)
     cuda_ext.run_edits_(x, line, *program, tokens, torch.ones(6, 0), torch.ones(0, 0))
     torch.testing.assert_close(x @ line[0], torch.zeros(6), rtol=0, atol=1e-5)
 
 
-def test_pairs_begin_at_even_offsets():
+def test_pairs_begin_at_even_offsets() -> None:
     turn = [direction(0, 0, Phi.ROTATE, 1, [math.pi / 2]), direction(1, 1, Phi.ROTATE, 0)]
     assert run(turn, [[3.0, 4.0]], AXES)[0][0] == pytest.approx([-4.0, 3.0], abs=1e-6)
     assert run([direction(-1, -1, Phi.OFF, 1), (Opcode.SAVE,), *turn], [[3.0, 4.0]], AXES)[0][0] == pytest.approx(
@@ -409,7 +421,7 @@ def test_pairs_begin_at_even_offsets():
     assert run(turn[:1], [[3.0, 4.0]], AXES)[0] == [[3.0, 4.0]]  # half a pair does nothing
 
 
-def test_conditions_keep_their_state_between_two_thresholds():
+def test_conditions_keep_their_state_between_two_thresholds() -> None:
     past = [[0.0, 3.0, 1.5, 1.5, 0.5, 1.5, NAN, 1.5, 9.0]]
     program = [(Opcode.WHEN, 0, 0, 0, 0, 0, 2.0, 1.0, 1.0), (Opcode.DIAG, -1, 0)]
     on = [run(program, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(-1, 10)]
@@ -418,19 +430,19 @@ def test_conditions_keep_their_state_between_two_thresholds():
     assert [run(below, [[0.0]], [[1.0]], past=past, position=q)[0][0][0] for q in range(7)] == [1, 0, 0, 0, 1, 0, 0]
 
 
-def test_a_latched_condition_looks_at_the_first_reading():
+def test_a_latched_condition_looks_at_the_first_reading() -> None:
     latched = [(Opcode.WHEN, 0, 1, 0, 0, 0, 2.0, 1.0, 1.0), (Opcode.DIAG, -1, 0)]
     for first, expected in ((3.0, 1.0), (1.5, 0.0), (NAN, 0.0)):
         assert run(latched, [[0.0]], [[1.0]], past=[[first, 9.0]], position=1)[0] == [[expected]]
 
 
-def test_ramps():
+def test_ramps() -> None:
     program = [(Opcode.RAMP, 0, 0, 0, 0, 0, 1.0, 3.0, 0.5, 1.5), (Opcode.DIAG, -1, 0)]
     gains = [run(program, [[0.0]], [[1.0]], past=[[v]])[0][0][0] for v in (0.0, 1.0, 2.0, 3.0, 9.0, NAN)]
     assert gains == [0.5, 0.5, 1.0, 1.5, 1.5, 0.5]
 
 
-def test_a_probe_is_seen_by_the_same_program():
+def test_a_probe_is_seen_by_the_same_program() -> None:
     probe, when = (Opcode.PROBE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.5), (Opcode.WHEN, 0, 0, 0, 0, 0, 3.0, 3.0, 1.0)
     got, past = run([probe, when, (Opcode.DIAG, -1, 1)], [[3.0, 4.0], [2.0, 4.0]], AXES, past=[[NAN]])
     assert got[0] == [3.0, 5.0]
@@ -440,17 +452,22 @@ def test_a_probe_is_seen_by_the_same_program():
     assert len(past) == 1
 
 
-def test_lengths():
-    program = [(Opcode.SAVE,), (Opcode.DIAG, 0, -1), (Opcode.METER,), (Opcode.RENORM,)]
+def test_lengths() -> None:
+    program: Program = [(Opcode.SAVE,), (Opcode.DIAG, 0, -1), (Opcode.METER,), (Opcode.RENORM,)]
     meter = torch.tensor([1.0, 1.0])
     assert run(program, [[3.0, 4.0]], [[0.0, 2.0]], meter=meter)[0] == [[0.0, 5.0]]
     assert meter.tolist() == [9.0, 2.0]
     assert run(program, [[3.0, 4.0]], [[0.0, 0.0]])[0] == [[0.0, 0.0]]
 
 
-def test_what_is_kept_is_the_row_as_it_stands_then():
+def test_what_is_kept_is_the_row_as_it_stands_then() -> None:
     edit, keep, x = (Opcode.DIAG, -1, 0), (Opcode.KEEP,), [[1.0, 2.0], [3.0, 4.0]]
-    for program, row in (([keep], [3.0, 4.0]), ([keep, edit], [3.0, 4.0]), ([edit, keep, edit], [4.0, 6.0])):
+    cases: list[tuple[Program, list[float]]] = [
+        ([keep], [3.0, 4.0]),
+        ([keep, edit], [3.0, 4.0]),
+        ([edit, keep, edit], [4.0, 6.0]),
+    ]
+    for program, row in cases:
         kept = torch.zeros(2, 2)
         assert run(program, x, kept=kept)[0][1] == [3.0 + program.count(edit), 4.0 + 2 * program.count(edit)]
         assert kept.tolist()[1] == row
@@ -458,7 +475,7 @@ def test_what_is_kept_is_the_row_as_it_stands_then():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_kept_is_what_the_next_block_sees(dtype):
+def test_what_is_kept_is_what_the_next_block_sees(dtype: torch.dtype) -> None:
     x, residual, kept = strided(9, 96, dtype), strided(9, 96, dtype), strided(11, 96, dtype)
     before, tokens = kept.clone(), torch.zeros(9, 2, dtype=torch.int32)
     tokens[::2, 0] = -1
@@ -470,7 +487,7 @@ def test_what_is_kept_is_what_the_next_block_sees(dtype):
     assert torch.equal(kept[9:], before[9:])
 
 
-def test_readings_of_a_normed_row():
+def test_readings_of_a_normed_row() -> None:
     read = direction(0, 1, args=[1.0], bias=0.5, e=2.0)
     constant = run([(Opcode.NORM_IN, 1), read], [[3.0, 4.0]], AXES)[0][0]
     assert constant == pytest.approx([3.0, 4.0 + 5 / 2**0.5 * (3.0 * 2**0.5 / 5 + 0.5)])
@@ -480,7 +497,7 @@ def test_readings_of_a_normed_row():
     assert run([(Opcode.NORM_IN, 1), read], [[0.0, 0.0]], AXES)[0] == [[0.0, 0.0]]
 
 
-def test_only_the_largest_features_are_active():
+def test_only_the_largest_features_are_active() -> None:
     encoder = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     features = [direction(r, r, Phi.TOP_K, 0, [0.5, 1.0, 0.0, 0.0], bias=0.25) for r in range(3)]
     x = [[1.0, 2.0]]
@@ -490,7 +507,7 @@ def test_only_the_largest_features_are_active():
 
 
 @pytest.mark.parametrize("width", [5, 64, 133, 1000, 4096])
-def test_the_kth_feature_is_among_the_largest_bit_for_bit(width):
+def test_the_kth_feature_is_among_the_largest_bit_for_bit(width: int) -> None:
     for k in (1, 3, 16):
         lines = strided(17, width)
         features = [direction(r, 16, Phi.TOP_K, 0, [-math.inf, 0.0, 1.0]) for r in range(16)]
@@ -530,7 +547,7 @@ UNCHANGING: dict[str, Program] = {
 
 @pytest.mark.parametrize("name", UNCHANGING)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_changes_nothing_leaves_every_bit(name, dtype):
+def test_what_changes_nothing_leaves_every_bit(name: str, dtype: torch.dtype) -> None:
     x, residual = strided(4, 132, dtype), strided(4, 132, dtype)
     before, tokens = (x.clone(), residual.clone()), torch.tensor([[0, 0, 0]] * 4, dtype=torch.int32)
     history, encoder = torch.full((1, 1), NAN), torch.randn(2, 132)
@@ -544,7 +561,7 @@ def test_what_changes_nothing_leaves_every_bit(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_diagonal_program_rounds_like_torch(dtype):
+def test_a_diagonal_program_rounds_like_torch(dtype: torch.dtype) -> None:
     x, residual, lines = strided(50, 1029, dtype), strided(50, 1029, dtype), strided(2, 1029)
     want = ((x.float() + residual.float()) * lines[0] + lines[1]).to(dtype)
     tokens = torch.zeros(50, 2, dtype=torch.int32)
@@ -556,7 +573,7 @@ def test_a_diagonal_program_rounds_like_torch(dtype):
 
 @pytest.mark.parametrize("special", [math.inf, NAN, 1e30, 7e4, 1e-7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_overflow_and_special_values_round_like_torch(dtype, special):
+def test_overflow_and_special_values_round_like_torch(dtype: torch.dtype, special: float) -> None:
     x, lines = torch.tensor([[special, -special, 1.0, 0.1]]).to(dtype), torch.tensor([[3.0] * 4, [1e-8] * 4])
     want = (x.float() * 3.0 + 1e-8).to(dtype)
     tokens, program = torch.zeros(1, 2, dtype=torch.int32), tables([(Opcode.DIAG, 0, 1)])
@@ -564,7 +581,7 @@ def test_overflow_and_special_values_round_like_torch(dtype, special):
     assert torch.equal(x.nan_to_num(123.0), want.nan_to_num(123.0))
 
 
-def test_what_tokens_name_but_is_not_there_is_harmless():
+def test_what_tokens_name_but_is_not_there_is_harmless() -> None:
     x, history = torch.ones(4, 8), torch.full((2, 3), NAN)
     tokens = torch.tensor([[9, 0, 0], [0, 99, 1], [0, 1, 2**31 - 1], [0, -(2**31), 0]], dtype=torch.int32)
     program = tables([(Opcode.PROBE, 0, 0), (Opcode.WHEN, 0), (Opcode.DIAG, 0, 0)])
@@ -573,12 +590,12 @@ def test_what_tokens_name_but_is_not_there_is_harmless():
     assert history.isnan().all()
 
 
-def test_a_program_in_circles_ends():
+def test_a_program_in_circles_ends() -> None:
     assert run([(Opcode.DIAG, -1, 0), (Opcode.JUMP, 0)], [[0.0]], [[1.0]])[0] == [[1.0]]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
-def test_empty_batches(shape):
+def test_empty_batches(shape: tuple[int, int]) -> None:
     tokens, program = (
         torch.zeros(4, 2, dtype=torch.int32),
         tables([(Opcode.SAVE,), (Opcode.DIAG, 0, 0), (Opcode.RENORM,)]),
@@ -590,21 +607,22 @@ def test_empty_batches(shape):
     cuda_ext.run_edits_(torch.ones(shape), torch.ones(0, shape[1]), *none, tokens, torch.ones(4, 0), torch.ones(0, 0))
 
 
-def step(x: Tensor, *others: Tensor) -> Tensor:
+def step(x: Tensor, *others: Any) -> Tensor:
     x = x * 2
     cuda_ext.run_edits_(x, *others)
     return x + 1
 
 
-def test_under_torch_compile():
+def test_under_torch_compile() -> None:
     edits = batch("all_different", 6, 32, torch.float32)
     copy = edits.copies()
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*edits), step(*copy))
+    compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(*edits), step(*copy))
     torch.testing.assert_close(edits.history, copy.history, equal_nan=True)
-    assert torch.equal(edits.kept, copy.kept)
+    assert edits.kept is not None and copy.kept is not None and torch.equal(edits.kept, copy.kept)
 
 
-def test_registration():
+def test_registration() -> None:
     edits = batch("all_different", 6, 32, torch.float32)._replace(
         encoder=torch.randn(3, 32), encoder_bias=torch.ones(3)
     )
@@ -649,7 +667,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message):
+def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.run_edits_(*FINE._replace(**REFUSED[message]))
 
@@ -700,9 +718,9 @@ else: print("accepted")
 
 
 @pytest.mark.parametrize("implementation", ["compiled", "reference"])
-def test_checked_mode_names_the_token_and_the_instruction(implementation):
+def test_checked_mode_names_the_token_and_the_instruction(implementation: str) -> None:
     head = ["import torch; from whipstaff import cuda_ext", inspect.getsource(tables).replace(": Program", "")]
-    cases = [*MISTAKES.values(), ([(Opcode.SAVE,), (Opcode.PROBE, 0, 0), (Opcode.END,)], "")]
+    cases: list[tuple[Program, str]] = [*MISTAKES.values(), ([(Opcode.SAVE,), (Opcode.PROBE, 0, 0), (Opcode.END,)], "")]
     attempts = [
         ATTEMPT.format(change=change, program=[[int(n) for n in i] for i in program]) for program, change in cases
     ]

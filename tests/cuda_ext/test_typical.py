@@ -1,6 +1,7 @@
 """typical_rows_: all but a row's locally typical set becomes -inf."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def apart(num_rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    other = strided(*logits.shape, dtype)
+    other = strided(len(logits), logits.shape[1], dtype)
     return other.copy_(logits)
 
 
@@ -50,7 +51,7 @@ def check(before: Tensor, after: Tensor, mass: Tensor) -> None:
 
 @PROPERTY
 @given(st.data())
-def test_any_rows_are_cut_as_defined(data):
+def test_any_rows_are_cut_as_defined(data: st.DataObject) -> None:
     num_rows, vocab = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 3000))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     logits = strided(num_rows, vocab) * data.draw(st.sampled_from([0.0, 0.001, 0.1, 1.0, 3.0, 60.0, 1e30]))
@@ -69,7 +70,7 @@ def test_any_rows_are_cut_as_defined(data):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 64, 1111, 32000])
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 33])
-def test_equals_the_reference(num_rows, vocab, dtype):
+def test_equals_the_reference(num_rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits, mass = apart(num_rows, vocab, dtype), torch.rand(num_rows + 3) * 1.1
     want, got = logits.clone(), logits.clone()
     reference.typical_rows_(want, mass)
@@ -77,7 +78,7 @@ def test_equals_the_reference(num_rows, vocab, dtype):
     assert torch.equal(got, want)
 
 
-def test_hand_worked():
+def test_hand_worked() -> None:
     """Surprises of 1, 2, 3 and 3 bits around an entropy of 1.75: the second token is the most typical."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0]).log()
     for mass, kept in ((0.2, [1]), (0.25, [1]), (0.3, [0, 1]), (0.75, [0, 1]), (0.8, [0, 1, 2, 3])):
@@ -87,7 +88,7 @@ def test_hand_worked():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_mass_leaves_rows_alone(dtype):
+def test_all_mass_leaves_rows_alone(dtype: torch.dtype) -> None:
     logits = strided(4, 777, dtype).mul_(60)  # most have next to no mass
     logits[0], logits[1, 3:9], logits[2, 5] = math.nan, -INF, INF
     result = logits.clone()
@@ -96,7 +97,7 @@ def test_all_mass_leaves_rows_alone(dtype):
 
 
 @pytest.mark.parametrize("mass", [0.0, -1.0, 1e-30, 1e-13, 0.5, 1 - 2**-24])
-def test_a_token_stays(mass):
+def test_a_token_stays(mass: float) -> None:
     rows = torch.full((5, 4000), -INF)
     rows[0, 17] = -1e30  # the only one
     rows[1] = 3.0  # all equal
@@ -108,7 +109,7 @@ def test_a_token_stays(mass):
     assert kept[4] == 0  # none was left before
 
 
-def test_what_has_no_mass_is_not_needed():
+def test_what_has_no_mass_is_not_needed() -> None:
     """However the masses of n equal tokens round, the rest adds nothing to them."""
     num = torch.arange(1, 300)
     rows = torch.where(torch.arange(400) < num[:, None], 0.0, -60.0)
@@ -116,7 +117,7 @@ def test_what_has_no_mass_is_not_needed():
     assert torch.equal((rows > -INF).sum(1), num)
 
 
-def test_rows_that_are_no_distribution_harm_nobody():
+def test_rows_that_are_no_distribution_harm_nobody() -> None:
     rows = torch.randn(3, 2000)
     rows[0], rows[1, 7], rows[1, 9] = math.nan, math.nan, INF
     alone = rows[2:].clone()
@@ -125,7 +126,7 @@ def test_rows_that_are_no_distribution_harm_nobody():
     assert torch.equal(rows[2:], alone)
 
 
-def test_what_lies_between_rows_is_left_alone():
+def test_what_lies_between_rows_is_left_alone() -> None:
     wide = torch.randn(5, 1003)
     before = wide.clone()
     cuda_ext.typical_rows_(wide[:, 1:1001], torch.full((5,), 0.3))
@@ -133,7 +134,7 @@ def test_what_lies_between_rows_is_left_alone():
     assert torch.isneginf(wide[:, 1:1001]).any(1).all()
 
 
-def test_threads_do_not_change_a_bit():
+def test_threads_do_not_change_a_bit() -> None:
     logits, mass, threads = torch.randn(33, 40000), torch.rand(33), torch.get_num_threads()
     results = []
     try:
@@ -146,7 +147,7 @@ def test_threads_do_not_change_a_bit():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_registration():
+def test_registration() -> None:
     arguments = torch.randn(3, 40), torch.tensor([0.2, 0.9, 1.0])
     torch.library.opcheck(torch.ops.whipstaff.typical_rows_.default, arguments)
 
@@ -165,6 +166,6 @@ FINE = {"logits": torch.zeros(2, 8), "mass": torch.ones(2)}
         ("logits must be contiguous in its last dimension", {"logits": torch.zeros(8, 2).t()}),
     ],
 )
-def test_a_refusal_names_the_tensor(message, changes):
+def test_a_refusal_names_the_tensor(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.typical_rows_(**FINE | changes)

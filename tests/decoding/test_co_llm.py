@@ -65,7 +65,7 @@ def test_texts_from_every_token_of_the_table_models(strategy: str, threshold: fl
         for done in range(6):
             row, chance = step(params, last, done)
             base, assistant = (TENSORS[f"dec.{name}_table"][last].tolist() for name in ("base", "assistant"))
-            logit = TENSORS["dec.defer_logit_table"][last].tolist()
+            logit = float(TENSORS["dec.defer_logit_table"][last])
             expected = reference.rewrite(base, assistant, [logit], [1.0], 0.0, threshold, strategy)
             assert chance == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
             torch.testing.assert_close(row, torch.tensor(expected), atol=1e-4, rtol=1e-5)
@@ -98,10 +98,10 @@ def test_a_plain_computation(strategy: str) -> None:
     assert batch.rows.hidden is not None
     expected = []
     for row, done in enumerate(batch.rows.num_generated):
-        streams = (batch.rows.logits[row].tolist(), batch.rows.streams["assistant"][row].tolist())
-        own = (batch.rows.hidden[row].tolist(), head["weight"].tolist(), float(head["bias"]))
+        base, assistant = batch.rows.logits[row].tolist(), batch.rows.streams["assistant"][row].tolist()
+        hidden, weight, bias = batch.rows.hidden[row].tolist(), head["weight"].tolist(), float(head["bias"])
         limit = reference.threshold(done, 0.4, "linear", 9)
-        expected.append(reference.rewrite(*streams, *own, limit, strategy))
+        expected.append(reference.rewrite(base, assistant, hidden, weight, bias, limit, strategy))
     torch.testing.assert_close(run(METHOD, batch), torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from whipstaff.decoding.methods.rule_adapter import RuleAdapter
 from whipstaff.steering.kinds.head import HEAD
 from whipstaff.steering.methods import METHODS as FILES
 
-NAMED = {
+NAMED: dict[str, dict[str, Any]] = {
     "proxy_tuning": {"expert": "first", "antiexpert": "second"},
     "dexperts": {"expert": "first", "antiexpert": "second"},
     "contrastive": {"amateur": "first"},
@@ -126,7 +126,9 @@ def test_it_names_its_streams(name: str) -> None:
 @each_method
 def test_it_makes_the_sequences_that_its_mix_reads(name: str) -> None:
     method = METHODS[name]
-    for params in varied(name) if isinstance(method, StreamMixer) else ():
+    if not isinstance(method, StreamMixer):
+        return
+    for params in varied(name):
         mix, source = method.mix(params), StubSource()
         scores = [-1.0 * index for index in range(len(method.scored(params, source)) - 1)]
         made = method.companions(params, source, scores)

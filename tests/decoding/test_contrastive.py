@@ -56,7 +56,8 @@ def test_our_scores_make_the_official_beam_search_say_what_was_recorded(case: di
     on to be compared by scores (in the first step, when one beam is alive, by both)."""
     streams = [OFFICIAL_TENSORS[f"{case['id']}.{name}"] for name in ("expert", "amateur")]
     num_beams, vocab = streams[0].shape[1:]
-    total, texts = torch.tensor([0.0] + [-1e9] * (num_beams - 1)), [[] for _ in range(num_beams)]  # type: list[list[int]]
+    total = torch.tensor([0.0] + [-1e9] * (num_beams - 1))
+    texts: list[list[int]] = [[] for _ in range(num_beams)]
     for step, (expert, amateur) in enumerate(zip(*streams, strict=True)):
         scores, plausible = beams(case, expert, amateur)
         candidates = (plausible + total[:, None] if step == 0 else plausible).flatten().topk(2 * num_beams).indices

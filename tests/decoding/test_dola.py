@@ -33,7 +33,7 @@ def test_scores_and_layers_are_those_of_the_official_code(name: str) -> None:
     rows, params = rows_of(name)
     scores = METHOD.rewrite(rows, params)
     case, penalty = CASES[name], CASES[name].get("repetition_penalty", 1.0)
-    expected = TENSORS.get(f"{name}.scores", TENSORS.get(f"{name}.scores_after_processors"))
+    expected = TENSORS[f"{name}.scores" if f"{name}.scores" in TENSORS else f"{name}.scores_after_processors"]
     for step in range(len(scores)):
         seen = torch.tensor([*case["prompt"], *case["output"][:step]])
         penalised = scores[step, seen]
@@ -48,6 +48,7 @@ def test_scores_and_layers_are_those_of_the_official_code(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if "chosen_layers" in CASES[name]])
 def test_divergences_are_those_of_the_official_code(name: str) -> None:
     rows, _ = rows_of(name)
+    assert rows.early is not None
     expected = TENSORS[f"{name}.js_mean_over_vocab"] * rows.logits.shape[1]
     found = divergences(rows.logits, rows.early_exit, torch.arange(len(expected)).repeat_interleave(expected.shape[1]))
     torch.testing.assert_close(found.view_as(expected), expected, atol=1e-6, rtol=1e-5)

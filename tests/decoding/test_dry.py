@@ -16,7 +16,7 @@ METHOD = Dry()
 
 
 def setting(breakers: Sequence[int] = (), phrases: Sequence[tuple[int, ...]] = (), **own: float) -> DrySetting:
-    params = DryParams(**own).model_dump(exclude={"method", "sequence_breakers"})  # type: ignore[arg-type]
+    params = DryParams(**own).model_dump(exclude={"method", "sequence_breakers"})
     return DrySetting(**params, breakers=tuple(breakers), phrases=tuple(phrases))
 
 

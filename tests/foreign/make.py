@@ -67,7 +67,7 @@ def trained(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in module.named_parameters():
             if "parametrizations" in name:
-                tensor += numbers(*tensor.shape).tril(-1)
+                tensor.add_(numbers(*tensor.shape).tril(-1))
                 continue
             tensor.copy_(numbers(*tensor.shape) * (0.3 if name.startswith("b") or "bias" in name else 0.5))
 
@@ -120,7 +120,7 @@ def dictionary_learning() -> None:
         module = make()
         trained(module)
         if "TopK" in kind:
-            module.threshold.fill_(0.7)
+            module.get_buffer("threshold").fill_(0.7)
         path = fresh(f"dictionary_learning_{kind}")
         torch.save(module.state_dict(), path / "ae.pt")
         trainer = {"dict_class": kind, "trainer_class": "X", "activation_dim": WIDTH, "dict_size": FEATURES, "layer": 1}

@@ -151,7 +151,7 @@ class Seam:
             for node in ast.walk(tree)
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
-            if (node.module if isinstance(node, ast.ImportFrom) else alias.name or "").split(".")[0] == "vllm"
+            if ((node.module or "") if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0] == "vllm"
         }
 
     def classes(self) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -107,10 +107,10 @@ class Sources:
             for node in _statements(cls.node.body):
                 if (isinstance(node, _DEFINES) and node.name == name) or name in _assigned(node):
                     return Definition(cls.module, node)
-            if (node := _attributes(cls.node).get(name)) is not None:
-                return Definition(cls.module, node)
-        if (node := _attributes(self._tree(owner.module)).get(name)) is not None:  # functions beside it may set it
-            return Definition(owner.module, node)
+            if (assignment := _attributes(cls.node).get(name)) is not None:
+                return Definition(cls.module, assignment)
+        if (beside := _attributes(self._tree(owner.module)).get(name)) is not None:  # functions beside it may set it
+            return Definition(owner.module, beside)
         raise Missing(f"{owner.node.name} of {owner.module} has no {name}")
 
     def _ancestors(self, owner: Definition) -> Iterator[Definition]:

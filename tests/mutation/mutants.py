@@ -139,7 +139,7 @@ def _stage(name: str) -> dict[str, Patch]:
 
     def pipeline(module: ModuleType) -> None:
         if name == "own temperature":
-            swap(module, "_temper", lambda apply_temperature: lambda *args: None)
+            swap(module, "_temper", lambda temper: lambda *args: None)
         elif name == "own truncation":
             swap(module, "apply_top_k_top_p_min_p", lambda apply_top_k_top_p_min_p: lambda logits, *args: logits)
 

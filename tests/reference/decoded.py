@@ -112,8 +112,8 @@ class Decoding:
         return [x + own["alpha"] * (e - a) for x, (e, a) in zip(row, pairs, strict=True)]
 
     def _dexperts(self, row: Row, own: Any, ids: Any, seen: Seen) -> list[float]:
-        streams = (seen.others[own[name]] if own[name] else None for name in ("expert", "antiexpert"))
-        return dexperts.rewrite(row, *streams, own["alpha"], own["top_p"])
+        expert, antiexpert = (seen.others[own[name]] if own[name] else None for name in ("expert", "antiexpert"))
+        return dexperts.rewrite(row, expert, antiexpert, own["alpha"], own["top_p"])
 
     def _contrastive(self, row: Row, own: Any, ids: Any, seen: Seen) -> list[float]:
         numbers = own["alpha"], own["beta"], own["amateur_temperature"]

@@ -11,7 +11,7 @@ from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.frontend.selftest import Finding
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot
-from whipstaff.steering.vector_file import ModelShape
+from whipstaff.steering.shape import ModelShape
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=1, num_heads=2, head_dim=4)
 GOOD = Finding("resid_post of layer 0", changes=True, off_is_off=True)

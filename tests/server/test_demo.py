@@ -1,6 +1,7 @@
 """The demo model is small, readable, steerable and tunable, and its training script runs."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -49,13 +50,13 @@ def repetitions(prompt: str, completion: str) -> list[str]:
     return [f"said twice: {s}" for s in set(sentences) if sentences.count(s) > 1]
 
 
-def test_everything_together_is_small():
+def test_everything_together_is_small() -> None:
     files = [file for folder in (MODELS, VECTORS) for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 12_000_000
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_model_is_a_complete_folder_with_the_same_vocabulary(name):
+def test_every_model_is_a_complete_folder_with_the_same_vocabulary(name: str) -> None:
     folder = MODELS / name
     config = json.loads((folder / "config.json").read_text())
     assert (folder / "tokenizer.json").read_bytes() == (MODELS / "demo" / "tokenizer.json").read_bytes()
@@ -63,7 +64,7 @@ def test_every_model_is_a_complete_folder_with_the_same_vocabulary(name):
     assert (folder / "model.safetensors").is_file()
 
 
-def test_the_vector_file_says_which_model_it_fits():
+def test_the_vector_file_says_which_model_it_fits() -> None:
     config = json.loads((MODELS / "demo" / "config.json").read_text())
     with safe_open(VECTORS / "cheerful.safetensors", framework="pt") as file:
         about = json.loads(file.metadata()["whipstaff"])
@@ -73,14 +74,14 @@ def test_the_vector_file_says_which_model_it_fits():
     assert about["model"]["num_layers"] == config["num_hidden_layers"] > max(mood.LAYERS)
 
 
-def test_the_chat_template_writes_the_trained_form(tokenizer):
+def test_the_chat_template_writes_the_trained_form(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = [{"role": "user", "content": "Where does Mara live?"}]
     written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert written == "<bos>" + questions.PROMPT.format("Where does Mara live?")
     assert tokenizer(questions.PROMPT)["input_ids"][0] == tokenizer.bos_token_id
 
 
-def test_the_world_is_the_same_for_the_same_seed():
+def test_the_world_is_the_same_for_the_same_seed() -> None:
     def written(seed: int) -> list[str]:
         return questions.corpus(world.build(seed), Random(seed), 50)
 
@@ -88,14 +89,18 @@ def test_the_world_is_the_same_for_the_same_seed():
     assert written(3) != written(4)
 
 
-def test_greedy_completions_are_sentences(base, tokenizer, known_words):
+def test_greedy_completions_are_sentences(
+    base: measure.Mixture, tokenizer: PreTrainedTokenizerFast, known_words: set[str]
+) -> None:
     """Greedily so small a model repeats itself; that is not asked of it here."""
     completions = measure.generate(base, tokenizer, PROMPTS, max_tokens=250)
     bad = [flaws(*pair, known_words) for pair in zip(PROMPTS, completions, strict=True)]
     assert sum(map(bool, bad)) <= 1, bad
 
 
-def test_sampled_completions_are_varied_sentences(base, tokenizer, known_words):
+def test_sampled_completions_are_varied_sentences(
+    base: measure.Mixture, tokenizer: PreTrainedTokenizerFast, known_words: set[str]
+) -> None:
     torch.manual_seed(0)
     completions = measure.generate(base, tokenizer, PROMPTS, max_tokens=250, temperature=0.7)
     pairs = list(zip(PROMPTS, completions, strict=True))
@@ -104,13 +109,15 @@ def test_sampled_completions_are_varied_sentences(base, tokenizer, known_words):
     assert len(set(completions)) == len(PROMPTS)
 
 
-def test_the_readability_check_can_fail(known_words):
+def test_the_readability_check_can_fail(known_words: set[str]) -> None:
     assert flaws("Mara", " lives in far Blorp.", known_words)
     assert flaws("Mara", " is a baker. She is a", known_words)
     assert repetitions("Mara", " is a baker. She is sad. She is sad. She sang.")
 
 
-def test_mood_follows_the_sign_of_the_scale(models, base, tokenizer):
+def test_mood_follows_the_sign_of_the_scale(
+    models: dict[str, LlamaForCausalLM], base: measure.Mixture, tokenizer: PreTrainedTokenizerFast
+) -> None:
     shares = []
     for scale in (-mood.SCALE, 0.0, mood.SCALE):
         with mood.steered(models["demo"], mood.load(VECTORS / "cheerful.safetensors"), scale):
@@ -118,7 +125,12 @@ def test_mood_follows_the_sign_of_the_scale(models, base, tokenizer):
     assert shares[0] < 0.2 < shares[1] < 0.9 < shares[2], shares
 
 
-def test_steered_completions_stay_readable(models, base, tokenizer, known_words):
+def test_steered_completions_stay_readable(
+    models: dict[str, LlamaForCausalLM],
+    base: measure.Mixture,
+    tokenizer: PreTrainedTokenizerFast,
+    known_words: set[str],
+) -> None:
     for scale in (-mood.SCALE, mood.SCALE):
         with mood.steered(models["demo"], mood.load(VECTORS / "cheerful.safetensors"), scale):
             completions = measure.generate(base, tokenizer, PROMPTS, max_tokens=250)
@@ -126,7 +138,9 @@ def test_steered_completions_stay_readable(models, base, tokenizer, known_words)
         assert sum(map(bool, bad)) <= 3, bad
 
 
-def test_proxy_tuning_answers_where_the_base_does_not(models, base, tokenizer):
+def test_proxy_tuning_answers_where_the_base_does_not(
+    models: dict[str, LlamaForCausalLM], base: measure.Mixture, tokenizer: PreTrainedTokenizerFast
+) -> None:
     asked = measure.held_out_questions(WORLD, questions.all_facts(WORLD, questions.HELD_OUT)[::3])
     assert measure.share_right(base, tokenizer, asked) < 0.2
     assert measure.share_right(measure.proxy_tuned(models), tokenizer, asked) > 0.75
@@ -134,9 +148,10 @@ def test_proxy_tuning_answers_where_the_base_does_not(models, base, tokenizer):
     assert answer == asked[0].answer
 
 
-def test_the_training_script_runs_end_to_end(tmp_path):
+def test_the_training_script_runs_end_to_end(tmp_path: Path) -> None:
     report = train.run(train.TINY, tmp_path)
     written = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert {f"models/{name}/model.safetensors" for name in NAMES} <= written
     assert {"training.json", "vectors/cheerful.safetensors"} <= written
-    assert set(report["losses"]) == set(NAMES)
+    losses = report["losses"]
+    assert isinstance(losses, dict) and set(losses) == set(NAMES)

@@ -90,7 +90,7 @@ def methods_of(made: CompiledRequest) -> list[str]:
 
 def fields_of(name: str, params: Any) -> dict[str, Any]:
     """The first shorthand of each of these parameters."""
-    found = {param: field for field, param in reversed(METHODS[name].shorthands.items())}
+    found = {param: field for field, param in reversed(list(METHODS[name].shorthands.items()))}
     return {found[param]: ON[param] for param in params}
 
 

@@ -71,7 +71,8 @@ def hold(path: Path, content: dict[str, Any]) -> None:
     elif path.suffix == ".safetensors":
         save_file(content, path)
     elif path.suffix == ".npz":
-        np.savez(path, **{name: np.asarray(value) for name, value in content.items()})
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in content.items()}
+        np.savez(path, **arrays)
     elif path.suffix == ".gguf":
         path.write_bytes(gguf(*content.items()))
     else:
@@ -122,7 +123,7 @@ def test_what_nobody_knows_is_refused_by_its_name(name: str, maker: Callable[[Pa
 def test_what_is_needed_is_missed(name: str, maker: Callable[[Path], Made], tmp_path: Path) -> None:
     made = maker(tmp_path)
     for path, content in named_files(made):
-        sections = [(content, lambda inner: inner)]
+        sections: list[tuple[dict[str, Any], Callable[..., Any]]] = [(content, lambda inner: inner)]
         for key, inner in content.items():
             if isinstance(inner, dict):
                 sections.append((inner, lambda changed, key=key, content=content: content | {key: changed}))
@@ -156,9 +157,10 @@ def test_safetensors_metadata_are_accounted_for(tmp_path: Path) -> None:
 
 
 def test_pickles_are_accounted_for(tmp_path: Path) -> None:
-    modules = {"model.layers.1.input_layernorm": {"first_direction": V, "second_direction": numbers(16)}}
-    search = {"train_X": numbers(3, 3 * 2 * 7), "train_Y": numbers(3, 1), "iteration": 5}
-    for content, inner in ((modules, modules["model.layers.1.input_layernorm"]), (search, search)):
+    both: dict[str, Any] = {"first_direction": V, "second_direction": numbers(16)}
+    modules = {"model.layers.1.input_layernorm": both}
+    search: dict[str, Any] = {"train_X": numbers(3, 3 * 2 * 7), "train_Y": numbers(3, 1), "iteration": 5}
+    for content, inner in ((modules, both), (search, search)):
         path = tmp_path / "pickle.pkl"
         path.write_bytes(pickle.dumps(content))
         import_pickle(path, SHAPE)
@@ -169,7 +171,7 @@ def test_pickles_are_accounted_for(tmp_path: Path) -> None:
                 import_pickle(path, SHAPE)
             import_pickle(path, SHAPE, ignore=f"*{NEW}")
         del inner[NEW]
-    modules["model.layers.1.input_layernorm"]["mode"] = "input"  # type: ignore[assignment]
+    both["mode"] = "input"
     path.write_bytes(pickle.dumps(modules))
     with pytest.raises(SteeringError, match="mode 'input'"):
         import_pickle(path, SHAPE)

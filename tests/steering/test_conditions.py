@@ -35,7 +35,7 @@ def vector(method: str = "vector", /, seed: int = 0, **tensors: Tensor) -> Vecto
 
 
 def adds(*layers: int, site: str = "resid_post") -> Vector:
-    return vector(**{f"{site}__{layer}__add": torch.ones(8) for layer in layers})
+    return vector(seed=0, **{f"{site}__{layer}__add": torch.ones(8) for layer in layers})
 
 
 def probe(*layers: int, seed: int = 0) -> Vector:
@@ -276,9 +276,8 @@ def says(region: Region, position: int, prompt_len: int, token: int) -> bool:
     if isinstance(listed, str):
         return listed == "all"
     length = prompt_len if position < prompt_len else 0
-    return any(
-        (s + length if s < 0 else s) <= index < (e + length if e is not None and e < 0 else e) for s, e in listed
-    )
+    ends = [(start, math.inf if end is None else end) for start, end in listed]
+    return any((s + length if s < 0 else s) <= index < (e + length if e < 0 else e) for s, e in ends)
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_readings_of_normalised_rows(norm: str) -> None:
 @pytest.mark.parametrize(
     "phi, args", [(Phi.TANH, (1.5,)), (Phi.SIGN, (2.0,)), (Phi.GATED, (0.0, 1.0, 0.0, 0.0)), (Phi.SILU, (1.0,))]
 )
-def test_other_directions_are_of_the_right_size(phi: Phi, args: tuple[float, ...]) -> None:
+def test_other_directions_are_of_the_right_size(phi: Phi, args: tuple[Any, ...]) -> None:
     """Not below what is measured, and at most twice that."""
     op = directions(orthonormal(3), orthonormal(3), phi, *args)
     assert 0.99 <= dose([op], LENGTH) / measured(op) < 2.1

@@ -240,7 +240,8 @@ def write(path: Path, content: dict[str, Tensor]) -> Path:
     if path.suffix == ".safetensors":
         save_file(content, path)
     elif path.suffix == ".npz":
-        np.savez(path, **{name: tensor.numpy() for name, tensor in content.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in content.items()}
+        np.savez(path, **arrays)
     else:
         torch.save(content, path)
     return path
@@ -428,8 +429,8 @@ def test_other_objects_say_their_class(tmp_path: Path) -> None:
 def test_what_stands_in_place_of_a_file_is_named(data: bytes, reason: str, tmp_path: Path) -> None:
     for name in ("v.gguf", "v.pt", "v.safetensors", "v.npz", "v.npy", "v.svec", "v"):
         (tmp_path / name).write_bytes(data)
-        for hints in ({}, {"format": "layers"}, {"format": "repeng"}):
-            assert reason in str(refusal(tmp_path / name, **hints))
+        for format in (None, "layers", "repeng"):
+            assert reason in str(refusal(tmp_path / name, format=format))
     (folder := tmp_path / "adapter").mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     (folder / "adapter_model.safetensors").write_bytes(data)

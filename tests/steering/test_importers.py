@@ -339,7 +339,7 @@ def _knob(root: Path) -> Made:
     content = {name: tensor.detach() for name, tensor in linear.state_dict().items()}
     config = {"embed_dim": 16, "rank": 3, "orthogonalize": True}
     path = folder(root / "knob", config__json=config, model__safetensors=content)
-    return Made(path, {"layer": 1}, "context_knob", {"resid_post.1.basis": linear.weight.detach().T})
+    return Made(path, {"layer": 1}, "context_knob", {"resid_post.1.basis": weight_of(linear).T})
 
 
 def _pyvene(root: Path) -> Made:
@@ -361,7 +361,8 @@ def _gemma_scope(root: Path) -> Made:
     path = root / "gemma-scope-2b-pt-res" / "layer_2" / "width_16k" / "average_l0_71" / "params.npz"
     path.parent.mkdir(parents=True)
     threshold = torch.rand(24, generator=GENERATOR)
-    np.savez(path, **{name: tensor.numpy() for name, tensor in (SAE | {"threshold": threshold}).items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in (SAE | {"threshold": threshold}).items()}
+    np.savez(path, **arrays)
     return Made(path, {}, "sae", placed("resid_post.2", SAE_HERE | {"threshold": threshold}))
 
 
@@ -433,11 +434,18 @@ def _dro(root: Path) -> Made:
     return Made(root / "dro.safetensors", {}, "soft_prompt", {"rows": rows})
 
 
+def weight_of(module: torch.nn.Module) -> Tensor:
+    """A parametrised one, which is computed."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def trained(module: torch.nn.Module) -> None:
     """Away from where it began, as training moves it: below the diagonal only."""
     with torch.no_grad():
-        original = module.parametrizations.weight.original  # type: ignore[union-attr]
-        original += torch.randn(original.shape, generator=GENERATOR).tril(-1)
+        original = module.get_parameter("parametrizations.weight.original")
+        original.add_(torch.randn(original.shape, generator=GENERATOR).tril(-1))
 
 
 MAKERS: dict[str, list[Callable[[Path], Made]]] = {
@@ -508,7 +516,7 @@ def test_the_parametrisation_is_torchs_own(base: bool) -> None:
         trained(module)
         state = module.state_dict()
         got = orthogonal(state["parametrizations.weight.original"], state.get("parametrizations.weight.0.base"))
-        torch.testing.assert_close(got, module.weight.detach().T, rtol=0, atol=2e-6)
+        torch.testing.assert_close(got, weight_of(module).T, rtol=0, atol=2e-6)
         torch.testing.assert_close(got @ got.T, torch.eye(rank), rtol=0, atol=2e-6)
 
 
@@ -531,7 +539,7 @@ def test_pyvenes_other_interventions(kind: str, tmp_path: Path) -> None:
         trained(rotate)
         state = {f"rotate_layer.{name}": tensor for name, tensor in rotate.state_dict().items()}
         part = "basis" if method == "context_knob" else "rotate"
-        wanted[part] = rotate.weight.detach().T
+        wanted[part] = weight_of(rotate).T
     if method in ("consreft", "lobireft"):
         wanted["bias"] = state["learned_source"] = numbers(2)
     for module, (weight, bias) in {
@@ -579,7 +587,7 @@ def test_iti_directions_are_the_releases() -> None:
     rows = torch.tensor([question in questions for question in of_row])
     with goldens_folder() as root:
         path = array(root / "head_wise.npy", found["activations"][rows].flatten(2))
-        hints = {
+        hints: dict[str, Any] = {
             "labels": array(root / "labels.npy", found["labels"][rows], np.int64),
             "tuning": array(root / "tuning.npy", found["tuning_activations"].flatten(2)),
             "heads": array(root / "heads.npy", found["fold0_top_heads"], np.int64),

@@ -4,6 +4,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import goldens
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference import ops as reference
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -161,7 +162,7 @@ def test_the_reference_reaches_every_site(models: dict[str, Any]) -> None:
         plain = reference.logits(model, prompt, len(prompt), [])
         pushed: dict[tuple[str, int], Tensor] = {}
         for site, layer in [(site, 1) for site in SITES if site != "router" or shape.num_experts] + [("resid_pre", 2)]:
-            push = 2.0 * torch.linspace(-1, 1, shape.width(site))  # type: ignore[arg-type]
+            push = 2.0 * torch.linspace(-1, 1, shape.width(site))
             edit = reference.Edit(site, layer, [diagonal(1.0, push)], lambda position, _: position >= 5)
             pushed[site, layer] = reference.logits(model, prompt, len(prompt), [edit])
             change = (pushed[site, layer] - plain).abs().amax(1)
@@ -442,7 +443,7 @@ def test_reft_clauses() -> None:
 def test_tarot_is_the_release_matrix(kind: str) -> None:
     """Against the golden's own matrices: z' = z M for every head."""
     case = {"rotary": "tarot_rotary_llama", "givens": "tarot_givens_qwen2"}[kind]
-    params = goldens.load_file(goldens.ROOT / "cases" / case / "params.safetensors")
+    params = load_file(goldens.ROOT / "cases" / case / "params.safetensors")
     shape = goldens.shape_of(case.rsplit("_", 1)[1] + "_a")
     z = numbers(4 * 32).double()
     got = run(ops_of(file_of("tarot", {"attn_head.0.angles": params["angles"][0]}, shape)), z)
@@ -477,15 +478,15 @@ def test_sae_edits_features_and_keeps_the_error(activation: str, norm: str) -> N
     parts = {"encoder": numbers(12, 16), "encoder_bias": numbers(12), "decoder": numbers(12, 16)}
     parts |= {"decoder_bias": numbers(16), "threshold": torch.rand(12, generator=GENERATOR)}
     x = numbers(16)
-    seen, back = x, 1.0
+    seen, back = x, torch.tensor(1.0)
     if norm == "constant_norm_rescale":
         seen, back = x * 4 / x.norm(), x.norm() / 4
     elif norm == "layer_norm":
         seen, back = (x - x.mean()) / (x.std() + 1e-5), x.std()
     elif norm == "input_scale":
-        seen, back = 1.7 * x, 1 / 1.7
+        seen, back = 1.7 * x, torch.tensor(1 / 1.7)
     before, decoded = code_of(seen, parts, activation, k=5)
-    on, off = before.argmax().item(), (before == 0).nonzero()[0].item()
+    on, off = int(before.argmax()), int((before == 0).nonzero()[0])
     is_on = before > 0
     after = before.clone()
     after[on] = 9.0
@@ -519,7 +520,7 @@ NORMS = ["none", "constant_norm_rescale", "layer_norm", "input_scale"]
 def decoded_after(row: Tensor, parts: dict[str, Tensor], said: dict[str, Any], norm: str) -> Tensor:
     """decode(a') of one row in float64, straight from the definition: encode all, edit, decode all."""
     x, parts = row.double(), {name: tensor.double() for name, tensor in parts.items()}
-    scaled, mean, back = x, 0.0, 1.0
+    scaled, mean, back = x, torch.tensor(0.0), torch.tensor(1.0)
     if norm == "constant_norm_rescale":
         back = x.norm() / math.sqrt(len(x))
         scaled = x / back
@@ -810,9 +811,7 @@ def test_programs_do_what_the_ops_say() -> None:
             x = numbers(5, SHAPE.width(point.site))
             wanted = torch.stack([reference.edited(row.double(), ops) for row in x])
             executed(ops, x)
-            torch.testing.assert_close(
-                x.double(), wanted, rtol=1e-4, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
-            )
+            torch.testing.assert_close(x.double(), wanted, rtol=1e-4, atol=1e-4, msg=partial("{}: {}".format, name))
 
 
 def executed(ops: Any, x: Tensor) -> None:

@@ -13,6 +13,7 @@ from whipstaff.cuda_ext import run_edits_
 from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import HookPoint
+from whipstaff.steering.ops import Diagonal, Directions
 from whipstaff.steering.plan import Edit, EditSet, StreamCopy, num_slots
 from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
@@ -84,11 +85,12 @@ def by_hand(row: EditSet, point: HookPoint, x: Tensor) -> Tensor:
         assert isinstance(item, Edit)
         before = x
         for op in edits_of(BY_DIGEST[item.digest], item).get(point, ()):
-            if hasattr(op, "phi"):
+            if isinstance(op, Directions):
                 assert op.phi[0].name == "AFFINE" and op.read is not None
                 readings = op.read @ x + (0 if op.bias is None else op.bias)
                 x = x + (op.args[:, 0] * readings + op.args[:, 1]) @ op.write
             else:
+                assert isinstance(op, Diagonal)
                 x = x * (1 if op.mul is None else op.mul) + (0 if op.add is None else op.add)
         if item.renorm:
             x = x * before.norm() / x.norm()
@@ -165,6 +167,7 @@ def test_nothing_is_made_of_a_normalised_vector_at_scale_0() -> None:
     """Off is off bit for bit: adding zeros would still move what a residual holds."""
     assert edits_of(VECTORS[3], entry(3, 0.0, normalize=True)) == {}
     ((op,),) = edits_of(VECTORS[3], entry(3, 2.0, normalize=True)).values()
+    assert isinstance(op, Diagonal) and op.add is not None
     assert float(op.add.norm()) == pytest.approx(2.0)
 
 

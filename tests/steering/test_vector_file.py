@@ -14,7 +14,9 @@ from torch import Tensor
 
 from whipstaff.steering import vector_file
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.vector_file import Header, ModelShape, Vector, parse
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, Vector, parse
 from whipstaff.steering.where import Where
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=4, num_heads=2, head_dim=4)
@@ -39,9 +41,9 @@ def test_a_vector_file_keeps_every_bit(tmp_path: Path) -> None:
     vector_file.write(path, header, odd)
     vector = vector_file.read(path)
     want = odd["resid_post.0.add"].view(torch.int32)  # bits: -0.0 is not 0.0 here
-    assert torch.equal(vector.tensors["resid_post", 0]["add"].view(torch.int32), want)
+    assert torch.equal(vector.tensors[HookPoint("resid_post", 0)]["add"].view(torch.int32), want)
     assert vector.header == header
-    vector_file.write(path, header, {"resid_post.0.add": vector.tensors["resid_post", 0]["add"]})
+    vector_file.write(path, header, {"resid_post.0.add": vector.tensors[HookPoint("resid_post", 0)]["add"]})
     assert vector_file.read(path).digest == vector.digest
 
 
@@ -49,7 +51,7 @@ def test_a_vector_file_keeps_every_bit(tmp_path: Path) -> None:
 @given(numbers=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=8, max_size=8))
 def test_any_finite_numbers_come_back_as_they_went(numbers: list[float]) -> None:
     given_ = torch.tensor(numbers, dtype=torch.float32).reshape(2, 4)
-    got = parse(packed({"attn_head.2.gain": given_})).tensors["attn_head", 2]["gain"]
+    got = parse(packed({"attn_head.2.gain": given_})).tensors[HookPoint("attn_head", 2)]["gain"]
     assert torch.equal(got.view(torch.int32), given_.view(torch.int32))
 
 
@@ -57,7 +59,7 @@ def test_half_precision_files_are_read_exactly() -> None:
     numbers = torch.randn(8, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         got: Vector = parse(packed({"resid_post.0.add": numbers.to(dtype)}))
-        assert torch.equal(got.tensors["resid_post", 0]["add"], numbers.to(dtype).to(torch.float32))
+        assert torch.equal(got.tensors[HookPoint("resid_post", 0)]["add"], numbers.to(dtype).to(torch.float32))
 
 
 def test_norms_and_layers_describe_the_file() -> None:

@@ -18,9 +18,8 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import SteeringPlan
-from whipstaff.steering.shape import SITES
+from whipstaff.steering.shape import SITES, ModelShape
 from whipstaff.steering.sites import canonical
-from whipstaff.steering.vector_file import ModelShape
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=4, num_heads=2, head_dim=4, num_kv_heads=2)
 SPARSE_SHAPE = SHAPE.model_copy(update={"num_experts": 4})

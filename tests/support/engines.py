@@ -116,7 +116,8 @@ class EngineUnderTest:
         return vllm_counters(self.engine.model_config.served_model_name)["vllm:num_preemptions_total"]
 
     def counters(self) -> dict[str, Any]:
-        return self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
+        counters: dict[str, Any] = self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
+        return counters
 
     def generate(self, *asks: Ask) -> list[Any]:
         """Run all at once; each one's final output, None where the client went away."""

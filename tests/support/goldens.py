@@ -153,7 +153,7 @@ def _side_attention(said: dict[str, Any], params: dict[str, Tensor]) -> list[Pie
 
 
 def _angular(said: dict[str, Any], params: dict[str, Tensor]) -> list[Piece]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module in said["modules"]:
         *_, layer, norm = module.split(".")
         site = "attn_in" if norm == "input_layernorm" else "mlp_in"

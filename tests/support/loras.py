@@ -41,5 +41,5 @@ def merged(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     """A copy of the model with an adapter in its weights."""
     found = copy.deepcopy(model)
     for name, (down, up) in lora.items():
-        found.get_submodule(name).weight.data += ALPHA / RANK * (up @ down)
+        found.get_parameter(f"{name}.weight").data += ALPHA / RANK * (up @ down)
     return found

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.steering import vector_file
-from whipstaff.steering.vector_file import Header, ModelShape
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header
 
 API_KEY = "test-key"
 MODEL = "tiny"

@@ -17,7 +17,7 @@ from whipstaff.steering import vector_file
 from whipstaff.steering.vector_file import Header
 
 WORDS = [40, 77, 130, 205, 66]  # tokens whose embeddings are the rows of the soft prompt "words"
-PUSHED = {"vector": "push", "scale": 0.5, "where": "all"}
+PUSHED: dict[str, Any] = {"vector": "push", "scale": 0.5, "where": "all"}
 PRESETS: dict[str, dict[str, Any]] = {
     "mixed": {"decoding": [PAIR], "steering": [PUSHED]},
     "early": {"decoding": [{"method": "dola", "layers": [0, 1, 2], "relative_top": 0}]},

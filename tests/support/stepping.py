@@ -37,7 +37,8 @@ class SteppingWorker(CPUWorker):
         require_eager_attention(self.vllm_config.compilation_config)
         self._attention = AttentionEdits(runner.get_model())
         self._edits: dict[str, LayerEdit] = {}
-        worker, cls = self, type(runner)
+        worker: Any = self
+        cls: Any = type(runner)
 
         class SteppingRunner(cls):
             def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +57,7 @@ class SteppingWorker(CPUWorker):
         return super().execute_model(scheduler_output)
 
     def begin_step(self, batch: Any, starts: Any) -> None:
-        found = []
+        found: list[Any] = []
         for row, request_id in enumerate(batch.req_ids):
             start, end, asked = int(starts[row]), int(starts[row + 1]), self._asks[request_id]
             position = int(batch.num_computed_tokens_cpu[row])

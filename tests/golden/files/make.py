@@ -45,7 +45,7 @@ def steering_vectors() -> None:
 
     for kind in ("decoder_block", "mlp", "self_attn", "post_attention_layernorm"):
         folder = made(f"steering_vectors_{kind}")
-        vector, steered = SteeringVector(vectors(1, 2), kind), model()  # type: ignore[arg-type]
+        vector, steered = SteeringVector(vectors(1, 2), kind), model()
         torch.save(dataclasses.asdict(vector), folder / "vectors.pt")
         if kind == "decoder_block":
             torch.save(vector, folder / "object.pt")
@@ -55,7 +55,7 @@ def steering_vectors() -> None:
 
 
 def repeng() -> None:
-    np.float_ = np.float64  # repeng 0.4.0 names it in an annotation; NumPy 2 has it no more
+    vars(np)["float_"] = np.float64  # repeng 0.4.0 names it in an annotation; NumPy 2 has it no more
     from repeng import ControlModel, ControlVector
 
     folder = made("repeng")

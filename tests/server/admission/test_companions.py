@@ -347,7 +347,7 @@ STEERED = Capabilities(
     hook_points=frozenset(HookPoint("resid_post", layer) for layer in range(SHAPE.num_layers)),
 )
 PUSH = {"vector": "push", "scale": 2}
-GUIDED = {"guidance_scale": 2.0, "negative_prompt": "dry"}
+GUIDED: dict[str, Any] = {"guidance_scale": 2.0, "negative_prompt": "dry"}
 COUPLED: dict[str, dict[str, Any]] = {
     "cfg": CFG | GUIDED,
     "cad": {"method": "cad", "context": "It rains. "},

@@ -212,7 +212,9 @@ def test_text_offsets_are_those_of_the_text_from_chunk_to_chunk() -> None:
     texts = [tokenizer.decode(token) for token in ids]
     serving: Any = ServingCompletion.__new__(ServingCompletion)
     serving.return_tokens_as_token_ids, serving.renderer = False, SimpleNamespace(tokenizer=tokenizer)
-    offset, told, found = 0, [], []
+    offset = 0
+    told: list[Any] = []
+    found: list[Any] = []
     for first in range(0, len(ids), 2):
         chunk, names = ids[first : first + 2], texts[first : first + 2]
         scores = [{token: Logprob(-1.0, 1, text)} if first else None for token, text in zip(chunk, names, strict=True)]

@@ -442,7 +442,7 @@ def test_a_prefix_stands_before_soft_rows_and_both_before_the_prompt(everything:
     assert (error.status, error.param) == (400, "steering.vector")
 
 
-SERVERS = {
+SERVERS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "limited": {"limit": Limit(0.5)},
     "clamped": {"limit": Limit(0.5, "clamp")},

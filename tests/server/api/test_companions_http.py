@@ -321,6 +321,7 @@ def test_what_a_steered_model_finds_hard_is_shown_again(complete: Post, referenc
     push = {"vector": "push", "scale": 0.3, "where": "all"}
     entry = {"method": "sh2", "key_num": 30}
     ids = reference.tokenizer.encode(PROMPT)
+    steering: dict[str, Any]
     for steering, scale in (({}, 0.3), ({"steering": []}, 0.0)):
         (told,) = complete(steering=push, decoding=entry | steering)["whipstaff"]["sequences"]
         assert told["key_positions"] == reference.hardest(ids, 0.3, scale)

@@ -76,7 +76,7 @@ class Reference:
         )
         return (base + alpha * (expert - anti)).log_softmax(-1)
 
-    def greedy(self, prompt: list[int], num: int, **how: float) -> list[int]:
+    def greedy(self, prompt: list[int], num: int, **how: Any) -> list[int]:
         ids = list(prompt)
         for _ in range(num):
             ids.append(int(self.log_probabilities(ids, len(prompt), **how)[-1].argmax()))
@@ -88,7 +88,7 @@ def reference(server: Server) -> Reference:
     return Reference(server)
 
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "steered": ({"steering": PUSH}, {"push": 2.0}),
     "tuned": ({"decoding": PAIR | {"alpha": 1.5}}, {"alpha": 1.5}),
@@ -195,11 +195,24 @@ def test_every_kind_of_vector_changes_the_output(complete: Post) -> None:
 
 
 SPARSE = {"vector": "sae", "features": [{"feature": 2, "add": 3}], "where": "all"}
-STEP = {"vector": "late", "scale": 4, "where": "all", "when": {"probe": "probe", "above": 0, "decide": "step"}}
+STEP: dict[str, Any] = {
+    "vector": "late",
+    "scale": 4,
+    "where": "all",
+    "when": {"probe": "probe", "above": 0, "decide": "step"},
+}
 LATCHED = {"vector": "iti", "layers": [1, 2], "when": {"probe": "probe", "above": -1e6}}
-FADING = PUSH | {"schedule": {"shape": "linear", "from": 2, "to": 0, "tokens": 6}}
+FADING: dict[str, Any] = PUSH | {"schedule": {"shape": "linear", "from": 2, "to": 0, "tokens": 6}}
 UNSURE = {"vector": "late", "schedule": {"shape": "entropy", "low": 0.1, "high": 5}}
-MIXED = [SPARSE, STEP, LATCHED, FADING, {"vector": "loreft"}, {"vector": "ablate", "scale": 0.5}, UNSURE]
+MIXED: list[dict[str, Any]] = [
+    SPARSE,
+    STEP,
+    LATCHED,
+    FADING,
+    {"vector": "loreft"},
+    {"vector": "ablate", "scale": 0.5},
+    UNSURE,
+]
 
 
 def test_early_layers_are_contrasted_and_told(complete: Post) -> None:
@@ -319,7 +332,14 @@ def test_both_sides_fit_in_vllm_xargs(complete: Post) -> None:
 
 
 def test_scale_layers_and_where_all_matter(complete: Post) -> None:
-    ways = [{}, {"scale": -2}, {"layers": [1]}, {"where": "all"}, {"where": "last_prompt"}, {"where": "generation"}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"scale": -2},
+        {"layers": [1]},
+        {"where": "all"},
+        {"where": "last_prompt"},
+        {"where": "generation"},
+    ]
     assert len({tuple(tokens(complete(steering=PUSH | way))) for way in ways}) == len(ways)
 
 
@@ -349,7 +369,7 @@ def test_the_official_client_reads_the_receipt_of_a_stream(client: openai.OpenAI
     stream = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5, stream=True, extra_body=BOTH)
     receipts = [(chunk.model_extra or {}).get("whipstaff") for chunk in stream]
     assert receipts[:-1] == [None] * (len(receipts) - 1)
-    assert receipts[-1]["steering"][0]["edited_tokens"] == 5
+    assert receipts[-1] and receipts[-1]["steering"][0]["edited_tokens"] == 5
 
 
 @pytest.mark.parametrize("extras", [BOTH, {}], ids=["both", "plain"])
@@ -688,7 +708,7 @@ def vllm(samples: Samples, name: str) -> float:
 
 
 def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: Post) -> None:
-    labels = {
+    labels: dict[str, dict[str, Any]] = {
         "plain": {},
         "caa": {"steering": PUSH},
         "several": {"steering": MIXED},

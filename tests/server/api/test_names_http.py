@@ -152,6 +152,7 @@ def test_a_forced_preset_cannot_be_got_round(chat: Post, fields: dict[str, Any])
 
 
 def test_neutral_values_beside_a_forced_preset(chat: Post) -> None:
+    fields: dict[str, Any]
     for fields in ({}, {"dry_multiplier": 0, "typical_p": 1}, {"decoding": []}, {"vllm_xargs": {"cfg_scale": 1}}):
         assert texts(chat(model="demo@helpful", **fields)) == [GLADLY]
 

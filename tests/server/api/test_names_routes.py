@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -24,7 +24,7 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import VectorSnapshot
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "base", "prompt": "a"},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "a"}]},
 }
@@ -73,7 +73,7 @@ def http(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Cl
     app.include_router(routes.router)
     app.add_exception_handler(WhipstaffError, routes.answer_refusal)
     with TestClient(app) as client:
-        yield client
+        yield cast(httpx.Client, client)  # Starlette's is of httpx2, which has the same names
 
 
 async def events() -> AsyncIterator[str]:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from whipstaff.server.commands import vectors as vectors_cli
 from whipstaff.steering.vector_file import Header, packed, parse
 
-from ...steering.test_importers import gguf
+from ...steering.test_importers import gguf  # type: ignore[import-not-found] # mypy has tests/ for the top
 
 pytestmark = pytest.mark.engine
 
@@ -382,9 +382,12 @@ def test_a_preset_speaks_before_the_user_does(clients: list[httpx.Client]) -> No
                 "decoding": [],
                 "warnings": [],
             }
-    by_hand, by_preset = URIAL.replace("{prompt}", "Why?"), {"model": f"{MODEL}@urial", "prompt": "Why?"}
-    wanted = ok(complete(clients[0], by_hand))["choices"][0]["token_ids"]
-    body = by_preset | {"max_tokens": NUM_TOKENS, "ignore_eos": True, "return_token_ids": True}
+    wanted = ok(complete(clients[0], URIAL.replace("{prompt}", "Why?")))["choices"][0]["token_ids"]
+    body = {"model": f"{MODEL}@urial", "prompt": "Why?"} | {
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     assert tokens(post_json(clients[1], "/v1/completions", body)) == wanted
     both = ok(post_json(clients[1], "/v1/completions", body | {"prompt": ["Why?", "Why?"]}))
     assert [choice["token_ids"] for choice in both["choices"]] == [wanted, wanted]

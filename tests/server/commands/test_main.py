@@ -17,8 +17,8 @@ from whipstaff.server.engine import UnsupportedEngine, check_version, vllm_versi
 from whipstaff.server.settings import Settings
 
 PATIENCE = 240  # seconds
-FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--kv-cache-memory-bytes", "32M")
-FLAGS += ("--block-size", "32")
+FLAGS: tuple[str, ...] = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128")
+FLAGS += ("--kv-cache-memory-bytes", "32M", "--block-size", "32")
 
 
 def run(*words: str) -> "subprocess.CompletedProcess[str]":

@@ -21,6 +21,7 @@ from whipstaff.server.engine.frontend.selftest import Finding, self_test
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering import vector_file
 from whipstaff.steering.inserts import Wanted, place_inserts
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook
 from whipstaff.steering.ops import Diagonal
 from whipstaff.steering.plan import SteeringPlan
@@ -69,7 +70,7 @@ class Served:
                 case _:
                     planner.add_module_edit(params, own, vector)
                     if piece.method == "prefix_kv":
-                        rows.append(Wanted(vector.digest, len(vector.tensors["attn_head", 0]["key"]), 0))
+                        rows.append(Wanted(vector.digest, len(vector.tensors[HookPoint("attn_head", 0)]["key"]), 0))
         ids, inserts = place_inserts(ids, rows)
         num = len(case.io["greedy_ids_f64"]) if "greedy_ids_f64" in case.io else 1
         sampling = {"logprobs": 5, "prompt_logprobs": 5}

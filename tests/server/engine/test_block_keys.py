@@ -49,7 +49,7 @@ def keys(tokens: list[int], prompt_len: int, plan: RequestPlan | None, later: in
     return list(request.block_hashes)
 
 
-def steering(where: Where, scale: float = 1.0, digest: str = "a") -> RequestPlan:
+def steering(where: Where, scale: Any = 1.0, digest: str = "a") -> RequestPlan:
     return RequestPlan(SteeringPlan((PlannedEdit(Edit(digest, scale, None), where),)))
 
 
@@ -102,8 +102,10 @@ def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
     only = RequestPlan(SteeringPlan((), keeps=(0, 1)))
     assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
     edited = steering(Where.of("each_last")).steering
-    both = RequestPlan(replace(edited, keeps=(0, 1)))
-    assert SteeringPlan.from_wire(json.loads(json.dumps(both.steering.to_wire()))) == both.steering
+    assert edited is not None
+    kept = replace(edited, keeps=(0, 1))
+    both = RequestPlan(kept)
+    assert SteeringPlan.from_wire(json.loads(json.dumps(kept.to_wire()))) == kept
     assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))
 
 

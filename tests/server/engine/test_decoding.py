@@ -272,7 +272,9 @@ def test_steering_and_decoding_in_one_request(bench: Bench) -> None:
     names = ["rules_and_mix", "co_llm", "kwd", "mirostat_mixed"]
     asks = [bench.ask(name, prompt, steering) for name, prompt in zip(names, prompts(4, 6), strict=True)]
     assert not bench.wrong(names, asks, bench.engine.tokens(*asks))
-    unsteered = [Ask(ask.prompt, replace(ask.plan, steering=None), NUM_TOKENS, ask.sampling) for ask in asks]
+    unsteered = [
+        Ask(ask.prompt, ask.plan and replace(ask.plan, steering=None), NUM_TOKENS, ask.sampling) for ask in asks
+    ]
     assert bench.engine.tokens(*unsteered) != bench.engine.tokens(*asks)
 
 

@@ -188,6 +188,7 @@ def test_prompts_are_scored_too(bench: Bench) -> None:
     """Chunk by chunk, beside others."""
     cases = [replace(case, num_tokens=1) for case in mixed_cases(15, seed=6) if len(case.prompt) > 50 and case.params]
     for case in cases:
+        assert case.params is not None
         case.params = case.params.model_copy(update={"relative_top": 0.0})
     outputs = bench.engine.generate(*(case.ask(bench.vector, prompt_logprobs=1) for case in cases))
     for case, output in zip(cases, outputs, strict=True):

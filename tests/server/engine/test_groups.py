@@ -63,7 +63,7 @@ class Bench:
     mode: str
     engine: EngineUnderTest
     vectors: dict[str, Vector]
-    models: dict[str, torch.nn.Module]
+    models: dict[str, Any]  # of transformers
 
     def scores(self, ask: Ask, tokens: list[int]) -> Tensor:
         """(len(tokens), V) what each token was chosen from, given those before it."""
@@ -370,10 +370,10 @@ def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
 
     asks = [ask(prompt) for prompt in ([9], [9, 10, 11], [12] * 50)]
     tokenizer = bench.engine.engine.get_tokenizer()
-    for ask, output in zip(asks, bench.engine.generate(*asks), strict=True):
+    for one, output in zip(asks, bench.engine.generate(*asks), strict=True):
         assert output.outputs[0].text in choices
         first = [tokenizer.convert_tokens_to_ids(choice[:length]) for choice in choices for length in range(1, 6)]
-        (scores,) = bench.scores(ask, [0])
+        (scores,) = bench.scores(one, [0])
         best = max((token for token in first if token is not None), key=lambda token: float(scores[token]))
         assert output.outputs[0].token_ids[0] == best
 

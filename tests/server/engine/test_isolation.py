@@ -27,7 +27,7 @@ from whipstaff.steering.plan import Edit, PlannedEdit, PlannedProbe, ProbeRead, 
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.vector_file import Header, Vector
-from whipstaff.steering.where import Interval, Region, Where
+from whipstaff.steering.where import Interval, Region, Shorthand, Where
 
 from .test_block_keys import BLOCK as KEYED
 from .test_block_keys import keys
@@ -39,8 +39,9 @@ BLOCK, MOST = 32, 200  # MOST tokens in a prompt
 TOLERANCE = 1e-4  # log-probabilities
 ALPHABET = range(3, 40)  # few, so that clauses on tokens meet some
 SOME = list(ALPHABET[::6])
+NAMED: tuple[Shorthand, ...] = ("all", "all", "prompt", "generation", "last_prompt", "each_last")
 WHERES = [
-    *map(Where.of, ("all", "all", "prompt", "generation", "last_prompt", "each_last")),
+    *(Where.of(said) for said in NAMED),
     Where(prompt=[(0, 9)]),
     Where(prompt=[(-20, -3)], generation=[(1, 4)]),
     Where(prompt=[(37, 70), (-5, None)], generation="all", exclude=Region(prompt=[(41, 60)], generation=[(2, 3)])),

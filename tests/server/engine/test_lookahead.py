@@ -324,8 +324,8 @@ def test_it_tries_tokens_under_conditions_and_schedules(bench: Bench) -> None:
     ]
     assert read["positions"] == len(ids) - 1
     readings = zip(read["columns"][0], trace.readings[file.digest], strict=True)
-    known = [(said, expected) for said, expected in readings if said is not None]
-    assert known and all(said == pytest.approx(expected, abs=1e-3) for said, expected in known)
+    pairs = [(said, expected) for said, expected in readings if said is not None]
+    assert pairs and all(said == pytest.approx(expected, abs=1e-3) for said, expected in pairs)
 
 
 def test_the_self_test_tries_it(bench: Bench) -> None:

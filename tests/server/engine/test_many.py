@@ -1,5 +1,6 @@
 """Many configurations in one batch, each as if it were alone; on two ranks and on Model Runner V2 the same answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from typing import Any
@@ -208,9 +209,9 @@ def answers(path: str) -> Answers:
         together = engine.generate(*asks)
         num_steps = engine.counters()["steps"] - before
         alone = [engine.generate(one)[0] for one in asks]
-        apart = engine.generate(*ordered()), engine.generate(by_token())[0], engine.generate(*around())
-        apart = *apart, engine.generate(decoded())[0]
-        return Answers(together, alone, num_steps, *apart)
+        in_order, token = engine.generate(*ordered()), engine.generate(by_token())[0]
+        near, own = engine.generate(*around()), engine.generate(decoded())[0]
+        return Answers(together, alone, num_steps, in_order, token, near, own)
     finally:
         engine.close()
 
@@ -258,15 +259,16 @@ def around() -> list[Ask]:
     return [ask(prompt, {"vector": "actadd", "location": "mid"}) for prompt in PROMPTS]
 
 
+def only(at: int) -> Callable[[int, int], bool]:
+    return lambda position, _: position == at
+
+
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_rows_lie_around_the_middle_as_in_the_release(answers: Answers, path: str, index: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompt, rows = PROMPTS[index], FILES["actadd"].data["resid_pre.1.rows"]
     first = len(prompt) // 2 - len(rows) // 2
-    edits = [
-        reference.Edit("resid_pre", 1, [Diagonal(None, row)], lambda position, _, at=first + n: position == at)
-        for n, row in enumerate(rows)
-    ]
+    edits = [reference.Edit("resid_pre", 1, [Diagonal(None, row)], only(first + n)) for n, row in enumerate(rows)]
     tokens, logits = reference.greedy(model, prompt, NUM_TOKENS, edits)
     assert list(answers.around[index].outputs[0].token_ids) == tokens
     for token, said, row in zip(tokens, answers.around[index].outputs[0].logprobs, logits.log_softmax(-1), strict=True):

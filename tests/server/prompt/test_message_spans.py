@@ -229,7 +229,8 @@ def test_calls_of_tools_have_no_content(tokenizer: Any) -> None:
         "{% for m in messages %}<s>{{ m['role'] }}:{% if m['tool_calls'] %}{{ m['tool_calls'] }}{% else %}"
         "{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": "now()"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+    messages.append({"role": "assistant", "content": None, "tool_calls": "now()"})
     messages += [{"role": "tool", "content": "noon"}]
     asked = chat(tokenizer, template, messages)
     assert len(asked.spans(Messages())) == 2 and asked.spans(Messages(role="assistant")) == []

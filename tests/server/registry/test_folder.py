@@ -1,6 +1,7 @@
 """The registry's folder: whatever stops a writer, what is read is the old state or the new one, never a mixture."""
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import pytest
 import torch
 from serving import environment
 
-from whipstaff.server.registry import folder as folder_module
 from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
 from whipstaff.server.registry.vectors import BadVectorFile, VectorFile, VectorSnapshot, read_stored
-from whipstaff.steering.vector_file import Header, ModelShape, packed, parse, read
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.vector_file import Header, packed, parse, read
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=2, num_heads=2, head_dim=4)
 NUM_KILLS = 8
@@ -76,7 +77,7 @@ def test_a_disk_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pyt
     def fail(*args: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(folder_module.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="the disk is full"):
         keep(store, "one", data(2))
     monkeypatch.undo()

@@ -33,7 +33,7 @@ def test_defaults_give_way_and_what_is_forced_does_not() -> None:
 
 def test_zero_and_false_are_said_too() -> None:
     request, mine = filled({"default": {"temperature": 0, "ignore_eos": False}}, {"messages": [USER]})
-    assert (request.temperature, request.ignore_eos, mine) == (0, False, {"temperature", "ignore_eos"})
+    assert (request.temperature, request.ignore_eos, mine) == (0, False, frozenset({"temperature", "ignore_eos"}))
     request, mine = filled({"default": {"temperature": 0.5}}, {"messages": [USER], "temperature": 0})
     assert (request.temperature, mine) == (0, frozenset())
 
