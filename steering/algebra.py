@@ -76,7 +76,7 @@ def weighted(
 
 
 def orthogonalise(sources: Sequence[Source], **said: Any) -> tuple[Header, Numbers]:
-    """The first without what lies in the span of the others, place by place; heads and rows each for themselves."""
+    """The first without what lies in the span of the others, point by point; heads and rows each for themselves."""
 
     def rest(found: Sequence[Numbers]) -> Numbers:
         first, *others = found

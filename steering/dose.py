@@ -1,7 +1,7 @@
 """Doses: how large an edit is beside what it edits.
 
-The dose of an edit at a place is the root mean square length of the change that it makes to an activation of the
-place's usual length pointing anywhere, over that length. The usual lengths are measured on the served model at start.
+The dose of an edit at a hook point is the root mean square length of the change that it makes to an activation of the
+point's usual length pointing anywhere, over that length. The usual lengths are measured on the served model at start.
 """
 
 import math
@@ -35,7 +35,7 @@ def largest(doses: Mapping[HookPoint, float]) -> Dose | None:
 
 
 def dose(ops: Iterable[EditOp], length: float) -> float:
-    """Of some edits at one place where activations have this length; their changes are taken to be independent."""
+    """Of some edits at one hook point where activations have this length; their changes are taken to be independent."""
     if length <= 0:
         return 0.0
     return math.sqrt(sum(_mean_square(op, length) for op in ops)) / length

@@ -1,4 +1,4 @@
-"""What one entry of a request does at each place: its ops, what they take of the tables, and how far they reach."""
+"""What an entry of a request does at each hook point: its ops, what they take of the tables, and how far they reach."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def settings_of(vector: Vector, edit: Edit | ModuleEdit) -> Any:
 
 
 def edits_of(vector: Vector, edit: Edit) -> dict[HookPoint, tuple[EditOp, ...]]:
-    """What an edit does at each place, by the place's canonical name."""
+    """What an edit does at each hook point, by its canonical name."""
     params = settings_of(vector, edit)
     found: dict[HookPoint, tuple[EditOp, ...]] = {}
     for point, tensors in vector.tensors.items():
@@ -89,7 +89,7 @@ def _weigh(vector: Vector, edit: Edit) -> Weight:
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """The usual length of activations at every place of the served model."""
+    """The usual length of activations at every hook point of the served model."""
 
     by_point: Mapping[HookPoint, float]
 

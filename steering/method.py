@@ -59,8 +59,6 @@ class Trial(NamedTuple):
 
 P = TypeVar("P", bound=EditParams)
 S = TypeVar("S", bound=Scaled)
-
-
 Combining = Literal["never", "directions", "alike", "added"]
 
 
@@ -80,7 +78,7 @@ class Method(ABC, Generic[P]):
     off: ClassVar[Mapping[str, Any]]  # parameters that leave the model alone, bit for bit; empty if there are none
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     """Part -> its shape in symbols: `width` (of the site; `heads, head_dim` at attn_head), `hidden`, `heads`,
-    `head_dim`, `experts`, and free names such as `rank`, which agree within one place. A name that ends in `?` says
+    `head_dim`, `experts`, and free names such as `rank`, which agree at one hook point. A name that ends in `?` says
     that the part may be absent."""
 
     combines: ClassVar[Combining] = "never"
@@ -92,7 +90,7 @@ class Method(ABC, Generic[P]):
         return False
 
     def hook_points(self, model: ModelShape) -> list[HookPoint]:
-        """Where parts without a place of their own apply."""
+        """Where parts without a hook point of their own apply."""
         return []
 
     def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:

@@ -14,7 +14,7 @@ Hook = Site | Literal["attention"]  # what an operator may ask for: a site, or t
 
 @dataclass(frozen=True)
 class Needs:
-    """Sites to hook, and room for the encoders of TopK autoencoders: features by place."""
+    """Sites to hook, and room for the encoders of TopK autoencoders: features by hook point."""
 
     sites: frozenset[Site] = frozenset()
     attention: bool = False

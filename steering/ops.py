@@ -1,4 +1,4 @@
-"""Edits: what happens to one row of activations at one place, as plain numbers.
+"""Edits: what happens to one row of activations at one hook point, as plain numbers.
 
 Every method compiles to a short list of these, applied in order; `programs` turns a request's lists into the
 instructions that `cuda_ext.run_edits_` executes. All tensors are float32 on the host.

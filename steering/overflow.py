@@ -28,7 +28,7 @@ def max_amplification(bounds: Iterable[tuple[HookPoint, Bound]]) -> float:
             came before; those elsewhere act on normalised activations and add what they make to the stream.
     """
     at: dict[HookPoint, Bound] = {}
-    for point, (factor, constant) in bounds:  # those of one place are made one after the other
+    for point, (factor, constant) in bounds:  # those of one hook point are made one after the other
         before, plus = at.get(point, (1.0, 0.0))
         at[point] = before * factor, plus * factor + constant
     size = 1.0

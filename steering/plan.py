@@ -25,7 +25,7 @@ class Edit(NamedTuple):
     normalize: bool = False
     renorm: bool = False
     gate: Gate = OPEN
-    num_lines: int = 0  # the most lines of one pool, and instructions at one place, that it takes
+    num_lines: int = 0  # the most lines of one pool, and instructions at one hook point, that it takes
     num_instructions: int = 0
 
 

@@ -1,4 +1,4 @@
-"""Programs: a row of edits at one place as instructions for `cuda_ext.run_edits_` and the lines of numbers they use.
+"""Programs: a row of edits at one hook point as instructions for `cuda_ext.run_edits_`, and the lines that they use.
 
 A row's entries are made in the order given. Neighbouring diagonal edits that are always made together become one
 instruction, so that three vectors cost what one costs; everything else follows in order.
@@ -89,7 +89,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Step:
-    """One entry of a row at one place."""
+    """One entry of a row at one hook point."""
 
     ops: tuple[EditOp, ...]
     gate: Gate = OPEN
@@ -108,7 +108,7 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """A probe read before a place's edits: `condition_index` of the request's conditions gets direction . x + bias."""
+    """A probe read before a hook point's edits: the request's condition of that index gets direction . x + bias."""
 
     direction: Tensor  # (width,)
     bias: float
@@ -148,7 +148,7 @@ def lines_of(programs: Mapping[HookPoint, Program]) -> dict[str, list[Line]]:
 
 
 def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool = False) -> Program:
-    """The program of one row at one place; empty when nothing happens there."""
+    """The program of one row at one hook point; empty when nothing happens there."""
     program = Program()
     for reading in readings:
         flags = [reading.condition_index, int(reading.is_latched), int(reading.is_cosine)]

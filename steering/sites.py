@@ -1,4 +1,4 @@
-"""Finding the places to edit in a decoder model, by structure and never by the model's name.
+"""Finding the hook points to edit in a decoder model, by structure and never by the model's name.
 
 A decoder is a list of blocks, each holding an attention module and, beside it, an MLP or a mixture of experts. The
 residual stream after a block is the block's output; the head outputs are what the attention's output projection
@@ -29,7 +29,7 @@ def entering(layer: int) -> HookPoint:
 
 
 def pool_of(site: Site) -> str:
-    """Which of the engine's pools of lines a site reads: places of one pool are equally wide."""
+    """Which of the engine's pools of lines a site reads: hook points of one pool are equally wide."""
     return {"attn_head": "heads", "router": "experts"}.get(site, "hidden")
 
 

@@ -1,9 +1,9 @@
 """Tables: the programs of the rows in use, in persistent buffers that the model's sites read.
 
-Every place has its code; places that are equally wide share a pool of lines, the rows of numbers that code refers to.
-A row of edits has the same address in the code of every place, so a token needs one number to say what happens to it
-everywhere. Rows are a cache: one keeps its frames and lines until another needs them and no token of the current step
-uses it. Nothing is counted per request, so nothing can leak; the scheduler admits no more than fits.
+Every hook point has its code; those that are equally wide share a pool of lines, the rows of numbers that code refers
+to. A row of edits has the same address in the code of every hook point, so a token needs one number to say what happens
+to it everywhere. Rows are a cache: one keeps its frames and lines until another needs them and no token of the current
+step uses it. Nothing is counted per request, so nothing can leak; the scheduler admits no more than fits.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ NOTHING = -1  # the address of tokens that are left alone
 
 
 class SiteSpec(NamedTuple):
-    """One place. `first` and `width` are this process's slice of it (tensor parallelism)."""
+    """One hook point. `first` and `width` are this process's slice of it (tensor parallelism)."""
 
     point: HookPoint
     first: int
@@ -35,7 +35,7 @@ class SiteSpec(NamedTuple):
 
 @dataclass
 class Encoders:
-    """The readings of sparse autoencoders whose active features are the largest of all, at one place.
+    """The readings of sparse autoencoders whose active features are the largest of all, at one hook point.
 
     weight (features, width), bias (features,): persistent, with room for what the server was started with; an
     autoencoder keeps the range it was given until it is forgotten.
@@ -76,9 +76,9 @@ class Encoders:
 
 
 class SiteTables(NamedTuple):
-    """What one place reads."""
+    """What one hook point reads."""
 
-    lines: Tensor  # (N, width) float32, shared by the places of one pool
+    lines: Tensor  # (N, width) float32, shared by the hook points of one pool
     code: Tensor  # (P, 6) int32
     args: Tensor  # (P, 6) float32
     encoders: Encoders | None
@@ -149,7 +149,7 @@ class Tables:
         return self._kept[entering(layer)]
 
     def at(self, point: HookPoint) -> SiteTables:
-        """What a place reads, sharing memory."""
+        """What a hook point reads, sharing memory."""
         index = self._index[point]
         lines = self._pools[pool_of(point.site)].lines
         return SiteTables(lines, self._code[index], self._args[index], self._encoders.get(point), self._kept.get(point))

@@ -1,6 +1,6 @@
 """Vector files: one safetensors file holds the numbers of one vector, and a JSON header says what they are and fit.
 
-Tensors are named `{site}.{layer}.{part}`, or `{part}` alone where the method uses the same numbers at all its places;
+Tensors are named `{site}.{layer}.{part}`, or `{part}` alone where the numbers are the same at all its hook points;
 the header's method says which parts there are and what they do (see `methods`).
 """
 
@@ -63,7 +63,7 @@ class Vector:
     digest: str  # sha256 of the file
     header: Header
     tensors: Mapping[HookPoint, Tensors]
-    shared_parts: Tensors = field(default_factory=dict)  # parts of methods that edit no place, such as soft prompts
+    shared_parts: Tensors = field(default_factory=dict)  # of methods that edit no hook point, such as soft prompts
     _made: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
 
     @property
@@ -115,7 +115,7 @@ class Vector:
 
 
 def zeros(vector: Vector) -> list[str]:
-    """Warnings of parts that a method needs, or of all parts of a place, that are all zero."""
+    """Warnings of parts that a method needs, or of all parts of a hook point, that are all zero."""
     needed = {name for name in vector.method.parts if not name.endswith("?")}
     hook_points = {f"{site}.{layer}": parts for (site, layer), parts in vector.tensors.items()}
     found = []
@@ -211,7 +211,7 @@ def parse(data: bytes) -> Vector:
 
 
 def check_shapes(method: Method[Any], parts: Tensors, point: HookPoint | None, model: ModelShape) -> None:
-    """Check the tensors of one place against the method's parts. Raises: SteeringError."""
+    """Check the tensors of one hook point against the method's parts. Raises: SteeringError."""
     known: dict[str, int] = {name: getattr(model, name) for name in ("num_layers", "head_dim")}
     known |= {"hidden": model.hidden_size, "heads": model.num_heads, "experts": model.num_experts}
     if model.num_kv_heads:
@@ -311,7 +311,7 @@ def _check_defaults(vector: Vector) -> None:
 
 
 def _check_encoders(vector: Vector) -> None:
-    """Readings that compete with each other belong to one autoencoder at a place."""
+    """Readings that compete with each other belong to one autoencoder at a hook point."""
     found: dict[HookPoint, HookPoint] = {}
     for point, tensors in vector.tensors.items():
         if not vector.method.encoder_size(tensors, vector.header.defaults):

@@ -4,7 +4,7 @@
     add_direction          x <- x + scale d                    at one layer, with d's own length
     directional_patch      x <- x + scale (value - x . r) r    at one layer
 
-Arditi et al. 2024. The projections are written with d itself, so that the places of a file share its numbers.
+Arditi et al. 2024. The projections are written with d itself, so that the hook points of a file share its numbers.
 """
 
 from collections.abc import Sequence
