@@ -48,7 +48,7 @@ def test_scores_and_layers_are_those_of_the_official_code(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if "chosen_layers" in CASES[name]])
 def test_divergences_are_those_of_the_official_code(name: str) -> None:
     rows, _ = rows_of(name)
-    assert rows.early is not None
+    assert rows.early_exit is not None
     expected = TENSORS[f"{name}.js_mean_over_vocab"] * rows.logits.shape[1]
     found = divergences(rows.logits, rows.early_exit, torch.arange(len(expected)).repeat_interleave(expected.shape[1]))
     torch.testing.assert_close(found.view_as(expected), expected, atol=1e-6, rtol=1e-5)

@@ -62,12 +62,17 @@ def swap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
+def _always(nothing: Any) -> Any:
+    """Instead of a function, one that says nothing."""
+    return lambda made: lambda *args: nothing
+
+
 def _steering(name: str) -> dict[str, Patch]:
     def off(module: ModuleType) -> None:
         method = type(module.METHODS[name])
         for what, nothing in (("ops", ()), ("attention_edits", ()), ("routing", {})):
             if hasattr(method, what):
-                swap(method, what, lambda made, nothing=nothing: lambda *args: nothing)
+                swap(method, what, _always(nothing))
 
     further: dict[str, Patch] = {}
     if name == "probe":

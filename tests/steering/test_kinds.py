@@ -24,7 +24,7 @@ from whipstaff.steering.kinds.rows import RowsMethod
 from whipstaff.steering.method import EditParams, HookPoint, Method, Scaled, Tensors, Trial
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.needs import Needs
-from whipstaff.steering.ops import EditOp, diagonal
+from whipstaff.steering.ops import Diagonal, EditOp, diagonal
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.routing_scheme import Routing, Scheme
 from whipstaff.steering.served import AttentionAbilities, ModuleAbilities
@@ -136,10 +136,11 @@ def test_a_method_that_edits(caps: Capabilities) -> None:
     entry = {"vector": "nudge", "scale": 2, "when": {"probe": "gauge", "above": 0.5}}
     (one,) = planned(caps, entry).edits
     ((point, (op,)),) = edits_of(caps.registry.usable("nudge", ""), one.edit).items()
+    assert isinstance(op, Diagonal)
     assert point == HookPoint("mlp_out", 2) and op.add is not None and op.add.tolist() == [2.0] * 8
     said = receipt(caps, entry, [Fed(3, 5, [])])
     assert (said["method"], said["scale"], said["edited_tokens"]) == ("nudge", 2.0, 3)
-    assert compiled(caps, steering={"vector": "nudge", "scale": 0}).steering == []
+    assert compiled(caps, steering={"vector": "nudge", "scale": 0}).steering.entries == []
     assert "edits nothing" in refusal(caps, steering={"vector": "gauge"}).message
 
 
@@ -166,7 +167,7 @@ def test_a_method_of_routers(caps: Capabilities) -> None:
 
 
 def test_a_method_of_rows(caps: Capabilities) -> None:
-    (entry,) = compiled(caps, steering={"vector": "preface", "insert": 2, "tokens": 2}).steering
+    (entry,) = compiled(caps, steering={"vector": "preface", "insert": 2, "tokens": 2}).steering.entries
     assert entry.soft is not None and (entry.soft.num, entry.soft.params.insert) == (2, 2)
     said = receipt(caps, {"vector": "preface", "insert": 2, "tokens": 2})
     assert (said["method"], said["prompt_tokens"]) == ("preface", 2)

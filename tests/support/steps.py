@@ -24,6 +24,8 @@ def step_edits(
         TokenTable(max_tokens, CPU),
         Histories(requests, num_histories, max_len, CPU),
         Sites(tables, torch.zeros(0, 2)),
-        ModuleEdits(nn.Module(), max_tokens, CPU, {}.__getitem__, 0, edits_router=False, edits_attention=False),
+        ModuleEdits(
+            nn.Module(), max_tokens, CPU, dict[str, Any]().__getitem__, 0, edits_router=False, edits_attention=False
+        ),
         NoSoftRows(),
     )

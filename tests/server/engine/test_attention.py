@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import require_eager_attention
 from whipstaff.server.engine.worker.edits.attention import CacheLayout
+from whipstaff.steering.kinds.attention import ScoreBias
 from whipstaff.steering.methods.attention import Pasta, PastaParams, outside
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 references (goldens' README)
@@ -110,6 +111,7 @@ def _pasta(engine: SteppingEngine, name: str, params: PastaParams, prompt_len: i
     """What it comes to for a prompt of that length, given to the engine; what a request asks for."""
     asked: list[list[Any]] = []
     for number, bias in enumerate(Pasta().attention_edits(params, {}, prompt_len)):
+        assert isinstance(bias, ScoreBias)
         engine.rpc("add_bias", f"{name}{number}", bias.layer, list(bias.heads), list(bias.spans))
         asked.append([f"{name}{number}", 0, None])
     return asked

@@ -127,7 +127,7 @@ class Bench:
         with torch.no_grad():
             hidden = self.base(torch.tensor([ids]), output_hidden_states=True).hidden_states
             early = self.base.lm_head(torch.stack([hidden[layer][0, -1] for layer in EARLY]))
-        rows = Rows(row[None].clone(), [1], [0], early=early, early_layers=[EARLY])
+        rows = Rows(row[None].clone(), [1], [0], early_exit=early, early_layers=[EARLY])
         return Dola().rewrite(rows, [DolaParams(layers=list(EARLY))])[0]
 
     def check(self, case: Case, tokens: list[int]) -> int:

@@ -11,7 +11,8 @@ from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
 from whipstaff.server.plan import PositionedPlan, RequestPlan
-from whipstaff.steering.plan import Edit, Gate, PlannedEdit, SteeringPlan
+from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
+from whipstaff.steering.programs import Gate
 from whipstaff.steering.where import Where
 
 PROMPT, MAX_LEN = 4, 16
