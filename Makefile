@@ -2,8 +2,10 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>&- && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
 ARGS ?=
+# tests/conftest.py makes the groups; ARGS='-n 4' takes more cores, ARGS='-n 0' one process
+ON_TWO_CORES := -n 2 --dist loadgroup
 
-.PHONY: serve test test-next check bench docs doctor wheel clean
+.PHONY: serve test test-fast test-next check bench docs doctor wheel clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -12,11 +14,14 @@ doctor: .venv/.runtime     ## show that every site of the model obeys an edit, i
 	$(BIN)/whipstaff doctor $(ARGS)
 
 test: .venv/.dev           ## all tests, real engines included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ON_TWO_CORES) $(ARGS)
+
+test-fast: .venv/.dev      ## the tests that start neither an engine nor a server
+	$(BIN)/python -m pytest $(ON_TWO_CORES) -m 'not engine' $(ARGS)
 
 test-next: .venv/.dev      ## the engine tests over the newest supported vLLM: its Python files, the lock's compiled CPU library
 	test -d .venv/next || $(BIN)/python requirements/next_vllm.py .venv/next
-	PYTHONPATH=.venv/next VLLM_TARGET_DEVICE=cpu $(BIN)/python -m pytest -m engine tests/server/engine $(ARGS)
+	PYTHONPATH=.venv/next VLLM_TARGET_DEVICE=cpu $(BIN)/python -m pytest $(ON_TWO_CORES) -m engine tests/server/engine $(ARGS)
 
 check: .venv/.dev          ## lint, formatting and types
 	$(BIN)/ruff check .

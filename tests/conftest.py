@@ -1,4 +1,4 @@
-"""Shared settings of the tests."""
+"""Shared settings of the tests, and how `pytest -n 2` shares them out between processes."""
 
 import os
 
@@ -13,9 +13,38 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 hypothesis.settings.register_profile("shared-machine", deadline=None)
 hypothesis.settings.load_profile("shared-machine")
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the same core for the engines of all
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
+
+SHARED = ("server", "shared", "recorded")  # fixtures of engines; those of a session serve several modules
+LONGEST = ("server", "test_registry_http", "test_companions_http", "test_isolation", "test_many")  # groups
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """An engine's processes are forks that inherit the filters: there a warning of torch's would end the engine."""
-    for item in items:
-        if item.get_closest_marker("engine"):
+    """Tests of one engine come one after another, in one process; what takes longest begins first, and what needs no
+    engine fills the gaps at the end.
+
+    An engine's processes are forks that inherit the filters: there a warning of torch's would end the engine.
+    """
+    groups = [_group(item) for item in items]
+    first = {name: index for index, name in reversed(list(enumerate(groups)))}
+    engines = {name for name, item in zip(groups, items, strict=True) if item.get_closest_marker("engine")}
+    for name, item in zip(groups, items, strict=True):
+        item.add_marker(pytest.mark.xdist_group(name))
+        if name in engines:
             item.add_marker(pytest.mark.filterwarnings("default"))
+    rank = {name: (name not in engines, name not in LONGEST, first[name]) for name in first}
+    order = sorted(range(len(items)), key=lambda index: rank[groups[index]])
+    items[:] = [items[index] for index in order]
+
+
+def _group(item: pytest.Item) -> str:
+    """The engine that a test shares with others: of several modules, or its module's in one of its modes. A module
+    without an engine is a group."""
+    assert isinstance(item, pytest.Function)
+    fixtures = {name: found[-1].scope for name, found in item._fixtureinfo.name2fixturedefs.items()}
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    name = next((name for name in SHARED if fixtures.get(name) == "session"), item.path.stem)
+    modes = [str(value) for name, value in params.items() if fixtures.get(name, "function") != "function"]
+    return "-".join([name, *modes])

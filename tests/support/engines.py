@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from warm import warm_processes
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -83,7 +84,8 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
-        self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
+        with warm_processes():
+            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.cpu_worker import CPUWorker
+from warm import warm_processes
 
 from whipstaff.server.engine.config import require_eager_attention
 from whipstaff.server.engine.patch import swap
@@ -97,13 +98,14 @@ class SteppingEngine:
 
     def __init__(self, model: str, **flags: Any) -> None:
         defaults: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "seed": 0}
-        self.llm = LLM(
-            model=model,
-            worker_cls="stepping.SteppingWorker",
-            skip_tokenizer_init=True,
-            kv_cache_memory_bytes=flags.pop("kv_cache_memory_bytes", 1 << 27),
-            **defaults | flags,
-        )
+        with warm_processes():
+            self.llm = LLM(
+                model=model,
+                worker_cls="stepping.SteppingWorker",
+                skip_tokenizer_init=True,
+                kv_cache_memory_bytes=flags.pop("kv_cache_memory_bytes", 1 << 27),
+                **defaults | flags,
+            )
 
     def generate(self, *asks: tuple[list[int], dict[str, Any] | None, int, str]) -> list[Any]:
         """Every (prompt, extra_args, number of tokens, cache salt) at once; their outputs with log-probabilities."""

@@ -8,6 +8,8 @@ import pytest
 from asking import Post, ok, post_json
 from serving import Server
 
+pytestmark = pytest.mark.engine
+
 PROMPT = "In the morning Mara opened the door, and"
 WATCHED = {260: " a", 263: " the", 1027: " larks", 706: " dead"}
 STEERED = {260: -0.886, 263: -2.552, 1027: -2.359, 706: -2.843}  # by transformers with the vector at 4

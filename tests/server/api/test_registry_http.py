@@ -22,6 +22,7 @@ from asking import assert_refused, metrics, ok, post_json, tokens
 from reference import steered
 from safetensors.torch import save
 from serving import API_KEY, HEADS, HIDDEN, MODEL, SHAPE, Server, serving
+from soak import SOAK
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -36,7 +37,7 @@ ADMIN_KEY = "a key for admins"
 LIMIT = 1 << 20  # --max-upload-bytes
 BEARER, HEADER = {"Authorization": f"Bearer {ADMIN_KEY}"}, {"X-Whipstaff-Admin-Key": ADMIN_KEY}
 NUM_TOKENS, PATIENCE = 8, 30
-NUM_CALLS, NUM_CLIENTS = 1000, 8
+NUM_CALLS, NUM_CLIENTS = 1000 if SOAK else 304, 8
 URIAL = "# Query:\n{prompt}\n\n# Answer:\n"
 FILE_PRESET: dict[str, Any] = {"default": {"steering": {"vector": "push", "scale": 2}, "max_tokens": 5}}
 
@@ -575,7 +576,8 @@ def test_a_thousand_changes_and_uses_lose_and_mix_nothing(
             list(pool.map(play, range(NUM_CLIENTS)))
         for name in names:
             remove(clients[0], name)
-    assert sum(counts.values()) == NUM_CALLS and counts["used"] > 200 and counts["put"] > 100, counts
+    assert sum(counts.values()) == NUM_CALLS, counts
+    assert counts["used"] > NUM_CALLS / 5 and counts["put"] > NUM_CALLS / 10, counts
 
 
 # ---- crashes; the last test, since it ends the server

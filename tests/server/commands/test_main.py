@@ -167,12 +167,14 @@ def assert_stopped(answer: "subprocess.CompletedProcess[str]", *reasons: str) ->
     assert last.startswith("whipstaff: ") and all(reason in last for reason in reasons), answer.stderr[-2000:]
 
 
+@pytest.mark.engine
 def test_vocabularies_that_differ_are_refused_with_the_token_that_does(models: dict[str, str], tmp_path: Path) -> None:
     smaller = save_llama(tmp_path / "smaller", make_tokenizer(vocabulary=400), seed=5)
     answer = run("doctor", models["base"], *FLAGS, "--aux", f"small={smaller}")
     assert_stopped(answer, "--aux small=", "in the base's vocabulary and", "must share the base's tokens")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -202,6 +204,7 @@ def test_what_ends_the_engines_process_is_said_last(tmp_path: Path) -> None:
     assert "root cause" not in answer.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.engine
 def test_a_dense_model_has_no_router_to_hook(models: dict[str, str]) -> None:
     answer = run("doctor", models["base"], *FLAGS, "--steering-sites", "router")
     assert_stopped(answer, "--steering-sites router: the served model has no experts")

@@ -1,7 +1,7 @@
 """Coupled sequences in whole engines: every token is the one that the group, alone in plain transformers, would choose.
 
-WHIPSTAFF_SOAK=500 runs that many groups, and as many other requests, in every mode; WHIPSTAFF_SOAK_MINUTES=30 goes on
-for so long in each, and says how many there were (pytest -k soak -s).
+WHIPSTAFF_SOAK=1 runs 500 groups, and as many other requests, in every mode; WHIPSTAFF_SOAK_MINUTES=30 goes on for so
+long in each, and says how many there were (pytest -k soak -s).
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from engines import PATIENCE, Ask, EngineUnderTest, edit, running
 from modes import ON_V1, THREE
 from reference import seeded, steered
 from serving import make_tokenizer
+from soak import SOAK
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -34,7 +35,6 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-SOAK = int(os.environ.get("WHIPSTAFF_SOAK", 0))
 SOAK_MINUTES = float(os.environ.get("WHIPSTAFF_SOAK_MINUTES", 0))
 MAX_LEN, MOST_SEQUENCES, WAVE = 256, 10, 120
 NEAR = 1e-3  # of log-scores: two tokens that near may change places between float32 implementations
@@ -225,7 +225,7 @@ class Traffic:
 
 def test_random_groups_among_others(bench: Bench, nobody_left: None) -> None:
     traffic = Traffic(bench, seed=3)
-    asks = traffic.asks(SOAK or (8 if bench.mode.startswith("v2") else 60))
+    asks = traffic.asks(500 if SOAK else 8 if bench.mode.startswith("v2") else 60)
     waves = [asks[first : first + WAVE] for first in range(0, len(asks), WAVE)]
     traffic.check(asks, [output for wave in waves for output in bench.engine.run(_arriving(bench, wave))])
 
