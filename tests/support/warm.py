@@ -22,6 +22,9 @@ def _parent() -> forkserver.ForkServer:
     if key not in _PARENTS:
         _PARENTS[key] = forkserver.ForkServer()
         _PARENTS[key].set_forkserver_preload(IMPORTED)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # read on import; what vLLM sets for each worker comes too late
+            _PARENTS[key].ensure_running()
     return _PARENTS[key]
 
 
