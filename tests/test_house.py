@@ -18,13 +18,13 @@ MAY_IMPORT = {
 
 SERVER = "whipstaff.server"
 ENGINE = f"{SERVER}.engine"
-EVERYWHERE = {"errors", "leases", "metrics", "names", "plan"}  # modules of server/ that every room of it may import
+EVERYWHERE = {"__version__", "errors", "leases", "metrics", "names", "plan"}  # modules of server/ that every room of it may import
 # What the rooms of server/ may import of it. app.py, which puts them together, is the only one that knows all.
 SERVER_ROOMS = {
     "prompt": set(),
-    "registry": {"prompt"},
+    "registry": {"prompt", "engine"},
     "admission": {"prompt", "registry"},
-    "engine": {"prompt", "registry"},
+    "engine": {"prompt"},
     "api": {"prompt", "registry", "admission", "engine"},
     "demo": set(),
     "commands": {"app", "settings", "engine", "registry", "demo"},

@@ -29,7 +29,7 @@ def apart(num_rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tens
 
 def _as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     other = strided(len(logits), logits.shape[1], dtype)
-    return other.copy_(logits)
+    return other.copy_(logits.clamp(max=torch.finfo(dtype).max))
 
 
 def check(before: Tensor, after: Tensor, mass: Tensor) -> None:

@@ -106,7 +106,8 @@ def test_the_plot_of_a_dose(server: Server, tmp_path: Path) -> None:
     scales, doses, log_odds = zip(*points, strict=True)
     assert list(scales) == sorted(scales) and list(log_odds) == sorted(log_odds)  # a mood follows its vector
     assert doses[scales.index(0)] == 0 and doses[0] == doses[-1] == max(doses)
-    assert Image.open(tmp_path / "dose.png").size == (640, 400)
+    with Image.open(tmp_path / "dose.png") as plot:
+        assert plot.size == (640, 400)
 
 
 def test_lm_eval_measures_presets(server: Server, tmp_path: Path) -> None:

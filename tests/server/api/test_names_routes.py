@@ -18,6 +18,7 @@ from whipstaff.server.api import generate as routes
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import TextRequest, parse
 from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.leases import NOTHING
 from whipstaff.server.plan import RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
@@ -67,7 +68,8 @@ def http(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Cl
         return events() if request.stream else Answer()
 
     monkeypatch.setattr(openai, "answer", answer)
-    app.state.whipstaff, app.state.args = SimpleNamespace(current=current), SimpleNamespace()
+    app.state.whipstaff = SimpleNamespace(current=current, hold=lambda vectors: NOTHING.again())
+    app.state.args = SimpleNamespace()
     app.state.openai_serving_models, app.state.engine_client = Models(), None
     app.state.enable_server_load_tracking = False
     app.include_router(routes.router)

@@ -147,7 +147,7 @@ def test_writers_of_two_processes_and_kills_leave_a_whole_registry(tmp_path: Pat
         time.sleep(0.1)
         for writer in writers:
             writer.send_signal(signal.SIGKILL)
-            writer.wait()
+            writer.communicate()
         store = RegistryFolder(tmp_path)
         vectors = store.read().vectors
         assert set(vectors) <= {"one", "two"}
