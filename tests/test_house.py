@@ -18,7 +18,8 @@ MAY_IMPORT = {
 
 SERVER = "whipstaff.server"
 ENGINE = f"{SERVER}.engine"
-EVERYWHERE = {"__version__", "errors", "leases", "metrics", "names", "plan"}  # modules of server/ that every room of it may import
+# Modules of server/ that every room of it may import.
+EVERYWHERE = {"__version__", "errors", "leases", "metrics", "names", "plan"}
 # What the rooms of server/ may import of it. app.py, which puts them together, is the only one that knows all.
 SERVER_ROOMS = {
     "prompt": set(),
