@@ -14,7 +14,8 @@ def swap(instance: Any, mixin: type, **attributes: Any) -> None:
     object they expect.
 
     Args:
-        mixin: whose methods come first; `super()` in them is what the instance was before. It may derive from that.
+        mixin: whose methods come first; `super()` in them is what the instance was before. It may derive from that, and
+            must where protocols are among the bases: Python replaces a class only by one of the same layout.
         attributes: set on the instance, for the mixin's methods.
     """
     cls = type(instance)

@@ -318,7 +318,7 @@ def difference(one: Any, other: Any) -> str:
 def test_the_traffic_was_hard(record: Record) -> None:
     """Blocks were evicted, requests preempted, prefixes cached for plain and for steered requests; steering shows."""
     counted = record.counted
-    assert counted["vllm:num_preemptions_total"] >= NUM_REQUESTS / 110
+    assert counted["vllm:num_preemptions_total"] >= NUM_REQUESTS / 200
     assert counted["vllm:kv_block_lifetime_seconds_count"] > NUM_REQUESTS / 2.2
     pairs = [
         (ask, output) for ask, output in zip(record.traffic.asks, record.outputs, strict=True) if output is not None

@@ -1,11 +1,14 @@
 """An object of vLLM's that learned something is still what it was, to who asks."""
 
 import ast
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from house.seam import ENGINE
+from torch import nn
 
 from whipstaff.server.engine.patch import Swapped, swap
+from whipstaff.server.engine.worker.logits.model_hook import composite
 
 
 class Sampler:
@@ -13,6 +16,10 @@ class Sampler:
 
     def sample(self, logits: int) -> int:
         return logits
+
+
+class Idle:
+    scores_prompts = is_in_step = False
 
 
 class Doubling(Swapped):
@@ -51,6 +58,24 @@ def test_it_may_learn_more_than_once_and_from_what_derives_from_it() -> None:
     swap(made, Doubling, factor=2)
     swap(made, Adding)
     assert made.sample(3) == 7
+
+
+def test_over_a_model_of_protocols() -> None:
+    """As vLLM's TransformersForCausalLM is one: a further base would not fit beside them."""
+
+    class Draws(Protocol):
+        def sample(self, logits: int) -> int: ...
+
+    class Model(Draws, nn.Module):
+        def sample(self, logits: int) -> int:
+            return logits
+
+        def forward(self, *args: Any) -> str:
+            return "hidden"
+
+    made = Model()
+    swap(made, composite(Model), whipstaff_step=SimpleNamespace(pipeline=Idle()), whipstaff_auxiliaries={})
+    assert made(None, None) == "hidden" and type(made) is not Model
 
 
 def test_no_class_is_swapped_by_hand() -> None:

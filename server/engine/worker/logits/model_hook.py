@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from whipstaff.server.engine import UnsupportedEngine
-from whipstaff.server.engine.patch import Swapped, swap
+from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.step import WorkerStep
 
@@ -25,7 +25,7 @@ def compose(base: nn.Module, auxiliaries: Sequence[Auxiliary], step: WorkerStep,
     """Let the base model decode. `hidden_size` is its own."""
     swap(
         base,
-        Composite,
+        composite(type(base)),
         whipstaff_step=step,
         whipstaff_auxiliaries={auxiliary.name: auxiliary for auxiliary in auxiliaries},
         whipstaff_hidden_size=hidden_size,
@@ -43,57 +43,63 @@ class Beside(NamedTuple):
 NOTHING_BESIDE = Beside([], False)
 
 
-class Composite(Swapped):
-    """Laid over the base model's class."""
+def composite(cls: Any) -> type:
+    """The class that is laid over the base model's, `cls`. It derives from it: many models have protocols among their
+    bases, and beside those a further base would change the layout of instances, which must stay."""
 
-    whipstaff_step: WorkerStep
-    whipstaff_auxiliaries: dict[str, Auxiliary]
-    whipstaff_hidden_size: int
-    whipstaff_beside: Beside  # of the last pass
+    class Composite(cls):
+        """Laid over the base model's class."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
-        names = pipeline.needed_auxiliaries() if auxiliaries else []
-        beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
-        is_tagged = pipeline.scores_prompts
-        if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
-            return hidden
-        self.whipstaff_beside = Beside(names, is_tagged)
-        return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+        whipstaff_step: WorkerStep
+        whipstaff_auxiliaries: dict[str, Auxiliary]
+        whipstaff_hidden_size: int
+        whipstaff_beside: Beside  # of the last pass
 
-    def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        step = self.whipstaff_step
-        own, others, tags = self._whipstaff_parts(hidden)
-        logits: Tensor | None = super().compute_logits(own, *args, **kwargs)
-        streams = {name: self.whipstaff_auxiliaries[name].compute_logits(part) for name, part in others.items()}
-        if logits is None:  # tensor parallel: another rank samples
-            return None
-        if step.pipeline.awaits_logits:
-            logits = step.pipeline.decode(logits, streams, own)
-        elif tags is not None:
-            logits = step.pipeline.decode_prompt(logits, streams, own, _tokens(tags))
-        step.edits.histories.note_logits(logits)
-        return logits
+        def forward(
+            self,
+            input_ids: Tensor | None,
+            positions: Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
+            names = pipeline.needed_auxiliaries() if auxiliaries else []
+            beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
+            is_tagged = pipeline.scores_prompts
+            if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+                return hidden
+            self.whipstaff_beside = Beside(names, is_tagged)
+            return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
 
-    def _whipstaff_parts(self, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The model's own hidden states, those of auxiliary models by name, and the columns that name tokens."""
-        size = self.whipstaff_hidden_size
-        names, is_tagged = self.whipstaff_beside if hidden.shape[-1] != size else NOTHING_BESIDE
-        if not names and not is_tagged:
-            return hidden.contiguous(), {}, None
-        widths = [size, *(self.whipstaff_auxiliaries[name].hidden_size for name in names)]
-        own, *others = torch.split(hidden, [*widths, *([_NUM_TAGS] if is_tagged else [])], dim=-1)
-        tags = others.pop() if is_tagged else None
-        parts = {name: part.contiguous() for name, part in zip(names, others, strict=True)}
-        return own.contiguous(), parts, tags
+        def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+            step = self.whipstaff_step
+            own, others, tags = self._whipstaff_parts(hidden)
+            logits: Tensor | None = super().compute_logits(own, *args, **kwargs)
+            streams = {name: self.whipstaff_auxiliaries[name].compute_logits(part) for name, part in others.items()}
+            if logits is None:  # tensor parallel: another rank samples
+                return None
+            if step.pipeline.awaits_logits:
+                logits = step.pipeline.decode(logits, streams, own)
+            elif tags is not None:
+                logits = step.pipeline.decode_prompt(logits, streams, own, _tokens(tags))
+            step.edits.histories.note_logits(logits)
+            return logits
+
+        def _whipstaff_parts(self, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+            """The model's own hidden states, those of auxiliary models by name, and the columns that name tokens."""
+            size = self.whipstaff_hidden_size
+            names, is_tagged = self.whipstaff_beside if hidden.shape[-1] != size else NOTHING_BESIDE
+            if not names and not is_tagged:
+                return hidden.contiguous(), {}, None
+            widths = [size, *(self.whipstaff_auxiliaries[name].hidden_size for name in names)]
+            own, *others = torch.split(hidden, [*widths, *([_NUM_TAGS] if is_tagged else [])], dim=-1)
+            tags = others.pop() if is_tagged else None
+            parts = {name: part.contiguous() for name, part in zip(names, others, strict=True)}
+            return own.contiguous(), parts, tags
+
+    return Composite
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:
