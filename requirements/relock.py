@@ -32,7 +32,8 @@ TORCH_SHA256 = (
 )
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 RUNTIME = ["pydantic-settings"]
-DEV = ["triton", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+# xdist 3.8 groups tests by an attribute that pytest 9.2 no longer has, and says nothing: every engine started twice.
+DEV = ["triton", "pytest<9.2", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 # Most of what lm_eval requires is for tasks that no test here runs; these are what it imports.
 LM_EVAL, LM_EVAL_IMPORTS = "lm_eval==0.4.13", ["datasets", "sacrebleu", "tenacity"]
 HERE = Path(__file__).parent

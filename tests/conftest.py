@@ -21,6 +21,7 @@ SHARED = ("server", "shared", "recorded")  # fixtures of engines; those of a ses
 LONGEST = ("server", "test_registry_http", "test_companions_http", "test_isolation", "test_many")  # groups
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups there, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one engine come one after another, in one process; what takes longest begins first, and what needs no
     engine fills the gaps at the end.
