@@ -68,7 +68,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
     engine = launch(args, settings, files, client)
     try:
         registry = await load(engine, settings, files, store)
-        del files  # from here on the library alone says which vectors live
+        del files  # from here on the registry alone says which vectors live
         if engine.index == 0:
             await prove(engine, await registry.current())
             await note_proven(engine, (await registry.current()).lengths.by_point)

@@ -53,7 +53,7 @@ SERVED_BY = {
     "head": [],
 }
 DRAWN = [f"{ENGINE}/test_decoding.py", f"{HTTP}/test_decoding_http.py"]
-MIXED = [f"{ENGINE}/test_coupled_goldens.py", f"{ENGINE}/test_proxy_tuning.py", f"{HTTP}/test_coupled_http.py"]
+MIXED = [f"{ENGINE}/test_coupled_goldens.py", f"{ENGINE}/test_proxy_tuning.py", f"{HTTP}/api/test_companions_http.py"]
 LAYERED = {
     "dola": [f"{ENGINE}/test_dola.py"],
     "kwd": [f"{ENGINE}/test_lookahead.py", f"{HTTP}/test_lookahead_http.py"],
@@ -72,7 +72,7 @@ def mutants() -> dict[str, dict[str, list[str]]]:
         found[f"steering:{name}"] = {"unit": unit, "engine": engine}
     for name, decoding in DECODING.items():
         own = f"tests/decoding/test_{name}.py"
-        unit = [own if (ROOT / own).exists() else "tests/decoding", "tests/server/test_coupled.py"]
+        unit = [own if (ROOT / own).exists() else "tests/decoding", "tests/server/admission/test_companions.py"]
         engine = LAYERED.get(name) or (MIXED if isinstance(decoding, StreamMixer) else DRAWN)
         found[f"decoding:{name}"] = {"unit": unit, "engine": [*engine, f"{ENGINE}/test_decoding_goldens.py"]}
     found |= {f"stage:{name}": {"unit": [], "engine": DRAWN + MIXED * (name == "mix")} for name in (*STAGES, *OWN)}

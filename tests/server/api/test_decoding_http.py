@@ -169,7 +169,7 @@ def said(entry: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_method_of_one_prompt_is_tried_here() -> None:
     alone = {name for name, method in METHODS.items() if not issubclass(method.params, CoupledParams)}
-    assert {*ENTRIES, *SAMPLED} == alone - {"forced"}  # see test_coupled_http.py
+    assert {*ENTRIES, *SAMPLED} == alone - {"forced"}  # see test_companions_http.py
 
 
 @pytest.mark.parametrize("name", [*ENTRIES, *SAMPLED])

@@ -1,6 +1,6 @@
 """Edits that are no programs: of the expert router and of attention. Each is there where this server installed it.
 
-A row of a request's edits names them as `ModuleEdit`; which tokens get which row is the steerer's business. Here a row
+A row of a request's edits names them as `ModuleEdit`; which tokens get which row is the step's business. Here a row
 becomes a slot of the router's tables, and objects that the attention layers obey.
 """
 
