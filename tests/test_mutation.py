@@ -46,3 +46,11 @@ def test_a_mutant_reaches_processes_by_their_environment() -> None:
     both = os.pathsep.join([str(MUTATION.parent / "v2_on_cpu"), str(MUTATION)])
     for path in (str(MUTATION), both):
         assert run(LOOK, PYTHONPATH=path, WHIPSTAFF_TEST_MUTANT="decoding:xtc") == "as they were"
+
+
+def test_every_mutant_is_held_against_tests_that_are_there() -> None:
+    """pytest ends with an error where a file is missing, which would pass for a test that noticed."""
+    words = [sys.executable, str(MUTATION), "--list"]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True, cwd=MUTATION.parents[1])
+    named = {word.partition("::")[0] for word in run.stdout.split() if word.startswith("tests/")}
+    assert len(named) > 20 and [name for name in sorted(named) if not (MUTATION.parents[1] / name).exists()] == []

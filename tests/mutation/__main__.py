@@ -35,7 +35,7 @@ from whipstaff.steering.kinds.edits import EDITS  # noqa: E402
 from whipstaff.steering.methods import METHODS as STEERING  # noqa: E402
 
 NOTHING = "nothing"
-ENGINE, HTTP = "tests/server/engine", "tests/server"
+ENGINE, HTTP = "tests/server/engine", "tests/server/api"
 MANY = [f"{ENGINE}/test_many.py", f"{ENGINE}/test_architectures.py"]
 HEADS = {
     "defer_head": [f"{ENGINE}/test_decoding_goldens.py", f"{ENGINE}/test_decoding.py"],
@@ -53,7 +53,7 @@ SERVED_BY = {
     "head": [],
 }
 DRAWN = [f"{ENGINE}/test_decoding.py", f"{HTTP}/test_decoding_http.py"]
-MIXED = [f"{ENGINE}/test_coupled_goldens.py", f"{ENGINE}/test_proxy_tuning.py", f"{HTTP}/api/test_companions_http.py"]
+MIXED = [f"{ENGINE}/test_coupled_goldens.py", f"{ENGINE}/test_proxy_tuning.py", f"{HTTP}/test_companions_http.py"]
 LAYERED = {
     "dola": [f"{ENGINE}/test_dola.py"],
     "kwd": [f"{ENGINE}/test_lookahead.py", f"{HTTP}/test_lookahead_http.py"],
