@@ -23,10 +23,8 @@ class Explanations(Protocol):
         """By request. Waits for the device."""
 
 
-def attach(output: Any, explanations: Explanations | None) -> Any:
+def attach(output: Any, explanations: Explanations) -> Any:
     """Let a step's output carry its explanations to the scheduler."""
-    if explanations is None or output is None:
-        return output
     if isinstance(output, AsyncModelRunnerOutput):
         swap(output, Explained, whipstaff_pending=explanations)
     else:
@@ -45,10 +43,9 @@ class Explained(Swapped):
         return ready
 
 
-def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
-    """Move explanations from a step's output into those of its requests, in a field that only KV connectors use."""
-    explained: Mapping[str, Any] = getattr(output, "whipstaff_explanations", {})
-    for outputs in by_client.values() if explained else ():
+def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:
+    """Move a step's explanations, by request, into the outputs of these, in a field that only KV connectors use."""
+    for outputs in by_client.values():
         for one in outputs.outputs:
             if one.new_token_ids and one.request_id in explained:
                 one.kv_transfer_params = {EXPLAIN_KEY: explained[one.request_id]}

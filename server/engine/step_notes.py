@@ -1,7 +1,8 @@
-"""What the scheduler tells the worker with each step, beside what vLLM's says."""
+"""What the scheduler tells the worker with each step, beside what vLLM's says: `StepNotes`, which vLLM's scheduler
+output carries as `whipstaff_notes`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class GroupUse(NamedTuple):
@@ -26,14 +27,3 @@ class StepNotes(NamedTuple):
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
-
-
-def attach_notes(output: Any, notes: StepNotes) -> None:
-    """Let vLLM's scheduler output carry them."""
-    output.whipstaff_notes = notes
-
-
-def notes_of(output: Any) -> StepNotes | None:
-    """None for warm-up, which comes from no scheduler of ours."""
-    found: StepNotes | None = getattr(output, "whipstaff_notes", None)
-    return found

@@ -67,7 +67,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "worker.edits.sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
     "worker.edits.sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
     "worker.edits.sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
-    "worker.edits.soft_prompts.Overridden": (
+    "worker.edits.sites.EditedEmbedding": (
         "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
     ),
     "worker.worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),

@@ -4,8 +4,8 @@ Requests whose rows of edits, or whose conditions, would not fit beside those al
 request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,9 +18,9 @@ from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import companions
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling
-from whipstaff.server.engine.scheduler.slots import Slots
-from whipstaff.server.engine.step_notes import SlotUse, StepNotes, attach_notes
+from whipstaff.server.engine.step_notes import SlotUse, StepNotes
 from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of
+from whipstaff.steering.plan import EditSet, num_slots
 
 
 class Unit(NamedTuple):
@@ -33,6 +33,37 @@ class Unit(NamedTuple):
     @property
     def sequences(self) -> list[Request]:
         return [self.primary, *self.companions]
+
+
+class Slots:
+    """What is taken of an engine's room. Rows that several sequences share are counted once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._rows: Counter[EditSet] = Counter()  # how many sequences may need each row
+        self.num_used = self._num_histories = 0
+
+    def take(self, plans: Sequence[PositionedPlan]) -> bool:
+        """Take what sequences need, if all of it is free."""
+        rows = [row for placed in plans for row in placed.rows]
+        slots = self.num_used + self._num_more(rows)
+        histories = self._num_histories + sum(placed.num_columns for placed in plans)
+        if slots > self._layout.num_slots or histories > self._layout.num_histories:
+            return False
+        self.num_used, self._num_histories = slots, histories
+        self._rows.update(rows)
+        return True
+
+    def free(self, placed: PositionedPlan) -> None:
+        """What one sequence took."""
+        self._rows -= Counter(placed.rows)
+        self.num_used -= self._num_more(placed.rows)
+        self._num_histories -= placed.num_columns
+
+    def _num_more(self, rows: Iterable[EditSet]) -> int:
+        """Slots that rows take beside those in use."""
+        num_layers = self._layout.shape.num_layers
+        return sum(num_slots(row, num_layers) for row in set(rows) if row not in self._rows)
 
 
 class SteeredScheduling(GroupedScheduling):
@@ -53,7 +84,7 @@ class SteeredScheduling(GroupedScheduling):
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
-        unit = Unit(request, companions(request, plan), plan)
+        unit = Unit(request, companions(request, plan) if plan.companions else [], plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()
@@ -83,12 +114,13 @@ class SteeredScheduling(GroupedScheduling):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         slot_use = SlotUse(self._slots.num_used, len(self._held))
-        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use()))
+        output.whipstaff_notes = StepNotes(self.stepping_groups, slot_use, self.group_use())
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        relay(model_runner_output, outputs)
+        if hasattr(model_runner_output, "whipstaff_explanations"):
+            relay(model_runner_output.whipstaff_explanations, outputs)
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -107,7 +139,7 @@ class SteeredScheduling(GroupedScheduling):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        if not found or not is_banned(request, found[-1]):
+        if not found or not _has_bans(request) or not is_banned(request, found[-1]):
             return found, stopped
         request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
         return found[:-1], True
@@ -131,6 +163,12 @@ class SteeredScheduling(GroupedScheduling):
             if not self._slots.take([one for one in placed if one is not None]):
                 return
             self._start(self._held.popleft())
+
+
+def _has_bans(request: Request) -> bool:
+    """Whether vLLM may be left with no token to draw."""
+    params = request.sampling_params
+    return params is not None and (params.allowed_token_ids is not None or bool(params.bad_words_token_ids))
 
 
 class SteeredScheduler(SteeredScheduling, Scheduler):

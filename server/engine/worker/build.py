@@ -12,8 +12,7 @@ from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
-from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites
-from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
+from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, install_soft_rows
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead

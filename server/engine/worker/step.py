@@ -19,15 +19,15 @@ read one map of the requests.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whipstaff.server.engine.explanations import attach
-from whipstaff.server.engine.step_notes import GroupUse, SlotUse, StepNotes, notes_of
-from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.step_notes import GroupUse, SlotUse, StepNotes
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
-from whipstaff.server.engine.worker.token_copies import TokenCopies
 
 
 class WorkerStep:
@@ -37,8 +37,11 @@ class WorkerStep:
         self.requests, self.edits, self.pipeline = requests, edits, pipeline
         self.num_steps = 0
         self.notes = StepNotes({}, SlotUse(), GroupUse())  # as the scheduler told them last
-        self._companion_rows: Sequence[tuple[int, int]] = ()  # of the step to be sampled
-        self._copies = TokenCopies()
+        self.is_in_forward = False  # whether a real forward pass is under way: not profiling, warm-up or capture
+        self.is_plain = False  # whether nobody in this step, or in the one before, asks for anything
+        self._view = NOBODY
+        self._copied: Sequence[tuple[int, int]] = ()  # what `_rows` holds: (a companion's row, its primary's)
+        self._rows = torch.empty(2, 0, dtype=torch.int64)  # on the device: who decodes keeps its rows
 
     @property
     def groups(self) -> Mapping[str, Sequence[str | None]]:
@@ -48,32 +51,45 @@ class WorkerStep:
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
         self.note_requests(scheduler_output.finished_req_ids, map(arrival, scheduler_output.scheduled_new_reqs))
-        self.notes = notes_of(scheduler_output) or self.notes._replace(groups={})
+        notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)  # warm-up has none
+        self.notes = notes or self.notes._replace(groups={})
 
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""
         for request in self.requests.finish(finished):
-            self.edits.histories.remove(request)
+            if request.histories:
+                self.edits.histories.remove(request)
             self.pipeline.remove(request)
         for request, new in self.requests.take(arrivals):
-            self.edits.histories.add(request)
+            if request.placed.num_columns:
+                self.edits.histories.add(request)
             self.pipeline.add(request, new)
 
     def begin(self, view: BatchView, input_ids: Tensor | None) -> None:
         """A real step's forward pass begins. Profiling, warm-up and graph capture are none."""
         self.num_steps += 1
-        self._companion_rows = view.companion_rows
-        self.pipeline.begin_step(view, input_ids)
-        self.edits.begin_step(view, input_ids)
+        self.is_in_forward, self.is_plain, self._view = True, view is NOBODY is self._view, view
+        if not self.is_plain:
+            self.pipeline.begin_step(view, input_ids)
+            self.edits.begin_step(view, input_ids)
 
     def end_forward(self) -> None:
-        self.pipeline.end_forward()
-        self.edits.end_step()
+        self.is_in_forward = False
+        if not self.is_plain:
+            self.edits.end_step()
 
     def give_to_companions_(self, sampled: Tensor) -> None:
         """(B, 1) token ids: companions' become those of their primaries."""
-        self._copies.apply_(sampled, self._companion_rows)
+        if not self._view.companion_rows:
+            return
+        if self._view.companion_rows != self._copied or self._rows.device != sampled.device:
+            self._copied = self._view.companion_rows
+            rows = torch.tensor(self._copied, pin_memory=sampled.is_cuda).T.contiguous()
+            self._rows = rows.to(sampled.device, non_blocking=True)
+        companions, primaries = self._rows
+        sampled[companions] = sampled[primaries]
 
     def tell(self, output: Any) -> Any:
         """The step's output, with its explanations."""
-        return attach(output, self.pipeline.take_explanations())
+        explanations = None if self.is_plain else self.pipeline.take_explanations()
+        return output if output is None or explanations is None else attach(output, explanations)

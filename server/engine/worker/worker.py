@@ -139,8 +139,7 @@ class SteeredWorker:
         slot_use, group_use = step.notes.slot_use, step.notes.group_use
         return {
             "steps": step.num_steps,
-            "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps.run),
-            "auxiliary_steps_skipped": dict(step.pipeline.auxiliary_steps.skipped),
+            "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps),
             "table_uploads": self._tables.num_uploads,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),

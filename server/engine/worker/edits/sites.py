@@ -1,4 +1,5 @@
-"""Installing the sites: vLLM's decoder blocks and their parts learn to edit what passes through them.
+"""Installing the sites: vLLM's decoder blocks and their parts, and what embeds tokens, learn to edit what passes
+through them.
 
 A module is changed by giving the instance a subclass of its own class under the same name, so that vLLM's interface
 checks, its weight loading and torch.compile see the module they expect. The edit itself is one opaque operator that
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from whipstaff.cuda_ext import run_edits_
+from whipstaff.cuda_ext import put_rows_, run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
@@ -86,6 +89,58 @@ def install_sites(
     for meter, (place, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
         _adopt(module, editing, place, _buffers(tables.at(place), token_table, history, meter))
     return Sites(tables, meters)
+
+
+def install_soft_rows(
+    model: nn.Module, config: Any, max_tokens: int, device: torch.device, vector_of: Callable[[str], Vector]
+) -> SoftRows | NoSoftRows:
+    """Let the module that embeds the model's tokens override its output, where that can be.
+
+    Args:
+        config: of vLLM's model. Where prompts may hold embeddings or images, tokens are embedded outside of the step.
+        vector_of: finds a loaded vector by digest.
+    """
+    hidden_size = int(config.get_hidden_size())
+    module = input_embedding(model, device, hidden_size)
+    if module is None or config.is_multimodal_model or config.enable_prompt_embeds:
+        return NoSoftRows()
+    soft = SoftRows(max_tokens, hidden_size, config.dtype, device, vector_of)
+    module.register_buffer("whipstaff_soft_rows", soft.rows, persistent=False)
+    module.register_buffer("whipstaff_soft_index", soft.index, persistent=False)
+    swap(module, _edit_embedding(type(module)))
+    return soft
+
+
+def input_embedding(model: nn.Module, device: torch.device, hidden_size: int) -> nn.Module | None:
+    """The module that turns token ids into the model's hidden states: the one that runs when the model embeds a token.
+
+    An embedding that vLLM has wrapped for LoRA counts as its wrapper: learned rows are final.
+    """
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape == (1, hidden_size):
+            seen.append(module)
+
+    candidates = [module for module in model.modules() if _embeds(module)]
+    hooks = [module.register_forward_hook(note) for module in candidates]
+    try:
+        model.embed_input_ids(torch.zeros(1, dtype=torch.long, device=device))  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen[-1] if seen and _is_whole(seen[-1]) else None  # wrappers run last
+
+
+def _embeds(module: nn.Module) -> bool:
+    bare = getattr(module, "base_layer", module)
+    return isinstance(bare, VocabParallelEmbedding | nn.Embedding) and not isinstance(bare, ParallelLMHead)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether every rank gets all of its output."""
+    bare = getattr(module, "base_layer", module)
+    return bool(getattr(bare, "reduce_results", True))
 
 
 def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor) -> dict[str, Tensor]:
@@ -240,6 +295,18 @@ def _edit_output(cls: Any, place: HookPoint) -> type:
             return output
 
     return EditedOutput
+
+
+def _edit_embedding(cls: Any) -> type:
+    """A module that embeds tokens, in whose output learned rows take the place of some tokens' embeddings."""
+
+    class EditedEmbedding(cls):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            embeddings: Tensor = cls.forward(self, *args, **kwargs)
+            put_rows_(_rows(embeddings), self.whipstaff_soft_rows, self.whipstaff_soft_index)
+            return embeddings
+
+    return EditedEmbedding
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ on what the model computes (`decode`), penalty, temperature and truncation aroun
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,6 @@ EARLY_ROOM = 1 << 26  # logits of early layers that may be there at once
 LAST_RESORT = 1e4  # logits: beyond any temperature's reach
 
 
-@dataclass
-class AuxiliarySteps:
-    """How often each auxiliary model ran, and how often a step did without it."""
-
-    run: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
 class LogitsPipeline:
     """Per-step state between a forward pass and the draw that follows it."""
 
@@ -68,14 +60,13 @@ class LogitsPipeline:
             max_len: tokens that a request can have.
             heads: finds the tensors of a learned head.
         """
-        self.auxiliary_steps = AuxiliarySteps()
+        self.auxiliary_steps = Counter[str]()  # how often each auxiliary model ran
         self._requests, self._device, self._early = requests, device, early
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
         self._inputs = MethodInputs(self._tables, heads, early, lookahead)
         self._num_decoding = 0  # unfinished requests with a decoding plan
         self._view = NOBODY
-        self.is_in_step = False  # whether a real forward pass is under way: not profiling, warm-up or capture
         self._active: list[ActiveRow] = []  # the rows that become tokens in this step
         self._metadata: DecodingMetadata | None = None  # of these rows, or of those before
         self._step: DecodingStep | None = None
@@ -138,7 +129,7 @@ class LogitsPipeline:
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Find the rows that become tokens, and learn the tokens that this step feeds."""
-        self._view, self._active, self._noted, self._step, self.is_in_step = view, [], [], None, True
+        self._view, self._active, self._noted, self._step = view, [], [], None
         self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._num_decoding
         if self._is_decoded:
@@ -155,25 +146,17 @@ class LogitsPipeline:
             if (request := self._requests.decoding_of(name)) is not None:
                 yield ActiveRow(row, request)
 
-    def end_forward(self) -> None:
-        """What follows until the next step is the draw, or no real step."""
-        self.is_in_step = False
-
     def needed_auxiliaries(self) -> list[str]:
-        """The auxiliary models this step must run: all of them outside of real steps, so that they are profiled,
-        compiled and captured like the base."""
-        if not self.is_in_step:
-            return list(self._auxiliaries)
+        """The auxiliary models this step must run."""
         wanted = {name for _, placed in self._view.planned() for name in placed.auxiliaries}
-        for name in self._auxiliaries:
-            counts = self.auxiliary_steps.run if name in wanted else self.auxiliary_steps.skipped
-            counts[name] = counts.get(name, 0) + 1
-        return [name for name in self._auxiliaries if name in wanted]
+        needed = [name for name in self._auxiliaries if name in wanted]
+        self.auxiliary_steps.update(needed)
+        return needed
 
     @property
     def scores_prompts(self) -> bool:
         """Whether rows of prompts may be asked for whose logits methods change."""
-        return self.is_in_step and any(request.scores_prompt for _, request in self._decoding_rows())
+        return any(request.scores_prompt for _, request in self._decoding_rows())
 
     @property
     def awaits_logits(self) -> bool:
