@@ -174,7 +174,7 @@ class Companion(NamedTuple):
     adapter: tuple[str, str] | None = (
         None  # a LoRA adapter's name, and the parameter that holds it; None: the request's
     )
-    said: Mapping[str, Any] = {}  # for the receipt
+    told: Mapping[str, Any] = {}  # in the receipt
 
 
 class PromptFacts(Protocol):

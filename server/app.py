@@ -18,7 +18,7 @@ from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.preset_check import check
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
-from whipstaff.server.engine.frontend.launch import Engine, configure, start
+from whipstaff.server.engine.frontend.launch import Engine, Setup, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
@@ -52,7 +52,7 @@ def serve_several(args: Namespace, settings: Settings) -> None:
     args.whipstaff_settings = settings
 
     def layout(config: Any) -> None:
-        configure(config, **_needs(settings, read_files(settings)[0].values()))
+        configure(config, _setup(settings, read_files(settings)[0].values()))
 
     multi_api_server.run(args, layout, serve_one)
 
@@ -92,23 +92,23 @@ def read_files(settings: Settings) -> tuple[dict[str, VectorFile], RegistryFolde
     return files | read_stored(store, files), store
 
 
-def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
+def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
     """What the engine has to be made for."""
-    return {
-        "auxiliaries": settings.aux.items(),
-        "num_slots": settings.steering_slots,
-        "vectors": [file.vector for file in files],
-        "sites": settings.steering_sites,
-        "early_layers": settings.early_layers,
-        "lookahead": settings.lookahead,
-    }
+    return Setup(
+        settings.aux.items(),
+        settings.steering_slots,
+        [file.vector for file in files],
+        settings.steering_sites,
+        settings.early_layers,
+        settings.lookahead,
+    )
 
 
 def launch(
     args: Namespace, settings: Settings, files: Mapping[str, VectorFile], client: dict[str, Any] | None = None
 ) -> Engine:
     """Start the engine with what the vectors will need, or be a client of one that was started before."""
-    return start(args, **_needs(settings, files.values()), client=client)
+    return start(args, _setup(settings, files.values()), client)
 
 
 async def load(
@@ -117,7 +117,7 @@ async def load(
     """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
     model = ModelShape.model_validate(facts["model"])
-    abilities = ModuleAbilities.from_wire(facts["specials"])
+    abilities = ModuleAbilities.from_wire(facts["module_edits"])
     lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
     metrics.SLOTS.set(engine.layout.num_slots)
     logger.info(

@@ -86,7 +86,7 @@ class AdapterEnsemble(StreamMixer[AdapterEnsembleParams]):
     def companions(self, params: AdapterEnsembleParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         names = params.weights if params.weights and params.base_weight < 1 else ()
         if params.centres is not None:
-            return [Companion(source.ids, "centres", adapter=(name, "centres"), said={"name": name}) for name in names]
+            return [Companion(source.ids, "centres", adapter=(name, "centres"), told={"name": name}) for name in names]
         return [Companion(source.ids, f"weights.{name}", adapter=(name, f"weights.{name}")) for name in names]
 
 

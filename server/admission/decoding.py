@@ -17,9 +17,8 @@ from whipstaff.decoding.method import (
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.fields import entries_at
-from whipstaff.server.admission.steering import SequenceSteering, Steered
+from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
 from whipstaff.server.names import fields_by_method, in_own_names
 from whipstaff.server.registry.capabilities import Capabilities
@@ -189,9 +188,9 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
 
 def _own_steering(said: Any, path: str, caps: Capabilities) -> SequenceSteering:
     """The steering of a companion, compiled as a request's own."""
-    planner, entries, warnings = Planner(), list[Steered](), list[str]()
+    planner, entries, warnings = Planner(), list[SteeringEntry](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        admitted = admit(entry, where, planner, entries, caps, warnings)
+        admitted = admit_steering(entry, where, planner, entries, caps, warnings)
         if admitted.is_off:
             warnings.append(f"{where} was left out: it is off")
         else:

@@ -32,7 +32,7 @@ def steering_at_prompt(
     """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.
 
     Args:
-        paths: where in the request each of the plan's edits stands, then each of its specials.
+        paths: where in the request each of the plan's edits stands, then each of its edits of modules.
         is_further: whether the plan was written for another prompt of the request: its messages need not be in this.
 
     Raises:
@@ -89,5 +89,5 @@ def _resolved(
     return replace(
         plan,
         edits=tuple(map(resolved, plan.edits, paths[:num_edits])),
-        specials=tuple(map(resolved, plan.specials, paths[num_edits:])),
+        module_edits=tuple(map(resolved, plan.module_edits, paths[num_edits:])),
     )

@@ -19,7 +19,6 @@ from whipstaff.server.admission.decoding import (
     admit_decoding,
     entries_of,
 )
-from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
 from whipstaff.server.admission.fields import (
     OnUnavailable,
@@ -33,7 +32,7 @@ from whipstaff.server.admission.fields import (
     ours_in,
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
-from whipstaff.server.admission.steering import SequenceSteering, Steered
+from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import (
     BadRequest,
     FieldOrigins,
@@ -173,10 +172,10 @@ def _options(fields: Mapping[str, Any]) -> Options:
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
     if fields.get("steering") is None:
         return SequenceSteering()
-    planner, found = Planner(), list[Steered]()
+    planner, found = Planner(), list[SteeringEntry]()
     for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
         try:
-            steered = admit(entry, path, planner, found, caps, left_out.warnings)
+            steered = admit_steering(entry, path, planner, found, caps, left_out.warnings)
             left_out.note(path, "it is off") if steered.is_off else found.append(steered)
         except (NotFound, VectorUnfit, Unavailable) as error:
             left_out.skip(error)
@@ -212,7 +211,7 @@ def _check_soft_prompts(models: Sequence[str], steering: SequenceSteering, decod
             )
 
 
-def _check_lookahead(steering: Sequence[Steered], decoding: Sequence[DecodingEntry]) -> None:
+def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[DecodingEntry]) -> None:
     """A token that is tried is steered as if it were chosen, which nothing may depend on. Raises: BadRequest."""
     trying = [entry.path_of(entry.ahead) for entry in decoding if entry.ahead]
     for entry in steering if trying else ():

@@ -47,7 +47,7 @@ def receipt(compiled: CompiledRequest, placed: Sequence[PlacedRequest] = (), fed
     preset, companions = compiled.preset, [one for each in placed for one in each.companions]
     return {
         **({} if preset is None else {"preset": {"id": preset.name, "digest": preset.digest}}),
-        "steering": [entry.said(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
+        "steering": [entry.describe(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
         "decoding": [entry.to_json() for entry in compiled.decoding],
         **({"sequences": companions} if companions else {}),
         "warnings": warnings_of(compiled, placed),

@@ -81,6 +81,13 @@ class CompiledRequest:
         """Whether the engine does nothing differently for it."""
         return self.plan.steering is None and self.plan.decoding is None
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
+        steering = self.steering.plan
+        clauses = [*(one.where for one in steering.edits), *(one.where for one in steering.module_edits)]
+        return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
+
     def dry(self) -> "CompiledRequest":
         """The same, to be looked at only."""
         return replace(self, options=replace(self.options, is_dry=True))
@@ -114,7 +121,7 @@ class CompiledRequest:
             decoding = self.options.decoding_plan(entries)
             plan = replace(plan, decoding=decoding, companions=tuple(one.plan for one in companions))
             warnings += self._idle(companions)
-        if plan.steering is not None:
+        if plan.steering is not None and self.reads_prompt:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
             plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))

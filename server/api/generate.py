@@ -106,7 +106,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
             request.attach(compiled, tally.note, explained.note if explained else None, lease)
         result = await openai.answer(request, raw)
 
-    async def said() -> dict[str, Any]:
+    async def receipt_at_end() -> dict[str, Any]:
         made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
         metrics.note_steering(made["steering"])
         return made
@@ -116,8 +116,8 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        return _response(with_extras(result, said, explained), raw, headers, at_end)
-    body = result.model_dump() | {RECEIPT_FIELD: await said()}
+        return _response(with_extras(result, receipt_at_end, explained), raw, headers, at_end)
+    body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:
         explained.add_to(body)
     return _response(body, raw, headers, at_end)

@@ -18,7 +18,7 @@ from whipstaff.steering.planner import SteeringParams
 def method_table(caps: Capabilities) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, caps) for method in STEERING.values() if method.kind.is_entry),
+        *(_steering(method, caps) for method in STEERING.values() if method.kind.named_in != "decoding"),
         *(_decoding(method, caps) for method in DECODING.values()),
     ]
 

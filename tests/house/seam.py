@@ -39,7 +39,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
-    "explanations.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
+    "frontend.launch.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "scheduler.groups.GroupedScheduling": (SCHEDULER,),
     "frontend.launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
     "frontend.requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),

@@ -152,7 +152,7 @@ def _stage(name: str) -> dict[str, Patch]:
 
 
 def _site(name: str) -> dict[str, Patch]:
-    def specials(module: ModuleType) -> None:
+    def module_edits(module: ModuleType) -> None:
         if name == "attention":
             swap(module.ModuleEdits, "_attention_edits", lambda make: lambda self, *args: ())
         elif name == "router":
@@ -164,4 +164,4 @@ def _site(name: str) -> dict[str, Patch]:
 
         swap(module, "_run", skipping)
 
-    return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": specials}
+    return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": module_edits}

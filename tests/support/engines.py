@@ -21,7 +21,7 @@ from warm import warm_processes
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict, Setup, start
 from whipstaff.server.engine.frontend.selftest import describe
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.edits import weigh
@@ -84,13 +84,14 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
+        setup = Setup(aux, num_slots, vectors, sites, lookahead=lookahead)
         with warm_processes():
-            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
+            self.engine: Engine = self.run(self._start(args, setup))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
-    async def _start(self, *args: Any, **flags: Any) -> Engine:
-        return start(*args, **flags)
+    async def _start(self, args: AsyncEngineArgs, setup: Setup) -> Engine:
+        return start(args, setup)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)

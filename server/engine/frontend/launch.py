@@ -2,7 +2,9 @@
 
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
@@ -14,15 +16,17 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from whipstaff.server import plan as request
+from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
-from whipstaff.server.engine.explanations import listen
+from whipstaff.server.engine.explanations import EXPLAIN_KEY
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.leases import NOTHING, Lease
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape, config_shape
-from whipstaff.steering.sites import CORE, entering
+from whipstaff.steering.sites import CORE
 from whipstaff.steering.vector_file import Vector
 
 _WORKERS = {
@@ -53,7 +57,6 @@ class PlanDict(dict[str, Any]):
     ) -> None:
         super().__init__(wire)
         self.label, self.note, self.explained, self.lease = label, note, explained, lease
-        self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
         return self  # a copy of a request's parameters is still that request's
@@ -73,39 +76,58 @@ class Engine(AsyncLLM):
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        plan = (sampling_params.extra_args or {}).get(request.PLAN_KEY)
+        plan = (sampling_params.extra_args or {}).get(plans.PLAN_KEY)
         if plan is not None and not isinstance(plan, PlanDict):
-            raise ValueError(f"vllm_xargs.{request.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
+            raise ValueError(f"vllm_xargs.{plans.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
         if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
-        with plan.lease.again() if plan is not None else NOTHING.again():
+        with nullcontext() if plan is None else plan.lease.again():
             async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
                 async for output in watched:
                     yield output
 
 
-def start(
-    args: Namespace | AsyncEngineArgs,
-    auxiliaries: Iterable[tuple[str, str]] = (),
-    num_slots: int | None = None,
-    vectors: Iterable[Vector] = (),
-    sites: Iterable[Hook] = (),
-    early_layers: EarlyLayers = None,
-    lookahead: bool = False,
-    client: Mapping[str, Any] | None = None,
-) -> Engine:
+class Listening(Swapped):
+    """Laid over vLLM's output processor: explanations go to who asked for them, whom it keeps with the rest of what it
+    knows of a sequence that is not finished."""
+
+    def add_request(
+        self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+    ) -> None:
+        super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
+        plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
+        if isinstance(plan, PlanDict) and plan.explained is not None:
+            state = self.request_states[request.request_id]
+            state.whipstaff_explained = partial(plan.explained, request_index)
+
+    def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
+                output.kv_transfer_params = None
+                if (state := self.request_states.get(output.request_id)) is not None:  # else it was aborted just now
+                    state.whipstaff_explained(told)
+        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is made for, beside what vLLM's own arguments say."""
+
+    auxiliaries: Iterable[tuple[str, str]] = ()  # (name, model) of further models to load beside the base
+    num_slots: int | None = None
+    """Distinct rows of edits that may be in use at once; None: as many as sequences, within MIN_SLOTS and MAX_SLOTS."""
+    vectors: Iterable[Vector] = ()  # what will be served: the hook points that they edit are hooked
+    sites: Iterable[Hook] = ()  # further ones to hook, beside the residual stream and the head outputs; or attention
+    early_layers: EarlyLayers = None  # whose streams can be kept for methods that read them: `steering.plan.StreamCopy`
+    lookahead: bool = False  # whether methods may try tokens before one is chosen: `worker.logits.lookahead`
+
+
+def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
     Args:
         args: parsed command-line flags, or vLLM's engine arguments.
-        auxiliaries: (name, model) of further models to load beside the base.
-        num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, within
-            MIN_SLOTS and MAX_SLOTS.
-        vectors: what will be served: the places that they edit are hooked.
-        sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
-        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.StreamCopy`.
-        lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -117,7 +139,7 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead)
+    layout = configure(config, setup)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -129,35 +151,27 @@ def start(
         client_index=index,
     )
     engine.layout, engine.index = layout, index
-    listen(engine.output_processor)
+    swap(engine.output_processor, Listening)
     return engine
 
 
-def configure(
-    config: VllmConfig,
-    auxiliaries: Iterable[tuple[str, str]] = (),
-    num_slots: int | None = None,
-    vectors: Iterable[Vector] = (),
-    sites: Iterable[Hook] = (),
-    early_layers: EarlyLayers = None,
-    lookahead: bool = False,
-) -> Layout:
-    """Put our worker, our scheduler and our layout into a resolved engine config."""
+def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
+    """Put our worker, our scheduler and our layout into a resolved engine config. Raises: UnsupportedEngine."""
     _refuse_unsupported(config)
-    if lookahead:
+    if setup.lookahead:
         _refuse_lookahead(config)
-    specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
+    specs = tuple(_auxiliary_spec(config, name, model) for name, model in setup.auxiliaries)
     shape = model_shape(config.model_config)
-    needs = Needs.of((vector for vector in vectors if vector.fits(shape)), hooks := tuple(sites))
+    needs = Needs.of((vector for vector in setup.vectors if vector.fits(shape)), hooks := tuple(setup.sites))
     if "router" in hooks and not shape.num_experts:
         raise UnsupportedEngine("--steering-sites router: the served model has no experts")
-    early = _early_layers(early_layers, config, shape)
-    hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
+    early = _early_layers(setup.early_layers, config, shape)
+    hooked = {*CORE, *needs.sites, *(HookPoint.entering(layer).site for layer in early)} - (
         set() if shape.num_experts else {"router"}
     )  # such vectors are refused by request
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_slots=setup.num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
@@ -166,7 +180,7 @@ def configure(
         encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
         early_layers=early,
         auxiliaries=specs,
-        looks_ahead=lookahead,
+        looks_ahead=setup.lookahead,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -265,22 +279,22 @@ def _refuse_lookahead(config: VllmConfig) -> None:
             raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
 
 
-def _why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
-    """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
+def _why_refused(companions: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
+    """Why an engine cannot take a plan's companions (in wire form), whatever their primary; None if it can."""
     most = config.scheduler_config.max_num_active_seqs or config.scheduler_config.max_num_seqs
     max_len = config.model_config.max_model_len
-    if members and len(members) >= most:
+    if companions and len(companions) >= most:
         return (
-            f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
+            f"the request needs {len(companions) + 1} sequences at once and the engine runs at most {most}; "
             "start the server with a larger --max-num-seqs"
         )
-    for index, member in enumerate(members, 1):
-        if not 0 < len(member["prompt"]) < max_len:
-            return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
-        if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
+    for index, companion in enumerate(companions, 1):
+        if not 0 < len(companion["prompt"]) < max_len:
+            return f"sequence {index} has a prompt of {len(companion['prompt'])} tokens; it may have 1 to {max_len - 1}"
+        if not 0 <= min(companion["prompt"]) <= max(companion["prompt"]) < config.model_config.get_vocab_size():
             return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
     block, num_blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
-    wanted = 1 + sum(-(-(len(member["prompt"]) + 1) // block) for member in members)
-    if members and num_blocks and wanted >= num_blocks:
+    wanted = 1 + sum(-(-(len(companion["prompt"]) + 1) // block) for companion in companions)
+    if companions and num_blocks and wanted >= num_blocks:
         return f"the request's prompts need {wanted} blocks of KV cache at once and there are {num_blocks - 1}"
     return None

@@ -55,7 +55,8 @@ class ServingChat(OpenAIServingChat):
         if not request.is_plain or request.lists_tokens:
             await request.check(inputs, self, explicit)
         if not request.is_plain:
-            prompts = request.prompts(inputs, self, explicit, chats_of(request, conversation, self))
+            chats = chats_of(request, conversation, self) if request.reads_prompt else None
+            prompts = request.prompts(inputs, self, explicit, chats)
             await request.score(prompts, self)
             # a long chat takes a while to be told apart
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)

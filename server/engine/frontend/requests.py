@@ -53,6 +53,8 @@ class Compiled(Protocol):
     def label(self) -> str: ...
     @property
     def scores_prompts(self) -> bool: ...
+    @property
+    def reads_prompt(self) -> bool: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
     def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest: ...
@@ -100,6 +102,11 @@ class Extras(BaseModel):
     @property
     def is_plain(self) -> bool:
         return self._compiled is None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what it asks for depends on more of its prompts than their lengths."""
+        return self._compiled is not None and self._compiled.reads_prompt
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -176,7 +183,7 @@ class Extras(BaseModel):
         found = []
         for index, one in enumerate(inputs):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
-            source = _source(self, one, serving, chat) if ids else None
+            source = _source(self, one, serving, chat) if ids and self.reads_prompt else None
             its_chat = chat.locate(chat.messages, ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._vllm.model or "")

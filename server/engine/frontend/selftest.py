@@ -95,7 +95,7 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     finally:
         for digest in probes.values():
             await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
-    async for finding in _try_module_edits(engine, ModuleAbilities.from_wire(facts["specials"]), shape, plain):
+    async for finding in _try_module_edits(engine, ModuleAbilities.from_wire(facts["module_edits"]), shape, plain):
         yield finding
     if engine.layout.looks_ahead:
         yield await _try_ahead(engine, shape, plain)
@@ -114,7 +114,7 @@ async def _try_module_edits(
         for what, setting in vector.method.trials(abilities):
             edit = ModuleEdit(vector.digest, json.dumps(setting))
             wheres = Where.of("all"), Where(generation=[(_NUM_TOKENS, None)])
-            plans = [SteeringPlan((), specials=(PlannedModuleEdit(edit, where),)) for where in wheres]
+            plans = [SteeringPlan((), module_edits=(PlannedModuleEdit(edit, where),)) for where in wheres]
             shown = [await _log_probabilities(engine, RequestPlan(plan)) for plan in plans]
             yield Finding(what, shown[0] != plain, shown[1] == plain)
 

@@ -28,6 +28,7 @@ from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
+from whipstaff.server.plan import plan_of
 
 
 class WorkerStep:
@@ -50,7 +51,10 @@ class WorkerStep:
 
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
-        self.note_requests(scheduler_output.finished_req_ids, map(arrival, scheduler_output.scheduled_new_reqs))
+        planned = ((new, plan_of(new)) for new in scheduler_output.scheduled_new_reqs)
+        arrivals = [arrival(new, plan) for new, plan in planned if plan is not None]
+        if arrivals or self.requests:
+            self.note_requests(scheduler_output.finished_req_ids, arrivals)
         notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)  # warm-up has none
         self.notes = notes or self.notes._replace(groups={})
 

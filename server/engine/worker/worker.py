@@ -106,7 +106,7 @@ class SteeredWorker:
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._step.edits.soft_rows.is_on,
             "has_final_norm": self._step.pipeline.has_final_norm,
-            "specials": self._step.edits.module_edits.facts(),
+            "module_edits": self._step.edits.module_edits.facts(),
             "runner": "v2" if is_v2(self.model_runner) else "v1",
         }
 

@@ -410,7 +410,9 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities
     made = compiled(everything, steering=entries)
     placed = at_prompt(made, Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
     assert placed.plan.steering is not None
-    wheres = [one.where for one in placed.plan.steering.edits] + [one.where for one in placed.plan.steering.specials]
+    wheres = [one.where for one in placed.plan.steering.edits] + [
+        one.where for one in placed.plan.steering.module_edits
+    ]
     assert [where.intervals(9) for where in wheres] == [[(2, 4)]] * 3
     assert [said["where"][0]["prompt"] for said in receipt_of(made, [placed])["steering"]] == [[(2, 4)]] * 3
     absent = compiled(everything, steering=[{"vector": "late"}, PASTA | {"where": {"messages": [{"role": "tool"}]}}])

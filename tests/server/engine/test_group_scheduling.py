@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.engine.frontend.launch import configure
+from whipstaff.server.engine.frontend.launch import Setup, configure
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT
 from whipstaff.server.engine.scheduler.scheduler import AsyncSteeredScheduler, SteeredScheduler
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
@@ -90,7 +90,7 @@ def scheduler(model: str, case: Case) -> Any:
     with async_on_cpu():
         config = args.create_engine_config()
     config.scheduler_config.async_scheduling = case.is_async
-    configure(config, num_slots=case.num_slots, lookahead=case.looks_ahead)
+    configure(config, Setup(num_slots=case.num_slots, lookahead=case.looks_ahead))
     config.cache_config.num_gpu_blocks = case.num_blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cls = AsyncSteeredScheduler if case.is_async else SteeredScheduler

@@ -100,7 +100,7 @@ def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared()
 
 ASKS = {
     "histories": SteeringPlan((FOLLOWS,), entropy_column=0),
-    "module_edits": SteeringPlan((), specials=(PlannedModuleEdit(ModuleEdit("v", "{}"), Where.of("all")),)),
+    "module_edits": SteeringPlan((), module_edits=(PlannedModuleEdit(ModuleEdit("v", "{}"), Where.of("all")),)),
     "soft_rows": SteeringPlan((), inserts=(Insert("v", 0, 2),)),
 }
 

@@ -76,7 +76,7 @@ L = TypeVar("L", bound=LayerEdit)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AttentionSpan:
     """Consecutive tokens of one request to which one edit applies in this step."""
 
     row: int  # of the batch
@@ -98,8 +98,8 @@ class AttentionEdits:
         """Raises: UnsupportedEngine when no layer can be edited, with each one's reason."""
         self.lacking: dict[int, str] = {}  # why layers that have attention cannot be edited
         self._sites: dict[int, _Site] = {}
-        self._queries: dict[int, list[Stretch]] = {}  # per layer, sorted by `_turn`
-        self._prefixes: dict[int, list[Stretch]] = {}
+        self._queries: dict[int, list[AttentionSpan]] = {}  # per layer, sorted by `_turn`
+        self._prefixes: dict[int, list[AttentionSpan]] = {}
         holders = {child: module for module in model.modules() for child in module.children()}
         for attention in [module for module in model.modules() if isinstance(module, Attention)]:
             layer = extract_layer_index(attention.layer_name)
@@ -173,19 +173,19 @@ class AttentionEdits:
         (length,) = {len(part) for pair in made.values() for part in pair}
         return PrefixKV(made, length)
 
-    def begin_step(self, found: Iterable[Stretch]) -> None:
+    def begin_step(self, found: Iterable[AttentionSpan]) -> None:
         """Say what the step's tokens ask for."""
         self.end_step()
-        queries: dict[int, list[Stretch]] = defaultdict(list)
-        prefixes: dict[int, list[Stretch]] = defaultdict(list)
-        for stretch in found:
-            if not isinstance(stretch.edit, PrefixKV):
-                for layer in stretch.edit.layers:
-                    queries[layer].append(stretch)
-            elif (num := stretch.edit.length - stretch.position) > 0:  # tokens after the placeholders are text
-                stretch = replace(stretch, end=min(stretch.end, stretch.start + num))
-                for layer in stretch.edit.layers:
-                    prefixes[layer].append(stretch)
+        queries: dict[int, list[AttentionSpan]] = defaultdict(list)
+        prefixes: dict[int, list[AttentionSpan]] = defaultdict(list)
+        for span in found:
+            if not isinstance(span.edit, PrefixKV):
+                for layer in span.edit.layers:
+                    queries[layer].append(span)
+            elif (num := span.edit.length - span.position) > 0:  # tokens after the placeholders are text
+                span = replace(span, end=min(span.end, span.start + num))
+                for layer in span.edit.layers:
+                    prefixes[layer].append(span)
         self._prefixes = dict(prefixes)
         self._queries = {layer: sorted(asked, key=_turn) for layer, asked in queries.items()}
 
@@ -228,20 +228,20 @@ class AttentionEdits:
         if not asked:
             return
         for (_, row), group in groupby(asked, key=_turn):
-            stretches = list(group)
-            apply = _APPLIED[type(stretches[0].edit)]
-            apply(self._sites[layer], layer, stretches, query, cache, block_table[row], output)
+            spans = list(group)
+            apply = _APPLIED[type(spans[0].edit)]
+            apply(self._sites[layer], layer, spans, query, cache, block_table[row], output)
 
     def _with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of (T, kv_heads, D) keys and values in which the tokens of prefixes have the learned ones."""
         asked = self._prefixes.get(layer)
         if asked:
             key, value = key.clone(), value.clone()
-            for stretch in asked:
-                assert isinstance(stretch.edit, PrefixKV)
-                keys, values = stretch.edit.rows[layer]
-                taken = slice(stretch.position, stretch.position + stretch.end - stretch.start)
-                key[stretch.start : stretch.end], value[stretch.start : stretch.end] = keys[taken], values[taken]
+            for span in asked:
+                assert isinstance(span.edit, PrefixKV)
+                keys, values = span.edit.rows[layer]
+                taken = slice(span.position, span.position + span.end - span.start)
+                key[span.start : span.end], value[span.start : span.end] = keys[taken], values[taken]
         return key, value
 
 
@@ -340,14 +340,14 @@ class _Site:
         return keys.unflatten(1, (-1, sizes[0])), values.unflatten(1, (-1, sizes[1]))
 
     def attend(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Attend again with the biases that one request asks for; they add up. Writes heads and tokens concerned."""
         edits = list(_of(ScoreBias, asked))
         heads = sorted({head for _, edit in edits for head in self._here(edit.heads)})
         if not heads:
             return
-        start, end = min(stretch.start for stretch in asked), max(stretch.end for stretch in asked)
+        start, end = min(span.start for span in asked), max(span.end for span in asked)
         shift = asked[0].position - asked[0].start  # position of a token = token + shift
         layout = self._layout
         seen = 0 if self.window is None else max(0, start + shift - self.window + 1)
@@ -380,24 +380,24 @@ class _Site:
                     output[tokens, mine] = new.to(output.dtype)
 
     def override(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Give single heads of (T, heads, Dv) `output` the rows of attention that one request asks for."""
-        for stretch, edit in _of(RowOverride, asked):
+        for span, edit in _of(RowOverride, asked):
             for head in self._here([edit.head]):
                 layout = self._layout
                 keys = torch.tensor(edit.keys, device=cache.device)
                 weights = torch.tensor(edit.weights, device=cache.device)
                 values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
                 cells = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
-                output[stretch.start : stretch.end, head] = (weights @ values[cells, 0]).to(output.dtype)
+                output[span.start : span.end, head] = (weights @ values[cells, 0]).to(output.dtype)
 
     def attend_beside(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Add gated attention to learned rows to (T, heads, Dv) `output`."""
-        for stretch, edit in _of(SideAttention, asked):
-            (keys, values, gates), tokens = edit.rows[layer], slice(stretch.start, stretch.end)
+        for span, edit in _of(SideAttention, asked):
+            (keys, values, gates), tokens = edit.rows[layer], slice(span.start, span.end)
             wide = keys.repeat_interleave(self._group, 1)
             scores = torch.einsum("nhd,lhd->hnl", query[tokens].float(), wide) * self._scale
             attended = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values.repeat_interleave(self._group, 1))
@@ -418,7 +418,7 @@ class _Site:
 
 
 # How each sort of edit is made on the tokens of one request, in this order.
-_APPLIED: dict[type, Callable[[_Site, int, list[Stretch], Tensor, Tensor, Tensor, Tensor], None]] = {
+_APPLIED: dict[type, Callable[[_Site, int, list[AttentionSpan], Tensor, Tensor, Tensor, Tensor], None]] = {
     ScoreBias: _Site.attend,
     RowOverride: _Site.override,
     SideAttention: _Site.attend_beside,
@@ -426,13 +426,13 @@ _APPLIED: dict[type, Callable[[_Site, int, list[Stretch], Tensor, Tensor, Tensor
 _ORDER = list(_APPLIED)
 
 
-def _of(sort: type[L], asked: Iterable[Stretch]) -> Iterator[tuple[Stretch, L]]:
+def _of(sort: type[L], asked: Iterable[AttentionSpan]) -> Iterator[tuple[AttentionSpan, L]]:
     """The stretches of one sort of edit."""
-    return ((stretch, stretch.edit) for stretch in asked if isinstance(stretch.edit, sort))
+    return ((span, span.edit) for span in asked if isinstance(span.edit, sort))
 
 
-def _turn(stretch: Stretch) -> tuple[int, int]:
-    return _ORDER.index(type(stretch.edit)), stretch.row
+def _turn(span: AttentionSpan) -> tuple[int, int]:
+    return _ORDER.index(type(span.edit)), span.row
 
 
 def _why_not(attention: Any) -> str:

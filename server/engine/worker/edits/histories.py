@@ -86,7 +86,9 @@ class Histories:
         """What the sequences of that `readings_id` have read, see `worker.whipstaff_readings`. Waits for the device."""
         kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]
         kept += [
-            self._read(one) for one in self._requests if one.histories and one.placed.plan.readings_id == readings_id
+            self._read(one)
+            for one in self._requests.values()
+            if one.histories and one.placed.plan.readings_id == readings_id
         ]
         return [one.to_json() for one in kept]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
+from whipstaff.server.engine.worker.edits.attention import AttentionEdits, AttentionSpan, LayerEdit
 from whipstaff.server.engine.worker.edits.routing import RoutingTables, install_routing, routing_of
 from whipstaff.server.engine.worker.edits.token_table import EditedSpan
 from whipstaff.steering.kinds.attention import ATTENTION
@@ -69,7 +69,7 @@ class ModuleEdits:
     def begin_step(self, spans: Sequence[EditedSpan], num_tokens: int) -> None:
         """Say what the step's tokens ask for: `spans` are those with edits of modules."""
         if self.attention is not None:
-            self.attention.begin_step(stretch for span in spans for stretch in self._stretches(span))
+            self.attention.begin_step(one for span in spans for one in self._attention_spans(span))
         if self._routes is not None and (spans or self._dirty):
             self._write_slots(spans, num_tokens)
 
@@ -97,10 +97,10 @@ class ModuleEdits:
             if isinstance(item, ModuleEdit) and self._vector_of(item.digest).method.kind is kind:
                 yield item
 
-    def _stretches(self, span: EditedSpan) -> Iterator[Stretch]:
+    def _attention_spans(self, span: EditedSpan) -> Iterator[AttentionSpan]:
         for item in self._of_kind(ATTENTION, span.row):
             for edit in self._attention_edits(item, span.placed.prompt_len):
-                yield Stretch(span.batch_row, span.first, span.last, span.position, edit)
+                yield AttentionSpan(span.batch_row, span.first, span.last, span.position, edit)
 
     def _attention_edits(self, item: ModuleEdit, prompt_len: int) -> tuple[LayerEdit, ...]:
         """What an edit comes to for prompts of one length; learned rows are the same for all."""
