@@ -21,9 +21,9 @@ class Group:
         self.members = [primary, *companions]  # those who were not dropped
         self.names: tuple[str | None, ...] = tuple(companion.request_id for companion in companions)
         self._untils = {
-            companion.request_id: member.until
-            for companion, member in zip(companions, plan.companions, strict=True)
-            if member.until is not None
+            companion.request_id: until
+            for companion, until in zip(companions, plan.untils, strict=True)
+            if until is not None
         }
         self._max_tokens = primary.max_tokens  # what the request asked for
         self.limited_by = ""  # why it cannot have that many

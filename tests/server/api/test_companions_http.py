@@ -406,7 +406,7 @@ def test_streaming_says_the_same(http: httpx.Client, complete: Post) -> None:
 
 
 def test_seeds_and_several_answers(complete: Post) -> None:
-    """With a member that weighs nothing a seed draws what it draws for a plain request."""
+    """With a companion that weighs nothing a seed draws what it draws for a plain request."""
     drawn = {"temperature": 1.0, "seed": 5}
     nothing = {"decoding": {"method": "streams", "streams": [{"prompt": NEGATIVE, "weight": 0.0}]}}
     assert tokens(complete(**drawn)) == tokens(complete(**drawn, **nothing))
