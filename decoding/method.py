@@ -311,7 +311,7 @@ class LogitsRewriter(Method[P]):
         """Whether what it makes of a prompt's rows is told as it is, and not as log-probabilities."""
         return False
 
-    def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
+    def at_prompt(self, setting: Any, prompt: PromptFacts) -> BaseModel:
         """The setting for one prompt. Raises: DecodingError."""
         found: BaseModel = setting
         return found

@@ -142,7 +142,7 @@ async def load(
         num_slots=engine.layout.num_slots,
         num_histories=engine.layout.num_histories,
         num_layers=engine.layout.shape.num_layers,
-        hook_points=frozenset(HookPoint(*place) for place in facts["sites"]),
+        hook_points=frozenset(HookPoint(*point) for point in facts["sites"]),
         lengths=Lengths(lengths),
         limit=Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,

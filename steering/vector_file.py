@@ -202,7 +202,7 @@ def parse(data: bytes) -> Vector:
         method.check(placed[point], point, header.model)
     if not placed:
         if method.sites:
-            raise SteeringError(f"name the layers: {method.name} has no places of its own")
+            raise SteeringError(f"name the layers: {method.name} has no hook points of its own")
         check_shapes(method, shared_parts, None, header.model)
     vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), shared_parts)
     _check_defaults(vector)

@@ -92,7 +92,7 @@ class DecodingEntry:
         try:
             if not isinstance(self.method, LogitsRewriter):
                 return replace(self, params=self.method.of_prompt(self.params, index, num))
-            return replace(self, setting=self.method.place(self.setting, prompt))
+            return replace(self, setting=self.method.at_prompt(self.setting, prompt))
         except (DecodingError, SteeringError) as error:
             raise BadRequest(str(error), self.path_of(error.param)) from None
 

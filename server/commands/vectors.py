@@ -167,7 +167,7 @@ def cosines(rows: Mapping[int, Tensor]) -> Tensor:
 
 def _sites(vector: Vector) -> Iterator[str]:
     for site in vector.sites:
-        layers = sorted(place.layer for place in vector.tensors if place.site == site)
+        layers = sorted(point.layer for point in vector.tensors if point.site == site)
         spans: list[list[int]] = []
         for layer in layers:
             if spans and spans[-1][-1] == layer - 1:

@@ -272,7 +272,7 @@ def test_parameters_survive_json(name: str) -> None:
     for params in varied(name):
         assert method.params.model_validate_json(params.model_dump_json()) == params
         if isinstance(method, LogitsRewriter):
-            setting: BaseModel = method.place(method.resolve(params, StubVocabulary()), StubPrompt())
+            setting: BaseModel = method.at_prompt(method.resolve(params, StubVocabulary()), StubPrompt())
             assert setting_type(method).model_validate_json(setting.model_dump_json()) == setting
 
 

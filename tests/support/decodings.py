@@ -149,7 +149,7 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
         rows.streams = {name: 3 * normal(num_rows, VOCAB) for name in AUXILIARIES}
         return Batch(rows, settings, 3 * normal(num_rows, MEMBERS, VOCAB))
     assert isinstance(method, LogitsRewriter)
-    settings = [method.place(method.resolve(one, StubVocabulary()), StubPrompt()) for one in params]
+    settings = [method.at_prompt(method.resolve(one, StubVocabulary()), StubPrompt()) for one in params]
     rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
     rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
     _add_needs(method, rows, random, normal)

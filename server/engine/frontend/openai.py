@@ -197,7 +197,7 @@ async def reason_against(request: OpenAIRequest, app: FastAPI) -> str | None:
 
 
 def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
-    """Asks the first worker what a request's conditions read, by its ticket."""
+    """Asks the first worker what a request's conditions read, by its `readings_id`."""
 
     async def of(readings_id: str) -> list[dict[str, Any]]:
         found: list[list[dict[str, Any]]] = await raw.app.state.engine_client.collective_rpc(

@@ -55,7 +55,7 @@ async def describe(engine: Engine) -> dict[str, Any]:
 
 
 async def calibrate(engine: Engine) -> dict[HookPoint, float]:
-    """The mean length of activations at every place, over all tokens of some plain text, tensor-parallel slices joined.
+    """The mean length of activations at every hook point, over all tokens of some plain text, ranks' slices joined.
 
     The prompts are longer than any captured graph, so nothing depends on which kernels a graph holds.
     """
@@ -66,8 +66,8 @@ async def calibrate(engine: Engine) -> dict[HookPoint, float]:
     for rank in ranks:
         for site, layer, total, num in rank:
             squares.setdefault(HookPoint(site, layer), []).append((total / max(num, 1)) ** 2)
-    is_sliced = {place: place.site == "attn_head" for place in squares}
-    return {place: math.sqrt(sum(each) if is_sliced[place] else each[0]) for place, each in squares.items()}
+    is_sliced = {point: point.site == "attn_head" for point in squares}
+    return {point: math.sqrt(sum(each) if is_sliced[point] else each[0]) for point, each in squares.items()}
 
 
 def _plain_text(engine: Engine) -> list[int]:
@@ -80,10 +80,10 @@ def _plain_text(engine: Engine) -> list[int]:
 
 
 async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Finding]:
-    """Try every place, attention and experts where they are edited, a look ahead, then every auxiliary model."""
+    """Try every hook point, attention and experts where they are edited, a look ahead, then every auxiliary model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
-    hook_points = [HookPoint(*place) for place in facts["sites"]]
+    hook_points = [HookPoint(*point) for point in facts["sites"]]
     plain = await _log_probabilities(engine, None)
     probes = {
         site: await _load_probe(engine, site, hook_points, shape) for site in dict.fromkeys(p.site for p in hook_points)
@@ -146,9 +146,9 @@ async def _load_probe(engine: Engine, site: Site, hook_points: list[HookPoint], 
     generator = torch.Generator().manual_seed(0)
     size = (shape.num_heads, shape.head_dim) if site == "attn_head" else (shape.width(site),)
     tensors = {
-        f"{site}.{place.layer}.add": torch.randn(size, generator=generator)
-        for place in hook_points
-        if place.site == site
+        f"{site}.{point.layer}.add": torch.randn(size, generator=generator)
+        for point in hook_points
+        if point.site == site
     }
     data = packed(Header(method="vector", model=shape), tensors)
     digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]

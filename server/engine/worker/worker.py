@@ -102,7 +102,7 @@ class SteeredWorker:
         model_config = self.vllm_config.model_config
         return {
             "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
-            "sites": [list(place) for place in self._tables.hook_points],
+            "sites": [list(point) for point in self._tables.hook_points],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._step.edits.soft_rows.is_on,
             "has_final_norm": self._step.pipeline.has_final_norm,
@@ -130,7 +130,7 @@ class SteeredWorker:
         measured = meters.tolist()
         meters.zero_()
         return [
-            (*place, total, int(num)) for place, (total, num) in zip(self._tables.hook_points, measured, strict=True)
+            (*point, total, int(num)) for point, (total, num) in zip(self._tables.hook_points, measured, strict=True)
         ]
 
     def whipstaff_counters(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def install_sites(
     """
     hooks: dict[HookPoint, tuple[SiteSpec, nn.Module, Editing]] = {}
     for layer in find_layers(model, KINDS):
-        found = _places(layer, layout.shape)
+        found = _hook_points_of(layer, layout.shape)
         for site in layout.sites:
             if site in found:
                 spec, module, editing = found[site]
@@ -86,8 +86,8 @@ def install_sites(
         },
     )
     meters = torch.zeros(len(hooks), 2, device=device)
-    for meter, (place, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
-        _adopt(module, editing, place, _buffers(tables.at(place), token_table, history, meter))
+    for meter, (point, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
+        _adopt(module, editing, point, _buffers(tables.at(point), token_table, history, meter))
     return Sites(tables, meters)
 
 
@@ -144,7 +144,7 @@ def _is_whole(module: nn.Module) -> bool:
 
 
 def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor) -> dict[str, Tensor]:
-    """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
+    """The persistent tensors that one hook point reads: what `run_edits_` takes beside the activations."""
     buffers = {
         "lines": tables.lines,
         "code": tables.code,
@@ -164,7 +164,7 @@ def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter
 Editing = Callable[[Any, HookPoint], type]
 
 
-def _places(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
+def _hook_points_of(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
     """Where in one block each site is, how wide it is here, and which subclass edits it."""
     projection: Any = _bare(layer.output_projection)
     width = int(projection.input_size_per_partition)  # heads are sharded with the projection's input
@@ -204,10 +204,10 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Editing, place: HookPoint, buffers: dict[str, Tensor]) -> None:
+def _adopt(module: nn.Module, editing: Editing, point: HookPoint, buffers: dict[str, Tensor]) -> None:
     for name, buffer in buffers.items():
-        module.register_buffer(f"whipstaff_{place.site}_{name}", buffer, persistent=False)
-    swap(module, editing(type(module), place))
+        module.register_buffer(f"whipstaff_{point.site}_{name}", buffer, persistent=False)
+    swap(module, editing(type(module), point))
 
 
 def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> None:
@@ -232,12 +232,12 @@ def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> N
     )
 
 
-def _edit_stream(cls: Any, place: HookPoint) -> type:
+def _edit_stream(cls: Any, point: HookPoint) -> type:
     """A decoder block whose output, the residual stream, is edited.
 
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
     """
-    site = place.site
+    site = point.site
 
     class EditedBlock(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,9 +251,9 @@ def _edit_stream(cls: Any, place: HookPoint) -> type:
     return EditedBlock
 
 
-def _edit_heads(cls: Any, place: HookPoint) -> type:
+def _edit_heads(cls: Any, point: HookPoint) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
-    site = place.site
+    site = point.site
 
     class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -263,9 +263,9 @@ def _edit_heads(cls: Any, place: HookPoint) -> type:
     return EditedProjection
 
 
-def _edit_input(cls: Any, place: HookPoint) -> type:
+def _edit_input(cls: Any, point: HookPoint) -> type:
     """A module whose hidden states are edited before it sees them; a copy, since others may read them too."""
-    site = place.site
+    site = point.site
 
     class EditedInput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,9 +284,9 @@ def _edit_input(cls: Any, place: HookPoint) -> type:
     return EditedInput
 
 
-def _edit_output(cls: Any, place: HookPoint) -> type:
+def _edit_output(cls: Any, point: HookPoint) -> type:
     """A module whose output, or the first of its outputs, is edited."""
-    site = place.site
+    site = point.site
 
     class EditedOutput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -63,7 +63,8 @@ class StepEdits:
                 self.end_step()
 
     def _write(self, view: BatchView, spans: list[EditedSpan], input_ids: Tensor | None) -> None:
-        self.token_table.write(spans, view.num_tokens, input_ids, self.sites.tables)
+        if self._concerns("token table", bool(spans)):
+            self.token_table.write(spans, view.num_tokens, input_ids, self.sites.tables)
         asking = [span for span in spans if any(isinstance(item, ModuleEdit) for item in span.row)]
         if self._concerns("modules", bool(asking)):
             self.module_edits.begin_step(asking, view.num_tokens)

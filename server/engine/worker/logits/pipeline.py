@@ -136,8 +136,8 @@ class LogitsPipeline:
             return
         here = list(self._decoding_rows())
         self._active = [one for one in here if view.draws[one.row]]
-        if input_ids is not None:
-            slots = [(row, request.slot) for row, request in here if request.slot >= 0]
+        slots = [(row, request.slot) for row, request in here if request.slot >= 0]
+        if slots and input_ids is not None:
             self._tables.note_tokens(view, slots, input_ids)
 
     def _decoding_rows(self) -> Iterator[ActiveRow]:

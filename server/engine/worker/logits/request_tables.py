@@ -42,8 +42,6 @@ class RequestTables:
 
     def note_tokens(self, view: BatchView, rows: Sequence[tuple[int, int]], input_ids: Tensor) -> None:
         """Keep the tokens that a step feeds to (row, slot) each. Ids of tokens just drawn are on the device only."""
-        if not rows:
-            return
         index, slots = np.array(rows, np.int64).T
         lengths = np.diff(view.starts)[index]
         offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
