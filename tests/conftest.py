@@ -17,7 +17,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the sam
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
-SHARED = ("server", "shared", "recorded")  # fixtures of engines; those of a session serve several modules
+SHARED = ("server", "demo_server", "shared", "recorded")  # fixtures of engines; a session's serve several modules
 LONGEST = ("server", "test_registry_http", "test_companions_http", "test_isolation", "test_many")  # groups
 
 
@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {name: index for index, name in reversed(list(enumerate(groups)))}
     engines = {name for name, item in zip(groups, items, strict=True) if item.get_closest_marker("engine")}
     for name, item in zip(groups, items, strict=True):
+        if name.split("-")[0] in SHARED and name not in engines:
+            raise pytest.UsageError(f"{item.nodeid} starts an engine: mark it so")
         item.add_marker(pytest.mark.xdist_group(name))
         if name in engines:
             item.add_marker(pytest.mark.filterwarnings("default"))
