@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference import ops as reference
 from safetensors.torch import load_file, save
+from soak import tries
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -880,7 +881,7 @@ def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 @given(data=st.data())
 def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject) -> None:
     vector, edit = data.draw(entries(name))
@@ -890,7 +891,7 @@ def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject)
     assert edit.num_instructions == max(len(program.codes) for program in held._programs((edit,)).values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tries(200), deadline=None)
 @given(st.lists(st.lists(entries(), max_size=4), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_rows_that_fit_by_count_fit_the_tables(rows: list[Any], is_probed: bool, is_kept: bool) -> None:
     """However their entries merge: the scheduler lets in what a step can hold."""

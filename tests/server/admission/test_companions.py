@@ -11,6 +11,7 @@ from anyjson import EXTRAS
 from catalogues import at_prompt
 from hypothesis import given, settings
 from serving import SHAPE, VOCABULARY, make_tokenizer
+from soak import tries
 from transformers import PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods.adapter_ensemble import nearness
@@ -495,7 +496,7 @@ def test_adapters_need_a_flag_in_the_method_table(caps: Capabilities) -> None:
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
     made: Made | None = None

@@ -23,6 +23,7 @@ from catalogues import (
     refusal,
 )
 from hypothesis import given, settings
+from soak import tries
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -454,7 +455,7 @@ SERVERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
     everything: Capabilities, server: str, fields: dict[str, Any]

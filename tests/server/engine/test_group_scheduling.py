@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from modes import async_on_cpu
+from soak import SOAK
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -297,7 +298,7 @@ class Traffic:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(6 if SOAK else 2))
 def test_random_groups(model: str, case: Case, seed: int) -> None:
     traffic = Traffic(model, case, seed)
     for _ in range(250):
