@@ -8,6 +8,7 @@ Every step's logits pass these stages, in this order; vLLM's own steps stand in 
     penalty      further penalties
     temperature  (after `truncation` where a request says temperature_last)
     truncation
+    search       (`decoding/search/`: chooses tokens itself, for several sequences at once)
     [the draw]
 
 Within a stage methods run in the order of their table.
@@ -25,8 +26,8 @@ from whipstaff.decoding.rows import Rows
 
 _MAX_TEXT = 1 << 22  # characters
 
-Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
-STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
+Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
+STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
 Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
 
 
