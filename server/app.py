@@ -101,6 +101,7 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "sites": settings.steering_sites,
         "early_layers": settings.early_layers,
         "lookahead": settings.lookahead,
+        "max_search_seqs": settings.max_search_seqs,
     }
 
 

@@ -1,9 +1,9 @@
 """Re-seating: the KV blocks of sequences that a search moves, forks, shrinks or drops.
 
 What is kept is not computed again. Full blocks are shared by reference. The block in which a sequence goes on must be
-its own and without a key: the first to go on from a sequence has that sequence's, where nobody else reads it, and others
-get a copy, which the worker makes before the step that writes there. Only where no block is free for a copy, or where a
-sliding window has let go of what a shorter sequence needs again, is something computed once more.
+its own and without a key: the first to go on from a sequence has that sequence's, where nobody else reads it, and the
+others get a copy, which the worker makes before the step that writes there. Only where no block is free for a copy, or
+where a sliding window has let go of what a shorter sequence needs again, is something computed once more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -82,7 +82,7 @@ def give_up_copies(manager: KVCacheManager, requests: Iterable[Request]) -> None
 
 
 def forget_copies(manager: KVCacheManager, request: Request) -> bool:
-    """Let go of copies that were to be made for a sequence that will not need its last blocks. Whether there were any."""
+    """Let go of copies that were to be made for a sequence that will not need its last blocks. Whether any were."""
     had_any = False
     for one in manager.coordinator.single_type_managers:
         own = {block.block_id for block in one.req_to_blocks.get(request.request_id, ())}

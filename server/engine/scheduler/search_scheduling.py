@@ -1,15 +1,14 @@
 """Searches: groups whose sequences fork, die and shrink as a method decides.
 
-A request that searches is a group (`groups`) with as many seats as it may have sequences. It is let in when all seats are
-free and blocks for those that live; the others stay reserved. At first the request itself lives alone. All who live lack
-just their last token, get it in the same step, and the worker, which has everybody's logits then, comes to a verdict
-(`engine.searches`): for each sequence that lives on, in which seat, from whose tokens. Nothing is appended here that it
-does not say.
+A request that searches is a group (`groups`) with as many seats as it may have sequences. It is let in when there are
+that many and blocks for what lives; the other seats stay reserved. At first the request itself lives alone. All who
+live lack just their last token and get it in the same step; the worker, which then has everybody's logits, comes to a
+verdict (`engine.searches`): what lives on, in which seat, from whose tokens. Nothing else is appended here.
 
 quiet      a sequence that keeps its seat and all of its tokens gets one more, as every request does
 moved      any other gets its seat's tokens replaced and its blocks by `reseat`, and the worker is told as of a request
            that was preempted and comes back; a seat in which nothing lives has no blocks and stands in no queue
-preempted  with its verdict still to come, a search is not let in before that has come: its state in the worker has gone on
+preempted  a search whose verdict is still to come is not let in before: its state in the worker has gone on
 client     gets the leading tokens that are settled, and the rest with the answer
 
 Under asynchronous scheduling a search waits for each verdict before its next step is scheduled: it takes part in every

@@ -1,8 +1,8 @@
 """Searches in the scheduler alone: sequences fork, die, shrink and move at random among plain and grouped traffic.
 
-The worker here keeps what a model runner would: each sequence's tokens as it was told, and in every place of every block
-the text whose keys and values stand there. Every token that is computed reads all places before it, so a block that was
-shared wrongly, overwritten, copied too late or freed too early shows.
+The worker here keeps what a model runner would: each sequence's tokens as it was told, and in every place of every
+block the text whose keys and values stand there. Every token that is computed reads all places before it, so a block
+that was shared wrongly, overwritten, copied too late or freed too early shows.
 """
 
 from collections.abc import Sequence
@@ -138,8 +138,7 @@ class Runner:
         assert len(texts) == len(step.living)
         for seat, text in zip(step.living, texts, strict=True):
             assert tuple(self.known[seat].generated) == text, f"{seat} was told other tokens"
-            origin = self.scheduler._group_of[seat] if seat in self.scheduler._group_of else None
-            assert origin is None or self.known[seat].prompt == self.known[primary].prompt
+            assert self.known[seat].prompt == self.known[primary].prompt
         longest = max(map(len, texts))
         if longest + 1 >= step.max_tokens or self.chance.random() < 0.02:
             ended = longest + 1 >= step.max_tokens
