@@ -140,8 +140,8 @@ class Runner:
             assert tuple(self.known[seat].generated) == text, f"{seat} was told other tokens"
             assert self.known[seat].prompt == self.known[primary].prompt
         longest = max(map(len, texts))
-        if longest + 1 >= step.max_tokens or self.chance.random() < 0.02:
-            ended = longest + 1 >= step.max_tokens
+        if longest >= step.room or self.chance.random() < 0.02:
+            ended = longest >= step.room
             best = max(texts, key=len)
             reason = "length" if ended else "stop"
             self.searches[primary] = []
@@ -151,7 +151,7 @@ class Runner:
             return Verdict((), hypotheses=hypotheses, counts={"tried": 3})
         living, after = [], []
         for _ in range(self.chance.choice((1, len(texts), len(step.seats), len(step.seats)))):
-            one = self.continuation(texts, self.locked.get(primary, 0), step.max_tokens)
+            one = self.continuation(texts, self.locked.get(primary, 0), min(step.max_tokens + 5, step.room))
             living.append(one)
             after.append((*texts[one.source][: one.keep], *one.tokens))
         common = next((i for i, row in enumerate(zip(*after, strict=False)) if len(set(row)) > 1), min(map(len, after)))
@@ -170,7 +170,7 @@ class Runner:
         if 0.1 < kind < 0.2 and keep > locked:
             return Continuation(source, keep, ())
         num = self.chance.choice((1, 1, 1, 1, 2, 20)) if kind < 0.3 else 1
-        return Continuation(source, keep, tuple(self.chance.choices(range(300), k=max(1, min(num, most - keep - 1)))))
+        return Continuation(source, keep, tuple(self.chance.choices(range(300), k=max(1, min(num, most - keep)))))
 
 
 class Searching(Traffic):
@@ -250,7 +250,7 @@ SEARCH_CASES = {
 
 
 @pytest.mark.parametrize("case", SEARCH_CASES.values(), ids=SEARCH_CASES)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_searches(model: str, case: Case, seed: int) -> None:
     traffic = Searching(model, case, seed)
     for _ in range(300):
