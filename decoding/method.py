@@ -8,6 +8,7 @@ Every step's logits pass these stages, in this order; vLLM's own steps stand in 
     penalty      further penalties
     temperature  (after `truncation` where a request says temperature_last)
     truncation
+    search       (`decoding/search/`: chooses tokens itself, for several sequences at once)
     [the draw]
 
 Within a stage methods run in the order of their table.
@@ -25,8 +26,8 @@ from whipstaff.decoding.rows import Rows
 
 _MAX_TEXT = 1 << 22  # characters
 
-Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
-STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
+Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
+STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
 Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
 
 
@@ -187,6 +188,13 @@ class PromptFacts(Protocol):
     def last_user(self) -> int:
         """Position of the first token of the last user message; 0 where there are no messages."""
 
+    def text_at(self, text: str, param: str) -> tuple[int, int]:
+        """[start, end) of the tokens in which a text first stands. Raises: DecodingError naming `param`."""
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """[start, end) of the contents of the messages that match, at least one. Raises: DecodingError naming
+        `param`."""
+
 
 P = TypeVar("P", bound=Params)
 
@@ -326,6 +334,6 @@ class LogitsRewriter(Method[P]):
         return None
 
 
-def setting_type(method: LogitsRewriter[Any]) -> type[BaseModel]:
+def setting_type(method: Method[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

@@ -101,6 +101,7 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.steering_sites,
         settings.early_layers,
         settings.lookahead,
+        settings.max_search_seqs,
     )
 
 

@@ -45,5 +45,5 @@ def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:
     """Move a step's explanations, by request, into the outputs of these, in a field that only KV connectors use."""
     for outputs in by_client.values():
         for one in outputs.outputs:
-            if one.new_token_ids and one.request_id in explained:
+            if (one.new_token_ids or one.finish_reason is not None) and one.request_id in explained:
                 one.kv_transfer_params = {EXPLAIN_KEY: explained[one.request_id]}

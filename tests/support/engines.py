@@ -77,6 +77,7 @@ class EngineUnderTest:
         sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
         lookahead: bool = False,
+        max_search_seqs: int | None = None,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -84,7 +85,7 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
-        setup = Setup(aux, num_slots, vectors, sites, lookahead=lookahead)
+        setup = Setup(aux, num_slots, vectors, sites, lookahead=lookahead, max_search_seqs=max_search_seqs)
         with warm_processes():
             self.engine: Engine = self.run(self._start(args, setup))
         self.facts = self.run(describe(self.engine))

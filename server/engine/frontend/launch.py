@@ -36,6 +36,7 @@ _WORKERS = {
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
@@ -121,6 +122,9 @@ class Setup:
     sites: Iterable[Hook] = ()  # further ones to hook, beside the residual stream and the head outputs; or attention
     early_layers: EarlyLayers = None  # whose streams can be kept for methods that read them: `steering.plan.StreamCopy`
     lookahead: bool = False  # whether methods may try tokens before one is chosen: `worker.logits.lookahead`
+    max_search_seqs: int | None = None
+    """Sequences that requests which search may have at once, all together; None: half of all, or enough for one with
+    MIN_SEARCH_SEQS."""
 
 
 def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
@@ -169,9 +173,10 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
     hooked = {*CORE, *needs.sites, *(HookPoint.entering(layer).site for layer in early)} - (
         set() if shape.num_experts else {"router"}
     )  # such vectors are refused by request
+    most = config.scheduler_config.max_num_seqs
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=setup.num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_slots=setup.num_slots or max(MIN_SLOTS, min(most, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
@@ -181,6 +186,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         early_layers=early,
         auxiliaries=specs,
         looks_ahead=setup.lookahead,
+        max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)

@@ -1,5 +1,7 @@
 """The legacy model runner (vllm/v1/worker/gpu_model_runner.py; what the CPU wheel runs) -> BatchView."""
 
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ class SteeredRunner(Swapped):
             return super().sample_tokens(*args, **kwargs)
         finally:
             self.input_batch.generators.update(held)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        if seats := self.whipstaff_step.notes.seats:
+            place_seats(self.requests, seats, scheduler_output.scheduled_cached_reqs.all_token_ids)
+        return super()._update_states(scheduler_output)
 
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
         told, step = super()._get_prompt_logprobs_dict(*args, **kwargs), self.whipstaff_step
@@ -83,6 +90,21 @@ def view(runner: Any, step: WorkerStep) -> BatchView:
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
     ).in_groups(step.groups)
+
+
+def place_seats(known: dict[str, Any], seats: Mapping[str, str], tokens: Mapping[str, Sequence[int]]) -> None:
+    """Make sequences of searches known that are told anew, with the tokens that they have generated.
+
+    Args:
+        known: vLLM's states of requests.
+        seats: whom each is like.
+        tokens: all of each.
+    """
+    for name, origin in seats.items():
+        if name not in known:
+            known[name] = copy(known[origin])
+            known[name].req_id = name
+        known[name].output_token_ids = list(tokens[name][known[name].num_prompt_tokens :])
 
 
 def unfinished_generators(runner: Any) -> dict[int, Any]:
