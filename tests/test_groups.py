@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODULES = ("tests/decoding/test_proxy_tuning.py", "tests/decoding/test_cad.py")  # the first has fewer tests
+MODULES = ("tests/decoding/test_cad.py", "tests/decoding/test_proxy_tuning.py")  # the first has fewer tests
 
 
 def test_a_group_stays_together_and_in_its_place() -> None:

@@ -809,16 +809,24 @@ def test_hostile_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("cold_pickles")
-def test_pickles_know_arrays_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_pickle_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "code.npy").write_bytes(npy("()", "'|O'", pickle.dumps({"a": Runs()})))
-    (tmp_path / "cut.npy").write_bytes((CASES / "angular_70_llama" / "steering_config.npy").read_bytes()[:900])
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"a": 1}))
-    before = listing(tmp_path)
-    for name, reason in (("code.npy", "asks to run .*system"), ("cut.npy", "refused"), ("other.pkl", "no format")):
-        with pytest.raises(SteeringError, match=reason):
-            import_pickle(tmp_path / name, SHAPE)
-    assert listing(tmp_path) == before
+    check_pickle(tmp_path / "code.npy", npy("()", "'|O'", pickle.dumps({"a": Runs()})), "asks to run .*system")
+
+
+def test_pickles_know_arrays_only(tmp_path: Path) -> None:
+    cut = (CASES / "angular_70_llama" / "steering_config.npy").read_bytes()[:900]
+    check_pickle(tmp_path / "cut.npy", cut, "refused")
+    check_pickle(tmp_path / "other.pkl", pickle.dumps({"a": 1}), "no format")
+
+
+def check_pickle(path: Path, data: bytes, reason: str) -> None:
+    """That it is refused, and nothing else is there then."""
+    path.write_bytes(data)
+    before = listing(path.parent)
+    with pytest.raises(SteeringError, match=reason):
+        import_pickle(path, SHAPE)
+    assert listing(path.parent) == before
 
 
 def listing(root: Path) -> set[tuple[str, int]]:
