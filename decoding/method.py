@@ -188,6 +188,13 @@ class PromptFacts(Protocol):
     def last_user(self) -> int:
         """Position of the first token of the last user message; 0 where there are no messages."""
 
+    def text_at(self, text: str, param: str) -> tuple[int, int]:
+        """[start, end) of the tokens in which a text first stands. Raises: DecodingError naming `param`."""
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """[start, end) of the contents of the messages that match, at least one. Raises: DecodingError naming
+        `param`."""
+
 
 P = TypeVar("P", bound=Params)
 

@@ -98,6 +98,7 @@ class SearchMethod(Method[P]):
 
     stage = "search"
     needs: ClassVar[frozenset[SearchNeed]] = frozenset()
+    sequences_field: ClassVar[str] = "method"  # the parameter that says how many sequences live
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 

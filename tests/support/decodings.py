@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.method import Content, Depth, LogitsRewriter, Method, Params, StreamMixer
+from whipstaff.decoding.method import Content, DecodingError, Depth, LogitsRewriter, Method, Params, StreamMixer
 from whipstaff.decoding.mix import Mix, MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
 from whipstaff.steering.methods import METHODS as FILES
@@ -81,6 +81,21 @@ class StubPrompt:
 
     def last_user(self) -> int:
         return self.user
+
+    def text_at(self, text: str, param: str) -> tuple[int, int]:
+        """Of a prompt "abcde", each letter a token."""
+        start = "abcde".find(text)
+        if start < 0:
+            raise DecodingError("this text does not stand in the prompt", param)
+        return start, start + len(text)
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """Of a system's message "a" and a user's "cd"."""
+        found = [span for who, span in (("system", (0, 1)), ("user", (2, 4))) if role in (None, who)]
+        chosen = found if index is None else found[index:][:1]
+        if not chosen:
+            raise DecodingError("no message matches", param)
+        return chosen
 
 
 @dataclass
