@@ -217,6 +217,9 @@ class Method(ABC, Generic[P]):
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
+    shared: ClassVar[Mapping[str, str]] = {}
+    """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
+    They turn nothing on."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:
