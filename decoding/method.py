@@ -337,6 +337,6 @@ class LogitsRewriter(Method[P]):
         return None
 
 
-def setting_type(method: LogitsRewriter[Any]) -> type[BaseModel]:
+def setting_type(method: Method[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

@@ -1,5 +1,5 @@
-"""The table of decoding methods, in the order in which they run within their stage. Adding one is a file here and a
-line below."""
+"""The table of decoding methods, in the order in which they run within their stage. Adding one is a file here, or in
+`decoding/search/` for one that searches, and a line below."""
 
 from typing import Any
 
@@ -32,6 +32,7 @@ from whipstaff.decoding.methods.top_a import TopA
 from whipstaff.decoding.methods.top_n_sigma import TopNSigma
 from whipstaff.decoding.methods.typical_p import TypicalP
 from whipstaff.decoding.methods.xtc import Xtc
+from whipstaff.decoding.search.beam_search import BeamSearch
 
 _TABLE: tuple[Method[Any], ...] = (
     ProxyTuning(),
@@ -62,6 +63,7 @@ _TABLE: tuple[Method[Any], ...] = (
     Xtc(),
     Mirostat(),
     Forced(),
+    BeamSearch(),
 )
 
 METHODS: dict[str, Method[Any]] = {method.name: method for method in _TABLE}
