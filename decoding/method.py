@@ -337,6 +337,31 @@ class LogitsRewriter(Method[P]):
         return None
 
 
+class Candidate(NamedTuple):
+    """An answer that was drawn, to be ranked among others; it has at least one token."""
+
+    num_tokens: int
+    log_probability: float  # of all of it, where its tokens were drawn from, before temperature and truncation
+    explained: Sequence[Mapping[str, Any]]  # what is said of each of its tokens, where the method reads rows
+
+
+class Ranker(LogitsRewriter[P]):
+    """A method that ranks answers once they are drawn, and changes no logits. A request has at most one. Of the
+    models and heads that it may name, each may be absent."""
+
+    @abstractmethod
+    def num_candidates(self, params: P) -> int:
+        """How many answers are drawn."""
+
+    @abstractmethod
+    def reads_rows(self, params: P) -> bool:
+        """Whether it must see rows on their way, and be told what is said of each token."""
+
+    @abstractmethod
+    def score(self, params: P, candidate: Candidate) -> float:
+        """The higher the better."""
+
+
 def setting_type(method: Method[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

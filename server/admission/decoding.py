@@ -12,6 +12,7 @@ from whipstaff.decoding.method import (
     Method,
     Params,
     PromptFacts,
+    Ranker,
     StreamMixer,
 )
 from whipstaff.decoding.methods import METHODS
@@ -314,14 +315,25 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     _check_together(entries)
     mixes = [entry for entry in entries if entry.mix is not None]
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
-    rewriting = sorted(
-        (e for e in entries if isinstance(e.method, LogitsRewriter)), key=lambda e: _ORDER[e.method.name]
-    )
+    rewriting = sorted(filter(_rewrites, entries), key=lambda e: _ORDER[e.method.name])
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
     search = search_of(entries)
     return DecodingPlan(mix, rewrites, search=_search_plan(search) if search else None) if entries else None
+
+
+def _rewrites(entry: DecodingEntry) -> bool:
+    """Whether an entry's method has something to do with rows of logits."""
+    method = entry.method
+    return isinstance(method, LogitsRewriter) and not (
+        isinstance(method, Ranker) and not method.reads_rows(entry.params)
+    )
+
+
+def ranking_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
+    """The entry whose method ranks answers; None where all that are drawn are wanted."""
+    return next((entry for entry in entries if isinstance(entry.method, Ranker)), None)
 
 
 def search_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
@@ -365,10 +377,21 @@ def _check_together(entries: Sequence[DecodingEntry]) -> None:
         temperature = entry if entry.method.stage == "temperature" else temperature
     for entry in entries if search is not None else ():
         assert search is not None
+        if isinstance(entry.method, Ranker):
+            raise BadRequest(
+                f"{entry.method.name} ranks what is drawn, and {search.method.name} draws nothing; leave one out",
+                entry.path_of("method"),
+            )
+        if isinstance(entry.method, LogitsRewriter) and (entry.method.state_size or "history" in entry.method.needs):
+            raise BadRequest(
+                f"{entry.method.name} keeps what it learnt of one sequence, and {search.method.name} has several; "
+                "leave one out",
+                entry.path_of("method"),
+            )
         if entry.method.stage in ("temperature", "truncation"):
             raise BadRequest(
-                f"{entry.method.name} changes what is drawn from, and {search.method.name} draws nothing; leave one of "
-                "them out",
+                f"{entry.method.name} changes what is drawn from, and {search.method.name} draws nothing; leave one "
+                "out",
                 entry.path_of("method"),
             )
 

@@ -32,8 +32,7 @@ class ChoiceExplanations:
         seen = [record[name] for name in ("final", "base") if name in record]
         seen += record.get("streams", {}).values()
         for token in [record, *(token for one in seen for token in one["top"])]:
-            if "id" in token:
-                token["token"] = self._text(token["id"])
+            token["token"] = self._text(token["id"])
         self._records[choice].append(record)
 
     def add_to(self, body: dict[str, Any]) -> None:

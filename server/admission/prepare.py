@@ -112,6 +112,7 @@ def compile_request(
     if compiled is None:
         return None
     compiled.check_draw(request.temperature)
+    compiled.check_candidates(request.n or 1)
     compiled.check_grammar(request.has_grammar)
     compiled.check_logprobs(request.scores_prompt)
     if request.echoes_scores and not compiled.scores_prompts:

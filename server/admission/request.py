@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from whipstaff.decoding.method import LogitsRewriter
+from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
-from whipstaff.server.admission.decoding import DecodingEntry, plan_of, search_of
+from whipstaff.server.admission.decoding import DecodingEntry, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
 from whipstaff.server.admission.search import check_answers, check_told, without_effect
@@ -50,7 +50,10 @@ class Options:
             return None
         if plan is not None and plan.search is not None:
             return plan  # which draws nothing, and explains itself
-        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=scores_base)
+        ranking = ranking_of(entries)
+        needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
+        explain = 0 if self.explain is None and needs_explaining else self.explain
+        return replace(plan or DecodingPlan(), explain=explain, scores_base=scores_base)
 
 
 @dataclass(frozen=True)
@@ -236,10 +239,33 @@ class CompiledRequest:
         return self.search is not None
 
     @property
+    def ranking(self) -> DecodingEntry | None:
+        """The entry whose method ranks answers; None where all that are drawn are wanted."""
+        return ranking_of(self.decoding)
+
+    @property
+    def num_candidates(self) -> int:
+        """How many answers are drawn, of which the best are returned; 0: those that the request wants."""
+        ranking = self.ranking
+        return _ranker(ranking).num_candidates(ranking.params) if ranking else 0
+
+    def score(self, candidate: Candidate) -> float:
+        """Of one of them; the higher the better."""
+        ranking = self.ranking
+        assert ranking is not None
+        return _ranker(ranking).score(ranking.params, candidate)
+
+    def check_candidates(self, num: int) -> None:
+        """Whether enough answers are drawn. Raises: BadRequest."""
+        ranking = self.ranking
+        if ranking is not None and num > self.num_candidates:
+            raise BadRequest(f"{ranking.method.name} draws {self.num_candidates} candidates; that is all there is", "n")
+
+    @property
     def num_sequences(self) -> int:
         """The most sequences of the request's own that live at once: of a search, it may be several."""
         decoding = self.plan.decoding
-        return decoding.search.num_sequences if decoding and decoding.search else 1
+        return decoding.search.num_sequences if decoding and decoding.search else self.num_candidates or 1
 
     def beside(self, request: Any) -> "CompiledRequest":
         """A search beside what else its request says. Raises: BadRequest."""
@@ -275,6 +301,11 @@ class CompiledRequest:
     def check_draw(self, temperature: float | None) -> None:
         """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
         for entry in self.decoding if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
+            if entry is self.ranking:
+                raise BadRequest(
+                    f"at temperature 0 the candidates of {entry.method.name} are all the same; leave one of them out",
+                    entry.path_of("method"),
+                )
             if entry.chooses_temperature:
                 raise BadRequest(
                     f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them "
@@ -334,6 +365,11 @@ class CompiledRequest:
         """The method that says nothing of a prompt's tokens; None where there is none, or nobody asks it."""
         silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_companions))
         return next(silent, None) if self.options.logprobs_source == "final" else None
+
+
+def _ranker(entry: DecodingEntry) -> Ranker[Any]:
+    assert isinstance(entry.method, Ranker)
+    return entry.method
 
 
 def _stream_names(decoding: DecodingPlan | None, companions: Sequence[PlacedCompanion]) -> dict[str, str]:

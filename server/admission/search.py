@@ -60,6 +60,8 @@ def check_told(entry: DecodingEntry, request: Any) -> None:
             "the method `forced`",
             field,
         )
+    if request.repetition_detection is not None:
+        raise BadRequest(f"{name} does not stop where a text repeats itself; leave it out", "repetition_detection")
     if request.stops_at_text and (request.n or 1) > 1:
         raise BadRequest(
             f"a text cuts one answer where it stands, and {name} is to come to {request.n}; stop_token_ids end each",

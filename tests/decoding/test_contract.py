@@ -57,6 +57,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "co_llm": [{"threshold": -1.0}, {"threshold": 0.3, "strategy": "compose"}, {"warmup": "cosine"}],
     "kwd": [{"k": 1}, {"k": 7}],
     "dola": [{"layers": [3]}, {"layers": "high", "relative_top": 0.0}, {"layers": [1, 5, 6], "relative_top": 1.0}],
+    "best_of": [{"model": "first"}, {"classifier": "head", "num_candidates": 2}, {"num_candidates": 1}],
     "rule_adapter": [{"ramp": False}, {"opening": True, "repetition": False}, {"after_ramp": "official"}],
     "dry": [{"allowed_length": 1, "base": 1.0}, {"penalty_last_n": 6, "sequence_breakers": ["e"]}, {"multiplier": 0}],
     "adaptive_temperature": [{"choose": "sample"}, {"level": "sequence"}, {"level": "sequence", "choose": "sample"}],

@@ -1,7 +1,9 @@
-"""Answers of a request that are not just what the engine generates: those of a search."""
+"""Answers of a request that are not just what the engine generates: those of a search, or the best of candidates."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -9,7 +11,10 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from whipstaff.decoding.method import Candidate
+
 SEARCH = "search"  # under which the engine tells of a finished search, beside what it explains
+WORST = -1e9  # JSON has no infinities
 Outputs = AsyncGenerator[Any, None]
 
 
@@ -18,6 +23,9 @@ class Answers(Protocol):
 
     def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
         """The outputs as they are answered; closing this closes `outputs`."""
+
+    def explained(self, sequence: int, told: dict[str, Any]) -> None:
+        """What the engine says of the next token of one of its sequences, or of the whole search."""
 
 
 class SearchAnswers:
@@ -81,3 +89,54 @@ class SearchAnswers:
         """The token that ended an answer, if it is not the model's own."""
         is_asked = tokens[-1] in (self._params.stop_token_ids or ()) and tokens[-1] != self._params.eos_token_id
         return tokens[-1] if is_asked else None
+
+
+class RankedAnswers:
+    """The best of the answers that the engine generates, once all are there."""
+
+    def __init__(
+        self,
+        num: int,
+        score: Callable[[Candidate], float],
+        note: Callable[[dict[str, Any]], None],
+        explain: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:
+        """
+        Args:
+            num: how many answers are wanted.
+            score: of a candidate; the higher the better.
+            note: called with what the ranking came to.
+            explain: called with the number of an answer and what is said of its next token; None: nobody asked.
+        """
+        self._num, self._score, self._note, self._explain = num, score, note, explain
+        self._explained: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by candidate
+
+    def explained(self, sequence: int, told: dict[str, Any]) -> None:
+        """What the engine says of a candidate's next token."""
+        self._explained[sequence].append(told)
+
+    async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
+        async with aclosing(outputs):
+            async for output in outputs:
+                output.outputs = self._best(output.outputs)
+                yield output
+
+    def _best(self, candidates: Sequence[CompletionOutput]) -> list[CompletionOutput]:
+        """The best of all candidates, of equal ones the first; numbered anew."""
+        scored = [(self._scored(one), one) for one in candidates]
+        scored.sort(key=lambda one: -one[0])
+        num_tokens = sum(len(one.token_ids) for one in candidates)
+        self._note({"hypotheses": [{"score": score} for score, _ in scored], "counts": {"tokens_computed": num_tokens}})
+        found = []
+        for index, (_, one) in enumerate(scored[: self._num]):
+            if self._explain is not None:
+                for told in self._explained[one.index]:
+                    self._explain(index, told)
+            found.append(replace(one, index=index))
+        return found
+
+    def _scored(self, one: CompletionOutput) -> float:
+        """One that was cut off before its first token is none."""
+        if not one.token_ids or one.cumulative_logprob is None:
+            return WORST
+        return self._score(Candidate(len(one.token_ids), one.cumulative_logprob, self._explained[one.index]))

@@ -20,12 +20,13 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.exceptions import VLLMClientError
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from whipstaff.decoding.method import Candidate
 from whipstaff.server import leases
 from whipstaff.server import plan as plans
 from whipstaff.server.engine.compat import chat_params
-from whipstaff.server.engine.frontend.answers import SearchAnswers
+from whipstaff.server.engine.frontend.answers import Answers, RankedAnswers, SearchAnswers
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.leases import Lease
@@ -39,9 +40,7 @@ NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
 NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
 
-OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream")) - {
-    "best_of"
-}  # which vLLM ignores, and which changes the answer
+OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
 _GREEDY_BELOW = 1e-5  # as in vLLM
 
@@ -58,6 +57,9 @@ class Compiled(Protocol):
     def scores_prompts(self) -> bool: ...
     @property
     def searches(self) -> bool: ...
+    @property
+    def num_candidates(self) -> int: ...
+    def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
     def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest: ...
@@ -244,6 +246,8 @@ class Extras(BaseModel):
         one that our own stages apply; a search draws nothing, and has its answers from one request of the engine's."""
         if self._compiled is not None and self._compiled.searches:
             params = self._with(make, temperature=0.0, n=1)
+        elif self._compiled is not None and self._compiled.num_candidates:
+            params = self._ranked(make, self._compiled.num_candidates)
         elif not self.is_plain and self.is_hot:
             params = self.cooled(make)
         else:
@@ -263,20 +267,38 @@ class Extras(BaseModel):
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
-        if self._compiled.searches:
-            answers = SearchAnswers(self._vllm.n or 1, params, partial(self._searched, index))
-            wire = placed.to_wire(params)
-            return PlanDict(wire, self._compiled.label, self._note, answers.explained, self._lease, answers)
         told = None if note_token is None else explained
-        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, told, self._lease)
+        answers = self._answers(index, params, told)
+        watching = told if answers is None else answers.explained
+        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, watching, self._lease, answers)
+
+    def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
+        """What makes the answers of a prompt; None where they are just what the engine generates."""
+        assert self._compiled is not None
+        num, note = self._vllm.n or 1, partial(self._searched, index)
+        if self._compiled.searches:
+            return SearchAnswers(num, params, note)
+        return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
+
+    def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
+        """With candidates of which the best are answers. Which ones is known once all are there."""
+
+        def hot_or_not() -> SamplingParams:
+            return self.cooled(make) if self.is_hot else make()
+
+        params = self._with(hot_or_not, n=num_candidates)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.logprobs = 0 if params.logprobs is None else params.logprobs
+        return params
 
     def _searched(self, index: int, record: dict[str, Any]) -> None:
-        """What the search of a prompt came to."""
+        """What the search of a prompt, or the ranking of its candidates, came to."""
         if self._note_search is not None:
             self._note_search(index, record)
         if self._note_token is not None:
-            for facts in record.get("facts", ()):
-                self._note_token(index * (self._vllm.n or 1), {"facts": facts})
+            for said in (said for facts in record.get("facts", ()) for said in facts.get("said", ())):
+                facts = {name: value for name, value in said.items() if name != "token"}
+                self._note_token(index * (self._vllm.n or 1), {"id": said["token"], "facts": facts})
 
     def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """With a temperature that vLLM does not take."""

@@ -212,6 +212,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "temperature": ({"decoding": [{"method": "edt"}, BEAMS]}, 400, "decoding[0].method", "beam_search draws nothing"),
     "truncation": ({"num_beams": 2, "top_a": 0.1}, 400, "top_a", "beam_search draws nothing"),
     "forced": ({"decoding": [BEAMS, {"method": "forced", "ids": [1]}]}, 400, "decoding[1].method", "forced"),
+    "ranked": ({"num_beams": 2, "best_of": 3}, 400, "best_of", "beam_search draws nothing"),
     "room": ({"decoding": BEAMS | {"num_beams": 17}}, 422, "decoding.num_beams", "17 sequences .* at most 16"),
     "room by its field": ({"num_beams": 40}, 422, "num_beams", "--max-search-seqs"),
     "beams": ({"decoding": BEAMS | {"num_beams": 0}}, 400, "decoding.num_beams", "greater than"),
@@ -236,6 +237,12 @@ BESIDE: dict[str, tuple[type[Any], dict[str, Any], str, str]] = {
     "logprobs of a chat": (ChatRequest, {"decoding": BEAMS, "logprobs": True}, "logprobs", "forced"),
     "prompt": (ChatRequest, {"decoding": BEAMS, "prompt_logprobs": 1}, "prompt_logprobs", "forced"),
     "echo": (TextRequest, {"decoding": BEAMS, "logprobs": 1, "echo": True}, "logprobs", "forced"),
+    "repetition": (
+        TextRequest,
+        {"decoding": BEAMS, "repetition_detection": {"max_pattern_size": 4, "min_count": 3}},
+        "repetition_detection",
+        "does not stop",
+    ),
     "stop": (TextRequest, {"decoding": BEAMS, "n": 2, "stop": ["."]}, "stop", "is to come to 2"),
     "vLLM's width": (
         TextRequest,

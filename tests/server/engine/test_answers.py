@@ -9,7 +9,7 @@ from serving import make_tokenizer
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from whipstaff.server.engine.frontend.answers import SearchAnswers
+from whipstaff.server.engine.frontend.answers import RankedAnswers, SearchAnswers
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +99,48 @@ def test_closing_the_answers_closes_what_the_engine_generates(tokenizer: Any) ->
 
     asyncio.run(run())
     assert closed == [True]
+
+
+# ---- ranked answers
+
+
+def candidates(*said: tuple[list[int], float | None]) -> RequestOutput:
+    outputs = [
+        CompletionOutput(i, f"t{i}", tokens, by, None, finish_reason="stop") for i, (tokens, by) in enumerate(said)
+    ]
+    return RequestOutput("r", None, [5, 6], None, outputs, True)
+
+
+def ranked(answers: RankedAnswers, output: RequestOutput) -> list[CompletionOutput]:
+    async def outputs() -> AsyncGenerator[Any, None]:
+        yield output
+
+    async def run() -> list[CompletionOutput]:
+        (found,) = [one async for one in answers.of(outputs(), None)]
+        return list(found.outputs)
+
+    return asyncio.run(run())
+
+
+def test_the_best_candidates_are_answered() -> None:
+    noted, explained = list[Any](), list[Any]()
+
+    def explain(choice: int, told: dict[str, Any]) -> None:
+        explained.append((choice, told["id"]))
+
+    answers = RankedAnswers(2, lambda one: one.log_probability / one.num_tokens, noted.append, explain)
+    for candidate, tokens in enumerate(([1, 2], [3], [4, 5, 6])):
+        for token in tokens:
+            answers.explained(candidate, {"id": token})
+    found = ranked(answers, candidates(([1, 2], -4.0), ([3], -1.0), ([4, 5, 6], -1.5)))
+    assert [(one.index, one.text) for one in found] == [(0, "t2"), (1, "t1")]
+    assert explained == [(0, 4), (0, 5), (0, 6), (1, 3)]
+    assert noted == [
+        {"hypotheses": [{"score": -0.5}, {"score": -1.0}, {"score": -2.0}], "counts": {"tokens_computed": 6}}
+    ]
+
+
+def test_of_equal_candidates_the_first_is_best_and_empty_ones_are_last() -> None:
+    answers = RankedAnswers(3, lambda one: one.log_probability, lambda _: None, None)
+    found = ranked(answers, candidates(([], None), ([1], -2.0), ([2], -2.0)))
+    assert [one.text for one in found] == ["t1", "t2", "t0"]
