@@ -101,6 +101,7 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "sites": settings.steering_sites,
         "early_layers": settings.early_layers,
         "lookahead": settings.lookahead,
+        "max_search_seqs": settings.max_search_seqs,
     }
 
 
@@ -156,6 +157,7 @@ async def load(
             facts["has_final_norm"],
         ),
         looks_ahead=engine.layout.looks_ahead,
+        max_search_seqs=engine.layout.max_search_seqs,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

@@ -67,6 +67,13 @@ class Settings(BaseSettings):
         "request gets room for one token more",
     )
 
+    max_search_seqs: int | None = Field(
+        None,
+        gt=0,
+        description="sequences that requests which search, such as beam_search, may have at once, all together "
+        "(default: half of --max-num-seqs, but 5 where there are as many)",
+    )
+
     @field_validator("early_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
@@ -141,6 +148,7 @@ class Settings(BaseSettings):
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
             ("early_layers", "store", "LAYERS"),
+            ("max_search_seqs", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description

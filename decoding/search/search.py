@@ -80,6 +80,7 @@ class SearchFacts(NamedTuple):
     max_tokens: int  # that an answer may have
     eos: frozenset[int]  # tokens that end an answer; empty where the request ignores them
     heads: Mapping[str, Mapping[str, Tensor]] = {}  # head field -> part -> float32 tensor
+    room: int | None = None  # the most tokens that a living sequence may have generated, where it may exceed an answer
 
 
 Steps = Generator[Tensor, Tried, Decision]  # yields (S,) int64 tokens to try, one after each living sequence

@@ -49,7 +49,7 @@ class Options:
         if plan is None and not takes_over:
             return None
         if plan is not None and plan.search is not None:
-            return plan  # which draws nothing, and explains itself
+            return replace(plan, explain=self.explain)  # what it decides is explained, and no draw
         ranking = ranking_of(entries)
         needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
         explain = 0 if self.explain is None and needs_explaining else self.explain

@@ -44,8 +44,8 @@ class SearchAnswers:
 
     def explained(self, _: int, told: dict[str, Any]) -> None:
         """What the engine says of the request."""
-        self._record = record = told[SEARCH]
-        self._note(record)
+        self._record = told[SEARCH]
+        self._note(told[SEARCH])
 
     async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
         async with aclosing(outputs):

@@ -33,6 +33,7 @@ _WORKERS = {
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
@@ -98,6 +99,7 @@ def start(
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
+    max_search_seqs: int | None = None,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -111,6 +113,8 @@ def start(
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
         early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.StreamCopy`.
         lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
+        max_search_seqs: sequences that requests which search may have at once, all together; None: half of all, or
+            enough for one with MIN_SEARCH_SEQS.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -122,7 +126,7 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead)
+    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead, max_search_seqs)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -146,6 +150,7 @@ def configure(
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
+    max_search_seqs: int | None = None,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
@@ -160,9 +165,10 @@ def configure(
     hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
         set() if shape.num_experts else {"router"}
     )  # such vectors are refused by request
+    most = config.scheduler_config.max_num_seqs
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_slots=num_slots or max(MIN_SLOTS, min(most, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
@@ -172,6 +178,7 @@ def configure(
         early_layers=early,
         auxiliaries=specs,
         looks_ahead=lookahead,
+        max_search_seqs=min(most, max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)

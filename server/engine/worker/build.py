@@ -22,6 +22,7 @@ from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
 from whipstaff.server.engine.worker.requests import Requests
+from whipstaff.server.engine.worker.search.searches import Searches
 from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.sites import final_norm
 from whipstaff.steering.vector_file import Vector
@@ -48,6 +49,11 @@ def build_step(
     requests, adapters = Requests(), StepAdapters(runner)
     edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1
+    lookahead = (
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
+        if layout.looks_ahead
+        else NoLookahead()
+    )
     step = WorkerStep(
         requests,
         edits,
@@ -60,9 +66,8 @@ def build_step(
             EarlyHead(
                 partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
             ),
-            Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
-            if layout.looks_ahead
-            else NoLookahead(),
+            lookahead,
+            Searches(requests, head_of, lookahead, None, runner.device),
         ),
     )
     compose(model, auxiliaries, step, int(config.model_config.get_hidden_size()))
