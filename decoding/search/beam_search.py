@@ -6,8 +6,9 @@ log-probabilities over its length to the power of `length_penalty`, where the pr
 does not. We stop where no beam can come before K answers any more, which changes none of them. (vLLM also draws a token
 per beam, and that one, if it ends the answer, is an answer, too, however unlikely: that is left out.)
 
-With `normalize` off, the scores that are added up are the logits as they come: the contrastive objective of a mix is
-what Li et al. 2022 (arXiv:2210.15097) search with beams.
+With `normalize` off, the scores that are added up are the logits as they come: with `contrastive`, the objective that
+Li et al. 2022 (arXiv:2210.15097) search with beams. (Of each step their code first takes the 2 K tokens that the expert
+alone finds likeliest, whatever came before, and keeps the best K of these by the objective. We search all.)
 """
 
 import math
