@@ -34,6 +34,8 @@ from whipstaff.decoding.methods.top_n_sigma import TopNSigma
 from whipstaff.decoding.methods.typical_p import TypicalP
 from whipstaff.decoding.methods.xtc import Xtc
 from whipstaff.decoding.search.beam_search import BeamSearch
+from whipstaff.decoding.search.kcts import Kcts
+from whipstaff.decoding.search.opera import Opera
 
 _TABLE: tuple[Method[Any], ...] = (
     ProxyTuning(),
@@ -66,6 +68,8 @@ _TABLE: tuple[Method[Any], ...] = (
     Mirostat(),
     Forced(),
     BeamSearch(),
+    Opera(),
+    Kcts(),
 )
 
 METHODS: dict[str, Method[Any]] = {method.name: method for method in _TABLE}

@@ -28,6 +28,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "forced": {"ids": [5, 6, 3, 9]},
     "co_llm": {"assistant": "first", "head": "head"},
     "kwd": {"classifier": "head"},
+    "kcts": {"classifier": "head"},
     "adaptive_temperature": {"head": "head"},
 }
 """The parameters without a default."""
@@ -70,6 +71,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "eta_cutoff": [{"epsilon": 0.5}],
     "xtc": [{"probability": 1.0, "threshold": 0.02}, {"threshold": 0.05}],
     "mirostat": [{"mode": 0}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 1.5, "eta": 1.0}],
+    "opera": [{"beams": 1, "candidates": 2}, {"span": "bc", "penalty_weight": 0.5, "official_fp16": True}],
+    "kcts": [{"k": 3, "simulations": 4}, {"exploration": 0.5, "repetition_penalty": 1.0}],
     "beam_search": [{"num_beams": 2, "early_stopping": True}, {"scoring": "vllm", "length_penalty": 0.5}],
 }
 """Further parameters, so that rows of a batch differ."""
