@@ -205,7 +205,8 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
     if isinstance(method, SearchMethod):
-        check_needs(method.name, method.needs, bare.path_of("method"), caps)
+        if (reason := lacking(method, caps)) and not bare.why_off:
+            raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
         return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests)
     early = tuple(method.early_layers(params, caps.depth))
     _check_early(bare, early, caps.depth.kept)
@@ -241,21 +242,6 @@ def _check_streams(bare: DecodingEntry, caps: Capabilities) -> None:
             )
 
 
-def check_needs(name: str, needs: frozenset[str], path: str, caps: Capabilities) -> None:
-    """What a method reads that not every server keeps. Raises: Unavailable."""
-    if "tries" in needs and not caps.looks_ahead:
-        raise Unavailable(
-            f"{name} tries tokens before it chooses, and this server does not look ahead; start it with --lookahead",
-            path,
-        )
-    if "attention" in needs and not caps.reads_attention:
-        raise Unavailable(
-            f"{name} reads where the model's last layer looks, which this server does not keep; start it with "
-            "--attention-rows",
-            path,
-        )
-
-
 def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int]) -> None:
     if missing := sorted(set(layers) - kept):
         wanted = ",".join(map(str, sorted(kept.union(layers))))
@@ -264,6 +250,17 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
             f"--early-layers {wanted}",
             bare.path_of("layers"),
         )
+
+
+def lacking(method: SearchMethod[Any], caps: Capabilities) -> str:
+    """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
+    needs = {
+        "tries": (caps.looks_ahead, "tries tokens before one is chosen", "--lookahead"),
+        "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
+    }
+    missing = [(what, flag) for need, (has, what, flag) in needs.items() if need in method.needs and not has]
+    whats, flags = (" and ".join(one) for one in zip(*missing, strict=True)) if missing else ("", "")
+    return f"{whats}, and this server does not; start it with {flags}" if missing else ""
 
 
 def head_kinds(method: Method[Any], name: str) -> list[str]:

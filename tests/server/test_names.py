@@ -43,6 +43,9 @@ ON: dict[str, Any] = {  # a value that is not off, of every parameter that a sho
     "mode": 2,
     "tau": 4,
     "eta": 0.2,
+    "num_candidates": 3,
+    "num_beams": 3,
+    "early_stopping": True,
 }
 OFF = {  # neutral values, as other servers have them by default
     "guidance_scale": 1,
@@ -59,6 +62,8 @@ OFF = {  # neutral values, as other servers have them by default
     "xtc_probability": 0,
     "mirostat": 0,
     "mirostat_mode": 0,
+    "best_of": 1,
+    "num_beams": 1,
 }
 SILLY_TAVERN = {  # what its text completions send with everything off
     **{"typical_p": 1, "typical": 1, "top_a": 0, "nsigma": 0, "top_n_sigma": 0, "guidance_scale": 1},
