@@ -157,6 +157,7 @@ def _seat(primary: Request, index: int) -> Request:
         pooling_params=None,
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
+        mm_features=list(primary.mm_features),
         lora_request=primary.lora_request,
         cache_salt=primary.cache_salt,
         priority=primary.priority,
