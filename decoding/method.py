@@ -217,6 +217,9 @@ class Method(ABC, Generic[P]):
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
+    shared: ClassVar[Mapping[str, str]] = {}
+    """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
+    They turn nothing on."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:
@@ -332,6 +335,31 @@ class LogitsRewriter(Method[P]):
     def note(self, rows: Rows, settings: Sequence[Any], sampled: Tensor) -> None:
         """Learn what was drawn: (R,) int64. `rows.logits` are what it was drawn from. For methods with state."""
         return None
+
+
+class Candidate(NamedTuple):
+    """An answer that was drawn, to be ranked among others; it has at least one token."""
+
+    num_tokens: int
+    log_probability: float  # of all of it, where its tokens were drawn from, before temperature and truncation
+    explained: Sequence[Mapping[str, Any]]  # what is said of each of its tokens, where the method reads rows
+
+
+class Ranker(LogitsRewriter[P]):
+    """A method that ranks answers once they are drawn, and changes no logits. A request has at most one. Of the
+    models and heads that it may name, each may be absent."""
+
+    @abstractmethod
+    def num_candidates(self, params: P) -> int:
+        """How many answers are drawn."""
+
+    @abstractmethod
+    def reads_rows(self, params: P) -> bool:
+        """Whether it must see rows on their way, and be told what is said of each token."""
+
+    @abstractmethod
+    def score(self, params: P, candidate: Candidate) -> float:
+        """The higher the better."""
 
 
 def setting_type(method: Method[Any]) -> type[BaseModel]:

@@ -157,6 +157,7 @@ async def load(
             facts["has_final_norm"],
         ),
         looks_ahead=engine.layout.looks_ahead,
+        max_search_seqs=engine.layout.max_search_seqs,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

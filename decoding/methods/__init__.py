@@ -7,6 +7,7 @@ from whipstaff.decoding.method import Method
 from whipstaff.decoding.methods.adapter_ensemble import AdapterEnsemble
 from whipstaff.decoding.methods.adapter_free_ensemble import AdapterFreeEnsemble
 from whipstaff.decoding.methods.adaptive_temperature import AdaptiveTemperature
+from whipstaff.decoding.methods.best_of import BestOf
 from whipstaff.decoding.methods.cad import Cad
 from whipstaff.decoding.methods.cfg import Cfg
 from whipstaff.decoding.methods.co_llm import CoLlm
@@ -53,6 +54,7 @@ _TABLE: tuple[Method[Any], ...] = (
     CoLlm(),
     Kwd(),
     RuleAdapter(),
+    BestOf(),
     Dry(),
     AdaptiveTemperature(),
     Edt(),

@@ -1,13 +1,15 @@
 """Beam search, as transformers defines it or as vLLM's `use_beam_search` does.
 
-Of transformers: `beams`. Of vLLM: every beam brings its 2 K likeliest tokens; those that end an answer make an answer,
-whatever its rank; of the others the best K run on, always to the end. An answer's score is the sum of its
-log-probabilities over its length to the power of `length_penalty`, where the prompt counts and the token that ends it
-does not. We stop where no beam can come before K answers any more, which changes none of them. (vLLM also draws a token
-per beam, and that one, if it ends the answer, is an answer, too, however unlikely: that is left out.)
+Of transformers: `beams`, and `groups` where they are to differ. Of vLLM: every beam brings its 2 K likeliest tokens;
+those that end an answer make an answer, whatever its rank; of the others the best K run on, always to the end. An
+answer's score is the sum of its log-probabilities over its length to the power of `length_penalty`, where the prompt
+counts and the token that ends it does not. We stop where no beam can come before K answers any more, which changes none
+of them. (vLLM also draws a token per beam, and that one, if it ends the answer, is an answer, too, however unlikely:
+that is left out.)
 
-With `normalize` off, the scores that are added up are the logits as they come: the contrastive objective of a mix is
-what Li et al. 2022 (arXiv:2210.15097) search with beams.
+With `normalize` off, the scores that are added up are the logits as they come: with `contrastive`, the objective that
+Li et al. 2022 (arXiv:2210.15097) search with beams. (Of each step their code first takes the 2 K tokens that the expert
+alone finds likeliest, whatever came before, and keeps the best K of these by the objective. We search all.)
 """
 
 import math
@@ -18,8 +20,9 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from whipstaff.decoding.method import Params
+from whipstaff.decoding.method import DecodingError, Params, Vocabulary
 from whipstaff.decoding.search.beams import Book, Candidate, EarlyStopping, Rules, best_candidates, num_shared
+from whipstaff.decoding.search.groups import BeamGroups
 from whipstaff.decoding.search.search import (
     Continuation,
     Decision,
@@ -44,21 +47,39 @@ class BeamSearchParams(Params):
         False,
         description="true: once enough answers are there; false: by a heuristic; never: where none can improve",
     )
+    num_beam_groups: int = Field(1, ge=1, le=64, description="groups of beams that avoid one another's tokens")
+    diversity_penalty: float = Field(
+        0.0,
+        ge=0,
+        le=1e4,
+        allow_inf_nan=False,
+        description="of tokens that groups before have said",
+    )
     scoring: Literal["hf", "vllm"] = Field("hf", description="whose beam search: transformers' or vLLM's")
     normalize: bool = Field(True, description="whether scores are log-probabilities, or the logits as they are")
 
     @field_validator("scoring")
     @classmethod
     def _vllm_never_stops(cls, scoring: str, info: ValidationInfo) -> str:
-        if scoring == "vllm" and info.data.get("early_stopping"):
-            raise ValueError("vLLM's beam search has no early_stopping")
+        for name, usual in (("early_stopping", False), ("num_beam_groups", 1)):
+            if scoring == "vllm" and info.data.get(name, usual) != usual:
+                raise ValueError(f"vLLM's beam search has no {name}")
         return scoring
+
+    @field_validator("normalize")
+    @classmethod
+    def _groups_are_normal(cls, normalize: bool, info: ValidationInfo) -> bool:
+        if not normalize and info.data.get("num_beam_groups", 1) > 1:
+            raise ValueError("groups of beams compare log-probabilities")
+        return normalize
 
 
 class BeamSearch(SearchMethod[BeamSearchParams]):
     name, paper = "beam_search", "Graves 2012, arXiv:1211.3711"
     params = BeamSearchParams
-    shorthands: ClassVar[Mapping[str, str]] = {"num_beams": "num_beams", "early_stopping": "early_stopping"}
+    shorthands: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("num_beams", "early_stopping", "num_beam_groups", "diversity_penalty")
+    }
     switches = (frozenset({"num_beams"}),)
     sequences_field = "num_beams"
     shared: ClassVar[Mapping[str, str]] = {"length_penalty": "length_penalty"}
@@ -68,6 +89,18 @@ class BeamSearch(SearchMethod[BeamSearchParams]):
 
     def is_off(self, params: BeamSearchParams) -> bool:
         return params.num_beams == 1 and params.scoring == "hf"
+
+    def resolve(self, params: BeamSearchParams, words: Vocabulary) -> BeamSearchParams:
+        num_beams, num_groups = params.num_beams, params.num_beam_groups
+        if self.is_off(params):
+            return params
+        if num_beams % num_groups:
+            raise DecodingError(f"{num_beams} beams do not make {num_groups} equal groups", "num_beam_groups")
+        if num_groups > 1 and not params.diversity_penalty:
+            raise DecodingError("without it all groups are the same", "diversity_penalty")
+        if params.diversity_penalty and num_groups == 1:
+            raise DecodingError("it is between groups; say num_beam_groups", "diversity_penalty")
+        return params
 
     def num_sequences(self, params: BeamSearchParams) -> int:
         return params.num_beams
@@ -79,7 +112,10 @@ class BeamSearch(SearchMethod[BeamSearchParams]):
         if setting.scoring == "vllm":
             return _Beams(setting, _BookOfVllm(setting, facts))
         penalty, stopping = setting.length_penalty, setting.early_stopping
-        return _Beams(setting, Book(Rules(setting.num_beams, facts.max_tokens, facts.eos, penalty, stopping)))
+        rules = Rules(setting.num_beams, facts.max_tokens, facts.eos, penalty, stopping)
+        if setting.num_beam_groups > 1:
+            return BeamGroups(rules, setting.num_beam_groups, setting.diversity_penalty)
+        return _Beams(setting, Book(rules))
 
 
 class _Beams(Search):

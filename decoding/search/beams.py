@@ -48,6 +48,11 @@ class Rules:
     def score(self, total: float, num_tokens: int) -> float:
         return total / math.pow(num_tokens, self.length_penalty)
 
+    def best_possible(self, total: float, num_tokens: int) -> float:
+        """What a beam may come to score, as transformers guesses: exact with early_stopping "never"."""
+        is_hopeful = self.early_stopping == "never" and self.length_penalty > 0
+        return self.score(total, self.max_tokens if is_hopeful else num_tokens)
+
 
 @dataclass(frozen=True)
 class Book:
@@ -90,9 +95,7 @@ class Book:
         rules = self.rules
         if len(finished) < rules.num_beams:
             return False
-        is_hopeful = rules.early_stopping == "never" and rules.length_penalty > 0
-        best_possible = rules.score(best, rules.max_tokens if is_hopeful else num_tokens)
-        return rules.early_stopping is True or best_possible <= finished[-1].score
+        return rules.early_stopping is True or rules.best_possible(best, num_tokens) <= finished[-1].score
 
 
 def best_candidates(scores: Tensor, num: int) -> list[Candidate]:

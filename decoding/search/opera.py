@@ -57,7 +57,7 @@ class OperaParams(Params):
     method: Literal["opera"] = "opera"
     beams: int = Field(5, ge=1, le=64, description="sequences that are searched at once")
     candidates: int = Field(
-        5, ge=2, le=64, validate_default=True, description="tokens of each beam that are tried, no fewer than beams"
+        5, ge=1, le=64, validate_default=True, description="tokens of each beam that are tried, no fewer than beams"
     )
     scale_factor: float = Field(50.0, gt=0, le=1e6, allow_inf_nan=False, description="of attention weights")
     penalty_weight: float = Field(1.0, ge=0, le=1e4, allow_inf_nan=False, description="0: no penalty")
@@ -74,6 +74,8 @@ class OperaParams(Params):
     @field_validator("candidates")
     @classmethod
     def _feeds_all_beams(cls, candidates: int, info: ValidationInfo) -> int:
+        if candidates < 2:
+            raise ValueError("with one candidate the penalty does nothing: nothing else could be chosen; at least 2")
         if candidates < (beams := info.data.get("beams", 0)):
             raise ValueError(f"{beams} beams begin with {beams} tokens; fewer candidates leave dead beams")
         return candidates
@@ -100,7 +102,7 @@ class Opera(SearchMethod[OperaParams]):
     def resolve(self, params: OperaParams, words: Vocabulary) -> OperaSetting:
         return OperaSetting(**params.model_dump())
 
-    def place(self, setting: OperaSetting, prompt: PromptFacts) -> OperaSetting:
+    def at_prompt(self, setting: OperaSetting, prompt: PromptFacts) -> OperaSetting:
         whole = ((1, prompt.num_tokens),) if prompt.num_tokens > 1 else ()
         return setting.model_copy(update={"trusted": whole if setting.span is None else span_at(setting.span, prompt)})
 

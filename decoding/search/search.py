@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from whipstaff.decoding.method import Method, P, Vocabulary
+from whipstaff.decoding.method import Method, P, PromptFacts, Vocabulary
 
 SearchNeed = Literal["attention", "hidden", "tries"]  # what a search reads beside logits: see `Living`, `Tried`
 
@@ -100,6 +100,7 @@ class SearchMethod(Method[P]):
     stage = "search"
     needs: ClassVar[frozenset[SearchNeed]] = frozenset()
     sequences_field: ClassVar[str] = "method"  # the parameter that says how many sequences live
+    explains: ClassVar[bool] = False  # whether `Decision.facts` say something of every token
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 
@@ -115,8 +116,8 @@ class SearchMethod(Method[P]):
         """The parameters as the engine needs them. Raises: DecodingError."""
         return params
 
-    def place(self, setting: Any, prompt: Any) -> BaseModel:
-        """The setting for one prompt (a `PromptFacts`). Raises: DecodingError."""
+    def at_prompt(self, setting: Any, prompt: PromptFacts) -> BaseModel:
+        """The setting for one prompt. Raises: DecodingError."""
         found: BaseModel = setting
         return found
 

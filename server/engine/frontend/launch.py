@@ -20,6 +20,7 @@ from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
 from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.leases import NOTHING, Lease
@@ -45,7 +46,8 @@ class PlanDict(dict[str, Any]):
 
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
-    that the plan names.
+    that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
+    that.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class PlanDict(dict[str, Any]):
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.explained, self.lease = label, note, explained, lease
+        self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
         return self  # a copy of a request's parameters is still that request's
@@ -83,6 +86,8 @@ class Engine(AsyncLLM):
         if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
+        if plan is not None and plan.answers is not None:
+            outputs = plan.answers.of(outputs, self.get_tokenizer())
         with nullcontext() if plan is None else plan.lease.again():
             async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
                 async for output in watched:

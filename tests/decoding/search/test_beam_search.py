@@ -10,6 +10,8 @@ from search_loop import Asked, Loop
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from whipstaff.decoding.methods.contrastive import Contrastive, ContrastiveParams
+from whipstaff.decoding.mix import MixedRow, mix_rows
 from whipstaff.decoding.search.beam_search import BeamSearch, BeamSearchParams
 
 EOS, VOCAB, LENGTH = 2, 64, 12
@@ -221,3 +223,33 @@ def test_off_is_one_beam() -> None:
     assert not any(METHOD.is_off(BeamSearchParams(**own)) for own in SETTINGS if own.get("num_beams") != 1)
     assert not METHOD.is_off(BeamSearchParams(num_beams=1, scoring="vllm"))
     assert METHOD.num_sequences(BeamSearchParams(num_beams=7)) == METHOD.num_answers(BeamSearchParams(num_beams=7)) == 7
+
+
+def test_contrastive_beams_are_beams_over_a_mix_as_it_is() -> None:
+    """Li et al.'s objective, log p_expert - log p_amateur among the plausible tokens, added up along each text."""
+    expert, amateur = model_that_ends(0.0), model_that_ends(0.0)
+    amateur.lm_head.weight.data = amateur.lm_head.weight.data.roll(3, 0)
+    mix = Contrastive().mix(ContrastiveParams(amateur="first"))
+
+    def mixed(texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+        streams = {"first": Loop(amateur).see(texts).logits}
+        return mix_rows(logits.clone(), streams, [MixedRow(row, mix, [row]) for row in range(len(texts))])
+
+    def added(text: Sequence[int]) -> list[tuple[float, int]]:
+        strong, weak = (Loop(model).see([text]).logits[0].log_softmax(0).tolist() for model in (expert, amateur))
+        least = max(strong) + math.log(0.1)
+        return [(s - w, token) for token, (s, w) in enumerate(zip(strong, weak, strict=True)) if s >= least]
+
+    different = 0
+    for prompt in prompts(6, seed=9):
+        asked = Asked(BeamSearchParams(num_beams=3, normalize=False), prompt, 6)
+        ran = Loop(expert, rewrite=mixed).run_all(METHOD, [asked])[0]
+        beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for _ in range(6):
+            longer = [(total + s, (*text, token)) for total, text in beams for s, token in added([*prompt, *text])]
+            beams = sorted(longer, key=lambda one: -one[0])[:3]
+        assert [answer.tokens for answer in ran.hypotheses] == [text for _, text in beams]
+        assert ran.hypotheses[0].score == pytest.approx(beams[0][0] / 6, rel=1e-5)
+        normalised = asked._replace(setting=BeamSearchParams(num_beams=3))
+        different += ran.best != Loop(expert, rewrite=mixed).run_all(METHOD, [normalised])[0].best
+    assert different

@@ -216,7 +216,7 @@ def test_a_column_without_weight_is_never_the_one() -> None:
 def test_spans_are_placed_in_the_prompt() -> None:
     def placed(prompt: StubPrompt, **own: Any) -> Any:
         setting = METHOD.resolve(OperaParams(**own), StubVocabulary())
-        return METHOD.place(setting, prompt).trusted
+        return METHOD.at_prompt(setting, prompt).trusted
 
     assert placed(StubPrompt(5)) == ((1, 5),)
     assert placed(StubPrompt(1)) == ()

@@ -130,7 +130,8 @@ class DecodingMetadata:
         self._calls = self._grouped(most_early)
         mixes = ((index, active_row.row, active_row.request.plan.mix) for index, active_row in enumerate(active))
         self._mixes = [(index, row, mix, 1 + mix.num_companions) for index, row, mix in mixes if mix is not None]
-        self.explained = [active_row for active_row in active if active_row.request.plan.explain is not None]
+        plans = [(active_row, active_row.request.plan) for active_row in active]
+        self.explained = [row for row, plan in plans if plan.explain is not None and plan.search is None]
         self.scored_base = self._rows(lambda request: request.plan.scores_base)
         self.banning = self._rows(lambda request: request.bans)
         self.biased = self._biased()
