@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-IMPORTED = ["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "whipstaff.server.engine.worker.worker"]
+IMPORTED = ["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "whipstaff.server.engine.worker.cpu_worker"]
 _PARENTS: dict[str | None, forkserver.ForkServer] = {}  # by what V2's stand-in for a GPU is told, on import
 
 
