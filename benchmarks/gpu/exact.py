@@ -283,8 +283,8 @@ async def main() -> None:
     )
     reference = Reference()
     found = [
-        await compare("whole graphs", flags, reference, has_aux=False),
         await compare("graphs in pieces", flags, reference, has_aux=True),
+        await compare("whole graphs", flags, reference, has_aux=False),
     ]
     sys.exit(0 if all(found) else 1)
 

@@ -158,7 +158,7 @@ def say(rounds: dict[int, list[Seconds]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=60, help="when the last round begins at the latest")
+    parser.add_argument("--seconds", type=float, default=45, help="when the last round begins at the latest")
     parser.add_argument("--rounds", type=int, default=15, help="at most")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()

@@ -66,12 +66,17 @@ def composite(cls: Any) -> type:
             hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
             names = pipeline.needed_auxiliaries() if auxiliaries else []
-            beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
             is_tagged = pipeline.scores_prompts
-            if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+            if not names and not is_tagged:
                 return hidden
+            # Models' captured graphs share memory: what one returned is overwritten as the next one runs.
+            beside = [hidden.clone()]
+            for name in names:
+                beside.append(auxiliaries[name].forward(_ids(input_ids), positions).clone())
+            if not pipeline.is_in_step:  # profiling or capture: they ran, nobody mixes
+                return beside[0]
             self.whipstaff_beside = Beside(names, is_tagged)
-            return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+            return torch.cat([*beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
 
         def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             step = self.whipstaff_step
