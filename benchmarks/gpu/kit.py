@@ -7,7 +7,7 @@ minutes on a machine with one GPU:
 
     build       the libraries, for this GPU's architecture alone
     check       the kernels against the CPU's, also inside captured graphs
-    kernels     their times against a copy of the same bytes, and how fast a large copy is
+    kernels     their times against a copy of the same bytes
     doctor      `whipstaff doctor` on the demo model, in whole captured graphs and, with auxiliary models, in pieces
     exact       a mixed batch, greedy and float32, against plain transformers, in both
     throughput  stock vLLM, idle, steered, guided and proxy-tuned, in turns
