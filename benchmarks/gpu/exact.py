@@ -98,7 +98,10 @@ class Reference:
         return self._known[key]
 
     def _computed(self, case: Case) -> tuple[list[int], list[float], list[float]]:
-        base, tokens, said, margins = self.models["demo"], [], [], []
+        base = self.models["demo"]
+        tokens: list[int] = []
+        said: list[float] = []
+        margins: list[float] = []
         blocks = steered.places(base)
         handles = [blocks[edit.layer][0].register_forward_hook(edit) for edit in case.low_rank]
         try:

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,12 @@ def architecture() -> str:
 
 def machine(device: str) -> dict[str, Any]:
     import torch
-    import transformers
-    import triton
 
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        "triton": metadata.version("triton"),
+        "transformers": metadata.version("transformers"),
         "cores": len(os.sched_getaffinity(0)),
     }
     if device == "cuda":
