@@ -71,8 +71,8 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
     ),
     "worker.worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
-    "worker.worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
-    "worker.worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
+    "worker.cpu_worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
+    "worker.cuda_worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
 }
 
 

@@ -23,7 +23,7 @@ import pytest
 
 FOR_ENGINES: tuple[str, ...] = (
     *("warm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
-    *("whipstaff.server.engine.worker.worker", "whipstaff.server.commands.main", "whipstaff.server.app"),
+    *("whipstaff.server.engine.worker.cpu_worker", "whipstaff.server.commands.main", "whipstaff.server.app"),
 )
 FOR_PROGRAMS: tuple[str, ...] = ("warm", "numpy", "torch", "safetensors.torch")
 

@@ -31,8 +31,8 @@ from whipstaff.steering.sites import CORE
 from whipstaff.steering.vector_file import Vector
 
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.worker.CpuWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.worker.CudaWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.cpu_worker.CpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.cuda_worker.CudaWorker",
 }
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once

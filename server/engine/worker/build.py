@@ -44,7 +44,7 @@ def build_step(
     layout, model = Layout.from_config(config.additional_config), runner.get_model()
     if config.lora_config is not None:
         settle_adapters(runner, model)
-    auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
+    auxiliaries = [Auxiliary(spec, config, runner.device) for spec in layout.auxiliaries]
     requests, adapters = Requests(), StepAdapters(runner)
     edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1

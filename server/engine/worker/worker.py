@@ -1,11 +1,13 @@
-"""The worker: vLLM's own, which does what is in `step.py` in every step, and answers the front end's calls."""
+"""The worker: vLLM's own, which does what is in `step.py` in every step, and answers the front end's calls.
+
+What it is mixed into is in a module for each platform, `cpu_worker` and `cuda_worker`: vLLM's module of the CPU's
+worker puts stand-ins for CUDA's streams, events and pinned memory into torch as it is imported.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import causes
 from whipstaff.server.engine.layout import Layout
@@ -160,11 +162,3 @@ class SteeredWorker:
             "search_tried": step.pipeline.searches.counts.tried,
             "search_seconds": step.pipeline.searches.counts.seconds,
         }
-
-
-class CpuWorker(SteeredWorker, CPUWorker):
-    """On CPUs."""
-
-
-class CudaWorker(SteeredWorker, Worker):
-    """On CUDA devices."""

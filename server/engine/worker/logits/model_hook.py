@@ -68,12 +68,17 @@ def composite(cls: Any) -> type:
             if step.is_in_forward and step.is_plain:
                 return hidden
             names = step.pipeline.needed_auxiliaries() if step.is_in_forward else list(auxiliaries)
-            beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
             is_tagged = step.is_in_forward and step.pipeline.scores_prompts
-            if not step.is_in_forward or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+            if not names and not is_tagged:
                 return hidden
+            # Models' captured graphs share memory: what one returned is overwritten as the next one runs.
+            beside = [hidden.clone()]
+            for name in names:
+                beside.append(auxiliaries[name].forward(_ids(input_ids), positions).clone())
+            if not step.is_in_forward:  # profiling or capture: they ran, nobody mixes
+                return beside[0]
             self.whipstaff_beside = Beside(names, is_tagged)
-            return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+            return torch.cat([*beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
 
         def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             step = self.whipstaff_step
