@@ -77,7 +77,9 @@ class BeamSearchParams(Params):
 class BeamSearch(SearchMethod[BeamSearchParams]):
     name, paper = "beam_search", "Graves 2012, arXiv:1211.3711"
     params = BeamSearchParams
-    shorthands: ClassVar[Mapping[str, str]] = {"num_beams": "num_beams", "early_stopping": "early_stopping"}
+    shorthands: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("num_beams", "early_stopping", "num_beam_groups", "diversity_penalty")
+    }
     switches = (frozenset({"num_beams"}),)
     sequences_field = "num_beams"
     shared: ClassVar[Mapping[str, str]] = {"length_penalty": "length_penalty"}
