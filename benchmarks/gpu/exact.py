@@ -28,7 +28,7 @@ from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server import demo
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict, Setup, start
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape

@@ -21,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.frontend.launch import PlanDict, start
+from whipstaff.server.engine.frontend.launch import PlanDict, Setup, start
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
