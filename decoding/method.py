@@ -28,7 +28,9 @@ _MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
-Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
+Need = Literal[  # see `Rows`
+    "tokens", "hidden", "random", "temperature", "early_exit", "lookahead", "attention", "history"
+]
 
 
 class DecodingError(ValueError):
@@ -217,6 +219,8 @@ class Method(ABC, Generic[P]):
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
+    borrowed: ClassVar[Mapping[str, str]] = {}
+    """vLLM's own field of a request -> the parameter that it says, too, where shorthands ask for the method."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:

@@ -41,6 +41,7 @@ class DecodingPlan:
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
+    keeps_hidden: bool = False  # whether the hidden states of all positions are kept
 
     @property
     def models(self) -> list[str]:
@@ -61,6 +62,7 @@ class DecodingPlan:
             "seed": self.seed,
             "explain": self.explain,
             "scores_base": self.scores_base,
+            "keeps_hidden": self.keeps_hidden,
         }
 
     @staticmethod
@@ -75,4 +77,5 @@ class DecodingPlan:
             wire["seed"],
             wire["explain"],
             wire["scores_base"],
+            wire["keeps_hidden"],
         )

@@ -101,6 +101,8 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "sites": settings.steering_sites,
         "early_layers": settings.early_layers,
         "lookahead": settings.lookahead,
+        "attention_rows": settings.attention_rows,
+        "hidden_states": settings.hidden_states,
     }
 
 
@@ -156,6 +158,8 @@ async def load(
             facts["has_final_norm"],
         ),
         looks_ahead=engine.layout.looks_ahead,
+        reads_attention=engine.layout.reads_attention,
+        num_hidden_states=engine.layout.num_hidden_states,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

@@ -183,6 +183,8 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
     early = tuple(method.early_layers(params, caps.depth))
+    if reason := lacking(method, caps) if not bare.why_off else "":
+        raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
     _check_early(bare, early, caps.depth.kept)
     return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
@@ -226,6 +228,22 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
         )
 
 
+def lacking(method: LogitsRewriter[Any], caps: Capabilities) -> str:
+    """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
+    needs = {
+        "lookahead": (
+            caps.looks_ahead or bool(method.ahead_fields),
+            "tries tokens before one is chosen",
+            "--lookahead",
+        ),
+        "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
+        "history": (caps.num_hidden_states > 0, "reads the hidden states of all positions", "--hidden-states N"),
+    }
+    missing = [(what, flag) for need, (has, what, flag) in needs.items() if need in method.needs and not has]
+    whats, flags = (" and ".join(one) for one in zip(*missing, strict=True)) if missing else ("", "")
+    return f"{whats}, and this server does not; start it with {flags}" if missing else ""
+
+
 def head_kinds(method: Method[Any], name: str) -> list[str]:
     """The kinds of learned heads that a parameter may name; the first needs no look ahead."""
     return [fields[name] for fields in (method.head_fields, method.ahead_fields) if name in fields]
@@ -242,7 +260,12 @@ def _ahead(bare: DecodingEntry, heads: Mapping[str, Vector], looks_ahead: bool) 
                     bare.path_of(name),
                 )
             return name
-    return ""
+    return "method" if always_tries(bare.method) else ""
+
+
+def always_tries(method: Method[Any]) -> bool:
+    """Whether a method tries tokens before one is chosen, whatever its parameters."""
+    return isinstance(method, LogitsRewriter) and "lookahead" in method.needs and not method.ahead_fields
 
 
 def _head(bare: DecodingEntry, name: str, caps: Capabilities) -> Vector:
@@ -281,7 +304,8 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
-    return DecodingPlan(mix, rewrites) if entries else None
+    keeps_hidden = any("history" in e.method.needs for e in rewriting if isinstance(e.method, LogitsRewriter))
+    return DecodingPlan(mix, rewrites, keeps_hidden=keeps_hidden) if entries else None
 
 
 def _check_together(entries: Sequence[DecodingEntry]) -> None:

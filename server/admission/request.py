@@ -221,7 +221,11 @@ class CompiledRequest:
     def draws_itself(self) -> bool:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
         stages = {entry.method.stage for entry in self.decoding}
-        return self.options.is_temperature_last or self.options.is_hot or bool(stages & {"temperature", "truncation"})
+        return (
+            self.options.is_temperature_last
+            or self.options.is_hot
+            or bool(stages & {"penalty", "temperature", "truncation"})
+        )
 
     def heated(self, temperature: float, truncates: bool) -> "CompiledRequest":
         """With a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""

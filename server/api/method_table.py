@@ -8,7 +8,7 @@ from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.methods import METHODS as DECODING
-from whipstaff.server.admission.decoding import head_kinds, judged_tokens
+from whipstaff.server.admission.decoding import head_kinds, judged_tokens, lacking
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
@@ -73,6 +73,8 @@ def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]
         missing.append("start the server with --aux NAME=MODEL")
     if method.needs_adapters and not caps.max_adapters:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
+    if isinstance(method, LogitsRewriter) and (reason := lacking(method, caps)):
+        missing.append(f"it {reason}")
     if isinstance(method, LogitsRewriter) and "early_exit" in method.needs and not caps.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
     if (isinstance(method, LogitsRewriter) or issubclass(method.params, CoupledParams)) and caps.words is None:

@@ -93,6 +93,8 @@ def start(
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
+    attention_rows: bool = False,
+    hidden_states: int = 0,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -106,6 +108,8 @@ def start(
         sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
         early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.StreamCopy`.
         lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
+        attention_rows: whether methods may read what the last layer attends to; see `last_attention`.
+        hidden_states: sequences whose hidden states can be kept whole; see `hidden_histories`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -117,7 +121,9 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead)
+    layout = configure(
+        config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead, attention_rows, hidden_states
+    )
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -141,11 +147,17 @@ def configure(
     sites: Iterable[Hook] = (),
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
+    attention_rows: bool = False,
+    hidden_states: int = 0,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
     if lookahead:
         _refuse_lookahead(config)
+    if attention_rows:
+        _refuse_attention_rows(config)
+    if hidden_states:
+        _refuse_hidden_states(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     shape = model_shape(config.model_config)
     needs = Needs.of((vector for vector in vectors if vector.fits(shape)), hooks := tuple(sites))
@@ -167,6 +179,8 @@ def configure(
         early_layers=early,
         auxiliaries=specs,
         looks_ahead=lookahead,
+        reads_attention=attention_rows,
+        num_hidden_states=hidden_states,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -260,9 +274,32 @@ def _refuse_lookahead(config: VllmConfig) -> None:
         "--enable-eplb": config.parallel_config.enable_eplb,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
+    _refuse("--lookahead", refused)
+
+
+def _refuse_attention_rows(config: VllmConfig) -> None:
+    """Where one rank does not see all keys, or the layer not all tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--attention-rows", refused)
+
+
+def _refuse_hidden_states(config: VllmConfig) -> None:
+    """Where a forward pass does not give those of all of a step's tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--hidden-states", refused)
+
+
+def _refuse(flag: str, refused: Mapping[str, bool]) -> None:
     for setting, is_on in refused.items():
         if is_on:
-            raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
+            raise UnsupportedEngine(f"{flag} is not supported together with {setting}")
 
 
 def _why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
