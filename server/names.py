@@ -74,7 +74,8 @@ def _fields_of_method(method: Method[Any], fields: Mapping[str, Any]) -> MethodF
             raise BadRequest(f"given twice: {names[param]} is {params[param]!r}", name)
         params.setdefault(param, value)
         names.setdefault(param, name)
-    for name, param in method.borrowed.items() if params else ():
+    is_on = bool(params) and not is_off({"method": method.name, **params})
+    for name, param in method.borrowed.items() if is_on else ():
         if (value := _read(method, name, fields.get(name))) is not None and param not in params:
             params[param], names[param] = value, name
     gates = {name: fields[name] for name in method.gates if fields.get(name) is not None}

@@ -212,6 +212,8 @@ def test_contrastive_search_by_hugging_faces_names(reading: Capabilities) -> Non
     assert (error.status, error.param) == (400, "top_k")
     assert refusal(reading, penalty_alpha=2.0, top_k=4).param == "penalty_alpha"
     assert compile_extras({"top_k": 8}, reading) is None
+    off = compiled(reading, penalty_alpha=0, top_k=1000)
+    assert off.is_plain and off.warnings == ("penalty_alpha was left out: it is off",)
     plan = compiled(reading, penalty_alpha=0.6).plan.decoding
     assert plan is not None and plan.keeps_hidden
     plan = compiled(reading, decoding={"method": "top_a"}).plan.decoding
