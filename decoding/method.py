@@ -28,7 +28,9 @@ _MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
-Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
+Need = Literal[  # see `Rows`
+    "tokens", "hidden", "random", "temperature", "early_exit", "lookahead", "attention", "history"
+]
 
 
 class DecodingError(ValueError):

@@ -22,7 +22,7 @@ from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.fields import entries_at
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.names import fields_by_method, in_own_names
+from whipstaff.server.names import fields_by_method, in_own_names, is_off
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.planner import MAX_EDITS, Planner
@@ -139,12 +139,12 @@ def _with_shared(given: GivenEntry, shared: Mapping[str, Any]) -> GivenEntry:
     """An entry with what the request's other fields say of its method, as far as it says nothing of it itself."""
     entry = given.entry
     method = METHODS.get(str(entry.get("method"))) if isinstance(entry, dict) else None
-    taken = {param: name for name, param in method.shared.items() if name in shared} if method else {}
-    taken = {param: name for param, name in taken.items() if param not in entry}
-    if not taken:
+    if method is None or not method.shared or is_off(entry):
         return given
-    said = {param: shared[name] for param, name in taken.items()}
-    return given._replace(entry={**entry, **said}, names={**given.names, **taken})
+    taken = {param: name for name, param in method.shared.items() if name in shared and param not in entry}
+    read = {param: method.read(name, shared[name]) for param, name in taken.items()}
+    said = {param: value for param, value in read.items() if value is not None}
+    return given._replace(entry={**entry, **said}, names={**given.names, **{param: taken[param] for param in said}})
 
 
 def admit_decoding(given: GivenEntry, caps: Capabilities) -> DecodingEntry:
@@ -208,6 +208,8 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
             raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
         return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests)
     early = tuple(method.early_layers(params, caps.depth))
+    if reason := lacking(method, caps) if not bare.why_off else "":
+        raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
     _check_early(bare, early, caps.depth.kept)
     return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
@@ -251,11 +253,14 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
         )
 
 
-def lacking(method: SearchMethod[Any], caps: Capabilities) -> str:
+def lacking(method: LogitsRewriter[Any] | SearchMethod[Any], caps: Capabilities) -> str:
     """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
+    tries = "tries tokens before one is chosen", "--lookahead"
     needs = {
-        "tries": (caps.looks_ahead, "tries tokens before one is chosen", "--lookahead"),
+        "tries": (caps.looks_ahead, *tries),
+        "lookahead": (caps.looks_ahead or bool(method.ahead_fields), *tries),
         "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
+        "history": (caps.num_hidden_states > 0, "reads the hidden states of all positions", "--hidden-states N"),
     }
     missing = [(what, flag) for need, (has, what, flag) in needs.items() if need in method.needs and not has]
     whats, flags = (" and ".join(one) for one in zip(*missing, strict=True)) if missing else ("", "")
@@ -278,7 +283,12 @@ def _ahead(bare: DecodingEntry, heads: Mapping[str, Vector], looks_ahead: bool) 
                     bare.path_of(name),
                 )
             return name
-    return ""
+    return "method" if always_tries(bare.method) else ""
+
+
+def always_tries(method: Method[Any]) -> bool:
+    """Whether a method tries tokens before one is chosen, whatever its parameters."""
+    return isinstance(method, LogitsRewriter) and "lookahead" in method.needs and not method.ahead_fields
 
 
 def _head(bare: DecodingEntry, name: str, caps: Capabilities) -> Vector:
@@ -316,7 +326,18 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
     search = search_of(entries)
-    return DecodingPlan(mix, rewrites, search=_search_plan(search) if search else None) if entries else None
+    return (
+        DecodingPlan(
+            mix, rewrites, search=_search_plan(search) if search else None, keeps_hidden=_keeps_hidden(rewriting)
+        )
+        if entries
+        else None
+    )
+
+
+def _keeps_hidden(rewriting: Sequence[DecodingEntry]) -> bool:
+    """Whether the hidden states of all positions are read."""
+    return any("history" in e.method.needs for e in rewriting if isinstance(e.method, LogitsRewriter))
 
 
 def _rewrites(entry: DecodingEntry) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
@@ -150,6 +151,7 @@ def compile_extras(
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
+    _check_attention(steering, entries, caps.num_layers - 1)
     plan = steering.plan if steering.entries else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
@@ -252,4 +254,17 @@ def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[Decod
             raise BadRequest(
                 f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
                 f"{entry.path}.schedule",
+            )
+
+
+def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
+    """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
+    methods = [entry.method for entry in decoding if isinstance(entry.method, LogitsRewriter | SearchMethod)]
+    reading = [method.name for method in methods if "attention" in method.needs]
+    for entry in steering.entries if reading else ():
+        method = entry.vector.method
+        if (param := entry.kind.redirected(entry, steering.plan).get(last)) is not None:
+            raise BadRequest(
+                f"{method.name} changes what the last layer attends to, and {reading[0]} reads that; leave one out",
+                f"{entry.path}.{param.partition('.')[0]}",
             )

@@ -58,6 +58,8 @@ LAYERED = {
     "dola": [f"{ENGINE}/test_dola.py"],
     "kwd": [f"{ENGINE}/test_lookahead.py", f"{HTTP}/test_lookahead_http.py"],
     "adapter_ensemble": [f"{ENGINE}/test_adapters.py"],
+    "opera_lite": [f"{ENGINE}/test_read_states.py"],
+    "contrastive_search": [f"{ENGINE}/test_read_states.py"],
 }
 SHALLOW = ["tests/steering/test_methods.py::test_off_makes_no_edit"]  # asks whether there is an edit, not which
 SITES = {"router": [f"{ENGINE}/test_routing.py"], "attention": [f"{ENGINE}/test_attention.py"]}

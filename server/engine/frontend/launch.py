@@ -130,6 +130,8 @@ class Setup:
     max_search_seqs: int | None = None
     """Sequences that requests which search may have at once, all together; None: half of all, or enough for one with
     MIN_SEARCH_SEQS."""
+    attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
+    hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
 
 
 def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
@@ -169,6 +171,10 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
     _refuse_unsupported(config)
     if setup.lookahead:
         _refuse_lookahead(config)
+    if setup.attention_rows:
+        _refuse_attention_rows(config)
+    if setup.hidden_states:
+        _refuse_hidden_states(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in setup.auxiliaries)
     shape = model_shape(config.model_config)
     needs = Needs.of((vector for vector in setup.vectors if vector.fits(shape)), hooks := tuple(setup.sites))
@@ -192,6 +198,8 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         auxiliaries=specs,
         looks_ahead=setup.lookahead,
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
+        reads_attention=setup.attention_rows,
+        num_hidden_states=setup.hidden_states,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -285,9 +293,32 @@ def _refuse_lookahead(config: VllmConfig) -> None:
         "--enable-eplb": config.parallel_config.enable_eplb,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
+    _refuse("--lookahead", refused)
+
+
+def _refuse_attention_rows(config: VllmConfig) -> None:
+    """Where one rank does not see all keys, or the layer not all tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--attention-rows", refused)
+
+
+def _refuse_hidden_states(config: VllmConfig) -> None:
+    """Where a forward pass does not give those of all of a step's tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--hidden-states", refused)
+
+
+def _refuse(flag: str, refused: Mapping[str, bool]) -> None:
     for setting, is_on in refused.items():
         if is_on:
-            raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
+            raise UnsupportedEngine(f"{flag} is not supported together with {setting}")
 
 
 def _why_refused(companions: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:

@@ -1,7 +1,7 @@
 """The scheduler hook: no more rows of edits run at once than there are slots, and a step's output says what we need.
 
-Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in order; a
-request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
+Requests whose rows of edits, conditions or hidden states would not fit beside those already admitted wait here, in
+order; a request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
 from collections import Counter, deque
@@ -35,21 +35,24 @@ class Unit(NamedTuple):
 
 
 class Slots:
-    """What is taken of an engine's room. Rows that several sequences share are counted once."""
+    """What is taken of an engine's room: of rows of edits, conditions and kept hidden states. Rows that several
+    sequences share are counted once."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._rows: Counter[EditSet] = Counter()  # how many sequences may need each row
-        self.num_used = self._num_histories = 0
+        self.num_used = self._num_histories = self._num_hidden = 0
 
     def take(self, plans: Sequence[PositionedPlan]) -> bool:
         """Take what sequences need, if all of it is free."""
         rows = [row for placed in plans for row in placed.rows]
         slots = self.num_used + self._num_more(rows)
         histories = self._num_histories + sum(placed.num_columns for placed in plans)
-        if slots > self._layout.num_slots or histories > self._layout.num_histories:
+        hidden = self._num_hidden + sum(placed.keeps_hidden for placed in plans)
+        layout = self._layout
+        if slots > layout.num_slots or histories > layout.num_histories or hidden > layout.num_hidden_states:
             return False
-        self.num_used, self._num_histories = slots, histories
+        self.num_used, self._num_histories, self._num_hidden = slots, histories, hidden
         self._rows.update(rows)
         return True
 
@@ -58,6 +61,7 @@ class Slots:
         self._rows -= Counter(placed.rows)
         self.num_used -= self._num_more(placed.rows)
         self._num_histories -= placed.num_columns
+        self._num_hidden -= placed.keeps_hidden
 
     def _num_more(self, rows: Iterable[EditSet]) -> int:
         """Slots that rows take beside those in use."""
@@ -83,7 +87,7 @@ class SteeredScheduling(SearchScheduling):
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
         self._slots = Slots(self._layout)
-        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
+        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences that need slots
         self._held: deque[Unit] = deque()  # waiting for slots
 
     def add_request(self, request: Request) -> None:
@@ -105,11 +109,11 @@ class SteeredScheduling(SearchScheduling):
             return False
         placed = PositionedPlan(plan, request.num_prompt_tokens)
         key_blocks(request, placed, self.hash_block_size)
-        if plan.steering is not None and plan.steering.forgets_cached_steps:
+        if placed.keeps_hidden or (plan.steering is not None and plan.steering.forgets_cached_steps):
             request.skip_reading_prefix_cache = True
-        if placed.rows:
+        if placed.needs_slots:
             self._placed[request.request_id] = placed
-        return bool(placed.rows)
+        return placed.needs_slots
 
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""

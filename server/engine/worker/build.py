@@ -16,6 +16,8 @@ from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, ins
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
@@ -48,8 +50,11 @@ def build_step(
     requests, adapters = Requests(), StepAdapters(runner)
     edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1
+    attention = (
+        LastAttention(model, runner, max_tokens(config), adapter.block_tables) if layout.reads_attention else None
+    )
     lookahead = (
-        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
         if layout.looks_ahead
         else NoLookahead()
     )
@@ -66,12 +71,21 @@ def build_step(
                 partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
             ),
             lookahead,
-            Searches(requests, head_of, lookahead, None, runner.device),
+            Searches(requests, head_of, lookahead, attention, runner.device),
+            attention,
+            _histories(layout, config, runner.device),
         ),
     )
     compose(model, auxiliaries, step, int(config.model_config.get_hidden_size()))
     adapter.attach(runner, step)
     return step
+
+
+def _histories(layout: Layout, config: Any, device: Any) -> HiddenHistories | None:
+    size, dtype = int(config.model_config.get_hidden_size()), config.model_config.dtype
+    if not layout.num_hidden_states:
+        return None
+    return HiddenHistories(layout.num_hidden_states, layout.max_len, max_tokens(config), size, dtype, device)
 
 
 def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:

@@ -84,6 +84,7 @@ class WorkerStep:
     def end_forward(self) -> None:
         self.is_in_forward = False
         if not self.is_plain:
+            self.pipeline.end_forward()
             self.edits.end_step()
 
     def give_to_companions_(self, sampled: Tensor) -> None:

@@ -20,13 +20,13 @@ from whipstaff.decoding.search.search import Decision, Living, Search, SearchFac
 from whipstaff.server.engine.searches import Placed, SearchStep, Verdict, companion_id
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.logits.inputs import Heads
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.requests import PlannedRequest, Requests
 from whipstaff.server.engine.worker.search.seats import seated
 
 Copies = list[tuple[str, str]]  # (source, target) requests: what is kept of the first is the second's, too
-LastAttention = Callable[[BatchView, Sequence[int]], Tensor]  # rows of a step -> (R, C), see `Living.attention`
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Searches:
 
     def _last_attention(self, view: BatchView, rows: Sequence[int]) -> Tensor:
         assert self._attention is not None, "a search reads attention, and this worker keeps none"
-        return self._attention(view, rows)
+        return self._attention.rows(view, rows)
 
     def _start(self, request: PlannedRequest, step: SearchStep) -> Running:
         state, plan = request.decoding, request.placed.plan
@@ -160,7 +160,7 @@ class Searches:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
         decided: dict[str, Decision] = {}
         answers: dict[str, Tried | None] = dict.fromkeys(turns)
-        try_: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {}  # by who tries
+        try_: dict[tuple[str, ...], Callable[[Tensor], Tried]] = {}  # by who tries
         while answers:
             wanted: dict[str, Tensor] = {}
             for name, answer in answers.items():
@@ -177,21 +177,24 @@ class Searches:
         turns: Mapping[str, Turn],
         wanted: Mapping[str, Tensor],
         view: BatchView,
-        prepared: dict[tuple[str, ...], Callable[[Tensor], Tensor]],
+        prepared: dict[tuple[str, ...], Callable[[Tensor], Tried]],
     ) -> Iterable[tuple[str, Tried]]:
         names = tuple(wanted)
         rows = [row for name in names for row in turns[name].rows]
         if names not in prepared:
             ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
-            after = self._lookahead.after(view, rows, ends)
+            reads_attention = any("attention" in turns[name].running.method.needs for name in names)
+            after = self._lookahead.after(view, rows, ends, reads_attention)
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
-        hidden = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        parts = torch.split(hidden.to(torch.float32), [len(turns[name].rows) for name in names])
+        made = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
+        lengths = [len(turns[name].rows) for name in names]
+        hidden = torch.split(made.hidden.to(torch.float32), lengths)
+        attention = [None] * len(names) if made.attention is None else torch.split(made.attention, lengths)
         self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
-        for name, part in zip(names, parts, strict=True):
-            turns[name].running.counts["tried"] += len(part)
-            yield name, Tried(part)
+        for name, states, looks in zip(names, hidden, attention, strict=True):
+            turns[name].running.counts["tried"] += len(states)
+            yield name, Tried(states, looks)
 
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
         running = turn.running
