@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from whipstaff.decoding.method import Params
+from whipstaff.decoding.method import DecodingError, Params, Vocabulary
 from whipstaff.decoding.search.beams import Book, Candidate, EarlyStopping, Rules, best_candidates, num_shared
 from whipstaff.decoding.search.groups import BeamGroups
 from whipstaff.decoding.search.search import (
@@ -53,28 +53,10 @@ class BeamSearchParams(Params):
         ge=0,
         le=1e4,
         allow_inf_nan=False,
-        validate_default=True,
         description="of tokens that groups before have said",
     )
     scoring: Literal["hf", "vllm"] = Field("hf", description="whose beam search: transformers' or vLLM's")
     normalize: bool = Field(True, description="whether scores are log-probabilities, or the logits as they are")
-
-    @field_validator("num_beam_groups")
-    @classmethod
-    def _are_equal(cls, num_groups: int, info: ValidationInfo) -> int:
-        if (num_beams := info.data.get("num_beams", num_groups)) % num_groups:
-            raise ValueError(f"{num_beams} beams do not make {num_groups} equal groups")
-        return num_groups
-
-    @field_validator("diversity_penalty")
-    @classmethod
-    def _tells_groups_apart(cls, penalty: float, info: ValidationInfo) -> float:
-        has_groups = info.data.get("num_beam_groups", 1) > 1
-        if has_groups and not penalty:
-            raise ValueError("without it all groups are the same")
-        if penalty and not has_groups:
-            raise ValueError("it is between groups; say num_beam_groups")
-        return penalty
 
     @field_validator("scoring")
     @classmethod
@@ -95,7 +77,9 @@ class BeamSearchParams(Params):
 class BeamSearch(SearchMethod[BeamSearchParams]):
     name, paper = "beam_search", "Graves 2012, arXiv:1211.3711"
     params = BeamSearchParams
-    shorthands: ClassVar[Mapping[str, str]] = {"num_beams": "num_beams", "early_stopping": "early_stopping"}
+    shorthands: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("num_beams", "early_stopping", "num_beam_groups", "diversity_penalty")
+    }
     switches = (frozenset({"num_beams"}),)
     sequences_field = "num_beams"
     shared: ClassVar[Mapping[str, str]] = {"length_penalty": "length_penalty"}
@@ -105,6 +89,18 @@ class BeamSearch(SearchMethod[BeamSearchParams]):
 
     def is_off(self, params: BeamSearchParams) -> bool:
         return params.num_beams == 1 and params.scoring == "hf"
+
+    def resolve(self, params: BeamSearchParams, words: Vocabulary) -> BeamSearchParams:
+        num_beams, num_groups = params.num_beams, params.num_beam_groups
+        if self.is_off(params):
+            return params
+        if num_beams % num_groups:
+            raise DecodingError(f"{num_beams} beams do not make {num_groups} equal groups", "num_beam_groups")
+        if num_groups > 1 and not params.diversity_penalty:
+            raise DecodingError("without it all groups are the same", "diversity_penalty")
+        if params.diversity_penalty and num_groups == 1:
+            raise DecodingError("it is between groups; say num_beam_groups", "diversity_penalty")
+        return params
 
     def num_sequences(self, params: BeamSearchParams) -> int:
         return params.num_beams

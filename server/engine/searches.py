@@ -20,6 +20,7 @@ class SearchStep(NamedTuple):
     living: tuple[str, ...]  # seats, in the order of the last verdict
     seats: tuple[str, ...]  # all that it has; the primary's is the first
     max_tokens: int  # that an answer may have
+    room: int  # the most tokens that a living sequence may have generated
 
 
 class Placed(NamedTuple):

@@ -77,6 +77,7 @@ class EngineUnderTest:
         sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
         lookahead: bool = False,
+        max_search_seqs: int | None = None,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -85,7 +86,8 @@ class EngineUnderTest:
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
         with warm_processes():
-            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
+            own = {"lookahead": lookahead, "max_search_seqs": max_search_seqs}
+            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, **own))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 

@@ -97,6 +97,7 @@ class SearchGroup(Group):
         self.rows = {row[0].request_id: list(row) for row in rows}
         self.living = [rows[0][0].request_id]  # seats, in the order of the last decision
         self.num_told = 0  # tokens that the client has
+        self.room = 0  # the most tokens that a living sequence may have generated, for another to follow
         self.counts: Counter[str] = Counter()
         super().__init__(rows[0][0], rows[0][1:], plan)
         self._untils = {}  # a companion that is not needed any more costs a seat that is kept anyway
@@ -120,7 +121,7 @@ class SearchGroup(Group):
     @property
     def step(self) -> SearchStep:
         """What the worker is told of a step in which all that live get their next token."""
-        return SearchStep(tuple(self.living), tuple(self.rows), self.primary.max_tokens)
+        return SearchStep(tuple(self.living), tuple(self.rows), self.primary.max_tokens, self.room)
 
     def origin_of(self, name: str) -> str:
         """The member of the primary's row that stands where this one does in its own."""

@@ -95,7 +95,7 @@ def forget_copies(manager: KVCacheManager, request: Request) -> bool:
 
 def _cut(manager: KVCacheManager, blocks: Sequence[list[KVCacheBlock]], num_computed: int) -> int:
     """Free the blocks of one sequence that are not full, in any group of its caches. Tokens that are left computed."""
-    size = manager.coordinator.scheduler_block_size
+    size: int = manager.coordinator.scheduler_block_size
     num_left = num_computed // size * size
     for one, held in zip(manager.coordinator.single_type_managers, blocks, strict=True):
         manager.block_pool.free_blocks(reversed(held[num_left // one.block_size :]))

@@ -73,6 +73,12 @@ class SearchScheduling(GroupedScheduling):
         elif not can_reseat(self.kv_cache_manager):
             fail_request(self, name, "the served model keeps a state that cannot be forked")
 
+    def _limit(self, group: Group) -> None:
+        super()._limit(group)
+        if isinstance(group, SearchGroup):
+            longest = max(member.num_prompt_tokens for member in group.members)
+            group.room = min(self.max_model_len - longest, self._num_affordable(group)) - 1
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._moved.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)

@@ -164,6 +164,26 @@ def test_a_request_that_searches_is_one_request_of_the_engines(able: Capabilitie
     assert not request.use_beam_search
 
 
+def test_what_a_search_came_to_is_noted_by_prompt_and_choice(able: Capabilities) -> None:
+    """In the second of two prompts, two answers each; a choice gets what is said of its tokens where that was asked."""
+    fields = {"prompt": ["a", "b"], "n": 1, "decoding": {"method": "trust", "span": [[0, None]]}, "explain": {"top": 0}}
+    request = TextRequest.model_validate(fields)
+    made = prepare(request, able)
+    assert made is not None and made.plan.decoding is not None and made.plan.decoding.explain == 0
+    searches, explained = list[Any](), list[Any]()
+    request.attach(
+        made,
+        note_token=lambda choice, record: explained.append((choice, record)),
+        note_search=lambda prompt, record: searches.append((prompt, record)),
+    )
+    request._placed += [at_prompt(made, Prompt(9, list(range(9)), 64, None)) for _ in range(2)]
+    plans = [(request.to_sampling_params(5, {}).extra_args or {})[PLAN_KEY] for _ in range(2)]
+    assert all(plan["decoding"]["search"][0] == "trust" and plan.answers is not None for plan in plans)
+    record = {"hypotheses": [], "facts": [{"said": [{"token": 1, "classifier": 0.5}]}, {"back_to": 3}]}
+    plans[1].explained(0, {"search": record})
+    assert searches == [(1, record)] and explained == [(1, {"id": 1, "facts": {"classifier": 0.5}})]
+
+
 # ---- where in the prompt
 
 

@@ -150,7 +150,7 @@ class Searches:
         asked, method = plan.decoding.search, METHODS[plan.decoding.search.method]
         assert isinstance(method, SearchMethod)
         heads = {name: self._heads(digest) for name, digest in zip(method.head_fields, asked.heads, strict=True)}
-        facts = SearchFacts(request.placed.prompt_len, step.max_tokens, state.ends, heads)
+        facts = SearchFacts(request.placed.prompt_len, step.max_tokens, state.ends, heads, step.room)
         setting = setting_type(method).model_validate_json(asked.setting)
         random = torch.Generator().manual_seed(state.seed & 0x7FFFFFFFFFFFFFFF)
         tells_facts = plan.decoding.explain is not None

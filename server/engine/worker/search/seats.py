@@ -23,8 +23,10 @@ def seated(living: Sequence[Continuation], lengths: Sequence[int], step: SearchS
     for one in living:
         if not 0 <= one.keep <= lengths[one.source]:
             raise ValueError(f"{one.keep} tokens were to be kept of {lengths[one.source]}")
-        if one.keep + len(one.tokens) >= step.max_tokens:
-            raise ValueError(f"a sequence was to live on that has all of its {step.max_tokens} tokens")
+        if one.keep + len(one.tokens) > step.room:
+            raise ValueError(
+                f"a sequence was to have {one.keep + len(one.tokens)} tokens, and has room for {step.room}"
+            )
     seats: list[str | None] = [None] * len(living)
     children: dict[int, list[int]] = {}
     for index, one in enumerate(living):
