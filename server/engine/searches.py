@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.decoding.search.search import Hypothesis
-from whipstaff.server.engine.patch import Swapped, swap
+from whipstaff.server.engine.patch import swap
 
 
 class SearchStep(NamedTuple):
@@ -62,21 +62,22 @@ def attach_verdicts(output: Any, verdicts: Mapping[str, Verdict]) -> Any:
     if not verdicts or output is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        swap(output, Decided, whipstaff_decided=verdicts)
+        swap(output, _decided(type(output), verdicts))
     else:
         output.whipstaff_verdicts = verdicts
     return output
 
 
-class Decided(Swapped):
-    """Laid over an output that is still on its way from the device."""
+def _decided(cls: Any, verdicts: Mapping[str, Verdict]) -> type:
+    """The class that is laid over that of an output which is still on its way from the device; see `explanations`."""
 
-    whipstaff_decided: Mapping[str, Verdict]
+    class Decided(cls):
+        def get_output(self) -> ModelRunnerOutput:
+            ready: ModelRunnerOutput = cls.get_output(self)
+            ready.whipstaff_verdicts = verdicts
+            return ready
 
-    def get_output(self) -> ModelRunnerOutput:
-        ready: ModelRunnerOutput = super().get_output()
-        ready.whipstaff_verdicts = self.whipstaff_decided
-        return ready
+    return Decided
 
 
 def verdicts_of(output: Any) -> Mapping[str, Verdict]:

@@ -126,12 +126,13 @@ class SearchGroup(Group):
     def origin_of(self, name: str) -> str:
         """The member of the primary's row that stands where this one does in its own."""
         origins = self.rows[self.primary.request_id]
-        return next(
+        found: str = next(
             origin.request_id
             for row in self.rows.values()
             for origin, member in zip(origins, row, strict=True)
             if member.request_id == name
         )
+        return found
 
     def settle(self, living: Sequence[str]) -> tuple[list[Request], list[Request]]:
         """Let these seats live from now on. Who wakes, and who does not live any more."""
@@ -156,6 +157,7 @@ def _seat(primary: Request, index: int) -> Request:
         pooling_params=None,
         client_index=NOWHERE,
         arrival_time=primary.arrival_time,
+        mm_features=list(primary.mm_features),
         lora_request=primary.lora_request,
         cache_salt=primary.cache_salt,
         priority=primary.priority,

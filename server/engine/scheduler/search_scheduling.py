@@ -166,7 +166,8 @@ class SearchScheduling(GroupedScheduling):
     ) -> tuple[list[int], bool]:
         group = self._group_of.get(request.request_id)
         if not isinstance(group, SearchGroup):
-            return super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+            found: tuple[list[int], bool] = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+            return found
         request.num_output_placeholders = 0
         if request is not group.primary:
             return [], False
@@ -218,7 +219,8 @@ class SearchScheduling(GroupedScheduling):
 
     def _placements(self, group: SearchGroup, living: Sequence[Placed]) -> tuple[list[Placed], list[Placed]]:
         """Those whose blocks stay, and the others."""
-        quiet, moved = [], []
+        quiet: list[Placed] = []
+        moved: list[Placed] = []
         for place in living:
             num = group.rows[place.source][0].num_output_tokens
             is_fork, is_rollback = place.source != place.seat, place.keep < num

@@ -77,7 +77,7 @@ class Bench:
     base: Any
     other: Any
 
-    def plan(self, case: Case) -> RequestPlan | None:
+    def plan(self, case: Case) -> RequestPlan:
         mix = Mix.of({"other": case.weight}) if case.weight else None
         if case.negative:
             mix = Mix((Term(MAIN, GUIDANCE, True), Term(Stream("", 1), 1 - GUIDANCE, True)))

@@ -7,7 +7,7 @@ that was shared wrongly, overwritten, copied too late or freed too early shows.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny
@@ -148,7 +148,7 @@ class Runner:
         if longest >= step.room or self.chance.random() < 0.02:
             ended = longest >= step.room
             best = max(texts, key=len)
-            reason = "length" if ended else "stop"
+            reason: Literal["length", "stop"] = "length" if ended else "stop"
             self.searches[primary] = []
             last = self.chance.randrange(300)
             hypotheses = tuple(Hypothesis((*text, last), 0.0, reason) for text in (best, *texts[1:]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.decoding.method import Params
 from whipstaff.decoding.methods import METHODS
@@ -21,7 +22,7 @@ from whipstaff.decoding.search.search import (
     SearchMethod,
     Steps,
 )
-from whipstaff.server.engine.searches import SearchStep
+from whipstaff.server.engine.searches import SearchStep, Verdict, attach_verdicts, verdicts_of
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.logits.metadata import RequestState
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
@@ -187,3 +188,17 @@ def test_seats_are_like_the_primary_for_the_legacy_runner() -> None:
     place_seats(known, {"p/seat1": "p", "p": "p"}, {"p": [1, 2, 5], "p/seat1": [1, 2, 5, 9]})
     assert known["p"].output_token_ids == [5] and known["p/seat1"].output_token_ids == [5, 9]
     assert known["p/seat1"].req_id == "p/seat1" and known["p/seat1"].sampling_params == "same"
+
+
+class OnItsWay(AsyncModelRunnerOutput):
+    """An output that the device has yet to give."""
+
+    def get_output(self) -> ModelRunnerOutput:
+        return ModelRunnerOutput(["a"], {"a": 0})
+
+
+def test_verdicts_travel_with_outputs_also_while_those_are_on_their_way() -> None:
+    verdicts = {"a": Verdict(())}
+    assert verdicts_of(attach_verdicts(ModelRunnerOutput(["a"], {"a": 0}), verdicts)) is verdicts
+    assert verdicts_of(attach_verdicts(OnItsWay(), verdicts).get_output()) is verdicts
+    assert verdicts_of(attach_verdicts(OnItsWay(), {}).get_output()) == {}

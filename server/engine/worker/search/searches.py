@@ -187,7 +187,7 @@ class Searches:
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
         hidden = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        parts = hidden.to(torch.float32).split([len(turns[name].rows) for name in names])
+        parts = torch.split(hidden.to(torch.float32), [len(turns[name].rows) for name in names])
         self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
         for name, part in zip(names, parts, strict=True):
             turns[name].running.counts["tried"] += len(part)
