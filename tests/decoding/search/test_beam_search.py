@@ -138,7 +138,7 @@ def of_vllm(model: Any, prompt: Sequence[int], params: BeamSearchParams, eos: in
 @pytest.mark.parametrize("liking", LIKES)
 @pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0, -1.0])
 def test_answers_are_those_of_vllm(liking: str, penalty: float) -> None:
-    model, texts = model_that_ends(LIKES[liking]), prompts(6, seed=5)
+    model, texts = model_that_ends(LIKES[liking]), prompts(3, seed=5)
     params = BeamSearchParams(num_beams=3, scoring="vllm", length_penalty=penalty)
     for eos in (EOS, None):
         ran = Loop(model).run_all(METHOD, [Asked(params, text, LENGTH, [] if eos is None else [eos]) for text in texts])
