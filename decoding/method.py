@@ -28,7 +28,9 @@ _MAX_TEXT = 1 << 22  # characters
 
 Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
 STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
-Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
+Need = Literal[  # see `Rows`
+    "tokens", "hidden", "random", "temperature", "early_exit", "lookahead", "attention", "history"
+]
 
 
 class DecodingError(ValueError):
@@ -220,6 +222,8 @@ class Method(ABC, Generic[P]):
     shared: ClassVar[Mapping[str, str]] = {}
     """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
     They turn nothing on."""
+    borrowed: ClassVar[Mapping[str, str]] = {}
+    """vLLM's own field of a request -> the parameter that it says, too, where shorthands ask for the method."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:

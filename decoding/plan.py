@@ -52,6 +52,7 @@ class DecodingPlan:
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
     search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
+    keeps_hidden: bool = False  # whether the hidden states of all positions are kept
 
     @property
     def models(self) -> list[str]:
@@ -74,6 +75,7 @@ class DecodingPlan:
             "explain": self.explain,
             "scores_base": self.scores_base,
             "search": list(self.search) if self.search else None,
+            "keeps_hidden": self.keeps_hidden,
         }
 
     @staticmethod
@@ -89,6 +91,7 @@ class DecodingPlan:
             wire["explain"],
             wire["scores_base"],
             _search(*wire["search"]) if wire["search"] else None,
+            wire["keeps_hidden"],
         )
 
 

@@ -102,6 +102,8 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "early_layers": settings.early_layers,
         "lookahead": settings.lookahead,
         "max_search_seqs": settings.max_search_seqs,
+        "attention_rows": settings.attention_rows,
+        "hidden_states": settings.hidden_states,
     }
 
 
@@ -158,6 +160,8 @@ async def load(
         ),
         looks_ahead=engine.layout.looks_ahead,
         max_search_seqs=engine.layout.max_search_seqs,
+        reads_attention=engine.layout.reads_attention,
+        num_hidden_states=engine.layout.num_hidden_states,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

@@ -13,6 +13,7 @@ from whipstaff.decoding.methods.cfg import Cfg
 from whipstaff.decoding.methods.co_llm import CoLlm
 from whipstaff.decoding.methods.contrastive import Contrastive
 from whipstaff.decoding.methods.contrastive_beta import ContrastiveBeta
+from whipstaff.decoding.methods.contrastive_search import ContrastiveSearch
 from whipstaff.decoding.methods.dexperts import DExperts
 from whipstaff.decoding.methods.dola import Dola
 from whipstaff.decoding.methods.dry import Dry
@@ -24,6 +25,7 @@ from whipstaff.decoding.methods.forced import Forced
 from whipstaff.decoding.methods.instructive import Instructive
 from whipstaff.decoding.methods.kwd import Kwd
 from whipstaff.decoding.methods.mirostat import Mirostat
+from whipstaff.decoding.methods.opera_lite import OperaLite
 from whipstaff.decoding.methods.prompt_ensemble import PromptEnsemble
 from whipstaff.decoding.methods.proxy_tuning import ProxyTuning
 from whipstaff.decoding.methods.rule_adapter import RuleAdapter
@@ -56,6 +58,8 @@ _TABLE: tuple[Method[Any], ...] = (
     RuleAdapter(),
     BestOf(),
     Dry(),
+    OperaLite(),
+    ContrastiveSearch(),
     AdaptiveTemperature(),
     Edt(),
     Dynatemp(),

@@ -209,6 +209,8 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
             raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
         return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests)
     early = tuple(method.early_layers(params, caps.depth))
+    if reason := lacking(method, caps) if not bare.why_off else "":
+        raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
     _check_early(bare, early, caps.depth.kept)
     return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
@@ -252,11 +254,14 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
         )
 
 
-def lacking(method: SearchMethod[Any], caps: Capabilities) -> str:
+def lacking(method: LogitsRewriter[Any] | SearchMethod[Any], caps: Capabilities) -> str:
     """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
+    tries = "tries tokens before one is chosen"
     needs = {
-        "tries": (caps.looks_ahead, "tries tokens before one is chosen", "--lookahead"),
+        "lookahead": (caps.looks_ahead or bool(method.ahead_fields), tries, "--lookahead"),
+        "tries": (caps.looks_ahead, tries, "--lookahead"),
         "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
+        "history": (caps.num_hidden_states > 0, "reads the hidden states of all positions", "--hidden-states N"),
     }
     missing = [(what, flag) for need, (has, what, flag) in needs.items() if need in method.needs and not has]
     whats, flags = (" and ".join(one) for one in zip(*missing, strict=True)) if missing else ("", "")
@@ -279,7 +284,12 @@ def _ahead(bare: DecodingEntry, heads: Mapping[str, Vector], looks_ahead: bool) 
                     bare.path_of(name),
                 )
             return name
-    return ""
+    return "method" if always_tries(bare.method) else ""
+
+
+def always_tries(method: Method[Any]) -> bool:
+    """Whether a method tries tokens before one is chosen, whatever its parameters."""
+    return isinstance(method, LogitsRewriter) and "lookahead" in method.needs and not method.ahead_fields
 
 
 def _head(bare: DecodingEntry, name: str, caps: Capabilities) -> Vector:
@@ -317,7 +327,9 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
     search = search_of(entries)
-    return DecodingPlan(mix, rewrites, search=_search_plan(search) if search else None) if entries else None
+    keeps_hidden = any("history" in e.method.needs for e in rewriting if isinstance(e.method, LogitsRewriter))
+    planned = _search_plan(search) if search else None
+    return DecodingPlan(mix, rewrites, search=planned, keeps_hidden=keeps_hidden) if entries else None
 
 
 def _rewrites(entry: DecodingEntry) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
@@ -49,7 +50,7 @@ from whipstaff.server.errors import (
     WhipstaffError,
     parsed,
 )
-from whipstaff.server.names import FIELDS, GATES, SHARED, SHORTHANDS, TEXTS, unknown_reasons
+from whipstaff.server.names import BORROWED, FIELDS, GATES, SHARED, SHORTHANDS, TEXTS, unknown_reasons
 from whipstaff.server.plan import RequestPlan
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
@@ -151,6 +152,7 @@ def compile_extras(
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
+    _check_attention(steering, entries, caps.num_layers - 1)
     plan = steering.plan if steering.entries else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
@@ -218,7 +220,8 @@ def _decoding(
     if not more and all(fields.get(name) is None for name in ("decoding", *SHORTHANDS, *GATES)):
         return found
     named = entries_in(fields.get("decoding"), "decoding", MAX_DECODING)
-    short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
+    names = (*SHORTHANDS, *GATES, *BORROWED)
+    short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in names}
     for given in (*entries_of(short, named, merges, shared), *more):
         try:
             entry = admit_decoding(given, caps)
@@ -253,4 +256,17 @@ def _check_lookahead(steering: Sequence[Steered], decoding: Sequence[DecodingEnt
             raise BadRequest(
                 f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
                 f"{entry.path}.schedule",
+            )
+
+
+def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
+    """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
+    methods = (entry.method for entry in decoding)
+    reading = [method.name for method in methods if isinstance(method, LogitsRewriter) and "attention" in method.needs]
+    for entry in steering.entries if reading else ():
+        method = entry.vector.method
+        if (param := method.kind.redirected(entry, steering.plan).get(last)) is not None:
+            raise BadRequest(
+                f"{method.name} changes what the last layer attends to, and {reading[0]} reads that; leave one out",
+                f"{entry.path}.{param.partition('.')[0]}",
             )

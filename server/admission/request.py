@@ -282,7 +282,11 @@ class CompiledRequest:
         if self.search is not None:
             return False  # nothing is drawn
         stages = {entry.method.stage for entry in self.decoding}
-        return self.options.is_temperature_last or self.options.is_hot or bool(stages & {"temperature", "truncation"})
+        return (
+            self.options.is_temperature_last
+            or self.options.is_hot
+            or bool(stages & {"penalty", "temperature", "truncation"})
+        )
 
     def heated(self, temperature: float, truncates: bool) -> "CompiledRequest":
         """With a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""

@@ -74,6 +74,8 @@ def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]
         missing.append("start the server with --aux NAME=MODEL")
     if method.needs_adapters and not caps.max_adapters:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
+    if isinstance(method, LogitsRewriter) and (reason := lacking(method, caps)):
+        missing.append(f"it {reason}")
     if isinstance(method, LogitsRewriter) and "early_exit" in method.needs and not caps.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
     if isinstance(method, SearchMethod) and (reason := lacking(method, caps)):

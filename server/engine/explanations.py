@@ -28,21 +28,23 @@ def attach(output: Any, explanations: Explanations | None) -> Any:
     if explanations is None or output is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        swap(output, Explained, whipstaff_pending=explanations)
+        swap(output, _explained(type(output), explanations))
     else:
         output.whipstaff_explanations = explanations.to_json()
     return output
 
 
-class Explained(Swapped):
-    """Laid over an output that is still on its way from the device."""
+def _explained(cls: Any, pending: Explanations) -> type:
+    """The class that is laid over that of an output which is still on its way from the device. It derives from it: an
+    abstract base is among its bases, beside which another one would change the layout of instances."""
 
-    whipstaff_pending: Explanations
+    class Explained(cls):
+        def get_output(self) -> ModelRunnerOutput:
+            ready: ModelRunnerOutput = cls.get_output(self)
+            ready.whipstaff_explanations = pending.to_json()
+            return ready
 
-    def get_output(self) -> ModelRunnerOutput:
-        ready: ModelRunnerOutput = super().get_output()
-        ready.whipstaff_explanations = self.whipstaff_pending.to_json()
-        return ready
+    return Explained
 
 
 def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:

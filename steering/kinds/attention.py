@@ -115,6 +115,12 @@ class AttentionKind(Kind):
             params, intervals = settings_of(entry.vector, planned.edit), planned.where.intervals(prompt_len)
             method.check_prompt(params, intervals, prompt_len, served.attention)
 
+    def redirected(self, entry: Entry, plan: SteeringPlan) -> Mapping[int, str]:
+        assert entry.module_edit is not None
+        vector, method = entry.vector, self._method(entry.vector)
+        settings = settings_of(vector, plan.specials[entry.module_edit].edit)
+        return method.asked_layers(settings, vector.tensors) if method.redirects else {}
+
     def describe(self, entry: Entry, plan: SteeringPlan, fed: Sequence[Fed], served: Served) -> dict[str, Any]:
         return describe_module_edit(entry, plan, fed)
 
@@ -141,6 +147,7 @@ class AttentionMethod(Method[P]):
     kind = ATTENTION
     ability: ClassVar[Literal["layers", "bias", "side"]] = "layers"
     """What its layers must obey; see `AttentionAbilities`."""
+    redirects: ClassVar[bool] = False  # whether heads look elsewhere than the model's own scores say
     is_relative: ClassVar[bool] = False  # whether what it comes to depends on the prompt's length
 
     @abstractmethod

@@ -89,6 +89,10 @@ class Kind(ABC):
         """Checks that need the prompt's length. Raises: SteeringError naming the field."""
         return None
 
+    def redirected(self, entry: Entry, plan: SteeringPlan) -> Mapping[int, str]:
+        """Layers in which heads look elsewhere than the model's own scores say, each with the field that names it."""
+        return {}
+
     @abstractmethod
     def describe(self, entry: Entry, plan: SteeringPlan, fed: Sequence[Fed], served: Served) -> dict[str, Any]:
         """The entry as the receipt shows it; `fed` are the finished sequences."""

@@ -70,6 +70,12 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "epsilon_cutoff": [{"epsilon": 0.2}],
     "eta_cutoff": [{"epsilon": 0.5}],
     "xtc": [{"probability": 1.0, "threshold": 0.02}, {"threshold": 0.05}],
+    "opera_lite": [
+        {"span": [(0, 3)], "candidates": 1, "switch_length": 4},
+        {"penalty_weight": 30.0, "scale_factor": 1e4, "history": 3, "penalty_cap": 2.0},
+        {"switch_length": 0, "scale_factor": 400.0},
+    ],
+    "contrastive_search": [{"k": 1}, {"k": 9, "penalty_alpha": 1.0}, {"penalty_alpha": 0.1, "k": 256}],
     "mirostat": [{"mode": 0}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 1.5, "eta": 1.0}],
     "opera": [{"beams": 1, "candidates": 2}, {"span": "bc", "penalty_weight": 0.5, "official_fp16": True}],
     "kcts": [{"k": 3, "simulations": 4}, {"exploration": 0.5, "repetition_penalty": 1.0}],
@@ -113,7 +119,7 @@ def test_it_says_what_it_is(name: str) -> None:
     kinds = [*method.head_fields.values(), *method.ahead_fields.values()]
     assert all(FILES[kind].kind is HEAD for kind in kinds) and len(kinds) == len(set(kinds))
     assert set(method.ahead_fields) <= set(method.head_fields)
-    assert bool(method.ahead_fields) == ("lookahead" in getattr(method, "needs", ()))
+    assert not method.ahead_fields or "lookahead" in getattr(method, "needs", ())
     assert sum(isinstance(method, kind) for kind in (StreamMixer, LogitsRewriter, SearchMethod)) == 1
 
 
@@ -259,7 +265,8 @@ def test_the_best_token_stays_where_it_says_so(name: str) -> None:
 def test_it_reads_what_it_says(name: str) -> None:
     method = METHODS[name]
     if isinstance(method, LogitsRewriter):
-        for need in method.needs - {"lookahead"}:  # which heads of some kinds read: see test_kwd
+        unread = {"lookahead"} if method.ahead_fields else set()  # heads of some kinds read it: see test_kwd
+        for need in method.needs - unread:
             batch = batch_of(name)
             setattr(batch.rows, need, None)
             with pytest.raises(AssertionError):
@@ -344,4 +351,4 @@ def test_only_what_reads_text_makes_settings_of_its_own() -> None:
     own = {
         name for name, method in METHODS.items() if isinstance(method, LogitsRewriter) and hasattr(method, "setting")
     }
-    assert own == {"dry", "forced", RuleAdapter.name}
+    assert own == {"dry", "forced", "opera_lite", RuleAdapter.name}

@@ -59,6 +59,8 @@ LAYERED = {
     "kwd": [f"{ENGINE}/test_lookahead.py", f"{HTTP}/test_lookahead_http.py"],
     "adapter_ensemble": [f"{ENGINE}/test_adapters.py"],
     **{name: [f"{HTTP}/test_search_http.py"] for name in ("beam_search", "opera", "kcts")},
+    "opera_lite": [f"{ENGINE}/test_read_states.py"],
+    "contrastive_search": [f"{ENGINE}/test_read_states.py"],
 }
 SHALLOW = ["tests/steering/test_methods.py::test_off_makes_no_edit"]  # asks whether there is an edit, not which
 SITES = {"router": [f"{ENGINE}/test_routing.py"], "attention": [f"{ENGINE}/test_attention.py"]}

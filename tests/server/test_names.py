@@ -23,6 +23,7 @@ from whipstaff.server.registry.presets import Preset
 SWITCHED = [name for name, method in METHODS.items() if method.shorthands]
 ON: dict[str, Any] = {  # a value that is not off, of every parameter that a shorthand says
     "guidance_scale": 2,
+    "penalty_alpha": 0.5,
     "negative_prompt": "no",
     "layers": "low",
     "multiplier": 0.7,
@@ -58,6 +59,7 @@ PARTNERS = {  # parameters that say nothing alone
 OFF = {  # neutral values, as other servers have them by default
     "guidance_scale": 1,
     "cfg_scale": 1,
+    "penalty_alpha": 0,
     "dry_multiplier": 0,
     "dynatemp_range": 0,
     "top_n_sigma": 0,
@@ -92,9 +94,10 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def worded(caps: Capabilities) -> Capabilities:
-    """A server with a tokenizer, of which early layers can be read."""
+    """A server with a tokenizer, of which all can be read that methods read."""
     depth = Depth(4, kept=frozenset(range(4)), has_norm=False)
-    return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3)
+    reads: dict[str, Any] = {"looks_ahead": True, "reads_attention": True, "num_hidden_states": 1}
+    return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3, **reads)
 
 
 def methods_of(made: CompiledRequest) -> list[str]:

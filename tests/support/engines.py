@@ -46,6 +46,7 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     adapter: tuple[str, int, str] | None = None  # of LoRA: name, number and path
     abort_after: int | None = None  # outputs after which the client goes away
+    told: list[dict[str, Any]] | None = None  # where explanations of its tokens go
 
 
 def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = None) -> RequestPlan | None:
@@ -78,6 +79,8 @@ class EngineUnderTest:
         vectors: Iterable[Vector] = (),
         lookahead: bool = False,
         max_search_seqs: int | None = None,
+        attention_rows: bool = False,
+        hidden_states: int = 0,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -86,7 +89,8 @@ class EngineUnderTest:
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
         with warm_processes():
-            own = {"lookahead": lookahead, "max_search_seqs": max_search_seqs}
+            own: dict[str, Any] = {"lookahead": lookahead, "max_search_seqs": max_search_seqs}
+            own |= {"attention_rows": attention_rows, "hidden_states": hidden_states}
             self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, **own))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
@@ -135,7 +139,9 @@ class EngineUnderTest:
         return [list(output.outputs[0].token_ids) for output in self.generate(*asks)]
 
     async def answer(self, ask: Ask) -> Any:
-        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
+        told = ask.told
+        explained = None if told is None else lambda index, record: told.append(record)
+        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire(), explained=explained)} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
         adapter = LoRARequest(*ask.adapter) if ask.adapter else None

@@ -100,6 +100,8 @@ def start(
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
     max_search_seqs: int | None = None,
+    attention_rows: bool = False,
+    hidden_states: int = 0,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -115,6 +117,8 @@ def start(
         lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         max_search_seqs: sequences that requests which search may have at once, all together; None: half of all, or
             enough for one with MIN_SEARCH_SEQS.
+        attention_rows: whether methods may read what the last layer attends to; see `last_attention`.
+        hidden_states: sequences whose hidden states can be kept whole; see `hidden_histories`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -126,7 +130,18 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead, max_search_seqs)
+    layout = configure(
+        config,
+        auxiliaries,
+        num_slots,
+        vectors,
+        sites,
+        early_layers,
+        lookahead,
+        max_search_seqs,
+        attention_rows,
+        hidden_states,
+    )
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -151,11 +166,17 @@ def configure(
     early_layers: EarlyLayers = None,
     lookahead: bool = False,
     max_search_seqs: int | None = None,
+    attention_rows: bool = False,
+    hidden_states: int = 0,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
     if lookahead:
         _refuse_lookahead(config)
+    if attention_rows:
+        _refuse_attention_rows(config)
+    if hidden_states:
+        _refuse_hidden_states(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
     shape = model_shape(config.model_config)
     needs = Needs.of((vector for vector in vectors if vector.fits(shape)), hooks := tuple(sites))
@@ -179,6 +200,8 @@ def configure(
         auxiliaries=specs,
         looks_ahead=lookahead,
         max_search_seqs=min(most, max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
+        reads_attention=attention_rows,
+        num_hidden_states=hidden_states,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -272,9 +295,32 @@ def _refuse_lookahead(config: VllmConfig) -> None:
         "--enable-eplb": config.parallel_config.enable_eplb,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
+    _refuse("--lookahead", refused)
+
+
+def _refuse_attention_rows(config: VllmConfig) -> None:
+    """Where one rank does not see all keys, or the layer not all tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--attention-rows", refused)
+
+
+def _refuse_hidden_states(config: VllmConfig) -> None:
+    """Where a forward pass does not give those of all of a step's tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--hidden-states", refused)
+
+
+def _refuse(flag: str, refused: Mapping[str, bool]) -> None:
     for setting, is_on in refused.items():
         if is_on:
-            raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
+            raise UnsupportedEngine(f"{flag} is not supported together with {setting}")
 
 
 def _why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:

@@ -1,7 +1,7 @@
 """The scheduler hook: no more rows of edits run at once than there are slots, and a step's output says what we need.
 
-Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in order; a
-request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
+Requests whose rows of edits, conditions or hidden states would not fit beside those already admitted wait here, in
+order; a request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
 from collections import deque
@@ -52,7 +52,7 @@ class SteeredScheduling(SearchScheduling):
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
         self._slots = Slots(self._layout)
-        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
+        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences that need slots
         self._held: deque[Unit] = deque()  # waiting for slots
 
     def add_request(self, request: Request) -> None:
@@ -74,11 +74,11 @@ class SteeredScheduling(SearchScheduling):
             return False
         placed = PositionedPlan(plan, request.num_prompt_tokens)
         key_blocks(request, placed, self.hash_block_size)
-        if plan.steering is not None and plan.steering.forgets_cached_steps:
+        if placed.keeps_hidden or (plan.steering is not None and plan.steering.forgets_cached_steps):
             request.skip_reading_prefix_cache = True
-        if placed.rows:
+        if placed.needs_slots:
             self._placed[request.request_id] = placed
-        return bool(placed.rows)
+        return placed.needs_slots
 
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""

@@ -17,6 +17,8 @@ from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
@@ -49,8 +51,11 @@ def build_step(
     requests, adapters = Requests(), StepAdapters(runner)
     edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1
+    attention = None
+    if layout.reads_attention:
+        attention = LastAttention(model, runner, max_tokens(config), adapter.block_tables)
     lookahead = (
-        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
         if layout.looks_ahead
         else NoLookahead()
     )
@@ -67,12 +72,21 @@ def build_step(
                 partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
             ),
             lookahead,
-            Searches(requests, head_of, lookahead, None, runner.device),
+            Searches(requests, head_of, lookahead, attention.rows if attention else None, runner.device),
+            attention,
+            _histories(layout, config, runner.device),
         ),
     )
     compose(model, auxiliaries, step, int(config.model_config.get_hidden_size()))
     adapter.attach(runner, step)
     return step
+
+
+def _histories(layout: Layout, config: Any, device: Any) -> HiddenHistories | None:
+    size, dtype = int(config.model_config.get_hidden_size()), config.model_config.dtype
+    if not layout.num_hidden_states:
+        return None
+    return HiddenHistories(layout.num_hidden_states, layout.max_len, max_tokens(config), size, dtype, device)
 
 
 def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:

@@ -42,6 +42,8 @@ class SteeredWorker:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
         if self._step.edits.module_edits.attention is not None:
             self._step.edits.module_edits.attention.learn_layouts()
+        if self._step.pipeline.attention is not None:
+            self._step.pipeline.attention.learn_layout()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._step.note_schedule(scheduler_output)

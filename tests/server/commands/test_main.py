@@ -99,6 +99,9 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert cli.parse("serve", ["some/model", "--lookahead"])[1].lookahead
     monkeypatch.setenv("WHIPSTAFF_LOOKAHEAD", "1")
     assert cli.parse("doctor", ["some/model"])[1].lookahead
+    assert not own.attention_rows and own.hidden_states == 0
+    _, own = cli.parse("serve", ["some/model", "--attention-rows", "--hidden-states", "3"])
+    assert own.attention_rows and own.hidden_states == 3
 
 
 def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,6 +97,20 @@ def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[st
         configure(config_of(model, **flags), lookahead=True)
 
 
+def test_what_methods_read_is_in_the_layout(model: str) -> None:
+    layout = configure(config_of(model), attention_rows=True, hidden_states=3)
+    assert layout.reads_attention and layout.num_hidden_states == 3
+    plain = configure(config_of(model))
+    assert not plain.reads_attention and plain.num_hidden_states == 0
+
+
+@pytest.mark.parametrize("flag", ["--attention-rows", "--hidden-states"])
+def test_what_cannot_be_read_is_refused(model: str, flag: str) -> None:
+    asked: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): 1}
+    with pytest.raises(UnsupportedEngine, match=f"{flag} is not supported together with --kv-sharing-fast-prefill"):
+        configure(config_of(model, kv_sharing_fast_prefill=True), **asked)
+
+
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.3.2"])
 def test_other_versions_of_vllm_are_refused(version: str) -> None:
     with pytest.raises(UnsupportedEngine, match=rf"vLLM {version} is installed"):

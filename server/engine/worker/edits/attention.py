@@ -31,15 +31,13 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.kv_cache import CacheLayout, soft_cap, why_closed, why_not_scored
 from whipstaff.steering.kinds.attention import AttentionEdit, PrefixRows, RowOverride, ScoreBias, SideTokens
 from whipstaff.steering.served import AttentionAbilities
 
-_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
 _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
 
 
@@ -103,7 +101,7 @@ class AttentionEdits:
         holders = {child: module for module in model.modules() for child in module.children()}
         for attention in [module for module in model.modules() if isinstance(module, Attention)]:
             layer = extract_layer_index(attention.layer_name)
-            if reason := _why_not(attention):
+            if reason := why_closed(attention):
                 self.lacking[layer] = reason
                 continue
             self._sites[layer] = _Site(attention, _projection(holders.get(attention)))
@@ -245,52 +243,6 @@ class AttentionEdits:
         return key, value
 
 
-@dataclass(frozen=True)
-class CacheLayout:
-    """Where one layer's KV cache keeps what: flat indices into a block, as found by writing to a scratch cache.
-
-    CPU kernels keep keys transposed or in tiles, depending on the instruction set and the type, so the layout is seen
-    rather than known.
-    """
-
-    block_size: int
-    keys: Tensor  # (block_size, kv_heads, D) int64
-    values: Tensor  # (block_size, kv_heads, Dv) int64
-
-    @staticmethod
-    def learn(attention: Any, name: str) -> "CacheLayout":
-        """Raises: UnsupportedEngine unless a block holds each of its tokens' keys and values exactly once."""
-        cache, heads = attention.kv_cache, attention.num_kv_heads
-        width = heads * (attention.head_size + attention.head_size_v)
-        size = cache[0].numel() if cache.dim() > 1 else 0
-        block_size = size // width
-        if not size or block_size * width != size:
-            raise UnsupportedEngine(f"{name}: a KV cache of shape {tuple(cache.shape)} cannot be read")
-        scratch = torch.zeros((3, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
-        slots = torch.arange(block_size, 2 * block_size, device=cache.device)  # the whole of block 1
-        found = torch.zeros(size, dtype=torch.int64, device=cache.device)
-        names, num_keys = torch.arange(size, device=cache.device), block_size * heads * attention.head_size
-        for place in (1, 256, 256**2, 256**3):  # one digit at a time: bfloat16 is exact up to 256
-            digit = (names // place % 256).to(cache.dtype)
-            key = digit[:num_keys].view(block_size, heads, -1)
-            value = digit[num_keys:].view(block_size, heads, -1)
-            attention.impl.do_kv_cache_update(attention, key, value, scratch, slots)
-            found += scratch[1].flatten().long() * place
-        if scratch[0].any() or scratch[2].any() or not torch.equal(found.sort().values, names):
-            raise UnsupportedEngine(
-                f"{name}: {attention.attn_backend.get_name()} keeps keys or values in a form unknown"
-            )
-        at = found.argsort()
-        return CacheLayout(
-            block_size, at[:num_keys].view(block_size, heads, -1), at[num_keys:].view(block_size, heads, -1)
-        )
-
-    def read(self, cache: Tensor, blocks: Tensor, where: Tensor, heads: Sequence[int]) -> Tensor:
-        """(blocks * block_size, len(heads), D) float32: what `where` (keys or values) names in (n,) `blocks`."""
-        flat = cache[blocks.long()].flatten(1)
-        return flat[:, where[:, heads].flatten()].view(-1, len(heads), where.shape[-1]).float()
-
-
 class _Site:
     """One layer's attention on this rank. Edits number heads in the whole model; `_here` makes them this rank's."""
 
@@ -304,16 +256,12 @@ class _Site:
         self._first_head = get_tensor_model_parallel_rank() * self._num_heads
         self._group = self._num_heads // self._num_kv_heads  # query heads per kv head
         self._scale = float(attention.impl.scale)
-        self._soft_cap = float(getattr(attention.impl, "logits_soft_cap", 0) or 0)
+        self._soft_cap = soft_cap(attention)
 
     @property
     def why_no_bias(self) -> str:
         """Why scores cannot be computed here as the kernel computes them; "" if they can."""
-        if getattr(self.attention.impl, "alibi_slopes", None) is not None:
-            return "its scores have a slope (ALiBi)"
-        if self.attention.has_sink:
-            return "it has attention sinks"
-        return "some of its tokens see later ones" if self.attention.use_mm_prefix else ""
+        return why_not_scored(self.attention)
 
     @property
     def can_project(self) -> bool:
@@ -433,20 +381,6 @@ def _of(sort: type[L], asked: Iterable[Stretch]) -> Iterator[tuple[Stretch, L]]:
 
 def _turn(stretch: Stretch) -> tuple[int, int]:
     return _ORDER.index(type(stretch.edit)), stretch.row
-
-
-def _why_not(attention: Any) -> str:
-    """Why an attention layer cannot be edited; "" if it can."""
-    backend = attention.attn_backend.get_name()
-    if type(attention) is not Attention or attention.attn_type != AttentionType.DECODER:
-        return f"attention of the kind {type(attention).__name__} ({attention.attn_type}) cannot be edited"
-    if backend not in _BACKENDS:
-        return f"the attention backend {backend} cannot be edited; choose one of {', '.join(_BACKENDS)}"
-    if attention.kv_sharing_target_layer_name is not None:
-        return "it shares the keys and values of another layer"
-    if is_quantized_kv_cache(attention.kv_cache_dtype) or attention.query_quant is not None:
-        return f"its keys and values are quantised ({attention.kv_cache_dtype})"
-    return ""
 
 
 def _projection(holder: nn.Module | None) -> Any:

@@ -65,6 +65,8 @@ def composite(cls: Any) -> type:
         ) -> Any:
             hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
+            if pipeline.histories is not None:
+                pipeline.histories.keep(hidden)
             names = pipeline.needed_auxiliaries() if auxiliaries else []
             beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
             is_tagged = pipeline.scores_prompts

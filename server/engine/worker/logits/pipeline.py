@@ -22,7 +22,9 @@ from whipstaff.decoding.sampler import apply_temperature, apply_top_k_top_p_min_
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
 from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Explanations, Snapshot
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
 from whipstaff.server.engine.worker.logits.inputs import DecodingStep, Heads, MethodInputs, taken
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.metadata import (
     ActiveRow,
@@ -63,18 +65,23 @@ class LogitsPipeline:
         early: EarlyHead,
         lookahead: Lookahead | NoLookahead,
         searches: Searches,
+        attention: LastAttention | None = None,
+        histories: HiddenHistories | None = None,
     ) -> None:
         """
         Args:
             auxiliaries: the names of the auxiliary models that can run.
             max_len: tokens that a request can have.
             heads: finds the tensors of a learned head.
+            attention: the last layer's, where it can be read.
+            histories: where hidden states of all positions are kept.
         """
+        self.attention, self.histories = attention, histories
         self.auxiliary_steps = AuxiliarySteps()
         self._requests, self._device, self._early = requests, device, early
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
-        self._inputs = MethodInputs(self._tables, heads, early, lookahead)
+        self._inputs = MethodInputs(self._tables, heads, early, lookahead, attention, histories)
         self.searches = searches
         self._num_decoding = 0  # unfinished requests with a decoding plan
         self._view = NOBODY
@@ -115,6 +122,9 @@ class LogitsPipeline:
         self._metadata = None
         if request.decoding.slot >= 0:
             self._tables.remove(request.decoding.slot)
+        if request.decoding.history_slot >= 0:
+            assert self.histories is not None
+            self.histories.remove(request.decoding.history_slot)
 
     def copy(self, pairs: Sequence[tuple[PlannedRequest, PlannedRequest]]) -> None:
         """What is kept of the first of each pair is kept of the second, too, a sequence of the same search."""
@@ -155,6 +165,7 @@ class LogitsPipeline:
             bias=arrival.bias,
             ends=arrival.ends,
             slot=self._tables.add(arrival.prompt, state_size) if has_slot else -1,
+            history_slot=self.histories.add() if self.histories is not None and plan.keeps_hidden else -1,
         )
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
@@ -166,6 +177,8 @@ class LogitsPipeline:
             return
         here = list(self._decoding_rows())
         self._active = [one for one in here if view.draws[one.row]]
+        if self.attention is not None and any(request.reads_attention for _, request in self._active):
+            self.attention.forget(view.num_tokens)
         if input_ids is not None:
             slots = [(row, request.slot) for row, request in here if request.slot >= 0]
             self._tables.note_tokens(view, slots, input_ids)
@@ -178,6 +191,9 @@ class LogitsPipeline:
 
     def end_forward(self) -> None:
         """What follows until the next step is the draw, or no real step."""
+        if self.is_in_step and self.histories is not None:
+            rows = ((row, request.history_slot) for row, request in self._decoding_rows())
+            self.histories.note(self._view, [(row, slot) for row, slot in rows if slot >= 0])
         self.is_in_step = False
 
     def needed_auxiliaries(self) -> list[str]:

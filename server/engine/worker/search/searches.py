@@ -160,7 +160,7 @@ class Searches:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
         decided: dict[str, Decision] = {}
         answers: dict[str, Tried | None] = dict.fromkeys(turns)
-        try_: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {}  # by who tries
+        try_: dict[tuple[str, ...], Callable[[Tensor], Tried]] = {}  # by who tries
         while answers:
             wanted: dict[str, Tensor] = {}
             for name, answer in answers.items():
@@ -177,21 +177,26 @@ class Searches:
         turns: Mapping[str, Turn],
         wanted: Mapping[str, Tensor],
         view: BatchView,
-        prepared: dict[tuple[str, ...], Callable[[Tensor], Tensor]],
+        prepared: dict[tuple[str, ...], Callable[[Tensor], Tried]],
     ) -> Iterable[tuple[str, Tried]]:
         names = tuple(wanted)
         rows = [row for name in names for row in turns[name].rows]
+        ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
         if names not in prepared:
-            ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
-            after = self._lookahead.after(view, rows, ends)
+            reads_attention = any("attention" in turns[name].running.method.needs for name in names)
+            after = self._lookahead.after(view, rows, ends, reads_attention)
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
-        hidden = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        parts = torch.split(hidden.to(torch.float32), [len(turns[name].rows) for name in names])
+        tried = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
         self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
-        for name, part in zip(names, parts, strict=True):
-            turns[name].running.counts["tried"] += len(part)
-            yield name, Tried(part)
+        first = 0
+        for name in names:
+            own = slice(first, first := first + len(turns[name].rows))
+            turns[name].running.counts["tried"] += own.stop - own.start
+            seen = None
+            if tried.attention is not None and "attention" in turns[name].running.method.needs:
+                seen = tried.attention[own, : int(ends[own].max()) + 2]
+            yield name, Tried(tried.hidden[own].to(torch.float32), seen)
 
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
         running = turn.running
