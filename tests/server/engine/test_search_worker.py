@@ -21,6 +21,7 @@ from whipstaff.decoding.search.search import (
     SearchFacts,
     SearchMethod,
     Steps,
+    Tried,
 )
 from whipstaff.server.engine.searches import SearchStep, Verdict, attach_verdicts, verdicts_of
 from whipstaff.server.engine.worker.batch import BatchView
@@ -110,10 +111,12 @@ class Passes:
     def __init__(self) -> None:
         self.seen: list[tuple[list[int], list[int]]] = []
 
-    def after(self, view: BatchView, rows: list[int], positions: Any) -> Any:
-        def try_(tokens: Tensor) -> Tensor:
+    def after(self, view: BatchView, rows: list[int], positions: Any, reads_attention: bool) -> Any:
+        assert not reads_attention
+
+        def try_(tokens: Tensor) -> Tried:
             self.seen.append((list(rows), tokens.tolist()))
-            return (torch.tensor(positions) + tokens)[:, None].float()
+            return Tried((torch.tensor(positions) + tokens)[:, None].float())
 
         return try_
 

@@ -181,20 +181,22 @@ class Searches:
     ) -> Iterable[tuple[str, Tried]]:
         names = tuple(wanted)
         rows = [row for name in names for row in turns[name].rows]
+        ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
         if names not in prepared:
-            ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
             reads_attention = any("attention" in turns[name].running.method.needs for name in names)
             after = self._lookahead.after(view, rows, ends, reads_attention)
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
-        made = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        lengths = [len(turns[name].rows) for name in names]
-        hidden = torch.split(made.hidden.to(torch.float32), lengths)
-        attention = [None] * len(names) if made.attention is None else torch.split(made.attention, lengths)
+        tried = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
         self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
-        for name, states, looks in zip(names, hidden, attention, strict=True):
-            turns[name].running.counts["tried"] += len(states)
-            yield name, Tried(states, looks)
+        first = 0
+        for name in names:
+            own = slice(first, first := first + len(turns[name].rows))
+            turns[name].running.counts["tried"] += own.stop - own.start
+            seen = None
+            if tried.attention is not None and "attention" in turns[name].running.method.needs:
+                seen = tried.attention[own, : int(ends[own].max()) + 2]
+            yield name, Tried(tried.hidden[own].to(torch.float32), seen)
 
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
         running = turn.running
