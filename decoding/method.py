@@ -219,8 +219,9 @@ class Method(ABC, Generic[P]):
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
-    borrowed: ClassVar[Mapping[str, str]] = {}
-    """vLLM's own field of a request -> the parameter that it says, too, where shorthands ask for the method."""
+    shared: ClassVar[Mapping[str, str]] = {}
+    """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
+    They turn nothing on."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:
@@ -338,6 +339,31 @@ class LogitsRewriter(Method[P]):
         return None
 
 
-def setting_type(method: LogitsRewriter[Any]) -> type[BaseModel]:
+class Candidate(NamedTuple):
+    """An answer that was drawn, to be ranked among others; it has at least one token."""
+
+    num_tokens: int
+    log_probability: float  # of all of it, where its tokens were drawn from, before temperature and truncation
+    explained: Sequence[Mapping[str, Any]]  # what is said of each of its tokens, where the method reads rows
+
+
+class Ranker(LogitsRewriter[P]):
+    """A method that ranks answers once they are drawn, and changes no logits. A request has at most one. Of the
+    models and heads that it may name, each may be absent."""
+
+    @abstractmethod
+    def num_candidates(self, params: P) -> int:
+        """How many answers are drawn."""
+
+    @abstractmethod
+    def reads_rows(self, params: P) -> bool:
+        """Whether it must see rows on their way, and be told what is said of each token."""
+
+    @abstractmethod
+    def score(self, params: P, candidate: Candidate) -> float:
+        """The higher the better."""
+
+
+def setting_type(method: Method[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

@@ -17,6 +17,16 @@ class Rewrite(NamedTuple):
     early: tuple[int, ...] = ()  # early layers
 
 
+class SearchPlan(NamedTuple):
+    """A method that searches, in the place of the draw."""
+
+    method: str
+    setting: str  # JSON of the method's setting
+    num_sequences: int  # the most that live at once
+    heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
+    streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
+
+
 class SamplerSettings(NamedTuple):
     """The request's own sampling parameters, where our stages do what vLLM's sampler would."""
 
@@ -42,11 +52,13 @@ class DecodingPlan:
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
     keeps_hidden: bool = False  # whether the hidden states of all positions are kept
+    search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
 
     @property
     def models(self) -> list[str]:
         """The auxiliary models that must run, sorted."""
         named = {name for rewrite in self.rewrites for name in rewrite.streams}
+        named.update(self.search.streams if self.search else ())
         return sorted(named.union(self.mix.models if self.mix else ()))
 
     @property
@@ -63,6 +75,7 @@ class DecodingPlan:
             "explain": self.explain,
             "scores_base": self.scores_base,
             "keeps_hidden": self.keeps_hidden,
+            "search": list(self.search) if self.search else None,
         }
 
     @staticmethod
@@ -78,4 +91,9 @@ class DecodingPlan:
             wire["explain"],
             wire["scores_base"],
             wire["keeps_hidden"],
+            _search(*wire["search"]) if wire["search"] else None,
         )
+
+
+def _search(method: str, setting: str, num_sequences: int, heads: list[str], streams: list[str]) -> SearchPlan:
+    return SearchPlan(method, setting, num_sequences, tuple(heads), tuple(streams))

@@ -103,6 +103,7 @@ def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
         "lookahead": settings.lookahead,
         "attention_rows": settings.attention_rows,
         "hidden_states": settings.hidden_states,
+        "max_search_seqs": settings.max_search_seqs,
     }
 
 
@@ -160,6 +161,7 @@ async def load(
         looks_ahead=engine.layout.looks_ahead,
         reads_attention=engine.layout.reads_attention,
         num_hidden_states=engine.layout.num_hidden_states,
+        max_search_seqs=engine.layout.max_search_seqs,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

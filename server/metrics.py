@@ -51,6 +51,15 @@ STEPS_HELD = _gauge("whipstaff_group_steps_held_total", "Steps in which some seq
 HALF = _gauge(
     "whipstaff_groups_half_scheduled_total", "Steps that took some sequences of a request only: a bug if not 0"
 )
+SEARCHES = _gauge("whipstaff_searches_running", "Requests that search")
+SEARCH_SEQUENCES = _gauge("whipstaff_search_sequences_living", "Sequences that searches have alive")
+FORKS = _gauge("whipstaff_search_forks_total", "Sequences that went on from one that another went on from, too")
+ROLLBACKS = _gauge("whipstaff_search_rollbacks_total", "Times that a search took tokens back")
+TRIED = _gauge("whipstaff_search_tried_tokens_total", "Tokens that searches fed to see what they lead to")
+MOVED = _gauge("whipstaff_search_moved_sequences_total", "Sequences that were put in the place of another")
+COPIED = _gauge("whipstaff_search_copied_blocks_total", "Blocks of KV cache that were copied for a fork")
+RECOMPUTED = _gauge("whipstaff_search_recomputed_tokens_total", "Tokens that a search had to compute once more")
+DECIDING = _gauge("whipstaff_search_decision_seconds_total", "Time that decisions took, with what they tried")
 CONDITIONAL = Counter("whipstaff_conditional_tokens", "Tokens of conditional edits where the condition is known")
 FIRED = Counter("whipstaff_conditional_tokens_open", "Those of them that were edited")
 DOSE = Histogram(
@@ -68,6 +77,15 @@ def note_worker(counters: Mapping[str, Any]) -> None:
     COMPANIONS.set(counters["companions_running"])
     STEPS_HELD.set(counters["group_steps_held"])
     HALF.set(counters["groups_half_scheduled"])
+    SEARCHES.set(counters["searches_running"])
+    SEARCH_SEQUENCES.set(counters["search_sequences_living"])
+    FORKS.set(counters["search_forks"])
+    ROLLBACKS.set(counters["search_rollbacks"])
+    TRIED.set(counters["search_tried"])
+    MOVED.set(counters["search_moved_seats"])
+    COPIED.set(counters["search_copied_blocks"])
+    RECOMPUTED.set(counters["search_recomputed_tokens"])
+    DECIDING.set(counters["search_seconds"])
 
 
 def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from whipstaff.server.errors import BadRequest, did_you_mean
 SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
     field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
 }
-BORROWED = frozenset(name for method in METHODS.values() for name in method.borrowed)  # vLLM's, which methods read, too
+SHARED = tuple({name for method in METHODS.values() for name in method.shared})  # fields of vLLM's requests
 GATES = tuple(gate for method in METHODS.values() for gate in method.gates)
 TEXTS = frozenset(name for method in METHODS.values() for name in method.texts)  # fields whose strings are no JSON
 FIELDS = (
@@ -29,7 +29,8 @@ FIELDS = (
 )
 """What Whipstaff adds to requests."""
 
-ALIASES = {"repeat_penalty": "repetition_penalty"}  # other servers' names of vLLM's fields
+# other servers' names of vLLM's fields
+ALIASES = {"repeat_penalty": "repetition_penalty", "num_return_sequences": "n"}
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")
@@ -74,10 +75,6 @@ def _fields_of_method(method: Method[Any], fields: Mapping[str, Any]) -> MethodF
             raise BadRequest(f"given twice: {names[param]} is {params[param]!r}", name)
         params.setdefault(param, value)
         names.setdefault(param, name)
-    is_on = bool(params) and not is_off({"method": method.name, **params})
-    for name, param in method.borrowed.items() if is_on else ():
-        if (value := _read(method, name, fields.get(name))) is not None and param not in params:
-            params[param], names[param] = value, name
     gates = {name: fields[name] for name in method.gates if fields.get(name) is not None}
     if bad := [name for name, value in gates.items() if value not in (False, True)]:
         raise BadRequest("true or false", bad[0])

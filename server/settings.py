@@ -69,12 +69,18 @@ class Settings(BaseSettings):
 
     attention_rows: bool = Field(
         False,
-        description="let methods read how much a token looks at those before it in the last layer, such as opera_lite",
+        description="let methods read how much a token looks at those before it in the last layer, such as opera",
     )
     hidden_states: int = Field(
         0,
         ge=0,
         description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+    max_search_seqs: int | None = Field(
+        None,
+        gt=0,
+        description="sequences that requests which search, such as beam_search, may have at once, all together "
+        "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
     @field_validator("early_layers", mode="before")
@@ -152,6 +158,7 @@ class Settings(BaseSettings):
             ("presets", "append", "PATH"),
             ("early_layers", "store", "LAYERS"),
             ("hidden_states", "store", "N"),
+            ("max_search_seqs", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description

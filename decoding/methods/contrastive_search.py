@@ -36,7 +36,7 @@ class ContrastiveSearch(LogitsRewriter[ContrastiveSearchParams]):
     stage, params = "penalty", ContrastiveSearchParams
     shorthands: ClassVar[Mapping[str, str]] = {"penalty_alpha": "penalty_alpha"}
     switches = (frozenset({"penalty_alpha"}),)
-    borrowed: ClassVar[Mapping[str, str]] = {"top_k": "k"}
+    shared: ClassVar[Mapping[str, str]] = {"top_k": "k"}
     needs = frozenset({"lookahead", "history"})
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> ContrastiveSearchParams:

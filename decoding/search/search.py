@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from whipstaff.decoding.method import Method, P, Vocabulary
+from whipstaff.decoding.method import Method, P, PromptFacts, Vocabulary
 
 SearchNeed = Literal["attention", "hidden", "tries"]  # what a search reads beside logits: see `Living`, `Tried`
 
@@ -80,6 +80,7 @@ class SearchFacts(NamedTuple):
     max_tokens: int  # that an answer may have
     eos: frozenset[int]  # tokens that end an answer; empty where the request ignores them
     heads: Mapping[str, Mapping[str, Tensor]] = {}  # head field -> part -> float32 tensor
+    room: int | None = None  # the most tokens that a living sequence may have generated, where it may exceed an answer
 
 
 Steps = Generator[Tensor, Tried, Decision]  # yields (S,) int64 tokens to try, one after each living sequence
@@ -99,6 +100,7 @@ class SearchMethod(Method[P]):
     stage = "search"
     needs: ClassVar[frozenset[SearchNeed]] = frozenset()
     sequences_field: ClassVar[str] = "method"  # the parameter that says how many sequences live
+    explains: ClassVar[bool] = False  # whether `Decision.facts` say something of every token
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 
@@ -114,8 +116,8 @@ class SearchMethod(Method[P]):
         """The parameters as the engine needs them. Raises: DecodingError."""
         return params
 
-    def place(self, setting: Any, prompt: Any) -> BaseModel:
-        """The setting for one prompt (a `PromptFacts`). Raises: DecodingError."""
+    def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
+        """The setting for one prompt. Raises: DecodingError."""
         found: BaseModel = setting
         return found
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from whipstaff.server import plan as plans
 from whipstaff.server.errors import BadRequest, bad_field, no_entry
-from whipstaff.server.names import BORROWED, FIELDS, TEXTS
+from whipstaff.server.names import FIELDS, TEXTS
 
 OnUnavailable = Literal["error", "ignore"]
 OnUnknown = Literal["warn", "error"]
@@ -27,7 +27,7 @@ def ours_in(xargs: Any) -> frozenset[str]:
 
 def fields_of(request: Any) -> dict[str, Any]:
     """The fields of a parsed request that vLLM does not know, taken out of its vllm_xargs. Raises: BadRequest."""
-    present = {name: getattr(request, name, None) for name in (*FIELDS, *BORROWED)} | (request.model_extra or {})
+    present = {name: getattr(request, name, None) for name in FIELDS} | (request.model_extra or {})
     return with_xargs(present, request.vllm_xargs)
 
 

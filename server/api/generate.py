@@ -103,7 +103,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         tally, explains = Tally(), compiled.options.explain is not None
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease)
+            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
         result = await openai.answer(request, raw)
 
     async def said() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.methods import METHODS as DECODING
+from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import head_kinds, judged_tokens, lacking
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.method import Method
@@ -77,7 +78,11 @@ def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]
         missing.append(f"it {reason}")
     if isinstance(method, LogitsRewriter) and "early_exit" in method.needs and not caps.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if (isinstance(method, LogitsRewriter) or issubclass(method.params, CoupledParams)) and caps.words is None:
+    if isinstance(method, SearchMethod) and (reason := lacking(method, caps)):
+        missing.append(f"it {reason}")
+    if (
+        isinstance(method, LogitsRewriter | SearchMethod) or issubclass(method.params, CoupledParams)
+    ) and caps.words is None:
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,

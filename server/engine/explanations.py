@@ -52,7 +52,7 @@ def relay(output: ModelRunnerOutput, by_client: Mapping[int, Any]) -> None:
     explained: Mapping[str, Any] = getattr(output, "whipstaff_explanations", {})
     for outputs in by_client.values() if explained else ():
         for one in outputs.outputs:
-            if one.new_token_ids and one.request_id in explained:
+            if (one.new_token_ids or one.finish_reason is not None) and one.request_id in explained:
                 one.kv_transfer_params = {EXPLAIN_KEY: explained[one.request_id]}
 
 

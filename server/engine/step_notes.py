@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from whipstaff.server.engine.searches import SearchStep
+
 
 class GroupUse(NamedTuple):
     """How groups are doing."""
@@ -19,6 +21,18 @@ class SlotUse(NamedTuple):
     num_waiting: int = 0
 
 
+class SearchUse(NamedTuple):
+    """How searches are doing. All but the first two since the start."""
+
+    num_searches: int = 0  # running now
+    num_living: int = 0  # sequences of theirs, likewise
+    forks: int = 0  # sequences that began as another's continuation
+    rollbacks: int = 0  # sequences that gave up tokens
+    moved_seats: int = 0  # sequences whose tokens the worker had to be told anew
+    copied_blocks: int = 0
+    recomputed_tokens: int = 0  # that a sequence kept, and whose keys and values it could not take over
+
+
 class StepNotes(NamedTuple):
     """Of one step."""
 
@@ -26,6 +40,11 @@ class StepNotes(NamedTuple):
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
+    searches: Mapping[str, SearchStep] = {}  # by the primary's id, of each search that takes a step
+    seats: Mapping[str, str] = {}
+    """Sequences of searches whose tokens are told anew, and the member of the primary's row that each is like: Model
+    Runner V1 has no other way to hear of a request with tokens that it generated elsewhere."""
+    search_use: SearchUse = SearchUse()
 
 
 def attach_notes(output: Any, notes: StepNotes) -> None:

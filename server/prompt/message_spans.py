@@ -217,6 +217,28 @@ class Prompt:
         return self.chat
 
 
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """A prompt with rows that were put into it, as decoding methods are told of it."""
+
+    prompt: Prompt
+    num_tokens: int
+    shift: Callable[[Span], Span]  # a span of the prompt's own tokens -> where they stand now
+
+    def last_user(self) -> int:
+        """As `Prompt.last_user`."""
+        start = self.prompt.last_user()
+        return self.shift((start, start + 1))[0]
+
+    def text_at(self, text: str, param: str) -> Span:
+        """As `Prompt.text_at`."""
+        return self.shift(self.prompt.text_at(text, param))
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> list[Span]:
+        """As `Prompt.messages_at`."""
+        return list(map(self.shift, self.prompt.messages_at(role, index, param)))
+
+
 def id_of(tokenizer: Any, text: str) -> int:
     """The id of the one token whose text that is; its name in the vocabulary will do too. Raises: SteeringError."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)

@@ -31,6 +31,7 @@ class Capabilities(Served):
     looks_ahead: bool = False  # whether methods may try tokens before one is chosen
     reads_attention: bool = False  # whether methods may read what the last layer attends to
     num_hidden_states: int = 0  # requests whose hidden states are kept at once
+    max_search_seqs: int = 1 << 30  # sequences that all searches may have at once
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
     @property

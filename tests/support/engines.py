@@ -80,6 +80,7 @@ class EngineUnderTest:
         lookahead: bool = False,
         attention_rows: bool = False,
         hidden_states: int = 0,
+        max_search_seqs: int | None = None,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -88,10 +89,9 @@ class EngineUnderTest:
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
         with warm_processes():
-            reads: dict[str, Any] = {"attention_rows": attention_rows, "hidden_states": hidden_states}
-            self.engine: Engine = self.run(
-                self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead, **reads)
-            )
+            own: dict[str, Any] = {"lookahead": lookahead, "max_search_seqs": max_search_seqs}
+            own |= {"attention_rows": attention_rows, "hidden_states": hidden_states}
+            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, **own))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 

@@ -18,6 +18,7 @@ from whipstaff.server import plan as request
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
 from whipstaff.server.engine.explanations import listen
+from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.leases import NOTHING, Lease
 from whipstaff.steering.needs import Hook, Needs
@@ -32,6 +33,7 @@ _WORKERS = {
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
@@ -40,7 +42,8 @@ class PlanDict(dict[str, Any]):
 
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
-    that the plan names.
+    that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
+    that.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class PlanDict(dict[str, Any]):
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.explained, self.lease = label, note, explained, lease
+        self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
         self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
@@ -79,6 +83,8 @@ class Engine(AsyncLLM):
         if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
         outputs = super().generate(prompt, sampling_params, *args, **kwargs)
+        if plan is not None and plan.answers is not None:
+            outputs = plan.answers.of(outputs, self.get_tokenizer())
         with plan.lease.again() if plan is not None else NOTHING.again():
             async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
                 async for output in watched:
@@ -95,6 +101,7 @@ def start(
     lookahead: bool = False,
     attention_rows: bool = False,
     hidden_states: int = 0,
+    max_search_seqs: int | None = None,
     client: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
@@ -110,6 +117,8 @@ def start(
         lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         attention_rows: whether methods may read what the last layer attends to; see `last_attention`.
         hidden_states: sequences whose hidden states can be kept whole; see `hidden_histories`.
+        max_search_seqs: sequences that requests which search may have at once, all together; None: half of all, or
+            enough for one with MIN_SEARCH_SEQS.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -122,7 +131,16 @@ def start(
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     layout = configure(
-        config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead, attention_rows, hidden_states
+        config,
+        auxiliaries,
+        num_slots,
+        vectors,
+        sites,
+        early_layers,
+        lookahead,
+        attention_rows,
+        hidden_states,
+        max_search_seqs,
     )
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
@@ -149,6 +167,7 @@ def configure(
     lookahead: bool = False,
     attention_rows: bool = False,
     hidden_states: int = 0,
+    max_search_seqs: int | None = None,
 ) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config."""
     _refuse_unsupported(config)
@@ -167,9 +186,10 @@ def configure(
     hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
         set() if shape.num_experts else {"router"}
     )  # such vectors are refused by request
+    most = config.scheduler_config.max_num_seqs
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_slots=num_slots or max(MIN_SLOTS, min(most, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
@@ -181,6 +201,7 @@ def configure(
         looks_ahead=lookahead,
         reads_attention=attention_rows,
         num_hidden_states=hidden_states,
+        max_search_seqs=min(most, max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)

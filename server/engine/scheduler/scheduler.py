@@ -5,7 +5,7 @@ order; a request's sequences (see `groups`) wait together. Their KV blocks get t
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,32 +16,39 @@ from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
-from whipstaff.server.engine.scheduler.group import companions
-from whipstaff.server.engine.scheduler.groups import GroupedScheduling
+from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
+from whipstaff.server.engine.scheduler.search_scheduling import SearchScheduling
 from whipstaff.server.engine.scheduler.slots import Slots
 from whipstaff.server.engine.step_notes import SlotUse, StepNotes, attach_notes
 from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of
 
 
 class Unit(NamedTuple):
-    """A request and its companions."""
+    """A request and its further sequences."""
 
     primary: Request
-    companions: list[Request]
-    plan: RequestPlan
+    group: Group | None  # None: it has none
 
     @property
-    def sequences(self) -> list[Request]:
-        return [self.primary, *self.companions]
+    def sequences(self) -> Sequence[Request]:
+        return self.group.sequences if self.group is not None else [self.primary]
 
 
-class SteeredScheduling(GroupedScheduling):
+def unit_of(request: Request, plan: RequestPlan) -> Unit:
+    own = companions(request, plan)
+    if plan.decoding is not None and plan.decoding.search is not None:
+        return Unit(request, SearchGroup(search_rows(request, own, plan), plan))
+    return Unit(request, Group(request, own, plan) if own else None)
+
+
+class SteeredScheduling(SearchScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
+        self._max_search_seqs = self._layout.max_search_seqs
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
         self._slots = Slots(self._layout)
@@ -53,7 +60,7 @@ class SteeredScheduling(GroupedScheduling):
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
-        unit = Unit(request, companions(request, plan), plan)
+        unit = unit_of(request, plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()
@@ -75,15 +82,16 @@ class SteeredScheduling(GroupedScheduling):
 
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""
-        if unit.companions:
-            self.add_group(*unit)
+        if unit.group is not None:
+            self.add_group(unit.group)
         else:
             super().add_request(unit.primary)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         slot_use = SlotUse(self._slots.num_used, len(self._held))
-        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use()))
+        groups = self.stepping_groups, slot_use, self.group_use()
+        attach_notes(output, StepNotes(*groups, self.stepping_searches, self.told_seats, self.search_use()))
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -107,7 +115,7 @@ class SteeredScheduling(GroupedScheduling):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        if not found or not is_banned(request, found[-1]):
+        if not found or self.is_searching(request) or not is_banned(request, found[-1]):
             return found, stopped
         request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
         return found[:-1], True

@@ -24,6 +24,7 @@ from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
 from whipstaff.server.engine.worker.requests import Requests
+from whipstaff.server.engine.worker.search.searches import Searches
 from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.sites import final_norm
 from whipstaff.steering.vector_file import Vector
@@ -53,6 +54,11 @@ def build_step(
     attention = None
     if layout.reads_attention:
         attention = LastAttention(model, runner, max_tokens(config), adapter.block_tables)
+    lookahead = (
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
+        if layout.looks_ahead
+        else NoLookahead()
+    )
     step = WorkerStep(
         requests,
         edits,
@@ -65,9 +71,8 @@ def build_step(
             EarlyHead(
                 partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
             ),
-            Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
-            if layout.looks_ahead
-            else NoLookahead(),
+            lookahead,
+            Searches(requests, head_of, lookahead, attention, runner.device),
             attention,
             _histories(layout, config, runner.device),
         ),

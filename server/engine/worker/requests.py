@@ -18,6 +18,7 @@ class Arrival(NamedTuple):
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
     bans: bool = False  # whether vLLM may ban tokens after rules: a grammar, lists of tokens or words, a least length
     bias: Mapping[int, float] = {}  # what vLLM will add to the logits of some tokens
+    ends: frozenset[int] = frozenset()  # tokens that end an answer
 
 
 def arrival(new: Any) -> Arrival:
@@ -29,7 +30,8 @@ def arrival(new: Any) -> Arrival:
     scores_prompt = parameters.prompt_logprobs is not None
     bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
     ids, bias = new.prompt_token_ids or (), parameters.logit_bias or {}
-    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias)
+    ends = frozenset({parameters.eos_token_id, *(parameters.stop_token_ids or ())} - {None})
+    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias, ends)
 
 
 @dataclass(eq=False)
@@ -66,6 +68,13 @@ class Requests:
         """What the logits pipeline keeps of it, if it keeps anything."""
         request = self._by_id.get(request_id)
         return None if request is None else request.decoding
+
+    def like(self, source: str, target: str) -> tuple[PlannedRequest, PlannedRequest] | None:
+        """A request and another that is made like it, if it is not there yet. None: it is a plain one."""
+        found = self._by_id.get(source)
+        if found is None:
+            return None
+        return found, self._by_id.setdefault(target, PlannedRequest(target, found.placed))
 
     def finish(self, request_ids: Iterable[str]) -> Iterator[PlannedRequest]:
         """Forget requests, and say who they were. Before `take`: an id may finish and come back in one step."""

@@ -1,11 +1,14 @@
 """The legacy model runner (vllm/v1/worker/gpu_model_runner.py; what the CPU wheel runs) -> BatchView."""
 
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from whipstaff.server.engine.patch import Swapped, swap
+from whipstaff.server.engine.step_notes import notes_of
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.step import WorkerStep
@@ -38,6 +41,12 @@ class SteeredRunner(Swapped):
             return super().sample_tokens(*args, **kwargs)
         finally:
             self.input_batch.generators.update(held)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        notes = notes_of(scheduler_output)
+        if notes is not None and notes.seats:
+            place_seats(self.requests, notes.seats, scheduler_output.scheduled_cached_reqs.all_token_ids)
+        return super()._update_states(scheduler_output)
 
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.whipstaff_step.pipeline.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
@@ -78,6 +87,21 @@ def view(runner: Any, step: WorkerStep) -> BatchView:
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
     ).in_groups(step.groups)
+
+
+def place_seats(known: dict[str, Any], seats: Mapping[str, str], tokens: Mapping[str, Sequence[int]]) -> None:
+    """Make sequences of searches known that are told anew, with the tokens that they have generated.
+
+    Args:
+        known: vLLM's states of requests.
+        seats: whom each is like.
+        tokens: all of each.
+    """
+    for name, origin in seats.items():
+        if name not in known:
+            known[name] = copy(known[origin])
+            known[name].req_id = name
+        known[name].output_token_ids = list(tokens[name][known[name].num_prompt_tokens :])
 
 
 def unfinished_generators(runner: Any) -> dict[int, Any]:

@@ -8,9 +8,9 @@
     logits     model (logits/model_hook.py)  decode, decode_prompt   stages mix and rule; `lookahead` tries tokens
                model (logits/model_hook.py)  note_logits             entropies, for schedules that follow them
     sample     runner's sampler              before_draw             stages penalty, temperature and truncation
-               runner's sampler              after_draw              methods with state learn what was drawn
+               runner's sampler              after_draw              searches decide; methods learn what was drawn
                runner adapter                give_to_companions_     the primary's token becomes theirs
-    tell       worker.sample_tokens          tell                    explanations travel with the step's output
+    tell       worker.sample_tokens          tell                    explanations and verdicts go with the output
 
 `pipeline` (logits/pipeline.py) does what concerns logits, `edits` (edits/step_edits.py) what concerns activations. Both
 read one map of the requests.
@@ -22,11 +22,13 @@ from typing import Any
 from torch import Tensor
 
 from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import GroupUse, SlotUse, StepNotes, notes_of
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
+from whipstaff.server.engine.worker.search.searches import Copies
 from whipstaff.server.engine.worker.token_copies import TokenCopies
 
 
@@ -48,11 +50,13 @@ class WorkerStep:
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
         self.note_requests(scheduler_output.finished_req_ids, map(arrival, scheduler_output.scheduled_new_reqs))
-        self.notes = notes_of(scheduler_output) or self.notes._replace(groups={})
+        self.notes = notes_of(scheduler_output) or self.notes._replace(groups={}, searches={}, seats={})
+        self.pipeline.searches.expected = self.notes.searches
 
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""
-        for request in self.requests.finish(finished):
+        finished = list(finished)
+        for request in self.requests.finish([*finished, *self.pipeline.searches.end(finished)]):
             self.edits.histories.remove(request)
             self.pipeline.remove(request)
         for request, new in self.requests.take(arrivals):
@@ -75,5 +79,16 @@ class WorkerStep:
         self._copies.apply_(sampled, self._companion_rows)
 
     def tell(self, output: Any) -> Any:
-        """The step's output, with its explanations."""
-        return attach(output, self.pipeline.take_explanations())
+        """The step's output, with its explanations and verdicts."""
+        verdicts, copies = self.pipeline.searches.take()
+        self._copy(copies)
+        return attach_verdicts(attach(output, self.pipeline.take_explanations()), verdicts)
+
+    def _copy(self, copies: Copies) -> None:
+        """Sequences of searches go on in other seats, with what is kept of them."""
+        found = [self.requests.like(source, target) for source, target in copies]
+        pairs = [pair for pair in found if pair is not None]
+        for _, target in pairs:
+            self.edits.histories.add(target)
+        self.edits.histories.copy(pairs)
+        self.pipeline.copy(pairs)

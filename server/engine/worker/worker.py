@@ -138,7 +138,7 @@ class SteeredWorker:
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
         step = self._step
-        slot_use, group_use = step.notes.slot_use, step.notes.group_use
+        slot_use, group_use, search_use = step.notes.slot_use, step.notes.group_use, step.notes.search_use
         return {
             "steps": step.num_steps,
             "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps.run),
@@ -153,6 +153,15 @@ class SteeredWorker:
             "companions_running": group_use.num_companions,
             "group_steps_held": group_use.num_steps_held,
             "groups_half_scheduled": group_use.num_half_scheduled,
+            "searches_running": search_use.num_searches,
+            "search_sequences_living": search_use.num_living,
+            "search_forks": search_use.forks,
+            "search_rollbacks": search_use.rollbacks,
+            "search_moved_seats": search_use.moved_seats,
+            "search_copied_blocks": search_use.copied_blocks,
+            "search_recomputed_tokens": search_use.recomputed_tokens,
+            "search_tried": step.pipeline.searches.counts.tried,
+            "search_seconds": step.pipeline.searches.counts.seconds,
         }
 
 

@@ -582,7 +582,9 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no sum": (
         {"guidance_scale": 2, "decoding": [{"method": "cad", "context": "import"}]}, 400, "guidance_scale"
     ),
-    "beam search": ({"guidance_scale": 2, "use_beam_search": True}, 400, "use_beam_search"),
+    "beam search": (
+        {"guidance_scale": 2, "use_beam_search": True, "structured_outputs": {"choice": ["a"]}}, 400, "use_beam_search"
+    ),
 }  # fmt: skip
 
 

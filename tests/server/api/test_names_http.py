@@ -205,7 +205,6 @@ UNKNOWN = {
     "guided_regex": "structured_outputs",
     "penalty_alpha": None,
     "logits_processors": None,
-    "best_of": None,
     "temprature": "temperature",
 }
 

@@ -84,6 +84,16 @@ class Histories:
                 self._kept.popitem(last=False)
         self._free += request.histories
 
+    def copy(self, pairs: Sequence[tuple[PlannedRequest, PlannedRequest]]) -> None:
+        """What the first of each pair has read, the second has read, too; all at once."""
+        rows = [row for pair in pairs for row in zip(pair[0].histories, pair[1].histories, strict=True)]
+        num_read = [(target, source.num_read) for source, target in pairs]
+        for target, num in num_read:
+            target.num_read = num
+        if rows:
+            sources, targets = torch.tensor(rows, device=self.values.device).unbind(1)
+            self.values[targets] = self.values[sources]
+
     def readings_of(self, readings_id: str) -> list[dict[str, Any]]:
         """What the sequences of that `readings_id` have read, see `worker.whipstaff_readings`. Waits for the device."""
         kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.decoding.method import Need
+from whipstaff.decoding.method import Need, Ranker
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.worker.batch import BatchView, Ints
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, EarlyStream
@@ -67,9 +67,12 @@ class MethodInputs:
             step.num_generated[call.indices].tolist(),
             streams={
                 name: step.others[model][call.rows, : logits.shape[1]]
-                for name, model in zip(method.stream_fields, call.streams, strict=True)
+                for name, model in zip(method.stream_fields, call.streams, strict=not isinstance(method, Ranker))
             },
-            heads={name: self._heads(digest) for name, digest in zip(method.head_fields, call.heads, strict=True)},
+            heads={
+                name: self._heads(digest)
+                for name, digest in zip(method.head_fields, call.heads, strict=not isinstance(method, Ranker))
+            },
             is_prompt=step.metadata.is_prompt,
         )
         for need in method.needs:

@@ -30,7 +30,7 @@ from whipstaff.server.engine.worker.lora import StepAdapters
 class NoLookahead:
     """Where the scheduler sets no place apart."""
 
-    def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> None:
+    def after(self, view: BatchView, rows: Sequence[int], positions: Ints, reads_attention: bool = False) -> None:
         """Methods do without."""
 
 

@@ -6,7 +6,7 @@ on what the model computes (`decode`), penalty, temperature and truncation aroun
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from whipstaff.server.engine.worker.logits.metadata import (
 )
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
 from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
+from whipstaff.server.engine.worker.search.searches import Searches
 
 EARLY_ROOM = 1 << 26  # logits of early layers that may be there at once
 LAST_RESORT = 1e4  # logits: beyond any temperature's reach
@@ -63,6 +64,7 @@ class LogitsPipeline:
         heads: Heads,
         early: EarlyHead,
         lookahead: Lookahead | NoLookahead,
+        searches: Searches,
         attention: LastAttention | None = None,
         histories: HiddenHistories | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class LogitsPipeline:
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
         self._inputs = MethodInputs(self._tables, heads, early, lookahead, attention, histories)
+        self.searches = searches
         self._num_decoding = 0  # unfinished requests with a decoding plan
         self._view = NOBODY
         self.is_in_step = False  # whether a real forward pass is under way: not profiling, warm-up or capture
@@ -123,6 +126,23 @@ class LogitsPipeline:
             assert self.histories is not None
             self.histories.remove(request.decoding.history_slot)
 
+    def copy(self, pairs: Sequence[tuple[PlannedRequest, PlannedRequest]]) -> None:
+        """What is kept of the first of each pair is kept of the second, too, a sequence of the same search."""
+        slots = []
+        for source, target in pairs:
+            if source.decoding is None:
+                continue
+            has_slot = source.decoding.slot >= 0
+            if target.decoding is None:
+                slot = self._tables.add((), 0) if has_slot else -1
+                target.decoding = replace(source.decoding, slot=slot)
+                self._num_decoding += 1
+                self._metadata = None
+            if has_slot:
+                slots.append((source.decoding.slot, target.decoding.slot))
+        if slots:
+            self._tables.copy(slots)
+
     def _state_of(self, plan: DecodingPlan, num_prompt: int, arrival: Arrival) -> RequestState:
         bound, state_size = [], 0
         for name, setting, streams, heads, early in plan.rewrites:
@@ -143,6 +163,7 @@ class LogitsPipeline:
             arrival.bans,
             bound,
             bias=arrival.bias,
+            ends=arrival.ends,
             slot=self._tables.add(arrival.prompt, state_size) if has_slot else -1,
             history_slot=self.histories.add() if self.histories is not None and plan.keeps_hidden else -1,
         )
@@ -340,7 +361,10 @@ class LogitsPipeline:
         return drawn
 
     def after_draw(self, logits: Tensor, sampled: Tensor) -> None:
-        """Let methods with state learn what was drawn: (B,) from the logits that `before_draw` gave."""
+        """Let searches decide, which changes `sampled`, and methods with state learn what was drawn: (B,) from the
+        logits that `before_draw` gave."""
+        if self._step is not None and not self._is_drawn:
+            self.searches.decide(self._view, self._step.hidden, logits, sampled)
         self._is_drawn = True
         for call, given in self._noted:
             assert given.state is not None

@@ -40,6 +40,11 @@ class RequestTables:
     def remove(self, slot: int) -> None:
         self._free.append(slot)
 
+    def copy(self, slots: Sequence[tuple[int, int]]) -> None:
+        """What is kept in the first of each pair is kept in the second, too; all at once."""
+        sources, targets = sent(slots, self._device).unbind(1)
+        self._tokens[targets], self._state[targets] = self._tokens[sources], self._state[sources]
+
     def note_tokens(self, view: BatchView, rows: Sequence[tuple[int, int]], input_ids: Tensor) -> None:
         """Keep the tokens that a step feeds to (row, slot) each. Ids of tokens just drawn are on the device only."""
         if not rows:
