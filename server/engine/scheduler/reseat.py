@@ -47,9 +47,7 @@ def reseat(manager: KVCacheManager, moves: Sequence[Move], staying: Sequence[Req
         gone: who has blocks and will have none; targets are none of them.
     """
     managers = manager.coordinator.single_type_managers
-    sources = {move.source.request_id: move.source for move in moves}
-    for source in sources.values():  # a full block that two sequences share must not be keyed twice
-        manager.cache_blocks(source, source.num_computed_tokens)
+    sources = {move.source.request_id for move in moves}
     for move in moves:
         _share(managers, move)
     released = [*gone, *(move.target for move in moves)]

@@ -18,9 +18,10 @@ from vllm.v1.request import Request
 
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.search import Continuation, Hypothesis
+from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.searches import SearchStep, Verdict
 from whipstaff.server.engine.worker.search.seats import seated
-from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
@@ -229,7 +230,18 @@ class Searching(Traffic):
                 held[block.block_id] = held.get(block.block_id, 0) + 1
         assert all(block.ref_cnt == held.get(block.block_id, 0) for block in pool.blocks if not block.is_null)
         living = [group for group in self.scheduler._searches() if group.num_running]
+        if self.case.caches:
+            for member in (one for group in living for one in group.members):
+                assert member.block_hashes == self.keys(member), f"{member.request_id}: keys of another text"
         assert sum(group.num_seats for group in living) <= self.scheduler._max_search_seqs
+
+    def keys(self, member: Request) -> list[bytes]:
+        """Of the blocks of a sequence, as a new request with the same text has them."""
+        fresh = Request("fresh", list(member._all_token_ids), member.sampling_params, None, block_hasher=self.hasher)
+        plan = RequestPlan.from_wire(member.sampling_params.extra_args)
+        if plan is not None:
+            key_blocks(fresh, PositionedPlan(plan, member.num_prompt_tokens), BLOCK)
+        return fresh.block_hashes
 
     def check(self) -> None:
         s = self.scheduler
