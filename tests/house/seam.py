@@ -24,6 +24,7 @@ V1, V2 = "vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.m
 SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 REQUEST = "vllm.v1.request.Request"
 ATTENTION = "vllm.model_executor.layers.attention.attention.Attention"
+BLOCKS_OF_TYPE = "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager"
 BLOCK_POOL = "vllm.v1.core.block_pool.BlockPool"
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager.KVCacheManager"
@@ -43,6 +44,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
+    "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "frontend.launch.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "scheduler.groups.GroupedScheduling": (SCHEDULER,),
     "frontend.launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
@@ -109,14 +111,16 @@ REACHED: tuple[str, ...] = (
     ),
     *_of(
         REQUEST,
-        "_all_token_ids _block_hasher arrival_time block_hashes cache_salt client_index drop_stale_output "
+        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids arrival_time block_hashes cache_salt client_index drop_stale_output "
         "is_prefill_chunk lora_request max_tokens num_computed_tokens num_output_placeholders num_output_tokens "
         "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id sampling_params "
-        "skip_reading_prefix_cache status stop_reason update_block_hashes",
+        "skip_reading_prefix_cache status stop_reason take_prefill_stats update_block_hashes",
     ),
     *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
     *_of(KV_MANAGER, "watermark_blocks"),
-    *_of(BLOCK_POOL, "get_num_free_blocks num_gpu_blocks"),
+    *_of(BLOCK_POOL, "free_blocks get_new_blocks get_num_free_blocks is_block_writable num_gpu_blocks touch"),
+    *_of(BLOCKS_OF_TYPE, "_pending_cow_copies block_size num_cached_block req_to_blocks"),
+    *_of("vllm.v1.core.kv_cache_utils.KVCacheBlock", "block_id is_null ref_cnt"),
     *_of(COORDINATOR, "get_num_blocks_to_allocate single_type_managers"),
     *_of(
         "vllm.v1.core.sched.output.CachedRequestData",
@@ -188,7 +192,7 @@ class Seam:
 
     def private(self) -> set[str]:
         """Names with an underscore that are read on anything but `self`, less those that our sources define."""
-        ours = {"_replace"}.union(*map(_defined, self._trees.values()))  # a named tuple's
+        ours = {"_replace", "_asdict", "_fields"}.union(*map(_defined, self._trees.values()))  # named tuples'
         return {
             node.attr
             for tree in self._trees.values()
