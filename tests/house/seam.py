@@ -111,7 +111,8 @@ REACHED: tuple[str, ...] = (
     ),
     *_of(
         REQUEST,
-        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids arrival_time block_hashes cache_salt client_index drop_stale_output "
+        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids "
+        "arrival_time block_hashes cache_salt client_index drop_stale_output "
         "is_prefill_chunk lora_request max_tokens num_computed_tokens num_output_placeholders num_output_tokens "
         "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id sampling_params "
         "skip_reading_prefix_cache status stop_reason take_prefill_stats update_block_hashes",

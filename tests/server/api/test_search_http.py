@@ -172,7 +172,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "grammar": ({"num_beams": 2, "structured_outputs": {"regex": "[0-9]"}}, 400, "num_beams"),
     "logprobs": ({"num_beams": 2, "logprobs": 1}, 400, "logprobs"),
     "truncation": ({"num_beams": 2, "typical_p": 0.5}, 400, "typical_p"),
-    "attention": ({"decoding": {"method": "opera"}}, 422, "decoding.method"),
     "one candidate": ({"decoding": {"method": "opera", "candidates": 1}}, 400, "decoding.candidates"),
     "no classifier": ({"decoding": {"method": "kcts"}}, 400, "decoding.classifier"),
     "absent classifier": ({"decoding": {"method": "kcts", "classifier": "nobody"}}, 404, "decoding.classifier"),
