@@ -1,6 +1,7 @@
 """What the scheduler tells the worker with each step, beside what vLLM's says."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -10,6 +11,8 @@ class GroupUse(NamedTuple):
     num_companions: int = 0  # running now
     num_steps_held: int = 0  # since the start, steps in which a group with running members did not advance together
     num_half_scheduled: int = 0  # since the start; anything but 0 is a bug, and stops the engine
+    num_steps_together: int = 0  # since the start, steps that a group took as one
+    num_preempted: int = 0  # since the start
 
 
 class SlotUse(NamedTuple):
@@ -17,6 +20,14 @@ class SlotUse(NamedTuple):
 
     num_used: int = 0
     num_waiting: int = 0
+    waits: Sequence[float] = ()  # seconds, of the requests that waited for slots and have them since the last step
+
+
+class CacheUse(NamedTuple):
+    """Tokens of prompts since the start, by whose they are: plain, steered or guided requests'."""
+
+    queries: Mapping[str, int] = MappingProxyType({})  # looked for in the prefix cache
+    hits: Mapping[str, int] = MappingProxyType({})  # and found
 
 
 class StepNotes(NamedTuple):
@@ -26,6 +37,7 @@ class StepNotes(NamedTuple):
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
+    cache_use: CacheUse = CacheUse()
 
 
 def attach_notes(output: Any, notes: StepNotes) -> None:

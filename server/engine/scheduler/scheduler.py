@@ -4,6 +4,7 @@ Requests whose rows of edits, or whose conditions, would not fit beside those al
 request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
+from whipstaff.server.engine.scheduler.cache_hits import CacheHits
 from whipstaff.server.engine.scheduler.group import companions
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling
 from whipstaff.server.engine.scheduler.slots import Slots
@@ -47,6 +49,9 @@ class SteeredScheduling(GroupedScheduling):
         self._slots = Slots(self._layout)
         self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
         self._held: deque[Unit] = deque()  # waiting for slots
+        self._held_since: dict[str, float] = {}  # by their primaries
+        self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._cache_hits = CacheHits()
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request)
@@ -57,6 +62,8 @@ class SteeredScheduling(GroupedScheduling):
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()
+            if self._held and self._held[-1] is unit:
+                self._held_since[request.request_id] = time.monotonic()
         else:
             self._start(unit)
 
@@ -82,8 +89,9 @@ class SteeredScheduling(GroupedScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        slot_use = SlotUse(self._slots.num_used, len(self._held))
-        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use()))
+        self._cache_hits.note(output.scheduled_new_reqs, self.requests, self._group_of)
+        slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
+        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use(), self._cache_hits.use))
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -97,6 +105,7 @@ class SteeredScheduling(GroupedScheduling):
         dropped = [unit for unit in self._held if wanted is None or unit.primary.request_id in wanted]
         for unit in dropped:
             self._held.remove(unit)
+            self._held_since.pop(unit.primary.request_id, None)
             for sequence in unit.sequences:
                 self._placed.pop(sequence.request_id, None)
             unit.primary.status = finished_status
@@ -130,7 +139,10 @@ class SteeredScheduling(GroupedScheduling):
             placed = [self._placed.get(sequence.request_id) for sequence in self._held[0].sequences]
             if not self._slots.take([one for one in placed if one is not None]):
                 return
-            self._start(self._held.popleft())
+            unit = self._held.popleft()
+            if (since := self._held_since.pop(unit.primary.request_id, None)) is not None:
+                self._waits.append(time.monotonic() - since)
+            self._start(unit)
 
 
 class SteeredScheduler(SteeredScheduling, Scheduler):

@@ -16,6 +16,7 @@
 read one map of the requests.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
 from whipstaff.server.engine.worker.token_copies import TokenCopies
 
+MAX_WAITS = 1024  # that are kept until somebody asks
+
 
 class WorkerStep:
     """What one worker does in every step beside vLLM's own."""
@@ -37,6 +40,8 @@ class WorkerStep:
         self.requests, self.edits, self.pipeline = requests, edits, pipeline
         self.num_steps = 0
         self.notes = StepNotes({}, SlotUse(), GroupUse())  # as the scheduler told them last
+        self.num_slot_waits = 0
+        self.slot_waits: deque[float] = deque(maxlen=MAX_WAITS)  # seconds, the last of them
         self._companion_rows: Sequence[tuple[int, int]] = ()  # of the step to be sampled
         self._copies = TokenCopies()
 
@@ -48,7 +53,12 @@ class WorkerStep:
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
         self.note_requests(scheduler_output.finished_req_ids, map(arrival, scheduler_output.scheduled_new_reqs))
-        self.notes = notes_of(scheduler_output) or self.notes._replace(groups={})
+        if (notes := notes_of(scheduler_output)) is None:
+            self.notes = self.notes._replace(groups={})
+            return
+        self.notes = notes
+        self.num_slot_waits += len(notes.slot_use.waits)
+        self.slot_waits.extend(notes.slot_use.waits)
 
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""

@@ -136,12 +136,16 @@ class SteeredWorker:
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
         step = self._step
-        slot_use, group_use = step.notes.slot_use, step.notes.group_use
+        slot_use, group_use, cache_use = step.notes.slot_use, step.notes.group_use, step.notes.cache_use
+        auxiliary_steps = step.pipeline.auxiliary_steps
         return {
             "steps": step.num_steps,
-            "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps.run),
-            "auxiliary_steps_skipped": dict(step.pipeline.auxiliary_steps.skipped),
+            "auxiliary_steps_run": dict(auxiliary_steps.run),
+            "auxiliary_steps_skipped": dict(auxiliary_steps.skipped),
+            "auxiliary_steps": {"yes": sum(auxiliary_steps.run.values()), "no": sum(auxiliary_steps.skipped.values())},
+            "lookahead_passes": step.pipeline.num_lookahead_passes,
             "table_uploads": self._tables.num_uploads,
+            "table_upload_bytes": self._tables.num_uploaded_bytes,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),
             "requests_held": len(step.requests),
@@ -149,8 +153,13 @@ class SteeredWorker:
             "requests_waiting_for_slots": slot_use.num_waiting,
             "histories_used": step.edits.histories.num_used,
             "companions_running": group_use.num_companions,
-            "group_steps_held": group_use.num_steps_held,
+            "group_steps": {"held": group_use.num_steps_held, "together": group_use.num_steps_together},
+            "groups_preempted": group_use.num_preempted,
             "groups_half_scheduled": group_use.num_half_scheduled,
+            "slot_waits": list(step.slot_waits),
+            "num_slot_waits": step.num_slot_waits,
+            "prefix_cache_queries": dict(cache_use.queries),
+            "prefix_cache_hits": dict(cache_use.hits),
         }
 
 

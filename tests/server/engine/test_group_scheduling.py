@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -174,6 +175,7 @@ class Traffic:
         self.asked: dict[str, Asked] = {}
         self.names = map(str, count())
         self.in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        self.num_together = 0
         init_none_hash(get_hash_fn_by_name("sha256"))
         self.hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if case.caches else None
         self.stem = self.chance.choices(range(300), k=BLOCK * 3 + 1)
@@ -227,6 +229,7 @@ class Traffic:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.in_flight.append((output, self.worker.run(output)))
+            self.num_together += len(output.whipstaff_notes.groups)
             if len(self.in_flight) <= self.case.is_async and (
                 output.num_scheduled_tokens or self.scheduler.has_requests()
             ):
@@ -275,9 +278,10 @@ class Traffic:
         pool = s.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not s.requests and not s.running and not s.waiting and not s._held
+        assert not s._held_since
         assert not s._groups and not s._group_of and not s._ended and not s._placed
         assert s._slots.num_used == 0 and not s._slots._rows
-        assert s.group_use().num_half_scheduled == 0
+        assert s.group_use().num_half_scheduled == 0 and s.group_use().num_steps_together == self.num_together
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
             if str(asked.end) == "stop":
@@ -333,8 +337,10 @@ class Loading(Worker):
         hook_points = [HookPoint("resid_pre", 0), *(HookPoint("resid_post", layer) for layer in range(3))]
         specs = [SiteSpec(place, 0, 96) for place in hook_points]
         self.tables = Tables(specs, num_slots, 3, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+        self.waits: list[float] = []
 
     def run(self, output: Any) -> ModelRunnerOutput:
+        self.waits += output.whipstaff_notes.slot_use.waits
         self.tables.acquire(row for name in output.num_scheduled_tokens for row in self.scheduler._placed[name].rows)
         return super().run(output)
 
@@ -359,10 +365,46 @@ def test_requests_with_more_lines_than_there_is_room_for_wait(
     for _ in range(16):
         traffic.add(members=0)
     traffic.step()
-    assert 0 < len(traffic.scheduler._held) < 16
+    assert 0 < (num_held := len(traffic.scheduler._held)) < 16
+    (given_up := traffic.asked[traffic.scheduler._held[-1].primary.request_id]).end = "aborted"
+    traffic.scheduler.finish_requests(given_up.request.request_id, RequestStatus.FINISHED_ABORTED)
     traffic.drain()
     traffic.check()
-    assert worker.tables.num_uploads == 16 and all(str(asked.end) == "length" for asked in traffic.asked.values())
+    assert len(worker.waits) == num_held - 1 and min(worker.waits) > 0  # those who had slots at once waited for none
+    ends = [str(asked.end) for asked in traffic.asked.values()]
+    assert worker.tables.num_uploads == 15 and sorted(ends) == ["aborted", *["length"] * 15]
+    assert worker.tables.num_uploaded_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "v2"])
+def test_the_prefix_cache_is_counted_by_whose_tokens_are_looked_for(model: str, name: str) -> None:
+    """Each kind asks twice for the same; what all find together is what vLLM counts."""
+    case = Case(**{**CASES[name].__dict__, "num_blocks": 200, "max_num_seqs": 16, "budget": 512, "num_slots": 8})
+    traffic, theirs = Traffic(model, case, seed=0), [0, 0]
+    made = traffic.scheduler.kv_cache_manager.make_prefix_cache_stats
+
+    def make() -> Any:
+        stats = made()
+        theirs[0], theirs[1] = theirs[0] + stats.queries, theirs[1] + stats.hits
+        return stats
+
+    traffic.scheduler.kv_cache_manager.make_prefix_cache_stats = make
+    edit = SteeringPlan((PlannedEdit(Edit("v", "0", None), Where.of("all")),))
+    further = (CompanionPlan(tuple(range(50, 99))), CompanionPlan((5,)))
+    for plan in (None, RequestPlan(edit), RequestPlan(companions=further), RequestPlan(decoding=DecodingPlan())):
+        said = {PLAN_KEY: plan.to_wire()} if plan else None
+        traffic.plan = Mock(return_value=said)  # type: ignore[method-assign]
+        for _ in range(2):
+            traffic.add(members=0, prompt=traffic.stem)
+            traffic.drain()
+    traffic.add(members=0, prompt=[3])
+    traffic.drain()
+    traffic.check()
+    use = traffic.scheduler._cache_hits.use
+    # 48 of 49 tokens are whole blocks; members of a group keep their last token back, and so its whole block
+    assert use.queries == {"plain": 4 * 49, "steered": 2 * 49, "guided": 4 * 49}
+    assert use.hits == {"plain": 3 * 48, "steered": 48, "guided": 2 * 32 + 32}
+    assert sum(use.hits.values()) == theirs[1]
 
 
 @pytest.mark.parametrize("name", ["sync", "async", "v2"])

@@ -29,6 +29,8 @@ BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 class NoLookahead:
     """Where the scheduler sets no place apart."""
 
+    num_passes = 0
+
     def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> None:
         """Methods do without."""
 
@@ -53,6 +55,7 @@ class Lookahead:
         """
         self._runner, self._base, self._edits, self._block_tables = runner, base, edits, block_tables
         self._adapters = adapters
+        self.num_passes = 0  # since the start
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
     def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> Callable[[Tensor], Tensor]:
@@ -68,6 +71,7 @@ class Lookahead:
 
         def try_(tokens: Tensor) -> Tensor:
             (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
+            self.num_passes += 1
             with (
                 self._adapters.of(last),
                 self._edits.trying(tried, ids),

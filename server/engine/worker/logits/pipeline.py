@@ -69,7 +69,7 @@ class LogitsPipeline:
             heads: finds the tensors of a learned head.
         """
         self.auxiliary_steps = AuxiliarySteps()
-        self._requests, self._device, self._early = requests, device, early
+        self._requests, self._device, self._early, self._lookahead = requests, device, early, lookahead
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
         self._inputs = MethodInputs(self._tables, heads, early, lookahead)
@@ -92,6 +92,11 @@ class LogitsPipeline:
     def has_final_norm(self) -> bool:
         """Whether early layers can be read after the model's final norm."""
         return self._early.has_norm
+
+    @property
+    def num_lookahead_passes(self) -> int:
+        """How often tokens were tried since the start."""
+        return self._lookahead.num_passes
 
     def add(self, request: PlannedRequest, arrival: Arrival) -> None:
         """Make ready what its decoding needs. A request that comes again keeps that; its prompt may be shorter now."""
