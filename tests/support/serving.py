@@ -184,10 +184,11 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
 
 
 @contextmanager
-def serving_demo(folder: Path) -> Iterator[Server]:
+def serving_demo(folder: Path, *flags: str) -> Iterator[Server]:
     """The same for the embedded demo and what is served with it, by anybody's key."""
     port = free_port()
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", "64M"]
+    words += flags
     with _running(words, port, {}, folder / "server.log") as server:
         yield server
 
