@@ -43,6 +43,7 @@ REASONS = {  # of refusals, by HTTP status
     422: "unavailable",
     503: "queue_full",
 }
+TOLD_EVERY = 1.0  # seconds between two counts of a generation's tokens
 MAX_PRESETS = 100  # that are told apart
 OTHER = "other"
 
@@ -263,6 +264,7 @@ class _Generation:
         self._generated, self._computed = GENERATED.labels(method), COMPUTED.labels(method)
         self._last: dict[int, float] = {}  # by sequence, when its last token came
         self._num: dict[int, int] = {}  # by sequence, how many have come
+        self._told, self._told_at = (0, 0), self._started  # generated and computed tokens that were counted, and when
         self._reasons: set[str] = set()
 
     def note(self, output: Any) -> None:
@@ -291,10 +293,18 @@ class _Generation:
         if not self._last and (num == 1 or output.metrics is not None):
             self._first.observe(now - self._started - decoding)
         self._last[index], self._num[index] = now, before + num
-        self._generated.inc(num)
-        self._computed.inc(self._num_computed(before + num) - self._num_computed(before))
+        if now > self._told_at + TOLD_EVERY:
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        """Count the tokens that came since the last time: one by one they would cost more than to be timed."""
+        generated, computed = sum(self._num.values()), sum(map(self._num_computed, self._num.values()))
+        self._generated.inc(generated - self._told[0])
+        self._computed.inc(computed - self._told[1])
+        self._told, self._told_at = (generated, computed), now
 
     def end(self) -> None:
+        self._tell(0.0)
         REQUESTS.labels(self._method, self.outcome).inc()
         if self.outcome not in (ABORTED, CUT, ERROR):
             END_TO_END.labels(self._method).observe(time.perf_counter() - self._started)

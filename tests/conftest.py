@@ -18,7 +18,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the sam
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
 SHARED = ("server", "shared", "recorded")  # fixtures of engines; those of a session serve several modules
-# groups
+# of these groups
 LONGEST = ("server", "test_registry_http", "test_companions_http", "test_isolation", "test_many", "test_prometheus")
 
 

@@ -254,3 +254,13 @@ def test_refusals_are_counted_by_reason(status: int) -> None:
     before = value("refusals_total", reason=reason)
     metrics.note_status(status)
     assert value("refusals_total", reason=reason) - before == bool(reason)
+
+
+def test_tokens_of_a_long_answer_are_counted_while_it_runs(clock: SimpleNamespace, method: str, grown: Any) -> None:
+    generation = metrics._Generation(method, int)
+    for _ in range(6):
+        clock.now += STEP
+        generation.note(output((0, 1, None)))
+    assert 0 < grown("generated_tokens_total") < 6
+    generation.end()
+    assert grown("generated_tokens_total") == grown("computed_tokens_total") == 6
