@@ -34,7 +34,7 @@ def kinds(number: int) -> list[dict[str, Any]]:
         ASK,
         ASK | {"stream": False, "prompt": f"{PROMPT} a very old and very wise bear number {number % 3}" * 3},
         ASK | {"steering": CHEERFUL | {"scale": scale}},
-        ASK | {"steering": CHEERFUL | {"scale": scale, "where": "all"}, "prompt": PROMPT * 8},
+        ASK | {"steering": CHEERFUL | {"scale": scale, "where": "all"}, "prompt": PROMPT * 20},
         ASK | {"steering": CHEERFUL | {"scale": 12, "when": {"probe": "mood", "above": 0, "decide": "step"}}},
         ASK | {"guidance_scale": 1.5, "negative_prompt": "A sad story"},
         ASK | {"decoding": PAIR},

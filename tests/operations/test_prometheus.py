@@ -79,7 +79,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     folder = tmp_path_factory.mktemp("operations")
     programs()
     flags = [
-        *("--steering-slots", "3", "--max-num-seqs", "8", "--max-num-queued-reqs", "12"),
+        *("--steering-slots", "3", "--max-num-seqs", "8", "--max-num-queued-reqs", "12", "--block-size", "32"),
         *("--registry", str(folder / "registry"), "--admin-key", "admin-secret", "--max-upload-bytes", "1000000"),
     ]
     with (
