@@ -19,7 +19,6 @@ from whipstaff.server import metrics
 from whipstaff.server.api import admin, generate
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.preset_check import check
-from whipstaff.server.api.refusals import Refusals
 from whipstaff.server.engine import UnsupportedEngine, vllm_version
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
 from whipstaff.server.engine.frontend.counters import follow_counters
@@ -205,7 +204,7 @@ async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings:
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
     stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
-    app.middleware_stack = Refusals(stack)
+    app.middleware_stack = metrics.Refusals(stack)
     return app
 
 

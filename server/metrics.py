@@ -333,3 +333,23 @@ async def watch(
     finally:
         if not is_refused:
             generation.end()
+
+
+class Refusals:
+    """Laid around the application: counts every answer that refuses a request, ours and vLLM's. The check of keys is
+    inside."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(scope.get("root_path", "") + "/v1/"):
+            await self._app(scope, receive, send)
+            return
+
+        async def noting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                note_status(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, noting)

@@ -1,7 +1,6 @@
 """What the scheduler tells the worker with each step, beside what vLLM's says."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -26,8 +25,8 @@ class SlotUse(NamedTuple):
 class CacheUse(NamedTuple):
     """Tokens of prompts since the start, by whose they are: plain, steered or guided requests'."""
 
-    queries: Mapping[str, int] = MappingProxyType({})  # looked for in the prefix cache
-    hits: Mapping[str, int] = MappingProxyType({})  # and found
+    queries: dict[str, int]  # looked for in the prefix cache
+    hits: dict[str, int]  # and found
 
 
 class StepNotes(NamedTuple):
@@ -37,7 +36,7 @@ class StepNotes(NamedTuple):
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
-    cache_use: CacheUse = CacheUse()
+    cache_use: CacheUse
 
 
 def attach_notes(output: Any, notes: StepNotes) -> None:

@@ -17,12 +17,13 @@ from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
-from whipstaff.server.engine.scheduler.cache_hits import CacheHits
 from whipstaff.server.engine.scheduler.group import companions
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling
 from whipstaff.server.engine.scheduler.slots import Slots
-from whipstaff.server.engine.step_notes import SlotUse, StepNotes, attach_notes
-from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of
+from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes, attach_notes
+from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
+
+PLAIN, STEERED, GUIDED = "plain", "steered", "guided"  # whose prompts are looked for in the prefix cache
 
 
 class Unit(NamedTuple):
@@ -51,7 +52,7 @@ class SteeredScheduling(GroupedScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
-        self._cache_hits = CacheHits()
+        self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request)
@@ -89,10 +90,21 @@ class SteeredScheduling(GroupedScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        self._cache_hits.note(output.scheduled_new_reqs, self.requests, self._group_of)
+        self._note_cache_use(output.scheduled_new_reqs)
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
-        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use(), self._cache_hits.use))
+        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use(), self._cache_use))
         return output
+
+    def _note_cache_use(self, new: Iterable[Any]) -> None:
+        """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of
+        them: as in vLLM's own counters, but by whose they are."""
+        for told in new:
+            request = self.requests[told.req_id]
+            if request.num_preemptions or request.num_prompt_tokens == 1:
+                continue  # comes again, or has nothing that could be there
+            traffic = GUIDED if told.req_id in self._group_of else _traffic(request)
+            self._cache_use.queries[traffic] += request.num_prompt_tokens
+            self._cache_use.hits[traffic] += told.num_computed_tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -143,6 +155,12 @@ class SteeredScheduling(GroupedScheduling):
             if (since := self._held_since.pop(unit.primary.request_id, None)) is not None:
                 self._waits.append(time.monotonic() - since)
             self._start(unit)
+
+
+def _traffic(request: Request) -> str:
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    plan = (extra or {}).get(PLAN_KEY)
+    return STEERED if plan and plan["steering"] else PLAIN
 
 
 class SteeredScheduler(SteeredScheduling, Scheduler):

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from whipstaff.server.engine.explanations import attach
-from whipstaff.server.engine.step_notes import GroupUse, SlotUse, StepNotes, notes_of
+from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes, notes_of
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
@@ -39,7 +39,7 @@ class WorkerStep:
     def __init__(self, requests: Requests, edits: StepEdits, pipeline: LogitsPipeline) -> None:
         self.requests, self.edits, self.pipeline = requests, edits, pipeline
         self.num_steps = 0
-        self.notes = StepNotes({}, SlotUse(), GroupUse())  # as the scheduler told them last
+        self.notes = StepNotes({}, SlotUse(), GroupUse(), CacheUse({}, {}))  # as the scheduler told them last
         self.num_slot_waits = 0
         self.slot_waits: deque[float] = deque(maxlen=MAX_WAITS)  # seconds, the last of them
         self._companion_rows: Sequence[tuple[int, int]] = ()  # of the step to be sampled

@@ -400,7 +400,7 @@ def test_the_prefix_cache_is_counted_by_whose_tokens_are_looked_for(model: str, 
     traffic.add(members=0, prompt=[3])
     traffic.drain()
     traffic.check()
-    use = traffic.scheduler._cache_hits.use
+    use = traffic.scheduler._cache_use
     # 48 of 49 tokens are whole blocks; members of a group keep their last token back, and so its whole block
     assert use.queries == {"plain": 4 * 49, "steered": 2 * 49, "guided": 4 * 49}
     assert use.hits == {"plain": 3 * 48, "steered": 48, "guided": 2 * 32 + 32}
