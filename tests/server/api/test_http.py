@@ -761,14 +761,14 @@ def test_metrics_say_why_requests_were_refused(server: Server, http: httpx.Clien
         (complete(steering={"vector": "push", "scale": "much"}), 400),
         (complete(max_tokens="many"), 400),
         (complete(steering={"vector": "misfit"}), 409),
-        (complete(decoding={"method": "contrastive_steering"}, on_unknown="error"), 400),
+        (complete(decoding={"method": "x"}), 422),
         (httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": PROMPT}), 401),
         (http.delete("/v1/steering/vectors/push"), 403),
     ):
         assert answer.status_code == status, answer.text
     after = metrics(http)
     grown = {reason: refused(after, reason) - refused(before, reason) for reason in set(REASONS.values())}
-    told = {"unknown_name": 2, "bad_value": 3, "conflict": 1, "unauthorized": 1, "policy": 1}
+    told = {"unknown_name": 2, "bad_value": 2, "conflict": 1, "unavailable": 1, "unauthorized": 1, "policy": 1}
     assert {reason: number for reason, number in grown.items() if number} == told
     assert finished(after) == finished(before)
 
