@@ -89,7 +89,11 @@ class Mix:
 
     async def _refusals(self) -> None:
         for status, method, path, said in REFUSED:
-            self._expect(await self._client.request(method, path, **said), status)
+            try:
+                self._expect(await self._client.request(method, path, **said), status)
+            except (httpx.ReadError, httpx.WriteError):
+                if status != 413:  # who hangs up before all has come may not be heard
+                    raise
 
     async def _leave(self) -> None:
         body = ASK | {"max_tokens": 400, "ignore_eos": True, "steering": CHEERFUL}
