@@ -25,6 +25,9 @@ CPU_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
+# Where the toolchain links the C++ library statically, its symbols stay inside: torch's copy beside it would otherwise
+# share the half of them, and a refusal's message, which formats numbers, crash.
+LINK_FLAGS = ["-Wl,--exclude-libs,libstdc++.a"]
 EDITABLE = Path("build/editable")
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -44,7 +47,12 @@ def find_cuda() -> str | None:
 def library(name: str, suffix: str, **options: Any) -> Extension:
     sources = [str(path) for path in sorted(CSRC.glob(f"*{suffix}"))]
     return cpp_extension.CppExtension(
-        f"whipstaff.cuda_ext.{name}", sources, depends=HEADERS, py_limited_api=True, **options
+        f"whipstaff.cuda_ext.{name}",
+        sources,
+        depends=HEADERS,
+        py_limited_api=True,
+        extra_link_args=LINK_FLAGS,
+        **options,
     )
 
 

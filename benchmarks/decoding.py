@@ -33,7 +33,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from whipstaff.decoding.method import StreamMixer
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import DecodingPlan, Rewrite, SamplerSettings
-from whipstaff.server.engine.frontend.launch import Engine, start
+from whipstaff.server.engine.frontend.launch import Engine, Setup, start
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import ModelShape
@@ -151,7 +151,7 @@ def running(options: argparse.Namespace, model: str, aux: Mapping[str, str]) -> 
         kv_cache_memory_bytes=1 << 29,
         skip_tokenizer_init=True,
     )
-    engine = start(args, aux.items(), early_layers="all")
+    engine = start(args, Setup(aux.items(), early_layers="all"))
     try:
         yield engine
     finally:

@@ -26,7 +26,7 @@ from load import throughput
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.server import demo
-from whipstaff.server.engine.frontend.launch import Engine, start
+from whipstaff.server.engine.frontend.launch import Engine, Setup, start
 from whipstaff.server.plan import RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
@@ -130,7 +130,7 @@ def running(options: argparse.Namespace, vectors: dict[str, Vector]) -> Iterator
         kv_cache_memory_bytes=1 << 29,
         skip_tokenizer_init=True,
     )
-    engine = start(args, (), 4 * NUM_CONFIGS, vectors.values())
+    engine = start(args, Setup(num_slots=4 * NUM_CONFIGS, vectors=vectors.values()))
     try:
         yield engine
     finally:

@@ -204,8 +204,8 @@ def attention_rows(
     whose block is outside [0, num_blocks) has no key and gets probability 0.
 
     query         (R, num_heads, D) float32, bfloat16 or float16, after rotary embedding
-    keys          (num_blocks, block_size, num_kv_heads, D) of query's type; the first three may have any strides, so
-                  other cache layouts are views, and plain keys are one block per row
+    keys          (num_blocks, block_size, num_kv_heads, D) of query's type; all may have any strides, so other cache
+                  layouts are views, and plain keys are one block per row
     block_table   (>= R, max_blocks) int32
     context       (>= R,) int32: how many keys each row sees, its own included
     returns       (R, num_heads, max_context) float32, or with `head_max` the (R, max_context) maximum over heads

@@ -8,6 +8,7 @@ Every step's logits pass these stages, in this order; vLLM's own steps stand in 
     penalty      further penalties
     temperature  (after `truncation` where a request says temperature_last)
     truncation
+    search       (`decoding/search/`: chooses tokens itself, for several sequences at once)
     [the draw]
 
 Within a stage methods run in the order of their table.
@@ -25,9 +26,11 @@ from whipstaff.decoding.rows import Rows
 
 _MAX_TEXT = 1 << 22  # characters
 
-Stage = Literal["mix", "rule", "penalty", "temperature", "truncation"]
-STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation")
-Need = Literal["tokens", "hidden", "random", "temperature", "early_exit", "lookahead"]  # see `Rows`
+Stage = Literal["mix", "rule", "penalty", "temperature", "truncation", "search"]
+STAGES: tuple[Stage, ...] = ("mix", "rule", "penalty", "temperature", "truncation", "search")
+Need = Literal[  # see `Rows`
+    "tokens", "hidden", "random", "temperature", "early_exit", "lookahead", "attention", "history"
+]
 
 
 class DecodingError(ValueError):
@@ -174,7 +177,7 @@ class Companion(NamedTuple):
     adapter: tuple[str, str] | None = (
         None  # a LoRA adapter's name, and the parameter that holds it; None: the request's
     )
-    said: Mapping[str, Any] = {}  # for the receipt
+    told: Mapping[str, Any] = {}  # in the receipt
 
 
 class PromptFacts(Protocol):
@@ -186,6 +189,13 @@ class PromptFacts(Protocol):
 
     def last_user(self) -> int:
         """Position of the first token of the last user message; 0 where there are no messages."""
+
+    def text_at(self, text: str, param: str) -> tuple[int, int]:
+        """[start, end) of the tokens in which a text first stands. Raises: DecodingError naming `param`."""
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """[start, end) of the contents of the messages that match, at least one. Raises: DecodingError naming
+        `param`."""
 
 
 P = TypeVar("P", bound=Params)
@@ -209,6 +219,9 @@ class Method(ABC, Generic[P]):
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
+    shared: ClassVar[Mapping[str, str]] = {}
+    """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
+    They turn nothing on."""
     gates: ClassVar[Sequence[str]] = ()  # further top-level fields: false is off, true says nothing
 
     def is_switched_on(self, said: Container[str]) -> bool:
@@ -311,7 +324,7 @@ class LogitsRewriter(Method[P]):
         """Whether what it makes of a prompt's rows is told as it is, and not as log-probabilities."""
         return False
 
-    def place(self, setting: Any, prompt: PromptFacts) -> BaseModel:
+    def at_prompt(self, setting: Any, prompt: PromptFacts) -> BaseModel:
         """The setting for one prompt. Raises: DecodingError."""
         found: BaseModel = setting
         return found
@@ -326,6 +339,31 @@ class LogitsRewriter(Method[P]):
         return None
 
 
-def setting_type(method: LogitsRewriter[Any]) -> type[BaseModel]:
+class Candidate(NamedTuple):
+    """An answer that was drawn, to be ranked among others; it has at least one token."""
+
+    num_tokens: int
+    log_probability: float  # of all of it, where its tokens were drawn from, before temperature and truncation
+    explained: Sequence[Mapping[str, Any]]  # what is said of each of its tokens, where the method reads rows
+
+
+class Ranker(LogitsRewriter[P]):
+    """A method that ranks answers once they are drawn, and changes no logits. A request has at most one. Of the
+    models and heads that it may name, each may be absent."""
+
+    @abstractmethod
+    def num_candidates(self, params: P) -> int:
+        """How many answers are drawn."""
+
+    @abstractmethod
+    def reads_rows(self, params: P) -> bool:
+        """Whether it must see rows on their way, and be told what is said of each token."""
+
+    @abstractmethod
+    def score(self, params: P, candidate: Candidate) -> float:
+        """The higher the better."""
+
+
+def setting_type(method: Method[Any]) -> type[BaseModel]:
     """What a method's settings are in the engine."""
     return getattr(method, "setting", method.params)

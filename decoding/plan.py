@@ -17,6 +17,16 @@ class Rewrite(NamedTuple):
     early: tuple[int, ...] = ()  # early layers
 
 
+class SearchPlan(NamedTuple):
+    """A method that searches, in the place of the draw."""
+
+    method: str
+    setting: str  # JSON of the method's setting
+    num_sequences: int  # the most that live at once
+    heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
+    streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
+
+
 class SamplerSettings(NamedTuple):
     """The request's own sampling parameters, where our stages do what vLLM's sampler would."""
 
@@ -41,11 +51,14 @@ class DecodingPlan:
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
+    search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
+    keeps_hidden: bool = False  # whether the hidden states of all positions are kept
 
     @property
     def models(self) -> list[str]:
         """The auxiliary models that must run, sorted."""
         named = {name for rewrite in self.rewrites for name in rewrite.streams}
+        named.update(self.search.streams if self.search else ())
         return sorted(named.union(self.mix.models if self.mix else ()))
 
     @property
@@ -61,6 +74,8 @@ class DecodingPlan:
             "seed": self.seed,
             "explain": self.explain,
             "scores_base": self.scores_base,
+            "search": list(self.search) if self.search else None,
+            "keeps_hidden": self.keeps_hidden,
         }
 
     @staticmethod
@@ -75,4 +90,10 @@ class DecodingPlan:
             wire["seed"],
             wire["explain"],
             wire["scores_base"],
+            _search(*wire["search"]) if wire["search"] else None,
+            wire["keeps_hidden"],
         )
+
+
+def _search(method: str, setting: str, num_sequences: int, heads: list[str], streams: list[str]) -> SearchPlan:
+    return SearchPlan(method, setting, num_sequences, tuple(heads), tuple(streams))

@@ -25,6 +25,10 @@ class Rows:
     early_exit: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
     early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
     lookahead: Callable[[Tensor], Tensor] | None = None  # (R,) tokens to try -> (R, H) hidden states they lead to
+    attention: Tensor | None = None
+    """(R, C) float32: how much the token before the one to be drawn looked at every position up to its own, in the
+    model's last layer: the largest probability among the heads, so that a row need not sum to 1. 0 beyond."""
+    history: Sequence[Tensor] | None = None  # (R,) of (positions so far, H) last hidden states, each of length 1
     is_prompt: bool = False  # whether the rows are a prompt's, to be scored and not drawn from
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
 

@@ -22,7 +22,7 @@ from whipstaff.server.api.preset_check import check
 from whipstaff.server.engine import UnsupportedEngine, vllm_version
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
 from whipstaff.server.engine.frontend.counters import follow_counters
-from whipstaff.server.engine.frontend.launch import Engine, configure, start
+from whipstaff.server.engine.frontend.launch import Engine, Setup, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
@@ -56,7 +56,7 @@ def serve_several(args: Namespace, settings: Settings) -> None:
     args.whipstaff_settings = settings
 
     def layout(config: Any) -> None:
-        configure(config, **_needs(settings, read_files(settings)[0].values()))
+        configure(config, _setup(settings, read_files(settings)[0].values()))
 
     multi_api_server.run(args, layout, serve_one)
 
@@ -97,23 +97,26 @@ def read_files(settings: Settings) -> tuple[dict[str, VectorFile], RegistryFolde
     return files | read_stored(store, files), store
 
 
-def _needs(settings: Settings, files: Iterable[VectorFile]) -> dict[str, Any]:
+def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
     """What the engine has to be made for."""
-    return {
-        "auxiliaries": settings.aux.items(),
-        "num_slots": settings.steering_slots,
-        "vectors": [file.vector for file in files],
-        "sites": settings.steering_sites,
-        "early_layers": settings.early_layers,
-        "lookahead": settings.lookahead,
-    }
+    return Setup(
+        settings.aux.items(),
+        settings.steering_slots,
+        [file.vector for file in files],
+        settings.steering_sites,
+        settings.early_layers,
+        settings.lookahead,
+        settings.max_search_seqs,
+        settings.attention_rows,
+        settings.hidden_states,
+    )
 
 
 def launch(
     args: Namespace, settings: Settings, files: Mapping[str, VectorFile], client: dict[str, Any] | None = None
 ) -> Engine:
     """Start the engine with what the vectors will need, or be a client of one that was started before."""
-    return start(args, **_needs(settings, files.values()), client=client)
+    return start(args, _setup(settings, files.values()), client)
 
 
 async def load(
@@ -122,7 +125,7 @@ async def load(
     """Find out what the engine can do, measure the model's activations, and give the workers the vectors that fit."""
     facts = await describe(engine)
     model = ModelShape.model_validate(facts["model"])
-    abilities = ModuleAbilities.from_wire(facts["specials"])
+    abilities = ModuleAbilities.from_wire(facts["module_edits"])
     lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
     metrics.SLOTS.set(engine.layout.num_slots)
     metrics.STARTED.set(time.time())
@@ -151,7 +154,7 @@ async def load(
         num_slots=engine.layout.num_slots,
         num_histories=engine.layout.num_histories,
         num_layers=engine.layout.shape.num_layers,
-        hook_points=frozenset(HookPoint(*place) for place in facts["sites"]),
+        hook_points=frozenset(HookPoint(*point) for point in facts["sites"]),
         lengths=Lengths(lengths),
         limit=Limit(settings.max_dose, settings.dose_policy) if settings.max_dose else None,
         tensor_parallel=engine.vllm_config.parallel_config.tensor_parallel_size,
@@ -165,6 +168,9 @@ async def load(
             facts["has_final_norm"],
         ),
         looks_ahead=engine.layout.looks_ahead,
+        max_search_seqs=engine.layout.max_search_seqs,
+        reads_attention=engine.layout.reads_attention,
+        num_hidden_states=engine.layout.num_hidden_states,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

@@ -45,6 +45,7 @@ class Leases:
         self._held: Counter[str] = Counter()
 
     def hold(self, digests: Iterable[str]) -> Lease:
+        """Keep these for whoever asks, until the lease is released."""
         named = frozenset(digests)
         self._held.update(named)
         return Lease(self, named)

@@ -1,7 +1,7 @@
 """Every series of our own that /metrics exports, beside vLLM's.
 
 Labels come from closed sets: methods' and presets' names, outcomes, reasons. No user, key, vector, text or request is
-ever one. What only the engine knows is read by one API server, now and then (`note_worker`): others would count it
+ever one. What only the engine knows is read by one API server, now and then (`WorkerCounts`): others would count it
 again, and a scrape waits for nobody.
 """
 
@@ -133,6 +133,15 @@ CACHE_QUERIES = Counter(
     "whipstaff_prefix_cache_queries", "Tokens of prompts that were looked for in the prefix cache", ["traffic"]
 )
 CACHE_HITS = Counter("whipstaff_prefix_cache_hits", "Those of them that were found there", ["traffic"])
+SEARCHES = _gauge("whipstaff_searches_running", "Requests that search")
+SEARCH_SEQUENCES = _gauge("whipstaff_search_sequences_living", "Sequences that searches have alive")
+FORKS = Counter("whipstaff_search_forks", "Sequences that went on from one that another went on from, too")
+ROLLBACKS = Counter("whipstaff_search_rollbacks", "Times that a search took tokens back")
+TRIED = Counter("whipstaff_search_tried_tokens", "Tokens that searches fed to see what they lead to")
+MOVED = Counter("whipstaff_search_moved_sequences", "Sequences that were put in the place of another")
+COPIED = Counter("whipstaff_search_copied_blocks", "Blocks of KV cache that were copied for a fork")
+RECOMPUTED = Counter("whipstaff_search_recomputed_tokens", "Tokens that a search had to compute once more")
+DECIDING = Counter("whipstaff_search_decision_seconds", "Time that decisions took, with what they tried")
 
 # By the name that the worker counts it under (`SteeredWorker.whipstaff_counters`): a number, or a mapping from the
 # values of the one label to numbers. Whoever counts something new in the engine adds a line here.
@@ -146,12 +155,21 @@ WORKER_COUNTERS: Mapping[str, Counter] = {
     "lookahead_passes": LOOKAHEAD,
     "prefix_cache_queries": CACHE_QUERIES,
     "prefix_cache_hits": CACHE_HITS,
+    "search_forks": FORKS,
+    "search_rollbacks": ROLLBACKS,
+    "search_tried": TRIED,
+    "search_moved_seats": MOVED,
+    "search_copied_blocks": COPIED,
+    "search_recomputed_tokens": RECOMPUTED,
+    "search_seconds": DECIDING,
 }
 WORKER_GAUGES: Mapping[str, Gauge] = {
     "slots_in_use": SLOTS_IN_USE,
     "requests_waiting_for_slots": WAITING,
     "vectors_held": HELD,
     "companions_running": COMPANIONS,
+    "searches_running": SEARCHES,
+    "search_sequences_living": SEARCH_SEQUENCES,
 }
 
 # A counter that is born with 1 has no rate: what everybody looks at is there from the start.
@@ -288,8 +306,8 @@ class _Generation:
         elif num > 1 and output.metrics is not None:  # when they were made, vLLM tells
             told = output.metrics
             decoding = told.last_token_ts - told.first_token_ts
-            for _ in range(num - 1):
-                self._next.observe(decoding / (told.num_generation_tokens - 1))
+            for _ in range(num - 1):  # of several answers it tells one's number, which may be the smaller
+                self._next.observe(decoding / (max(told.num_generation_tokens, num) - 1))
         if not self._last and (num == 1 or output.metrics is not None):
             self._first.observe(now - self._started - decoding)
         self._last[index], self._num[index] = now, before + num

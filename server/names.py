@@ -13,6 +13,7 @@ from whipstaff.server.errors import BadRequest, did_you_mean
 SHORTHANDS: dict[str, tuple[str, str]] = {  # request field -> method, parameter
     field_name: (method.name, param) for method in METHODS.values() for field_name, param in method.shorthands.items()
 }
+SHARED = tuple({name for method in METHODS.values() for name in method.shared})  # fields of vLLM's requests
 GATES = tuple(gate for method in METHODS.values() for gate in method.gates)
 TEXTS = frozenset(name for method in METHODS.values() for name in method.texts)  # fields whose strings are no JSON
 FIELDS = (
@@ -28,7 +29,8 @@ FIELDS = (
 )
 """What Whipstaff adds to requests."""
 
-ALIASES = {"repeat_penalty": "repetition_penalty"}  # other servers' names of vLLM's fields
+# other servers' names of vLLM's fields
+ALIASES = {"repeat_penalty": "repetition_penalty", "num_return_sequences": "n"}
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
 _STRENGTHS = ("scale", "strength", "coefficient")

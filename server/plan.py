@@ -130,6 +130,16 @@ class PositionedPlan:
         return self.plan.steering.num_columns if self.plan.steering else 0
 
     @property
+    def keeps_hidden(self) -> bool:
+        """Whether the hidden states of all its positions are kept."""
+        return self.plan.decoding is not None and self.plan.decoding.keeps_hidden
+
+    @property
+    def needs_slots(self) -> bool:
+        """Whether it may have to wait for room."""
+        return bool(self.rows) or self.keeps_hidden
+
+    @property
     def latched_columns(self) -> list[bool]:
         """Of every condition, whether it is decided once."""
         steering = self.plan.steering

@@ -67,6 +67,23 @@ class Settings(BaseSettings):
         "request gets room for one token more",
     )
 
+    max_search_seqs: int | None = Field(
+        None,
+        gt=0,
+        description="sequences that requests which search, such as beam_search, may have at once, all together "
+        "(default: half of --max-num-seqs, but 5 where there are as many)",
+    )
+
+    attention_rows: bool = Field(
+        False,
+        description="let methods read how much a token looks at those before it in the last layer, such as opera_lite",
+    )
+    hidden_states: int = Field(
+        0,
+        ge=0,
+        description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+
     @field_validator("early_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
@@ -141,12 +158,16 @@ class Settings(BaseSettings):
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
             ("early_layers", "store", "LAYERS"),
+            ("max_search_seqs", "store", "N"),
+            ("hidden_states", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        help_text = Settings.model_fields["lookahead"].description
-        group.add_argument("--lookahead", dest="whipstaff_lookahead", action="store_const", const=True, help=help_text)
+        for name in ("lookahead", "attention_rows"):
+            flag = "--" + name.replace("_", "-")
+            help_text = Settings.model_fields[name].description
+            group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

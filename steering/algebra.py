@@ -190,11 +190,11 @@ def _same(what: str, stated: Sequence[tuple[str, Any]]) -> Any:
     name, value = stated[0]
     for other, its in stated[1:]:
         if its != value:
-            raise SteeringError(f"{what} differs: {name} says {_said(value)}, {other} {_said(its)}", what)
+            raise SteeringError(f"{what} differs: {name} says {_text_of(value)}, {other} {_text_of(its)}", what)
     return value
 
 
-def _said(value: Any) -> str:
+def _text_of(value: Any) -> str:
     return value.model_dump_json(exclude_none=True) if isinstance(value, Where) else repr(value)
 
 

@@ -12,7 +12,6 @@ from whipstaff.steering.ops import Diagonal, EditOp
 from whipstaff.steering.overflow import Bound, bound
 from whipstaff.steering.plan import Edit, ModuleEdit
 from whipstaff.steering.programs import Step, assemble, lines_of
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
 
 _MAX_SETTINGS = 1024  # as JSON, parsed
@@ -36,7 +35,7 @@ def edits_of(vector: Vector, edit: Edit) -> dict[HookPoint, tuple[EditOp, ...]]:
         if edit.layers is None or point.layer in edit.layers:
             ops = tuple(_made(vector, edit, params, point, tensors))
             if ops:
-                found[canonical(point)] = (*found.get(canonical(point), ()), *ops)
+                found[point.canonical] = (*found.get(point.canonical, ()), *ops)
     return found
 
 

@@ -49,6 +49,18 @@ class HookPoint(NamedTuple):
     site: Site
     layer: int  # 0-based block index
 
+    @property
+    def canonical(self) -> "HookPoint":
+        """The stream entering a block is the one that leaves the block before it."""
+        if self.site == "resid_pre" and self.layer > 0:
+            return HookPoint("resid_post", self.layer - 1)
+        return self
+
+    @staticmethod
+    def entering(layer: int) -> "HookPoint":
+        """Where the stream that enters a block is found: 0 is what the embedding gives, l what leaves the l-th."""
+        return HookPoint("resid_pre", layer).canonical
+
 
 class Trial(NamedTuple):
     """One thing to try in the self-test."""

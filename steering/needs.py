@@ -6,7 +6,6 @@ from typing import Literal
 
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import SITES, Site
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
 
 Hook = Site | Literal["attention"]  # what an operator may ask for: a site, or the attention computation itself
@@ -33,7 +32,7 @@ class Needs:
     def of_hook_points(vector: Vector) -> "Needs":
         """What edits of activations need: the vector's sites, and room for its encoders."""
         sizes = {
-            canonical(point): vector.method.encoder_size(tensors, vector.header.defaults)
+            point.canonical: vector.method.encoder_size(tensors, vector.header.defaults)
             for point, tensors in vector.tensors.items()
         }
         return Needs(

@@ -112,7 +112,7 @@ class SteeringPlan:
     entropy_column: int = -1  # the condition that holds entropies; -1: nobody asks for them
     is_metered: bool = False  # the server's own calibration
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
-    specials: tuple[PlannedModuleEdit, ...] = ()
+    module_edits: tuple[PlannedModuleEdit, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
 
     @property
@@ -156,7 +156,7 @@ class SteeringPlan:
     def _items(self) -> Iterator[tuple[Item, Where]]:
         yield from ((planned.probe, planned.where) for planned in self.probes)
         yield from ((planned.edit, planned.where) for planned in self.edits)
-        yield from ((planned.edit, planned.where) for planned in self.specials)
+        yield from ((planned.edit, planned.where) for planned in self.module_edits)
         if self.keeps:
             yield StreamCopy(self.keeps), Where.of("all")
         if self.is_metered:
@@ -170,7 +170,7 @@ class SteeringPlan:
             "entropy_column": self.entropy_column,
             "is_metered": self.is_metered,
             "inserts": [list(insert) for insert in self.inserts],
-            "specials": [[*planned.edit, _where(planned.where)] for planned in self.specials],
+            "module_edits": [[*planned.edit, _where(planned.where)] for planned in self.module_edits],
             "keeps": list(self.keeps),
         }
 
@@ -183,7 +183,7 @@ class SteeringPlan:
             int(wire["entropy_column"]),
             bool(wire["is_metered"]),
             tuple(Insert(*insert) for insert in wire["inserts"]),
-            tuple(_module_edit_from_wire(*entry) for entry in wire["specials"]),
+            tuple(_module_edit_from_wire(*entry) for entry in wire["module_edits"]),
             tuple(wire["keeps"]),
         )
 

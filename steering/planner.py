@@ -22,7 +22,6 @@ from whipstaff.steering.plan import (
     SteeringPlan,
 )
 from whipstaff.steering.programs import Gate
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Clause, Region, Shorthand, Where
 
@@ -64,14 +63,18 @@ class Planner:
     schedules: list[Schedule] = field(default_factory=list)
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
     bounds: list[tuple[HookPoint, Bound]] = field(default_factory=list)
-    specials: list[PlannedModuleEdit] = field(default_factory=list)
+    module_edits: list[PlannedModuleEdit] = field(default_factory=list)
 
     @property
     def plan(self) -> SteeringPlan:
         """What was added so far."""
         condition_index = self.columns.index("entropy") if "entropy" in self.columns else -1
         return SteeringPlan(
-            tuple(self.edits), tuple(self.probes), tuple(self.schedules), condition_index, specials=tuple(self.specials)
+            tuple(self.edits),
+            tuple(self.probes),
+            tuple(self.schedules),
+            condition_index,
+            module_edits=tuple(self.module_edits),
         )
 
     def add(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector, probe: Vector | None) -> range:
@@ -107,8 +110,8 @@ class Planner:
         where = vector.method.own_where(vector.tensors) or chosen
         if where.tokens or (where.exclude and where.exclude.tokens):
             raise SteeringError(f"{vector.method.name} cannot tell single tokens apart", "where")
-        self.specials.append(PlannedModuleEdit(ModuleEdit(vector.digest, settings.model_dump_json()), where))
-        return self.specials[-1]
+        self.module_edits.append(PlannedModuleEdit(ModuleEdit(vector.digest, settings.model_dump_json()), where))
+        return self.module_edits[-1]
 
     @staticmethod
     def checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
@@ -134,7 +137,7 @@ class Planner:
             return Gate(schedule_index=schedule_index, ramp=ramp)
         assert probe is not None
         layer = _probe_layer(when, probe)
-        chosen = [canonical(point).layer for point in vector.tensors if layers is None or point.layer in layers]
+        chosen = [point.canonical.layer for point in vector.tensors if layers is None or point.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
                 f"the probe is read after layer {layer}, and this edit begins in layer {early}: an edit can only "
@@ -184,7 +187,7 @@ def _layers(chosen: list[int] | None, vector: Vector) -> tuple[int, ...] | None:
 
 
 def _probe_layer(when: When, probe: Vector) -> int:
-    if not probe.method.kind.is_condition:
+    if probe.method.kind.named_in != "when":
         raise SteeringError(
             f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
         )

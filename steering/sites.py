@@ -10,22 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import Site
 
 CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked in every server; others where wanted
-
-
-def canonical(point: HookPoint) -> HookPoint:
-    """The stream entering a block is the one that leaves the block before it."""
-    if point.site == "resid_pre" and point.layer > 0:
-        return HookPoint("resid_post", point.layer - 1)
-    return point
-
-
-def entering(layer: int) -> HookPoint:
-    """Where the stream that enters a block is found: 0 is what the embedding gives, l what leaves the l-th block."""
-    return canonical(HookPoint("resid_pre", layer))
 
 
 def pool_of(site: Site) -> str:

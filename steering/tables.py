@@ -19,7 +19,7 @@ from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import FRAME, FRAME_ROOM, EditSet, Meter, ModuleEdit, ProbeRead, StreamCopy
 from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
-from whipstaff.steering.sites import canonical, entering, pool_of
+from whipstaff.steering.sites import pool_of
 from whipstaff.steering.vector_file import Vector
 
 NOTHING = -1  # the address of tokens that are left alone
@@ -142,11 +142,11 @@ class Tables:
         self._free_frames = list(range(num_frames))
         self._held: OrderedDict[EditSet, _Held] = OrderedDict()  # least recently used first
         self._index = {point: index for index, point in enumerate(self.hook_points)}
-        self._kept = {entering(layer): rows for layer, rows in (kept or {}).items()}
+        self._kept = {HookPoint.entering(layer): rows for layer, rows in (kept or {}).items()}
 
     def kept(self, layer: int) -> Tensor:
         """(max_tokens, width) the streams at an early layer: row t is token t's, where its row of edits keeps it."""
-        return self._kept[entering(layer)]
+        return self._kept[HookPoint.entering(layer)]
 
     def at(self, point: HookPoint) -> SiteTables:
         """What a hook point reads, sharing memory."""
@@ -162,7 +162,7 @@ class Tables:
         """Set room apart for a vector that is to be held; what is in the way, or None."""
         for point, tensors in vector.tensors.items():
             size = vector.method.encoder_size(tensors, vector.header.defaults)
-            encoders = self._encoders.get(at := canonical(point))
+            encoders = self._encoders.get(at := point.canonical)
             if size and (encoders is None or not encoders.reserve(vector.digest, size)):
                 self.forget(vector.digest)
                 room = 0 if encoders is None else len(encoders.weight)
@@ -230,7 +230,7 @@ class Tables:
             if isinstance(item, ModuleEdit | Meter):
                 continue
             if isinstance(item, StreamCopy):
-                kept.update(map(entering, item.layers))
+                kept.update(map(HookPoint.entering, item.layers))
                 continue
             vector = self._vector_of(item.digest)
             if isinstance(item, ProbeRead):

@@ -24,7 +24,6 @@ from torch import Tensor
 from whipstaff.steering.errors import SteeringError, VectorMismatch
 from whipstaff.steering.method import HookPoint, Method, Tensors
 from whipstaff.steering.shape import SITES, ModelShape
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.where import Clause
 
 MAX_BYTES = 1 << 30
@@ -110,7 +109,8 @@ class Vector:
         """Raises: VectorMismatch, with both shapes."""
         if not self.fits(model):
             raise VectorMismatch(
-                f"the vector was made for {_said(self.header.model)}, the served model is {_said(model)}", "vector"
+                f"the vector was made for {_shape_text(self.header.model)}, the served model is {_shape_text(model)}",
+                "vector",
             )
 
 
@@ -202,7 +202,7 @@ def parse(data: bytes) -> Vector:
         method.check(placed[point], point, header.model)
     if not placed:
         if method.sites:
-            raise SteeringError(f"name the layers: {method.name} has no places of its own")
+            raise SteeringError(f"name the layers: {method.name} has no hook points of its own")
         check_shapes(method, shared_parts, None, header.model)
     vector = Vector(hashlib.sha256(data).hexdigest(), header, dict(sorted(placed.items())), shared_parts)
     _check_defaults(vector)
@@ -316,14 +316,14 @@ def _check_encoders(vector: Vector) -> None:
     for point, tensors in vector.tensors.items():
         if not vector.method.encoder_size(tensors, vector.header.defaults):
             continue
-        if (other := found.setdefault(canonical(point), point)) != point:
+        if (other := found.setdefault(point.canonical, point)) != point:
             raise SteeringError(
                 f"{other.site}.{other.layer} and {point.site}.{point.layer} are the same stream; a file has one "
                 "autoencoder there whose largest features count: make two files"
             )
 
 
-def _said(model: ModelShape) -> str:
+def _shape_text(model: ModelShape) -> str:
     return (
         f"{model.architecture} (hidden {model.hidden_size}, {model.num_layers} layers, "
         f"{model.num_heads} heads of {model.head_dim})"

@@ -17,9 +17,17 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the sam
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
-SHARED = ("server", "shared", "recorded")  # fixtures of engines; those of a session serve several modules
-# of these groups
-LONGEST = ("server", "test_registry_http", "test_companions_http", "test_isolation", "test_many", "test_prometheus")
+SHARED = ("server", "demo_server", "shared", "recorded")  # fixtures of engines; a session's serve several modules
+LONGEST = (  # groups, the longest first: with an engine, and without
+    *("server", "demo_server", "test_registry_http", "test_companions_http", "test_isolation", "test_many"),
+    *("test_prometheus", "shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync", "test_main"),
+    *("test_install", "test_importers", "test_methods", "test_demo", "test_groups", "test_run_edits"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would begin with the groups that have the most tests, and end with one of few that takes minutes."""
+    config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups there, too
@@ -33,10 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {name: index for index, name in reversed(list(enumerate(groups)))}
     engines = {name for name, item in zip(groups, items, strict=True) if item.get_closest_marker("engine")}
     for name, item in zip(groups, items, strict=True):
+        if name.split("-")[0] in SHARED and name not in engines:
+            raise pytest.UsageError(f"{item.nodeid} starts an engine: mark it so")
         item.add_marker(pytest.mark.xdist_group(name))
         if name in engines:
             item.add_marker(pytest.mark.filterwarnings("default"))
-    rank = {name: (name not in engines, name not in LONGEST, first[name]) for name in first}
+    place = {name: index for index, name in enumerate(LONGEST)}
+    rank = {name: (name not in engines, place.get(name, len(LONGEST)), first[name]) for name in first}
     order = sorted(range(len(items)), key=lambda index: rank[groups[index]])
     items[:] = [items[index] for index in order]
 

@@ -114,8 +114,10 @@ def test_every_room_says_that_it_is_typed() -> None:
 def test_decoding_methods_are_all_in_the_table() -> None:
     from whipstaff.decoding.methods import METHODS
 
-    files = {path.stem for path in (ROOT / "decoding" / "methods").glob("*.py")} - {"__init__"}
-    assert files == set(METHODS)
+    folders = {name: {path.stem for path in (ROOT / "decoding" / name).glob("*.py")} for name in ("methods", "search")}
+    searches = {name for name, method in METHODS.items() if method.stage == "search"}
+    assert folders["methods"] - {"__init__"} == set(METHODS) - searches
+    assert searches <= folders["search"]
 
 
 def test_lock_leaves_out_what_breaks_cpu_torch() -> None:

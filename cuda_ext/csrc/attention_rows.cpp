@@ -32,16 +32,43 @@ void softmax(float* scores, int64_t size) {
   for (int64_t i = 0; i < size; ++i) scores[i] *= factor;
 }
 
+// scores (context,) of one query head against keys whose elements lie side by side.
+template <class T>
+void score_keys(const AttentionRows& rows, int64_t row, int64_t head, const T* query, float* scores) {
+  const T* keys = static_cast<const T*>(rows.keys);
+  for (int64_t position = 0; position < rows.context_of(row); ++position) {
+    const int64_t key = rows.key_offset(row, head, position);
+    scores[position] = key < 0 ? -INFINITY : rows.scale * dot(query, keys + key, rows.head_size);
+  }
+}
+
+// The same where a block keeps one element of all its keys after the other, as vLLM's CPU kernels have it.
+template <class T>
+void score_transposed_keys(const AttentionRows& rows, int64_t row, int64_t head, const T* query, float* scores) {
+  const int64_t context = rows.context_of(row), stride = rows.key_stride[1];
+  for (int64_t first = 0; first < context; first += rows.block_size) {
+    const int64_t key = rows.key_offset(row, head, first), num = std::min(rows.block_size, context - first);
+    std::fill_n(scores + first, num, key < 0 ? -INFINITY : 0.0f);
+    for (int64_t d = 0; key >= 0 && d < rows.head_size; ++d) {
+      const T* __restrict elements = static_cast<const T*>(rows.keys) + key + d * rows.key_stride[3];
+      const float factor = rows.scale * static_cast<float>(query[d]);
+      float* __restrict of_block = scores + first;
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < num; ++i) of_block[i] += factor * static_cast<float>(elements[i]);
+      } else {
+        for (int64_t i = 0; i < num; ++i) of_block[i] += factor * static_cast<float>(elements[i * stride]);
+      }
+    }
+  }
+}
+
 // probabilities (max_context,) of one head; what the row does not see reads 0.
 template <class T>
 void attend(const AttentionRows& rows, int64_t row, int64_t head, float* probabilities) {
   const T* query = static_cast<const T*>(rows.query) + row * rows.query_stride[0] + head * rows.query_stride[1];
   const int64_t context = rows.context_of(row);
-  for (int64_t position = 0; position < context; ++position) {
-    const int64_t key = rows.key_offset(row, head, position);
-    probabilities[position] =
-        key < 0 ? -INFINITY : rows.scale * dot(query, static_cast<const T*>(rows.keys) + key, rows.head_size);
-  }
+  (rows.key_stride[3] == 1 ? score_keys<T> : score_transposed_keys<T>)(rows, row, head, query, probabilities);
   softmax(probabilities, context);
   std::fill(probabilities + context, probabilities + rows.max_context, 0.0f);
 }

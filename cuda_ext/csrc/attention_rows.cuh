@@ -14,12 +14,12 @@ namespace whipstaff {
 
 struct AttentionRows {
   const void* query;           // (num_rows, num_heads, head_size)
-  const void* keys;            // (num_blocks, block_size, num_kv_heads, head_size), any strides but the last
+  const void* keys;            // (num_blocks, block_size, num_kv_heads, head_size), any strides
   const int32_t* block_table;  // (num_rows, max_blocks)
   const int32_t* context;      // (num_rows,) how many keys the row sees
   float* out;                  // (num_rows, num_heads, max_context)
   int64_t num_rows, num_heads, head_size, num_blocks, block_size, num_kv_heads, max_blocks, max_context;
-  int64_t query_stride[2], key_stride[3], table_stride;
+  int64_t query_stride[2], key_stride[4], table_stride;
   float scale;
 
   // No row sees more keys than there is room for in its result and its block table.
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS) attention_rows_kernel(const Attention
     const int64_t offset = rows.key_offset(row, head, position);
     float score = 0;
     for (int64_t d = lane; offset >= 0 && d < rows.head_size; d += WARP)
-      score += to_float(query[d]) * to_float(static_cast<const T*>(rows.keys)[offset + d]);
+      score += to_float(query[d]) * to_float(static_cast<const T*>(rows.keys)[offset + d * rows.key_stride[3]]);
     score = offset < 0 ? -INFINITY : rows.scale * warp_reduce(score, [](float a, float b) { return a + b; });
     best = fmaxf(best, score);
     if (lane == 0) out[position] = score;

@@ -10,8 +10,12 @@
 
 namespace whipstaff {
 
-inline void check_dimensions(const Tensor& tensor, const char* name, int64_t wanted) {
+inline void check_num_dimensions(const Tensor& tensor, const char* name, int64_t wanted) {
   STD_TORCH_CHECK(tensor.dim() == wanted, name, " must have ", wanted, " dimensions, not shape ", shape_of(tensor));
+}
+
+inline void check_dimensions(const Tensor& tensor, const char* name, int64_t wanted) {
+  check_num_dimensions(tensor, name, wanted);
   STD_TORCH_CHECK(wanted == 0 || tensor.size(wanted - 1) <= 1 || tensor.stride(wanted - 1) == 1, name,
                   " must be contiguous in its last dimension, not stride ", tensor.stride(wanted - 1));
 }
@@ -20,7 +24,7 @@ inline AttentionRows attention_rows(const Tensor& query, const Tensor& keys, con
                                     const Tensor& context, double scale, int64_t max_context) {
   check_float(query, "query");
   check_dimensions(query, "query", 3);
-  check_dimensions(keys, "keys", 4);
+  check_num_dimensions(keys, "keys", 4);
   check_dimensions(block_table, "block_table", 2);
   check_type(keys, "keys", query.scalar_type());
   check_type(block_table, "block_table", ScalarType::Int);
@@ -48,7 +52,7 @@ inline AttentionRows attention_rows(const Tensor& query, const Tensor& keys, con
           .max_blocks = block_table.size(1),
           .max_context = max_context,
           .query_stride = {query.stride(0), query.stride(1)},
-          .key_stride = {keys.stride(0), keys.stride(1), keys.stride(2)},
+          .key_stride = {keys.stride(0), keys.stride(1), keys.stride(2), keys.stride(3)},
           .table_stride = block_table.stride(0),
           .scale = static_cast<float>(scale)};
 }

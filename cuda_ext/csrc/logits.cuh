@@ -60,8 +60,10 @@ __device__ inline Share merge(const Share& a, const Share& b, float temperature)
   return both;
 }
 
+// Every thread gets the very same bits. The two lanes of a merge do not: the compiler fuses one product with the sum, and
+// which of the two it is differs between them. So the first thread's result is everybody's.
 __device__ inline Share block_merge(Share share, float temperature) {
-  __shared__ Share of_warp[WARP];
+  __shared__ Share of_warp[WARP], whole;
   const auto merge_warp = [&] {
     for (int distance = WARP / 2; distance > 0; distance /= 2) {
       const Share other{__shfl_xor_sync(0xffffffff, share.best, distance),
@@ -77,7 +79,9 @@ __device__ inline Share block_merge(Share share, float temperature) {
   const int lane = threadIdx.x % WARP;
   share = lane < blockDim.x / WARP ? of_warp[lane] : Share{-INFINITY, 0, 0.0f};
   merge_warp();
-  return share;
+  if (threadIdx.x == 0) whole = share;
+  __syncthreads();
+  return whole;
 }
 
 // The whole block's statistics of the columns [begin, end) of one row, given to every thread.

@@ -80,13 +80,13 @@ class AdapterEnsemble(StreamMixer[AdapterEnsembleParams]):
         if params.base_weight == 1:
             return Mix((Term(MAIN, 1.0),))
         shares = [(1 - params.base_weight) * weight / total for weight in params.weights.values()]
-        experts = (Term(Stream(companion=member), share) for member, share in enumerate(shares, 1))
+        experts = (Term(Stream(companion=companion), share) for companion, share in enumerate(shares, 1))
         return Mix((Term(MAIN, params.base_weight), *experts), window=params.window)
 
     def companions(self, params: AdapterEnsembleParams, source: Source, scores: Sequence[float]) -> Sequence[Companion]:
         names = params.weights if params.weights and params.base_weight < 1 else ()
         if params.centres is not None:
-            return [Companion(source.ids, "centres", adapter=(name, "centres"), said={"name": name}) for name in names]
+            return [Companion(source.ids, "centres", adapter=(name, "centres"), told={"name": name}) for name in names]
         return [Companion(source.ids, f"weights.{name}", adapter=(name, f"weights.{name}")) for name in names]
 
 

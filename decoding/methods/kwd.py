@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from whipstaff.decoding.best import only_best
 from whipstaff.decoding.method import LogitsRewriter, Params
 from whipstaff.decoding.rows import Rows
 
@@ -46,7 +47,7 @@ class Kwd(LogitsRewriter[KwdParams]):
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         head, vocab = rows.heads["classifier"], rows.logits.shape[1]
         most = min(max((params.k for params in settings), default=1), vocab)
-        best = _only_best(rows.logits, rows.column(params.k for params in settings).long().clamp(max=vocab), most)
+        best = only_best(rows.logits, rows.column(params.k for params in settings).long().clamp(max=vocab), most)
         tokens = best.topk(most).indices  # (R, most): of each row its own k, then banned ones
         if len(head["weight"]) == _NUM_CLASSES:
             scores = rows.logits.log_softmax(1).masked_fill(best == -torch.inf, -torch.inf).gather(1, tokens)
@@ -71,13 +72,3 @@ def _judged_ahead(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Ten
         classes = rows.lookahead(tried).float() @ head["weight"].T  # (R, 2)
         found.append((classes + head["bias"] if "bias" in head else classes).log_softmax(1)[:, 1])
     return torch.stack(found, 1)
-
-
-def _only_best(logits: Tensor, k: Tensor, most: int) -> Tensor:
-    """-inf for all but each row's k (R, 1) best tokens, of equal ones the first; `most` is the largest k."""
-    values = logits.topk(most).values
-    least = values.gather(1, k - 1)
-    room = k - (values > least).sum(1, keepdim=True)  # for those that equal the k-th
-    is_tied = logits == least
-    is_late = is_tied.cumsum(1, dtype=torch.int32) > room
-    return logits.masked_fill((logits < least) | (is_tied & is_late), -torch.inf)

@@ -43,8 +43,8 @@ class PromptEnsemble(StreamMixer[PromptEnsembleParams]):
             raise DecodingError("they are all 0", "weights")
         is_log = params.space == "log"
         terms = tuple(
-            Term(Stream(companion=member) if member else MAIN, weight / sum(weights), is_log)
-            for member, weight in enumerate(weights)
+            Term(Stream(companion=companion) if companion else MAIN, weight / sum(weights), is_log)
+            for companion, weight in enumerate(weights)
         )
         return Mix(terms, is_probability=not is_log, window=params.window)
 

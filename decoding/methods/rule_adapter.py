@@ -100,7 +100,7 @@ class RuleAdapter(LogitsRewriter[RuleAdapterParams]):
             is_repetition=params.repetition,
         )
 
-    def place(self, setting: RuleAdapterSetting, prompt: PromptFacts) -> RuleAdapterSetting:
+    def at_prompt(self, setting: RuleAdapterSetting, prompt: PromptFacts) -> RuleAdapterSetting:
         return setting.model_copy(update={"first": prompt.last_user()})
 
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
@@ -148,9 +148,9 @@ def _add(logits: Tensor, biases: Sequence[Mapping[int, float]]) -> None:
     flat = [(row, token, bias) for row, some in enumerate(biases) for token, bias in some.items() if token < vocab]
     if flat:
         rows, tokens, values = zip(*flat, strict=True)
-        place = torch.tensor([rows, tokens]).to(logits.device, non_blocking=True)
+        cells = torch.tensor([rows, tokens]).to(logits.device, non_blocking=True)
         added = torch.tensor(values, dtype=logits.dtype).to(logits.device, non_blocking=True)
-        logits.index_put_((place[0], place[1]), logits[place[0], place[1]] + added)
+        logits.index_put_((cells[0], cells[1]), logits[cells[0], cells[1]] + added)
 
 
 def _add_again(rows: Rows, first: Tensor) -> None:

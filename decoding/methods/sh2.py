@@ -71,8 +71,8 @@ class Sh2(StreamMixer[Sh2Params]):
         positions = keys(scores, params.key_num, params.thinning.seed if params.thinning else None)
         text = source.decode([ids[position] for position in positions])
         prompt = placed(params, source.text, text)
-        said = {"keys": text, "key_positions": positions, "prompt": prompt}
-        return (Companion(source.changed(prompt), "context", said=said),)
+        told = {"keys": text, "key_positions": positions, "prompt": prompt}
+        return (Companion(source.changed(prompt), "context", told=told),)
 
 
 def keys(scores: Sequence[float], key_num: float, seed: int | None = None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
 from whipstaff.server.admission.decoding import DecodingEntry
 from whipstaff.server.admission.positions import steering_at_prompt
-from whipstaff.server.admission.steering import SequenceSteering, Steered, check_one_set
+from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, check_one_set
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable
 from whipstaff.server.plan import STEPS_AHEAD, CompanionPlan, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Adapter, Prompt
@@ -26,7 +26,7 @@ class PlacedCompanion:
     companion: Companion
     plan: CompanionPlan
     models: frozenset[str]  # auxiliary models that read it
-    entries: Sequence[Steered] = ()  # what its steering came of
+    entries: Sequence[SteeringEntry] = ()  # what its steering came of
 
     @property
     def path(self) -> str:
@@ -36,7 +36,7 @@ class PlacedCompanion:
     @property
     def name(self) -> str:
         """As the client called it, or else its field."""
-        return str(self.companion.said.get("name", self.path))
+        return str(self.companion.told.get("name", self.path))
 
     def room(self, caps: Capabilities) -> tuple[int, int]:
         """How many tokens can follow its prompt while it is needed, and the longest it may become. The scheduler itself
@@ -52,7 +52,7 @@ class PlacedCompanion:
 
     def to_json(self) -> dict[str, Any]:
         """The companion as the receipt shows it."""
-        said = {"field": self.path, "prompt_tokens": len(self.plan.prompt), **self.companion.said}
+        said = {"field": self.path, "prompt_tokens": len(self.plan.prompt), **self.companion.told}
         return {**said, "steered": self.plan.steering is not None}
 
 

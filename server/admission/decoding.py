@@ -12,22 +12,24 @@ from whipstaff.decoding.method import (
     Method,
     Params,
     PromptFacts,
+    Ranker,
     StreamMixer,
 )
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
-from whipstaff.decoding.plan import DecodingPlan, Rewrite
-from whipstaff.server.admission.entries import admit
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
+from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.fields import entries_at
-from whipstaff.server.admission.steering import SequenceSteering, Steered
+from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
-from whipstaff.server.names import fields_by_method, in_own_names
+from whipstaff.server.names import fields_by_method, in_own_names, is_off
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.planner import MAX_EDITS, Planner
 from whipstaff.steering.vector_file import Vector
 
 MAX_DECODING = 8
+NOTHING: Mapping[str, Any] = {}
 _ORDER = {name: (STAGES.index(method.stage), index) for index, (name, method) in enumerate(METHODS.items())}
 
 
@@ -59,7 +61,7 @@ class DecodingEntry:
     method: Method[Any]
     params: Params
     mix: Mix | None = None  # of a method that mixes
-    setting: Any = None  # of a method that rewrites
+    setting: Any = None  # of a method that rewrites or searches
     streams: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     early: tuple[int, ...] = ()
@@ -91,9 +93,9 @@ class DecodingEntry:
     def at_prompt(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "DecodingEntry":
         """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
         try:
-            if not isinstance(self.method, LogitsRewriter):
-                return replace(self, params=self.method.of_prompt(self.params, index, num))
-            return replace(self, setting=self.method.place(self.setting, prompt))
+            if isinstance(self.method, LogitsRewriter | SearchMethod):
+                return replace(self, setting=self.method.at_prompt(self.setting, prompt))
+            return replace(self, params=self.method.of_prompt(self.params, index, num))
         except (DecodingError, SteeringError) as error:
             raise BadRequest(str(error), self.path_of(error.param)) from None
 
@@ -104,12 +106,16 @@ class DecodingEntry:
 
 
 def entries_of(
-    fields: Mapping[str, Any], named: Sequence[tuple[str, Any]], merges: bool = False
+    fields: Mapping[str, Any],
+    named: Sequence[tuple[str, Any]],
+    merges: bool = False,
+    shared: Mapping[str, Any] = NOTHING,
 ) -> Iterator[GivenEntry]:
     """Every entry: of `decoding`, and those that top-level fields stand for.
 
     Args:
         merges: whether the entries of `decoding` are defaults, whose parameters top-level fields overrule.
+        shared: the fields that vLLM's requests have anyway, as far as this one says them.
 
     Raises: BadRequest.
     """
@@ -119,11 +125,26 @@ def entries_of(
         name = entry.get("method") if isinstance(entry, dict) else None
         if merges and isinstance(name, str) and (said := short.pop(name, None)):
             names = {**own, **said.names}
-            yield GivenEntry(path, {**entry, **said.params}, names, said.fields, said.gate and f"{said.gate} is false")
+            why_off = said.gate and f"{said.gate} is false"
+            yield _with_shared(GivenEntry(path, {**entry, **said.params}, names, said.fields, why_off), shared)
         else:
-            yield GivenEntry(path, entry, own)
+            yield _with_shared(GivenEntry(path, entry, own), shared)
     for name, said in short.items():
-        yield GivenEntry("", {"method": name, **said.params}, said.names, said.fields, said.why_off(METHODS[name]))
+        why_off = said.why_off(METHODS[name])
+        found = GivenEntry("", {"method": name, **said.params}, said.names, said.fields, why_off)
+        yield _with_shared(found, shared)
+
+
+def _with_shared(given: GivenEntry, shared: Mapping[str, Any]) -> GivenEntry:
+    """An entry with what the request's other fields say of its method, as far as it says nothing of it itself."""
+    entry = given.entry
+    method = METHODS.get(str(entry.get("method"))) if isinstance(entry, dict) else None
+    if method is None or not method.shared or is_off(entry):
+        return given
+    taken = {param: name for name, param in method.shared.items() if name in shared and param not in entry}
+    read = {param: method.read(name, shared[name]) for param, name in taken.items()}
+    said = {param: value for param, value in read.items() if value is not None}
+    return given._replace(entry={**entry, **said}, names={**given.names, **{param: taken[param] for param in said}})
 
 
 def admit_decoding(given: GivenEntry, caps: Capabilities) -> DecodingEntry:
@@ -175,23 +196,29 @@ def _resolved(bare: DecodingEntry, caps: Capabilities) -> DecodingEntry:
         own = {param: _own_steering(said, bare.path_of(param), caps) for param, said in steered.items()}
         vectors = (*bare.vectors, *(vector for each in own.values() for vector in each.vectors))
         return replace(bare, mix=mix, streams=streams, heads=digests, steered=own, vectors=vectors)
-    assert isinstance(method, LogitsRewriter)
+    assert isinstance(method, LogitsRewriter | SearchMethod)
     if caps.words is None:
         if bare.why_off:
             return bare
         raise Unavailable(
             f"{method.name} needs the model's tokenizer, and this server runs without", bare.path_of("method")
         )
+    if isinstance(method, SearchMethod):
+        if (reason := lacking(method, caps)) and not bare.why_off:
+            raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
+        return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests)
     early = tuple(method.early_layers(params, caps.depth))
+    if reason := lacking(method, caps) if not bare.why_off else "":
+        raise Unavailable(f"{method.name} {reason}", bare.path_of("method"))
     _check_early(bare, early, caps.depth.kept)
     return replace(bare, setting=method.resolve(params, caps.words), streams=streams, heads=digests, early=early)
 
 
 def _own_steering(said: Any, path: str, caps: Capabilities) -> SequenceSteering:
     """The steering of a companion, compiled as a request's own."""
-    planner, entries, warnings = Planner(), list[Steered](), list[str]()
+    planner, entries, warnings = Planner(), list[SteeringEntry](), list[str]()
     for where, entry in entries_at(said, path, MAX_EDITS):
-        admitted = admit(entry, where, planner, entries, caps, warnings)
+        admitted = admit_steering(entry, where, planner, entries, caps, warnings)
         if admitted.is_off:
             warnings.append(f"{where} was left out: it is off")
         else:
@@ -226,6 +253,20 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
         )
 
 
+def lacking(method: LogitsRewriter[Any] | SearchMethod[Any], caps: Capabilities) -> str:
+    """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
+    tries = "tries tokens before one is chosen", "--lookahead"
+    needs = {
+        "tries": (caps.looks_ahead, *tries),
+        "lookahead": (caps.looks_ahead or bool(method.ahead_fields), *tries),
+        "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
+        "history": (caps.num_hidden_states > 0, "reads the hidden states of all positions", "--hidden-states N"),
+    }
+    missing = [(what, flag) for need, (has, what, flag) in needs.items() if need in method.needs and not has]
+    whats, flags = (" and ".join(one) for one in zip(*missing, strict=True)) if missing else ("", "")
+    return f"{whats}, and this server does not; start it with {flags}" if missing else ""
+
+
 def head_kinds(method: Method[Any], name: str) -> list[str]:
     """The kinds of learned heads that a parameter may name; the first needs no look ahead."""
     return [fields[name] for fields in (method.head_fields, method.ahead_fields) if name in fields]
@@ -242,7 +283,12 @@ def _ahead(bare: DecodingEntry, heads: Mapping[str, Vector], looks_ahead: bool) 
                     bare.path_of(name),
                 )
             return name
-    return ""
+    return "method" if always_tries(bare.method) else ""
+
+
+def always_tries(method: Method[Any]) -> bool:
+    """Whether a method tries tokens before one is chosen, whatever its parameters."""
+    return isinstance(method, LogitsRewriter) and "lookahead" in method.needs and not method.ahead_fields
 
 
 def _head(bare: DecodingEntry, name: str, caps: Capabilities) -> Vector:
@@ -275,13 +321,47 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     _check_together(entries)
     mixes = [entry for entry in entries if entry.mix is not None]
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
-    rewriting = sorted(
-        (e for e in entries if isinstance(e.method, LogitsRewriter)), key=lambda e: _ORDER[e.method.name]
-    )
+    rewriting = sorted(filter(_rewrites, entries), key=lambda e: _ORDER[e.method.name])
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
-    return DecodingPlan(mix, rewrites) if entries else None
+    search = search_of(entries)
+    return (
+        DecodingPlan(
+            mix, rewrites, search=_search_plan(search) if search else None, keeps_hidden=_keeps_hidden(rewriting)
+        )
+        if entries
+        else None
+    )
+
+
+def _keeps_hidden(rewriting: Sequence[DecodingEntry]) -> bool:
+    """Whether the hidden states of all positions are read."""
+    return any("history" in e.method.needs for e in rewriting if isinstance(e.method, LogitsRewriter))
+
+
+def _rewrites(entry: DecodingEntry) -> bool:
+    """Whether an entry's method has something to do with rows of logits."""
+    method = entry.method
+    return isinstance(method, LogitsRewriter) and not (
+        isinstance(method, Ranker) and not method.reads_rows(entry.params)
+    )
+
+
+def ranking_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
+    """The entry whose method ranks answers; None where all that are drawn are wanted."""
+    return next((entry for entry in entries if isinstance(entry.method, Ranker)), None)
+
+
+def search_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
+    """The entry whose method searches; None where the request draws its tokens."""
+    return next((entry for entry in entries if isinstance(entry.method, SearchMethod)), None)
+
+
+def _search_plan(entry: DecodingEntry) -> SearchPlan:
+    assert isinstance(entry.method, SearchMethod)
+    num_sequences = entry.method.num_sequences(entry.params)
+    return SearchPlan(entry.method.name, entry.setting.model_dump_json(), num_sequences, entry.heads, entry.streams)
 
 
 def _check_together(entries: Sequence[DecodingEntry]) -> None:
@@ -289,6 +369,7 @@ def _check_together(entries: Sequence[DecodingEntry]) -> None:
     seen: dict[str, DecodingEntry] = {}
     mix: DecodingEntry | None = None
     temperature: DecodingEntry | None = None
+    search: DecodingEntry | None = None
     for entry in entries:
         name = entry.method.name
         if entry.mix is None and name in seen:
@@ -302,9 +383,34 @@ def _check_together(entries: Sequence[DecodingEntry]) -> None:
             )
         if entry.method.stage == "temperature" and temperature is not None:
             raise BadRequest(f"{temperature.method.name} sets the temperature already", entry.path_of("method"))
+        if isinstance(entry.method, SearchMethod) and search is not None:
+            raise BadRequest(
+                f"{name} does not go together with {search.method.name}: a request has one search",
+                entry.path_of("method"),
+            )
         seen[name] = entry
+        search = entry if isinstance(entry.method, SearchMethod) else search
         mix = entry if entry.mix is not None else mix
         temperature = entry if entry.method.stage == "temperature" else temperature
+    for entry in entries if search is not None else ():
+        assert search is not None
+        if isinstance(entry.method, Ranker):
+            raise BadRequest(
+                f"{entry.method.name} ranks what is drawn, and {search.method.name} draws nothing; leave one out",
+                entry.path_of("method"),
+            )
+        if isinstance(entry.method, LogitsRewriter) and (entry.method.state_size or "history" in entry.method.needs):
+            raise BadRequest(
+                f"{entry.method.name} keeps what it learnt of one sequence, and {search.method.name} has several; "
+                "leave one out",
+                entry.path_of("method"),
+            )
+        if entry.method.stage in ("temperature", "truncation"):
+            raise BadRequest(
+                f"{entry.method.name} changes what is drawn from, and {search.method.name} draws nothing; leave one "
+                "out",
+                entry.path_of("method"),
+            )
 
 
 def _path_of(path: str, names: Mapping[str, str], param: str) -> str:

@@ -28,8 +28,9 @@ class ChoiceExplanations:
         self._records: dict[int, list[dict[str, Any]]] = defaultdict(list)
 
     def note(self, choice: int, record: dict[str, Any]) -> None:
-        """What the engine says of a choice's next token."""
-        seen = [record["final"], record["base"], *record["streams"].values()]
+        """What the engine says of a choice's next token; of one that a search chose, it is facts alone."""
+        seen = [record[name] for name in ("final", "base") if name in record]
+        seen += record.get("streams", {}).values()
         for token in [record, *(token for one in seen for token in one["top"])]:
             token["token"] = self._text(token["id"])
         self._records[choice].append(record)

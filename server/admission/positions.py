@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from whipstaff.decoding.method import PromptFacts
 from whipstaff.server.errors import BadRequest
-from whipstaff.server.prompt.message_spans import Prompt, Span
+from whipstaff.server.prompt.message_spans import ExpandedPrompt, Prompt, Span
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import InsertParams, Wanted, index_of, place_inserts, shift
 from whipstaff.steering.plan import Insert, PlannedEdit, PlannedModuleEdit, SteeringPlan
@@ -32,7 +34,7 @@ def steering_at_prompt(
     """The plan in this prompt, and the prompt with placeholders for rows; None if it stays as it is.
 
     Args:
-        paths: where in the request each of the plan's edits stands, then each of its specials.
+        paths: where in the request each of the plan's edits stands, then each of its edits of modules.
         is_further: whether the plan was written for another prompt of the request: its messages need not be in this.
 
     Raises:
@@ -53,6 +55,12 @@ def steering_at_prompt(
     placed = _resolved(plan, paths, prompt, is_further, inserts)
     expanded, _ = place_inserts(prompt.ids, wanted, placed.token_ids)
     return replace(placed, inserts=inserts), expanded
+
+
+def expanded(prompt: Prompt, inserts: Sequence[Insert], ids: Sequence[int] | None) -> PromptFacts:
+    """A prompt as decoding methods are told of it: with the rows that steering puts into it. `ids` is what it then has;
+    None: it stays as it is."""
+    return prompt if ids is None else ExpandedPrompt(prompt, len(ids), partial(shift, inserts=inserts))
 
 
 def _index(soft: SoftPrompt, prompt: Prompt) -> int:
@@ -89,5 +97,5 @@ def _resolved(
     return replace(
         plan,
         edits=tuple(map(resolved, plan.edits, paths[:num_edits])),
-        specials=tuple(map(resolved, plan.specials, paths[num_edits:])),
+        module_edits=tuple(map(resolved, plan.module_edits, paths[num_edits:])),
     )

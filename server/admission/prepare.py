@@ -1,7 +1,8 @@
 """Admission, in the order in which a request passes its checks; what depends on a prompt comes after, in `request`.
 
 prepare             what a preset fills in, then `fields` (JSON), `names` (unknown ones), and the two below
- compile_request    beside the request's own sampling parameters: temperature, beam search, grammar, log-probabilities
+ compile_request    beside the request's own sampling parameters: temperature, beam search, grammar, log-probabilities;
+                    a search beside those that it stands in for, and answers (`search`)
   compile_extras    options, then every entry (`entries`, `decoding`), then one plan of them
 
 Every refusal is a WhipstaffError with the path of the first field that cannot be honoured; `FieldOrigins.named` makes
@@ -13,13 +14,17 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+from whipstaff.decoding.method import LogitsRewriter
+from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
+    NOTHING,
     DecodingEntry,
+    GivenEntry,
     admit_decoding,
     entries_of,
+    search_of,
 )
-from whipstaff.server.admission.entries import admit
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
 from whipstaff.server.admission.fields import (
     OnUnavailable,
@@ -33,7 +38,8 @@ from whipstaff.server.admission.fields import (
     ours_in,
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
-from whipstaff.server.admission.steering import SequenceSteering, Steered
+from whipstaff.server.admission.search import check_explained, check_room, vllm_beam_search
+from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import (
     BadRequest,
     FieldOrigins,
@@ -43,7 +49,7 @@ from whipstaff.server.errors import (
     WhipstaffError,
     parsed,
 )
-from whipstaff.server.names import FIELDS, GATES, SHORTHANDS, TEXTS, unknown_reasons
+from whipstaff.server.names import FIELDS, GATES, SHARED, SHORTHANDS, TEXTS, unknown_reasons
 from whipstaff.server.plan import RequestPlan
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Preset
@@ -94,14 +100,19 @@ def compile_request(
 
     Raises: WhipstaffError.
     """
-    compiled = compile_extras(fields, caps, merges)
+    shared = request.said(SHARED)
+    compiled = compile_extras(fields, caps, merges, shared)
+    if request.use_beam_search and compiled is not None and not compiled.is_plain:
+        search = vllm_beam_search(request.n or 1, request.length_penalty)
+        compiled = compile_extras(fields, caps, merges, shared, [search])
+    if compiled is not None and compiled.search is not None:
+        return compiled.beside(request)
     if request.is_hot:
         compiled = (compiled or CompiledRequest(caps)).heated(request.temperature, request.truncates)
     if compiled is None:
         return None
-    if request.use_beam_search and not compiled.is_plain:
-        raise BadRequest("beam search is not supported together with steering or decoding methods", "use_beam_search")
     compiled.check_draw(request.temperature)
+    compiled.check_candidates(request.n or 1)
     compiled.check_grammar(request.has_grammar)
     compiled.check_logprobs(request.scores_prompt)
     if request.echoes_scores and not compiled.scores_prompts:
@@ -110,11 +121,19 @@ def compile_request(
     return compiled
 
 
-def compile_extras(fields: Mapping[str, Any], caps: Capabilities, merges: bool = False) -> CompiledRequest | None:
+def compile_extras(
+    fields: Mapping[str, Any],
+    caps: Capabilities,
+    merges: bool = False,
+    shared: Mapping[str, Any] = NOTHING,
+    more: Sequence[GivenEntry] = (),
+) -> CompiledRequest | None:
     """Compile a request's `steering` and `decoding`; None for a plain request.
 
     Args:
         merges: whether `decoding` is a preset's default, which the request's other fields overrule.
+        shared: fields of vLLM's that methods share, as far as the request says them.
+        more: entries of decoding that other fields stand for.
 
     Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
     """
@@ -123,11 +142,16 @@ def compile_extras(fields: Mapping[str, Any], caps: Capabilities, merges: bool =
     left_out = LeftOut(one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore")
     options = _options(fields)
     steering = _steering(fields, caps, left_out)
-    entries = _decoding(fields, caps, left_out, merges)
+    entries = _decoding(fields, caps, left_out, merges, shared, more)
     decoding = options.decoding_plan(entries)
+    if decoding is not None and (search := search_of(entries)) is not None:
+        check_room(search, decoding.mix.num_companions if decoding.mix else 0, caps)
+        if options.explain is not None:
+            check_explained(search, "logprobs_source" if fields.get("explain") is None else "explain")
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
+    _check_attention(steering, entries, caps.num_layers - 1)
     plan = steering.plan if steering.entries else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
@@ -173,23 +197,30 @@ def _options(fields: Mapping[str, Any]) -> Options:
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
     if fields.get("steering") is None:
         return SequenceSteering()
-    planner, found = Planner(), list[Steered]()
+    planner, found = Planner(), list[SteeringEntry]()
     for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
         try:
-            steered = admit(entry, path, planner, found, caps, left_out.warnings)
+            steered = admit_steering(entry, path, planner, found, caps, left_out.warnings)
             left_out.note(path, "it is off") if steered.is_off else found.append(steered)
         except (NotFound, VectorUnfit, Unavailable) as error:
             left_out.skip(error)
     return SequenceSteering(found, planner.plan)
 
 
-def _decoding(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut, merges: bool) -> list[DecodingEntry]:
+def _decoding(
+    fields: Mapping[str, Any],
+    caps: Capabilities,
+    left_out: LeftOut,
+    merges: bool,
+    shared: Mapping[str, Any],
+    more: Sequence[GivenEntry],
+) -> list[DecodingEntry]:
     found: list[DecodingEntry] = []
-    if all(fields.get(name) is None for name in ("decoding", *SHORTHANDS, *GATES)):
+    if not more and all(fields.get(name) is None for name in ("decoding", *SHORTHANDS, *GATES)):
         return found
     named = entries_in(fields.get("decoding"), "decoding", MAX_DECODING)
     short = {name: fields.get(name) if name in TEXTS else loose(fields.get(name)) for name in (*SHORTHANDS, *GATES)}
-    for given in entries_of(short, named, merges):
+    for given in (*entries_of(short, named, merges, shared), *more):
         try:
             entry = admit_decoding(given, caps)
             if entry.why_off:
@@ -212,12 +243,28 @@ def _check_soft_prompts(models: Sequence[str], steering: SequenceSteering, decod
             )
 
 
-def _check_lookahead(steering: Sequence[Steered], decoding: Sequence[DecodingEntry]) -> None:
+def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[DecodingEntry]) -> None:
     """A token that is tried is steered as if it were chosen, which nothing may depend on. Raises: BadRequest."""
     trying = [entry.path_of(entry.ahead) for entry in decoding if entry.ahead]
+    trying += [
+        e.path_of("method") for e in decoding if isinstance(e.method, SearchMethod) and "tries" in e.method.needs
+    ]
     for entry in steering if trying else ():
         if entry.params.schedule is not None and entry.params.schedule.shape == "entropy":
             raise BadRequest(
                 f"the entropy of what a token is drawn from is not known while {trying[0]} lets it be tried",
                 f"{entry.path}.schedule",
+            )
+
+
+def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
+    """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
+    methods = [entry.method for entry in decoding if isinstance(entry.method, LogitsRewriter | SearchMethod)]
+    reading = [method.name for method in methods if "attention" in method.needs]
+    for entry in steering.entries if reading else ():
+        method = entry.vector.method
+        if (param := entry.kind.redirected(entry, steering.plan).get(last)) is not None:
+            raise BadRequest(
+                f"{method.name} changes what the last layer attends to, and {reading[0]} reads that; leave one out",
+                f"{entry.path}.{param.partition('.')[0]}",
             )

@@ -1,9 +1,10 @@
 """Receipts: what was done to a request, for its response. Same request and same receipt mean same behaviour."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.admission.search import told
 from whipstaff.server.plan import PlacedRequest
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
@@ -18,6 +19,7 @@ class Tally:
     def __init__(self) -> None:
         self._prompts: dict[str, list[int]] = {}
         self._generated: dict[tuple[str, int], list[int]] = {}
+        self._searches: dict[int, dict[str, Any]] = {}  # by prompt
 
     def note(self, output: Any) -> None:
         """One vLLM RequestOutput; its token ids are what came since the last one."""
@@ -25,6 +27,15 @@ class Tally:
             self._prompts[output.request_id] = output.prompt_token_ids
         for sequence in output.outputs:
             self._generated.setdefault((output.request_id, sequence.index), []).extend(sequence.token_ids)
+
+    def note_search(self, prompt: int, record: dict[str, Any]) -> None:
+        """What the search of a prompt came to."""
+        self._searches[prompt] = record
+
+    @property
+    def searches(self) -> list[dict[str, Any]]:
+        """In the order of the prompts."""
+        return [record for _, record in sorted(self._searches.items())]
 
     def fed(self) -> list[Fed]:
         """Every sequence."""
@@ -36,20 +47,27 @@ class Tally:
         return found
 
 
-def receipt(compiled: CompiledRequest, placed: Sequence[PlacedRequest] = (), fed: Sequence[Fed] = ()) -> dict[str, Any]:
+def receipt(
+    compiled: CompiledRequest,
+    placed: Sequence[PlacedRequest] = (),
+    fed: Sequence[Fed] = (),
+    searches: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """What was done, or would be.
 
     Args:
         placed: the request in its prompts, as far as it got there.
         fed: its finished sequences.
+        searches: what its searches came to.
     """
     plan = (placed[-1].plan if placed else compiled.plan).steering or SteeringPlan(())
     preset, companions = compiled.preset, [one for each in placed for one in each.companions]
     return {
         **({} if preset is None else {"preset": {"id": preset.name, "digest": preset.digest}}),
-        "steering": [entry.said(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
+        "steering": [entry.describe(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
         "decoding": [entry.to_json() for entry in compiled.decoding],
         **({"sequences": companions} if companions else {}),
+        **({"search": [told(record, compiled.num_sequences) for record in searches]} if searches else {}),
         "warnings": warnings_of(compiled, placed),
     }
 
@@ -67,7 +85,7 @@ async def final_receipt(
     if readings_id := compiled.plan.readings_id:
         found = await readings(readings_id)
         fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-    return receipt(compiled, placed, fed)
+    return receipt(compiled, placed, fed, tally.searches)
 
 
 def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:

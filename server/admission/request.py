@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from whipstaff.decoding.method import LogitsRewriter
+from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
-from whipstaff.server.admission.decoding import DecodingEntry, plan_of
+from whipstaff.server.admission.decoding import DecodingEntry, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
-from whipstaff.server.admission.positions import steering_at_prompt
+from whipstaff.server.admission.positions import expanded, steering_at_prompt
+from whipstaff.server.admission.search import check_answers, check_told, without_effect
 from whipstaff.server.admission.steering import SequenceSteering, check_one_set
 from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
 from whipstaff.server.metrics import MIXED, PLAIN, SEVERAL
@@ -46,7 +47,12 @@ class Options:
         takes_over = self.is_temperature_last or self.is_hot or self.explain is not None or scores_base
         if plan is None and not takes_over:
             return None
-        return replace(plan or DecodingPlan(), explain=self.explain, scores_base=scores_base)
+        if plan is not None and plan.search is not None:
+            return replace(plan, explain=self.explain)  # what it decides is explained, and no draw
+        ranking = ranking_of(entries)
+        needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
+        explain = 0 if self.explain is None and needs_explaining else self.explain
+        return replace(plan or DecodingPlan(), explain=explain, scores_base=scores_base)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,13 @@ class CompiledRequest:
         """Whether the engine does nothing differently for it."""
         return self.plan.steering is None and self.plan.decoding is None
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
+        steering = self.steering.plan
+        clauses = [*(one.where for one in steering.edits), *(one.where for one in steering.module_edits)]
+        return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
+
     def dry(self) -> "CompiledRequest":
         """The same, to be looked at only."""
         return replace(self, options=replace(self.options, is_dry=True))
@@ -109,13 +122,18 @@ class CompiledRequest:
 
     def _at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest:
         plan, ids, companions, warnings = self.plan, None, list[PlacedCompanion](), list[str]()
+        if plan.steering is not None:
+            shared = self.steering
+            steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
         if self.decoding:
-            entries = [entry.at_prompt(prompt, prompt.index, prompt.num) for entry in self.decoding]
+            facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
+            entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
             companions = companions_at_prompt(entries, prompt, self.caps, self.steering, self.options.is_dry)
             decoding = self.options.decoding_plan(entries)
             plan = replace(plan, decoding=decoding, companions=tuple(one.plan for one in companions))
             warnings += self._idle(companions)
-        if plan.steering is not None:
+        if plan.steering is not None and self.reads_prompt:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
             plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
@@ -200,11 +218,12 @@ class CompiledRequest:
                 except SteeringError as error:
                     raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
         further = [companion.plan.steering for companion in companions]
-        read = steering.num_columns + sum(one.num_columns for one in further if one is not None)
+        num = self.num_sequences
+        read = num * (steering.num_columns + sum(one.num_columns for one in further if one is not None))
         if read > self.caps.num_histories:
             raise Unavailable(
-                f"the conditions of the request's {1 + len(further)} sequences read {read} things, and this server "
-                f"keeps {self.caps.num_histories} at once",
+                f"the conditions of the request's {num * (1 + len(further))} sequences read {read} things, and this "
+                f"server keeps {self.caps.num_histories} at once",
                 "steering",
             )
         rows = PositionedPlan(plan, prompt_len).rows.union(*(companion.rows() for companion in companions))
@@ -219,10 +238,63 @@ class CompiledRequest:
     # ---- beside what else the request says
 
     @property
+    def search(self) -> DecodingEntry | None:
+        """The entry whose method searches; None where tokens are drawn."""
+        return search_of(self.decoding)
+
+    @property
+    def searches(self) -> bool:
+        return self.search is not None
+
+    @property
+    def ranking(self) -> DecodingEntry | None:
+        """The entry whose method ranks answers; None where all that are drawn are wanted."""
+        return ranking_of(self.decoding)
+
+    @property
+    def num_candidates(self) -> int:
+        """How many answers are drawn, of which the best are returned; 0: those that the request wants."""
+        ranking = self.ranking
+        return _ranker(ranking).num_candidates(ranking.params) if ranking else 0
+
+    def score(self, candidate: Candidate) -> float:
+        """Of one of them; the higher the better."""
+        ranking = self.ranking
+        assert ranking is not None
+        return _ranker(ranking).score(ranking.params, candidate)
+
+    def check_candidates(self, num: int) -> None:
+        """Whether enough answers are drawn. Raises: BadRequest."""
+        ranking = self.ranking
+        if ranking is not None and num > self.num_candidates:
+            raise BadRequest(f"{ranking.method.name} draws {self.num_candidates} candidates; that is all there is", "n")
+
+    @property
+    def num_sequences(self) -> int:
+        """The most sequences of the request's own that live at once: of a search, it may be several."""
+        decoding = self.plan.decoding
+        return decoding.search.num_sequences if decoding and decoding.search else self.num_candidates or 1
+
+    def beside(self, request: Any) -> "CompiledRequest":
+        """A search beside what else its request says. Raises: BadRequest."""
+        search = self.search
+        assert search is not None
+        check_answers(search, request.n or 1)
+        check_told(search, request)
+        self.check_grammar(request.has_grammar)
+        return replace(self, warnings=(*self.warnings, *without_effect(search, request)))
+
+    @property
     def draws_itself(self) -> bool:
         """Whether the request's own temperature and truncation travel in its plan, and are not vLLM's to do."""
+        if self.search is not None:
+            return False  # nothing is drawn
         stages = {entry.method.stage for entry in self.decoding}
-        return self.options.is_temperature_last or self.options.is_hot or bool(stages & {"temperature", "truncation"})
+        return (
+            self.options.is_temperature_last
+            or self.options.is_hot
+            or bool(stages & {"penalty", "temperature", "truncation"})
+        )
 
     def heated(self, temperature: float, truncates: bool) -> "CompiledRequest":
         """With a temperature beyond those of vLLM, where something truncates. Raises: BadRequest."""
@@ -241,6 +313,11 @@ class CompiledRequest:
     def check_draw(self, temperature: float | None) -> None:
         """Methods that choose a temperature leave no meaning to a request's greedy 0. Raises: BadRequest."""
         for entry in self.decoding if temperature is not None and 0 <= temperature < _GREEDY_BELOW else ():
+            if entry is self.ranking:
+                raise BadRequest(
+                    f"at temperature 0 the candidates of {entry.method.name} are all the same; leave one of them out",
+                    entry.path_of("method"),
+                )
             if entry.chooses_temperature:
                 raise BadRequest(
                     f"{entry.method.name} chooses the temperature, and 0 leaves nothing to choose; leave one of them "
@@ -249,9 +326,10 @@ class CompiledRequest:
                 )
 
     def check_grammar(self, has_grammar: bool) -> None:
-        """A method that says what was banned does not go together with a grammar. Raises: BadRequest."""
+        """A method that says what was banned, or that has several sequences of which each would stand elsewhere in it,
+        does not go together with a grammar. Raises: BadRequest."""
         for entry in self.decoding if has_grammar else ():
-            if isinstance(entry.method, LogitsRewriter) and entry.method.revives:
+            if entry is self.search or (isinstance(entry.method, LogitsRewriter) and entry.method.revives):
                 raise BadRequest(f"{entry.method.name} follows no grammar; leave one out", entry.path_of("method"))
 
     def check_sampling(self, params: Any, index: int, num_prompts: int) -> None:
@@ -299,6 +377,11 @@ class CompiledRequest:
         """The method that says nothing of a prompt's tokens; None where there is none, or nobody asks it."""
         silent = (entry for entry in self.decoding if entry.ahead or (entry.mix and entry.mix.num_companions))
         return next(silent, None) if self.options.logprobs_source == "final" else None
+
+
+def _ranker(entry: DecodingEntry) -> Ranker[Any]:
+    assert isinstance(entry.method, Ranker)
+    return entry.method
 
 
 def _stream_names(decoding: DecodingPlan | None, companions: Sequence[PlacedCompanion]) -> dict[str, str]:

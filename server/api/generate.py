@@ -33,7 +33,7 @@ OURS = "/v1/chat/completions and /v1/completions"  # the routes that take preset
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
 
-async def catalogue(request: Request) -> Capabilities:
+async def capabilities(request: Request) -> Capabilities:
     """What there is now."""
     library: LiveRegistry = request.app.state.whipstaff
     return await library.current()
@@ -61,7 +61,7 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
     if name is None and not request.may_have_extras and not request.unknown_names:
         return None
     body = {} if name is None else await raw.json()
-    caps = await catalogue(raw)  # as it is now: nothing may be awaited until what it names is held
+    caps = await capabilities(raw)  # as it is now: nothing may be awaited until what it names is held
     preset, started = None if name is None else caps.preset(name, "model"), time.perf_counter()
     if preset is not None:
         request.model = base
@@ -105,10 +105,10 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         tally, explains = Tally(), compiled.options.explain is not None
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease)
+            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
         result = await openai.answer(request, raw)
 
-    async def said() -> dict[str, Any]:
+    async def receipt_at_end() -> dict[str, Any]:
         made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
         metrics.note_steering(made["steering"])
         return made
@@ -118,9 +118,9 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, said, explained)
+        events = with_extras(result, receipt_at_end, explained)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
-    body = result.model_dump() | {RECEIPT_FIELD: await said()}
+    body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:
         explained.add_to(body)
     if timed is not None:
@@ -148,19 +148,19 @@ async def show_model(name: str, raw: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/steering/methods")
-async def methods(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
+async def methods(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
     return {"object": "list", "data": method_table(caps)}
 
 
 @router.get("/v1/steering/vectors")
-async def vectors(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
+async def vectors(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every vector that was loaded."""
     return {"object": "list", "data": [vector_to_json(entry) for entry in caps.registry]}
 
 
 @router.get("/v1/steering/vectors/{name}")
-async def vector(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
+async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
     entry = caps.registry.entry(name)
     return {
@@ -195,7 +195,7 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
 
 async def _compiled_without_prompt(body: dict[str, Any], raw: Request) -> CompiledRequest | None:
     """Fields alone, or with a preset. Raises: WhipstaffError."""
-    caps, (_, name) = await catalogue(raw), openai.split_model(_model(body), raw.app)
+    caps, (_, name) = await capabilities(raw), openai.split_model(_model(body), raw.app)
     if name is not None:
         return await compiled_of(_with_some_prompt(body, caps.preset(name, "model")), raw)
     with FieldOrigins(xargs=ours_in(body.get("vllm_xargs"))).named():
@@ -218,13 +218,13 @@ def _with_some_prompt(body: dict[str, Any], preset: Preset) -> OpenAIRequest:
 
 
 @router.get("/v1/steering/presets")
-async def presets(caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
+async def presets(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every preset: what it says, and the digest that receipts name."""
     return {"object": "list", "data": [preset_to_json(preset) for preset in caps.presets.values()]}
 
 
 @router.get("/v1/steering/presets/{name}")
-async def preset(name: str, caps: Capabilities = Depends(catalogue)) -> dict[str, Any]:
+async def preset(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """One preset."""
     return preset_to_json(caps.preset(name))
 
@@ -261,7 +261,7 @@ async def refuse_extras(raw: Request) -> None:
     """A dependency of vLLM's other routes: they would silently ignore the extra fields, and know no preset."""
     body = await _sent(raw)
     _, preset = openai.split_model(_model(body), raw.app)
-    if preset is not None and preset in (await catalogue(raw)).presets:
+    if preset is not None and preset in (await capabilities(raw)).presets:
         raise Unavailable(f"presets work on {OURS}; here, name the model without @{preset}", "model")
     xargs = body.get("vllm_xargs")
     fields = {**(xargs if isinstance(xargs, dict) else {}), **body}
@@ -275,7 +275,7 @@ async def drop_preset(raw: Request) -> None:
     body = await _sent(raw)
     base, preset = openai.split_model(_model(body), raw.app)
     if preset is not None:
-        (await catalogue(raw)).preset(preset, "model")
+        (await capabilities(raw)).preset(preset, "model")
         body["model"] = base  # in what the route is about to parse
 
 

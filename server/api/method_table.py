@@ -8,7 +8,8 @@ from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.methods import METHODS as DECODING
-from whipstaff.server.admission.decoding import head_kinds, judged_tokens
+from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.server.admission.decoding import head_kinds, judged_tokens, lacking
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
@@ -18,7 +19,7 @@ from whipstaff.steering.planner import SteeringParams
 def method_table(caps: Capabilities) -> list[dict[str, Any]]:
     """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
     return [
-        *(_steering(method, caps) for method in STEERING.values() if method.kind.is_entry),
+        *(_steering(method, caps) for method in STEERING.values() if method.kind.named_in != "decoding"),
         *(_decoding(method, caps) for method in DECODING.values()),
     ]
 
@@ -73,9 +74,15 @@ def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]
         missing.append("start the server with --aux NAME=MODEL")
     if method.needs_adapters and not caps.max_adapters:
         missing.append("start the server with --enable-lora --lora-modules NAME=PATH")
+    if isinstance(method, LogitsRewriter) and (reason := lacking(method, caps)):
+        missing.append(f"it {reason}")
     if isinstance(method, LogitsRewriter) and "early_exit" in method.needs and not caps.depth.kept:
         missing.append("start the server with --early-layers LAYERS")
-    if (isinstance(method, LogitsRewriter) or issubclass(method.params, CoupledParams)) and caps.words is None:
+    if isinstance(method, SearchMethod) and (reason := lacking(method, caps)):
+        missing.append(f"it {reason}")
+    if (
+        isinstance(method, LogitsRewriter | SearchMethod) or issubclass(method.params, CoupledParams)
+    ) and caps.words is None:
         missing.append("this server runs without a tokenizer")
     return {
         "name": method.name,

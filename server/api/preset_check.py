@@ -37,7 +37,7 @@ async def check(preset: Preset, caps: Capabilities, app: FastAPI) -> None:
             raise BadRequest(str(error.errors()[0]["msg"]), ".".join(map(str, error.errors()[0]["loc"]))) from None
         except WhipstaffError as error:
             raise type(error)(error.message, _path(error.param, preset)) from None
-        if preset.said.keys() & {"system", "examples", "prompt"}:
+        if preset.stated.keys() & {"system", "examples", "prompt"}:
             await _render(request, preset, app)
 
 
@@ -50,12 +50,12 @@ def _check_names(part: Part, path: str) -> None:
 
 def _path(param: str | None, preset: Preset) -> str | None:
     """Where in the preset a request's field is."""
-    forced = preset.body.forced.said
+    forced = preset.body.forced.stated
     return param and f"{'forced' if param.split('.')[0].split('[')[0] in forced else 'default'}.{param}"
 
 
 async def _render(request: Any, preset: Preset, app: FastAPI) -> None:
     """The model's own template must take the preset's messages, and its context hold them."""
     if (reason := await reason_against(request, app)) is not None:
-        name = next(name for name in ("system", "examples", "prompt") if name in preset.said)
+        name = next(name for name in ("system", "examples", "prompt") if name in preset.stated)
         raise BadRequest(reason, _path(name, preset))

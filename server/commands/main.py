@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             run(args, settings)
         except (UnsupportedEngine, ValidationError, RuntimeError, ValueError, OSError) as error:
             _log_details(error)
-            sys.exit(f"whipstaff: {_said(error, told)}")
+            sys.exit(f"whipstaff: {_sentence(error, told)}")
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -130,7 +130,7 @@ async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, An
         engine.shutdown()
 
 
-def _said(error: Exception, told: causes.Causes) -> str:
+def _sentence(error: Exception, told: causes.Causes) -> str:
     """One sentence: of a flag of ours or vLLM's, or of what the engine's processes stumbled on."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]

@@ -117,12 +117,12 @@ def described(name: str, vector: Vector) -> Iterator[str]:
     yield f"model     {shape.architecture} (hidden {shape.hidden_size}, {shape.num_layers} layers, " + (
         f"{shape.num_heads} heads of {shape.head_dim})"
     )
-    if not method.kind.is_entry:
+    if method.kind.named_in == "decoding":
         yield "sites     none: read by `decoding`"
     else:
         yield f"sites     {'; '.join(_sites(vector)) or 'none: rows beside the prompt'}"
         where = "the method's own" if header.where is None else "the file's"
-        yield f"tokens    {_said(header.where or method.where)} ({where})"
+        yield f"tokens    {_clause_text(header.where or method.where)} ({where})"
     if "scale" in method.params.model_fields:
         yield f"scale     {algebra.strength_of(vector):g} ({'the method' if header.scale is None else 'the file'}'s)"
     if header.defaults:
@@ -167,7 +167,7 @@ def cosines(rows: Mapping[int, Tensor]) -> Tensor:
 
 def _sites(vector: Vector) -> Iterator[str]:
     for site in vector.sites:
-        layers = sorted(place.layer for place in vector.tensors if place.site == site)
+        layers = sorted(point.layer for point in vector.tensors if point.site == site)
         spans: list[list[int]] = []
         for layer in layers:
             if spans and spans[-1][-1] == layer - 1:
@@ -326,7 +326,7 @@ def _check_target(target: Path, force: bool, suffix: str = ".safetensors") -> No
         raise SteeringError(f"{target} exists; say --force to replace it")
 
 
-def _said(where: Any) -> str:
+def _clause_text(where: Any) -> str:
     return cast(str, where if isinstance(where, str) else where.model_dump_json(exclude_none=True))
 
 

@@ -1,7 +1,10 @@
-"""What the scheduler tells the worker with each step, beside what vLLM's says."""
+"""What the scheduler tells the worker with each step, beside what vLLM's says: `StepNotes`, which vLLM's scheduler
+output carries as `whipstaff_notes`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from whipstaff.server.engine.searches import SearchStep
 
 
 class GroupUse(NamedTuple):
@@ -29,6 +32,18 @@ class CacheUse(NamedTuple):
     hits: dict[str, int]  # and found
 
 
+class SearchUse(NamedTuple):
+    """How searches are doing. All but the first two since the start."""
+
+    num_searches: int = 0  # running now
+    num_living: int = 0  # sequences of theirs, likewise
+    forks: int = 0  # sequences that began as another's continuation
+    rollbacks: int = 0  # sequences that gave up tokens
+    moved_seats: int = 0  # sequences whose tokens the worker had to be told anew
+    copied_blocks: int = 0
+    recomputed_tokens: int = 0  # that a sequence kept, and whose keys and values it could not take over
+
+
 class StepNotes(NamedTuple):
     """Of one step."""
 
@@ -37,14 +52,8 @@ class StepNotes(NamedTuple):
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
     cache_use: CacheUse
-
-
-def attach_notes(output: Any, notes: StepNotes) -> None:
-    """Let vLLM's scheduler output carry them."""
-    output.whipstaff_notes = notes
-
-
-def notes_of(output: Any) -> StepNotes | None:
-    """None for warm-up, which comes from no scheduler of ours."""
-    found: StepNotes | None = getattr(output, "whipstaff_notes", None)
-    return found
+    searches: Mapping[str, SearchStep] = {}  # by the primary's id, of each search that takes a step
+    seats: Mapping[str, str] = {}
+    """Sequences of searches whose tokens are told anew, and the member of the primary's row that each is like: Model
+    Runner V1 has no other way to hear of a request with tokens that it generated elsewhere."""
+    search_use: SearchUse = SearchUse()

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
+from whipstaff.decoding.method import DecodingError
 from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import Messages
@@ -52,6 +53,11 @@ class Chat:
     def bounds(self, chosen: Messages) -> list[Span]:
         """The content of every message that matches: where it would stand, if it has none. Raises: SteeringError."""
         return [self._in_tokens(self._content(i)) for i in self._chosen(chosen)]
+
+    def text_at(self, text: str) -> Span | None:
+        """The tokens in which a text first stands; None where it does not. Raises: SteeringError."""
+        start = self._text.find(text)
+        return None if start < 0 else self._in_tokens((start, start + len(text)))
 
     def _chosen(self, chosen: Messages) -> list[int]:
         found = [i for i, message in enumerate(self._messages) if chosen.role in (None, message["role"])]
@@ -133,10 +139,7 @@ class Chat:
         )
 
     def _in_tokens(self, span: Span) -> Span:
-        starts, ends = self._tokens
-        first = bisect_right(ends, span[0])
-        num = bisect_left(starts, span[1], first) - first if span[0] < span[1] else 0
-        return first, first + num
+        return _tokens_at(span, *self._tokens)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,39 @@ class Prompt:
         contents = self.chat.bounds(Messages(role="user", index=-1)) if self.chat else []
         return contents[0][0] if contents else 0
 
+    def text_at(self, text: str, param: str) -> Span:
+        """The tokens in which a text first stands. Raises: DecodingError naming `param`."""
+        try:
+            found = self.chat.text_at(text) if self.chat else self._text_at(text)
+        except SteeringError as error:
+            raise DecodingError(str(error), param) from None
+        if found is None:
+            raise DecodingError("this text does not stand in the prompt", param)
+        return found
+
+    def _text_at(self, text: str) -> Span | None:
+        """The same in a prompt that no template made. Raises: DecodingError, SteeringError."""
+        if self.source is None or not self.tokenizer.is_fast:
+            raise SteeringError(
+                "texts are found in prompts of text, with a fast Hugging Face tokenizer; name windows instead"
+            )
+        whole, adds_special_tokens = self.source.plain
+        start = whole.find(text)
+        if start < 0:
+            return None
+        encoding = self.tokenizer(whole, add_special_tokens=adds_special_tokens, return_offsets_mapping=True)
+        return _tokens_at((start, start + len(text)), *_edges(encoding["offset_mapping"]))
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> list[Span]:
+        """The contents of the messages that match, at least one. Raises: DecodingError naming `param`."""
+        try:
+            found = self.spans(Messages(role=role, index=index))
+        except SteeringError as error:
+            raise DecodingError(str(error), param) from None
+        if not found:
+            raise DecodingError("no message matches", param)
+        return found
+
     def _asked(self) -> Chat:
         if self.chat is None:
             raise SteeringError(
@@ -179,6 +215,28 @@ class Prompt:
                 "name positions instead"
             )
         return self.chat
+
+
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """A prompt with rows that were put into it, as decoding methods are told of it."""
+
+    prompt: Prompt
+    num_tokens: int
+    shift: Callable[[Span], Span]  # a span of the prompt's own tokens -> where they stand now
+
+    def last_user(self) -> int:
+        """As `Prompt.last_user`."""
+        start = self.prompt.last_user()
+        return self.shift((start, start + 1))[0]
+
+    def text_at(self, text: str, param: str) -> Span:
+        """As `Prompt.text_at`."""
+        return self.shift(self.prompt.text_at(text, param))
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> list[Span]:
+        """As `Prompt.messages_at`."""
+        return list(map(self.shift, self.prompt.messages_at(role, index, param)))
 
 
 def id_of(tokenizer: Any, text: str) -> int:
@@ -190,6 +248,13 @@ def id_of(tokenizer: Any, text: str) -> int:
     if named is None:
         raise SteeringError(f"{text!r} is not one token but {len(ids)}: {tokenizer.convert_ids_to_tokens(ids)}")
     return named
+
+
+def _tokens_at(span: Span, starts: Sequence[int], ends: Sequence[int]) -> Span:
+    """The tokens of a span of characters, given where the characters of each token start and end."""
+    first = bisect_right(ends, span[0])
+    num = bisect_left(starts, span[1], first) - first if span[0] < span[1] else 0
+    return first, first + num
 
 
 def _edges(offsets: Sequence[Span]) -> tuple[list[int], list[int]]:

@@ -27,7 +27,7 @@ class PromptSource:
     @property
     def text(self) -> str:
         if self.messages is None:
-            return self._plain[0]
+            return self.plain[0]
         return str(self.messages[self._last_user]["content"])
 
     def encode(self, content: Content, param: str) -> Sequence[int]:
@@ -49,7 +49,7 @@ class PromptSource:
 
     def changed(self, text: str, param: str = "") -> Sequence[int]:
         if self.messages is None:
-            return self._tokens(text, self._plain[1])
+            return self._tokens(text, self.plain[1])
         return self._with_content(self._last_user, text, param)
 
     def alone(self, text: str) -> Sequence[int]:
@@ -81,7 +81,7 @@ class PromptSource:
         return text
 
     @cached_property
-    def _plain(self) -> tuple[str, bool]:
+    def plain(self) -> tuple[str, bool]:
         """The text of a prompt that is no chat, and whether special tokens are added to it."""
         whole = self.tokenizer.decode(self.ids, skip_special_tokens=False)
         ways = [(self.decode(self.ids), True), (whole, False)]

@@ -179,7 +179,7 @@ class LiveRegistry:
 
     def _stamp(self) -> object:
         """Changes whenever there may be something new."""
-        return self._store and self._store.stamp(), stamp_of_files(self._preset_paths)
+        return self._store and self._store.stamp(), self._preset_paths and stamp_of_files(self._preset_paths)
 
     async def _refresh(self) -> None:
         seen = self._stamp()

@@ -77,7 +77,7 @@ class Part(BaseModel):
         return text
 
     @property
-    def said(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, Any]:
         """What it says, by name."""
         names = [*type(self).model_fields, *(self.model_extra or {})]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -85,7 +85,7 @@ class Part(BaseModel):
     @property
     def fields(self) -> dict[str, Any]:
         """The same, of the fields that a request has."""
-        return {name: value for name, value in self.said.items() if name not in _TEXT}
+        return {name: value for name, value in self.stated.items() if name not in _TEXT}
 
 
 class Body(BaseModel):
@@ -99,8 +99,8 @@ class Body(BaseModel):
 
     @model_validator(mode="after")
     def _says_once(self) -> "Body":
-        forced = set(map(thing, self.forced.said))
-        if both := [name for name in self.default.said if thing(name) in forced]:
+        forced = set(map(thing, self.forced.stated))
+        if both := [name for name in self.default.stated if thing(name) in forced]:
             raise ValueError(f"{min(both)} is both default and forced")
         return self
 
@@ -123,9 +123,9 @@ class Preset:
             raise BadRequest(found.message, (found.param or "").lstrip(".") or None) from None
 
     @property
-    def said(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, Any]:
         """Everything that it says."""
-        return self.body.default.said | self.body.forced.said
+        return self.body.default.stated | self.body.forced.stated
 
     @property
     def digest(self) -> str:
@@ -138,11 +138,11 @@ class Preset:
 
     @property
     def is_for_chat(self) -> bool:
-        return not self.said.keys() & {"prompt"} or bool(self.said.keys() & {"system", "examples"})
+        return not self.stated.keys() & {"prompt"} or bool(self.stated.keys() & {"system", "examples"})
 
     @property
     def is_for_text(self) -> bool:
-        return not self.said.keys() & {"system", "examples"} or "prompt" in self.said
+        return not self.stated.keys() & {"system", "examples"} or "prompt" in self.stated
 
     def fill(self, request: Any, body: Mapping[str, Any]) -> frozenset[str]:
         """Put what the preset says into a parsed request of chat or text; the names of the fields that are now its own.
@@ -177,9 +177,9 @@ class Preset:
         own = messages[:1] if messages and _role(messages[0]) in ("system", "developer") else []
         if own and self.body.forced.system is not None:
             raise BadRequest(f"the preset {self.name!r} sets the system prompt; leave it out", "messages[0]")
-        system = self.said.get("system")
+        system = self.stated.get("system")
         first = own or ([] if system is None else [{"role": "system", "content": system}])
-        examples = [example.model_dump() for example in self.said.get("examples", ())]
+        examples = [example.model_dump() for example in self.stated.get("examples", ())]
         request.messages = [*first, *examples, *messages[len(own) :]]
 
     def _write(self, request: Any) -> None:
@@ -187,7 +187,7 @@ class Preset:
             raise BadRequest(
                 f"the preset {self.name!r} speaks before the user does; it is for /v1/chat/completions", "model"
             )
-        template = self.said.get("prompt")
+        template = self.stated.get("prompt")
         if template is None:
             return
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt

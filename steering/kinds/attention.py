@@ -20,7 +20,7 @@ from whipstaff.steering.edits import settings_of
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.inserts import Inserted, InsertParams
-from whipstaff.steering.kinds.kind import OF_ACTIVATIONS, Asked, Entry, Kind, describe_module_edit
+from whipstaff.steering.kinds.kind import OF_ACTIVATIONS, Entry, EntryKind, UncheckedEntry, describe_module_edit
 from whipstaff.steering.method import HookPoint, Method, P, Tensors
 from whipstaff.steering.needs import Needs
 from whipstaff.steering.plan import ModuleEdit, SteeringPlan
@@ -76,7 +76,7 @@ class PrefixRows:
 AttentionEdit = RowOverride | ScoreBias | SideTokens | PrefixRows
 
 
-class AttentionKind(Kind):
+class AttentionKind(EntryKind):
     name = "attention"
     meaningless = OF_ACTIVATIONS
     _off = "start the server with --steering-sites attention"
@@ -90,14 +90,14 @@ class AttentionKind(Kind):
     def lacking(self, vector: Vector, layers: Sequence[int] | None, served: Served) -> str | None:
         return None if served.attention is not None else f"edits inside attention are off; {self._off}"
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        vector = asked.vector
-        planned = planner.add_module_edit(asked.params, asked.own, vector)
+    def admit(self, unchecked: UncheckedEntry, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
+        vector = unchecked.vector
+        planned = planner.add_module_edit(unchecked.params, unchecked.own, vector)
         assert served.attention is not None
         self._check(vector, planned.edit, served.attention)
         num = self._method(vector).num_placeholders(vector.tensors)
-        inserted = _placeholders(num, asked, others, served) if num else None
-        return Entry(asked.params, vector, module_edit=len(planner.specials) - 1, inserted=inserted)
+        inserted = _placeholders(num, unchecked, others, served) if num else None
+        return Entry(unchecked.params, vector, module_edit=len(planner.module_edits) - 1, inserted=inserted)
 
     def _check(self, vector: Vector, edit: ModuleEdit, abilities: AttentionAbilities) -> None:
         """The layers that are asked for must obey. Raises: SteeringError."""
@@ -110,10 +110,16 @@ class AttentionKind(Kind):
 
     def check_prompt(self, entry: Entry, plan: SteeringPlan, prompt_len: int, served: Served) -> None:
         assert entry.module_edit is not None
-        planned, method = plan.specials[entry.module_edit], self._method(entry.vector)
+        planned, method = plan.module_edits[entry.module_edit], self._method(entry.vector)
         if served.attention is not None:
             params, intervals = settings_of(entry.vector, planned.edit), planned.where.intervals(prompt_len)
             method.check_prompt(params, intervals, prompt_len, served.attention)
+
+    def redirected(self, entry: Entry, plan: SteeringPlan) -> Mapping[int, str]:
+        assert entry.module_edit is not None
+        vector, method = entry.vector, self._method(entry.vector)
+        settings = settings_of(vector, plan.module_edits[entry.module_edit].edit)
+        return method.asked_layers(settings, vector.tensors) if method.redirects else {}
 
     def describe(self, entry: Entry, plan: SteeringPlan, fed: Sequence[Fed], served: Served) -> dict[str, Any]:
         return describe_module_edit(entry, plan, fed)
@@ -141,6 +147,7 @@ class AttentionMethod(Method[P]):
     kind = ATTENTION
     ability: ClassVar[Literal["layers", "bias", "side"]] = "layers"
     """What its layers must obey; see `AttentionAbilities`."""
+    redirects: ClassVar[bool] = False  # whether heads look elsewhere than the model's own scores say
     is_relative: ClassVar[bool] = False  # whether what it comes to depends on the prompt's length
 
     @abstractmethod
@@ -164,9 +171,9 @@ class AttentionMethod(Method[P]):
         return None
 
 
-def _placeholders(num: int, asked: Asked, others: Sequence[Entry], served: Served) -> Inserted:
+def _placeholders(num: int, unchecked: UncheckedEntry, others: Sequence[Entry], served: Served) -> Inserted:
     """Room in front of the prompt. Raises: SteeringError."""
-    if asked.params.where is not None:
+    if unchecked.params.where is not None:
         raise SteeringError("a prefix stands before the prompt, and all that follows sees it", "where")
     if any(entry.module_edit is not None and entry.inserted is not None for entry in others):
         raise SteeringError("a request has one prefix at most", "vector")

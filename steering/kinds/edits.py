@@ -12,7 +12,7 @@ from whipstaff.steering.dose import Dose
 from whipstaff.steering.edits import Lengths, edits_of, settings_of, strongest
 from whipstaff.steering.errors import NotServed, SteeringError
 from whipstaff.steering.fed import Fed, fired_tokens, num_edited
-from whipstaff.steering.kinds.kind import Asked, Entry, Kind, unhooked
+from whipstaff.steering.kinds.kind import Entry, EntryKind, UncheckedEntry, unhooked
 from whipstaff.steering.method import HookPoint, Method, P, S, Scaled, Tensors
 from whipstaff.steering.ops import Directions, EditOp
 from whipstaff.steering.overflow import MAX_AMPLIFICATION, max_amplification
@@ -26,20 +26,20 @@ from whipstaff.steering.vector_file import Vector
 _MAX_TRIALS = 32  # of scales, until an edit keeps to the operator's limit
 
 
-class EditsKind(Kind):
+class EditsKind(EntryKind):
     name = "edits"
 
     def lacking(self, vector: Vector, layers: Sequence[int] | None, served: Served) -> str | None:
         return unhooked(vector, layers, served)
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        if served.tensor_parallel > 1 and "attn_head" in asked.vector.sites:
-            _check_slices(asked, served.tensor_parallel)
-        kept = asked if served.limit is None else _kept_to(served.limit, asked, served.lengths)
-        edits = planner.add(asked.params, kept.own, asked.vector, asked.probe)
-        _check_overflow(planner, served.dtype, "scale" if "scale" in asked.vector.method.off else "")
-        entry = Entry(asked.params, asked.vector, asked.probe, edits)
-        if kept is asked:
+    def admit(self, unchecked: UncheckedEntry, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
+        if served.tensor_parallel > 1 and "attn_head" in unchecked.vector.sites:
+            _check_slices(unchecked, served.tensor_parallel)
+        kept = unchecked if served.limit is None else _kept_to(served.limit, unchecked, served.lengths)
+        edits = planner.add(unchecked.params, kept.own, unchecked.vector, unchecked.probe)
+        _check_overflow(planner, served.dtype, "scale" if "scale" in unchecked.vector.method.off else "")
+        entry = Entry(unchecked.params, unchecked.vector, unchecked.probe, edits)
+        if kept is unchecked:
             return entry
         said = f"weakened to scale {kept.own['scale']:.4g}, the most this server allows"
         return replace(entry, warnings=(said,))
@@ -64,7 +64,7 @@ class EditsKind(Kind):
         found: dict[str, dict[str, Any]] = {}
         for own in ({}, {"scale": 1.0}):
             try:
-                planned = _tried(Asked(SteeringParams(vector="it"), own, vector, None))
+                planned = _tried(UncheckedEntry(SteeringParams(vector="it"), own, vector, None))
             except (SteeringError, ValidationError):  # its parameters cannot be guessed, or it has no scale
                 continue
             setting = planned[0].edit.setting
@@ -101,18 +101,18 @@ class ScaledMethod(EditMethod[S]):
         """The edits at one hook point at a strength that is not 0."""
 
 
-def _tried(asked: Asked) -> list[PlannedEdit]:
+def _tried(unchecked: UncheckedEntry) -> list[PlannedEdit]:
     """What an entry would become, in no plan yet."""
     planner = Planner()
-    planner.add(asked.params, asked.own, asked.vector, asked.probe)
+    planner.add(unchecked.params, unchecked.own, unchecked.vector, unchecked.probe)
     return planner.edits
 
 
-def _check_slices(asked: Asked, num_ranks: int) -> None:
+def _check_slices(unchecked: UncheckedEntry, num_ranks: int) -> None:
     """Heads are shared out over ranks: what reads all of them at once cannot be served so. Raises: NotServed."""
-    for one in _tried(asked):
-        for point, ops in edits_of(asked.vector, one.edit).items():
-            reads_all = asked.params.renorm or any(isinstance(op, Directions) for op in ops)
+    for one in _tried(unchecked):
+        for point, ops in edits_of(unchecked.vector, one.edit).items():
+            reads_all = unchecked.params.renorm or any(isinstance(op, Directions) for op in ops)
             if point.site == "attn_head" and reads_all:
                 raise NotServed(
                     f"this edit reads all heads together, and they are shared out over {num_ranks} ranks; "
@@ -121,20 +121,20 @@ def _check_slices(asked: Asked, num_ranks: int) -> None:
                 )
 
 
-def _kept_to(limit: Limit, asked: Asked, lengths: Lengths) -> Asked:
+def _kept_to(limit: Limit, unchecked: UncheckedEntry, lengths: Lengths) -> UncheckedEntry:
     """The entry, weakened if the operator's limit asks for it and allows it. Raises: SteeringError."""
-    kept = asked
+    kept = unchecked
     for _ in range(_MAX_TRIALS):
         planned = _tried(kept)
-        found = _largest_dose(asked.vector, planned, lengths, _gain(asked.params))
+        found = _largest_dose(unchecked.vector, planned, lengths, _gain(unchecked.params))
         if (dose := found.relative if found else 0.0) <= limit.max_dose:
             return kept
-        scale = _scale(asked.vector, planned[0])
+        scale = _scale(unchecked.vector, planned[0])
         if limit.policy == "refuse" or scale is None:
             break
         # Exact at once where the dose is proportional to the scale; rotations take a few more.
         weaker = {"scale": scale * min(limit.max_dose / dose, 0.999)}
-        kept = replace(asked, own={**_without_scale(asked.own), **weaker})
+        kept = replace(unchecked, own={**_without_scale(unchecked.own), **weaker})
     raise SteeringError(
         f"the edit is {dose:.3g} times as long as what it edits; this server allows {limit.max_dose:.3g}",
         "scale" if scale is not None else "",

@@ -1,26 +1,16 @@
 """Learned heads: files of the registry that methods of `decoding` read. They edit nothing."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fed import Fed
-from whipstaff.steering.kinds.kind import Asked, Entry, Kind
+from whipstaff.steering.kinds.kind import ReadKind
 from whipstaff.steering.method import Method, P
-from whipstaff.steering.plan import SteeringPlan
-from whipstaff.steering.planner import Planner
-from whipstaff.steering.served import Served
+from whipstaff.steering.vector_file import Vector
 
 
-class HeadKind(Kind):
+class HeadKind(ReadKind):
     name = "head"
-    is_entry = False
+    named_in = "decoding"
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        raise SteeringError(f"{asked.params.vector!r} is no vector that edits", "vector")
-
-    def describe(self, entry: Entry, plan: SteeringPlan, fed: Sequence[Fed], served: Served) -> dict[str, Any]:
-        raise NotImplementedError
+    def why_no_entry(self, name: str, vector: Vector) -> str:
+        return f"{name!r} is a {vector.method.name}: methods of `decoding` read it"
 
 
 HEAD = HeadKind()

@@ -2,22 +2,23 @@
 
 from collections.abc import Sequence
 
-from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.kinds.edits import EditsKind
-from whipstaff.steering.kinds.kind import Asked, Entry
+from whipstaff.steering.kinds.kind import ReadKind, unhooked
 from whipstaff.steering.method import Method, P
-from whipstaff.steering.planner import Planner
 from whipstaff.steering.served import Served
+from whipstaff.steering.vector_file import Vector
 
 
-class ProbeKind(EditsKind):
+class ProbeKind(ReadKind):
     """Hooked as edits are, and never made."""
 
     name = "probe"
-    is_condition = True
+    named_in = "when"
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        raise SteeringError('a probe edits nothing; name it in another entry\'s "when"', "vector")
+    def lacking(self, vector: Vector, layers: Sequence[int] | None, served: Served) -> str | None:
+        return unhooked(vector, layers, served)
+
+    def why_no_entry(self, name: str, vector: Vector) -> str:
+        return 'a probe edits nothing; name it in another entry\'s "when"'
 
 
 PROBE = ProbeKind()

@@ -7,7 +7,15 @@ from typing import Any
 from whipstaff.steering.edits import settings_of
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fed import Fed
-from whipstaff.steering.kinds.kind import NO_EXPERTS, OF_ACTIVATIONS, Asked, Entry, Kind, describe_module_edit, unhooked
+from whipstaff.steering.kinds.kind import (
+    NO_EXPERTS,
+    OF_ACTIVATIONS,
+    Entry,
+    EntryKind,
+    UncheckedEntry,
+    describe_module_edit,
+    unhooked,
+)
 from whipstaff.steering.method import HookPoint, Method, P, Tensors
 from whipstaff.steering.plan import ModuleEdit, SteeringPlan
 from whipstaff.steering.planner import Planner
@@ -16,7 +24,7 @@ from whipstaff.steering.served import Served
 from whipstaff.steering.vector_file import Vector
 
 
-class RouterKind(Kind):
+class RouterKind(EntryKind):
     name = "router"
     meaningless = OF_ACTIVATIONS
 
@@ -31,9 +39,9 @@ class RouterKind(Kind):
         has_experts = bool(served.model.num_experts)
         return "experts are left alone; start the server with --steering-sites router" if has_experts else NO_EXPERTS
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        planner.add_module_edit(asked.params, asked.own, asked.vector)
-        entry = Entry(asked.params, asked.vector, module_edit=len(planner.specials) - 1)
+    def admit(self, unchecked: UncheckedEntry, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
+        planner.add_module_edit(unchecked.params, unchecked.own, unchecked.vector)
+        entry = Entry(unchecked.params, unchecked.vector, module_edit=len(planner.module_edits) - 1)
         together = [one for one in others if one.vector.method.kind is self]
         self._check([entry, *together], planner, served)
         return entry
@@ -43,7 +51,7 @@ class RouterKind(Kind):
         together: dict[int, list[Routing]] = {}
         for entry in entries:
             assert entry.module_edit is not None
-            for layer, routing in self.routing(entry.vector, planner.specials[entry.module_edit].edit).items():
+            for layer, routing in self.routing(entry.vector, planner.module_edits[entry.module_edit].edit).items():
                 together.setdefault(layer, []).append(routing)
         for layer, routings in together.items():
             scheme = served.routing.get(layer)

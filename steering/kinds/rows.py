@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.inserts import Inserted, InsertParams, num_rows
-from whipstaff.steering.kinds.kind import OF_ACTIVATIONS, Asked, Entry, Kind
+from whipstaff.steering.kinds.kind import OF_ACTIVATIONS, Entry, EntryKind, UncheckedEntry
 from whipstaff.steering.method import HookPoint, Method, Tensors
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner
@@ -17,7 +17,7 @@ from whipstaff.steering.vector_file import Vector
 ROWS_PART = "rows"  # the part of a file that holds them, (tokens, hidden)
 
 
-class RowsKind(Kind):
+class RowsKind(EntryKind):
     name = "rows"
     meaningless = ("where", *OF_ACTIVATIONS)
 
@@ -29,17 +29,17 @@ class RowsKind(Kind):
             "--enable-prompt-embeds, or with a model of text only"
         )
 
-    def is_off(self, asked: Asked) -> bool:
+    def is_off(self, unchecked: UncheckedEntry) -> bool:
         return False
 
-    def admit(self, asked: Asked, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
-        for name in sorted(asked.params.model_fields_set - {"vector"}):
+    def admit(self, unchecked: UncheckedEntry, planner: Planner, others: Sequence[Entry], served: Served) -> Entry:
+        for name in sorted(unchecked.params.model_fields_set - {"vector"}):
             raise SteeringError("a soft prompt takes the place of tokens; there is nothing that this could mean", name)
-        vector = asked.vector
-        params = vector.method.params.model_validate({**vector.header.known_defaults, **asked.own})
+        vector = unchecked.vector
+        params = vector.method.params.model_validate({**vector.header.known_defaults, **unchecked.own})
         assert isinstance(params, InsertParams)
         inserted = Inserted(params, num_rows(params, len(vector.shared_parts[ROWS_PART])))
-        return Entry(asked.params, vector, inserted=inserted)
+        return Entry(unchecked.params, vector, inserted=inserted)
 
     def describe(self, entry: Entry, plan: SteeringPlan, fed: Sequence[Fed], served: Served) -> dict[str, Any]:
         assert entry.inserted is not None

@@ -58,7 +58,7 @@ class OverrideParams(EditParams):
 class AttentionOverride(AttentionMethod[OverrideParams]):
     name, paper = "attention_override", "Merullo et al. 2023, arXiv:2310.08744"
     params, sites, where = OverrideParams, (), "last_prompt"
-    needs_file, is_relative = False, True
+    needs_file, is_relative, redirects = False, True, True
     off: ClassVar = {}
     parts: ClassVar = {}
 
@@ -120,7 +120,7 @@ class Pasta(AttentionMethod[PastaParams]):
 
     name, paper = "pasta", "Zhang et al. 2023, arXiv:2311.02262"
     params, sites, where = PastaParams, (), "all"
-    needs_file, is_relative, ability = False, True, "bias"
+    needs_file, is_relative, redirects, ability = False, True, True, "bias"
     off: ClassVar = {"alpha": 1.0, "heads": {0: [0]}, "spans": [(0, None)]}
     parts: ClassVar = {}
 

@@ -171,10 +171,11 @@ def test_rows_of_logits_match_the_cpu_kernels(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0)], ids=str)
 @pytest.mark.parametrize("head_max", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_rows_match_the_cpu_kernel(dtype: torch.dtype, head_max: bool) -> None:
-    keys, table, context = paged([1, 31, 32, 33, 700], 2, 128, 32, dtype)
+def test_attention_rows_match_the_cpu_kernel(dtype: torch.dtype, head_max: bool, order: tuple[int, ...]) -> None:
+    keys, table, context = paged([1, 31, 32, 33, 700], 2, 128, 32, dtype, order)
     arguments = torch.randn(5, 6, 128).to(dtype), keys, table, context, 0.1, 720, head_max
     assert_same(cuda_ext.attention_rows(*on("cuda", arguments)), cuda_ext.attention_rows(*arguments), torch.float32)
 

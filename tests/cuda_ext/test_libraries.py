@@ -6,15 +6,15 @@ import sys
 
 import pytest
 import torch
+import warm
 
 from whipstaff import cuda_ext
 from whipstaff.cuda_ext import libraries
 
 
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, cwd="/"
-    )
+    done = warm.run([sys.executable, "-c", program], env=os.environ | environment, cwd="/")
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_the_compiled_libraries_run_by_default() -> None:

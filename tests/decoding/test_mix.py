@@ -130,7 +130,7 @@ def test_sums_add_up() -> None:
 
 
 def test_probabilities_are_averaged() -> None:
-    """Beside a row of another kind, with a member, an auxiliary model of a smaller vocabulary, and a banned token."""
+    """Beside another kind of row, with a companion, an auxiliary model of a smaller vocabulary, and a banned token."""
     base, other = normal(3, VOCAB), normal(3, VOCAB - 2, seed=1)
     base[0, 4] = -torch.inf
     terms = Term(MAIN, 0.5), Term(Stream("", 1), 0.25), Term(Stream("a"), 0.25, False, 2.0), Term(Stream("a", 1), 0.0)

@@ -27,7 +27,7 @@ RULES = {
 def biases(case: dict[str, Any], texts: dict[str, int] | None = None, **own: Any) -> Tensor:
     """(V,) what is added to one row."""
     params = RuleAdapterParams(**{"vocabulary": "llama2", **RULES[str(case["options"])], **own})
-    setting = METHOD.place(METHOD.resolve(params, StubVocabulary(texts or {})), StubPrompt(user=USER_END))
+    setting = METHOD.at_prompt(METHOD.resolve(params, StubVocabulary(texts or {})), StubPrompt(user=USER_END))
     text = case["prompt"] + case["response"]
     tokens = torch.tensor([[*text, -1, -1]])
     rows = Rows(torch.zeros(1, VOCAB), [len(case["prompt"])], [len(case["response"])], tokens)

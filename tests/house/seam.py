@@ -37,9 +37,13 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
+    "worker.logits.last_attention.WatchedAttention": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
-    "explanations.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
+    "frontend.launch.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "scheduler.groups.GroupedScheduling": (SCHEDULER,),
     "frontend.launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
     "frontend.requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
@@ -67,12 +71,12 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "worker.edits.sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
     "worker.edits.sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
     "worker.edits.sites.EditedProjection": ("vllm.model_executor.layers.linear.RowParallelLinear",),
-    "worker.edits.soft_prompts.Overridden": (
+    "worker.edits.sites.EditedEmbedding": (
         "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding",
     ),
     "worker.worker.SteeredWorker": ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
-    "worker.worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
-    "worker.worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
+    "worker.cpu_worker.CpuWorker": ("vllm.v1.worker.cpu_worker.CPUWorker",),
+    "worker.cuda_worker.CudaWorker": ("vllm.v1.worker.gpu_worker.Worker",),
 }
 
 
@@ -126,7 +130,8 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.engine.EngineCoreOutputs", "outputs scheduler_stats"),
     *_of(ATTENTION, "attn_backend attn_type has_sink head_size head_size_v impl kv_cache kv_cache_dtype"),
     *_of(ATTENTION, "kv_cache_torch_dtype kv_sharing_target_layer_name num_heads num_kv_heads query_quant"),
-    *_of(ATTENTION, "sliding_window use_mm_prefix _k_scale"),
+    *_of(ATTENTION, "sliding_window use_mm_prefix _k_scale layer_name"),
+    *_of("vllm.distributed.parallel_state.GroupCoordinator", "device_group"),
     *_of(SERVING, "_extract_prompt_len default_sampling_params models online_renderer renderer"),
     *_of(f"{ROUTERS}.base_router.BaseRouter", "top_k"),
     *_of("vllm.model_executor.layers.linear.RowParallelLinear", "input_size_per_partition output_size"),

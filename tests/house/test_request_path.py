@@ -4,10 +4,29 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-MOST = {"plain": 26, "steered": 57, "proxy-tuned": 51, "cfg": 53}  # files of ours, in all processes, there and back
+
+class Most(NamedTuple):
+    """Files of ours, in all processes."""
+
+    there: (
+        int  # from the route to the last kernel that the request is the first to call, which the house's bar is about
+    )
+    there_and_back: int
+
+
+# The bar that the house set itself is about the way there: 12 for a plain request, 20 for a steered one. It is not met.
+# What a plain request enters beyond it does something for it: metrics, the question whether it has a plan, both halves
+# of the scheduler. Of a steered one's, half are admission (what it names, checks and becomes), half are the step.
+MOST = {
+    "plain": Most(14, 14),
+    "steered": Most(40, 41),
+    "proxy-tuned": Most(39, 39),
+    "cfg": Most(42, 42),
+}
 
 
 @pytest.mark.engine
@@ -16,5 +35,10 @@ def test_a_requests_path_stays_short() -> None:
     run = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600, check=True)
     found: dict[str, tuple[list[str], list[str]]] = json.loads(run.stdout.splitlines()[-1])
     assert found.keys() == MOST.keys()
-    longer = {name: files for name, (there, back) in found.items() if len(files := [*there, *back]) > MOST[name]}
+    nums = {name: Most(len(there), len(there) + len(back)) for name, (there, back) in found.items()}
+    longer = {
+        name: found[name]
+        for name, num in nums.items()
+        if num.there > MOST[name].there or num.there_and_back > MOST[name].there_and_back
+    }
     assert longer == {}

@@ -58,6 +58,9 @@ LAYERED = {
     "dola": [f"{ENGINE}/test_dola.py"],
     "kwd": [f"{ENGINE}/test_lookahead.py", f"{HTTP}/test_lookahead_http.py"],
     "adapter_ensemble": [f"{ENGINE}/test_adapters.py"],
+    "opera_lite": [f"{ENGINE}/test_read_states.py"],
+    "contrastive_search": [f"{ENGINE}/test_read_states.py"],
+    **{name: [f"{HTTP}/test_search_http.py"] for name in ("beam_search", "opera", "kcts")},
 }
 SHALLOW = ["tests/steering/test_methods.py::test_off_makes_no_edit"]  # asks whether there is an edit, not which
 SITES = {"router": [f"{ENGINE}/test_routing.py"], "attention": [f"{ENGINE}/test_attention.py"]}
@@ -71,7 +74,8 @@ def mutants() -> dict[str, dict[str, list[str]]]:
         engine = HEADS.get(name) or SERVED_BY[method.kind.name]
         found[f"steering:{name}"] = {"unit": unit, "engine": engine}
     for name, decoding in DECODING.items():
-        own = f"tests/decoding/test_{name}.py"
+        folder = "tests/decoding/search" if decoding.stage == "search" else "tests/decoding"
+        own = f"{folder}/test_{name}.py"
         unit = [own if (ROOT / own).exists() else "tests/decoding", "tests/server/admission/test_companions.py"]
         engine = LAYERED.get(name) or (MIXED if isinstance(decoding, StreamMixer) else DRAWN)
         found[f"decoding:{name}"] = {"unit": unit, "engine": [*engine, f"{ENGINE}/test_decoding_goldens.py"]}

@@ -116,14 +116,24 @@ def _headless(module: ModuleType, name: str) -> None:
 def _decoding(name: str) -> dict[str, Patch]:
     def off(module: ModuleType) -> None:
         method = type(module.METHODS[name])
-        parts = [part for part in ("rewrite", "mix") if hasattr(method, part)]
+        parts = [part for part in ("rewrite", "mix", "start") if hasattr(method, part)]
         assert parts, f"{name} does nothing that is known here"
         if "rewrite" in parts:
             swap(method, "rewrite", lambda rewrite: lambda self, rows, settings: rows.logits)
         if "mix" in parts:
             swap(method, "mix", lambda mix: lambda self, params: _weightless(mix(self, params)))
 
+        if "start" in parts:
+            swap(method, "start", _greedy(module))
+
     return {"decoding.methods": off}
+
+
+def _greedy(methods: ModuleType) -> Callable[[Any], Any]:
+    """Instead of a search, one of a single beam."""
+    beams = methods.METHODS["beam_search"]
+    start, alone = type(beams).start, beams.off((), ())
+    return lambda started: lambda self, setting, facts: start(beams, alone, facts)
 
 
 def _weightless(mix: Any) -> Any:
@@ -152,7 +162,7 @@ def _stage(name: str) -> dict[str, Patch]:
 
 
 def _site(name: str) -> dict[str, Patch]:
-    def specials(module: ModuleType) -> None:
+    def module_edits(module: ModuleType) -> None:
         if name == "attention":
             swap(module.ModuleEdits, "_attention_edits", lambda make: lambda self, *args: ())
         elif name == "router":
@@ -164,4 +174,4 @@ def _site(name: str) -> dict[str, Patch]:
 
         swap(module, "_run", skipping)
 
-    return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": specials}
+    return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": module_edits}

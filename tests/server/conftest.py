@@ -25,7 +25,6 @@ from whipstaff.steering.method import HookPoint
 from whipstaff.steering.routing_scheme import Scheme
 from whipstaff.steering.served import AttentionAbilities
 from whipstaff.steering.shape import SITES
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.vector_file import Header
 
 GREEDY = {"model": MODEL, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
@@ -106,7 +105,7 @@ def caps(vector_files: Path) -> Capabilities:
 @pytest.fixture(scope="module")
 def everything(caps: Capabilities, vector_files: Path) -> Capabilities:
     """A server whose model has experts, and whose operator asked for all hooks."""
-    hook_points = frozenset(canonical(HookPoint(site, layer)) for site in SITES for layer in range(4))
+    hook_points = frozenset(HookPoint(site, layer).canonical for site in SITES for layer in range(4))
     scheme = Scheme(4, 2, "softmax", True, 1, 1, None)
     return replace(
         caps,

@@ -123,6 +123,17 @@ def test_tokens_that_nobody_took_at_once_are_none_of_the_first(clock: SimpleName
     assert grown("inter_token_latency_seconds_sum") == pytest.approx(2 * 0.05 + STEP)
 
 
+def test_answers_that_are_longer_than_the_one_that_was_timed_are_timed_too(
+    clock: SimpleNamespace, method: str, grown: Any
+) -> None:
+    """As those of a search: vLLM knows of the best one only."""
+    told = stats(num=1)
+    run(clock, method, [output((0, 1, "stop"), (1, 5, "length"), finished=True, told=told)])
+    assert grown("time_to_first_token_seconds_count") == 1
+    assert grown("inter_token_latency_seconds_count") == 4
+    assert grown("inter_token_latency_seconds_sum") == pytest.approx(0.2)
+
+
 def test_a_request_arrives_before_its_prompt_is_tokenised(clock: SimpleNamespace, method: str, grown: Any) -> None:
     told = stats(num=1, arrival_time=clock.wall - 3)
     run(clock, method, [output((0, 1, "length"), finished=True, told=told)])
@@ -238,6 +249,26 @@ def test_what_a_worker_counts_is_added_up_once() -> None:
     after = [value(name, **labels) for name, labels in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [7, 4, 3]
     assert value("slots_in_use") == value("group_sequences_running") == 3
+
+
+OF_SEARCHES = {
+    "searches_running": "searches_running",
+    "search_sequences_living": "search_sequences_living",
+    "search_forks": "search_forks_total",
+    "search_rollbacks": "search_rollbacks_total",
+    "search_tried": "search_tried_tokens_total",
+    "search_moved_seats": "search_moved_sequences_total",
+    "search_copied_blocks": "search_copied_blocks_total",
+    "search_recomputed_tokens": "search_recomputed_tokens_total",
+    "search_seconds": "search_decision_seconds_total",
+}
+
+
+def test_what_searches_did_is_shown() -> None:
+    told = {name: index + 1.0 for index, name in enumerate(OF_SEARCHES)}
+    before = {name: value(series) if series.endswith("_total") else 0.0 for name, series in OF_SEARCHES.items()}
+    WorkerCounts().note(worker_says(0, 0, [], 0) | told)
+    assert {name: value(series) - before[name] for name, series in OF_SEARCHES.items()} == told
 
 
 def test_waits_that_nobody_asked_for_in_time_are_lost_and_not_counted_twice() -> None:

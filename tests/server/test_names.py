@@ -23,6 +23,7 @@ from whipstaff.server.registry.presets import Preset
 SWITCHED = [name for name, method in METHODS.items() if method.shorthands]
 ON: dict[str, Any] = {  # a value that is not off, of every parameter that a shorthand says
     "guidance_scale": 2,
+    "penalty_alpha": 0.5,
     "negative_prompt": "no",
     "layers": "low",
     "multiplier": 0.7,
@@ -43,10 +44,22 @@ ON: dict[str, Any] = {  # a value that is not off, of every parameter that a sho
     "mode": 2,
     "tau": 4,
     "eta": 0.2,
+    "num_candidates": 3,
+    "num_beams": 3,
+    "early_stopping": True,
+    "num_beam_groups": 3,
+    "diversity_penalty": 0.5,
+}
+PARTNERS = {  # parameters that say nothing alone
+    "low": frozenset({"high"}),
+    "high": frozenset({"low"}),
+    "num_beam_groups": frozenset({"num_beams", "diversity_penalty"}),
+    "diversity_penalty": frozenset({"num_beams", "num_beam_groups"}),
 }
 OFF = {  # neutral values, as other servers have them by default
     "guidance_scale": 1,
     "cfg_scale": 1,
+    "penalty_alpha": 0,
     "dry_multiplier": 0,
     "dynatemp_range": 0,
     "top_n_sigma": 0,
@@ -59,6 +72,8 @@ OFF = {  # neutral values, as other servers have them by default
     "xtc_probability": 0,
     "mirostat": 0,
     "mirostat_mode": 0,
+    "best_of": 1,
+    "num_beams": 1,
 }
 SILLY_TAVERN = {  # what its text completions send with everything off
     **{"typical_p": 1, "typical": 1, "top_a": 0, "nsigma": 0, "top_n_sigma": 0, "guidance_scale": 1},
@@ -79,9 +94,10 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def worded(caps: Capabilities) -> Capabilities:
-    """A server with a tokenizer, of which early layers can be read."""
+    """A server with a tokenizer, of which all can be read that methods read."""
     depth = Depth(4, kept=frozenset(range(4)), has_norm=False)
-    return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3)
+    reads: dict[str, Any] = {"looks_ahead": True, "reads_attention": True, "num_hidden_states": 1}
+    return replace(caps, words=Vocabulary(["a", "b", "ab"], {}, (), Letters()), depth=depth, vocabulary=3, **reads)
 
 
 def methods_of(made: CompiledRequest) -> list[str]:
@@ -226,7 +242,9 @@ def test_every_name_of_a_parameter_says_it(worded: Capabilities, field: str) -> 
     name, param = SHORTHANDS[field]
     switches = METHODS[name].switches
     others = next((switch for switch in switches if param in switch), switches[0])
-    made = compiled(worded, **{**fields_of(name, others - {param}), field: ON[param]})
+    made = compiled(
+        worded, **{**fields_of(name, (others | PARTNERS.get(param, frozenset())) - {param}), field: ON[param]}
+    )
     (entry,) = made.decoding
     assert entry.path_of(param) == field and getattr(entry.params, param) == pytest.approx(ON[param])
 
@@ -422,7 +440,7 @@ def test_what_only_the_other_route_reads_did_nothing(model: Any, name: str) -> N
 @pytest.mark.parametrize("field", SHORTHANDS)
 def test_an_entry_takes_the_top_level_names_of_its_parameters(worded: Capabilities, field: str) -> None:
     name, param = SHORTHANDS[field]
-    beside = {key: ON[key] for key in {"low": ("high",), "high": ("low",)}.get(param, ())}
+    beside = {key: ON[key] for key in PARTNERS.get(param, ())}
     by_name, by_param = (
         compiled(worded, decoding={"method": name, key: ON[param], **beside}).decoding for key in (field, param)
     )

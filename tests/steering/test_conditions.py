@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import save
+from soak import tries
 from torch import Tensor
 
 from whipstaff.cuda_ext import run_edits_
@@ -280,7 +281,7 @@ def says(region: Region, position: int, prompt_len: int, token: int) -> bool:
     return any((s + length if s < 0 else s) <= index < (e + length if e < 0 else e) for s, e in ends)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(
     said=st.lists(st.tuples(pairs, st.none() | pairs, st.booleans(), st.booleans()), min_size=1, max_size=3),
     tokens=st.lists(st.integers(0, 4), min_size=1, max_size=3),
@@ -328,7 +329,7 @@ def _row(plan: SteeringPlan, position: int, prompt_len: int, token: int) -> Any:
 readings = st.none() | st.floats(-3, 3, width=32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(
     values=st.lists(readings, min_size=1, max_size=24),
     entropies=st.lists(readings, min_size=24, max_size=24),

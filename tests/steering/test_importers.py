@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import ops as reference
 from safetensors.torch import load_file, save_file
+from soak import tries
 from torch import Tensor
 from torch.nn.utils.parametrizations import orthogonal as parametrised
 from transformers import AutoModelForCausalLM
@@ -807,16 +808,25 @@ def test_hostile_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert listing(tmp_path) == before, bad.path.name
 
 
-def test_pickles_know_arrays_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cold_pickles")
+def test_code_in_a_pickle_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "code.npy").write_bytes(npy("()", "'|O'", pickle.dumps({"a": Runs()})))
-    (tmp_path / "cut.npy").write_bytes((CASES / "angular_70_llama" / "steering_config.npy").read_bytes()[:900])
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"a": 1}))
-    before = listing(tmp_path)
-    for name, reason in (("code.npy", "asks to run .*system"), ("cut.npy", "refused"), ("other.pkl", "no format")):
-        with pytest.raises(SteeringError, match=reason):
-            import_pickle(tmp_path / name, SHAPE)
-    assert listing(tmp_path) == before
+    check_pickle(tmp_path / "code.npy", npy("()", "'|O'", pickle.dumps({"a": Runs()})), "asks to run .*system")
+
+
+def test_pickles_know_arrays_only(tmp_path: Path) -> None:
+    cut = (CASES / "angular_70_llama" / "steering_config.npy").read_bytes()[:900]
+    check_pickle(tmp_path / "cut.npy", cut, "refused")
+    check_pickle(tmp_path / "other.pkl", pickle.dumps({"a": 1}), "no format")
+
+
+def check_pickle(path: Path, data: bytes, reason: str) -> None:
+    """That it is refused, and nothing else is there then."""
+    path.write_bytes(data)
+    before = listing(path.parent)
+    with pytest.raises(SteeringError, match=reason):
+        import_pickle(path, SHAPE)
+    assert listing(path.parent) == before
 
 
 def listing(root: Path) -> set[tuple[str, int]]:
@@ -855,7 +865,7 @@ def test_mutated_files_are_read_or_refused(name: str, maker: Callable[[Path], Ma
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in files}
 
-    @settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=tries(120), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(range(len(files))), MUTATIONS, st.booleans())
     def check(index: int, changes: list[tuple[str, float, bytes]], is_told: bool) -> None:
         path = files[index]
@@ -876,7 +886,7 @@ def test_mutated_files_are_read_or_refused(name: str, maker: Callable[[Path], Ma
     check()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=tries(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.binary(max_size=200),
     st.sampled_from([".gguf", ".pt", ".pth", ".npy", ".npz", ".safetensors", ".bin", ""]),
@@ -890,7 +900,7 @@ def test_random_bytes_are_refused(data: bytes, suffix: str, format: str | None, 
         import_file(path, SHAPE, format=format)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=tries(150), deadline=None)
 @given(MUTATIONS)
 def test_gguf_never_reads_past_its_end(changes: list[tuple[str, float, bytes]]) -> None:
     try:
@@ -924,7 +934,7 @@ def test_configs_may_say_anything(name: str, tmp_path: Path) -> None:
     whole = json.loads(path.read_text())
     said = st.dictionaries(st.sampled_from([*keys, "metadata", "hook_point", "apply_b_dec_to_input"]), JUNK, max_size=3)
 
-    @settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=tries(120), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(said)
     def check(changed: dict[str, Any]) -> None:
         path.write_text(json.dumps(whole | changed))

@@ -146,7 +146,7 @@ def test_a_method_that_edits(caps: Capabilities) -> None:
 
 def test_a_method_of_attention(caps: Capabilities) -> None:
     entry = {"method": "stare", "layer": 1}
-    (one,) = planned(caps, entry).specials
+    (one,) = planned(caps, entry).module_edits
     vector = caps.registry.without_file["stare"]
     assert [*ATTENTION.edits(vector, one.edit, 9)] == [RowOverride(1, 0, (8,), (1.0,))]
     assert receipt(caps, entry, [Fed(3, 5, [])]).items() >= {"layer": 1, "edited_tokens": 1}.items()
@@ -158,7 +158,7 @@ def test_a_method_of_attention(caps: Capabilities) -> None:
 
 def test_a_method_of_routers(caps: Capabilities) -> None:
     entry = {"method": "shun", "layer": 1}
-    (one,) = planned(caps, entry).specials
+    (one,) = planned(caps, entry).module_edits
     assert ROUTER.routing(caps.registry.without_file["shun"], one.edit) == {1: Routing("pre", (0,), ())}
     assert receipt(caps, entry, [Fed(3, 5, [])]).items() >= {"layer": 1, "edited_tokens": 5}.items()
     assert refusal(caps, steering={"method": "shun", "layer": 0}).param == "steering.experts"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference import ops as reference
 from safetensors.torch import load_file, save
+from soak import tries
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,6 @@ from whipstaff.steering.plan import Edit, EditSet, ProbeRead, StreamCopy, num_sl
 from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_of
 from whipstaff.steering.routing_scheme import Routing
 from whipstaff.steering.shape import SITES, ModelShape
-from whipstaff.steering.sites import canonical
 from whipstaff.steering.tables import SiteSpec, Tables
 from whipstaff.steering.vector_file import Header, Vector, packed, parse
 from whipstaff.steering.where import Where
@@ -560,7 +560,7 @@ def through_tables(vector: Vector, said: dict[str, Any], x: Tensor, gain: float 
     edit = edit._replace(num_lines=weight.num_lines, num_instructions=weight.num_instructions)
     held = room(num_slots((edit,), SHAPE.num_layers), {vector.digest: vector})
     begin = held.acquire([(edit,)])[(edit,)]
-    at = held.at(canonical(next(iter(vector.tensors))))
+    at = held.at(next(iter(vector.tensors)).canonical)
     encoders = at.encoders
     assert encoders is not None
     tokens = torch.tensor([[begin, position] for position in range(len(x))], dtype=torch.int32)
@@ -842,7 +842,7 @@ GATES = [
     Gate(ramp=(1, 0.5, 2.0, 1.0, 0.0)),
 ]
 PROBE = file_of("probe", EXAMPLES["probe"][0])
-PLACES = sorted({canonical(HookPoint(site, layer)) for site in SITES if site != "router" for layer in range(3)})
+PLACES = sorted({HookPoint(site, layer).canonical for site in SITES if site != "router" for layer in range(3)})
 
 
 @st.composite
@@ -859,7 +859,7 @@ def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, Edit]:
 
     def apart(point: tuple[Any, int, float]) -> HookPoint:
         named = HookPoint(point[0], point[1])
-        return canonical(named) if is_alone else named
+        return named.canonical if is_alone else named
 
     hook_points = draw(st.lists(chosen, min_size=1, max_size=8, unique_by=apart))
     placed = {f"{site}.{layer}.{part}": by * each for site, layer, by in hook_points for part, each in examples.items()}
@@ -881,7 +881,7 @@ def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 @given(data=st.data())
 def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject) -> None:
     vector, edit = data.draw(entries(name))
@@ -891,7 +891,7 @@ def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject)
     assert edit.num_instructions == max(len(program.codes) for program in held._programs((edit,)).values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tries(200), deadline=None)
 @given(st.lists(st.lists(entries(), max_size=4), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_rows_that_fit_by_count_fit_the_tables(rows: list[Any], is_probed: bool, is_kept: bool) -> None:
     """However their entries merge: the scheduler lets in what a step can hold."""

@@ -7,12 +7,13 @@ from clauses import CLAUSE, HORIZON, selected, valid
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from soak import tries
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import SHORTHANDS, Region, Where
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=tries(500), deadline=None)
 @given(clause=CLAUSE, prompt_len=st.integers(1, 14))
 def test_a_clause_selects_what_slices_of_the_positions_would(clause: dict[str, Any], prompt_len: int) -> None:
     where = valid(clause)
@@ -26,7 +27,7 @@ def test_a_clause_selects_what_slices_of_the_positions_would(clause: dict[str, A
     assert all(end is None or start < end for start, end in intervals)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(clause=CLAUSE, prompt_len=st.integers(1, 14), max_tokens=st.integers(1, 16))
 def test_a_clause_is_refused_exactly_when_no_position_fed_is_selected(
     clause: dict[str, Any], prompt_len: int, max_tokens: int

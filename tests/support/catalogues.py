@@ -19,7 +19,6 @@ from whipstaff.steering.fed import Fed
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.shape import SITES, ModelShape
-from whipstaff.steering.sites import canonical
 
 SHAPE = ModelShape(architecture="Test", hidden_size=8, num_layers=4, num_heads=2, head_dim=4, num_kv_heads=2)
 SPARSE_SHAPE = SHAPE.model_copy(update={"num_experts": 4})
@@ -64,7 +63,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
 }
 LIMITS = {"expert": 64, "anti": 64, "short": 10}
 HOOKED = ("resid_pre", "resid_post", "attn_head", "attn_out", "mlp_out", "mlp_in")  # not attn_in, not router
-PLACES = frozenset(canonical(HookPoint(site, layer)) for site in SITES if site in HOOKED for layer in range(4))
+PLACES = frozenset(HookPoint(site, layer).canonical for site in SITES if site in HOOKED for layer in range(4))
 
 
 def compiled(caps: Capabilities, **fields: Any) -> CompiledRequest:

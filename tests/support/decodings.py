@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whipstaff.decoding.method import Content, Depth, LogitsRewriter, Method, Params, StreamMixer
+from whipstaff.decoding.method import Content, DecodingError, Depth, LogitsRewriter, Method, Params, StreamMixer
 from whipstaff.decoding.mix import Mix, MixedRow, mix_rows
 from whipstaff.decoding.rows import Rows
 from whipstaff.steering.methods import METHODS as FILES
@@ -82,6 +82,21 @@ class StubPrompt:
     def last_user(self) -> int:
         return self.user
 
+    def text_at(self, text: str, param: str) -> tuple[int, int]:
+        """Of a prompt "abcde", each letter a token."""
+        start = "abcde".find(text)
+        if start < 0:
+            raise DecodingError("this text does not stand in the prompt", param)
+        return start, start + len(text)
+
+    def messages_at(self, role: str | None, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """Of a system's message "a" and a user's "cd"."""
+        found = [span for who, span in (("system", (0, 1)), ("user", (2, 4))) if role in (None, who)]
+        chosen = found if index is None else found[index:][:1]
+        if not chosen:
+            raise DecodingError("no message matches", param)
+        return chosen
+
 
 @dataclass
 class Batch:
@@ -90,6 +105,11 @@ class Batch:
     rows: Rows
     settings: list[Any]  # a Rewriting's, or a Mixing's parameters; its auxiliary models are the rows' streams
     members: Tensor | None = None  # (R, MEMBERS, V) logits of a Mixing's further sequences
+    led_to: Tensor | None = None  # (R, V, HIDDEN) the hidden state to which each token leads, where tokens are tried
+
+    def __post_init__(self) -> None:
+        if (led_to := self.led_to) is not None:
+            self.rows.lookahead = lambda tokens: led_to[torch.arange(len(tokens)), tokens]
 
     def take(self, order: Sequence[int]) -> "Batch":
         """A copy of some rows, in that order."""
@@ -99,7 +119,7 @@ class Batch:
             value = getattr(self.rows, field.name)
             if isinstance(value, Tensor) and field.name != "early_exit":
                 moved[field.name] = value[index].clone()
-            elif field.name in ("num_prompt", "num_generated"):
+            elif field.name in ("num_prompt", "num_generated") or (field.name == "history" and value is not None):
                 moved[field.name] = [value[r] for r in order]
         if self.rows.early_exit is not None:
             parts = self.rows.early_exit.split([len(layers) for layers in self.rows.early_layers])
@@ -107,7 +127,9 @@ class Batch:
             moved["early_layers"] = [self.rows.early_layers[r] for r in order]
         streams = {name: logits[index].clone() for name, logits in self.rows.streams.items()}
         members = None if self.members is None else self.members[index].clone()
-        return Batch(Rows(**moved, streams=streams, heads=self.rows.heads), [self.settings[r] for r in order], members)
+        rows = Rows(**moved, streams=streams, heads=self.rows.heads)
+        led_to = None if self.led_to is None else self.led_to[index]
+        return Batch(rows, [self.settings[r] for r in order], members, led_to)
 
 
 def run(method: Method[Any], batch: Batch) -> Tensor:
@@ -149,14 +171,15 @@ def random_batch(method: Method[Any], params: Sequence[Params], seed: int = 0) -
         rows.streams = {name: 3 * normal(num_rows, VOCAB) for name in AUXILIARIES}
         return Batch(rows, settings, 3 * normal(num_rows, MEMBERS, VOCAB))
     assert isinstance(method, LogitsRewriter)
-    settings = [method.place(method.resolve(one, StubVocabulary()), StubPrompt()) for one in params]
+    settings = [method.at_prompt(method.resolve(one, StubVocabulary()), StubPrompt()) for one in params]
     rows.streams = {field: 3 * normal(num_rows, VOCAB) for field in method.stream_fields}
     rows.heads = {field: random_head(kind, normal) for field, kind in method.head_fields.items()}
     _add_needs(method, rows, random, normal)
     if "early_exit" in method.needs:
         rows.early_layers = [method.early_layers(one, Depth(8)) for one in params]
         rows.early_exit = 3 * normal(sum(map(len, rows.early_layers)), VOCAB)
-    return Batch(rows, settings)
+    tries = "lookahead" in method.needs and not method.ahead_fields  # which heads of some kinds ask for: see test_kwd
+    return Batch(rows, settings, led_to=normal(num_rows, VOCAB, HIDDEN) if tries else None)
 
 
 def random_head(kind: str, normal: Any) -> dict[str, Tensor]:
@@ -176,5 +199,11 @@ def _add_needs(method: LogitsRewriter[Any], rows: Rows, random: torch.Generator,
         rows.random = torch.rand(num_rows, generator=random)
     if "temperature" in method.needs:
         rows.temperature = torch.rand(num_rows, generator=random) + 0.2
+    lengths = [prompt + done for prompt, done in zip(rows.num_prompt, rows.num_generated, strict=True)]
+    if "attention" in method.needs:
+        seen = torch.arange(WIDTH) < torch.tensor(lengths)[:, None]
+        rows.attention = torch.rand(num_rows, WIDTH, generator=random).masked_fill(~seen, 0.0)
+    if "history" in method.needs:
+        rows.history = [torch.nn.functional.normalize(normal(length, HIDDEN), dim=1) for length in lengths]
     if method.state_size:
         rows.state = torch.full((num_rows, method.state_size), torch.nan)

@@ -21,7 +21,7 @@ from warm import warm_processes
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
+from whipstaff.server.engine.frontend.launch import Engine, PlanDict, Setup, start
 from whipstaff.server.engine.frontend.selftest import describe
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.edits import weigh
@@ -46,6 +46,7 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     adapter: tuple[str, int, str] | None = None  # of LoRA: name, number and path
     abort_after: int | None = None  # outputs after which the client goes away
+    told: list[dict[str, Any]] | None = None  # where explanations of its tokens go
 
 
 def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = None) -> RequestPlan | None:
@@ -77,6 +78,9 @@ class EngineUnderTest:
         sites: Iterable[Hook] = (),
         vectors: Iterable[Vector] = (),
         lookahead: bool = False,
+        max_search_seqs: int | None = None,
+        attention_rows: bool = False,
+        hidden_states: int = 0,
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -84,13 +88,15 @@ class EngineUnderTest:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
+        reads: dict[str, Any] = {"attention_rows": attention_rows, "hidden_states": hidden_states}
+        setup = Setup(aux, num_slots, vectors, sites, lookahead=lookahead, max_search_seqs=max_search_seqs, **reads)
         with warm_processes():
-            self.engine: Engine = self.run(self._start(args, aux, num_slots, vectors, sites, lookahead=lookahead))
+            self.engine: Engine = self.run(self._start(args, setup))
         self.facts = self.run(describe(self.engine))
         self.shape = ModelShape.model_validate(self.facts["model"])
 
-    async def _start(self, *args: Any, **flags: Any) -> Engine:
-        return start(*args, **flags)
+    async def _start(self, args: AsyncEngineArgs, setup: Setup) -> Engine:
+        return start(args, setup)
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
@@ -133,7 +139,9 @@ class EngineUnderTest:
         return [list(output.outputs[0].token_ids) for output in self.generate(*asks)]
 
     async def answer(self, ask: Ask) -> Any:
-        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire())} if ask.plan else None
+        told = ask.told
+        explained = None if told is None else lambda index, record: told.append(record)
+        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire(), explained=explained)} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
         adapter = LoRARequest(*ask.adapter) if ask.adapter else None

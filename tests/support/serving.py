@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import torch
+import warm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +37,13 @@ BASE = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
 )
+_FORKS = """
+from multiprocessing import get_context
+from vllm.v1.engine import utils
+from vllm.v1.executor import multiproc_executor
+for module in (utils, multiproc_executor):
+    module.get_mp_context = lambda: get_context("fork")
+"""
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
@@ -124,12 +132,18 @@ def save_vectors(folder: Path) -> Path:
 def environment() -> dict[str, str]:
     """Of a child process: no model hub, no tracking, no flags from outside."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WHIPSTAFF_", "VLLM_API"))}
-    return own | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    own |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    return own | {"OMP_NUM_THREADS": "1"}  # an engine's processes run beside those of another
 
 
-def whipstaff(*words: str) -> list[str]:
-    """The installed command line, by this interpreter."""
-    return [sys.executable, "-c", "from whipstaff.server.commands.main import main; main()", *words]
+def whipstaff(*words: str, forks: bool = False) -> list[str]:
+    """The installed command line, by this interpreter. One that `forks` does not import vLLM anew in the processes of
+    its engine, whose environment must then say how many threads OpenMP has."""
+    program = "from whipstaff.server.commands.main import main; main()"
+    return [sys.executable, "-c", _FORKS + program if forks else program, *words]
+
+
+Process = subprocess.Popen[bytes] | warm.CommandLine
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class Server:
     url: str
     models: dict[str, str]
     log: Path
-    process: "subprocess.Popen[bytes]"
+    process: Process
 
     def client(self, **settings: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {API_KEY}"}
@@ -179,49 +193,52 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
         *(word for name in ("expert", "anti", "short") for word in ("--aux", f"{name}={made[name]}")),
         *flags,
     ]
-    with _running(words, port, made, log) as server:
+    process = warm.CommandLine(whipstaff(*words, forks=True), log, environment())
+    with _running(process, port, made, log) as server:
         yield server
 
 
 @contextmanager
 def serving_demo(folder: Path, *flags: str) -> Iterator[Server]:
-    """The same for the embedded demo and what is served with it, by anybody's key."""
+    """The same for the embedded demo and what is served with it, by anybody's key. This server starts as a user's."""
     port = free_port()
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", "64M"]
     words += flags
-    with _running(words, port, {}, folder / "server.log") as server:
-        yield server
-
-
-@contextmanager
-def _running(words: list[str], port: int, made: dict[str, str], log: Path) -> Iterator[Server]:
+    log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             whipstaff(*words), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
+    with _running(process, port, {}, log) as server:
+        yield server
+
+
+@contextmanager
+def _running(process: Process, port: int, made: dict[str, str], log: Path) -> Iterator[Server]:
     server = Server(f"http://127.0.0.1:{port}", made, log, process)
     try:
-        wait_until_healthy(server, process)
+        wait_until_healthy(server)
         yield server
     finally:
         stop(process)
 
 
-def wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_healthy(server: Server) -> None:
     deadline = time.monotonic() + START_PATIENCE
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server stopped with {process.returncode}:\n{server.said()[-4000:]}")
-        try:
-            if httpx.get(f"{server.url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
+    with server.client() as client:  # making one takes longer than asking with it
+        while time.monotonic() < deadline:
+            if (code := server.process.poll()) is not None:
+                raise RuntimeError(f"the server stopped with {code}:\n{server.said()[-4000:]}")
+            try:
+                if client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
     raise RuntimeError(f"the server was not healthy after {START_PATIENCE} s:\n{server.said()[-4000:]}")
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
+def stop(process: Process) -> None:
     """Ask it to stop. Raises: RuntimeError, after killing its process group, if anything of it is left."""
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + STOP_PATIENCE

@@ -15,19 +15,19 @@ from warm import warm_processes
 
 from whipstaff.server.engine.config import require_eager_attention
 from whipstaff.server.engine.patch import swap
-from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
+from whipstaff.server.engine.worker.edits.attention import AttentionEdits, AttentionSpan, LayerEdit
 from whipstaff.steering.kinds.attention import RowOverride, ScoreBias
 
 
-def stretches(
+def spans(
     row: int, start: int, end: int, position: int, edit: LayerEdit, intervals: Iterable[tuple[int, int | None]]
-) -> Iterator[Stretch]:
+) -> Iterator[AttentionSpan]:
     """What of the absolute `intervals` lies in a row's tokens [start, end), the first of them at `position`."""
     for first, stop in intervals:
         begin = max(first, position) - position + start
         finish = end if stop is None else min(end, stop - position + start)
         if begin < finish:
-            yield Stretch(row, begin, finish, position + begin - start, edit)
+            yield AttentionSpan(row, begin, finish, position + begin - start, edit)
 
 
 class SteppingWorker(CPUWorker):
@@ -63,7 +63,7 @@ class SteppingWorker(CPUWorker):
             start, end, asked = int(starts[row]), int(starts[row + 1]), self._asks[request_id]
             position = int(batch.num_computed_tokens_cpu[row])
             for name, first, stop in asked.get("attention", ()):
-                found += stretches(row, start, end, position, self._edits[name], [(first, stop)])
+                found += spans(row, start, end, position, self._edits[name], [(first, stop)])
         self._attention.begin_step(found)
 
     def attention_facts(self) -> dict[str, Any]:

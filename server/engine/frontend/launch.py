@@ -2,7 +2,9 @@
 
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
@@ -15,24 +17,28 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from whipstaff.server import plan as request
+from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
-from whipstaff.server.engine.explanations import listen
+from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
+from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.leases import NOTHING, Lease
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape, config_shape
-from whipstaff.steering.sites import CORE, entering
+from whipstaff.steering.sites import CORE
 from whipstaff.steering.vector_file import Vector
 
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.worker.CpuWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.worker.CudaWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "whipstaff.server.engine.worker.cpu_worker.CpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.cuda_worker.CudaWorker",
 }
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
+MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
 
 
@@ -41,7 +47,8 @@ class PlanDict(dict[str, Any]):
 
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
-    that the plan names.
+    that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
+    that.
     """
 
     def __init__(
@@ -51,10 +58,10 @@ class PlanDict(dict[str, Any]):
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.note, self.explained, self.lease = label, note, explained, lease
-        self.indices: dict[str, int] = {}  # of sequences, by the engine's names for them
+        self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
 
     def num_computed(self, num_tokens: int) -> int:
         """How many tokens its sequences compute for so many that are generated."""
@@ -89,43 +96,69 @@ class Engine(AsyncLLM):
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """The same for what no client asked for."""
-        plan = self._plan_of(sampling_params)
-        with plan.lease.again() if plan is not None else NOTHING.again():
-            async with aclosing(super().generate(prompt, sampling_params, *args, **kwargs)) as outputs:
+        plan, outputs = self._plan_of(sampling_params), super().generate(prompt, sampling_params, *args, **kwargs)
+        if plan is not None and plan.answers is not None:
+            outputs = plan.answers.of(outputs, self.get_tokenizer())
+        with nullcontext() if plan is None else plan.lease.again():
+            async with aclosing(outputs):
                 async for output in outputs:
                     yield output
 
     def _plan_of(self, params: SamplingParams) -> PlanDict | None:
         """Raises: ValueError for one that our front end did not make, or that this engine cannot take."""
-        plan = (params.extra_args or {}).get(request.PLAN_KEY)
+        plan = (params.extra_args or {}).get(plans.PLAN_KEY)
         if plan is not None and not isinstance(plan, PlanDict):
-            raise ValueError(f"vllm_xargs.{request.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
+            raise ValueError(f"vllm_xargs.{plans.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
         if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
         return plan
 
 
-def start(
-    args: Namespace | AsyncEngineArgs,
-    auxiliaries: Iterable[tuple[str, str]] = (),
-    num_slots: int | None = None,
-    vectors: Iterable[Vector] = (),
-    sites: Iterable[Hook] = (),
-    early_layers: EarlyLayers = None,
-    lookahead: bool = False,
-    client: Mapping[str, Any] | None = None,
-) -> Engine:
+class Listening(Swapped):
+    """Laid over vLLM's output processor: explanations go to who asked for them, whom it keeps with the rest of what it
+    knows of a sequence that is not finished."""
+
+    def add_request(
+        self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+    ) -> None:
+        super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
+        plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
+        if isinstance(plan, PlanDict) and plan.explained is not None:
+            state = self.request_states[request.request_id]
+            state.whipstaff_explained = partial(plan.explained, request_index)
+
+    def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
+                output.kv_transfer_params = None
+                if (state := self.request_states.get(output.request_id)) is not None:  # else it was aborted just now
+                    state.whipstaff_explained(told)
+        return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is made for, beside what vLLM's own arguments say."""
+
+    auxiliaries: Iterable[tuple[str, str]] = ()  # (name, model) of further models to load beside the base
+    num_slots: int | None = None
+    """Distinct rows of edits that may be in use at once; None: as many as sequences, within MIN_SLOTS and MAX_SLOTS."""
+    vectors: Iterable[Vector] = ()  # what will be served: the hook points that they edit are hooked
+    sites: Iterable[Hook] = ()  # further ones to hook, beside the residual stream and the head outputs; or attention
+    early_layers: EarlyLayers = None  # whose streams can be kept for methods that read them: `steering.plan.StreamCopy`
+    lookahead: bool = False  # whether methods may try tokens before one is chosen: `worker.logits.lookahead`
+    max_search_seqs: int | None = None
+    """Sequences that requests which search may have at once, all together; None: half of all, or enough for one with
+    MIN_SEARCH_SEQS."""
+    attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
+    hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
+
+
+def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
     """Start an engine that can be steered; blocks until the model is loaded.
 
     Args:
         args: parsed command-line flags, or vLLM's engine arguments.
-        auxiliaries: (name, model) of further models to load beside the base.
-        num_slots: distinct rows of edits that may be in use at once; None: as many as sequences, within
-            MIN_SLOTS and MAX_SLOTS.
-        vectors: what will be served: the places that they edit are hooked.
-        sites: further sites to hook, beside the residual stream and the head outputs; or attention itself.
-        early_layers: whose streams can be kept for methods that decode from them; see `steering.plan.StreamCopy`.
-        lookahead: whether methods may try tokens before one is chosen; see `lookahead`.
         client: where to find an engine that was launched before, for one of several API servers.
 
     Raises:
@@ -137,7 +170,7 @@ def start(
     if client is not None:
         engine_args._api_process_count, engine_args._api_process_rank = count, index
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    layout = configure(config, auxiliaries, num_slots, vectors, sites, early_layers, lookahead)
+    layout = configure(config, setup)
     engine: Engine = Engine.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -149,44 +182,44 @@ def start(
         client_index=index,
     )
     engine.layout, engine.index = layout, index
-    listen(engine.output_processor)
+    swap(engine.output_processor, Listening)
     return engine
 
 
-def configure(
-    config: VllmConfig,
-    auxiliaries: Iterable[tuple[str, str]] = (),
-    num_slots: int | None = None,
-    vectors: Iterable[Vector] = (),
-    sites: Iterable[Hook] = (),
-    early_layers: EarlyLayers = None,
-    lookahead: bool = False,
-) -> Layout:
-    """Put our worker, our scheduler and our layout into a resolved engine config."""
+def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
+    """Put our worker, our scheduler and our layout into a resolved engine config. Raises: UnsupportedEngine."""
     _refuse_unsupported(config)
-    if lookahead:
+    if setup.lookahead:
         _refuse_lookahead(config)
-    specs = tuple(_auxiliary_spec(config, name, model) for name, model in auxiliaries)
+    if setup.attention_rows:
+        _refuse_attention_rows(config)
+    if setup.hidden_states:
+        _refuse_hidden_states(config)
+    specs = tuple(_auxiliary_spec(config, name, model) for name, model in setup.auxiliaries)
     shape = model_shape(config.model_config)
-    needs = Needs.of((vector for vector in vectors if vector.fits(shape)), hooks := tuple(sites))
+    needs = Needs.of((vector for vector in setup.vectors if vector.fits(shape)), hooks := tuple(setup.sites))
     if "router" in hooks and not shape.num_experts:
         raise UnsupportedEngine("--steering-sites router: the served model has no experts")
-    early = _early_layers(early_layers, config, shape)
-    hooked = {*CORE, *needs.sites, *(entering(layer).site for layer in early)} - (
+    early = _early_layers(setup.early_layers, config, shape)
+    hooked = {*CORE, *needs.sites, *(HookPoint.entering(layer).site for layer in early)} - (
         set() if shape.num_experts else {"router"}
     )  # such vectors are refused by request
+    most = config.scheduler_config.max_num_seqs
     layout = Layout(
         version=metadata.version("whipstaff"),
-        num_slots=num_slots or max(MIN_SLOTS, min(config.scheduler_config.max_num_seqs, MAX_SLOTS)),
+        num_slots=setup.num_slots or max(MIN_SLOTS, min(most, MAX_SLOTS)),
         shape=shape,
         num_histories=NUM_HISTORIES,
         max_len=config.model_config.max_model_len,
         sites=tuple(site for site in SITES if site in hooked),
         edits_attention=needs.attention,
-        encoders=tuple((place.site, place.layer, size) for place, size in needs.encoders.items()),
+        encoders=tuple((point.site, point.layer, size) for point, size in needs.encoders.items()),
         early_layers=early,
         auxiliaries=specs,
-        looks_ahead=lookahead,
+        looks_ahead=setup.lookahead,
+        max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
+        reads_attention=setup.attention_rows,
+        num_hidden_states=setup.hidden_states,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
@@ -280,27 +313,50 @@ def _refuse_lookahead(config: VllmConfig) -> None:
         "--enable-eplb": config.parallel_config.enable_eplb,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
+    _refuse("--lookahead", refused)
+
+
+def _refuse_attention_rows(config: VllmConfig) -> None:
+    """Where one rank does not see all keys, or the layer not all tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--attention-rows", refused)
+
+
+def _refuse_hidden_states(config: VllmConfig) -> None:
+    """Where a forward pass does not give those of all of a step's tokens."""
+    refused = {
+        "a model with an encoder": config.model_config.is_encoder_decoder,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+    }
+    _refuse("--hidden-states", refused)
+
+
+def _refuse(flag: str, refused: Mapping[str, bool]) -> None:
     for setting, is_on in refused.items():
         if is_on:
-            raise UnsupportedEngine(f"--lookahead is not supported together with {setting}")
+            raise UnsupportedEngine(f"{flag} is not supported together with {setting}")
 
 
-def _why_refused(members: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
-    """Why an engine cannot take a plan's members (in wire form), whatever their primary; None if it can."""
+def _why_refused(companions: Sequence[Mapping[str, Any]], config: VllmConfig) -> str | None:
+    """Why an engine cannot take a plan's companions (in wire form), whatever their primary; None if it can."""
     most = config.scheduler_config.max_num_active_seqs or config.scheduler_config.max_num_seqs
     max_len = config.model_config.max_model_len
-    if members and len(members) >= most:
+    if companions and len(companions) >= most:
         return (
-            f"the request needs {len(members) + 1} sequences at once and the engine runs at most {most}; "
+            f"the request needs {len(companions) + 1} sequences at once and the engine runs at most {most}; "
             "start the server with a larger --max-num-seqs"
         )
-    for index, member in enumerate(members, 1):
-        if not 0 < len(member["prompt"]) < max_len:
-            return f"sequence {index} has a prompt of {len(member['prompt'])} tokens; it may have 1 to {max_len - 1}"
-        if not 0 <= min(member["prompt"]) <= max(member["prompt"]) < config.model_config.get_vocab_size():
+    for index, companion in enumerate(companions, 1):
+        if not 0 < len(companion["prompt"]) < max_len:
+            return f"sequence {index} has a prompt of {len(companion['prompt'])} tokens; it may have 1 to {max_len - 1}"
+        if not 0 <= min(companion["prompt"]) <= max(companion["prompt"]) < config.model_config.get_vocab_size():
             return f"sequence {index} has a prompt with tokens that are not in the vocabulary"
     block, num_blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
-    wanted = 1 + sum(-(-(len(member["prompt"]) + 1) // block) for member in members)
-    if members and num_blocks and wanted >= num_blocks:
+    wanted = 1 + sum(-(-(len(companion["prompt"]) + 1) // block) for companion in companions)
+    if companions and num_blocks and wanted >= num_blocks:
         return f"the request's prompts need {wanted} blocks of KV cache at once and there are {num_blocks - 1}"
     return None

@@ -96,7 +96,7 @@ def run_one(serving: Coroutine[Any, Any, None]) -> None:
 async def note_proven(engine: Engine, lengths: Mapping[HookPoint, float]) -> None:
     """Tell the other API servers that the engine obeys, and how long its activations are."""
     await engine.collective_rpc(
-        "whipstaff_note_proven", args=([[*place, length] for place, length in lengths.items()],)
+        "whipstaff_note_proven", args=([[*point, length] for point, length in lengths.items()],)
     )
 
 

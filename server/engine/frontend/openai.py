@@ -53,7 +53,8 @@ class ServingChat(OpenAIServingChat):
         if not request.is_plain or request.lists_tokens:
             await request.check(inputs, self, explicit)
         if not request.is_plain:
-            prompts = request.prompts(inputs, self, explicit, chats_of(request, conversation, self))
+            chats = chats_of(request, conversation, self) if request.reads_prompt else None
+            prompts = request.prompts(inputs, self, explicit, chats)
             await request.score(prompts, self)
             # a long chat takes a while to be told apart
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
@@ -194,7 +195,7 @@ async def reason_against(request: OpenAIRequest, app: FastAPI) -> str | None:
 
 
 def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
-    """Asks the first worker what a request's conditions read, by its ticket."""
+    """Asks the first worker what a request's conditions read, by its `readings_id`."""
 
     async def of(readings_id: str) -> list[dict[str, Any]]:
         found: list[list[dict[str, Any]]] = await raw.app.state.engine_client.collective_rpc(

@@ -6,7 +6,7 @@ that the plan depends on, and `place` the request in each of its prompts, which 
 parameters that vLLM then asks for carry the plan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, cast
 from uuid import uuid4
@@ -20,11 +20,13 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.exceptions import VLLMClientError
 from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from whipstaff.decoding.method import Candidate
 from whipstaff.server import leases
 from whipstaff.server import plan as plans
 from whipstaff.server.engine.compat import chat_params
+from whipstaff.server.engine.frontend.answers import Answers, RankedAnswers, SearchAnswers
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.leases import Lease
@@ -36,11 +38,11 @@ from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
+NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
 
-OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream")) - {
-    "best_of"
-}  # which vLLM ignores, and which changes the answer
+OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
+_GREEDY_BELOW = 1e-5  # as in vLLM
 
 
 class Compiled(Protocol):
@@ -53,6 +55,13 @@ class Compiled(Protocol):
     def label(self) -> str: ...
     @property
     def scores_prompts(self) -> bool: ...
+    @property
+    def reads_prompt(self) -> bool: ...
+    @property
+    def searches(self) -> bool: ...
+    @property
+    def num_candidates(self) -> int: ...
+    def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
     def at_prompt(self, prompt: Prompt, most_tokens: Callable[[int], int], is_explicit: bool) -> PlacedRequest: ...
@@ -74,6 +83,7 @@ class Extras(BaseModel):
     _num_scheduled: int = PrivateAttr(0)  # of those
     _note: NoteOutput | None = PrivateAttr(None)
     _note_token: NoteToken | None = PrivateAttr(None)
+    _note_search: NoteSearch | None = PrivateAttr(None)
     _lease: Lease = PrivateAttr(leases.NOTHING)
 
     @model_validator(mode="before")
@@ -87,6 +97,7 @@ class Extras(BaseModel):
         note: NoteOutput | None = None,
         note_token: NoteToken | None = None,
         lease: Lease = leases.NOTHING,
+        note_search: NoteSearch | None = None,
     ) -> None:
         """Give the request what its extras came to; from here on it is not plain.
 
@@ -94,12 +105,21 @@ class Extras(BaseModel):
             note: called with each of its outputs.
             note_token: called with each explanation of one of its tokens.
             lease: of the vectors that it names.
+            note_search: called with what each of its prompts' searches came to.
         """
         self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
+        self._note_search = note_search
+        if compiled.searches:
+            self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
     @property
     def is_plain(self) -> bool:
         return self._compiled is None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what it asks for depends on more of its prompts than their lengths."""
+        return self._compiled is not None and self._compiled.reads_prompt
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -136,6 +156,28 @@ class Extras(BaseModel):
         wanted = self._vllm.response_format
         shape = getattr(wanted, "type", "text") if wanted else "text"
         return shape != "text" or self._vllm.structured_outputs is not None
+
+    @property
+    def stops_at_text(self) -> bool:
+        """Whether its answer ends where a text stands in it."""
+        return bool(self._vllm.stop)
+
+    @property
+    def draw_fields(self) -> list[str]:
+        """Its own fields that change what is drawn from."""
+        own = self._vllm
+        is_changed = {
+            "temperature": own.temperature is not None and own.temperature >= _GREEDY_BELOW,
+            "top_p": own.top_p is not None and own.top_p < 1,
+            "top_k": (own.top_k or 0) > 0,
+            "min_p": (own.min_p or 0) > 0,
+            "temperature_last": self.temperature_last not in (None, False),
+        }
+        return [name for name, changed in is_changed.items() if changed and name in self.model_fields_set]
+
+    def said(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of its fields that it says itself, where vLLM has a default."""
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
 
     @property
     def unknown_names(self) -> list[str]:
@@ -176,7 +218,7 @@ class Extras(BaseModel):
         found = []
         for index, one in enumerate(inputs):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
-            source = _source(self, one, serving, chat) if ids else None
+            source = _source(self, one, serving, chat) if ids and self.reads_prompt else None
             its_chat = chat.locate(chat.messages, ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._vllm.model or "")
@@ -208,8 +250,15 @@ class Extras(BaseModel):
 
     def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
-        one that our own stages apply."""
-        params = self.cooled(make) if not self.is_plain and self.is_hot else make()
+        one that our own stages apply; a search draws nothing, and has its answers from one request of the engine's."""
+        if self._compiled is not None and self._compiled.searches:
+            params = self._with(make, temperature=0.0, n=1)
+        elif self._compiled is not None and self._compiled.num_candidates:
+            params = self._ranked(make, self._compiled.num_candidates)
+        elif not self.is_plain and self.is_hot:
+            params = self.cooled(make)
+        else:
+            params = make()
         if self._num_scheduled < len(self._placed):
             plan = self._plan_dict(self._num_scheduled, params)
             params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: plan}
@@ -226,17 +275,54 @@ class Extras(BaseModel):
             note_token(first + choice, placed.by_client_names(record))
 
         told = None if note_token is None else explained
-        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, told, self._lease)
+        answers = self._answers(index, params, told)
+        watching = told if answers is None else answers.explained
+        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, watching, self._lease, answers)
+
+    def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
+        """What makes the answers of a prompt; None where they are just what the engine generates."""
+        assert self._compiled is not None
+        num, note = self._vllm.n or 1, partial(self._searched, index)
+        if self._compiled.searches:
+            return SearchAnswers(num, params, note)
+        return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
+
+    def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
+        """With candidates of which the best are answers. Which ones is known once all are there."""
+
+        def hot_or_not() -> SamplingParams:
+            return self.cooled(make) if self.is_hot else make()
+
+        params = self._with(hot_or_not, n=num_candidates)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.logprobs = 0 if params.logprobs is None else params.logprobs
+        return params
+
+    def _searched(self, index: int, record: dict[str, Any]) -> None:
+        """What the search of a prompt, or the ranking of its candidates, came to."""
+        if self._note_search is not None:
+            self._note_search(index, record)
+        if self._note_token is not None:
+            for said in (said for facts in record.get("facts", ()) for said in facts.get("said", ())):
+                facts = {name: value for name, value in said.items() if name != "token"}
+                self._note_token(index * (self._vllm.n or 1), {"id": said["token"], "facts": facts})
 
     def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """With a temperature that vLLM does not take."""
-        own, self._vllm.temperature = self._vllm.temperature, 1.0
-        try:
-            params = make()
-        finally:
-            self._vllm.temperature = own
-        params.temperature = own
+        params = self._with(make, temperature=1.0)
+        params.temperature = self._vllm.temperature
         return params
+
+    def _with(self, make: Callable[[], SamplingParams], **fields: Any) -> SamplingParams:
+        """What vLLM makes of the request with other values of some of its fields."""
+        own = {name: getattr(self, name) for name in fields}
+        try:
+            for name, value in fields.items():
+                setattr(self, name, value)
+            return make()
+        finally:
+            for name, value in own.items():
+                setattr(self, name, value)
 
 
 class ChatRequest(ChatCompletionRequest, Extras):
@@ -251,6 +337,11 @@ class ChatRequest(ChatCompletionRequest, Extras):
     def echoes_scores(self) -> bool:
         """Whether vLLM scores its prompt though nobody asked."""
         return bool(self.echo and self.logprobs)
+
+    @property
+    def logprobs_field(self) -> str:
+        """The field by which it asks for log-probabilities; "" if none does."""
+        return "prompt_logprobs" if self.scores_prompt else "logprobs" if self.logprobs else ""
 
     @property
     def explicit_max_tokens(self) -> int | None:
@@ -278,6 +369,11 @@ class TextRequest(CompletionRequest, Extras):
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of its prompt are wanted."""
         return self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None)
+
+    @property
+    def logprobs_field(self) -> str:
+        """The field by which it asks for log-probabilities; "" if none does."""
+        return "prompt_logprobs" if self.prompt_logprobs is not None else "" if self.logprobs is None else "logprobs"
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         return self.planned(partial(super().to_sampling_params, *args, **kwargs))

@@ -1,6 +1,6 @@
 """The self-test: through the running engine, in the mode it will serve in, every site must obey an edit and every
-auxiliary model a weight, and a look ahead must see something; an edit of scale 0 must change nothing. Shown by
-log-probabilities, not by counters."""
+auxiliary model a weight, and a look ahead, attention and hidden states must show something; an edit of scale 0 must
+change nothing. Shown by log-probabilities and by what methods read, not by counters."""
 
 import json
 import math
@@ -12,7 +12,9 @@ from uuid import uuid4
 import torch
 from vllm import SamplingParams
 
+from whipstaff.decoding.methods.contrastive_search import ContrastiveSearchParams
 from whipstaff.decoding.methods.kwd import KwdParams
+from whipstaff.decoding.methods.opera_lite import OperaLiteParams, OperaLiteSetting
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
@@ -55,7 +57,7 @@ async def describe(engine: Engine) -> dict[str, Any]:
 
 
 async def calibrate(engine: Engine) -> dict[HookPoint, float]:
-    """The mean length of activations at every place, over all tokens of some plain text, tensor-parallel slices joined.
+    """The mean length of activations at every hook point, over all tokens of some plain text, ranks' slices joined.
 
     The prompts are longer than any captured graph, so nothing depends on which kernels a graph holds.
     """
@@ -66,8 +68,8 @@ async def calibrate(engine: Engine) -> dict[HookPoint, float]:
     for rank in ranks:
         for site, layer, total, num in rank:
             squares.setdefault(HookPoint(site, layer), []).append((total / max(num, 1)) ** 2)
-    is_sliced = {place: place.site == "attn_head" for place in squares}
-    return {place: math.sqrt(sum(each) if is_sliced[place] else each[0]) for place, each in squares.items()}
+    is_sliced = {point: point.site == "attn_head" for point in squares}
+    return {point: math.sqrt(sum(each) if is_sliced[point] else each[0]) for point, each in squares.items()}
 
 
 def _plain_text(engine: Engine) -> list[int]:
@@ -80,10 +82,11 @@ def _plain_text(engine: Engine) -> list[int]:
 
 
 async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Finding]:
-    """Try every place, attention and experts where they are edited, a look ahead, then every auxiliary model."""
+    """Try every hook point, attention and experts where they are edited, what methods read, then every auxiliary
+    model."""
     facts = await describe(engine)
     shape = ModelShape.model_validate(facts["model"])
-    hook_points = [HookPoint(*place) for place in facts["sites"]]
+    hook_points = [HookPoint(*point) for point in facts["sites"]]
     plain = await _log_probabilities(engine, None)
     probes = {
         site: await _load_probe(engine, site, hook_points, shape) for site in dict.fromkeys(p.site for p in hook_points)
@@ -95,10 +98,14 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
     finally:
         for digest in probes.values():
             await engine.collective_rpc("whipstaff_drop_vector", args=(digest,))
-    async for finding in _try_module_edits(engine, ModuleAbilities.from_wire(facts["specials"]), shape, plain):
+    async for finding in _try_module_edits(engine, ModuleAbilities.from_wire(facts["module_edits"]), shape, plain):
         yield finding
     if engine.layout.looks_ahead:
         yield await _try_ahead(engine, shape, plain)
+    if engine.layout.reads_attention:
+        yield await _try_attention(engine, plain)
+    if engine.layout.looks_ahead and engine.layout.num_hidden_states:
+        yield await _try_history(engine, plain)
     for name in auxiliaries:
         mixes = [DecodingPlan(Mix.of({name: weight})) for weight in (1.0, 0.0)]
         shown = [await _log_probabilities(engine, RequestPlan(decoding=mix)) for mix in mixes]
@@ -114,7 +121,7 @@ async def _try_module_edits(
         for what, setting in vector.method.trials(abilities):
             edit = ModuleEdit(vector.digest, json.dumps(setting))
             wheres = Where.of("all"), Where(generation=[(_NUM_TOKENS, None)])
-            plans = [SteeringPlan((), specials=(PlannedModuleEdit(edit, where),)) for where in wheres]
+            plans = [SteeringPlan((), module_edits=(PlannedModuleEdit(edit, where),)) for where in wheres]
             shown = [await _log_probabilities(engine, RequestPlan(plan)) for plan in plans]
             yield Finding(what, shown[0] != plain, shown[1] == plain)
 
@@ -136,6 +143,32 @@ async def _try_ahead(engine: Engine, shape: ModelShape, plain: list[dict[int, fl
     return Finding("tokens that are tried", shown[0] != shown[1], best[0] == best[1])
 
 
+async def _try_attention(engine: Engine, plain: list[dict[int, float]]) -> Finding:
+    """Two tokens must not be looked at alike, as they are by a query of zeros; and no penalty must change nothing."""
+    shown, read = [], []
+    for weight, position in ((1.0, 1), (1.0, 2), (0.0, 1)):
+        said = OperaLiteParams(penalty_weight=weight).model_dump(exclude={"span"})
+        setting = OperaLiteSetting(**said, span=((position, position + 1),)).model_dump_json()
+        decoding = DecodingPlan(rewrites=(Rewrite("opera_lite", setting),), explain=1)
+        facts: list[dict[str, Any]] = []
+        shown.append(await _log_probabilities(engine, RequestPlan(decoding=decoding), facts=facts))
+        read.append([fact["penalty"] for fact in facts])
+    differs = all(one != other for one, other in zip(*read[:2], strict=True))
+    return Finding("attention of the last layer", len(read[0]) == _NUM_TOKENS and differs, shown[2] == plain)
+
+
+async def _try_history(engine: Engine, plain: list[dict[int, float]]) -> Finding:
+    """What is tried must be like something before it; and where likeness costs nothing, no token must change."""
+    shown, read = [], []
+    for alpha in (0.5, 0.0):
+        setting = ContrastiveSearchParams(k=2, penalty_alpha=alpha).model_dump_json()
+        decoding = DecodingPlan(rewrites=(Rewrite("contrastive_search", setting),), explain=1, keeps_hidden=True)
+        facts: list[dict[str, Any]] = []
+        shown.append(await _log_probabilities(engine, RequestPlan(decoding=decoding), facts=facts))
+        read.append([fact["likeness"] for fact in facts])
+    return Finding("hidden states that are kept", len(read[0]) == _NUM_TOKENS and all(read[0]), shown[1] == plain)
+
+
 def _edit(digest: str, layer: int, scale: float) -> RequestPlan:
     edit = Edit(digest, json.dumps({"scale": scale}), (layer,), num_lines=1, num_instructions=2)
     return RequestPlan(SteeringPlan((PlannedEdit(edit, Where.of("all")),)))
@@ -146,9 +179,9 @@ async def _load_probe(engine: Engine, site: Site, hook_points: list[HookPoint], 
     generator = torch.Generator().manual_seed(0)
     size = (shape.num_heads, shape.head_dim) if site == "attn_head" else (shape.width(site),)
     tensors = {
-        f"{site}.{place.layer}.add": torch.randn(size, generator=generator)
-        for place in hook_points
-        if place.site == site
+        f"{site}.{point.layer}.add": torch.randn(size, generator=generator)
+        for point in hook_points
+        if point.site == site
     }
     data = packed(Header(method="vector", model=shape), tensors)
     digest: str = (await engine.collective_rpc("whipstaff_add_vector", args=(data,)))[0]
@@ -156,12 +189,14 @@ async def _load_probe(engine: Engine, site: Site, hook_points: list[HookPoint], 
 
 
 async def _log_probabilities(
-    engine: Engine, plan: RequestPlan | None, ids: list[int] | None = None
+    engine: Engine, plan: RequestPlan | None, ids: list[int] | None = None, facts: list[dict[str, Any]] | None = None
 ) -> list[dict[int, float]]:
-    """What the model says after a prompt: per step, the likeliest tokens and their log-probabilities."""
+    """What the model says after a prompt: per step, the likeliest tokens and their log-probabilities; to `facts` comes
+    what methods say of each."""
     vocabulary = engine.model_config.get_vocab_size()
     prompt = {"prompt_token_ids": ids or [(7 + 13 * index) % vocabulary for index in range(_PROMPT_LEN)]}
-    extra = None if plan is None else {PLAN_KEY: PlanDict(plan.to_wire())}
+    explained = None if facts is None else lambda index, record: facts.append(record["facts"])
+    extra = None if plan is None else {PLAN_KEY: PlanDict(plan.to_wire(), explained=explained)}
     params = SamplingParams(
         temperature=0, max_tokens=_NUM_TOKENS, ignore_eos=True, logprobs=3, detokenize=False, extra_args=extra
     )

@@ -8,31 +8,26 @@ before the word that its vector may go. Workers count the processes that hold a 
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.server.leases import Lease, Leases
+from whipstaff.server.leases import Leases
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.vector_file import Vector, read
 
 
-class VectorLeases:
+class VectorLeases(Leases):
     """Of one process; its name is its own among those that share the workers."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(self._drop_soon)
         self._engine, self._holder = engine, f"api-server-{engine.index}"
-        self._leases = Leases(self._drop_soon)
         self._vectors: dict[str, Vector] = {}  # by digest, what was read and is held
         self._loaded: set[str] = set()  # digests of what the workers hold for this process
         self._order = asyncio.Lock()  # of loading and dropping
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def hold(self, digests: Iterable[str]) -> Lease:
-        """Keep these for whoever asks, until the lease is released."""
-        return self._leases.hold(digests)
 
     async def read(self, path: Path, digest: str) -> Vector:
         """The vector of a digest that the caller holds, the same object each time. Raises: SteeringError, OSError."""
@@ -72,7 +67,7 @@ class VectorLeases:
 
     async def _drop_unless_held(self, digest: str) -> None:
         async with self._order:
-            if digest in self._leases:
+            if digest in self:
                 return
             self._vectors.pop(digest, None)
             if digest in self._loaded:

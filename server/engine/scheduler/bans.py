@@ -17,8 +17,7 @@ def is_banned(request: Request, token: int) -> bool:
     Methods that say what was banned do so on purpose.
     """
     params = request.sampling_params
-    if params is None or (params.allowed_token_ids is None and not params.bad_words_token_ids):
-        return False
+    assert params is not None
     if params.allowed_token_ids is not None and token not in _allowed(request, params.allowed_token_ids):
         return not _revives(request)
     words, said = params.bad_words_token_ids or (), request.output_token_ids

@@ -31,6 +31,7 @@ def key_blocks(request: Request, placed: PositionedPlan, block_size: int) -> Non
     plain: list[bytes] = []  # keys without the plan: each is made of the one before, however many come at once
 
     def keyed(request: Request) -> list[bytes]:
+        del plain[len(request.block_hashes) :]  # a sequence of a search may have given up tokens
         ends = range(block_size * (len(plain) + 1), 1 << 62, block_size)
         mine, request.block_hashes = request.block_hashes, plain
         found = hasher(request)

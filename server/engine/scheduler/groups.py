@@ -32,7 +32,6 @@ from vllm.v1.request import Request, RequestStatus
 from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.scheduler.group import KV_CACHE, MEMBER_CONTEXT, NOWHERE, Group
 from whipstaff.server.engine.step_notes import GroupUse
-from whipstaff.server.plan import RequestPlan
 
 
 class GroupedScheduling(Scheduler):
@@ -56,20 +55,18 @@ class GroupedScheduling(Scheduler):
 
     # -- who comes and goes ------------------------------------------------------------------------------------------
 
-    def add_group(self, primary: Request, companions: Sequence[Request], plan: RequestPlan) -> None:
-        """Take a request and its companions. One that cannot run at all ends with an error."""
-        group = Group(primary, companions, plan)
+    def add_group(self, group: Group) -> None:
+        """Take a request and its further sequences. One that cannot run at all ends with an error."""
+        name = group.primary.request_id
         self._limit(group)
-        if len(group.members) > self._most_running:
-            fail_request(
-                self, primary.request_id, f"{len(group.members)} sequences at once are more than the engine runs"
-            )
-        elif primary.max_tokens < 1:
-            fail_request(self, primary.request_id, "the KV cache has no room for a token after the request's prompts")
+        if group.num_seats > self._most_running:
+            fail_request(self, name, f"{group.num_seats} sequences at once are more than the engine runs")
+        elif group.primary.max_tokens < 1:
+            fail_request(self, name, "the KV cache has no room for a token after the request's prompts")
+        self._group_of.update({one.request_id: group for one in group.sequences})
         for member in group.members:
-            self._group_of[member.request_id] = group
             super().add_request(member)
-        self._groups[primary.request_id] = group
+        self._groups[name] = group
 
     def _limit(self, group: Group) -> None:
         context, blocks = group.num_tokens_until(self.max_model_len), self._num_affordable(group)
@@ -99,11 +96,12 @@ class GroupedScheduling(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         group = self._groups.pop(request.request_id, None)
         if group is not None:
-            self._ended += [member for member in group.members if member is not request and not member.is_finished()]
+            self._ended += [one for one in group.sequences if one is not request and not one.is_finished()]
             if request.status == RequestStatus.FINISHED_LENGTH_CAPPED and group.limited_by:
                 request.stop_reason = group.limited_by
+        freed = super()._free_request(request, *args, **kwargs)
         self._group_of.pop(request.request_id, None)
-        return super()._free_request(request, *args, **kwargs)
+        return freed
 
     def group_use(self) -> GroupUse:
         num = sum(request.client_index == NOWHERE for request in self.running) if self._groups else 0
@@ -121,8 +119,11 @@ class GroupedScheduling(Scheduler):
         released = self._release()
         if self._make_room() and paused == PauseState.UNPAUSED:
             self._pause_state = PauseState.PAUSED_NEW  # as vLLM does: who was just preempted does not come back at once
-        released = [group for group in released if group.num_running == len(group.members)]
-        anew = _single([member for group in released for member in group.members])
+        released = [group for group in released if all(map(_is_ready, group.members))]
+        members = [member for group in released for member in group.members]
+        self._released = {member.request_id for member in members}
+        anew = _single(members)
+        self.max_num_active_reqs = self._most_running - self._num_reserved()
         self._is_stepping = True
         try:
             output = super().schedule(*args, **kwargs)
@@ -131,8 +132,17 @@ class GroupedScheduling(Scheduler):
         self._steps_together += len(released)
         self._introduce(output, anew)
         self._check(output, released)
-        self.stepping_groups = {group.primary.request_id: group.names for group in released}
+        for group in released:
+            self.stepping_groups |= group.stepping
+        self._note_released(output, released)
         return output
+
+    def _note_released(self, output: Any, released: Sequence[Group]) -> None:
+        """Groups took a step together."""
+
+    def _num_reserved(self) -> int:
+        """Seats that groups which were let in may take yet."""
+        return sum(group.num_seats - len(group.members) for group in self._groups.values() if group.num_running)
 
     def _drop_due(self) -> None:
         for group in list(self._groups.values()):
@@ -140,14 +150,16 @@ class GroupedScheduling(Scheduler):
             if dropped:
                 super().finish_requests([member.request_id for member in dropped], RequestStatus.FINISHED_ABORTED)
                 self._limit(group)
-            if len(group.members) == 1:
-                del self._groups[group.primary.request_id], self._group_of[group.primary.request_id]
+                if len(group.members) == 1:
+                    del self._groups[group.primary.request_id], self._group_of[group.primary.request_id]
 
     def _release(self) -> list[Group]:
         """Choose the groups whose members all lack just their last token, as many as the step has room for, and put
         their members in front of everybody who runs."""
         budget, found = self.max_num_scheduled_tokens, []
         for group in self._groups.values():
+            if group.awaits_decision:
+                continue
             if all(map(_is_ready, group.members)) and len(group.members) <= budget:
                 budget -= len(group.members)
                 found.append(group)
@@ -187,11 +199,12 @@ class GroupedScheduling(Scheduler):
                 _take_out(cached, request.request_id)
                 output.scheduled_new_reqs.append(self._as_new(request))
 
-    def _as_new(self, request: Request) -> NewRequestData:
+    def _as_new(self, request: Request, num_computed: int = 0) -> NewRequestData:
+        """`num_computed`: tokens that were computed before this step."""
         blocks = self.kv_cache_manager.get_blocks(request.request_id).get_block_ids()
         tokens = list(request._all_token_ids)
         new = NewRequestData.from_request(request, blocks, tokens if self.use_v2_model_runner else None)
-        new.num_computed_tokens = 0  # as it was before this step
+        new.num_computed_tokens = num_computed
         if not self.use_v2_model_runner:
             new.prompt_token_ids = tokens
         return new
@@ -214,12 +227,13 @@ class GroupedScheduling(Scheduler):
             self.max_num_active_reqs = 0  # nobody overtakes a group that waits for room: vLLM lets in no more
             return False
         self._entering = group
+        self.max_num_active_reqs -= group.num_seats - len(group.members)
         return True
 
     def _has_room(self, group: Group) -> bool:
         """Whether all of a waiting group can run."""
         num_running = len(self.running) + self.num_waiting_for_streaming_input
-        if num_running + len(group.members) > self._most_running:
+        if num_running + self._num_reserved() + group.num_seats > self._most_running:
             return False
         for member in group.members:
             if member.num_tokens == 1:
@@ -248,10 +262,14 @@ class GroupedScheduling(Scheduler):
         while self._num_blocks_of_step() > free.get_num_free_blocks():
             unit = self._unit_of(max(self.running, key=self._age))
             if len(unit) == len(self.running):
+                self._make_do(unit)
                 break  # who runs alone fits
             self._preempt_unit(unit)
             was_short = True
         return was_short
+
+    def _make_do(self, unit: Sequence[Request]) -> None:
+        """Let go of blocks that those who run alone can do without."""
 
     def _num_blocks_of_step(self) -> int:
         """The most blocks that those who run can take in one step."""
@@ -337,7 +355,7 @@ class GroupedScheduling(Scheduler):
         blocks = manager.block_pool.num_gpu_blocks - 1 - manager.watermark_blocks
 
         def wanted(num_generated: int) -> int:
-            return sum(self._num_blocks(member.num_prompt_tokens + num_generated) for member in group.members)
+            return sum(self._num_blocks(one.num_prompt_tokens + num_generated) for one in group.sequences)
 
         return bisect_right(range(1, self.max_model_len), blocks, key=wanted)
 

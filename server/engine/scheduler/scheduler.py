@@ -1,12 +1,12 @@
 """The scheduler hook: no more rows of edits run at once than there are slots, and a step's output says what we need.
 
-Requests whose rows of edits, or whose conditions, would not fit beside those already admitted wait here, in order; a
-request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
+Requests whose rows of edits, conditions or hidden states would not fit beside those already admitted wait here, in
+order; a request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,38 +17,80 @@ from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
-from whipstaff.server.engine.scheduler.group import companions
-from whipstaff.server.engine.scheduler.groups import GroupedScheduling
-from whipstaff.server.engine.scheduler.slots import Slots
-from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes, attach_notes
+from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
+from whipstaff.server.engine.scheduler.search_scheduling import SearchScheduling
+from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
+from whipstaff.steering.plan import EditSet, num_slots
 
 PLAIN, STEERED, GUIDED = "plain", "steered", "guided"  # whose prompts are looked for in the prefix cache
 
 
 class Unit(NamedTuple):
-    """A request and its companions."""
+    """A request and its further sequences."""
 
     primary: Request
-    companions: list[Request]
-    plan: RequestPlan
+    group: Group | None  # None: it has none
 
     @property
-    def sequences(self) -> list[Request]:
-        return [self.primary, *self.companions]
+    def sequences(self) -> Sequence[Request]:
+        return self.group.sequences if self.group is not None else [self.primary]
 
 
-class SteeredScheduling(GroupedScheduling):
+class Slots:
+    """What is taken of an engine's room: of rows of edits, conditions and kept hidden states. Rows that several
+    sequences share are counted once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._rows: Counter[EditSet] = Counter()  # how many sequences may need each row
+        self.num_used = self._num_histories = self._num_hidden = 0
+
+    def take(self, plans: Sequence[PositionedPlan]) -> bool:
+        """Take what sequences need, if all of it is free."""
+        rows = [row for placed in plans for row in placed.rows]
+        slots = self.num_used + self._num_more(rows)
+        histories = self._num_histories + sum(placed.num_columns for placed in plans)
+        hidden = self._num_hidden + sum(placed.keeps_hidden for placed in plans)
+        layout = self._layout
+        if slots > layout.num_slots or histories > layout.num_histories or hidden > layout.num_hidden_states:
+            return False
+        self.num_used, self._num_histories, self._num_hidden = slots, histories, hidden
+        self._rows.update(rows)
+        return True
+
+    def free(self, placed: PositionedPlan) -> None:
+        """What one sequence took."""
+        self._rows -= Counter(placed.rows)
+        self.num_used -= self._num_more(placed.rows)
+        self._num_histories -= placed.num_columns
+        self._num_hidden -= placed.keeps_hidden
+
+    def _num_more(self, rows: Iterable[EditSet]) -> int:
+        """Slots that rows take beside those in use."""
+        num_layers = self._layout.shape.num_layers
+        return sum(num_slots(row, num_layers) for row in set(rows) if row not in self._rows)
+
+
+def unit_of(request: Request, plan: RequestPlan) -> Unit:
+    own = companions(request, plan) if plan.companions else []
+    if plan.decoding is not None and plan.decoding.search is not None:
+        return Unit(request, SearchGroup(search_rows(request, own, plan), plan))
+    return Unit(request, Group(request, own, plan) if own else None)
+
+
+class SteeredScheduling(SearchScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
+        self._max_search_seqs = self._layout.max_search_seqs
         if self._layout.looks_ahead:
             self.num_lookahead_tokens = 1  # where tokens are tried
         self._slots = Slots(self._layout)
-        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences with rows
+        self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences that need slots
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
@@ -59,7 +101,7 @@ class SteeredScheduling(GroupedScheduling):
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
-        unit = Unit(request, companions(request, plan), plan)
+        unit = unit_of(request, plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()
@@ -75,16 +117,16 @@ class SteeredScheduling(GroupedScheduling):
             return False
         placed = PositionedPlan(plan, request.num_prompt_tokens)
         key_blocks(request, placed, self.hash_block_size)
-        if plan.steering is not None and plan.steering.forgets_cached_steps:
+        if placed.keeps_hidden or (plan.steering is not None and plan.steering.forgets_cached_steps):
             request.skip_reading_prefix_cache = True
-        if placed.rows:
+        if placed.needs_slots:
             self._placed[request.request_id] = placed
-        return bool(placed.rows)
+        return placed.needs_slots
 
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""
-        if unit.companions:
-            self.add_group(*unit)
+        if unit.group is not None:
+            self.add_group(unit.group)
         else:
             super().add_request(unit.primary)
 
@@ -92,7 +134,15 @@ class SteeredScheduling(GroupedScheduling):
         output = super().schedule(*args, **kwargs)
         self._note_cache_use(output.scheduled_new_reqs)
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
-        attach_notes(output, StepNotes(self.stepping_groups, slot_use, self.group_use(), self._cache_use))
+        output.whipstaff_notes = StepNotes(
+            self.stepping_groups,
+            slot_use,
+            self.group_use(),
+            self._cache_use,
+            self.stepping_searches,
+            self.told_seats,
+            self.search_use(),
+        )
         return output
 
     def _note_cache_use(self, new: Iterable[Any]) -> None:
@@ -100,7 +150,7 @@ class SteeredScheduling(GroupedScheduling):
         them: as in vLLM's own counters, but by whose they are."""
         for told in new:
             request = self.requests[told.req_id]
-            if request.num_preemptions or request.num_prompt_tokens == 1:
+            if request.num_preemptions or request.num_output_tokens or request.num_prompt_tokens == 1:
                 continue  # comes again, or has nothing that could be there
             traffic = GUIDED if told.req_id in self._group_of else _traffic(request)
             self._cache_use.queries[traffic] += request.num_prompt_tokens
@@ -108,7 +158,8 @@ class SteeredScheduling(GroupedScheduling):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        relay(model_runner_output, outputs)
+        if hasattr(model_runner_output, "whipstaff_explanations"):
+            relay(model_runner_output.whipstaff_explanations, outputs)
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -128,7 +179,7 @@ class SteeredScheduling(GroupedScheduling):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        if not found or not is_banned(request, found[-1]):
+        if not found or not _has_bans(request) or self.is_searching(request) or not is_banned(request, found[-1]):
             return found, stopped
         request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
         return found[:-1], True
@@ -161,6 +212,12 @@ def _traffic(request: Request) -> str:
     extra = request.sampling_params.extra_args if request.sampling_params else None
     plan = (extra or {}).get(PLAN_KEY)
     return STEERED if plan and plan["steering"] else PLAIN
+
+
+def _has_bans(request: Request) -> bool:
+    """Whether vLLM may be left with no token to draw."""
+    params = request.sampling_params
+    return params is not None and (params.allowed_token_ids is not None or bool(params.bad_words_token_ids))
 
 
 class SteeredScheduler(SteeredScheduling, Scheduler):

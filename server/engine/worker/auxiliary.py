@@ -6,13 +6,14 @@ KV for all models together and block tables, chunked prefill, prefix caching and
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.utils import replace
 from vllm.model_executor.model_loader import get_model
 
-from whipstaff.server.engine.config import auxiliary_config
+from whipstaff.server.engine.config import auxiliary_config, max_tokens
 from whipstaff.server.engine.layout import AuxiliarySpec
 
 
@@ -33,20 +34,25 @@ def _prefix(name: str) -> str:
 class Auxiliary:
     """One loaded auxiliary model, safe to run on any batch of the base."""
 
-    def __init__(self, spec: AuxiliarySpec, config: VllmConfig) -> None:
+    def __init__(self, spec: AuxiliarySpec, config: VllmConfig, device: torch.device) -> None:
         self.name = spec.name
         model, model_config = load_auxiliary(spec, config)
         self.model: Any = model
         self.hidden_size = int(model_config.get_hidden_size())
         self._last_position = spec.max_len - 1
         self._last_id = int(model_config.get_vocab_size()) - 1
+        # A captured graph reads where it read when it was captured, so what the model is given has a place of its own.
+        self._ids = torch.zeros(max_tokens(config), dtype=torch.int32, device=device)
+        self._positions = torch.zeros(max_tokens(config), dtype=torch.int64, device=device)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """(T, hidden_size). Tokens of requests that do not need this model may lie beyond its context or, in the
         vocabulary's padding, beyond its embeddings; they are clamped, and what comes of them is never read."""
+        num_tokens = len(input_ids)
+        ids, place = self._ids[:num_tokens], self._positions[:num_tokens]
         hidden: Tensor = self.model(
-            input_ids=input_ids.clamp(max=self._last_id),
-            positions=positions.clamp(max=self._last_position),
+            input_ids=ids.copy_(input_ids.clamp(max=self._last_id)),
+            positions=place.copy_(positions.clamp(max=self._last_position)),
             intermediate_tensors=None,
             inputs_embeds=None,
         )

@@ -12,16 +12,18 @@ from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
-from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites
-from whipstaff.server.engine.worker.edits.soft_prompts import install_soft_rows
+from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, install_soft_rows
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.model_hook import compose
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.lora import StepAdapters, settle_adapters
 from whipstaff.server.engine.worker.requests import Requests
+from whipstaff.server.engine.worker.search.searches import Searches
 from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.steering.sites import final_norm
 from whipstaff.steering.vector_file import Vector
@@ -44,10 +46,18 @@ def build_step(
     layout, model = Layout.from_config(config.additional_config), runner.get_model()
     if config.lora_config is not None:
         settle_adapters(runner, model)
-    auxiliaries = [Auxiliary(spec, config) for spec in layout.auxiliaries]
+    auxiliaries = [Auxiliary(spec, config, runner.device) for spec in layout.auxiliaries]
     requests, adapters = Requests(), StepAdapters(runner)
     edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1
+    attention = (
+        LastAttention(model, runner, max_tokens(config), adapter.block_tables) if layout.reads_attention else None
+    )
+    lookahead = (
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
+        if layout.looks_ahead
+        else NoLookahead()
+    )
     step = WorkerStep(
         requests,
         edits,
@@ -60,14 +70,22 @@ def build_step(
             EarlyHead(
                 partial(type(model).compute_logits, model), final_norm(model, KINDS), edits.sites.tables, adapters
             ),
-            Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters)
-            if layout.looks_ahead
-            else NoLookahead(),
+            lookahead,
+            Searches(requests, head_of, lookahead, attention, runner.device),
+            attention,
+            _histories(layout, config, runner.device),
         ),
     )
     compose(model, auxiliaries, step, int(config.model_config.get_hidden_size()))
     adapter.attach(runner, step)
     return step
+
+
+def _histories(layout: Layout, config: Any, device: Any) -> HiddenHistories | None:
+    size, dtype = int(config.model_config.get_hidden_size()), config.model_config.dtype
+    if not layout.num_hidden_states:
+        return None
+    return HiddenHistories(layout.num_hidden_states, layout.max_len, max_tokens(config), size, dtype, device)
 
 
 def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from whipstaff.server.engine.worker.logits.metadata import RequestState
-from whipstaff.server.plan import PositionedPlan, plan_of
+from whipstaff.server.plan import PositionedPlan, RequestPlan
 
 
 class Arrival(NamedTuple):
@@ -18,18 +18,17 @@ class Arrival(NamedTuple):
     scores_prompt: bool = False  # whether log-probabilities of its prompt are wanted
     bans: bool = False  # whether vLLM may ban tokens after rules: a grammar, lists of tokens or words, a least length
     bias: Mapping[int, float] = {}  # what vLLM will add to the logits of some tokens
+    ends: frozenset[int] = frozenset()  # tokens that end an answer
 
 
-def arrival(new: Any) -> Arrival:
-    """What vLLM's scheduler tells of a new request."""
-    plan, parameters = plan_of(new), new.sampling_params
-    if plan is None:
-        return Arrival(new.req_id, None)
-    placed = PositionedPlan(plan, int(new.prompt_len))
+def arrival(new: Any, plan: RequestPlan) -> Arrival:
+    """What vLLM's scheduler tells of a new request with a plan."""
+    parameters, placed = new.sampling_params, PositionedPlan(plan, int(new.prompt_len))
     scores_prompt = parameters.prompt_logprobs is not None
     bans = parameters.structured_outputs, parameters.allowed_token_ids, parameters.bad_words, parameters.min_tokens
     ids, bias = new.prompt_token_ids or (), parameters.logit_bias or {}
-    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias)
+    ends = frozenset({parameters.eos_token_id, *(parameters.stop_token_ids or ())} - {None})
+    return Arrival(new.req_id, placed, ids, parameters.seed, scores_prompt, any(bans), bias, ends)
 
 
 @dataclass(eq=False)
@@ -43,34 +42,29 @@ class PlannedRequest:
     num_read: int = 0  # set by `Histories`: how many of its positions were fed, if it has conditions
 
 
-class Requests:
+class Requests(dict[str, PlannedRequest]):
     """By id."""
 
-    def __init__(self) -> None:
-        self._by_id: dict[str, PlannedRequest] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __iter__(self) -> Iterator[PlannedRequest]:
-        return iter(self._by_id.values())
-
-    def __getitem__(self, request_id: str) -> PlannedRequest:
-        return self._by_id[request_id]
-
     def plan_of(self, request_id: str) -> PositionedPlan | None:
-        request = self._by_id.get(request_id)
+        request = self.get(request_id)
         return None if request is None else request.placed
 
     def decoding_of(self, request_id: str) -> RequestState | None:
         """What the logits pipeline keeps of it, if it keeps anything."""
-        request = self._by_id.get(request_id)
+        request = self.get(request_id)
         return None if request is None else request.decoding
+
+    def like(self, source: str, target: str) -> tuple[PlannedRequest, PlannedRequest] | None:
+        """A request and another that is made like it, if it is not there yet. None: it is a plain one."""
+        found = self.get(source)
+        if found is None:
+            return None
+        return found, self.setdefault(target, PlannedRequest(target, found.placed))
 
     def finish(self, request_ids: Iterable[str]) -> Iterator[PlannedRequest]:
         """Forget requests, and say who they were. Before `take`: an id may finish and come back in one step."""
-        for request_id in request_ids if self._by_id else ():
-            if (request := self._by_id.pop(request_id, None)) is not None:
+        for request_id in request_ids:
+            if (request := self.pop(request_id, None)) is not None:
                 yield request
 
     def take(self, arrivals: Iterable[Arrival]) -> Iterator[tuple[PlannedRequest, Arrival]]:
@@ -78,6 +72,6 @@ class Requests:
         request that was preempted, and prompts of one token come twice (see `groups`), the second time shorter."""
         for arrival in arrivals:
             if arrival.placed is not None:
-                request = self._by_id.setdefault(arrival.request_id, PlannedRequest(arrival.request_id, arrival.placed))
+                request = self.setdefault(arrival.request_id, PlannedRequest(arrival.request_id, arrival.placed))
                 request.placed = arrival.placed
                 yield request, arrival

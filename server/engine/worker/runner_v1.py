@@ -1,5 +1,7 @@
 """The legacy model runner (vllm/v1/worker/gpu_model_runner.py; what the CPU wheel runs) -> BatchView."""
 
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -7,14 +9,13 @@ from torch import Tensor
 
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.step import WorkerStep
 
 
 def attach(runner: Any, step: WorkerStep) -> None:
     """Let `runner` call `step` in every real step."""
     swap(runner, SteeredRunner, whipstaff_step=step)
-    swap(runner.sampler, WatchedSampler, whipstaff_pipeline=step.pipeline)
+    swap(runner.sampler, WatchedSampler, whipstaff_step=step)
 
 
 class SteeredRunner(Swapped):
@@ -39,8 +40,14 @@ class SteeredRunner(Swapped):
         finally:
             self.input_batch.generators.update(held)
 
+    def _update_states(self, scheduler_output: Any) -> Any:
+        if seats := self.whipstaff_step.notes.seats:
+            place_seats(self.requests, seats, scheduler_output.scheduled_cached_reqs.all_token_ids)
+        return super()._update_states(scheduler_output)
+
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.whipstaff_step.pipeline.with_excess(super()._get_prompt_logprobs_dict(*args, **kwargs))
+        told, step = super()._get_prompt_logprobs_dict(*args, **kwargs), self.whipstaff_step
+        return told if step.is_plain else step.pipeline.with_excess(told)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._sample(*args, **kwargs)
@@ -51,18 +58,23 @@ class SteeredRunner(Swapped):
 class WatchedSampler(Swapped):
     """Laid over vLLM's sampler."""
 
-    whipstaff_pipeline: LogitsPipeline
+    whipstaff_step: WorkerStep
 
     def forward(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(self.whipstaff_pipeline.scored(logits), *args, **kwargs)
+        step = self.whipstaff_step
+        return super().forward(logits if step.is_plain else step.pipeline.scored(logits), *args, **kwargs)
 
     def apply_logits_processors(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().apply_logits_processors(self.whipstaff_pipeline.to_draw_from(logits).float(), *args, **kwargs)
+        step = self.whipstaff_step
+        own = logits if step.is_plain else step.pipeline.to_draw_from(logits).float()
+        return super().apply_logits_processors(own, *args, **kwargs)
 
     def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties, before temperature
-        drawn = self.whipstaff_pipeline.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
+        if (step := self.whipstaff_step).is_plain:
+            return super().sample(logits, *args, **kwargs)
+        drawn = step.pipeline.before_draw(logits, is_spare=True)  # vLLM's own changes them in place too
         sampled, log_probabilities = super().sample(drawn, *args, **kwargs)
-        self.whipstaff_pipeline.after_draw(drawn, sampled)
+        step.pipeline.after_draw(drawn, sampled)
         return sampled, log_probabilities
 
 
@@ -78,6 +90,21 @@ def view(runner: Any, step: WorkerStep) -> BatchView:
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
     ).in_groups(step.groups)
+
+
+def place_seats(known: dict[str, Any], seats: Mapping[str, str], tokens: Mapping[str, Sequence[int]]) -> None:
+    """Make sequences of searches known that are told anew, with the tokens that they have generated.
+
+    Args:
+        known: vLLM's states of requests.
+        seats: whom each is like.
+        tokens: all of each.
+    """
+    for name, origin in seats.items():
+        if name not in known:
+            known[name] = copy(known[origin])
+            known[name].req_id = name
+        known[name].output_token_ids = list(tokens[name][known[name].num_prompt_tokens :])
 
 
 def unfinished_generators(runner: Any) -> dict[int, Any]:

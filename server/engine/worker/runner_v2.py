@@ -7,15 +7,14 @@ from torch import Tensor
 
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
-from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.step import WorkerStep
 
 
 def attach(runner: Any, step: WorkerStep) -> None:
     """Let `runner` call `step` in every real step."""
     swap(runner, SteeredRunner, whipstaff_step=step)
-    swap(runner.sampler, WatchedSampler, whipstaff_pipeline=step.pipeline)
-    swap(runner.prompt_logprobs_worker, WatchedScorer, whipstaff_pipeline=step.pipeline)
+    swap(runner.sampler, WatchedSampler, whipstaff_step=step)
+    swap(runner.prompt_logprobs_worker, WatchedScorer, whipstaff_step=step)
 
 
 class SteeredRunner(Swapped):
@@ -43,28 +42,33 @@ class SteeredRunner(Swapped):
 class WatchedSampler(Swapped):
     """Laid over vLLM's sampler."""
 
-    whipstaff_pipeline: LogitsPipeline
+    whipstaff_step: WorkerStep
 
     def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(self.whipstaff_pipeline.scored(logits), *args, **kwargs)
+        step = self.whipstaff_step
+        return super().__call__(logits if step.is_plain else step.pipeline.scored(logits), *args, **kwargs)
 
     def sample(self, logits: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().sample(self.whipstaff_pipeline.to_draw_from(logits), *args, **kwargs)
+        step = self.whipstaff_step
+        return super().sample(logits if step.is_plain else step.pipeline.to_draw_from(logits), *args, **kwargs)
 
     def _sample_random(self, logits: Any, *args: Any, **kwargs: Any) -> Any:  # after penalties and temperature
-        drawn = self.whipstaff_pipeline.before_draw(logits)
+        if (step := self.whipstaff_step).is_plain:
+            return super()._sample_random(logits, *args, **kwargs)
+        drawn = step.pipeline.before_draw(logits)
         sampled, processed = super()._sample_random(drawn, *args, **kwargs)
-        self.whipstaff_pipeline.after_draw(drawn, sampled)
+        step.pipeline.after_draw(drawn, sampled)
         return sampled, processed
 
 
 class WatchedScorer(Swapped):
     """Laid over what scores prompts."""
 
-    whipstaff_pipeline: LogitsPipeline
+    whipstaff_step: WorkerStep
 
     def compute_prompt_logprobs(self, *args: Any, **kwargs: Any) -> Any:
-        return self.whipstaff_pipeline.with_excess(super().compute_prompt_logprobs(*args, **kwargs))
+        told, step = super().compute_prompt_logprobs(*args, **kwargs), self.whipstaff_step
+        return told if step.is_plain else step.pipeline.with_excess(told)
 
 
 def view(input_batch: Any, step: WorkerStep) -> BatchView:

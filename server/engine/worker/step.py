@@ -8,9 +8,9 @@
     logits     model (logits/model_hook.py)  decode, decode_prompt   stages mix and rule; `lookahead` tries tokens
                model (logits/model_hook.py)  note_logits             entropies, for schedules that follow them
     sample     runner's sampler              before_draw             stages penalty, temperature and truncation
-               runner's sampler              after_draw              methods with state learn what was drawn
+               runner's sampler              after_draw              searches decide; methods learn what was drawn
                runner adapter                give_to_companions_     the primary's token becomes theirs
-    tell       worker.sample_tokens          tell                    explanations travel with the step's output
+    tell       worker.sample_tokens          tell                    explanations and verdicts go with the output
 
 `pipeline` (logits/pipeline.py) does what concerns logits, `edits` (edits/step_edits.py) what concerns activations. Both
 read one map of the requests.
@@ -20,15 +20,18 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whipstaff.server.engine.explanations import attach
-from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes, notes_of
-from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.searches import attach_verdicts
+from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
-from whipstaff.server.engine.worker.token_copies import TokenCopies
+from whipstaff.server.engine.worker.search.searches import Copies
+from whipstaff.server.plan import plan_of
 
 MAX_WAITS = 1024  # that are kept until somebody asks
 
@@ -42,8 +45,11 @@ class WorkerStep:
         self.notes = StepNotes({}, SlotUse(), GroupUse(), CacheUse({}, {}))  # as the scheduler told them last
         self.num_slot_waits = 0
         self.slot_waits: deque[float] = deque(maxlen=MAX_WAITS)  # seconds, the last of them
-        self._companion_rows: Sequence[tuple[int, int]] = ()  # of the step to be sampled
-        self._copies = TokenCopies()
+        self.is_in_forward = False  # whether a real forward pass is under way: not profiling, warm-up or capture
+        self.is_plain = False  # whether nobody in this step, or in the one before, asks for anything
+        self._view = NOBODY
+        self._copied: Sequence[tuple[int, int]] = ()  # what `_rows` holds: (a companion's row, its primary's)
+        self._rows = torch.empty(2, 0, dtype=torch.int64)  # on the device: who decodes keeps its rows
 
     @property
     def groups(self) -> Mapping[str, Sequence[str | None]]:
@@ -52,38 +58,69 @@ class WorkerStep:
 
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
-        self.note_requests(scheduler_output.finished_req_ids, map(arrival, scheduler_output.scheduled_new_reqs))
-        if (notes := notes_of(scheduler_output)) is None:
-            self.notes = self.notes._replace(groups={})
-            return
-        self.notes = notes
-        self.num_slot_waits += len(notes.slot_use.waits)
-        self.slot_waits.extend(notes.slot_use.waits)
+        planned = ((new, plan_of(new)) for new in scheduler_output.scheduled_new_reqs)
+        arrivals = [arrival(new, plan) for new, plan in planned if plan is not None]
+        if arrivals or self.requests:
+            self.note_requests(scheduler_output.finished_req_ids, arrivals)
+        notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)  # warm-up has none
+        self.notes = notes or self.notes._replace(groups={}, searches={}, seats={})
+        self.pipeline.searches.expected = self.notes.searches
+        if notes is not None and notes.slot_use.waits:
+            self.num_slot_waits += len(notes.slot_use.waits)
+            self.slot_waits.extend(notes.slot_use.waits)
 
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""
-        for request in self.requests.finish(finished):
-            self.edits.histories.remove(request)
+        finished = list(finished)
+        for request in self.requests.finish([*finished, *self.pipeline.searches.end(finished)]):
+            if request.histories:
+                self.edits.histories.remove(request)
             self.pipeline.remove(request)
         for request, new in self.requests.take(arrivals):
-            self.edits.histories.add(request)
+            if request.placed.num_columns:
+                self.edits.histories.add(request)
             self.pipeline.add(request, new)
 
     def begin(self, view: BatchView, input_ids: Tensor | None) -> None:
         """A real step's forward pass begins. Profiling, warm-up and graph capture are none."""
         self.num_steps += 1
-        self._companion_rows = view.companion_rows
-        self.pipeline.begin_step(view, input_ids)
-        self.edits.begin_step(view, input_ids)
+        self.is_in_forward, self.is_plain, self._view = True, view is NOBODY is self._view, view
+        if not self.is_plain:
+            self.pipeline.begin_step(view, input_ids)
+            self.edits.begin_step(view, input_ids)
 
     def end_forward(self) -> None:
-        self.pipeline.end_forward()
-        self.edits.end_step()
+        self.is_in_forward = False
+        if not self.is_plain:
+            self.pipeline.end_forward()
+            self.edits.end_step()
 
     def give_to_companions_(self, sampled: Tensor) -> None:
         """(B, 1) token ids: companions' become those of their primaries."""
-        self._copies.apply_(sampled, self._companion_rows)
+        if not self._view.companion_rows:
+            return
+        if self._view.companion_rows != self._copied or self._rows.device != sampled.device:
+            self._copied = self._view.companion_rows
+            rows = torch.tensor(self._copied, pin_memory=sampled.is_cuda).T.contiguous()
+            self._rows = rows.to(sampled.device, non_blocking=True)
+        companions, primaries = self._rows
+        sampled[companions] = sampled[primaries]
 
     def tell(self, output: Any) -> Any:
-        """The step's output, with its explanations."""
-        return attach(output, self.pipeline.take_explanations())
+        """The step's output, with its explanations and verdicts."""
+        if self.is_plain or output is None:
+            return output
+        verdicts, copies = self.pipeline.searches.take()
+        self._copy(copies)
+        explanations = self.pipeline.take_explanations()
+        return attach_verdicts(output if explanations is None else attach(output, explanations), verdicts)
+
+    def _copy(self, copies: Copies) -> None:
+        """Sequences of searches go on in other seats, with what is kept of them."""
+        found = [self.requests.like(source, target) for source, target in copies]
+        pairs = [pair for pair in found if pair is not None]
+        for _, target in pairs:
+            if target.placed.num_columns:
+                self.edits.histories.add(target)
+        self.edits.histories.copy(pairs)
+        self.pipeline.copy(pairs)

@@ -1,11 +1,13 @@
-"""The worker: vLLM's own, which does what is in `step.py` in every step, and answers the front end's calls."""
+"""The worker: vLLM's own, which does what is in `step.py` in every step, and answers the front end's calls.
+
+What it is mixed into is in a module for each platform, `cpu_worker` and `cuda_worker`: vLLM's module of the CPU's
+worker puts stand-ins for CUDA's streams, events and pinned memory into torch as it is imported.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from whipstaff.server.engine import causes
 from whipstaff.server.engine.layout import Layout
@@ -42,6 +44,8 @@ class SteeredWorker:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
         if self._step.edits.module_edits.attention is not None:
             self._step.edits.module_edits.attention.learn_layouts()
+        if self._step.pipeline.attention is not None:
+            self._step.pipeline.attention.learn_layout()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._step.note_schedule(scheduler_output)
@@ -102,11 +106,11 @@ class SteeredWorker:
         model_config = self.vllm_config.model_config
         return {
             "model": Layout.from_config(self.vllm_config.additional_config).shape.model_dump(),
-            "sites": [list(place) for place in self._tables.hook_points],
+            "sites": [list(point) for point in self._tables.hook_points],
             "dtype": str(model_config.dtype).removeprefix("torch."),
             "takes_soft_prompts": self._step.edits.soft_rows.is_on,
             "has_final_norm": self._step.pipeline.has_final_norm,
-            "specials": self._step.edits.module_edits.facts(),
+            "module_edits": self._step.edits.module_edits.facts(),
             "runner": "v2" if is_v2(self.model_runner) else "v1",
         }
 
@@ -130,19 +134,20 @@ class SteeredWorker:
         measured = meters.tolist()
         meters.zero_()
         return [
-            (*place, total, int(num)) for place, (total, num) in zip(self._tables.hook_points, measured, strict=True)
+            (*point, total, int(num)) for point, (total, num) in zip(self._tables.hook_points, measured, strict=True)
         ]
 
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
         step = self._step
         slot_use, group_use, cache_use = step.notes.slot_use, step.notes.group_use, step.notes.cache_use
+        search_use, searched = step.notes.search_use, step.pipeline.searches.counts
         auxiliary_steps = step.pipeline.auxiliary_steps
+        ran = auxiliary_steps.total()
         return {
             "steps": step.num_steps,
-            "auxiliary_steps_run": dict(auxiliary_steps.run),
-            "auxiliary_steps_skipped": dict(auxiliary_steps.skipped),
-            "auxiliary_steps": {"yes": sum(auxiliary_steps.run.values()), "no": sum(auxiliary_steps.skipped.values())},
+            "auxiliary_steps_run": dict(auxiliary_steps),
+            "auxiliary_steps": {"yes": ran, "no": step.num_steps * step.pipeline.num_auxiliaries - ran},
             "lookahead_passes": step.pipeline.num_lookahead_passes,
             "table_uploads": self._tables.num_uploads,
             "table_upload_bytes": self._tables.num_uploaded_bytes,
@@ -160,12 +165,13 @@ class SteeredWorker:
             "num_slot_waits": step.num_slot_waits,
             "prefix_cache_queries": dict(cache_use.queries),
             "prefix_cache_hits": dict(cache_use.hits),
+            "searches_running": search_use.num_searches,
+            "search_sequences_living": search_use.num_living,
+            "search_forks": search_use.forks,
+            "search_rollbacks": search_use.rollbacks,
+            "search_moved_seats": search_use.moved_seats,
+            "search_copied_blocks": search_use.copied_blocks,
+            "search_recomputed_tokens": search_use.recomputed_tokens,
+            "search_tried": searched.tried,
+            "search_seconds": searched.seconds,
         }
-
-
-class CpuWorker(SteeredWorker, CPUWorker):
-    """On CPUs."""
-
-
-class CudaWorker(SteeredWorker, Worker):
-    """On CUDA devices."""

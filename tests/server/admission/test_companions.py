@@ -11,6 +11,7 @@ from anyjson import EXTRAS
 from catalogues import at_prompt
 from hypothesis import given, settings
 from serving import SHAPE, VOCABULARY, make_tokenizer
+from soak import tries
 from transformers import PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods.adapter_ensemble import nearness
@@ -260,12 +261,12 @@ def test_a_flag_is_named_where_one_would_help(caps: Capabilities, tokenizer: Pre
             placed(server, prompt_of(tokenizer, adapters=ADAPTERS, adapter=own), decoding=fields)
         assert caught.value.status == 422
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
-    assert [member.adapter for member in made.plan.companions] == [law, ADAPTERS["math"]]
+    assert [companion.adapter for companion in made.plan.companions] == [law, ADAPTERS["math"]]
 
 
 def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS), decoding=NEAREST)
-    assert [member.adapter for member in made.plan.companions] == [ADAPTERS["law"], ADAPTERS["math"]]
+    assert [companion.adapter for companion in made.plan.companions] == [ADAPTERS["law"], ADAPTERS["math"]]
     shares = nearness(torch.tensor(FEATURE).double(), CENTRES.double(), 2).tolist()
     said = made.receipt
     assert said["decoding"][0] == {
@@ -365,14 +366,16 @@ def test_steering_is_that_of_all_sequences_unless_one_says_otherwise(
     entry = COUPLED[name]
     plan = compiled(STEERED, steering=PUSH).steering.plan
     shared = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry)
-    assert [member.steering for member in shared.plan.companions] == [plan] * len(shared.plan.companions)
+    assert [companion.steering for companion in shared.plan.companions] == [plan] * len(shared.plan.companions)
     assert all(one["steered"] for one in shared.receipt["sequences"])
     off = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": []})
-    assert off.plan.steering == plan and not any(member.steering for member in off.plan.companions)
+    assert off.plan.steering == plan and not any(companion.steering for companion in off.plan.companions)
     own = placed(STEERED, prompt_of(tokenizer), steering=PUSH, decoding=entry | {"steering": PUSH | {"scale": 3}})
     other = compiled(STEERED, steering=PUSH | {"scale": 3}).steering.plan
-    assert all(member.steering == other for member in own.plan.companions) and own.plan.steering == plan
-    assert not any(member.steering for member in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.companions)
+    assert all(companion.steering == other for companion in own.plan.companions) and own.plan.steering == plan
+    assert not any(
+        companion.steering for companion in placed(STEERED, prompt_of(tokenizer), decoding=entry).plan.companions
+    )
 
 
 def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -387,10 +390,10 @@ def test_what_is_scored_for_sh2_is_steered_as_its_further_prompt(tokenizer: PreT
 
 def test_rows_are_inserted_into_every_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     made = placed(STEERED, prompt_of(tokenizer), steering={"vector": "soft"}, **GUIDED)
-    (member,) = made.plan.companions
-    assert member.steering is not None and made.plan.steering is not None
-    assert member.steering.inserts == made.plan.steering.inserts and member.steering.inserts[0].num == 3
-    assert list(member.prompt[3:]) == tokenizer.encode("dry")
+    (companion,) = made.plan.companions
+    assert companion.steering is not None and made.plan.steering is not None
+    assert companion.steering.inserts == made.plan.steering.inserts and companion.steering.inserts[0].num == 3
+    assert list(companion.prompt[3:]) == tokenizer.encode("dry")
     with pytest.raises(WhipstaffError, match="negative_prompt") as caught:  # it has no token 5
         placed(STEERED, prompt_of(tokenizer), steering={"vector": "soft", "insert": 5}, **GUIDED)
     assert caught.value.param == "steering.insert"
@@ -409,8 +412,8 @@ def test_auxiliary_models_are_not_steered(tokenizer: PreTrainedTokenizerFast) ->
 def test_clauses_are_placed_in_each_sequences_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     late = {**PUSH, "where": {"prompt": [[6, 8]]}}
     made = placed(STEERED, prompt_of(tokenizer), steering=late, **GUIDED)
-    (member,) = made.plan.companions
-    assert member.steering is not None and not member.steering.segments(len(member.prompt))
+    (companion,) = made.plan.companions
+    assert companion.steering is not None and not companion.steering.segments(len(companion.prompt))
     assert made.warnings == ["steering selects no token of the sequence of negative_prompt"]
     own = CFG | GUIDED | {"steering": late}
     with pytest.raises(WhipstaffError, match="selects no token") as caught:
@@ -459,10 +462,10 @@ def test_messages_are_found_in_prompts_of_other_messages(tokenizer: PreTrainedTo
     prompt = Prompt(len(ids), ids, MAX_LEN, tokenizer, locate(messages, ids), source)
     user = {**PUSH, "where": {"messages": [{"role": "user"}]}}
     made = placed(STEERED, prompt, steering=user, **GUIDED)
-    (member,) = made.plan.companions
-    assert member.steering is not None
-    ((start, end),) = [(one.start, one.end) for one in member.steering.segments(len(member.prompt))]
-    assert tokenizer.decode(member.prompt[start:end]).strip() == "dry"
+    (companion,) = made.plan.companions
+    assert companion.steering is not None
+    ((start, end),) = [(one.start, one.end) for one in companion.steering.segments(len(companion.prompt))]
+    assert tokenizer.decode(companion.prompt[start:end]).strip() == "dry"
 
 
 @pytest.mark.parametrize("scores", [True, False])
@@ -493,7 +496,7 @@ def test_adapters_need_a_flag_in_the_method_table(caps: Capabilities) -> None:
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_placed_or_refused_with_an_answer_that_can_be_sent(fields: dict[str, Any]) -> None:
     made: Made | None = None

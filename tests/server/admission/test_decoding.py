@@ -7,19 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from catalogues import PAIR, SHAPE, TENSORS, UNIT, check, compiled, refusal
+from catalogues import PAIR, SHAPE, TENSORS, UNIT, at_prompt, check, compiled, refusal
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.receipt import receipt as receipt_of
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
+from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
 from whipstaff.steering import vector_file
 from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.served import AttentionAbilities
 from whipstaff.steering.vector_file import Header
 
 
@@ -164,3 +167,92 @@ def test_who_does_not_look_ahead_names_the_flag(ahead: Capabilities) -> None:
     assert row["reason"] == (
         "start the server with --vectors PATH of a token_classifier or, with --lookahead, a prefix_classifier"
     )
+
+
+READING: dict[str, tuple[dict[str, Any], dict[str, str]]] = {  # what a method needs of a server, and each one's flag
+    "opera_lite": ({"reads_attention": True}, {"reads_attention": "--attention-rows"}),
+    "contrastive_search": (
+        {"looks_ahead": True, "num_hidden_states": 2},
+        {"looks_ahead": "--lookahead", "num_hidden_states": "--hidden-states N"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_who_lacks_what_a_method_reads_names_the_flag(ahead: Capabilities, name: str) -> None:
+    has, flags = READING[name]
+    able = replace(ahead, **{"looks_ahead": False} | has)
+    assert compiled(able, decoding={"method": name}).decoding[0].method.name == name
+    for missing, flag in flags.items():
+        lacking = replace(able, **{missing: type(has[missing])(0)})
+        error = refusal(lacking, decoding=[{"method": name}])
+        assert (error.status, error.param) == (422, "decoding[0].method")
+        assert error.message.endswith(f"start it with {flag}")
+        (row,) = (row for row in method_table(lacking) if row["name"] == name)
+        assert not row["available"] and flag in row["reason"]
+        off = {"penalty_weight": 0} if name == "opera_lite" else {"penalty_alpha": 0}
+        assert compiled(lacking, decoding={"method": name, **off}).warnings == ("decoding was left out: it is off",)
+    (row,) = (row for row in method_table(able) if row["name"] == name)
+    assert row["available"]
+
+
+@pytest.fixture
+def reading(ahead: Capabilities) -> Capabilities:
+    return replace(ahead, looks_ahead=True, reads_attention=True, num_hidden_states=1)
+
+
+def test_contrastive_search_by_hugging_faces_names(reading: Capabilities) -> None:
+    """`top_k` is vLLM's own field, which says k only where `penalty_alpha` asks for the method."""
+    (entry,) = compiled(reading, penalty_alpha=0.6, top_k=8).decoding
+    assert entry.params.model_dump() == {"method": "contrastive_search", "penalty_alpha": 0.6, "k": 8}
+    for said in ({}, {"top_k": 0}, {"top_k": -1}):
+        (entry,) = compiled(reading, penalty_alpha=0.6, **said).decoding
+        assert entry.params.model_dump()["k"] == 4
+    error = refusal(reading, penalty_alpha=0.6, top_k=1000)
+    assert (error.status, error.param) == (400, "top_k")
+    assert refusal(reading, penalty_alpha=2.0, top_k=4).param == "penalty_alpha"
+    assert compile_extras({"top_k": 8}, reading) is None
+    off = compiled(reading, penalty_alpha=0, top_k=1000)
+    assert off.is_plain and off.warnings == ("penalty_alpha was left out: it is off",)
+    plan = compiled(reading, penalty_alpha=0.6).plan.decoding
+    assert plan is not None and plan.keeps_hidden
+    plan = compiled(reading, decoding={"method": "top_a"}).plan.decoding
+    assert plan is not None and not plan.keeps_hidden
+
+
+def test_what_is_tried_scores_no_prompt(reading: Capabilities) -> None:
+    with pytest.raises(BadRequest, match="score an answer with the method `forced`") as error:
+        compiled(reading, decoding={"method": "contrastive_search"}).check_logprobs(scores_prompt=True)
+    assert error.value.param == "decoding.method"
+
+
+@pytest.mark.parametrize(("layer", "is_refused"), [(3, True), (1, False)])
+def test_attention_that_is_edited_is_not_read(reading: Capabilities, layer: int, is_refused: bool) -> None:
+    """In the last layer, of four."""
+    able = replace(reading, attention=AttentionAbilities([0, 1, 2, 3], bias=[0, 1, 2, 3]), num_layers=4)
+    pasta = {"method": "pasta", "heads": {str(layer): [0]}, "spans": [[0, 1]]}
+    override = {"method": "attention_override", "edits": [{"layer": layer, "head": 0, "keys": [0]}]}
+    for entry, param in ((pasta, "heads"), (override, "edits")):
+        compiled(able, steering=entry, decoding={"method": "top_a"})
+        if is_refused:
+            error = refusal(able, steering=[entry], decoding={"method": "opera_lite"})
+            assert error.status == 400 and error.param == f"steering[0].{param}" and "opera_lite" in error.message
+        else:
+            compiled(able, steering=[entry], decoding={"method": "opera_lite"})
+
+
+def test_a_penalty_comes_before_the_temperature(reading: Capabilities) -> None:
+    """Whatever the model runner: with the second one, vLLM's own temperature would come first."""
+    assert compiled(reading, decoding={"method": "opera_lite"}).draws_itself
+    assert compiled(reading, decoding={"method": "dry", "sequence_breakers": []}).draws_itself
+
+
+def test_a_span_is_placed_in_the_prompt(reading: Capabilities) -> None:
+    made = compiled(reading, decoding={"method": "opera_lite", "span": [[1, 3], [-2, None]]})
+    placed = at_prompt(made, Prompt(9, list(range(9)), 64, None))
+    assert placed.plan.decoding is not None
+    setting = json.loads(placed.plan.decoding.rewrites[0].setting)
+    assert setting["span"] == [[1, 3], [7, 9]]
+    with pytest.raises(BadRequest) as error:
+        at_prompt(made, Prompt(2, [0, 1], 64, None))
+    assert error.value.param == "decoding.span[0]"

@@ -23,6 +23,7 @@ from catalogues import (
     refusal,
 )
 from hypothesis import given, settings
+from soak import tries
 
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
@@ -408,7 +409,9 @@ def test_messages_of_every_kind_of_entry_become_windows(everything: Capabilities
     made = compiled(everything, steering=entries)
     placed = at_prompt(made, Prompt(9, list(range(9)), 64, None, Chat()))  # type: ignore[arg-type]
     assert placed.plan.steering is not None
-    wheres = [one.where for one in placed.plan.steering.edits] + [one.where for one in placed.plan.steering.specials]
+    wheres = [one.where for one in placed.plan.steering.edits] + [
+        one.where for one in placed.plan.steering.module_edits
+    ]
     assert [where.intervals(9) for where in wheres] == [[(2, 4)]] * 3
     assert [said["where"][0]["prompt"] for said in receipt_of(made, [placed])["steering"]] == [[(2, 4)]] * 3
     absent = compiled(everything, steering=[{"vector": "late"}, PASTA | {"where": {"messages": [{"role": "tool"}]}}])
@@ -450,7 +453,7 @@ SERVERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=tries(300), deadline=None)
 @given(fields=EXTRAS)
 def test_any_json_is_compiled_or_refused_with_an_answer_that_can_be_sent(
     everything: Capabilities, server: str, fields: dict[str, Any]

@@ -406,7 +406,7 @@ def test_streaming_says_the_same(http: httpx.Client, complete: Post) -> None:
 
 
 def test_seeds_and_several_answers(complete: Post) -> None:
-    """With a member that weighs nothing a seed draws what it draws for a plain request."""
+    """With a companion that weighs nothing a seed draws what it draws for a plain request."""
     drawn = {"temperature": 1.0, "seed": 5}
     nothing = {"decoding": {"method": "streams", "streams": [{"prompt": NEGATIVE, "weight": 0.0}]}}
     assert tokens(complete(**drawn)) == tokens(complete(**drawn, **nothing))
@@ -582,7 +582,9 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no sum": (
         {"guidance_scale": 2, "decoding": [{"method": "cad", "context": "import"}]}, 400, "guidance_scale"
     ),
-    "beam search": ({"guidance_scale": 2, "use_beam_search": True}, 400, "use_beam_search"),
+    "beam search": (
+        {"guidance_scale": 2, "use_beam_search": True, "structured_outputs": {"choice": ["a"]}}, 400, "use_beam_search"
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ import pytest
 from asking import ok, texts
 from serving import Server, environment
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = ROOT / "examples"

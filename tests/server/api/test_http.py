@@ -508,7 +508,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "absurd alpha": ({"decoding": [PAIR | {"alpha": 1e9}]}, 400, "decoding[0].alpha"),
     "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding.expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
-    "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
+    "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2, "logprobs": 1}, 400, "logprobs"),
     "no negative prompt": ({"guidance_scale": 2, "negative_prompt": []}, 400, "negative_prompt"),
 }
 
@@ -628,7 +628,7 @@ def test_without_an_admin_key_nothing_can_be_changed(http: httpx.Client) -> None
 
 def test_methods_are_listed_with_schemas_that_name_what_is_loaded(http: httpx.Client) -> None:
     rows = {row["name"]: row for row in http.get("/v1/steering/methods").json()["data"]}
-    assert rows.keys() == {*(name for name, method in METHODS.items() if method.kind.is_entry), *DECODING}
+    assert rows.keys() == {*(name for name, method in METHODS.items() if method.kind.named_in != "decoding"), *DECODING}
     for name, row in rows.items():
         assert row["schema"]["type"] == "object" and row["paper"] and isinstance(row["defaults"], dict), name
         assert row["available"] is (row["reason"] is None), name

@@ -20,11 +20,18 @@ def test_the_table_says_which_flag_keeps_early_layers(early: Capabilities) -> No
     assert [row["reason"] for row in rows] == [None, "start the server with --early-layers LAYERS"]
 
 
+def test_the_table_says_what_a_search_lacks(early: Capabilities) -> None:
+    able = replace(early, looks_ahead=True, reads_attention=True)
+    rows = [next(row for row in method_table(server) if row["name"] == "opera") for server in (early, able)]
+    assert [row["available"] for row in rows] == [False, True]
+    assert "start it with --lookahead and --attention-rows" in rows[0]["reason"]
+
+
 def test_the_method_table_says_what_this_server_can_do(
     caps: Capabilities, everything: Capabilities, nothing: Capabilities
 ) -> None:
     dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (caps, everything, nothing))
-    edits = {name: method for name, method in STEERING.items() if method.kind.is_entry}
+    edits = {name: method for name, method in STEERING.items() if method.kind.named_in != "decoding"}
     assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
     assert full["proxy_tuning"]["defaults"]["alpha"] == 1.0

@@ -1,15 +1,13 @@
 """What clients of other servers send, asked of the demo as strangers asked it."""
 
 import json
-import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from asking import Post, assert_refused, data_events, ok, post_json, texts
-from serving import API_KEY, Server, environment, free_port, stop, wait_until_healthy, whipstaff
+from serving import Server
 from transformers import AutoTokenizer
 
 from whipstaff.server.demo import MODELS
@@ -23,20 +21,8 @@ BOS = AutoTokenizer.from_pretrained(MODELS / "demo").bos_token_id
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo, with its presets."""
-    port, log = free_port(), tmp_path_factory.mktemp("demo") / "server.log"
-    words = whipstaff("serve", "--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY, "--enforce-eager")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-        )
-    running = Server(f"http://127.0.0.1:{port}", {}, log, process)
-    try:
-        wait_until_healthy(running, process)
-        yield running
-    finally:
-        stop(process)
+def server(demo_server: Server) -> Server:
+    return demo_server
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +191,6 @@ UNKNOWN = {
     "guided_regex": "structured_outputs",
     "penalty_alpha": None,
     "logits_processors": None,
-    "best_of": None,
     "temprature": "temperature",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import goldens
 import pytest
+import warm
 from serving import LAYERS, environment, make_tokenizer, save_llama, save_models, save_vectors, whipstaff
 
 from whipstaff.server.commands import main as cli
@@ -21,8 +22,12 @@ FLAGS: tuple[str, ...] = ("--dtype", "float32", "--enforce-eager", "--max-model-
 FLAGS += ("--kv-cache-memory-bytes", "32M", "--block-size", "32")
 
 
-def run(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(whipstaff(*words), capture_output=True, text=True, timeout=PATIENCE, env=environment())
+def run(*words: str, is_cold: bool = False) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own; one that `is_cold` starts as a user's does, with nothing imported."""
+    if is_cold:
+        return subprocess.run(whipstaff(*words), capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    done = warm.run(whipstaff(*words, forks=True), timeout=PATIENCE, env=environment(), has_vllm=True)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 # ---- without an engine
@@ -99,6 +104,9 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert cli.parse("serve", ["some/model", "--lookahead"])[1].lookahead
     monkeypatch.setenv("WHIPSTAFF_LOOKAHEAD", "1")
     assert cli.parse("doctor", ["some/model"])[1].lookahead
+    assert not own.attention_rows and own.hidden_states == 0
+    _, own = cli.parse("serve", ["some/model", "--attention-rows", "--hidden-states", "3"])
+    assert own.attention_rows and own.hidden_states == 3
 
 
 def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_vocabularies_that_differ_are_refused_with_the_token_that_does(models: d
 )
 def test_a_wrong_model_folder_ends_with_a_sentence(change: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
     change(tmp_path / "model")
-    answer = run("doctor", str(tmp_path / "model"), *FLAGS)
+    answer = run("doctor", str(tmp_path / "model"), *FLAGS, is_cold=reason == "no such")
     assert_stopped(answer, reason)
     assert len(answer.stderr.strip().splitlines()[-1]) < 600
 

@@ -272,6 +272,26 @@ def test_strengths_that_differ_are_multiplied_in(tmp_path: Path) -> None:
     write(tmp_path / "c.safetensors", header, tensors)
 
 
+@pytest.mark.parametrize("shared", ("direction", "sigma"))
+def test_a_part_that_layers_share_goes_into_each_ones_numbers(shared: str, tmp_path: Path) -> None:
+    """A file that says ITI's deviations, or its directions, once for all layers combines as one that repeats them: what
+    it shared is in the sums, and not beside them, where the result would be no sound file."""
+    parts = {"direction": numbers(2, 8), "sigma": torch.tensor([2.0, 0.5])}
+    (other,) = parts.keys() - {shared}
+    own = {f"attn_head.{layer}.{other}": (layer + 1) * parts[other] for layer in range(2)}
+    short = read(made(tmp_path / "short.safetensors", "iti", {shared: parts[shared], **own}))
+    repeated = {f"attn_head.{layer}.{shared}": parts[shared] for layer in range(2)}
+    long = read(made(tmp_path / "long.safetensors", "iti", repeated | own))
+    further = Source("c", read(made(tmp_path / "c.safetensors", "iti", {"attn_head.0.add": numbers(2, 8)})))
+    for how in (add, orthogonalise):
+        header, tensors = how([Source("a", short), further])
+        _, wanted = how([Source("b", long), further])
+        assert tensors.keys() == wanted.keys() == {"attn_head.0.add", "attn_head.1.add"}
+        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+        write(tmp_path / f"{how.__name__}.safetensors", header, tensors)
+        assert read(tmp_path / f"{how.__name__}.safetensors").header.method == "iti"
+
+
 def test_heads_are_orthogonalised_each_for_itself(tmp_path: Path) -> None:
     files = [
         read(made(tmp_path / f"{i}.safetensors", "function_vector", {"attn_head.0.add": numbers(2, 8)}))

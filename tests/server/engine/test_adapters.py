@@ -110,9 +110,9 @@ def test_an_ensemble(bench: Bench) -> None:
     mix = AdapterEnsemble().mix(AdapterEnsembleParams(weights=weights))
     asks = []
     for prompt in PROMPTS:
-        members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
+        companions = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
         asks += [Ask(prompt), Ask(prompt, RequestPlan(bench.steering(0.5)))]
-        asks.append(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=members)))
+        asks.append(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=companions)))
     found = iter(bench.engine.tokens(*asks))
     for prompt in PROMPTS:
         said = next(found)
@@ -129,11 +129,11 @@ def test_adapters_that_are_steered(bench: Bench) -> None:
     mix = Mix((Term(MAIN, 1.0), Term(Stream("", 1), 1.0), Term(Stream("", 2), -0.5)))
     for prompt in PROMPTS:
         law = bench.adapters["law"]
-        members = (
+        companions = (
             CompanionPlan(tuple(prompt), bench.steering(0.5), adapter=law),
             CompanionPlan(tuple(prompt), adapter=law),
         )
-        (said,) = bench.engine.tokens(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=members)))
+        (said,) = bench.engine.tokens(Ask(prompt, RequestPlan(None, DecodingPlan(mix), companions=companions)))
         rows = [
             bench.logits("", prompt, said),
             bench.logits("law", prompt, said, 0.5),
@@ -152,9 +152,9 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
     weights = {"law": 1.0, "math": 3.0}
     mix = AdapterEnsemble().mix(AdapterEnsembleParams(weights=weights))
     prompt, num = PROMPTS[0], 6
-    members = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
+    companions = tuple(CompanionPlan(tuple(prompt), adapter=bench.adapters[name]) for name in weights)
     asks = [
-        Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), companions=members), num),
+        Ask(prompt, RequestPlan(None, DecodingPlan(mix, rewrites), companions=companions), num),
         Ask(prompt, RequestPlan(None, DecodingPlan(None, rewrites)), num, adapter=bench.adapters["law"]),
         Ask(
             prompt, RequestPlan(bench.steering(0.5), DecodingPlan(None, rewrites)), num, adapter=bench.adapters["math"]

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.config import require_eager_attention
-from whipstaff.server.engine.worker.edits.attention import CacheLayout
+from whipstaff.server.engine.worker.kv_cache import CacheLayout
 from whipstaff.steering.kinds.attention import ScoreBias
 from whipstaff.steering.methods.attention import Pasta, PastaParams, outside
 

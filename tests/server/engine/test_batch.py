@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.batch import ABSENT, NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.requests import Arrival, Requests
-from whipstaff.server.engine.worker.token_copies import TokenCopies
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
 from whipstaff.steering.tables import NOTHING
@@ -125,9 +126,11 @@ def test_no_token_is_drawn_without_a_companion_that_it_needs(groups: dict[str, t
 
 
 def test_companions_get_the_token_of_their_primary() -> None:
-    copies, sampled = TokenCopies(), torch.tensor([[5], [6], [7], [8]], dtype=torch.int32)
+    parts: Any = Mock()
+    step, sampled = WorkerStep(Requests(), parts, parts), torch.tensor([[5], [6], [7], [8]], dtype=torch.int32)
     for companion_rows, expected in ([], [5, 6, 7, 8]), ([(1, 2), (3, 2)], [5, 7, 7, 7]), ([(1, 0)], [5, 5, 7, 7]):
-        copies.apply_(sampled, companion_rows)
+        step.begin(replace(NOBODY, companion_rows=companion_rows), None)
+        step.give_to_companions_(sampled)
         assert sampled.flatten().tolist() == expected
 
 

@@ -120,7 +120,7 @@ class Bench:
             if isinstance(method, StreamMixer):
                 mixes.append(method.mix(params))
                 continue
-            setting = method.place(method.resolve(params, Letters()), StubPrompt())
+            setting = method.at_prompt(method.resolve(params, Letters()), StubPrompt())
             heads = tuple(self.heads[kind].digest for kind in method.head_fields.values())
             streams = tuple(method.streams(params).values())
             rewrites.append(Rewrite(method.name, setting.model_dump_json(), streams, heads))

@@ -1,8 +1,14 @@
 """What is kept of a step's rows until their tokens are drawn, and what is said of them then."""
 
+from typing import Any
+
 import pytest
 import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
 
+from whipstaff.server.engine.explanations import attach
 from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Snapshot
 
 
@@ -21,3 +27,20 @@ def test_early_layers_are_said_of_the_rows_that_ask() -> None:
         assert one["logprob"] == pytest.approx(log_p[3].item(), abs=1e-6)
         assert one["rank"] == 1 + int((log_p > log_p[3]).sum())
         assert [token["id"] for token in one["top"]] == log_p.topk(2).indices.tolist()
+
+
+class Told:
+    """What is said of a step."""
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {"a": {"id": 3}}
+
+
+@pytest.mark.parametrize("cls", [AsyncGPUModelRunnerOutput, AsyncOutput])
+def test_an_output_still_on_its_way_carries_them(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of either model runner's asynchronous scheduling, whose classes have an abstract base."""
+    ready = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    monkeypatch.setattr(cls, "get_output", lambda self: ready)
+    output: Any = object.__new__(cls)
+    assert attach(output, Told()) is output and isinstance(output, AsyncModelRunnerOutput)
+    assert output.get_output() is ready and ready.whipstaff_explanations == {"a": {"id": 3}}

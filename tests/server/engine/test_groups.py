@@ -290,7 +290,7 @@ def test_as_hugging_face_guidance(bench: Bench, nobody_left: None) -> None:
 
 
 def test_a_seed_draws_what_it_draws_alone(bench: Bench, nobody_left: None) -> None:
-    """A group's random numbers are its primary's: with a member that weighs nothing, those of a plain request."""
+    """A group's random numbers are its primary's: with a companion that weighs nothing, those of a plain request."""
     traffic = Traffic(bench, seed=5)
     nothing = Mix((Term(MAIN, 1.0), Term(Stream("", 1), 0.0)))
     for length in (1, 3, 60):
@@ -333,7 +333,7 @@ def test_each_of_several_answers_is_a_group(bench: Bench, nobody_left: None) -> 
 
 
 def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
-    """The primary's own tokens and lengths; or, with a word of its own, the room that a member has."""
+    """The primary's own tokens and lengths; or, with a word of its own, the room that a companion has."""
     traffic = Traffic(bench, seed=6)
     long, short = tuple(traffic.stem * 3)[: MAX_LEN - 5], tuple(traffic.stem[:9])
     plan = RequestPlan(None, DecodingPlan(guidance(1.5)), companions=(CompanionPlan(short),))

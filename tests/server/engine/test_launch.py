@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.server.engine import UnsupportedEngine, check_version
 from whipstaff.server.engine.frontend import launch
-from whipstaff.server.engine.frontend.launch import configure
+from whipstaff.server.engine.frontend.launch import Setup, configure
 
 
 def config_of(model: str, **flags: Any) -> Any:
@@ -26,8 +26,8 @@ def test_the_layout_enters_the_compile_cache_key(model: str, tmp_path: Path) -> 
     other = tiny.save("llama", tmp_path, seed=1)
     plain, steered, small, with_aux = (config_of(model) for _ in range(4))
     configure(steered)
-    configure(small, num_slots=3)
-    configure(with_aux, [("other", other)])
+    configure(small, Setup(num_slots=3))
+    configure(with_aux, Setup([("other", other)]))
     assert len({config.compute_hash() for config in (plain, steered, small, with_aux)}) == 4
 
 
@@ -55,32 +55,33 @@ def test_settings_that_would_lose_edits_are_refused(model: str, flags: dict[str,
 def test_an_auxiliary_model_with_too_few_tokens_is_refused(model: str, tmp_path: Path) -> None:
     small = tiny.save("llama", tmp_path, vocab_size=tiny.VOCABULARY - 1)
     with pytest.raises(UnsupportedEngine, match=f"{tiny.VOCABULARY - 1} entries, the base's {tiny.VOCABULARY}"):
-        configure(config_of(model), [("small", small)])
+        configure(config_of(model), Setup([("small", small)]))
 
 
 def test_early_layers_are_kept_where_that_takes_little_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert configure(config_of(model)).early_layers == (0, 1, 2)
-    assert configure(config_of(model), early_layers=[2, 1]).early_layers == (1, 2)
-    assert configure(config_of(model), early_layers=[]).early_layers == ()
+    assert configure(config_of(model), Setup(early_layers=[2, 1])).early_layers == (1, 2)
+    assert configure(config_of(model), Setup(early_layers=[])).early_layers == ()
     wide = config_of(model, max_num_batched_tokens=1 << 16)
     assert launch.EARLY_BUDGET < (1 << 16) * 96 * 4 * 11
     monkeypatch.setattr(launch, "EARLY_BUDGET", (1 << 16) * 96 * 4 * 3 - 1)
     assert configure(wide).early_layers == ()
-    assert configure(config_of(model, max_num_batched_tokens=1 << 16), early_layers="all").early_layers == (0, 1, 2)
+    long = config_of(model, max_num_batched_tokens=1 << 16)
+    assert configure(long, Setup(early_layers="all")).early_layers == (0, 1, 2)
 
 
 def test_the_embeddings_are_a_site_only_where_they_may_be_kept(model: str) -> None:
     assert "resid_pre" in configure(config_of(model)).sites
-    assert "resid_pre" not in configure(config_of(model), early_layers=[1]).sites
+    assert "resid_pre" not in configure(config_of(model), Setup(early_layers=[1])).sites
 
 
 def test_a_layer_that_is_not_there_cannot_be_kept(model: str) -> None:
     with pytest.raises(UnsupportedEngine, match="--early-layers 3: the served model has 3 blocks"):
-        configure(config_of(model), early_layers=[0, 3])
+        configure(config_of(model), Setup(early_layers=[0, 3]))
 
 
 def test_lookahead_is_in_the_layout(model: str) -> None:
-    assert configure(config_of(model), lookahead=True).looks_ahead
+    assert configure(config_of(model), Setup(lookahead=True)).looks_ahead
     assert not configure(config_of(model)).looks_ahead
 
 
@@ -94,7 +95,21 @@ def test_lookahead_is_in_the_layout(model: str) -> None:
 def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[str, Any], reason: str) -> None:
     configure(config_of(model, **flags))
     with pytest.raises(UnsupportedEngine, match=f"--lookahead is not supported together with {reason}"):
-        configure(config_of(model, **flags), lookahead=True)
+        configure(config_of(model, **flags), Setup(lookahead=True))
+
+
+def test_what_methods_read_is_in_the_layout(model: str) -> None:
+    layout = configure(config_of(model), Setup(attention_rows=True, hidden_states=3))
+    assert layout.reads_attention and layout.num_hidden_states == 3
+    plain = configure(config_of(model))
+    assert not plain.reads_attention and plain.num_hidden_states == 0
+
+
+@pytest.mark.parametrize("flag", ["--attention-rows", "--hidden-states"])
+def test_what_cannot_be_read_is_refused(model: str, flag: str) -> None:
+    asked: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): 1}
+    with pytest.raises(UnsupportedEngine, match=f"{flag} is not supported together with --kv-sharing-fast-prefill"):
+        configure(config_of(model, kv_sharing_fast_prefill=True), Setup(**asked))
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.3.2"])

@@ -18,10 +18,6 @@ class Sampler:
         return logits
 
 
-class Idle:
-    scores_prompts = is_in_step = False
-
-
 class Doubling(Swapped):
     factor: int
 
@@ -74,7 +70,7 @@ def test_over_a_model_of_protocols() -> None:
             return "hidden"
 
     made = Model()
-    swap(made, composite(Model), whipstaff_step=SimpleNamespace(pipeline=Idle()), whipstaff_auxiliaries={})
+    swap(made, composite(Model), whipstaff_step=SimpleNamespace(is_in_forward=False), whipstaff_auxiliaries={})
     assert made(None, None) == "hidden" and type(made) is not Model
 
 

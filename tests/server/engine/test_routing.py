@@ -178,7 +178,7 @@ def test_other_models(name: str, tmp_path: Path) -> None:
         if edit is not None:
             experts = Experts(off=edit.get("off", []), on=edit.get("on", []))
             special = ModuleEdit(digest, MoTEParams(mode=edit["mode"], experts={1: experts}).model_dump_json())
-            steering = SteeringPlan((), specials=(PlannedModuleEdit(special, Where.of("all")),))
+            steering = SteeringPlan((), module_edits=(PlannedModuleEdit(special, Where.of("all")),))
         asks.append(Ask(prompt, plan(steering), 6, {"logprobs": 5}))
     try:
         outputs = engine.generate(*asks)

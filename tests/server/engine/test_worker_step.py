@@ -1,17 +1,19 @@
 """What a step keeps of the requests: one map, entropies that schedules follow, and nothing of tokens only tried."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from steps import step_edits
 
-from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
+from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PositionedPlan, RequestPlan
-from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
+from whipstaff.steering.plan import Edit, Insert, ModuleEdit, PlannedEdit, PlannedModuleEdit, SteeringPlan
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.where import Where
 
@@ -57,7 +59,7 @@ def test_an_entropy_is_kept_though_no_token_of_the_step_is_edited(is_edited: boo
 def test_a_prompt_that_is_not_done_awaits_no_entropy() -> None:
     _, edits = known(a=PLACED)
     edits.begin_step(rows(0, PROMPT - 1, "a"), None)
-    edits.histories.note_logits(torch.zeros(1, 8))
+    assert edits.histories.awaited is None
     assert edits.histories.values.isnan().all()
 
 
@@ -72,6 +74,58 @@ def test_what_is_tried_leaves_no_reading_and_counts_for_nothing() -> None:
     torch.testing.assert_close(edits.histories.values[own], before[own], rtol=0, atol=0, equal_nan=True)
     assert edits.histories.values[other, 0] == 9.0
     assert requests["b"].num_read == num_read == PROMPT + 1
+
+
+def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared() -> None:
+    edits, pipeline, made = Mock(), Mock(), Mock()
+    pipeline.searches.take.return_value = {}, []
+    pipeline.take_explanations.return_value = None
+    step = WorkerStep(Requests(), edits, pipeline)
+
+    def calls_of(view: BatchView) -> list[str]:
+        for part in (edits, pipeline):
+            part.reset_mock()
+        step.begin(view, None)
+        step.end_forward()
+        output = step.tell(made)
+        step.give_to_companions_(torch.zeros(1, 1))
+        assert output is made
+        return [name for part in (edits, pipeline) for name, *_ in part.method_calls]
+
+    everything = [
+        *("begin_step", "end_step", "histories.copy"),
+        *("begin_step", "end_forward", "searches.take", "copy", "take_explanations"),
+    ]
+    assert [calls_of(view) for view in (NOBODY, NOBODY, rows(PROMPT, 1, "a"), NOBODY, NOBODY)] == [
+        *([], []),
+        *(everything, everything),
+        [],
+    ]
+
+
+ASKS = {
+    "histories": SteeringPlan((FOLLOWS,), entropy_column=0),
+    "module_edits": SteeringPlan((), module_edits=(PlannedModuleEdit(ModuleEdit("v", "{}"), Where.of("all")),)),
+    "soft_rows": SteeringPlan((), inserts=(Insert("v", 0, 2),)),
+}
+
+
+@pytest.mark.parametrize("part", ASKS)
+def test_what_a_part_was_told_goes_in_the_step_after(part: str) -> None:
+    """Though nobody asks anything of it then: what stays would edit somebody else's token. Later it is left alone."""
+    requests, told = Requests(), {name: Mock() for name in ASKS}
+    edits: Any = step_edits(requests, FakeTables())
+    edits.histories, edits.module_edits, edits.soft_rows = told.values()
+    num_calls = []
+    for steering in (ASKS[part], None, None):
+        placed = PositionedPlan(RequestPlan(steering, models=("aux",)), PROMPT)
+        list(requests.take([Arrival("a", placed)]))
+        before = {name: mock.begin_step.call_count for name, mock in told.items()}
+        edits.begin_step(BatchView([placed], np.array([0, 2]), np.array([0]), ["a"]), None)
+        edits.end_step()
+        num_calls.append({name: mock.begin_step.call_count - before[name] for name, mock in told.items()})
+    others = dict.fromkeys(set(ASKS) - {part}, 0)
+    assert num_calls == [{part: num, **others} for num in (1, 1, 0)]
 
 
 def test_a_request_that_comes_again_keeps_what_was_made_for_it() -> None:

@@ -11,7 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from whipstaff.server.prompt.message_spans import Chat, Message, id_of
+from whipstaff.decoding.method import DecodingError
+from whipstaff.server.prompt.message_spans import Chat, Message, Prompt, id_of
+from whipstaff.server.prompt.prompt_source import PromptSource
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.where import Messages, Where
 
@@ -293,3 +295,45 @@ def test_ids(tokenizer: Any) -> None:
             id_of(each, text)
     with pytest.raises(SteeringError, match="is not one token but 0"):
         id_of(tokenizer, "")
+
+
+# ---- texts in prompts
+
+
+def prompt_of(tokenizer: Any, text: str, written: bool = True) -> Prompt:
+    ids = tokenizer.encode(text)
+    source = PromptSource(ids, tokenizer, True, lambda _: [], written=text if written else None)
+    return Prompt(len(ids), ids, 99, tokenizer, source=source)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_text_is_found_in_a_prompt_of_text(tokenizer: Any, written: bool) -> None:
+    prompt = prompt_of(tokenizer, "def main(): return x + main()", written)
+    assert prompt.ids is not None
+    for text in ("main", "return x", "def main(): return x + main()", "x"):
+        start, end = prompt.text_at(text, "span")
+        assert text in tokenizer.decode(prompt.ids[start:end])
+        assert all(text not in tokenizer.decode(prompt.ids[start:cut]) for cut in range(start, end))
+        assert all(text not in tokenizer.decode(prompt.ids[cut:end]) for cut in range(start + 1, end))
+    with pytest.raises(DecodingError, match="does not stand in the prompt") as caught:
+        prompt.text_at("nowhere", "span")
+    assert caught.value.param == "span"
+
+
+def test_a_text_and_messages_are_found_in_a_chat(tokenizer: Any) -> None:
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "why be kind?"}]
+    located = chat(tokenizer, CHATML, messages)
+    ids = tokenizer.encode(renderer(tokenizer, CHATML)(messages, True), add_special_tokens=False)
+    prompt = Prompt(len(ids), ids, 99, tokenizer, located)
+    start, end = prompt.text_at("why be", "span")
+    assert "why be" in tokenizer.decode(ids[start:end]) and end - start < 8
+    assert prompt.messages_at("user", -1, "span") == located.spans(Messages(role="user", index=-1))
+    assert len(prompt.messages_at(None, None, "span")) == 2
+    for role, index in (("tool", None), (None, 2)):
+        with pytest.raises(DecodingError, match="no message matches"):
+            prompt.messages_at(role, index, "span")
+
+
+def test_what_is_more_than_text_has_no_texts(tokenizer: Any) -> None:
+    with pytest.raises(DecodingError, match="name windows instead"):
+        Prompt(3, None, 99, tokenizer).text_at("a", "span")

@@ -31,15 +31,13 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.kv_cache import CacheLayout, soft_cap, why_closed, why_not_scored
 from whipstaff.steering.kinds.attention import AttentionEdit, PrefixRows, RowOverride, ScoreBias, SideTokens
 from whipstaff.steering.served import AttentionAbilities
 
-_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # one block table per row; blocks are the cache's first dimension
 _MAX_SCORES = 1 << 24  # scores computed at once: 64 MiB of float32
 
 
@@ -76,7 +74,7 @@ L = TypeVar("L", bound=LayerEdit)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AttentionSpan:
     """Consecutive tokens of one request to which one edit applies in this step."""
 
     row: int  # of the batch
@@ -98,12 +96,12 @@ class AttentionEdits:
         """Raises: UnsupportedEngine when no layer can be edited, with each one's reason."""
         self.lacking: dict[int, str] = {}  # why layers that have attention cannot be edited
         self._sites: dict[int, _Site] = {}
-        self._queries: dict[int, list[Stretch]] = {}  # per layer, sorted by `_turn`
-        self._prefixes: dict[int, list[Stretch]] = {}
+        self._queries: dict[int, list[AttentionSpan]] = {}  # per layer, sorted by `_turn`
+        self._prefixes: dict[int, list[AttentionSpan]] = {}
         holders = {child: module for module in model.modules() for child in module.children()}
         for attention in [module for module in model.modules() if isinstance(module, Attention)]:
             layer = extract_layer_index(attention.layer_name)
-            if reason := _why_not(attention):
+            if reason := why_closed(attention):
                 self.lacking[layer] = reason
                 continue
             self._sites[layer] = _Site(attention, _projection(holders.get(attention)))
@@ -173,19 +171,19 @@ class AttentionEdits:
         (length,) = {len(part) for pair in made.values() for part in pair}
         return PrefixKV(made, length)
 
-    def begin_step(self, found: Iterable[Stretch]) -> None:
+    def begin_step(self, found: Iterable[AttentionSpan]) -> None:
         """Say what the step's tokens ask for."""
         self.end_step()
-        queries: dict[int, list[Stretch]] = defaultdict(list)
-        prefixes: dict[int, list[Stretch]] = defaultdict(list)
-        for stretch in found:
-            if not isinstance(stretch.edit, PrefixKV):
-                for layer in stretch.edit.layers:
-                    queries[layer].append(stretch)
-            elif (num := stretch.edit.length - stretch.position) > 0:  # tokens after the placeholders are text
-                stretch = replace(stretch, end=min(stretch.end, stretch.start + num))
-                for layer in stretch.edit.layers:
-                    prefixes[layer].append(stretch)
+        queries: dict[int, list[AttentionSpan]] = defaultdict(list)
+        prefixes: dict[int, list[AttentionSpan]] = defaultdict(list)
+        for span in found:
+            if not isinstance(span.edit, PrefixKV):
+                for layer in span.edit.layers:
+                    queries[layer].append(span)
+            elif (num := span.edit.length - span.position) > 0:  # tokens after the placeholders are text
+                span = replace(span, end=min(span.end, span.start + num))
+                for layer in span.edit.layers:
+                    prefixes[layer].append(span)
         self._prefixes = dict(prefixes)
         self._queries = {layer: sorted(asked, key=_turn) for layer, asked in queries.items()}
 
@@ -228,67 +226,21 @@ class AttentionEdits:
         if not asked:
             return
         for (_, row), group in groupby(asked, key=_turn):
-            stretches = list(group)
-            apply = _APPLIED[type(stretches[0].edit)]
-            apply(self._sites[layer], layer, stretches, query, cache, block_table[row], output)
+            spans = list(group)
+            apply = _APPLIED[type(spans[0].edit)]
+            apply(self._sites[layer], layer, spans, query, cache, block_table[row], output)
 
     def _with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of (T, kv_heads, D) keys and values in which the tokens of prefixes have the learned ones."""
         asked = self._prefixes.get(layer)
         if asked:
             key, value = key.clone(), value.clone()
-            for stretch in asked:
-                assert isinstance(stretch.edit, PrefixKV)
-                keys, values = stretch.edit.rows[layer]
-                taken = slice(stretch.position, stretch.position + stretch.end - stretch.start)
-                key[stretch.start : stretch.end], value[stretch.start : stretch.end] = keys[taken], values[taken]
+            for span in asked:
+                assert isinstance(span.edit, PrefixKV)
+                keys, values = span.edit.rows[layer]
+                taken = slice(span.position, span.position + span.end - span.start)
+                key[span.start : span.end], value[span.start : span.end] = keys[taken], values[taken]
         return key, value
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """Where one layer's KV cache keeps what: flat indices into a block, as found by writing to a scratch cache.
-
-    CPU kernels keep keys transposed or in tiles, depending on the instruction set and the type, so the layout is seen
-    rather than known.
-    """
-
-    block_size: int
-    keys: Tensor  # (block_size, kv_heads, D) int64
-    values: Tensor  # (block_size, kv_heads, Dv) int64
-
-    @staticmethod
-    def learn(attention: Any, name: str) -> "CacheLayout":
-        """Raises: UnsupportedEngine unless a block holds each of its tokens' keys and values exactly once."""
-        cache, heads = attention.kv_cache, attention.num_kv_heads
-        width = heads * (attention.head_size + attention.head_size_v)
-        size = cache[0].numel() if cache.dim() > 1 else 0
-        block_size = size // width
-        if not size or block_size * width != size:
-            raise UnsupportedEngine(f"{name}: a KV cache of shape {tuple(cache.shape)} cannot be read")
-        scratch = torch.zeros((3, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
-        slots = torch.arange(block_size, 2 * block_size, device=cache.device)  # the whole of block 1
-        found = torch.zeros(size, dtype=torch.int64, device=cache.device)
-        names, num_keys = torch.arange(size, device=cache.device), block_size * heads * attention.head_size
-        for place in (1, 256, 256**2, 256**3):  # one digit at a time: bfloat16 is exact up to 256
-            digit = (names // place % 256).to(cache.dtype)
-            key = digit[:num_keys].view(block_size, heads, -1)
-            value = digit[num_keys:].view(block_size, heads, -1)
-            attention.impl.do_kv_cache_update(attention, key, value, scratch, slots)
-            found += scratch[1].flatten().long() * place
-        if scratch[0].any() or scratch[2].any() or not torch.equal(found.sort().values, names):
-            raise UnsupportedEngine(
-                f"{name}: {attention.attn_backend.get_name()} keeps keys or values in a form unknown"
-            )
-        at = found.argsort()
-        return CacheLayout(
-            block_size, at[:num_keys].view(block_size, heads, -1), at[num_keys:].view(block_size, heads, -1)
-        )
-
-    def read(self, cache: Tensor, blocks: Tensor, where: Tensor, heads: Sequence[int]) -> Tensor:
-        """(blocks * block_size, len(heads), D) float32: what `where` (keys or values) names in (n,) `blocks`."""
-        flat = cache[blocks.long()].flatten(1)
-        return flat[:, where[:, heads].flatten()].view(-1, len(heads), where.shape[-1]).float()
 
 
 class _Site:
@@ -304,16 +256,12 @@ class _Site:
         self._first_head = get_tensor_model_parallel_rank() * self._num_heads
         self._group = self._num_heads // self._num_kv_heads  # query heads per kv head
         self._scale = float(attention.impl.scale)
-        self._soft_cap = float(getattr(attention.impl, "logits_soft_cap", 0) or 0)
+        self._soft_cap = soft_cap(attention)
 
     @property
     def why_no_bias(self) -> str:
         """Why scores cannot be computed here as the kernel computes them; "" if they can."""
-        if getattr(self.attention.impl, "alibi_slopes", None) is not None:
-            return "its scores have a slope (ALiBi)"
-        if self.attention.has_sink:
-            return "it has attention sinks"
-        return "some of its tokens see later ones" if self.attention.use_mm_prefix else ""
+        return why_not_scored(self.attention)
 
     @property
     def can_project(self) -> bool:
@@ -340,14 +288,14 @@ class _Site:
         return keys.unflatten(1, (-1, sizes[0])), values.unflatten(1, (-1, sizes[1]))
 
     def attend(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Attend again with the biases that one request asks for; they add up. Writes heads and tokens concerned."""
         edits = list(_of(ScoreBias, asked))
         heads = sorted({head for _, edit in edits for head in self._here(edit.heads)})
         if not heads:
             return
-        start, end = min(stretch.start for stretch in asked), max(stretch.end for stretch in asked)
+        start, end = min(span.start for span in asked), max(span.end for span in asked)
         shift = asked[0].position - asked[0].start  # position of a token = token + shift
         layout = self._layout
         seen = 0 if self.window is None else max(0, start + shift - self.window + 1)
@@ -380,24 +328,24 @@ class _Site:
                     output[tokens, mine] = new.to(output.dtype)
 
     def override(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Give single heads of (T, heads, Dv) `output` the rows of attention that one request asks for."""
-        for stretch, edit in _of(RowOverride, asked):
+        for span, edit in _of(RowOverride, asked):
             for head in self._here([edit.head]):
                 layout = self._layout
                 keys = torch.tensor(edit.keys, device=cache.device)
                 weights = torch.tensor(edit.weights, device=cache.device)
                 values = layout.read(cache, blocks[keys // layout.block_size], layout.values, [head // self._group])
                 cells = torch.arange(len(edit.keys), device=cache.device) * layout.block_size + keys % layout.block_size
-                output[stretch.start : stretch.end, head] = (weights @ values[cells, 0]).to(output.dtype)
+                output[span.start : span.end, head] = (weights @ values[cells, 0]).to(output.dtype)
 
     def attend_beside(
-        self, layer: int, asked: Sequence[Stretch], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
+        self, layer: int, asked: Sequence[AttentionSpan], query: Tensor, cache: Tensor, blocks: Tensor, output: Tensor
     ) -> None:
         """Add gated attention to learned rows to (T, heads, Dv) `output`."""
-        for stretch, edit in _of(SideAttention, asked):
-            (keys, values, gates), tokens = edit.rows[layer], slice(stretch.start, stretch.end)
+        for span, edit in _of(SideAttention, asked):
+            (keys, values, gates), tokens = edit.rows[layer], slice(span.start, span.end)
             wide = keys.repeat_interleave(self._group, 1)
             scores = torch.einsum("nhd,lhd->hnl", query[tokens].float(), wide) * self._scale
             attended = torch.einsum("hnl,lhd->nhd", scores.softmax(-1), values.repeat_interleave(self._group, 1))
@@ -418,7 +366,7 @@ class _Site:
 
 
 # How each sort of edit is made on the tokens of one request, in this order.
-_APPLIED: dict[type, Callable[[_Site, int, list[Stretch], Tensor, Tensor, Tensor, Tensor], None]] = {
+_APPLIED: dict[type, Callable[[_Site, int, list[AttentionSpan], Tensor, Tensor, Tensor, Tensor], None]] = {
     ScoreBias: _Site.attend,
     RowOverride: _Site.override,
     SideAttention: _Site.attend_beside,
@@ -426,27 +374,13 @@ _APPLIED: dict[type, Callable[[_Site, int, list[Stretch], Tensor, Tensor, Tensor
 _ORDER = list(_APPLIED)
 
 
-def _of(sort: type[L], asked: Iterable[Stretch]) -> Iterator[tuple[Stretch, L]]:
+def _of(sort: type[L], asked: Iterable[AttentionSpan]) -> Iterator[tuple[AttentionSpan, L]]:
     """The stretches of one sort of edit."""
-    return ((stretch, stretch.edit) for stretch in asked if isinstance(stretch.edit, sort))
+    return ((span, span.edit) for span in asked if isinstance(span.edit, sort))
 
 
-def _turn(stretch: Stretch) -> tuple[int, int]:
-    return _ORDER.index(type(stretch.edit)), stretch.row
-
-
-def _why_not(attention: Any) -> str:
-    """Why an attention layer cannot be edited; "" if it can."""
-    backend = attention.attn_backend.get_name()
-    if type(attention) is not Attention or attention.attn_type != AttentionType.DECODER:
-        return f"attention of the kind {type(attention).__name__} ({attention.attn_type}) cannot be edited"
-    if backend not in _BACKENDS:
-        return f"the attention backend {backend} cannot be edited; choose one of {', '.join(_BACKENDS)}"
-    if attention.kv_sharing_target_layer_name is not None:
-        return "it shares the keys and values of another layer"
-    if is_quantized_kv_cache(attention.kv_cache_dtype) or attention.query_quant is not None:
-        return f"its keys and values are quantised ({attention.kv_cache_dtype})"
-    return ""
+def _turn(span: AttentionSpan) -> tuple[int, int]:
+    return _ORDER.index(type(span.edit)), span.row
 
 
 def _projection(holder: nn.Module | None) -> Any:

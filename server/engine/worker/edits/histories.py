@@ -57,7 +57,7 @@ class Histories:
         self._requests = requests
         self._free = list(range(num_histories))
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
-        self._awaited: AwaitedEntropies | None = None
+        self.awaited: AwaitedEntropies | None = None  # for which the step's logits are to be noted
 
     @property
     def num_used(self) -> int:
@@ -66,14 +66,12 @@ class Histories:
     def add(self, request: PlannedRequest) -> None:
         """Find room for what its conditions will read. A request that comes again keeps what it has read, which may
         stand in cached blocks."""
-        if request.placed.num_columns and not request.histories:
+        if not request.histories:
             request.histories = [self._free.pop() for _ in range(request.placed.num_columns)]
             self.values[request.histories] = torch.nan
 
     def remove(self, request: PlannedRequest) -> None:
         """Free its room, and keep its readings if somebody may ask for them."""
-        if not request.histories:
-            return
         if request.placed.plan.readings_id:
             self._kept.pop(request.request_id, None)
             self._kept[request.request_id] = self._read(request)
@@ -84,11 +82,23 @@ class Histories:
                 self._kept.popitem(last=False)
         self._free += request.histories
 
+    def copy(self, pairs: Sequence[tuple[PlannedRequest, PlannedRequest]]) -> None:
+        """What the first of each pair has read, the second has read, too; all at once."""
+        rows = [row for pair in pairs for row in zip(pair[0].histories, pair[1].histories, strict=True)]
+        num_read = [(target, source.num_read) for source, target in pairs]
+        for target, num in num_read:
+            target.num_read = num
+        if rows:
+            sources, targets = torch.tensor(rows, device=self.values.device).unbind(1)
+            self.values[targets] = self.values[sources]
+
     def readings_of(self, readings_id: str) -> list[dict[str, Any]]:
         """What the sequences of that `readings_id` have read, see `worker.whipstaff_readings`. Waits for the device."""
         kept = [kept for kept in self._kept.values() if kept.readings_id == readings_id]
         kept += [
-            self._read(one) for one in self._requests if one.histories and one.placed.plan.readings_id == readings_id
+            self._read(one)
+            for one in self._requests.values()
+            if one.histories and one.placed.plan.readings_id == readings_id
         ]
         return [one.to_json() for one in kept]
 
@@ -99,13 +109,12 @@ class Histories:
 
     def begin_step(self, view: BatchView, spans: Iterable[EditedSpan]) -> None:
         """Count the positions that are fed, and await the entropies that schedules follow."""
-        self._awaited = None
+        self.awaited = None
         for span in spans:
             if span.request.histories:
                 span.request.num_read = max(span.request.num_read, span.position + span.last - span.first)
-        found = list(self._following(view)) if self.num_used else []
-        if found:
-            self._awaited = AwaitedEntropies(*torch.tensor(found, device=self.values.device).unbind(1))
+        if found := list(self._following(view)):
+            self.awaited = AwaitedEntropies(*torch.tensor(found, device=self.values.device).unbind(1))
 
     def _following(self, view: BatchView) -> Iterator[tuple[int, int, int]]:
         drawn_for = dict(view.companion_rows)  # companions' tokens come from the distributions of their primaries
@@ -119,11 +128,10 @@ class Histories:
                 yield drawn_for.get(row, row), histories[plan.entropy_column], following
 
     def note_logits(self, logits: Tensor) -> None:
-        """Keep the entropies that schedules follow. The first logits after a forward pass are those to sample from, a
-        row for each of the batch's."""
-        if self._awaited is None:
-            return
-        (rows, histories, positions), self._awaited = self._awaited, None
+        """Keep the entropies that are awaited. The first logits after a forward pass are those to sample from, a row
+        for each of the batch's."""
+        assert self.awaited is not None
+        (rows, histories, positions), self.awaited = self.awaited, None
         self.values[histories, positions] = explain_rows(logits[rows].contiguous()).entropy
 
     @contextmanager

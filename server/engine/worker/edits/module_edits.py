@@ -5,16 +5,16 @@ becomes a slot of the router's tables, and objects that the attention layers obe
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from whipstaff.server.engine.worker.edits.attention import AttentionEdits, LayerEdit, Stretch
+from whipstaff.server.engine.worker.edits.attention import AttentionEdits, AttentionSpan, LayerEdit
 from whipstaff.server.engine.worker.edits.routing import RoutingTables, install_routing, routing_of
-from whipstaff.server.plan import PositionedPlan
+from whipstaff.server.engine.worker.edits.token_table import EditedSpan
 from whipstaff.steering.kinds.attention import ATTENTION
 from whipstaff.steering.kinds.kind import Kind
 from whipstaff.steering.kinds.router import ROUTER
@@ -24,25 +24,6 @@ from whipstaff.steering.vector_file import Vector
 
 NO_SLOT = -1
 MAX_HELD = 256  # attention edits kept between steps
-
-
-class Asked(Protocol):
-    """A stretch of the step's tokens [first, last) and the row of edits that it gets."""
-
-    @property
-    def batch_row(self) -> int: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int: ...
-    @property
-    def position(self) -> int:
-        """Of the first token, absolute."""
-
-    @property
-    def row(self) -> EditSet: ...
-    @property
-    def placed(self) -> PositionedPlan: ...
 
 
 class ModuleEdits:
@@ -85,26 +66,25 @@ class ModuleEdits:
         if self._routes is not None:
             self._routes.forget(digest)
 
-    def begin_step(self, asked: Iterable[Asked], num_tokens: int) -> None:
-        """Say what the step's tokens ask for."""
-        found = [one for one in asked if any(isinstance(item, ModuleEdit) for item in one.row)]
+    def begin_step(self, spans: Sequence[EditedSpan], num_tokens: int) -> None:
+        """Say what the step's tokens ask for: `spans` are those with edits of modules."""
         if self.attention is not None:
-            self.attention.begin_step(stretch for one in found for stretch in self._stretches(one))
-        if self._routes is not None and (found or self._dirty):
-            self._write_slots(found, num_tokens)
+            self.attention.begin_step(one for span in spans for one in self._attention_spans(span))
+        if self._routes is not None and (spans or self._dirty):
+            self._write_slots(spans, num_tokens)
 
     def end_step(self) -> None:
         if self.attention is not None:
             self.attention.end_step()
 
-    def _write_slots(self, found: list[Asked], num_tokens: int) -> None:
+    def _write_slots(self, spans: Sequence[EditedSpan], num_tokens: int) -> None:
         assert self._routes is not None
         num = max(num_tokens, self._dirty)
         self._host[:num] = NO_SLOT
-        routes = {one.row: self._routes_in(one.row) for one in found}
+        routes = {span.row: self._routes_in(span.row) for span in spans}
         slots = self._routes.acquire([route for route in routes.values() if route])
-        for one in found:
-            self._host[one.first : one.last] = slots.get(routes[one.row], NO_SLOT)
+        for span in spans:
+            self._host[span.first : span.last] = slots.get(routes[span.row], NO_SLOT)
         self.slots[:num].copy_(torch.from_numpy(self._host[:num]), non_blocking=True)
         self._dirty = num_tokens if slots else 0
 
@@ -117,10 +97,10 @@ class ModuleEdits:
             if isinstance(item, ModuleEdit) and self._vector_of(item.digest).method.kind is kind:
                 yield item
 
-    def _stretches(self, one: Asked) -> Iterator[Stretch]:
-        for item in self._of_kind(ATTENTION, one.row):
-            for edit in self._attention_edits(item, one.placed.prompt_len):
-                yield Stretch(one.batch_row, one.first, one.last, one.position, edit)
+    def _attention_spans(self, span: EditedSpan) -> Iterator[AttentionSpan]:
+        for item in self._of_kind(ATTENTION, span.row):
+            for edit in self._attention_edits(item, span.placed.prompt_len):
+                yield AttentionSpan(span.batch_row, span.first, span.last, span.position, edit)
 
     def _attention_edits(self, item: ModuleEdit, prompt_len: int) -> tuple[LayerEdit, ...]:
         """What an edit comes to for prompts of one length; learned rows are the same for all."""

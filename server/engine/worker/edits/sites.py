@@ -1,4 +1,5 @@
-"""Installing the sites: vLLM's decoder blocks and their parts learn to edit what passes through them.
+"""Installing the sites: vLLM's decoder blocks and their parts, and what embeds tokens, learn to edit what passes
+through them.
 
 A module is changed by giving the instance a subclass of its own class under the same name, so that vLLM's interface
 checks, its weight loading and torch.compile see the module they expect. The edit itself is one opaque operator that
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from whipstaff.cuda_ext import run_edits_
+from whipstaff.cuda_ext import put_rows_, run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
@@ -61,7 +64,7 @@ def install_sites(
     """
     hooks: dict[HookPoint, tuple[SiteSpec, nn.Module, Editing]] = {}
     for layer in find_layers(model, KINDS):
-        found = _places(layer, layout.shape)
+        found = _hook_points_of(layer, layout.shape)
         for site in layout.sites:
             if site in found:
                 spec, module, editing = found[site]
@@ -83,13 +86,65 @@ def install_sites(
         },
     )
     meters = torch.zeros(len(hooks), 2, device=device)
-    for meter, (place, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
-        _adopt(module, editing, place, _buffers(tables.at(place), token_table, history, meter))
+    for meter, (point, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
+        _adopt(module, editing, point, _buffers(tables.at(point), token_table, history, meter))
     return Sites(tables, meters)
 
 
+def install_soft_rows(
+    model: nn.Module, config: Any, max_tokens: int, device: torch.device, vector_of: Callable[[str], Vector]
+) -> SoftRows | NoSoftRows:
+    """Let the module that embeds the model's tokens override its output, where that can be.
+
+    Args:
+        config: of vLLM's model. Where prompts may hold embeddings or images, tokens are embedded outside of the step.
+        vector_of: finds a loaded vector by digest.
+    """
+    hidden_size = int(config.get_hidden_size())
+    module = input_embedding(model, device, hidden_size)
+    if module is None or config.is_multimodal_model or config.enable_prompt_embeds:
+        return NoSoftRows()
+    soft = SoftRows(max_tokens, hidden_size, config.dtype, device, vector_of)
+    module.register_buffer("whipstaff_soft_rows", soft.rows, persistent=False)
+    module.register_buffer("whipstaff_soft_index", soft.index, persistent=False)
+    swap(module, _edit_embedding(type(module)))
+    return soft
+
+
+def input_embedding(model: nn.Module, device: torch.device, hidden_size: int) -> nn.Module | None:
+    """The module that turns token ids into the model's hidden states: the one that runs when the model embeds a token.
+
+    An embedding that vLLM has wrapped for LoRA counts as its wrapper: learned rows are final.
+    """
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape == (1, hidden_size):
+            seen.append(module)
+
+    candidates = [module for module in model.modules() if _embeds(module)]
+    hooks = [module.register_forward_hook(note) for module in candidates]
+    try:
+        model.embed_input_ids(torch.zeros(1, dtype=torch.long, device=device))  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen[-1] if seen and _is_whole(seen[-1]) else None  # wrappers run last
+
+
+def _embeds(module: nn.Module) -> bool:
+    bare = getattr(module, "base_layer", module)
+    return isinstance(bare, VocabParallelEmbedding | nn.Embedding) and not isinstance(bare, ParallelLMHead)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether every rank gets all of its output."""
+    bare = getattr(module, "base_layer", module)
+    return bool(getattr(bare, "reduce_results", True))
+
+
 def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor) -> dict[str, Tensor]:
-    """The persistent tensors that one place reads: what `run_edits_` takes beside the activations."""
+    """The persistent tensors that one hook point reads: what `run_edits_` takes beside the activations."""
     buffers = {
         "lines": tables.lines,
         "code": tables.code,
@@ -109,7 +164,7 @@ def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter
 Editing = Callable[[Any, HookPoint], type]
 
 
-def _places(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
+def _hook_points_of(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
     """Where in one block each site is, how wide it is here, and which subclass edits it."""
     projection: Any = _bare(layer.output_projection)
     width = int(projection.input_size_per_partition)  # heads are sharded with the projection's input
@@ -149,10 +204,10 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Editing, place: HookPoint, buffers: dict[str, Tensor]) -> None:
+def _adopt(module: nn.Module, editing: Editing, point: HookPoint, buffers: dict[str, Tensor]) -> None:
     for name, buffer in buffers.items():
-        module.register_buffer(f"whipstaff_{place.site}_{name}", buffer, persistent=False)
-    swap(module, editing(type(module), place))
+        module.register_buffer(f"whipstaff_{point.site}_{name}", buffer, persistent=False)
+    swap(module, editing(type(module), point))
 
 
 def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> None:
@@ -177,12 +232,12 @@ def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> N
     )
 
 
-def _edit_stream(cls: Any, place: HookPoint) -> type:
+def _edit_stream(cls: Any, point: HookPoint) -> type:
     """A decoder block whose output, the residual stream, is edited.
 
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
     """
-    site = place.site
+    site = point.site
 
     class EditedBlock(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,9 +251,9 @@ def _edit_stream(cls: Any, place: HookPoint) -> type:
     return EditedBlock
 
 
-def _edit_heads(cls: Any, place: HookPoint) -> type:
+def _edit_heads(cls: Any, point: HookPoint) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
-    site = place.site
+    site = point.site
 
     class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -208,9 +263,9 @@ def _edit_heads(cls: Any, place: HookPoint) -> type:
     return EditedProjection
 
 
-def _edit_input(cls: Any, place: HookPoint) -> type:
+def _edit_input(cls: Any, point: HookPoint) -> type:
     """A module whose hidden states are edited before it sees them; a copy, since others may read them too."""
-    site = place.site
+    site = point.site
 
     class EditedInput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,9 +284,9 @@ def _edit_input(cls: Any, place: HookPoint) -> type:
     return EditedInput
 
 
-def _edit_output(cls: Any, place: HookPoint) -> type:
+def _edit_output(cls: Any, point: HookPoint) -> type:
     """A module whose output, or the first of its outputs, is edited."""
-    site = place.site
+    site = point.site
 
     class EditedOutput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,6 +295,18 @@ def _edit_output(cls: Any, place: HookPoint) -> type:
             return output
 
     return EditedOutput
+
+
+def _edit_embedding(cls: Any) -> type:
+    """A module that embeds tokens, in whose output learned rows take the place of some tokens' embeddings."""
+
+    class EditedEmbedding(cls):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            embeddings: Tensor = cls.forward(self, *args, **kwargs)
+            put_rows_(_rows(embeddings), self.whipstaff_soft_rows, self.whipstaff_soft_index)
+            return embeddings
+
+    return EditedEmbedding
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,19 +1,15 @@
 """Soft prompts: learned rows take the place of placeholder tokens' embeddings.
 
-The module that embeds tokens learns to override its output by two persistent buffers, which a step fills where it has
-placeholders. That is after the all-reduce of a vocabulary shared out over ranks and before models such as Gemma scale
-what the embedding gives.
+The module that embeds tokens (see `sites.install_soft_rows`) overrides its output by two persistent buffers, which a
+step fills where it has placeholders. That is after the all-reduce of a vocabulary shared out over ranks and before
+models such as Gemma scale what the embedding gives.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from torch import Tensor
 
-from whipstaff.cuda_ext import put_rows_
-from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.worker.batch import BatchView, TokenSpan
 from whipstaff.steering.kinds.rows import ROWS_PART
 from whipstaff.steering.vector_file import Vector
@@ -73,64 +69,3 @@ class SoftRows:
                 if tokens is not None and learned is not None:
                     skipped = tokens.position - start
                     yield tokens, learned[skipped : skipped + tokens.last - tokens.first]
-
-
-def install_soft_rows(
-    model: nn.Module, config: Any, max_tokens: int, device: torch.device, vector_of: Callable[[str], Vector]
-) -> SoftRows | NoSoftRows:
-    """Let the module that embeds the model's tokens override its output, where that can be.
-
-    Args:
-        config: of vLLM's model. Where prompts may hold embeddings or images, tokens are embedded outside of the step.
-        vector_of: finds a loaded vector by digest.
-    """
-    hidden_size = int(config.get_hidden_size())
-    module = input_embedding(model, device, hidden_size)
-    if module is None or config.is_multimodal_model or config.enable_prompt_embeds:
-        return NoSoftRows()
-    soft = SoftRows(max_tokens, hidden_size, config.dtype, device, vector_of)
-    cls: Any = type(module)
-
-    class Overridden(cls):
-        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-            embeddings: Tensor = cls.forward(self, *args, **kwargs)
-            per_token = embeddings.view(-1, embeddings.shape[-1])
-            put_rows_(per_token, self.whipstaff_soft_rows, self.whipstaff_soft_index)
-            return embeddings
-
-    module.register_buffer("whipstaff_soft_rows", soft.rows, persistent=False)
-    module.register_buffer("whipstaff_soft_index", soft.index, persistent=False)
-    swap(module, Overridden)
-    return soft
-
-
-def input_embedding(model: nn.Module, device: torch.device, hidden_size: int) -> nn.Module | None:
-    """The module that turns token ids into the model's hidden states: the one that runs when the model embeds a token.
-
-    An embedding that vLLM has wrapped for LoRA counts as its wrapper: learned rows are final.
-    """
-    seen: list[nn.Module] = []
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.shape == (1, hidden_size):
-            seen.append(module)
-
-    candidates = [module for module in model.modules() if _embeds(module)]
-    hooks = [module.register_forward_hook(note) for module in candidates]
-    try:
-        model.embed_input_ids(torch.zeros(1, dtype=torch.long, device=device))  # type: ignore[operator]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen[-1] if seen and _is_whole(seen[-1]) else None  # wrappers run last
-
-
-def _embeds(module: nn.Module) -> bool:
-    bare = getattr(module, "base_layer", module)
-    return isinstance(bare, VocabParallelEmbedding | nn.Embedding) and not isinstance(bare, ParallelLMHead)
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Whether every rank gets all of its output."""
-    bare = getattr(module, "base_layer", module)
-    return bool(getattr(bare, "reduce_results", True))

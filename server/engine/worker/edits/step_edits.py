@@ -13,6 +13,7 @@ from whipstaff.server.engine.worker.edits.sites import Sites
 from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
 from whipstaff.server.engine.worker.edits.token_table import EditedSpan, TokenTable
 from whipstaff.server.engine.worker.requests import Requests
+from whipstaff.steering.plan import ModuleEdit
 
 
 class StepEdits:
@@ -30,20 +31,19 @@ class StepEdits:
         self.token_table, self.histories, self.sites = token_table, histories, sites
         self.module_edits, self.soft_rows = module_edits, soft_rows
         self._requests = requests
-        self._was_asked = False  # whether the last step may have left something behind
+        self._told: set[str] = set()  # the parts that the last step asked something of
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Say what happens to the step's tokens."""
-        if not view.plans and not self._was_asked:
-            return
-        self._was_asked = bool(view.plans)
         spans = self._spans(view)
-        self.histories.begin_step(view, spans)
+        if self._concerns("histories", any(placed.num_columns for _, placed in view.planned())):
+            self.histories.begin_step(view, spans)
         self._write(view, spans, input_ids)
 
     def end_step(self) -> None:
         """After the forward pass: what follows until the next step is not a real step."""
-        self.module_edits.end_step()
+        if "modules" in self._told:
+            self.module_edits.end_step()
 
     @contextmanager
     def trying(self, view: BatchView, tokens: Tensor) -> Iterator[None]:
@@ -63,9 +63,19 @@ class StepEdits:
                 self.end_step()
 
     def _write(self, view: BatchView, spans: list[EditedSpan], input_ids: Tensor | None) -> None:
-        self.token_table.write(spans, view.num_tokens, input_ids, self.sites.tables)
-        self.module_edits.begin_step(spans, view.num_tokens)
-        self.soft_rows.begin_step(view)
+        if self._concerns("token table", bool(spans)):
+            self.token_table.write(spans, view.num_tokens, input_ids, self.sites.tables)
+        asking = [span for span in spans if any(isinstance(item, ModuleEdit) for item in span.row)]
+        if self._concerns("modules", bool(asking)):
+            self.module_edits.begin_step(asking, view.num_tokens)
+        if self._concerns("soft rows", any(placed.inserts for _, placed in view.planned())):
+            self.soft_rows.begin_step(view)
+
+    def _concerns(self, part: str, is_asked: bool) -> bool:
+        """Whether a part has to hear of a step: something is asked of it, or was in the last, which has to go."""
+        was_asked = part in self._told
+        (self._told.add if is_asked else self._told.discard)(part)
+        return is_asked or was_asked
 
     @contextmanager
     def _streams_untouched(self, view: BatchView) -> Iterator[None]:

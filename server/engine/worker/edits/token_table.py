@@ -50,7 +50,7 @@ class TokenTable:
             input_ids: (num_tokens,), on the device; needed where some of a span's tokens are told apart.
             tables: where the spans' rows of edits get their addresses.
         """
-        if (not spans and not self._dirty) or self._is_as_before(spans):
+        if self._is_as_before(spans):
             return
         num = max(num_tokens, self._dirty)
         before, gains_before = self._host[:num].copy(), self._host_gains[:num].copy()
@@ -90,8 +90,8 @@ class TokenTable:
         if not span.placed.follows_positions:
             return
         positions = np.arange(span.position, span.position + span.last - span.first)
-        for lane, schedule in enumerate(plan.schedules):
-            self._host_gains[tokens, lane] = schedule.gains(positions - span.placed.prompt_len)
+        for index, schedule in enumerate(plan.schedules):
+            self._host_gains[tokens, index] = schedule.gains(positions - span.placed.prompt_len)
         if plan.num_columns:
             self._host[tokens, _POSITION] = positions
             for column, row in enumerate(span.request.histories):

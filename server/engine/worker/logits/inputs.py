@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.decoding.method import Need
+from whipstaff.decoding.method import Need, Ranker
 from whipstaff.decoding.rows import Rows
 from whipstaff.server.engine.worker.batch import BatchView, Ints
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead, EarlyStream
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.metadata import DecodingMetadata, MethodCall, sent
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
@@ -40,10 +42,17 @@ class MethodInputs:
     """Of one worker."""
 
     def __init__(
-        self, tables: RequestTables, heads: Heads, early: EarlyHead, lookahead: Lookahead | NoLookahead
+        self,
+        tables: RequestTables,
+        heads: Heads,
+        early: EarlyHead,
+        lookahead: Lookahead | NoLookahead,
+        attention: LastAttention | None,
+        histories: HiddenHistories | None,
     ) -> None:
         """`heads` finds the tensors of a learned head."""
         self._tables, self._heads, self._early, self._lookahead = tables, heads, early, lookahead
+        self._attention, self._histories = attention, histories
 
     def of(self, call: MethodCall, logits: Tensor, step: DecodingStep) -> Rows:
         """The rows of a call.
@@ -58,9 +67,12 @@ class MethodInputs:
             step.num_generated[call.indices].tolist(),
             streams={
                 name: step.others[model][call.rows, : logits.shape[1]]
-                for name, model in zip(method.stream_fields, call.streams, strict=True)
+                for name, model in zip(method.stream_fields, call.streams, strict=not isinstance(method, Ranker))
             },
-            heads={name: self._heads(digest) for name, digest in zip(method.head_fields, call.heads, strict=True)},
+            heads={
+                name: self._heads(digest)
+                for name, digest in zip(method.head_fields, call.heads, strict=not isinstance(method, Ranker))
+            },
             is_prompt=step.metadata.is_prompt,
         )
         for need in method.needs:
@@ -95,9 +107,22 @@ class MethodInputs:
         )
 
     def _give_lookahead(self, given: Rows, call: MethodCall, step: DecodingStep) -> None:
+        if given.is_prompt:
+            return
+        rows = [row for row, _ in call.active]
+        tries = self._lookahead.after(step.view, rows, step.positions[call.indices])
+        given.lookahead = tries and (lambda tokens: tries(tokens).hidden)
+
+    def _give_attention(self, given: Rows, call: MethodCall, step: DecodingStep) -> None:
         if not given.is_prompt:
-            rows = [row for row, _ in call.active]
-            given.lookahead = self._lookahead.after(step.view, rows, step.positions[call.indices])
+            assert self._attention is not None, "a server without --attention-rows refuses such requests"
+            given.attention = self._attention.rows(step.view, [row for row, _ in call.active])
+
+    def _give_history(self, given: Rows, call: MethodCall, step: DecodingStep) -> None:
+        if not given.is_prompt:
+            assert self._histories is not None, "a server without --hidden-states refuses such requests"
+            slots = [request.history_slot for _, request in call.active]
+            given.history = self._histories.of(slots, step.positions[call.indices] + 1)
 
 
 _GIVE: dict[Need, Callable[[MethodInputs, Rows, MethodCall, DecodingStep], None]] = {
@@ -107,6 +132,8 @@ _GIVE: dict[Need, Callable[[MethodInputs, Rows, MethodCall, DecodingStep], None]
     "temperature": MethodInputs._give_temperature,
     "early_exit": MethodInputs._give_early,
     "lookahead": MethodInputs._give_lookahead,
+    "attention": MethodInputs._give_attention,
+    "history": MethodInputs._give_history,
 }
 
 

@@ -8,6 +8,7 @@ graphs are not replayed.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,12 +19,12 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from whipstaff.decoding.search.search import Tried
 from whipstaff.server.engine.worker.batch import BatchView, Ints
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.logits.last_attention import BlockTables, LastAttention
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.lora import StepAdapters
-
-BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 
 
 class NoLookahead:
@@ -31,7 +32,7 @@ class NoLookahead:
 
     num_passes = 0
 
-    def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> None:
+    def after(self, view: BatchView, rows: Sequence[int], positions: Ints, reads_attention: bool = False) -> None:
         """Methods do without."""
 
 
@@ -45,6 +46,7 @@ class Lookahead:
         edits: StepEdits,
         block_tables: BlockTables,
         adapters: StepAdapters,
+        attention: LastAttention | None = None,
     ) -> None:
         """
         Args:
@@ -52,38 +54,46 @@ class Lookahead:
             base: the served model's forward pass, without auxiliary models.
             edits: which steer a token that is tried as if it had been drawn.
             block_tables: of the runner in a step; see `runner_v1.block_tables`.
+            attention: the last layer's, where it can be read.
         """
         self._runner, self._base, self._edits, self._block_tables = runner, base, edits, block_tables
-        self._adapters = adapters
+        self._adapters, self._attention = adapters, attention
         self.num_passes = 0  # since the start
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
-    def after(self, view: BatchView, rows: Sequence[int], positions: Ints) -> Callable[[Tensor], Tensor]:
-        """What tries a token for each of R rows of a step: (R,) ids -> (R, H) last hidden states, after the final norm.
-        To be called before the step's draw.
+    def after(
+        self, view: BatchView, rows: Sequence[int], positions: Ints, reads_attention: bool = False
+    ) -> Callable[[Tensor], Tried]:
+        """What tries a token for each of R rows of a step: (R,) ids -> what the model makes of each. To be called
+        before the step's draw.
 
         Args:
             rows: of the step.
             positions: (R,) absolute, of each row's last token.
+            reads_attention: whether what the tokens look at is wanted, too.
         """
+        attention = self._attention if reads_attention else None
+        assert attention is not None or not reads_attention, "this server keeps no queries"
         last = [int(view.starts[row + 1]) - 1 for row in rows]
         prepared = cache(lambda: self._prepared(view, rows, positions + 1))  # not for who never tries
 
-        def try_(tokens: Tensor) -> Tensor:
-            (tried, at, attention, slots), ids = prepared(), tokens.to(torch.int32)
+        def try_(tokens: Tensor) -> Tried:
+            (tried, at, metadata, slots), ids = prepared(), tokens.to(torch.int32)
             self.num_passes += 1
             with (
                 self._adapters.of(last),
                 self._edits.trying(tried, ids),
+                self._attention.trying() if self._attention else nullcontext(),
                 set_forward_context(
-                    attention,
+                    metadata,
                     self._runner.vllm_config,
                     num_tokens=len(rows),
                     cudagraph_runtime_mode=CUDAGraphMode.NONE,
                     slot_mapping=slots,
                 ),
             ):
-                return self._base(ids, at, None, None)
+                hidden = self._base(ids, at, None, None)
+            return Tried(hidden, attention.of_tried(rows, positions + 1) if attention else None)
 
         return try_
 

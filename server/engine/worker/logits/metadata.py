@@ -48,11 +48,17 @@ class RequestState:
     bound: list[BoundMethod]
     bias: Mapping[int, float] = field(default_factory=dict)  # that vLLM will add to the logits of some tokens
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
+    ends: frozenset[int] = frozenset()  # tokens that end an answer
+    history_slot: int = -1  # where its hidden states are kept; -1: they are not
     excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property
     def tells_scores(self) -> bool:
         return any(one.method.tells_scores(one.setting) for one in self.bound)
+
+    @property
+    def reads_attention(self) -> bool:
+        return any("attention" in one.method.needs for one in self.bound)
 
     @property
     def temperature(self) -> float:
@@ -129,7 +135,8 @@ class DecodingMetadata:
         self._calls = self._grouped(most_early)
         mixes = ((index, active_row.row, active_row.request.plan.mix) for index, active_row in enumerate(active))
         self._mixes = [(index, row, mix, 1 + mix.num_companions) for index, row, mix in mixes if mix is not None]
-        self.explained = [active_row for active_row in active if active_row.request.plan.explain is not None]
+        plans = [(active_row, active_row.request.plan) for active_row in active]
+        self.explained = [row for row, plan in plans if plan.explain is not None and plan.search is None]
         self.scored_base = self._rows(lambda request: request.plan.scores_base)
         self.banning = self._rows(lambda request: request.bans)
         self.biased = self._biased()

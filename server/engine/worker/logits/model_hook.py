@@ -64,17 +64,29 @@ def composite(cls: Any) -> type:
             **kwargs: Any,
         ) -> Any:
             hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            pipeline, auxiliaries = self.whipstaff_step.pipeline, self.whipstaff_auxiliaries
-            names = pipeline.needed_auxiliaries() if auxiliaries else []
-            beside = [auxiliaries[name].forward(_ids(input_ids), positions) for name in names]
-            is_tagged = pipeline.scores_prompts
-            if not pipeline.is_in_step or not (names or is_tagged):  # profiling or capture: they ran, nobody mixes
+            step, auxiliaries = self.whipstaff_step, self.whipstaff_auxiliaries
+            if step.is_in_forward and step.is_plain:
                 return hidden
+            if step.pipeline.histories is not None:
+                step.pipeline.histories.keep(hidden)
+            names = step.pipeline.needed_auxiliaries() if step.is_in_forward else list(auxiliaries)
+            is_tagged = step.is_in_forward and step.pipeline.scores_prompts
+            if not names and not is_tagged:
+                return hidden
+            # Models' captured graphs share memory: what one returned is overwritten as the next one runs.
+            beside = [hidden.clone()]
+            for name in names:
+                beside.append(auxiliaries[name].forward(_ids(input_ids), positions).clone())
+            if not step.is_in_forward:  # profiling or capture: they ran, nobody mixes
+                return beside[0]
             self.whipstaff_beside = Beside(names, is_tagged)
-            return torch.cat([hidden, *beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
+            return torch.cat([*beside, *([_tags(hidden)] if is_tagged else [])], dim=-1)
 
         def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             step = self.whipstaff_step
+            if step.is_plain:
+                plain: Tensor | None = super().compute_logits(hidden, *args, **kwargs)
+                return plain
             own, others, tags = self._whipstaff_parts(hidden)
             logits: Tensor | None = super().compute_logits(own, *args, **kwargs)
             streams = {name: self.whipstaff_auxiliaries[name].compute_logits(part) for name, part in others.items()}
@@ -84,7 +96,8 @@ def composite(cls: Any) -> type:
                 logits = step.pipeline.decode(logits, streams, own)
             elif tags is not None:
                 logits = step.pipeline.decode_prompt(logits, streams, own, _tokens(tags))
-            step.edits.histories.note_logits(logits)
+            if step.edits.histories.awaited is not None:
+                step.edits.histories.note_logits(logits)
             return logits
 
         def _whipstaff_parts(self, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:

@@ -5,8 +5,9 @@ on what the model computes (`decode`), penalty, temperature and truncation aroun
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from whipstaff.decoding.sampler import apply_temperature, apply_top_k_top_p_min_
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
 from whipstaff.server.engine.worker.logits.explain import ExplainedToken, Explanations, Snapshot
+from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
 from whipstaff.server.engine.worker.logits.inputs import DecodingStep, Heads, MethodInputs, taken
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.metadata import (
     ActiveRow,
@@ -36,17 +39,10 @@ from whipstaff.server.engine.worker.logits.metadata import (
 )
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
 from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
+from whipstaff.server.engine.worker.search.searches import Searches
 
 EARLY_ROOM = 1 << 26  # logits of early layers that may be there at once
 LAST_RESORT = 1e4  # logits: beyond any temperature's reach
-
-
-@dataclass
-class AuxiliarySteps:
-    """How often each auxiliary model ran, and how often a step did without it."""
-
-    run: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class LogitsPipeline:
@@ -61,21 +57,27 @@ class LogitsPipeline:
         heads: Heads,
         early: EarlyHead,
         lookahead: Lookahead | NoLookahead,
+        searches: Searches,
+        attention: LastAttention | None = None,
+        histories: HiddenHistories | None = None,
     ) -> None:
         """
         Args:
             auxiliaries: the names of the auxiliary models that can run.
             max_len: tokens that a request can have.
             heads: finds the tensors of a learned head.
+            attention: the last layer's, where it can be read.
+            histories: where hidden states of all positions are kept.
         """
-        self.auxiliary_steps = AuxiliarySteps()
+        self.attention, self.histories = attention, histories
+        self.auxiliary_steps = Counter[str]()  # how often each auxiliary model ran
         self._requests, self._device, self._early, self._lookahead = requests, device, early, lookahead
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
-        self._inputs = MethodInputs(self._tables, heads, early, lookahead)
+        self._inputs = MethodInputs(self._tables, heads, early, lookahead, attention, histories)
+        self.searches = searches
         self._num_decoding = 0  # unfinished requests with a decoding plan
         self._view = NOBODY
-        self.is_in_step = False  # whether a real forward pass is under way: not profiling, warm-up or capture
         self._active: list[ActiveRow] = []  # the rows that become tokens in this step
         self._metadata: DecodingMetadata | None = None  # of these rows, or of those before
         self._step: DecodingStep | None = None
@@ -92,6 +94,11 @@ class LogitsPipeline:
     def has_final_norm(self) -> bool:
         """Whether early layers can be read after the model's final norm."""
         return self._early.has_norm
+
+    @property
+    def num_auxiliaries(self) -> int:
+        """How many auxiliary models can run in a step."""
+        return len(self._auxiliaries)
 
     @property
     def num_lookahead_passes(self) -> int:
@@ -117,6 +124,26 @@ class LogitsPipeline:
         self._metadata = None
         if request.decoding.slot >= 0:
             self._tables.remove(request.decoding.slot)
+        if request.decoding.history_slot >= 0:
+            assert self.histories is not None
+            self.histories.remove(request.decoding.history_slot)
+
+    def copy(self, pairs: Sequence[tuple[PlannedRequest, PlannedRequest]]) -> None:
+        """What is kept of the first of each pair is kept of the second, too, a sequence of the same search."""
+        slots = []
+        for source, target in pairs:
+            if source.decoding is None:
+                continue
+            has_slot = source.decoding.slot >= 0
+            if target.decoding is None:
+                slot = self._tables.add((), 0) if has_slot else -1
+                target.decoding = replace(source.decoding, slot=slot)
+                self._num_decoding += 1
+                self._metadata = None
+            if has_slot:
+                slots.append((source.decoding.slot, target.decoding.slot))
+        if slots:
+            self._tables.copy(slots)
 
     def _state_of(self, plan: DecodingPlan, num_prompt: int, arrival: Arrival) -> RequestState:
         bound, state_size = [], 0
@@ -138,20 +165,24 @@ class LogitsPipeline:
             arrival.bans,
             bound,
             bias=arrival.bias,
+            ends=arrival.ends,
             slot=self._tables.add(arrival.prompt, state_size) if has_slot else -1,
+            history_slot=self.histories.add() if self.histories is not None and plan.keeps_hidden else -1,
         )
 
     def begin_step(self, view: BatchView, input_ids: Tensor | None) -> None:
         """Find the rows that become tokens, and learn the tokens that this step feeds."""
-        self._view, self._active, self._noted, self._step, self.is_in_step = view, [], [], None, True
+        self._view, self._active, self._noted, self._step = view, [], [], None
         self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._num_decoding
         if self._is_decoded:
             return
         here = list(self._decoding_rows())
         self._active = [one for one in here if view.draws[one.row]]
-        if input_ids is not None:
-            slots = [(row, request.slot) for row, request in here if request.slot >= 0]
+        if self.attention is not None and any(request.reads_attention for _, request in self._active):
+            self.attention.forget(view.num_tokens)
+        slots = [(row, request.slot) for row, request in here if request.slot >= 0]
+        if slots and input_ids is not None:
             self._tables.note_tokens(view, slots, input_ids)
 
     def _decoding_rows(self) -> Iterator[ActiveRow]:
@@ -161,24 +192,22 @@ class LogitsPipeline:
                 yield ActiveRow(row, request)
 
     def end_forward(self) -> None:
-        """What follows until the next step is the draw, or no real step."""
-        self.is_in_step = False
+        """Keep the hidden states of the step's tokens, for requests whose methods read those of all positions."""
+        if self.histories is not None:
+            rows = ((row, request.history_slot) for row, request in self._decoding_rows())
+            self.histories.note(self._view, [(row, slot) for row, slot in rows if slot >= 0])
 
     def needed_auxiliaries(self) -> list[str]:
-        """The auxiliary models this step must run: all of them outside of real steps, so that they are profiled,
-        compiled and captured like the base."""
-        if not self.is_in_step:
-            return list(self._auxiliaries)
+        """The auxiliary models this step must run."""
         wanted = {name for _, placed in self._view.planned() for name in placed.auxiliaries}
-        for name in self._auxiliaries:
-            counts = self.auxiliary_steps.run if name in wanted else self.auxiliary_steps.skipped
-            counts[name] = counts.get(name, 0) + 1
-        return [name for name in self._auxiliaries if name in wanted]
+        needed = [name for name in self._auxiliaries if name in wanted]
+        self.auxiliary_steps.update(needed)
+        return needed
 
     @property
     def scores_prompts(self) -> bool:
         """Whether rows of prompts may be asked for whose logits methods change."""
-        return self.is_in_step and any(request.scores_prompt for _, request in self._decoding_rows())
+        return any(request.scores_prompt for _, request in self._decoding_rows())
 
     @property
     def awaits_logits(self) -> bool:
@@ -329,7 +358,10 @@ class LogitsPipeline:
         return drawn
 
     def after_draw(self, logits: Tensor, sampled: Tensor) -> None:
-        """Let methods with state learn what was drawn: (B,) from the logits that `before_draw` gave."""
+        """Let searches decide, which changes `sampled`, and methods with state learn what was drawn: (B,) from the
+        logits that `before_draw` gave."""
+        if self._step is not None and not self._is_drawn:
+            self.searches.decide(self._view, self._step.hidden, logits, sampled)
         self._is_drawn = True
         for call, given in self._noted:
             assert given.state is not None

@@ -40,17 +40,15 @@ class RequestTables:
     def remove(self, slot: int) -> None:
         self._free.append(slot)
 
+    def copy(self, slots: Sequence[tuple[int, int]]) -> None:
+        """What is kept in the first of each pair is kept in the second, too; all at once."""
+        sources, targets = sent(slots, self._device).unbind(1)
+        self._tokens[targets], self._state[targets] = self._tokens[sources], self._state[sources]
+
     def note_tokens(self, view: BatchView, rows: Sequence[tuple[int, int]], input_ids: Tensor) -> None:
         """Keep the tokens that a step feeds to (row, slot) each. Ids of tokens just drawn are on the device only."""
-        if not rows:
-            return
-        index, slots = np.array(rows, np.int64).T
-        lengths = np.diff(view.starts)[index]
-        offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-        positions = np.repeat(view.positions[index], lengths) + offsets
-        tokens = np.repeat(view.starts[index], lengths) + offsets
-        where = sent(np.repeat(slots, lengths), self._device), sent(positions, self._device)
-        self._tokens[where] = input_ids[sent(tokens, self._device)].to(torch.int32)
+        slots, positions, tokens = (sent(numbers, self._device) for numbers in fed(view, rows))
+        self._tokens[slots, positions] = input_ids[tokens].to(torch.int32)
 
     def tokens_of(self, call: MethodCall, positions: Ints) -> Tensor:
         """(R, W) int64 of a call's rows, up to the token at `positions` (R,) each."""
@@ -64,3 +62,13 @@ class RequestTables:
 
     def keep_state(self, call: MethodCall, state: Tensor) -> None:
         self._state[call.slots, call.state] = state
+
+
+def fed(view: BatchView, rows: Sequence[tuple[int, int]]) -> tuple[Ints, Ints, Ints]:
+    """Of every token that a step feeds to (row, slot) each: that slot, its absolute position, its number in the
+    step."""
+    index, slots = np.array(rows, np.int64).T
+    lengths = np.diff(view.starts)[index]
+    offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    positions = np.repeat(view.positions[index], lengths) + offsets
+    return np.repeat(slots, lengths), positions, np.repeat(view.starts[index], lengths) + offsets

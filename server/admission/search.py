@@ -1,0 +1,86 @@
+"""Admission of a search beside what else its request says: what it draws by, how many answers it wants, what is told.
+
+A search takes the place of the draw, so that temperature and truncation do nothing: clients that always send them are
+told. What it cannot do is refused by the field that asks for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.server.admission.decoding import DecodingEntry, GivenEntry
+from whipstaff.server.errors import BadRequest, Unavailable
+from whipstaff.server.registry.capabilities import Capabilities
+
+COUNTS = ("tokens_computed", "tried", "forks", "rollbacks")  # of a search, as its receipt says them
+_OF_VLLM = {"num_beams": "n", "length_penalty": "length_penalty"}  # parameter -> field of its own beam search
+
+
+def vllm_beam_search(num_beams: int, length_penalty: float) -> GivenEntry:
+    """What vLLM's `use_beam_search` stands for."""
+    params = {"num_beams": num_beams, "length_penalty": length_penalty, "scoring": "vllm"}
+    names = {"method": "use_beam_search", "scoring": "use_beam_search", **_OF_VLLM}
+    return GivenEntry("", {"method": "beam_search", **params}, names, ("use_beam_search",))
+
+
+def check_room(entry: DecodingEntry, num_companions: int, caps: Capabilities) -> None:
+    """Whether a search can ever have the sequences that it needs at once. Raises: Unavailable."""
+    method = _method(entry)
+    num, most = method.num_sequences(entry.params) * (1 + num_companions), min(caps.max_search_seqs, caps.max_seqs)
+    if num > most:
+        raise Unavailable(
+            f"the request needs {num} sequences at once and searches run at most {most}; start the server with a "
+            f"larger {'--max-search-seqs' if most < caps.max_seqs else '--max-num-seqs'}",
+            entry.path_of(method.sequences_field),
+        )
+
+
+def check_explained(entry: DecodingEntry, field: str) -> None:
+    """Whether a search can say what it did to each token, as `field` asks. Raises: BadRequest."""
+    if not _method(entry).explains:
+        raise BadRequest(f"{entry.method.name} chooses whole answers, and explains no tokens; leave it out", field)
+
+
+def check_answers(entry: DecodingEntry, num: int) -> None:
+    """Whether a search comes to as many answers as the request wants. Raises: BadRequest."""
+    method = _method(entry)
+    if num > (most := method.num_answers(entry.params)):
+        field = method.sequences_field
+        why = "" if most == 1 or field == "method" else f", its {field}"
+        answers = "one answer" if most == 1 else f"at most {most} answers"
+        raise BadRequest(f"{method.name} comes to {answers}{why}", "n")
+
+
+def check_told(entry: DecodingEntry, request: Any) -> None:
+    """What is told of an answer that was searched. Raises: BadRequest."""
+    name = entry.method.name
+    if field := request.logprobs_field:
+        raise BadRequest(
+            f"{name} tells no log-probabilities of tokens; the receipt has every answer's score. Score an answer with "
+            "the method `forced`",
+            field,
+        )
+    if request.repetition_detection is not None:
+        raise BadRequest(f"{name} does not stop where a text repeats itself; leave it out", "repetition_detection")
+    if request.stops_at_text and (request.n or 1) > 1:
+        raise BadRequest(
+            f"a text cuts one answer where it stands, and {name} is to come to {request.n}; stop_token_ids end each",
+            "stop",
+        )
+
+
+def without_effect(entry: DecodingEntry, request: Any) -> list[str]:
+    """What to say of fields that change what is drawn from."""
+    return [f"{field} did nothing: {entry.method.name} draws no tokens" for field in request.draw_fields]
+
+
+def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:
+    """What the engine says of a finished search, for the receipt; `num_sequences` may have lived at once."""
+    counts = record.get("counts", {})
+    scores = [one["score"] for one in record.get("hypotheses", ())]
+    return {"sequences": num_sequences, **{name: int(counts.get(name, 0)) for name in COUNTS}, "scores": scores}
+
+
+def _method(entry: DecodingEntry) -> SearchMethod[Any]:
+    assert isinstance(entry.method, SearchMethod)
+    return entry.method

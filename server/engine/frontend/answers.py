@@ -1,0 +1,142 @@
+"""Answers of a request that are not just what the engine generates: those of a search, or the best of candidates."""
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from whipstaff.decoding.method import Candidate
+
+SEARCH = "search"  # under which the engine tells of a finished search, beside what it explains
+WORST = -1e9  # JSON has no infinities
+Outputs = AsyncGenerator[Any, None]
+
+
+class Answers(Protocol):
+    """Makes the answers of one prompt."""
+
+    def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
+        """The outputs as they are answered; closing this closes `outputs`."""
+
+    def explained(self, sequence: int, told: dict[str, Any]) -> None:
+        """What the engine says of the next token of one of its sequences, or of the whole search."""
+
+
+class SearchAnswers:
+    """The best answer of a search is what the engine generates, as far as it settles; the others are told when the
+    search is over, and come with its end."""
+
+    def __init__(self, num: int, params: SamplingParams, note: Callable[[dict[str, Any]], None]) -> None:
+        """
+        Args:
+            num: how many answers are wanted.
+            params: by which the engine generates.
+            note: called with what the search came to.
+        """
+        self._num, self._params, self._note = num, params, note
+        self._record: Mapping[str, Any] = {}
+
+    def explained(self, _: int, told: dict[str, Any]) -> None:
+        """What the engine says of the request."""
+        self._record = told[SEARCH]
+        self._note(told[SEARCH])
+
+    async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
+        async with aclosing(outputs):
+            async for output in outputs:
+                if output.finished:
+                    output.outputs += self._further(output, tokenizer)
+                yield output
+
+    def _further(self, output: RequestOutput, tokenizer: Any) -> list[CompletionOutput]:
+        """All answers but the best one."""
+        others = self._record.get("hypotheses", ())[1 : self._num]
+        return [self._answer(index, one, output, tokenizer) for index, one in enumerate(others, 1)]
+
+    def _answer(self, index: int, hypothesis: Mapping[str, Any], output: RequestOutput, tokenizer: Any) -> Any:
+        tokens, is_stopped = list(hypothesis["tokens"]), hypothesis["finish_reason"] == "stop"
+        return CompletionOutput(
+            index=index,
+            text=self._text(tokens, is_stopped, output, tokenizer),
+            token_ids=tokens,
+            cumulative_logprob=None,
+            logprobs=None,
+            finish_reason=hypothesis["finish_reason"],
+            stop_reason=self._stop_reason(tokens) if is_stopped else None,
+            lora_request=output.lora_request,
+        )
+
+    def _text(self, tokens: list[int], is_stopped: bool, output: RequestOutput, tokenizer: Any) -> str:
+        """As vLLM would write it out token by token."""
+        request: Any = SimpleNamespace(
+            request_id=output.request_id,
+            sampling_params=self._params,
+            prompt_token_ids=output.prompt_token_ids,
+            prompt_embeds=None,
+        )
+        detokenizer = IncrementalDetokenizer.from_new_request(tokenizer if self._params.detokenize else None, request)
+        detokenizer.update(tokens, is_stopped)
+        text: str = detokenizer.get_next_output_text(finished=True, delta=False)
+        return text
+
+    def _stop_reason(self, tokens: list[int]) -> int | None:
+        """The token that ended an answer, if it is not the model's own."""
+        is_asked = tokens[-1] in (self._params.stop_token_ids or ()) and tokens[-1] != self._params.eos_token_id
+        return tokens[-1] if is_asked else None
+
+
+class RankedAnswers:
+    """The best of the answers that the engine generates, once all are there."""
+
+    def __init__(
+        self,
+        num: int,
+        score: Callable[[Candidate], float],
+        note: Callable[[dict[str, Any]], None],
+        explain: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:
+        """
+        Args:
+            num: how many answers are wanted.
+            score: of a candidate; the higher the better.
+            note: called with what the ranking came to.
+            explain: called with the number of an answer and what is said of its next token; None: nobody asked.
+        """
+        self._num, self._score, self._note, self._explain = num, score, note, explain
+        self._explained: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by candidate
+
+    def explained(self, sequence: int, told: dict[str, Any]) -> None:
+        """What the engine says of a candidate's next token."""
+        self._explained[sequence].append(told)
+
+    async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
+        async with aclosing(outputs):
+            async for output in outputs:
+                output.outputs = self._best(output.outputs)
+                yield output
+
+    def _best(self, candidates: Sequence[CompletionOutput]) -> list[CompletionOutput]:
+        """The best of all candidates, of equal ones the first; numbered anew."""
+        scored = [(self._scored(one), one) for one in candidates]
+        scored.sort(key=lambda one: -one[0])
+        num_tokens = sum(len(one.token_ids) for one in candidates)
+        self._note({"hypotheses": [{"score": score} for score, _ in scored], "counts": {"tokens_computed": num_tokens}})
+        found = []
+        for index, (_, one) in enumerate(scored[: self._num]):
+            if self._explain is not None:
+                for told in self._explained[one.index]:
+                    self._explain(index, told)
+            found.append(replace(one, index=index))
+        return found
+
+    def _scored(self, one: CompletionOutput) -> float:
+        """One that was cut off before its first token is none."""
+        if not one.token_ids or one.cumulative_logprob is None:
+            return WORST
+        return self._score(Candidate(len(one.token_ids), one.cumulative_logprob, self._explained[one.index]))

@@ -1,0 +1,86 @@
+"""Searches between the scheduler, which moves sequences, and the worker, where methods decide.
+
+With each step that a search takes the scheduler says which seats live; with the step's output comes a verdict: what
+lives on, in which seat, from whose tokens; or the answers. A verdict is known when tokens are drawn, so it travels as
+plain data beside them, also where outputs are still on their way from the device.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from whipstaff.decoding.search.search import Hypothesis
+from whipstaff.server.engine.patch import swap
+
+
+class SearchStep(NamedTuple):
+    """A step of one search, as the scheduler tells it."""
+
+    living: tuple[str, ...]  # seats, in the order of the last verdict
+    seats: tuple[str, ...]  # all that it has; the primary's is the first
+    max_tokens: int  # that an answer may have
+    room: int  # the most tokens that a living sequence may have generated
+
+
+class Placed(NamedTuple):
+    """A sequence that lives on."""
+
+    seat: str
+    source: str  # the seat whose tokens it continues
+    keep: int  # how many of those that were generated there it keeps
+    tokens: tuple[int, ...]  # that follow
+
+    @property
+    def stays(self) -> bool:
+        """Whether it may be that nothing moves: it depends on whether all tokens are kept."""
+        return self.seat == self.source and len(self.tokens) == 1
+
+
+class Verdict(NamedTuple):
+    """What one step of a search came to."""
+
+    living: tuple[Placed, ...]  # none once it is over
+    settled: int = 0  # leading tokens of the first that every answer will have
+    hypotheses: tuple[Hypothesis, ...] = ()  # once it is over, best first
+    counts: Mapping[str, int] = {}  # of the whole search, once it is over
+    facts: tuple[Mapping[str, Any], ...] = ()  # of its steps, likewise, where the request wants things explained
+
+
+def seat_id(primary: str, index: int) -> str:
+    """The id of a further seat; 1 is the first."""
+    return f"{primary}/seat{index}"
+
+
+def companion_id(lead: str, index: int) -> str:
+    """The id of a companion of a request or of a seat; 1 is the first."""
+    return f"{lead}/{index}"
+
+
+def attach_verdicts(output: Any, verdicts: Mapping[str, Verdict]) -> Any:
+    """Let a step's output carry verdicts, by primary, to the scheduler."""
+    if not verdicts or output is None:
+        return output
+    if isinstance(output, AsyncModelRunnerOutput):
+        swap(output, _decided(type(output), verdicts))
+    else:
+        output.whipstaff_verdicts = verdicts
+    return output
+
+
+def _decided(cls: Any, verdicts: Mapping[str, Verdict]) -> type:
+    """The class that is laid over that of an output which is still on its way from the device; see `explanations`."""
+
+    class Decided(cls):
+        def get_output(self) -> ModelRunnerOutput:
+            ready: ModelRunnerOutput = cls.get_output(self)
+            ready.whipstaff_verdicts = verdicts
+            return ready
+
+    return Decided
+
+
+def verdicts_of(output: Any) -> Mapping[str, Verdict]:
+    """Those that a step's output carries."""
+    found: Mapping[str, Verdict] = getattr(output, "whipstaff_verdicts", {})
+    return found

@@ -1,0 +1,1 @@
+"""Requests that search: methods decide over several sequences, in the place of the draw."""

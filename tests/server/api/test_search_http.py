@@ -1,0 +1,219 @@
+"""Searches and ranked answers over HTTP: beams are transformers', vLLM's own beam search answers the same, the best
+candidates are those that their own log-probabilities say; what cannot be is refused by its field."""
+
+import json
+import time
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from asking import PAIR, PROMPT, PUSH, Post, assert_refused, data_events, metrics, ok, streamed_text, texts
+from asking import tokens as tokens_of
+from serving import Server
+from transformers import LlamaForCausalLM
+
+from whipstaff.steering import vector_file
+
+from .test_http import left_alone
+
+pytestmark = pytest.mark.engine
+
+NUM_TOKENS, BEAMS = 10, 4
+PROMPTS = [PROMPT, "import os\n\nclass", "x = [1, 2"]
+NEUTRAL = PUSH | {"scale": 1e-9}  # a vector that changes no token
+
+
+@pytest.fixture(scope="module")
+def complete(complete: Post) -> Post:
+    """Without the temperature that other tests say, which a search has no use for."""
+    return partial(complete, max_tokens=NUM_TOKENS, temperature=None)
+
+
+@pytest.fixture(scope="module")
+def chat(chat: Post) -> Post:
+    return partial(chat, max_tokens=NUM_TOKENS, temperature=None)
+
+
+@pytest.fixture(scope="module")
+def model(server: Server) -> Any:
+    return LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def beams_of(model: Any, ids: list[int], num: int, **more: Any) -> tuple[list[list[int]], list[float]]:
+    """The best answers of transformers' beam search, without padding, and their scores."""
+    found = model.generate(
+        torch.tensor([ids]),
+        **{"num_beams": BEAMS, "max_new_tokens": NUM_TOKENS, "do_sample": False} | more,
+        num_return_sequences=num,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    texts = [[token for token in row[len(ids) :].tolist() if token != 2] for row in found.sequences]
+    return texts, found.sequences_scores.tolist()
+
+
+@pytest.mark.parametrize("more", [{}, {"length_penalty": 0.2}, {"early_stopping": True}])
+def test_beams_are_those_of_transformers(server: Server, complete: Post, model: Any, more: dict[str, Any]) -> None:
+    answer = ok(complete(PROMPTS, num_beams=BEAMS, num_return_sequences=3, **more))
+    said = answer["whipstaff"]
+    assert len(answer["choices"]) == 3 * len(PROMPTS) and said["warnings"] == []
+    assert said["decoding"][0]["num_beams"] == BEAMS and len(said["search"]) == len(PROMPTS)
+    for number, search in enumerate(said["search"]):
+        choices = answer["choices"][3 * number : 3 * number + 3]
+        wanted, scores = beams_of(model, choices[0]["prompt_token_ids"], 3, **more)
+        assert [one["token_ids"] for one in choices] == wanted
+        assert search["scores"][:3] == pytest.approx(scores, abs=1e-4)
+        assert search["sequences"] == BEAMS and search["forks"] > 0 and search["tokens_computed"] > NUM_TOKENS
+    assert answer["usage"]["completion_tokens"] == sum(len(one["token_ids"]) for one in answer["choices"])
+    assert [one["index"] for one in answer["choices"]] == list(range(3 * len(PROMPTS)))
+
+
+def test_a_chat_and_a_stream_say_the_same(complete: Post, chat: Post) -> None:
+    fields = {"num_beams": BEAMS, "n": 2}
+    for ask in (complete, chat):
+        whole = ask(**fields)
+        events = data_events(ask(stream=True, stream_options={"include_usage": True}, **fields))[:-1]
+        chunks = [json.loads(event) for event in events]
+        assert [streamed_text(chunks, index) for index in range(2)] == texts(whole) and texts(whole)[0] != texts(whole)[
+            1
+        ]
+        assert chunks[-1]["usage"]["completion_tokens"] == whole.json()["usage"]["completion_tokens"]
+        assert chunks[-1]["whipstaff"]["search"] == whole.json()["whipstaff"]["search"]
+
+
+def test_beams_go_together_with_the_rest(complete: Post) -> None:
+    """Steering, conditions, mixes, further prompts, penalties, biases."""
+    alone = tokens_of(complete(num_beams=BEAMS))
+    push = {"vector": "push", "scale": 0.5, "where": "all"}
+    when = {"probe": "probe", "above": 0.0, "decide": "step"}
+    others: list[dict[str, Any]] = [
+        {"steering": push},
+        {"steering": push | {"when": when, "layers": [1, 2]}},
+        {"decoding": [PAIR]},
+        {"decoding": [{"method": "cfg", "guidance_scale": 3.0, "negative_prompt": "import"}]},
+        {"repetition_penalty": 2.0},
+        {"logit_bias": {str(alone[0]): -100}},
+    ]
+    found = [tokens_of(complete(num_beams=2, **fields)) for fields in others]
+    assert all(tokens != alone for tokens in found) and len(set(map(tuple, found))) == len(others)
+    assert found == [tokens_of(complete(num_beams=2, **fields)) for fields in others]
+
+
+@pytest.mark.parametrize("more", [{}, {"length_penalty": 0.0}, {"ignore_eos": True}])
+def test_vllms_beam_search_answers_the_same(complete: Post, more: dict[str, Any]) -> None:
+    """At temperature 0: at others, vLLM adds a token that it draws to each beam's candidates."""
+    fields = {"use_beam_search": True, "n": 3, "temperature": 0, **more}
+    theirs, ours = complete(**fields), complete(**fields, steering=NEUTRAL)
+    assert texts(ours) == texts(theirs)
+    said = ours.json()["whipstaff"]
+    assert said["search"][0]["sequences"] == 3 and said["decoding"][0]["scoring"] == "vllm"
+    assert texts(complete(**fields, steering=PUSH)) != texts(theirs)
+
+
+def test_a_tree_search_tells_its_classifiers_scores(complete: Post) -> None:
+    kcts = {"method": "kcts", "classifier": "wary", "k": 4, "simulations": 6}
+    answer = ok(complete(decoding=kcts, max_tokens=4, ignore_eos=True, explain={"top": 0}))
+    (choice,) = answer["choices"]
+    assert [one["id"] for one in choice["explain"]] == choice["token_ids"]
+    assert all(0 < one["facts"]["classifier"] < 1 and one["token"] is not None for one in choice["explain"])
+
+
+# ---- ranked answers
+
+
+def test_the_best_of_several(complete: Post, chat: Post) -> None:
+    sampled = {"temperature": 1.0, "seed": 5}
+    everybody = ok(complete(n=6, logprobs=0, **sampled))["choices"]
+    means = [sum(one["logprobs"]["token_logprobs"]) / len(one["token_ids"]) for one in everybody]
+    order = sorted(range(6), key=lambda index: -means[index])
+    answer = ok(complete(n=2, best_of=6, **sampled))
+    assert [one["token_ids"] for one in answer["choices"]] == [everybody[index]["token_ids"] for index in order[:2]]
+    (ranked,) = answer["whipstaff"]["search"]
+    assert ranked["scores"] == pytest.approx(sorted(means, reverse=True), abs=1e-3)
+    assert (ranked["sequences"], ranked["tokens_computed"]) == (6, sum(len(one["token_ids"]) for one in everybody))
+    assert answer["usage"]["completion_tokens"] == sum(len(one["token_ids"]) for one in answer["choices"])
+    for ask in (complete, chat):
+        chunks = [json.loads(event) for event in data_events(ask(best_of=4, n=2, stream=True, **sampled))[:-1]]
+        assert [streamed_text(chunks, index) for index in range(2)] == texts(ask(best_of=4, n=2, **sampled))
+
+
+def test_who_else_ranks(server: Server, complete: Post, model: Any) -> None:
+    sampled = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
+    everybody = ok(complete(n=4, explain={"top": 1}, **sampled))["choices"]
+    judge = LlamaForCausalLM.from_pretrained(server.models["expert"], dtype=torch.float32).eval()
+    head = vector_file.read(server.log.parent / "heads" / "wary.safetensors").shared_parts
+
+    @torch.inference_mode()
+    def by_model(prompt: list[int], answer: list[int]) -> float:
+        log_p = judge(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+        return float(sum(log_p[len(prompt) + i - 1, token] for i, token in enumerate(answer)) / len(answer))
+
+    @torch.inference_mode()
+    def by_classifier(prompt: list[int], answer: list[int]) -> float:
+        hidden = model.model(torch.tensor([[*prompt, *answer[:-1]]])).last_hidden_state[0, -1]
+        return float((head["weight"] @ hidden + head["bias"]).log_softmax(-1)[1])
+
+    prompt = everybody[0]["prompt_token_ids"]
+    for own, score in (({"model": "expert"}, by_model), ({"classifier": "wary"}, by_classifier)):
+        scores = [score(prompt, one["token_ids"]) for one in everybody]
+        answer = ok(complete(decoding={"method": "best_of", "num_candidates": 4, **own}, **sampled))
+        assert answer["whipstaff"]["search"][0]["scores"] == pytest.approx(sorted(scores, reverse=True), abs=1e-3)
+        (choice,) = answer["choices"]
+        assert choice["token_ids"] == everybody[scores.index(max(scores))]["token_ids"] and "explain" not in choice
+
+
+# ---- what is refused, and what is left behind
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "room": ({"num_beams": 60}, 422, "num_beams"),
+    "answers": ({"num_beams": 2, "n": 3}, 400, "n"),
+    "grammar": ({"num_beams": 2, "structured_outputs": {"regex": "[0-9]"}}, 400, "num_beams"),
+    "logprobs": ({"num_beams": 2, "logprobs": 1}, 400, "logprobs"),
+    "truncation": ({"num_beams": 2, "typical_p": 0.5}, 400, "typical_p"),
+    "attention": ({"decoding": {"method": "opera"}}, 422, "decoding.method"),
+    "one candidate": ({"decoding": {"method": "opera", "candidates": 1}}, 400, "decoding.candidates"),
+    "no classifier": ({"decoding": {"method": "kcts"}}, 400, "decoding.classifier"),
+    "absent classifier": ({"decoding": {"method": "kcts", "classifier": "nobody"}}, 404, "decoding.classifier"),
+    "stop": ({"num_beams": 2, "n": 2, "stop": ["a"]}, 400, "stop"),
+    "fewer": ({"best_of": 2, "n": 3}, 400, "n"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_their_field(complete: Post, name: str) -> None:
+    fields, status, param = REFUSED[name]
+    assert_refused(complete(**fields), status, param)
+    assert_refused(complete(stream=True, **fields), status, param)
+
+
+def test_a_temperature_is_told_to_do_nothing(complete: Post) -> None:
+    answer = complete(num_beams=2, temperature=0.7)
+    assert answer.json()["whipstaff"]["warnings"] == ["temperature did nothing: beam_search draws no tokens"]
+    assert tokens_of(answer) == tokens_of(complete(num_beams=2))
+
+
+def test_a_stop_string_cuts_the_answer(complete: Post) -> None:
+    (whole,) = texts(complete(num_beams=BEAMS))
+    (cut,) = texts(complete(num_beams=BEAMS, stop=[whole[4:6]]))
+    assert cut == whole[: whole.index(whole[4:6])]
+
+
+def test_nothing_is_left_of_searches_whose_clients_went_away(
+    server: Server, http: httpx.Client, complete: Post
+) -> None:
+    before = metrics(http)["whipstaff_search_forks_total", ()]
+    with left_alone(server, num_beams=BEAMS, max_tokens=300):
+        complete(num_beams=BEAMS, ignore_eos=True)
+    tokens_of(complete(num_beams=2))
+    for _ in range(200):  # the server asks its worker now and then
+        now = metrics(http)
+        is_told = now["whipstaff_search_forks_total", ()] > before
+        if is_told and not (now["whipstaff_searches_running", ()] or now["whipstaff_search_sequences_living", ()]):
+            break
+        complete(max_tokens=1)
+        time.sleep(0.05)
+    assert not now["whipstaff_searches_running", ()] and not now["whipstaff_search_sequences_living", ()]
+    assert now["whipstaff_search_forks_total", ()] > before

@@ -1,0 +1,68 @@
+"""Explanations reach who asked for them, of the sequence that they are of, for as long as vLLM knows of it."""
+
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+from whipstaff.server.engine.explanations import EXPLAIN_KEY, relay
+from whipstaff.server.engine.frontend.launch import Listening, PlanDict
+from whipstaff.server.engine.patch import swap
+from whipstaff.server.plan import PLAN_KEY, RequestPlan
+
+
+def request(name: str, plan: PlanDict | None) -> EngineCoreRequest:
+    params = SamplingParams(detokenize=False, extra_args=None if plan is None else {PLAN_KEY: plan})
+    return EngineCoreRequest(name, [1, 2], None, params, None, 0.0, None, None, None, external_req_id=name)
+
+
+def output(name: str, token: int, is_last: bool = False) -> EngineCoreOutput:
+    return EngineCoreOutput(name, [token], finish_reason=FinishReason.LENGTH if is_last else None)
+
+
+def test_each_goes_to_the_sequence_that_it_is_of() -> None:
+    told: list[tuple[str, int, Any]] = []
+
+    def plan(name: str) -> PlanDict:
+        def explained(index: int, record: dict[str, Any]) -> None:
+            told.append((name, index, record["of"]))
+
+        return PlanDict(RequestPlan().to_wire(), explained=explained)
+
+    made: Any = OutputProcessor(None, log_stats=False)
+    swap(made, Listening)
+    silent = PlanDict(RequestPlan().to_wire())
+    for name, its, index in (("a", plan("a"), 1), ("b", plan("b"), 0), ("silent", silent, 0), ("plain", None, 0)):
+        queue = RequestOutputCollector(SamplingParams().output_kind, name)
+        made.add_request(request(name, its), None, None, index, queue)
+
+    def step(*outputs: EngineCoreOutput, **records: Any) -> None:
+        relay({name: {"of": of} for name, of in records.items()}, {0: _Outputs(outputs)})
+        made.process_outputs(list(outputs))
+        assert all(one.kv_transfer_params is None for one in outputs)
+
+    step(output("a", 5), output("b", 6), output("silent", 7), output("plain", 8), a="5", b="6")
+    step(output("a", 9), output("plain", 8), a="9")
+    step(output("a", 3, is_last=True), a="3")
+    made.abort_requests(["b"], internal=True)
+    step(output("a", 1), output("b", 2), a="1", b="2")  # on their way when it was over
+    assert told == [("a", 1, "5"), ("b", 0, "6"), ("a", 1, "9"), ("a", 1, "3")]
+
+
+class _Outputs:
+    """Of one client in one step."""
+
+    def __init__(self, outputs: Any) -> None:
+        self.outputs = outputs
+
+
+def test_other_connectors_fields_stay() -> None:
+    """The field is a KV connector's; what another one says in it is none of ours."""
+    made: Any = OutputProcessor(None, log_stats=False)
+    swap(made, Listening)
+    made.add_request(request("a", None), None, None, 0, RequestOutputCollector(SamplingParams().output_kind, "a"))
+    theirs = output("a", 5)
+    theirs.kv_transfer_params = {"theirs": 1}
+    made.process_outputs([theirs])
+    assert theirs.kv_transfer_params == {"theirs": 1} and EXPLAIN_KEY not in theirs.kv_transfer_params

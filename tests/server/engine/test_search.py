@@ -1,0 +1,255 @@
+"""Searches in whole engines: beams and a tree search, token by token and score by score against the same methods driven
+over plain transformers, which computes every text from scratch.
+
+The step budget is smaller than the long prompts (chunked prefill), there are blocks for a part of the requests only
+(preemption), and plain, steered, proxy-tuned and guided requests run in the same batch, some of which search.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import tiny
+import torch
+from engines import Ask, EngineUnderTest, edit, running
+from modes import THREE
+from reference import steered
+from search_loop import Loop, Ran
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
+from whipstaff.decoding.plan import DecodingPlan, SearchPlan
+from whipstaff.decoding.search.beam_search import BeamSearch, BeamSearchParams
+from whipstaff.decoding.search.kcts import Kcts, KctsParams
+from whipstaff.server.engine.frontend.launch import PlanDict
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
+from whipstaff.steering.plan import SteeringPlan
+from whipstaff.steering.vector_file import Header, Vector
+from whipstaff.steering.where import Where
+
+pytestmark = pytest.mark.engine
+
+MAX_LEN, HIDDEN, GUIDANCE, EOS = 160, 96, 1.7, (7, 11)
+
+
+@dataclass
+class Case:
+    """A request in both worlds."""
+
+    prompt: list[int]
+    beams: int = 0  # 0: none
+    simulations: int = 0  # of a tree search; 0: none
+    scale: float = 0.0  # of the vector, on every token
+    weight: float = 0.0  # of the auxiliary model
+    negative: tuple[int, ...] = ()  # another prompt, from which the request is guided away
+    max_tokens: int = 12
+    length_penalty: float = 1.0
+    ends: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    abort_after: float | None = None  # seconds
+
+    @property
+    def method(self) -> Any:
+        return BeamSearch() if self.beams else Kcts()
+
+    @property
+    def setting(self) -> Any:
+        if self.beams:
+            return BeamSearchParams(num_beams=self.beams, length_penalty=self.length_penalty)
+        return KctsParams(classifier="it", k=6, simulations=self.simulations)
+
+    @property
+    def searches(self) -> bool:
+        return bool(self.beams or self.simulations)
+
+
+@dataclass
+class Bench:
+    mode: str
+    engine: EngineUnderTest
+    head: Vector
+    vector: Vector
+    base: Any
+    other: Any
+
+    def plan(self, case: Case) -> RequestPlan:
+        mix = Mix.of({"other": case.weight}) if case.weight else None
+        if case.negative:
+            mix = Mix((Term(MAIN, GUIDANCE, True), Term(Stream("", 1), 1 - GUIDANCE, True)))
+        heads = (self.head.digest,) if case.simulations else ()
+        setting = case.setting.model_dump_json() if case.searches else ""
+        search = SearchPlan(case.method.name, setting, max(case.beams, 1), heads) if case.searches else None
+        edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
+        decoding = DecodingPlan(mix, search=search) if mix or search else None
+        companions = (CompanionPlan(case.negative),) if case.negative else ()
+        return RequestPlan(SteeringPlan(edits) if edits else None, decoding, companions=companions)
+
+    async def answer(self, case: Case) -> tuple[list[int], dict[str, Any]]:
+        """The tokens, and what was told of the search."""
+        told: dict[str, Any] = {}
+        plan = PlanDict(self.plan(case).to_wire(), explained=lambda index, record: told.update(record))
+        params = SamplingParams(
+            max_tokens=case.max_tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            stop_token_ids=list(case.ends),
+            repetition_penalty=case.repetition_penalty,
+            extra_args={PLAN_KEY: plan},
+        )
+        outputs = self.engine.engine.generate({"prompt_token_ids": case.prompt}, params, f"test-{uuid4()}")
+        seen: list[int] = []
+
+        async def take() -> None:
+            async for output in outputs:
+                found = list(output.outputs[0].token_ids)
+                assert found[: len(seen)] == seen, "what was told is taken back"
+                seen[:] = found
+
+        try:
+            await asyncio.wait_for(take(), case.abort_after)
+        except TimeoutError:
+            assert case.abort_after is not None
+            await outputs.aclose()
+        return seen, told.get("search", {})
+
+    def answers(self, *cases: Case) -> list[tuple[list[int], dict[str, Any]]]:
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*map(self.answer, cases))
+
+        return self.engine.run(all_of_them())
+
+    def scores(self, case: Case, ids: Sequence[int]) -> Tensor:
+        """(V,) what the next token is drawn from."""
+        ids = list(ids)
+        edits = [
+            steered.Edit(site, layer, case.scale, None, parts["add"], lambda position, prompt_len: True)
+            for (site, layer), parts in (self.vector.tensors.items() if case.scale else ())
+        ]
+        row = steered.logits(self.base, ids, len(case.prompt), edits)[-1]
+        if case.weight:
+            row = row + case.weight * steered.logits(self.other, ids, len(case.prompt), [])[-1]
+        if case.negative:
+            away = steered.logits(self.base, [*case.negative, *ids[len(case.prompt) :]], 0, [])[-1]
+            row = GUIDANCE * row.log_softmax(-1) + (1 - GUIDANCE) * away.log_softmax(-1)
+        if case.repetition_penalty != 1:
+            said = sorted(set(ids))
+            row[said] = torch.where(
+                row[said] > 0, row[said] / case.repetition_penalty, row[said] * case.repetition_penalty
+            )
+        return row
+
+    def expected(self, case: Case) -> Ran:
+        def rewritten(texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+            return torch.stack([self.scores(case, text) for text in texts])
+
+        heads = {"classifier": dict(self.head.shared_parts)} if case.simulations else {}
+        loop = Loop(self.base, rewrite=rewritten)
+        return loop.run(case.method, case.setting, case.prompt, case.max_tokens, case.ends, heads)
+
+    def check(self, case: Case, tokens: list[int], told: dict[str, Any]) -> None:
+        if not case.searches:
+            ids = list(case.prompt)
+            for token in tokens:
+                assert token == int(self.scores(case, ids).argmax()), (case, ids)
+                ids.append(token)
+            assert len(tokens) == case.max_tokens and not told
+            return
+        ran = self.expected(case)
+        assert tuple(tokens) == ran.best, case
+        assert [tuple(one["tokens"]) for one in told["hypotheses"]] == [one.tokens for one in ran.hypotheses]
+        assert [one["finish_reason"] for one in told["hypotheses"]] == [one.finish_reason for one in ran.hypotheses]
+        scores = [one["score"] for one in told["hypotheses"]]
+        assert scores == pytest.approx([one.score for one in ran.hypotheses], abs=1e-3)
+
+    def idle(self) -> None:
+        """Nothing is left behind."""
+        self.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
+        counters = self.engine.counters()
+        held = "requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"
+        assert {name: counters[name] for name in held} == dict.fromkeys(held, 0)
+
+
+@pytest.fixture(scope="module", params=THREE)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder, mode = tmp_path_factory.mktemp("models"), request.param
+    path = tiny.save("llama", folder / "base", 0)
+    other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
+    with running(
+        mode,
+        path,
+        [("other", other)],
+        lookahead=True,
+        max_search_seqs=12,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=64,
+        max_num_seqs=16,
+        num_gpu_blocks_override=28,
+    ) as engine:
+        random = torch.Generator().manual_seed(5)
+        vector = engine.add_vector(
+            {f"resid_post.{layer}.add": 0.4 * torch.randn(HIDDEN, generator=random) for layer in (0, 2)}
+        )
+        parts = {"weight": torch.randn(2, HIDDEN, generator=random), "bias": torch.tensor([0.5, -0.5])}
+        head = engine.add_vector(parts, Header(method="prefix_classifier", model=engine.shape))
+        models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (path, other)]
+        yield Bench(mode, engine, head, vector, *models)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    random = torch.Generator().manual_seed(seed)
+    return (3 + torch.randint(tiny.VOCABULARY - 3, (length,), generator=random)).tolist()
+
+
+def test_beams_alone(bench: Bench) -> None:
+    case = Case(prompt(9), beams=4, ends=EOS)
+    ((tokens, told),) = bench.answers(case)
+    bench.check(case, tokens, told)
+    assert told["counts"]["forks"] > 3 and told["counts"]["tokens_computed"] > case.max_tokens
+    bench.idle()
+
+
+def test_a_tree_search_goes_back(bench: Bench) -> None:
+    case = Case(prompt(33, 1), simulations=8, max_tokens=5)
+    ((tokens, told),) = bench.answers(case)
+    bench.check(case, tokens, told)
+    assert bench.engine.counters()["search_rollbacks"] > 0
+    bench.idle()
+
+
+def test_in_a_mixed_batch(bench: Bench) -> None:
+    cases = [
+        Case(prompt(9, 1), beams=4, ends=EOS),
+        Case(prompt(70, 2)),
+        Case(prompt(70, 3), beams=3, length_penalty=0.0),
+        Case(prompt(33, 4), beams=3, scale=1.5, ends=EOS),
+        Case(prompt(31, 6), scale=1.5),
+        Case(prompt(62, 7), weight=0.7),
+        Case(prompt(61, 8), beams=2, weight=0.7),
+        Case(prompt(30, 12), negative=tuple(prompt(31, 13))),
+        Case(prompt(30, 14), beams=2, negative=tuple(prompt(61, 15))),
+        Case(prompt(31, 16), simulations=6, max_tokens=4),
+        Case(prompt(1, 17), beams=3),
+        Case(prompt(29, 18), beams=4, repetition_penalty=1.4, max_tokens=20),
+    ]
+    for _ in range(1 if bench.mode.startswith("v2") else 2):
+        for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
+            bench.check(case, tokens, told)
+    bench.idle()
+
+
+def test_going_away_in_the_middle(bench: Bench) -> None:
+    stay = Case(prompt(20, 30), beams=3)
+    leave = [
+        Case(prompt(20 + 9 * index, 31 + index), beams=4, max_tokens=60, abort_after=0.05 * index) for index in range(6)
+    ]
+    leave += [Case(prompt(40, 40), simulations=30, max_tokens=60, abort_after=0.2)]
+    (found, *_) = bench.answers(stay, *leave)
+    bench.check(stay, *found)
+    bench.idle()
