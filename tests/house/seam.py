@@ -26,6 +26,7 @@ REQUEST = "vllm.v1.request.Request"
 ATTENTION = "vllm.model_executor.layers.attention.attention.Attention"
 BLOCK_POOL = "vllm.v1.core.block_pool.BlockPool"
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator"
+CACHE_MANAGER = "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager.KVCacheManager"
 SERVING = "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion"
 ROUTERS = "vllm.model_executor.layers.fused_moe.router"
@@ -43,6 +44,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
+    "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "frontend.launch.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "scheduler.groups.GroupedScheduling": (SCHEDULER,),
     "frontend.launch.Engine": ("vllm.v1.engine.async_llm.AsyncLLM",),
@@ -105,19 +107,21 @@ REACHED: tuple[str, ...] = (
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "
         "max_num_active_reqs max_num_scheduled_tokens max_num_encoder_input_tokens max_model_len parallel_config "
         "scheduler_config need_mamba_block_aligned_split grammar_compile_error_reqs num_waiting_for_streaming_input "
-        "_pause_state _inflight_prefill_reserved_blocks",
+        "deferred_waiting reset_preempted_req_ids _pause_state _inflight_prefill_reserved_blocks",
     ),
     *_of(
         REQUEST,
-        "_all_token_ids _block_hasher arrival_time block_hashes cache_salt client_index drop_stale_output "
-        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_output_placeholders num_output_tokens "
-        "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id sampling_params "
-        "skip_reading_prefix_cache status stop_reason update_block_hashes",
+        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids arrival_time block_hashes cache_salt "
+        "client_index drop_stale_output is_prefill_chunk lora_request max_tokens num_computed_tokens "
+        "num_output_placeholders num_output_tokens num_preemptions num_prompt_tokens "
+        "num_stale_output_tokens num_tokens priority request_id sampling_params "
+        "skip_reading_prefix_cache status stop_reason take_prefill_stats update_block_hashes",
     ),
     *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
     *_of(KV_MANAGER, "watermark_blocks"),
-    *_of(BLOCK_POOL, "get_num_free_blocks num_gpu_blocks"),
-    *_of(COORDINATOR, "get_num_blocks_to_allocate single_type_managers"),
+    *_of(BLOCK_POOL, "free_blocks get_new_blocks get_num_free_blocks is_block_writable num_gpu_blocks"),
+    *_of(COORDINATOR, "get_num_blocks_to_allocate scheduler_block_size single_type_managers"),
+    *_of(CACHE_MANAGER, "_pending_cow_copies block_size get_num_skipped_tokens num_cached_block req_to_blocks"),
     *_of(
         "vllm.v1.core.sched.output.CachedRequestData",
         "all_token_ids new_block_ids new_token_ids num_computed_tokens num_output_tokens req_ids resumed_req_ids",
@@ -188,7 +192,7 @@ class Seam:
 
     def private(self) -> set[str]:
         """Names with an underscore that are read on anything but `self`, less those that our sources define."""
-        ours = {"_replace"}.union(*map(_defined, self._trees.values()))  # a named tuple's
+        ours = {"_replace", "_asdict", "_fields"}.union(*map(_defined, self._trees.values()))  # named tuples'
         return {
             node.attr
             for tree in self._trees.values()
