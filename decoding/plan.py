@@ -51,8 +51,8 @@ class DecodingPlan:
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
     explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
-    search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
     keeps_hidden: bool = False  # whether the hidden states of all positions are kept
+    search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
 
     @property
     def models(self) -> list[str]:
@@ -74,8 +74,8 @@ class DecodingPlan:
             "seed": self.seed,
             "explain": self.explain,
             "scores_base": self.scores_base,
-            "search": list(self.search) if self.search else None,
             "keeps_hidden": self.keeps_hidden,
+            "search": list(self.search) if self.search else None,
         }
 
     @staticmethod
@@ -90,8 +90,8 @@ class DecodingPlan:
             wire["seed"],
             wire["explain"],
             wire["scores_base"],
-            _search(*wire["search"]) if wire["search"] else None,
             wire["keeps_hidden"],
+            _search(*wire["search"]) if wire["search"] else None,
         )
 
 

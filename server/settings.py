@@ -67,21 +67,20 @@ class Settings(BaseSettings):
         "request gets room for one token more",
     )
 
-    max_search_seqs: int | None = Field(
-        None,
-        gt=0,
-        description="sequences that requests which search, such as beam_search, may have at once, all together "
-        "(default: half of --max-num-seqs, but 5 where there are as many)",
-    )
-
     attention_rows: bool = Field(
         False,
-        description="let methods read how much a token looks at those before it in the last layer, such as opera_lite",
+        description="let methods read how much a token looks at those before it in the last layer, such as opera",
     )
     hidden_states: int = Field(
         0,
         ge=0,
         description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+    max_search_seqs: int | None = Field(
+        None,
+        gt=0,
+        description="sequences that requests which search, such as beam_search, may have at once, all together "
+        "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
     @field_validator("early_layers", mode="before")
@@ -158,8 +157,8 @@ class Settings(BaseSettings):
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
             ("early_layers", "store", "LAYERS"),
-            ("max_search_seqs", "store", "N"),
             ("hidden_states", "store", "N"),
+            ("max_search_seqs", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description

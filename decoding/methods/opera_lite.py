@@ -72,7 +72,7 @@ class OperaLite(LogitsRewriter[OperaLiteParams]):
     def is_off(self, params: OperaLiteParams) -> bool:
         return params.penalty_weight == 0
 
-    def place(self, setting: OperaLiteParams, prompt: PromptFacts) -> OperaLiteSetting:
+    def at_prompt(self, setting: OperaLiteParams, prompt: PromptFacts) -> OperaLiteSetting:
         all_but_first = ((1, prompt.num_tokens),) if prompt.num_tokens > 1 else ()
         span = all_but_first if setting.span is None else span_at(setting.span, prompt)
         return OperaLiteSetting(**setting.model_dump(exclude={"span"}), span=span)

@@ -255,10 +255,10 @@ def _check_early(bare: DecodingEntry, layers: Sequence[int], kept: frozenset[int
 
 def lacking(method: LogitsRewriter[Any] | SearchMethod[Any], caps: Capabilities) -> str:
     """What a method reads that this server does not have, and the flag that it lacks; "" if nothing."""
-    tries = "tries tokens before one is chosen", "--lookahead"
+    tries = "tries tokens before one is chosen"
     needs = {
-        "tries": (caps.looks_ahead, *tries),
-        "lookahead": (caps.looks_ahead or bool(method.ahead_fields), *tries),
+        "tries": (caps.looks_ahead, tries, "--lookahead"),
+        "lookahead": (caps.looks_ahead or bool(method.ahead_fields), tries, "--lookahead"),
         "attention": (caps.reads_attention, "reads what the model's last layer attends to", "--attention-rows"),
         "history": (caps.num_hidden_states > 0, "reads the hidden states of all positions", "--hidden-states N"),
     }
@@ -325,19 +325,14 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     rewrites = tuple(
         Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
     )
-    search = search_of(entries)
-    return (
-        DecodingPlan(
-            mix, rewrites, search=_search_plan(search) if search else None, keeps_hidden=_keeps_hidden(rewriting)
-        )
-        if entries
-        else None
-    )
+    search, keeps_hidden = search_of(entries), any("history" in reads(e.method) for e in rewriting)
+    plan = DecodingPlan(mix, rewrites, keeps_hidden=keeps_hidden, search=_search_plan(search) if search else None)
+    return plan if entries else None
 
 
-def _keeps_hidden(rewriting: Sequence[DecodingEntry]) -> bool:
-    """Whether the hidden states of all positions are read."""
-    return any("history" in e.method.needs for e in rewriting if isinstance(e.method, LogitsRewriter))
+def reads(method: Method[Any]) -> frozenset[str]:
+    """What a method that rewrites rows, or searches, reads beside logits."""
+    return frozenset(method.needs) if isinstance(method, LogitsRewriter | SearchMethod) else frozenset()
 
 
 def _rewrites(entry: DecodingEntry) -> bool:

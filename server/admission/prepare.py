@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
@@ -23,6 +22,7 @@ from whipstaff.server.admission.decoding import (
     GivenEntry,
     admit_decoding,
     entries_of,
+    reads,
     search_of,
 )
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
@@ -259,8 +259,7 @@ def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[Decod
 
 def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
     """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
-    methods = [entry.method for entry in decoding if isinstance(entry.method, LogitsRewriter | SearchMethod)]
-    reading = [method.name for method in methods if "attention" in method.needs]
+    reading = [entry.method.name for entry in decoding if "attention" in reads(entry.method)]
     for entry in steering.entries if reading else ():
         method = entry.vector.method
         if (param := entry.kind.redirected(entry, steering.plan).get(last)) is not None:

@@ -40,9 +40,9 @@ class Layout(BaseModel):
     early_layers: tuple[int, ...] = ()  # whose streams can be kept; see `steering.plan.StreamCopy`
     auxiliaries: tuple[AuxiliarySpec, ...] = ()
     looks_ahead: bool = False  # whether tokens can be tried before one is chosen; see `lookahead`
-    max_search_seqs: int = 0  # sequences that requests which search may hold at once, all together
     reads_attention: bool = False  # whether what the last layer attends to can be read; see `last_attention`
     num_hidden_states: int = 0  # sequences whose hidden states are kept whole; see `hidden_histories`
+    max_search_seqs: int = 0  # sequences that requests which search may hold at once, all together
 
     @property
     def limits(self) -> dict[str, int]:

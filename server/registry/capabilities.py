@@ -30,8 +30,8 @@ class Capabilities(Served):
     depth: Depth = Depth(1)  # noqa: RUF009 - a tuple
     looks_ahead: bool = False  # whether methods may try tokens before one is chosen
     reads_attention: bool = False  # whether methods may read what the last layer attends to
-    max_search_seqs: int = 1 << 30  # sequences that all searches may have at once
     num_hidden_states: int = 0  # requests whose hidden states are kept at once
+    max_search_seqs: int = 1 << 30  # sequences that all searches may have at once
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
     @property

@@ -24,7 +24,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def placed(said: dict[str, Any]) -> Any:
-    return METHOD.place(OperaLiteParams(**said), StubPrompt(NUM_PROMPT))
+    return METHOD.at_prompt(OperaLiteParams(**said), StubPrompt(NUM_PROMPT))
 
 
 def leaning(num: int, random: torch.Generator) -> Tensor:

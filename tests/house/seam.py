@@ -24,9 +24,9 @@ V1, V2 = "vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.m
 SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 REQUEST = "vllm.v1.request.Request"
 ATTENTION = "vllm.model_executor.layers.attention.attention.Attention"
+BLOCKS_OF_TYPE = "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager"
 BLOCK_POOL = "vllm.v1.core.block_pool.BlockPool"
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator"
-CACHE_MANAGER = "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager"
 KV_MANAGER = "vllm.v1.core.kv_cache_manager.KVCacheManager"
 SERVING = "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion"
 ROUTERS = "vllm.model_executor.layers.fused_moe.router"
@@ -119,9 +119,10 @@ REACHED: tuple[str, ...] = (
     ),
     *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
     *_of(KV_MANAGER, "watermark_blocks"),
-    *_of(BLOCK_POOL, "free_blocks get_new_blocks get_num_free_blocks is_block_writable num_gpu_blocks"),
+    *_of(BLOCK_POOL, "free_blocks get_new_blocks get_num_free_blocks is_block_writable num_gpu_blocks touch"),
+    *_of(BLOCKS_OF_TYPE, "_pending_cow_copies block_size get_num_skipped_tokens num_cached_block req_to_blocks"),
+    *_of("vllm.v1.core.kv_cache_utils.KVCacheBlock", "block_id is_null ref_cnt"),
     *_of(COORDINATOR, "get_num_blocks_to_allocate scheduler_block_size single_type_managers"),
-    *_of(CACHE_MANAGER, "_pending_cow_copies block_size get_num_skipped_tokens num_cached_block req_to_blocks"),
     *_of(
         "vllm.v1.core.sched.output.CachedRequestData",
         "all_token_ids new_block_ids new_token_ids num_computed_tokens num_output_tokens req_ids resumed_req_ids",

@@ -108,11 +108,13 @@ class WorkerStep:
 
     def tell(self, output: Any) -> Any:
         """The step's output, with its explanations and verdicts."""
-        if self.is_plain or output is None:
+        if self.is_plain:
             return output
         verdicts, copies = self.pipeline.searches.take()
         self._copy(copies)
         explanations = self.pipeline.take_explanations()
+        if output is None:  # of a rank that samples for nobody
+            return None
         return attach_verdicts(output if explanations is None else attach(output, explanations), verdicts)
 
     def _copy(self, copies: Copies) -> None:

@@ -13,6 +13,7 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.receipt import receipt as receipt_of
+from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
@@ -202,18 +203,26 @@ def reading(ahead: Capabilities) -> Capabilities:
 
 
 def test_contrastive_search_by_hugging_faces_names(reading: Capabilities) -> None:
-    """`top_k` is vLLM's own field, which says k only where `penalty_alpha` asks for the method."""
-    (entry,) = compiled(reading, penalty_alpha=0.6, top_k=8).decoding
-    assert entry.params.model_dump() == {"method": "contrastive_search", "penalty_alpha": 0.6, "k": 8}
-    for said in ({}, {"top_k": 0}, {"top_k": -1}):
-        (entry,) = compiled(reading, penalty_alpha=0.6, **said).decoding
-        assert entry.params.model_dump()["k"] == 4
-    error = refusal(reading, penalty_alpha=0.6, top_k=1000)
-    assert (error.status, error.param) == (400, "top_k")
-    assert refusal(reading, penalty_alpha=2.0, top_k=4).param == "penalty_alpha"
-    assert compile_extras({"top_k": 8}, reading) is None
-    off = compiled(reading, penalty_alpha=0, top_k=1000)
-    assert off.is_plain and off.warnings == ("penalty_alpha was left out: it is off",)
+    """`top_k` is vLLM's own field, which says k only where `penalty_alpha`, or an entry, asks for the method."""
+
+    def made(top_k: int, **fields: Any) -> CompiledRequest | None:
+        return compile_extras(fields, reading, shared={"top_k": top_k})
+
+    def k_of(found: CompiledRequest | None) -> int:
+        assert found is not None
+        said: int = found.decoding[0].params.model_dump()["k"]
+        return said
+
+    assert k_of(made(8, penalty_alpha=0.6)) == k_of(made(8, decoding={"method": "contrastive_search"})) == 8
+    assert k_of(made(8, decoding={"method": "contrastive_search", "k": 5})) == 5
+    assert [k_of(made(top_k, penalty_alpha=0.6)) for top_k in (0, -1)] == [4, 4]
+    with pytest.raises(BadRequest) as error:
+        made(1000, penalty_alpha=0.6)
+    assert error.value.param == "top_k"
+    assert refusal(reading, penalty_alpha=2.0).param == "penalty_alpha"
+    assert made(8) is None
+    off = made(1000, penalty_alpha=0)
+    assert off is not None and off.is_plain and off.warnings == ("penalty_alpha was left out: it is off",)
     plan = compiled(reading, penalty_alpha=0.6).plan.decoding
     assert plan is not None and plan.keeps_hidden
     plan = compiled(reading, decoding={"method": "top_a"}).plan.decoding

@@ -56,7 +56,7 @@ def test_an_auxiliary_model_reads_where_it_read_before(small: auxiliary.Auxiliar
 
 def test_a_models_states_outlive_the_next_ones_pass(small: auxiliary.Auxiliary) -> None:
     base = Captured()
-    pipeline = SimpleNamespace(needed_auxiliaries=lambda: ["small", "again"], scores_prompts=False)
+    pipeline = SimpleNamespace(needed_auxiliaries=lambda: ["small", "again"], scores_prompts=False, histories=None)
     step = SimpleNamespace(pipeline=pipeline, is_in_forward=True, is_plain=False)
     swap(
         base,

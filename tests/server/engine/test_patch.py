@@ -70,7 +70,8 @@ def test_over_a_model_of_protocols() -> None:
             return "hidden"
 
     made = Model()
-    swap(made, composite(Model), whipstaff_step=SimpleNamespace(is_in_forward=False), whipstaff_auxiliaries={})
+    step = SimpleNamespace(is_in_forward=False, pipeline=SimpleNamespace(histories=None))
+    swap(made, composite(Model), whipstaff_step=step, whipstaff_auxiliaries={})
     assert made(None, None) == "hidden" and type(made) is not Model
 
 

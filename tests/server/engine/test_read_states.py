@@ -71,7 +71,7 @@ class Bench:
     def ask(self, case: Case) -> Ask:
         rewrites = []
         if case.opera is not None:
-            setting = OperaLite().place(OperaLiteParams(**case.opera), StubPrompt(len(case.prompt)))
+            setting = OperaLite().at_prompt(OperaLiteParams(**case.opera), StubPrompt(len(case.prompt)))
             rewrites.append(Rewrite("opera_lite", setting.model_dump_json()))
         if case.contrastive is not None:
             params = ContrastiveSearchParams(**case.contrastive)
@@ -142,7 +142,7 @@ class Bench:
 
     def leant(self, case: Case, row: Tensor, attention: Tensor, step: int) -> Tensor:
         """A row of logits as opera_lite makes it; what the engine read of attention is what transformers say."""
-        params = OperaLite().place(OperaLiteParams(**case.opera or {}), StubPrompt(len(case.prompt)))
+        params = OperaLite().at_prompt(OperaLiteParams(**case.opera or {}), StubPrompt(len(case.prompt)))
         text = [line[: index + 1] for index, line in enumerate(attention.tolist())]
         wanted = opera_lite.penalty(text, len(case.prompt), params, params.span)
         told = case.told[step]["facts"]["penalty"]

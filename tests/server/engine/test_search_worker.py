@@ -112,8 +112,6 @@ class Passes:
         self.seen: list[tuple[list[int], list[int]]] = []
 
     def after(self, view: BatchView, rows: list[int], positions: Any, reads_attention: bool) -> Any:
-        assert not reads_attention
-
         def try_(tokens: Tensor) -> Tried:
             self.seen.append((list(rows), tokens.tolist()))
             return Tried((torch.tensor(positions) + tokens)[:, None].float())

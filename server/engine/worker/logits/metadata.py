@@ -48,8 +48,8 @@ class RequestState:
     bound: list[BoundMethod]
     bias: Mapping[int, float] = field(default_factory=dict)  # that vLLM will add to the logits of some tokens
     slot: int = -1  # its row of the tables of tokens and floats; -1: it needs none
-    ends: frozenset[int] = frozenset()  # tokens that end an answer
     history_slot: int = -1  # where its hidden states are kept; -1: they are not
+    ends: frozenset[int] = frozenset()  # tokens that end an answer
     excess: Tensor | None = None  # (num_prompt,) by which told log-probabilities of its prompt are too low
 
     @property

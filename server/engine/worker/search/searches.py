@@ -181,22 +181,23 @@ class Searches:
     ) -> Iterable[tuple[str, Tried]]:
         names = tuple(wanted)
         rows = [row for name in names for row in turns[name].rows]
+        reads = {name: "attention" in turns[name].running.method.needs for name in names}
         ends = view.positions[rows] + view.starts[1:][rows] - view.starts[:-1][rows] - 1
         if names not in prepared:
-            reads_attention = any("attention" in turns[name].running.method.needs for name in names)
-            after = self._lookahead.after(view, rows, ends, reads_attention)
+            after = self._lookahead.after(view, rows, ends, any(reads.values()))
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
-        tried = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
+        found = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
         self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
         first = 0
         for name in names:
-            own = slice(first, first := first + len(turns[name].rows))
-            turns[name].running.counts["tried"] += own.stop - own.start
-            seen = None
-            if tried.attention is not None and "attention" in turns[name].running.method.needs:
-                seen = tried.attention[own, : int(ends[own].max()) + 2]
-            yield name, Tried(tried.hidden[own].to(torch.float32), seen)
+            num = len(turns[name].rows)
+            own = slice(first, first := first + num)
+            turns[name].running.counts["tried"] += num
+            attention = found.attention
+            if attention is not None:
+                attention = attention[own, : int(ends[own].max()) + 2] if reads[name] else None
+            yield name, Tried(found.hidden[own].to(torch.float32), attention)
 
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
         running = turn.running
