@@ -1,8 +1,11 @@
 """The application: a steerable engine, self-tested, behind vLLM's OpenAI server with our routes."""
 
+import asyncio
 import logging
+import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,8 +19,9 @@ from whipstaff.server import metrics
 from whipstaff.server.api import admin, generate
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.preset_check import check
-from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine import UnsupportedEngine, vllm_version
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
+from whipstaff.server.engine.frontend.counters import follow_counters
 from whipstaff.server.engine.frontend.launch import Engine, Setup, configure, start
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
@@ -73,7 +77,8 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
             await prove(engine, await registry.current())
             await note_proven(engine, (await registry.current()).lengths.by_point)
         app = await extend(await openai.build(engine, args), engine, registry, settings)
-        stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
+        with counting(engine):
+            stopped = await openai.serve(app, args, sock, loads and (loads, engine.index))
     finally:
         engine.shutdown()
         sock.close()
@@ -123,6 +128,10 @@ async def load(
     abilities = ModuleAbilities.from_wire(facts["module_edits"])
     lengths = await calibrate(engine) if engine.index == 0 else await proven(engine)
     metrics.SLOTS.set(engine.layout.num_slots)
+    metrics.STARTED.set(time.time())
+    mode = "eager" if engine.vllm_config.model_config.enforce_eager else "compiled"
+    device = engine.vllm_config.device_config.device_type
+    metrics.BUILD.labels(engine.layout.version, vllm_version(), device, f"{mode} {facts['runner']}").set(1)
     logger.info(
         "kernels: %s; model runner: %s; vectors: %s; auxiliary models: %s",
         cuda_ext.IMPLEMENTATION,
@@ -178,6 +187,7 @@ async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
             f"the self-test failed: {', '.join(bad)} did not obey an edit, or scale 0 was not off; `whipstaff doctor` "
             "shows each finding"
         )
+    metrics.SELF_TEST.set(1)
     logger.info("self-test: %d of %d sites and auxiliary models obey", len(findings), len(findings))
     return findings
 
@@ -193,16 +203,28 @@ async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             _first(route, generate.drop_preset if route.path in _NOT_GENERATING else generate.refuse_extras)
             _first(route, generate.check_text)
-        elif isinstance(route, APIRoute) and route.path == "/metrics":
-            _first(route, generate.read_worker)
     app.include_router(generate.router)
     app.include_router(admin.router)
     guard.admit(app, admin_key.opens)
     openai.list_models(app, registry.preset_names)
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
-    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
+    stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
+    app.middleware_stack = metrics.Refusals(stack)
     return app
+
+
+@contextmanager
+def counting(engine: Engine) -> Iterator[None]:
+    """Follow what the engine counts. One API server does, since the metrics of all are added up."""
+    if engine.index != 0:
+        yield
+        return
+    following = asyncio.create_task(follow_counters(engine, metrics.WorkerCounts().note))
+    try:
+        yield
+    finally:
+        following.cancel()
 
 
 def _first(route: APIRoute, what: Callable[[Request], Awaitable[None]]) -> None:

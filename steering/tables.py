@@ -124,7 +124,7 @@ class Tables:
             kept: by early layer (see `StreamCopy`), (max_tokens, width) room in the model's type for the streams there.
         """
         self.hook_points = [spec.point for spec in sites]
-        self.num_uploads = 0
+        self.num_uploads = self.num_uploaded_bytes = 0
         self._vector_of = vector_of
         self._pools: dict[str, Pool] = {}
         for point, first, width in sites:
@@ -242,11 +242,11 @@ class Tables:
         touched = [point for point in self.hook_points if point in readings or point in steps or point in kept]
         return {point: assemble(readings.get(point, ()), steps.get(point, ()), point in kept) for point in touched}
 
-    @staticmethod
-    def _write_lines(pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
+    def _write_lines(self, pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
         """Where each line went."""
         rows = [pool.free.pop() for _ in lines]
         stacked = torch.stack([line.numbers[pool.mine] for line in lines])
+        self.num_uploaded_bytes += stacked.nbytes
         pool.lines[torch.tensor(rows, device=pool.lines.device)] = stacked.to(pool.lines.device)
         return dict(zip(lines, rows, strict=True))
 
@@ -273,6 +273,7 @@ class Tables:
                 said[encoding.instruction][1] = self._encoders[point].start_of(encoding)
             code[index, at] = torch.tensor(said, dtype=torch.int32)
             args[index, at] = torch.tensor(program.numbers)
+        self.num_uploaded_bytes += code.nbytes + args.nbytes
         for number, frame in enumerate(frames):
             here, there = slice(number * FRAME, (number + 1) * FRAME), slice(frame * FRAME, (frame + 1) * FRAME)
             self._code[:, there].copy_(code[:, here])

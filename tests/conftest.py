@@ -20,7 +20,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the sam
 SHARED = ("server", "demo_server", "shared", "recorded")  # fixtures of engines; a session's serve several modules
 LONGEST = (  # groups, the longest first: with an engine, and without
     *("server", "demo_server", "test_registry_http", "test_companions_http", "test_isolation", "test_many"),
-    *("shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync", "test_main"),
+    *("test_prometheus", "shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync", "test_main"),
     *("test_install", "test_importers", "test_methods", "test_demo", "test_groups", "test_run_edits"),
 )
 

@@ -18,7 +18,7 @@ from whipstaff.server.admission.positions import expanded, steering_at_prompt
 from whipstaff.server.admission.search import check_answers, check_told, without_effect
 from whipstaff.server.admission.steering import SequenceSteering, check_one_set
 from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
-from whipstaff.server.metrics import PLAIN
+from whipstaff.server.metrics import MIXED, PLAIN, SEVERAL
 from whipstaff.server.plan import PlacedRequest, PositionedPlan, RequestPlan, Scoring
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
@@ -27,7 +27,6 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import SteeringPlan, num_slots
 from whipstaff.steering.vector_file import Vector
 
-SEVERAL = "several"
 MAX_TEMPERATURE = 100.0
 _GREEDY_BELOW = 1e-5  # as in vLLM
 
@@ -72,10 +71,12 @@ class CompiledRequest:
 
     @property
     def label(self) -> str:
-        """The methods in use, for metrics: few, since it holds names of our own only, and one of each side."""
-        sides = {entry.label for entry in self.steering.entries}, {entry.method.name for entry in self.decoding}
-        names = [SEVERAL if len(side) > 1 else side.pop() for side in sides if side]
-        return "+".join(sorted(names)) or PLAIN
+        """The method in use, for metrics, which have no room for every combination."""
+        steering, decoding = {e.label for e in self.steering.entries}, {e.method.name for e in self.decoding}
+        if steering and decoding:
+            return MIXED
+        names = steering | decoding
+        return SEVERAL if len(names) > 1 else next(iter(names), PLAIN)
 
     @property
     def vectors(self) -> list[Vector]:

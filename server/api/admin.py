@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
+from whipstaff.server import metrics
 from whipstaff.server.api.generate import preset_to_json, vector_to_json
 from whipstaff.server.errors import BadRequest, Forbidden, TooLarge, Unauthorized
 from whipstaff.server.registry.live import LiveRegistry
@@ -90,13 +91,17 @@ async def put_vector(
 ) -> JSONResponse:
     """Upload a vector, or replace the one of that name. The body is the file: one of ours, or a foreign one that is a
     single file and no pickle. What a foreign one leaves unsaid are further parameters: `layer`, `scale` ..."""
-    _check_name(name)
-    hints = _hints({key: value for key, value in raw.query_params.items() if key not in ("name", "filename", "format")})
-    model = (await library.current()).registry.model
-    with library.writable.spool() as file:
-        await _receive(raw, file, raw.app.state.whipstaff_admin.max_upload)
-        data, vector = await asyncio.to_thread(_read, file, filename or name, format, hints, model)
-    entry, replaced = await library.put_vector(name, data, vector)
+    said = {key: value for key, value in raw.query_params.items() if key not in ("name", "filename", "format")}
+    with metrics.registry_change("vector", "add") as meant:
+        _check_name(name)
+        hints = _hints(said)
+        model = (await library.current()).registry.model
+        with library.writable.spool() as file:
+            await _receive(raw, file, raw.app.state.whipstaff_admin.max_upload)
+            data, vector = await asyncio.to_thread(_read, file, filename or name, format, hints, model)
+        entry, replaced = await library.put_vector(name, data, vector)
+        if replaced is not None:
+            meant("replace")
     status = 201 if replaced is None else 200
     return JSONResponse({**vector_to_json(entry), "replaced": replaced}, status_code=status)
 
@@ -104,32 +109,41 @@ async def put_vector(
 @router.delete("/v1/steering/vectors/{name}")
 async def remove_vector(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a vector. Requests that were taken before keep it until they end."""
-    await library.remove_vector(name)
+    with metrics.registry_change("vector", "remove"):
+        await library.remove_vector(name)
     return {"id": name, "object": "steering.vector", "deleted": True}
 
 
 @router.post("/v1/steering/presets")
 async def put_preset(raw: Request, library: LiveRegistry = Depends(admitted)) -> JSONResponse:
     """Add a preset, or replace the one of that name: {"name", "description", "default": {...}, "forced": {...}}."""
-    with library.writable.spool() as file:
-        await _receive(raw, file, MAX_BYTES)
-        try:
-            body = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"not JSON: {error}") from None
-    if not isinstance(body, dict) or not isinstance(body.get("name"), str):
-        raise BadRequest("a preset is a JSON object with a name", "name")
-    _check_name(name := body.pop("name"))
-    preset = Preset.of(name, body, is_fixed=False)
-    was_there = await library.put_preset(preset)
+    with metrics.registry_change("preset", "add") as meant:
+        with library.writable.spool() as file:
+            await _receive(raw, file, MAX_BYTES)
+            preset = _preset(file.read())
+        if was_there := await library.put_preset(preset):
+            meant("replace")
     return JSONResponse(preset_to_json(preset), status_code=200 if was_there else 201)
 
 
 @router.delete("/v1/steering/presets/{name}")
 async def remove_preset(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a preset."""
-    await library.remove_preset(name)
+    with metrics.registry_change("preset", "remove"):
+        await library.remove_preset(name)
     return {"id": name, "object": "steering.preset", "deleted": True}
+
+
+def _preset(data: bytes) -> Preset:
+    """Raises: BadRequest."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"not JSON: {error}") from None
+    if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+        raise BadRequest("a preset is a JSON object with a name", "name")
+    _check_name(name := body.pop("name"))
+    return Preset.of(name, body, is_fixed=False)
 
 
 def _check_name(name: str) -> None:

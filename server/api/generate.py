@@ -62,12 +62,13 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
         return None
     body = {} if name is None else await raw.json()
     caps = await capabilities(raw)  # as it is now: nothing may be awaited until what it names is held
-    preset = None if name is None else caps.preset(name, "model")
-    if preset is None:
-        return prepare(request, caps)
-    metrics.PRESETS.labels(preset.name).inc()
-    request.model = base
-    return prepare(request, caps, preset, body)
+    preset, started = None if name is None else caps.preset(name, "model"), time.perf_counter()
+    if preset is not None:
+        request.model = base
+    compiled = prepare(request, caps, preset, body)
+    if compiled is not None:
+        metrics.note_admission(started, bool(compiled.steering.entries), bool(compiled.decoding))
+    return compiled
 
 
 async def exchange() -> AsyncIterator[AsyncExitStack]:
@@ -100,6 +101,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         if compiled is None:
             return _response(await openai.answer(request, raw), raw, {}, at_end)
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
+        timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains = Tally(), compiled.options.explain is not None
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
@@ -116,10 +118,13 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        return _response(with_extras(result, receipt_at_end, explained), raw, headers, at_end)
+        events = with_extras(result, receipt_at_end, explained)
+        return _response(timed.over(events) if timed else events, raw, headers, at_end)
     body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:
         explained.add_to(body)
+    if timed is not None:
+        timed.end()
     return _response(body, raw, headers, at_end)
 
 
@@ -287,15 +292,8 @@ def _model(body: Mapping[str, Any]) -> str | None:
     return model if isinstance(model := body.get("model"), str) else None
 
 
-async def read_worker(raw: Request) -> None:
-    """A dependency of vLLM's /metrics: what only the worker knows."""
-    if (counters := await openai.counters(raw)) is not None:
-        metrics.note_worker(counters)
-
-
 async def answer_refusal(raw: Request, error: Exception) -> Response:
     """The exception handler for our own errors."""
     assert isinstance(error, WhipstaffError)
-    metrics.REFUSALS.labels(error.status).inc()
     headers = {"Connection": "close"} if isinstance(error, TooLarge) else None  # what was not read yet stays unread
     return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -13,6 +13,8 @@ class GroupUse(NamedTuple):
     num_companions: int = 0  # running now
     num_steps_held: int = 0  # since the start, steps in which a group with running members did not advance together
     num_half_scheduled: int = 0  # since the start; anything but 0 is a bug, and stops the engine
+    num_steps_together: int = 0  # since the start, steps that a group took as one
+    num_preempted: int = 0  # since the start
 
 
 class SlotUse(NamedTuple):
@@ -20,6 +22,14 @@ class SlotUse(NamedTuple):
 
     num_used: int = 0
     num_waiting: int = 0
+    waits: Sequence[float] = ()  # seconds, of the requests that waited for slots and have them since the last step
+
+
+class CacheUse(NamedTuple):
+    """Tokens of prompts since the start, by whose they are: plain, steered or guided requests'."""
+
+    queries: dict[str, int]  # looked for in the prefix cache
+    hits: dict[str, int]  # and found
 
 
 class SearchUse(NamedTuple):
@@ -41,6 +51,7 @@ class StepNotes(NamedTuple):
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""
     slot_use: SlotUse  # for metrics, which ask the worker
     group_use: GroupUse
+    cache_use: CacheUse
     searches: Mapping[str, SearchStep] = {}  # by the primary's id, of each search that takes a step
     seats: Mapping[str, str] = {}
     """Sequences of searches whose tokens are told anew, and the member of the primary's row that each is like: Model

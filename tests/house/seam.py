@@ -107,22 +107,22 @@ REACHED: tuple[str, ...] = (
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "
         "max_num_active_reqs max_num_scheduled_tokens max_num_encoder_input_tokens max_model_len parallel_config "
         "scheduler_config need_mamba_block_aligned_split grammar_compile_error_reqs num_waiting_for_streaming_input "
-        "_pause_state _inflight_prefill_reserved_blocks",
+        "deferred_waiting reset_preempted_req_ids _pause_state _inflight_prefill_reserved_blocks",
     ),
     *_of(
         REQUEST,
-        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids "
-        "arrival_time block_hashes cache_salt client_index drop_stale_output "
-        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_output_placeholders num_output_tokens "
-        "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id sampling_params "
+        "_all_token_ids _block_hasher _output_token_ids append_output_token_ids arrival_time block_hashes cache_salt "
+        "client_index drop_stale_output is_prefill_chunk lora_request max_tokens num_computed_tokens "
+        "num_output_placeholders num_output_tokens num_preemptions num_prompt_tokens "
+        "num_stale_output_tokens num_tokens priority request_id sampling_params "
         "skip_reading_prefix_cache status stop_reason take_prefill_stats update_block_hashes",
     ),
     *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
     *_of(KV_MANAGER, "watermark_blocks"),
     *_of(BLOCK_POOL, "free_blocks get_new_blocks get_num_free_blocks is_block_writable num_gpu_blocks touch"),
-    *_of(BLOCKS_OF_TYPE, "_pending_cow_copies block_size num_cached_block req_to_blocks"),
+    *_of(BLOCKS_OF_TYPE, "_pending_cow_copies block_size get_num_skipped_tokens num_cached_block req_to_blocks"),
     *_of("vllm.v1.core.kv_cache_utils.KVCacheBlock", "block_id is_null ref_cnt"),
-    *_of(COORDINATOR, "get_num_blocks_to_allocate single_type_managers"),
+    *_of(COORDINATOR, "get_num_blocks_to_allocate scheduler_block_size single_type_managers"),
     *_of(
         "vllm.v1.core.sched.output.CachedRequestData",
         "all_token_ids new_block_ids new_token_ids num_computed_tokens num_output_tokens req_ids resumed_req_ids",

@@ -158,6 +158,7 @@ class Traffic:
         self.asked: dict[str, Asked] = {}
         self.names = map(str, count())
         self.in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        self.num_together = 0
         init_none_hash(get_hash_fn_by_name("sha256"))
         self.hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if case.caches else None
         self.stem = self.chance.choices(range(300), k=BLOCK * 3 + 1)
@@ -211,6 +212,7 @@ class Traffic:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.in_flight.append((output, self.worker.run(output)))
+            self.num_together += len(output.whipstaff_notes.groups)
             if len(self.in_flight) <= self.case.is_async and (
                 output.num_scheduled_tokens or self.scheduler.has_requests()
             ):
@@ -259,9 +261,10 @@ class Traffic:
         pool = s.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not s.requests and not s.running and not s.waiting and not s._held
+        assert not s._held_since
         assert not s._groups and not s._group_of and not s._ended and not s._placed
         assert s._slots.num_used == 0 and not s._slots._rows
-        assert s.group_use().num_half_scheduled == 0
+        assert s.group_use().num_half_scheduled == 0 and s.group_use().num_steps_together == self.num_together
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
             if str(asked.end) == "stop":

@@ -199,10 +199,11 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
 
 
 @contextmanager
-def serving_demo(folder: Path) -> Iterator[Server]:
+def serving_demo(folder: Path, *flags: str) -> Iterator[Server]:
     """The same for the embedded demo and what is served with it, by anybody's key. This server starts as a user's."""
     port = free_port()
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", "64M"]
+    words += flags
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(

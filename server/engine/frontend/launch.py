@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -62,12 +63,18 @@ class PlanDict(dict[str, Any]):
         super().__init__(wire)
         self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
 
+    def num_computed(self, num_tokens: int) -> int:
+        """How many tokens its sequences compute for so many that are generated."""
+        untils = [companion["until"] for companion in self["companions"]]
+        return num_tokens + sum(num_tokens if until is None else min(num_tokens, until) for until in untils)
+
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
         return self  # a copy of a request's parameters is still that request's
 
 
 EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
-Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]
+Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None], tuple[type[Exception], ...]], AsyncGenerator[Any, None]]
+_REFUSALS = (VLLMClientError, GracefulHTTPError)  # of requests that vLLM does not schedule
 
 
 class Engine(AsyncLLM):
@@ -80,18 +87,31 @@ class Engine(AsyncLLM):
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        plan = (sampling_params.extra_args or {}).get(plans.PLAN_KEY)
+        plan, outputs = self._plan_of(sampling_params), self.unwatched(prompt, sampling_params, *args, **kwargs)
+        async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
+            async for output in watched:
+                yield output
+
+    async def unwatched(
+        self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """The same for what no client asked for."""
+        plan, outputs = self._plan_of(sampling_params), super().generate(prompt, sampling_params, *args, **kwargs)
+        if plan is not None and plan.answers is not None:
+            outputs = plan.answers.of(outputs, self.get_tokenizer())
+        with nullcontext() if plan is None else plan.lease.again():
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    def _plan_of(self, params: SamplingParams) -> PlanDict | None:
+        """Raises: ValueError for one that our front end did not make, or that this engine cannot take."""
+        plan = (params.extra_args or {}).get(plans.PLAN_KEY)
         if plan is not None and not isinstance(plan, PlanDict):
             raise ValueError(f"vllm_xargs.{plans.PLAN_KEY} is reserved; send `steering` and `decoding` instead")
         if plan is not None and (reason := _why_refused(plan["companions"], self.vllm_config)):
             raise ValueError(reason)
-        outputs = super().generate(prompt, sampling_params, *args, **kwargs)
-        if plan is not None and plan.answers is not None:
-            outputs = plan.answers.of(outputs, self.get_tokenizer())
-        with nullcontext() if plan is None else plan.lease.again():
-            async with aclosing(self.watch(plan, outputs) if self.watch else outputs) as watched:
-                async for output in watched:
-                    yield output
+        return plan
 
 
 class Listening(Swapped):

@@ -26,13 +26,11 @@ from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMClientError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of
 from whipstaff.server.engine.patch import swap
 
-COUNTERS_PATIENCE = 2.0  # seconds
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 validate_json_request = vllm_routes.validate_json_request  # a dependency: the content type is JSON
@@ -206,16 +204,6 @@ def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
         return found[0]
 
     return of
-
-
-async def counters(raw: Request) -> dict[str, Any] | None:
-    """What the first worker has counted; None if it does not answer soon: it may be in a long step, or gone."""
-    engine = raw.app.state.engine_client
-    try:
-        found = await asyncio.wait_for(engine.collective_rpc("whipstaff_counters"), COUNTERS_PATIENCE)
-    except (TimeoutError, EngineDeadError):
-        return None
-    return cast("dict[str, Any]", found[0])
 
 
 def load_headers(raw: Request) -> dict[str, str] | None:

@@ -516,6 +516,6 @@ async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None, l
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
     ids = list(wanted.ids)
     prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
-    async for output in serving.engine_client.generate(prompt, params, f"score-{uuid4()}", lora_request=adapter):
+    async for output in serving.engine_client.unwatched(prompt, params, f"score-{uuid4()}", lora_request=adapter):
         said = output.prompt_logprobs or said
     return [said[position][ids[position]].logprob for position in wanted.positions[1:]] if said else []

@@ -50,7 +50,7 @@ class GroupedScheduling(Scheduler):
         self._ended: list[Request] = []  # companions whose primary is gone
         self._is_stepping = False
         self.stepping_groups: dict[str, tuple[str | None, ...]] = {}  # of the last step: see `StepNotes.groups`
-        self._steps_held = self._half_scheduled = 0
+        self._steps_held = self._steps_together = self._num_preempted = self._half_scheduled = 0
         self._most_running = self.max_num_active_reqs
 
     # -- who comes and goes ------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class GroupedScheduling(Scheduler):
 
     def group_use(self) -> GroupUse:
         num = sum(request.client_index == NOWHERE for request in self.running) if self._groups else 0
-        return GroupUse(num, self._steps_held, self._half_scheduled)
+        return GroupUse(num, self._steps_held, self._half_scheduled, self._steps_together, self._num_preempted)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +129,7 @@ class GroupedScheduling(Scheduler):
             output = super().schedule(*args, **kwargs)
         finally:
             self._pause_state, self._is_stepping, self.max_num_active_reqs = paused, False, self._most_running
+        self._steps_together += len(released)
         self._introduce(output, anew)
         self._check(output, released)
         for group in released:
@@ -333,6 +334,7 @@ class GroupedScheduling(Scheduler):
 
     def _preempt_unit(self, unit: list[Request]) -> None:
         now, gone = time.monotonic(), {request.request_id for request in unit}
+        self._num_preempted += unit[0].request_id in self._group_of
         self.running = [request for request in self.running if request.request_id not in gone]
         for request in reversed(unit):
             self._preempt_request(request, now)

@@ -4,6 +4,7 @@ Requests whose rows of edits, conditions or hidden states would not fit beside t
 order; a request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
 from whipstaff.server.engine.scheduler.search_scheduling import SearchScheduling
-from whipstaff.server.engine.step_notes import SlotUse, StepNotes
-from whipstaff.server.plan import PositionedPlan, RequestPlan, plan_of
+from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes
+from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
 from whipstaff.steering.plan import EditSet, num_slots
+
+PLAIN, STEERED, GUIDED = "plain", "steered", "guided"  # whose prompts are looked for in the prefix cache
 
 
 class Unit(NamedTuple):
@@ -89,6 +92,9 @@ class SteeredScheduling(SearchScheduling):
         self._slots = Slots(self._layout)
         self._placed: dict[str, PositionedPlan] = {}  # admitted and held sequences that need slots
         self._held: deque[Unit] = deque()  # waiting for slots
+        self._held_since: dict[str, float] = {}  # by their primaries
+        self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request)
@@ -99,6 +105,8 @@ class SteeredScheduling(SearchScheduling):
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
             self._admit()
+            if self._held and self._held[-1] is unit:
+                self._held_since[request.request_id] = time.monotonic()
         else:
             self._start(unit)
 
@@ -124,16 +132,29 @@ class SteeredScheduling(SearchScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        slot_use = SlotUse(self._slots.num_used, len(self._held))
+        self._note_cache_use(output.scheduled_new_reqs)
+        slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
         output.whipstaff_notes = StepNotes(
             self.stepping_groups,
             slot_use,
             self.group_use(),
+            self._cache_use,
             self.stepping_searches,
             self.told_seats,
             self.search_use(),
         )
         return output
+
+    def _note_cache_use(self, new: Iterable[Any]) -> None:
+        """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of
+        them: as in vLLM's own counters, but by whose they are."""
+        for told in new:
+            request = self.requests[told.req_id]
+            if request.num_preemptions or request.num_output_tokens or request.num_prompt_tokens == 1:
+                continue  # comes again, or has nothing that could be there
+            traffic = GUIDED if told.req_id in self._group_of else _traffic(request)
+            self._cache_use.queries[traffic] += request.num_prompt_tokens
+            self._cache_use.hits[traffic] += told.num_computed_tokens
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -147,6 +168,7 @@ class SteeredScheduling(SearchScheduling):
         dropped = [unit for unit in self._held if wanted is None or unit.primary.request_id in wanted]
         for unit in dropped:
             self._held.remove(unit)
+            self._held_since.pop(unit.primary.request_id, None)
             for sequence in unit.sequences:
                 self._placed.pop(sequence.request_id, None)
             unit.primary.status = finished_status
@@ -180,7 +202,16 @@ class SteeredScheduling(SearchScheduling):
             placed = [self._placed.get(sequence.request_id) for sequence in self._held[0].sequences]
             if not self._slots.take([one for one in placed if one is not None]):
                 return
-            self._start(self._held.popleft())
+            unit = self._held.popleft()
+            if (since := self._held_since.pop(unit.primary.request_id, None)) is not None:
+                self._waits.append(time.monotonic() - since)
+            self._start(unit)
+
+
+def _traffic(request: Request) -> str:
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    plan = (extra or {}).get(PLAN_KEY)
+    return STEERED if plan and plan["steering"] else PLAIN
 
 
 def _has_bans(request: Request) -> bool:

@@ -16,6 +16,7 @@
 read one map of the requests.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from whipstaff.server.engine.explanations import attach
 from whipstaff.server.engine.searches import attach_verdicts
-from whipstaff.server.engine.step_notes import GroupUse, SlotUse, StepNotes
+from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
 from whipstaff.server.engine.worker.search.searches import Copies
 from whipstaff.server.plan import plan_of
+
+MAX_WAITS = 1024  # that are kept until somebody asks
 
 
 class WorkerStep:
@@ -39,7 +42,9 @@ class WorkerStep:
     def __init__(self, requests: Requests, edits: StepEdits, pipeline: LogitsPipeline) -> None:
         self.requests, self.edits, self.pipeline = requests, edits, pipeline
         self.num_steps = 0
-        self.notes = StepNotes({}, SlotUse(), GroupUse())  # as the scheduler told them last
+        self.notes = StepNotes({}, SlotUse(), GroupUse(), CacheUse({}, {}))  # as the scheduler told them last
+        self.num_slot_waits = 0
+        self.slot_waits: deque[float] = deque(maxlen=MAX_WAITS)  # seconds, the last of them
         self.is_in_forward = False  # whether a real forward pass is under way: not profiling, warm-up or capture
         self.is_plain = False  # whether nobody in this step, or in the one before, asks for anything
         self._view = NOBODY
@@ -60,6 +65,9 @@ class WorkerStep:
         notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)  # warm-up has none
         self.notes = notes or self.notes._replace(groups={}, searches={}, seats={})
         self.pipeline.searches.expected = self.notes.searches
+        if notes is not None and notes.slot_use.waits:
+            self.num_slot_waits += len(notes.slot_use.waits)
+            self.slot_waits.extend(notes.slot_use.waits)
 
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""

@@ -140,11 +140,17 @@ class SteeredWorker:
     def whipstaff_counters(self) -> dict[str, Any]:
         """What happened since the start, and what is held now."""
         step = self._step
-        slot_use, group_use, search_use = step.notes.slot_use, step.notes.group_use, step.notes.search_use
+        slot_use, group_use, cache_use = step.notes.slot_use, step.notes.group_use, step.notes.cache_use
+        search_use, searched = step.notes.search_use, step.pipeline.searches.counts
+        auxiliary_steps = step.pipeline.auxiliary_steps
+        ran = auxiliary_steps.total()
         return {
             "steps": step.num_steps,
-            "auxiliary_steps_run": dict(step.pipeline.auxiliary_steps),
+            "auxiliary_steps_run": dict(auxiliary_steps),
+            "auxiliary_steps": {"yes": ran, "no": step.num_steps * step.pipeline.num_auxiliaries - ran},
+            "lookahead_passes": step.pipeline.num_lookahead_passes,
             "table_uploads": self._tables.num_uploads,
+            "table_upload_bytes": self._tables.num_uploaded_bytes,
             "rows_loaded": self._tables.num_used,
             "vectors_held": len(self._holders),
             "requests_held": len(step.requests),
@@ -152,8 +158,13 @@ class SteeredWorker:
             "requests_waiting_for_slots": slot_use.num_waiting,
             "histories_used": step.edits.histories.num_used,
             "companions_running": group_use.num_companions,
-            "group_steps_held": group_use.num_steps_held,
+            "group_steps": {"held": group_use.num_steps_held, "together": group_use.num_steps_together},
+            "groups_preempted": group_use.num_preempted,
             "groups_half_scheduled": group_use.num_half_scheduled,
+            "slot_waits": list(step.slot_waits),
+            "num_slot_waits": step.num_slot_waits,
+            "prefix_cache_queries": dict(cache_use.queries),
+            "prefix_cache_hits": dict(cache_use.hits),
             "searches_running": search_use.num_searches,
             "search_sequences_living": search_use.num_living,
             "search_forks": search_use.forks,
@@ -161,6 +172,6 @@ class SteeredWorker:
             "search_moved_seats": search_use.moved_seats,
             "search_copied_blocks": search_use.copied_blocks,
             "search_recomputed_tokens": search_use.recomputed_tokens,
-            "search_tried": step.pipeline.searches.counts.tried,
-            "search_seconds": step.pipeline.searches.counts.seconds,
+            "search_tried": searched.tried,
+            "search_seconds": searched.seconds,
         }

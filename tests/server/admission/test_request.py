@@ -86,7 +86,7 @@ def test_layers_are_a_set_and_all_of_them_are_none_named(caps: Capabilities) -> 
 
 def test_both_sides_compile_into_one_plan_and_one_label(caps: Capabilities) -> None:
     both = compiled(caps, steering=[{"vector": "late"}], decoding=[PAIR | {"alpha": 0.5}])
-    assert both.label == "caa+proxy_tuning"
+    assert both.label == "mixed"
     assert both.plan.decoding == DecodingPlan(Mix.of({"expert": 0.5, "anti": -0.5}))
     assert both.plan.steering is not None
     assert both.limits == {"expert": 64, "anti": 64}
@@ -105,9 +105,7 @@ def test_both_sides_compile_into_one_plan_and_one_label(caps: Capabilities) -> N
 def test_labels_are_few(caps: Capabilities, names: list[str], label: str) -> None:
     steering = [{"vector": name} for name in names]
     assert compiled(caps, steering=steering).label == label
-    assert compiled(caps, steering=steering, decoding=PAIR).label == "+".join(
-        sorted({label, "proxy_tuning"} - {"plain"})
-    )
+    assert compiled(caps, steering=steering, decoding=PAIR).label == ("mixed" if names else "proxy_tuning")
 
 
 def test_a_plan_survives_its_journey_to_the_engine(caps: Capabilities) -> None:

@@ -606,4 +606,8 @@ def test_validation_tells_the_sequences(http: httpx.Client) -> None:
 def test_nothing_is_left(http: httpx.Client) -> None:
     series = http.get("/metrics").text.splitlines()
     gauges = dict(line.split() for line in series if line.startswith("whipstaff_") and "{" not in line)
-    assert float(gauges["whipstaff_companions_running"]) == 0 == float(gauges["whipstaff_groups_half_scheduled_total"])
+    assert (
+        float(gauges["whipstaff_group_sequences_running"])
+        == 0
+        == float(gauges["whipstaff_groups_half_scheduled_total"])
+    )

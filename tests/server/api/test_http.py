@@ -40,6 +40,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whipstaff.decoding.methods import METHODS as DECODING
+from whipstaff.server.engine.frontend.counters import PAUSE
+from whipstaff.server.metrics import REASONS
 from whipstaff.steering import vector_file
 from whipstaff.steering.methods import METHODS
 
@@ -700,39 +702,75 @@ def requests(samples: Samples, method: str, outcome: str) -> float:
 
 
 def finished(samples: Samples) -> float:
-    return sum(value for (name, labels), value in samples.items() if name == "whipstaff_requests_total" and value)
+    return sum(value for (name, _), value in samples.items() if name == "whipstaff_requests_total")
 
 
 def vllm(samples: Samples, name: str) -> float:
     return sum(value for (found, _), value in samples.items() if found == f"vllm:{name}")
 
 
-def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: Post) -> None:
+def of_method(samples: Samples, series: str, method: str) -> float:
+    return samples.get((f"whipstaff_{series}", (("method", method),)), 0.0)
+
+
+def refused(samples: Samples, reason: str) -> float:
+    return samples["whipstaff_refusals_total", (("reason", reason),)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_metrics_count_by_method_beside_vllms_own(http: httpx.Client, complete: Post, stream: bool) -> None:
     labels: dict[str, dict[str, Any]] = {
         "plain": {},
         "caa": {"steering": PUSH},
         "several": {"steering": MIXED},
         "proxy_tuning": {"decoding": PAIR},
-        "caa+proxy_tuning": BOTH,
+        "mixed": BOTH,
     }
     before = metrics(http)
     for extras in labels.values():
-        complete(max_tokens=5, n=1, **extras)
-    assert_refused(complete(steering={"vector": "absent"}), 404, "steering.vector")
+        complete(max_tokens=5, ignore_eos=True, stream=stream, **extras)
     after = metrics(http)
     for method in labels:
-        assert requests(after, method, "finished") - requests(before, method, "finished") == 1
-        for series in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
-            key = (f"whipstaff_{series}_count", (("method", method),))
-            assert after[key] - before.get(key, 0) == 1
-    key = ("whipstaff_refusals_total", (("status", "404"),))
-    assert after[key] - before.get(key, 0) == 1
+        assert requests(after, method, "length") - requests(before, method, "length") == 1
+
+        def grown(series: str, method: str = method) -> float:
+            return of_method(after, series, method) - of_method(before, series, method)
+
+        assert grown("time_to_first_token_seconds_count") == grown("e2e_request_latency_seconds_count") == 1
+        assert grown("inter_token_latency_seconds_count") == 4
+        assert grown("generated_tokens_total") == grown("computed_tokens_total") == 5
+        parts = grown("time_to_first_token_seconds_sum"), grown("inter_token_latency_seconds_sum")
+        assert min(parts) > 0 and sum(parts) <= grown("e2e_request_latency_seconds_sum") * 1.001
     assert after["whipstaff_vectors_loaded", ()] == 11 + len(HEADS) + len(SOFT)
     assert vllm(after, "generation_tokens_total") - vllm(before, "generation_tokens_total") == 5 * 5
-    labelled = [pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs]
-    names = {"plain", "several", *DECODING, *METHODS}
-    assert {part for key, value in labelled if key == "method" for part in value.split("+")} <= names
-    assert {key for key, _ in labelled} <= {"method", "outcome", "status", "le", "preset"}
+    labelled = {pair for (name, pairs) in after if name.startswith("whipstaff_") for pair in pairs}
+    names = {"plain", "several", "mixed", *DECODING, *METHODS}
+    assert {value for key, value in labelled if key == "method"} <= names
+    assert {key for key, _ in labelled} <= {
+        *("method", "outcome", "reason", "le", "preset", "kind", "state", "ran", "traffic"),
+        *("version", "vllm", "device", "mode", "action"),
+    }
+
+
+def test_metrics_say_why_requests_were_refused(server: Server, http: httpx.Client, complete: Post) -> None:
+    """Whoever refuses them."""
+    before = metrics(http)
+    for answer, status in (
+        (complete(steering={"vector": "absent"}), 404),
+        (complete(model="other"), 404),
+        (complete(steering={"vector": "push", "scale": "much"}), 400),
+        (complete(max_tokens="many"), 400),
+        (complete(steering={"vector": "misfit"}), 409),
+        (complete(decoding={"method": "x"}), 422),
+        (httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": PROMPT}), 401),
+        (http.delete("/v1/steering/vectors/push"), 403),
+    ):
+        assert answer.status_code == status, answer.text
+    after = metrics(http)
+    grown = {reason: refused(after, reason) - refused(before, reason) for reason in set(REASONS.values())}
+    told = {"unknown_name": 2, "bad_value": 2, "conflict": 1, "unavailable": 1, "unauthorized": 1, "policy": 1}
+    assert {reason: number for reason, number in grown.items() if number} == told
+    assert finished(after) == finished(before)
 
 
 def test_metrics_say_what_steering_does(http: httpx.Client, complete: Post) -> None:
@@ -751,26 +789,54 @@ def test_metrics_say_what_steering_does(http: httpx.Client, complete: Post) -> N
     assert grown("dose_sum") == pytest.approx(
         sum(max(entry["dose"]["relative"] for entry in entries) for entries in said)
     )
-    assert after["whipstaff_slots", ()] == MAX_SEQS
-    new = metrics(http)["whipstaff_table_uploads_total", ()]
-    complete(steering=PUSH | {"scale": 1.2345})
-    assert metrics(http)["whipstaff_table_uploads_total", ()] == new + 1
+    admitted = "whipstaff_admission_seconds_count", (("kind", "steering"),)
+    assert after[admitted] - before[admitted] == 3
+    assert after["whipstaff_slots", ()] == MAX_SEQS and after["whipstaff_selftest_ok", ()] == 1
+
+
+def test_metrics_say_what_the_engine_counts(http: httpx.Client, complete: Post) -> None:
+    """Once a second, whoever asks."""
+
+    def uploads(now: Samples) -> float:
+        return now["whipstaff_table_uploads_total", ()]
+
+    def cached(now: Samples, what: str, traffic: str) -> float:
+        return now[f"whipstaff_prefix_cache_{what}_total", (("traffic", traffic),)]
+
+    complete()
+    time.sleep(2 * PAUSE)
+    before = metrics(http)
+    prompt, steering = [11 + index for index in range(100)], PUSH | {"scale": 1.2345, "where": "all"}
+    for _ in range(2):
+        complete(prompt, steering=steering)
+    poll(http, lambda now: cached(now, "hits", "steered") > cached(before, "hits", "steered"))
+    after = metrics(http)
+    assert uploads(after) == uploads(before) + 1
+    assert cached(after, "queries", "steered") - cached(before, "queries", "steered") == 200
+    assert cached(after, "hits", "steered") - cached(before, "hits", "steered") == 96  # whole blocks of 32
+    assert cached(after, "queries", "plain") == cached(before, "queries", "plain")
+    assert after["whipstaff_table_upload_bytes_total", ()] > before["whipstaff_table_upload_bytes_total", ()]
+    aux = "whipstaff_aux_steps_total"
+    assert after[aux, (("ran", "no"),)] > before[aux, (("ran", "no"),)]
+    assert after[aux, (("ran", "yes"),)] == before[aux, (("ran", "yes"),)]
 
 
 @pytest.mark.usefixtures("unharmed")
 def test_metrics_say_who_has_slots_and_who_waits(server: Server, http: httpx.Client) -> None:
     ways = [{"steering": PUSH | {"scale": 2 + index / 100}} for index in range(2 * MAX_SEQS)]
-    seen: list[tuple[float, float]] = []
-    for _ in range(20):  # on a busy machine some may be done before others have come
-        with ExitStack() as connections:
-            for fields in ways:
-                connections.enter_context(left_alone(server, stream=True, **fields))
-            seen += [slots(metrics(http)) for _ in range(20)]
-        poll(http, lambda now: slots(now) == (0, 0))
-        if any(used == MAX_SEQS and waiting for used, waiting in seen):
-            break
+    before, seen = metrics(http), list[tuple[float, float]]()
+    with ExitStack() as connections:
+        for fields in ways:
+            connections.enter_context(left_alone(server, stream=True, **fields))
+        while not seen or seen[-1] != (0, 0) or len(set(seen)) == 1:
+            seen.append(slots(metrics(http)))
+            assert len(seen) < 50 * PATIENCE, seen[-20:]
+            time.sleep(0.02)
     assert any(used == MAX_SEQS and waiting for used, waiting in seen), seen
     assert all(used <= MAX_SEQS and waiting <= MAX_SEQS for used, waiting in seen), seen
+    after, waited = metrics(http), "whipstaff_slot_wait_seconds_count"
+    assert 1 <= after[waited, ()] - before[waited, ()] <= MAX_SEQS
+    assert after["whipstaff_slot_wait_seconds_sum", ()] > before["whipstaff_slot_wait_seconds_sum", ()]
 
 
 def slots(now: Samples) -> tuple[float, float]:
@@ -817,7 +883,7 @@ def abandon(server: Server, http: httpx.Client, method: str, ways: list[dict[str
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_everything(server: Server, http: httpx.Client, stream: bool) -> None:
-    abandon(server, http, "caa+proxy_tuning", [{"n": MAX_SEQS, "stream": stream, **BOTH}])
+    abandon(server, http, "mixed", [{"n": MAX_SEQS, "stream": stream, **BOTH}])
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from whipstaff.server.commands import vectors as vectors_cli
+from whipstaff.server.engine.frontend.counters import PAUSE as COUNTERS_PAUSE
 from whipstaff.steering.vector_file import Header, packed, parse
 
 from ...steering.test_importers import gguf  # type: ignore[import-not-found] # mypy has tests/ for the top
@@ -476,16 +477,52 @@ def test_preset_files_are_read_again_when_they_change(clients: list[httpx.Client
 
 
 def test_metrics_are_those_of_both_servers(clients: list[httpx.Client]) -> None:
+    def ask(client: httpx.Client) -> None:
+        ok(post_json(client, "/v1/completions", {"model": f"{MODEL}@pushy", "prompt": "x", "ignore_eos": True}))
+
     key = ("whipstaff_preset_requests_total", (("preset", "pushy"),))
-    finished = ("whipstaff_requests_total", (("method", "caa"), ("outcome", "finished")))
+    ended = ("whipstaff_requests_total", (("method", "caa"), ("outcome", "length")))
+    ask(clients[0])  # from here on its steering is in the tables
+    time.sleep(2 * COUNTERS_PAUSE)
     before = [metrics(client) for client in clients]
     for client in clients:
-        ok(post_json(client, "/v1/completions", {"model": f"{MODEL}@pushy", "prompt": "x"}))
+        ask(client)
+        ok(complete(client, "x", steering={"vector": "push", "scale": 0.321}))
+    time.sleep(2 * COUNTERS_PAUSE)
     for client, then in zip(clients, before, strict=True):
         now = metrics(client)
-        assert now[key] - then[key] == now[finished] - then[finished] == 2
+        assert now[key] - then[key] == 2 and now[ended] - then[ended] == 4
         assert now["whipstaff_slots", ()] == 16 and now["whipstaff_vectors_loaded", ()] == 11
-        assert now["whipstaff_table_uploads_total", ()] >= then["whipstaff_table_uploads_total", ()]
+        assert now["whipstaff_selftest_ok", ()] == 1
+        uploads = "whipstaff_table_uploads_total", ()
+        assert now[uploads] - then[uploads] == 1  # the engine's, counted by one of them
+        assert not [labels for (name, labels) in now if name.startswith("whipstaff_") and dict(labels).get("pid")]
+
+
+def test_metrics_say_what_an_administrator_did(clients: list[httpx.Client]) -> None:
+    def changes() -> dict[tuple[str, ...], float]:
+        return {
+            tuple(value for _, value in labels): number
+            for (name, labels), number in metrics(clients[0]).items()
+            if name == "whipstaff_registry_changes_total"
+        }
+
+    before = changes()
+    assert put(clients[0], "counted", vector_file(direction(30))).status_code == 201
+    assert put(clients[1], "counted", vector_file(direction(31))).status_code == 200
+    assert put(clients[0], "counted", b"no file").status_code == 400
+    assert remove(clients[0], "counted").status_code == 200
+    assert remove(clients[1], "counted").status_code == 404
+    assert put_preset(clients[0], "pushy").status_code == 409
+    grown = {key: number - before.get(key, 0) for key, number in changes().items()}
+    assert {key: number for key, number in grown.items() if number} == {
+        ("add", "vector", "done"): 1,
+        ("replace", "vector", "done"): 1,
+        ("add", "vector", "refused"): 1,
+        ("remove", "vector", "done"): 1,
+        ("remove", "vector", "refused"): 1,
+        ("add", "preset", "refused"): 1,
+    }
 
 
 # ---- the command line

@@ -3,21 +3,25 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 from scheduling import CASES, STOP, Case, Traffic, Worker, token
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT
-from whipstaff.server.plan import PLAN_KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
 from whipstaff.steering.vector_file import Header, Vector, packed, parse
+from whipstaff.steering.where import Where
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,10 @@ class Loading(Worker):
         hook_points = [HookPoint("resid_pre", 0), *(HookPoint("resid_post", layer) for layer in range(3))]
         specs = [SiteSpec(place, 0, 96) for place in hook_points]
         self.tables = Tables(specs, num_slots, 3, torch.device("cpu"), {vector.digest: vector}.__getitem__)
+        self.waits: list[float] = []
 
     def run(self, output: Any) -> ModelRunnerOutput:
+        self.waits += output.whipstaff_notes.slot_use.waits
         self.tables.acquire(row for name in output.num_scheduled_tokens for row in self.scheduler._placed[name].rows)
         return super().run(output)
 
@@ -88,10 +94,46 @@ def test_requests_with_more_lines_than_there_is_room_for_wait(
     for _ in range(16):
         traffic.add(members=0)
     traffic.step()
-    assert 0 < len(traffic.scheduler._held) < 16
+    assert 0 < (num_held := len(traffic.scheduler._held)) < 16
+    (given_up := traffic.asked[traffic.scheduler._held[-1].primary.request_id]).end = "aborted"
+    traffic.scheduler.finish_requests(given_up.request.request_id, RequestStatus.FINISHED_ABORTED)
     traffic.drain()
     traffic.check()
-    assert worker.tables.num_uploads == 16 and all(str(asked.end) == "length" for asked in traffic.asked.values())
+    assert len(worker.waits) == num_held - 1 and min(worker.waits) > 0  # those who had slots at once waited for none
+    ends = [str(asked.end) for asked in traffic.asked.values()]
+    assert worker.tables.num_uploads == 15 and sorted(ends) == ["aborted", *["length"] * 15]
+    assert worker.tables.num_uploaded_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "v2"])
+def test_the_prefix_cache_is_counted_by_whose_tokens_are_looked_for(model: str, name: str) -> None:
+    """Each kind asks twice for the same; what all find together is what vLLM counts."""
+    case = Case(**{**CASES[name].__dict__, "num_blocks": 200, "max_num_seqs": 16, "budget": 512, "num_slots": 8})
+    traffic, theirs = Traffic(model, case, seed=0), [0, 0]
+    made = traffic.scheduler.kv_cache_manager.make_prefix_cache_stats
+
+    def make() -> Any:
+        stats = made()
+        theirs[0], theirs[1] = theirs[0] + stats.queries, theirs[1] + stats.hits
+        return stats
+
+    traffic.scheduler.kv_cache_manager.make_prefix_cache_stats = make
+    edit = SteeringPlan((PlannedEdit(Edit("v", "0", None), Where.of("all")),))
+    further = (CompanionPlan(tuple(range(50, 99))), CompanionPlan((5,)))
+    for plan in (None, RequestPlan(edit), RequestPlan(companions=further), RequestPlan(decoding=DecodingPlan())):
+        said = {PLAN_KEY: plan.to_wire()} if plan else None
+        traffic.plan = Mock(return_value=said)  # type: ignore[method-assign]
+        for _ in range(2):
+            traffic.add(members=0, prompt=traffic.stem)
+            traffic.drain()
+    traffic.add(members=0, prompt=[3])
+    traffic.drain()
+    traffic.check()
+    use = traffic.scheduler._cache_use
+    # 48 of 49 tokens are whole blocks; members of a group keep their last token back, and so its whole block
+    assert use.queries == {"plain": 4 * 49, "steered": 2 * 49, "guided": 4 * 49}
+    assert use.hits == {"plain": 3 * 48, "steered": 48, "guided": 2 * 32 + 32}
+    assert sum(use.hits.values()) == theirs[1]
 
 
 @pytest.mark.parametrize("name", ["sync", "async", "v2"])

@@ -179,6 +179,11 @@ class Runner:
         return Continuation(source, keep, tuple(self.chance.choices(range(300), k=max(1, min(num, most - keep)))))
 
 
+def _companions(request: Request) -> tuple[CompanionPlan, ...]:
+    plan = RequestPlan.from_wire(request.sampling_params.extra_args)
+    return plan.companions if plan is not None else ()
+
+
 class Searching(Traffic):
     """Traffic some of which searches."""
 
@@ -249,6 +254,10 @@ class Searching(Traffic):
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not s.requests and not s.running and not s.waiting and not s._held and not s._moved
         assert not s._groups and not s._group_of and not s._ended and not s._placed
+        most = sum(asked.request.num_prompt_tokens for asked in self.asked.values()) + sum(
+            len(one.prompt) for asked in self.asked.values() for one in _companions(asked.request)
+        )
+        assert sum(s._cache_use.queries.values()) <= most  # a sequence that goes on from another looks for nothing
         for name, asked in self.asked.items():
             assert asked.end is not None
             if name in self.searchers and str(asked.end) == "error":

@@ -30,6 +30,8 @@ from whipstaff.server.engine.worker.lora import StepAdapters
 class NoLookahead:
     """Where the scheduler sets no place apart."""
 
+    num_passes = 0
+
     def after(self, view: BatchView, rows: Sequence[int], positions: Ints, reads_attention: bool = False) -> None:
         """Methods do without."""
 
@@ -56,6 +58,7 @@ class Lookahead:
         """
         self._runner, self._base, self._edits, self._block_tables = runner, base, edits, block_tables
         self._adapters, self._attention = adapters, attention
+        self.num_passes = 0  # since the start
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
     def after(
@@ -76,6 +79,7 @@ class Lookahead:
 
         def try_(tokens: Tensor) -> Tried:
             (tried, at, metadata, slots), ids = prepared(), tokens.to(torch.int32)
+            self.num_passes += 1
             with (
                 self._adapters.of(last),
                 self._edits.trying(tried, ids),

@@ -71,7 +71,7 @@ class LogitsPipeline:
         """
         self.attention, self.histories = attention, histories
         self.auxiliary_steps = Counter[str]()  # how often each auxiliary model ran
-        self._requests, self._device, self._early = requests, device, early
+        self._requests, self._device, self._early, self._lookahead = requests, device, early, lookahead
         self._auxiliaries = tuple(auxiliaries)
         self._tables = RequestTables(max_len, device)
         self._inputs = MethodInputs(self._tables, heads, early, lookahead, attention, histories)
@@ -94,6 +94,16 @@ class LogitsPipeline:
     def has_final_norm(self) -> bool:
         """Whether early layers can be read after the model's final norm."""
         return self._early.has_norm
+
+    @property
+    def num_auxiliaries(self) -> int:
+        """How many auxiliary models can run in a step."""
+        return len(self._auxiliaries)
+
+    @property
+    def num_lookahead_passes(self) -> int:
+        """How often tokens were tried since the start."""
+        return self._lookahead.num_passes
 
     def add(self, request: PlannedRequest, arrival: Arrival) -> None:
         """Make ready what its decoding needs. A request that comes again keeps that; its prompt may be shorter now."""
