@@ -220,7 +220,8 @@ def counting(engine: Engine) -> Iterator[None]:
     if engine.index != 0:
         yield
         return
-    following = asyncio.create_task(follow_counters(engine, metrics.WorkerCounts().note))
+    is_alone = engine.vllm_config.parallel_config._api_process_count <= 1
+    following = asyncio.create_task(follow_counters(engine, metrics.WorkerCounts().note, is_alone))
     try:
         yield
     finally:

@@ -28,12 +28,12 @@ MOST_SAMPLES = 5000  # in one scrape
 NOTHING = {
     ("Bad answers", "A"): "no engine fails here",
     ("Methods over the whole time range", "E"): "no engine fails here",
-    ("Targets down", "A"): "the server is there",
     ("Groups scheduled by half", "A"): "would be a bug",
     ("Passes over tokens that were tried", "A"): "no method looks ahead",
 }
 # What may be 0 or not, as the machine is fast or slow.
 EITHER = {
+    ("Targets down", "A"): "a loaded machine answers a scrape too late",
     ("Queue by reason, and running", "A"): "the queue may be short whenever it is looked at",
     ("Preemptions, prefix-cache hits", "A"): "the KV cache may be large enough",
     ("Steps together, preemptions", "B"): "the KV cache may be large enough",

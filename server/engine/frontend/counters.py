@@ -6,18 +6,30 @@ from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from whipstaff.server.engine.frontend.launch import Engine
+from whipstaff.server.engine.frontend.launch import COUNTERS, Engine
 
 PAUSE = 1.0  # seconds
+PAUSE_UNSEEN = 5.0  # where other API servers ask the engine for things, too
 
 
-async def follow_counters(engine: Engine, note: Callable[[Mapping[str, Any]], None]) -> None:
+async def follow_counters(engine: Engine, note: Callable[[Mapping[str, Any]], None], is_alone: bool = True) -> None:
     """Give `note` what the first worker has counted, for as long as the engine lives. One question at a time: a worker
-    that hangs is not asked again."""
+    that hangs is not asked again.
+
+    An engine that was asked for nothing since is left alone: a worker looks for what comes next without a rest for a
+    second after each question, so that an idle server that is asked every second would take a core.
+
+    Args:
+        is_alone: whether everything that the engine is asked for passes through `engine`.
+    """
+    known = -1
     while True:
-        try:
-            found = await engine.collective_rpc("whipstaff_counters")
-        except EngineDeadError:
-            return
-        note(found[0])
-        await asyncio.sleep(PAUSE)
+        asked = engine.num_asked
+        if asked != known or engine.num_generating or not is_alone:
+            known = asked
+            try:
+                found = await engine.collective_rpc(COUNTERS)
+            except EngineDeadError:
+                return
+            note(found[0])
+        await asyncio.sleep(PAUSE if is_alone else PAUSE_UNSEEN)

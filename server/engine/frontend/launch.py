@@ -36,6 +36,7 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "whipstaff.server.engine.worker.cuda_worker.CudaWorker",
 }
 _SCHEDULERS = "whipstaff.server.engine.scheduler.scheduler."
+COUNTERS = "whipstaff_counters"  # the workers' method
 NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
@@ -83,6 +84,8 @@ class Engine(AsyncLLM):
     layout: Layout
     index: int  # among the API servers of one engine
     watch: Watch | None = None
+    num_asked = 0  # generations that began or ended, and calls of workers but those for counters
+    num_generating = 0  # now
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
@@ -99,10 +102,18 @@ class Engine(AsyncLLM):
         plan, outputs = self._plan_of(sampling_params), super().generate(prompt, sampling_params, *args, **kwargs)
         if plan is not None and plan.answers is not None:
             outputs = plan.answers.of(outputs, self.get_tokenizer())
-        with nullcontext() if plan is None else plan.lease.again():
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
+        self.num_asked, self.num_generating = self.num_asked + 1, self.num_generating + 1
+        try:
+            with nullcontext() if plan is None else plan.lease.again():
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        yield output
+        finally:
+            self.num_asked, self.num_generating = self.num_asked + 1, self.num_generating - 1
+
+    async def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.num_asked += method != COUNTERS
+        return await super().collective_rpc(method, *args, **kwargs)
 
     def _plan_of(self, params: SamplingParams) -> PlanDict | None:
         """Raises: ValueError for one that our front end did not make, or that this engine cannot take."""

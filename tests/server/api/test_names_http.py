@@ -189,7 +189,6 @@ UNKNOWN = {
     "no_repeat_ngram_size": None,
     "smoothing_factor": None,
     "guided_regex": "structured_outputs",
-    "penalty_alpha": None,
     "logits_processors": None,
     "temprature": "temperature",
 }

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from whipstaff.server.commands import vectors as vectors_cli
-from whipstaff.server.engine.frontend.counters import PAUSE as COUNTERS_PAUSE
+from whipstaff.server.engine.frontend.counters import PAUSE_UNSEEN as COUNTERS_PAUSE
 from whipstaff.steering.vector_file import Header, packed, parse
 
 from ...steering.test_importers import gguf  # type: ignore[import-not-found] # mypy has tests/ for the top
