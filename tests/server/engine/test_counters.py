@@ -11,7 +11,8 @@ from whipstaff.server.engine.frontend import counters
 
 def followed(monkeypatch: pytest.MonkeyPatch, events: list[tuple[int, int]], is_alone: bool = True) -> int:
     """How often an engine is asked that has (asked, generating) of `events`, one look after the other."""
-    engine, noted = SimpleNamespace(num_asked=0, num_generating=0), []
+    engine = SimpleNamespace(num_asked=0, num_generating=0)
+    noted: list[Any] = []
 
     async def collective_rpc(method: str) -> list[Any]:
         assert method == "whipstaff_counters"
@@ -23,7 +24,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, events: list[tuple[int, int]], is_
         engine.num_asked, engine.num_generating = events.pop(0)
 
     engine.collective_rpc = collective_rpc
-    monkeypatch.setattr(counters.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(counters.follow_counters(engine, noted.append, is_alone))  # type: ignore[arg-type]
     return len(noted)
