@@ -5,13 +5,16 @@ lives on, in which seat, from whose tokens; or the answers. A verdict is known w
 plain data beside them, also where outputs are still on their way from the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.decoding.search.search import Hypothesis
 from whipstaff.server.engine.patch import swap
+
+SEARCH_KEY = "search"  # under which a request is told what its search came to, beside what is explained
 
 
 class SearchStep(NamedTuple):
@@ -55,6 +58,12 @@ def seat_id(primary: str, index: int) -> str:
 def companion_id(lead: str, index: int) -> str:
     """The id of a companion of a request or of a seat; 1 is the first."""
     return f"{lead}/{index}"
+
+
+def stop_token(tokens: Sequence[int], params: SamplingParams) -> int | None:
+    """The token that ended an answer, where the request names it and it is not the model's own: a `stop_reason`."""
+    last = tokens[-1] if tokens else None
+    return last if last != params.eos_token_id and last in (params.stop_token_ids or ()) else None
 
 
 def attach_verdicts(output: Any, verdicts: Mapping[str, Verdict]) -> Any:

@@ -12,8 +12,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from whipstaff.decoding.method import Candidate
+from whipstaff.server.engine.searches import SEARCH_KEY, stop_token
 
-SEARCH = "search"  # under which the engine tells of a finished search, beside what it explains
 WORST = -1e9  # JSON has no infinities
 Outputs = AsyncGenerator[Any, None]
 
@@ -44,8 +44,8 @@ class SearchAnswers:
 
     def explained(self, _: int, told: dict[str, Any]) -> None:
         """What the engine says of the request."""
-        self._record = told[SEARCH]
-        self._note(told[SEARCH])
+        self._record = told[SEARCH_KEY]
+        self._note(told[SEARCH_KEY])
 
     async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
         async with aclosing(outputs):
@@ -68,7 +68,7 @@ class SearchAnswers:
             cumulative_logprob=None,
             logprobs=None,
             finish_reason=hypothesis["finish_reason"],
-            stop_reason=self._stop_reason(tokens) if is_stopped else None,
+            stop_reason=stop_token(tokens, self._params) if is_stopped else None,
             lora_request=output.lora_request,
         )
 
@@ -84,11 +84,6 @@ class SearchAnswers:
         detokenizer.update(tokens, is_stopped)
         text: str = detokenizer.get_next_output_text(finished=True, delta=False)
         return text
-
-    def _stop_reason(self, tokens: list[int]) -> int | None:
-        """The token that ended an answer, if it is not the model's own."""
-        is_asked = tokens[-1] in (self._params.stop_token_ids or ()) and tokens[-1] != self._params.eos_token_id
-        return tokens[-1] if is_asked else None
 
 
 class RankedAnswers:

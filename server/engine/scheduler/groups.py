@@ -196,7 +196,7 @@ class GroupedScheduling(Scheduler):
             anew = anew + [request for request in resumed if _is_doubled(request)]
         for request in anew:
             if request.request_id in output.num_scheduled_tokens:
-                _take_out(cached, request.request_id)
+                take_out(cached, request.request_id)
                 output.scheduled_new_reqs.append(self._as_new(request))
 
     def _as_new(self, request: Request, num_computed: int = 0) -> NewRequestData:
@@ -400,7 +400,7 @@ def _single(members: list[Request]) -> list[Request]:
     return doubled
 
 
-def _take_out(cached: Any, request_id: str) -> None:
+def take_out(cached: Any, request_id: str) -> None:
     """Remove a request from the running ones of a scheduler's output."""
     if request_id not in cached.req_ids:
         return

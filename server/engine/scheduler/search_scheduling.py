@@ -23,13 +23,11 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
-from whipstaff.server.engine.scheduler.group import NOWHERE, Group, SearchGroup
-from whipstaff.server.engine.scheduler.groups import GroupedScheduling, _take_out
+from whipstaff.server.engine.scheduler.group import Group, SearchGroup
+from whipstaff.server.engine.scheduler.groups import GroupedScheduling, take_out
 from whipstaff.server.engine.scheduler.reseat import Move, can_reseat, forget_copies, give_up_copies, reseat
-from whipstaff.server.engine.searches import Placed, SearchStep, Verdict, verdicts_of
+from whipstaff.server.engine.searches import SEARCH_KEY, Placed, SearchStep, Verdict, stop_token, verdicts_of
 from whipstaff.server.engine.step_notes import SearchUse
-
-SEARCH_KEY = "search"  # of an answer's record among what is told of a request
 
 
 class SearchScheduling(GroupedScheduling):
@@ -131,7 +129,7 @@ class SearchScheduling(GroupedScheduling):
         """Tell the worker all of a sequence's tokens and blocks."""
         name, cached = request.request_id, output.scheduled_cached_reqs
         if self.use_v2_model_runner:
-            _take_out(cached, name)
+            take_out(cached, name)
             output.scheduled_new_reqs.append(self._as_new(request, request.num_computed_tokens - num_scheduled))
             return
         cached.new_block_ids[cached.req_ids.index(name)] = self.kv_cache_manager.get_block_ids(name)
@@ -194,10 +192,8 @@ class SearchScheduling(GroupedScheduling):
         self._records[request.request_id] = record
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         if best.finish_reason == "stop":
-            request.status, params = RequestStatus.FINISHED_STOPPED, request.sampling_params
-            last = best.tokens[-1] if best.tokens else None
-            if last != params.eos_token_id and last in (params.stop_token_ids or ()):
-                request.stop_reason = last
+            request.status = RequestStatus.FINISHED_STOPPED
+            request.stop_reason = stop_token(best.tokens, request.sampling_params)
         return list(best.tokens[group.num_told :]), True
 
     def _settle(self, group: SearchGroup, verdict: Verdict) -> None:
@@ -283,6 +279,3 @@ def _replace_output(request: Request, tokens: Sequence[int], hash_block_size: in
     request._all_token_ids[request.num_prompt_tokens :] = tokens
     del request.block_hashes[(request.num_prompt_tokens + num_common) // hash_block_size :]
     request.update_block_hashes()
-
-
-__all__ = ["NOWHERE", "SearchScheduling"]
