@@ -19,6 +19,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 THREE = ("v1-eager-async", "v1-compiled-sync", "v2-eager-async")
 """Both runners, eager and compiled, synchronous and asynchronous: what is shown in these is shown in all."""
+WITH_RANKS = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
+"""The same, with two ranks among them."""
 ON_V1 = THREE[:2]
 """For what the runners share, where Triton's interpreter would take minutes."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from decodings import GOLDEN, golden
 from engines import Ask, EngineUnderTest, edit, running
+from modes import WITH_RANKS
 from reference import dola as reference
 from reference.steered import Edit
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,6 @@ from whipstaff.steering.where import Where
 pytestmark = pytest.mark.engine
 
 MODELS = GOLDEN / "models"
-MODES = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
 CASES = [case for case in golden("dola")[0]["cases"] if case["kind"].startswith("greedy")]
 SCORED = [case for case in golden("dola")[0]["cases"] if case.get("mode", "").startswith("dola")]
 NUM_TOKENS = 8
@@ -92,7 +92,7 @@ class Bench:
 KNOWN: dict[str, list[int]] = {}  # by request: every mode serves the same models and vectors
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=WITH_RANKS)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with running(
         request.param,

@@ -7,15 +7,14 @@ Each engine has a step budget smaller than the long prompts (chunked prefill), b
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, edit
-from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
+from engines import Ask, EngineUnderTest, edit, running
+from modes import WITH_RANKS
 from reference import conditioned, steered
 from reference import kwd as reference
 from torch import Tensor
@@ -36,11 +35,6 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
-    "v1-compiled-async": {"async_scheduling": True},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
 NUM_TOKENS, MAX_LEN, HIDDEN, EARLY, GUIDANCE = 10, 128, 96, (1,), 1.7
 
 
@@ -142,33 +136,24 @@ class Bench:
         return changed
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=WITH_RANKS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, mode = tmp_path_factory.mktemp("models"), request.param
     path = tiny.save("llama", folder / "base", 0)
     other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        a_core_for_each_rank() if mode.endswith("ranks") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            path,
-            [("other", other)],
-            lookahead=True,
-            skip_tokenizer_init=True,
-            max_model_len=MAX_LEN,
-            max_num_batched_tokens=48,
-            max_num_seqs=8,
-            num_gpu_blocks_override=12,
-            **MODES[mode],
-        )
-        try:
-            assert engine.facts["runner"] == mode[:2]
-            models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (path, other)]
-            yield Bench(mode, engine, _heads(engine), _vector(engine), *models)
-        finally:
-            engine.close()
+    with running(
+        mode,
+        path,
+        [("other", other)],
+        lookahead=True,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=48,
+        max_num_seqs=8,
+        num_gpu_blocks_override=12,
+    ) as engine:
+        models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (path, other)]
+        yield Bench(mode, engine, _heads(engine), _vector(engine), *models)
 
 
 def _heads(engine: EngineUnderTest) -> dict[bool, Vector]:

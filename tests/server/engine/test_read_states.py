@@ -7,7 +7,6 @@ requests than ask for it.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +14,8 @@ import pytest
 import tiny
 import torch
 from decodings import StubPrompt
-from engines import Ask, EngineUnderTest, edit
-from modes import a_core_for_each_rank, async_on_cpu, v2_on_cpu
+from engines import Ask, EngineUnderTest, edit, running
+from modes import WITH_RANKS
 from reference import contrastive_search, opera_lite, steered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -33,11 +32,6 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-MODES: dict[str, dict[str, Any]] = {
-    "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
-    "v1-compiled-async": {"async_scheduling": True},
-    "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
-}
 NUM_TOKENS, MAX_LEN, HIDDEN, GUIDANCE = 12, 128, 96, 1.7
 LEANING = {"scale_factor": 150.0, "switch_length": 3, "penalty_cap": 6.0}  # a random model looks nowhere for long
 
@@ -150,38 +144,29 @@ class Bench:
         return torch.tensor(opera_lite.rewrite(row.tolist(), wanted, params.candidates))
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=WITH_RANKS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, mode = tmp_path_factory.mktemp("models"), request.param
     path = tiny.save("llama", folder / "base", 0)
     other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
-    with (
-        v2_on_cpu() if mode.startswith("v2") else nullcontext(),
-        a_core_for_each_rank() if mode.endswith("ranks") else nullcontext(),
-        async_on_cpu() if MODES[mode]["async_scheduling"] else nullcontext(),
-    ):
-        engine = EngineUnderTest(
-            path,
-            [("other", other)],
-            lookahead=True,
-            attention_rows=True,
-            hidden_states=2,
-            skip_tokenizer_init=True,
-            max_model_len=MAX_LEN,
-            max_num_batched_tokens=48,
-            max_num_seqs=8,
-            num_gpu_blocks_override=12,
-            **MODES[mode],
-        )
-        try:
-            assert engine.facts["runner"] == mode[:2]
-            models = [
-                AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation="eager")
-                for one in (path, other)
-            ]
-            yield Bench(mode, engine, _vector(engine), *models)
-        finally:
-            engine.close()
+    with running(
+        mode,
+        path,
+        [("other", other)],
+        lookahead=True,
+        attention_rows=True,
+        hidden_states=2,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=48,
+        max_num_seqs=8,
+        num_gpu_blocks_override=12,
+    ) as engine:
+        models = [
+            AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation="eager")
+            for one in (path, other)
+        ]
+        yield Bench(mode, engine, _vector(engine), *models)
 
 
 def _vector(engine: EngineUnderTest) -> Vector:
