@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from whipstaff.decoding.method import Candidate, Params, Ranker
+from whipstaff.decoding.prefix_classifier import classes
 from whipstaff.decoding.rows import Rows
 
 _JUDGED = "best_of"  # the fact that is said of every token
@@ -75,9 +76,7 @@ class BestOf(Ranker[BestOfParams]):
         """The logits as they are; what a classifier makes of each row is said of its token."""
         assert rows.hidden is not None
         if head := rows.heads.get("classifier"):
-            classes = rows.hidden @ head["weight"].T
-            classes = classes + head["bias"] if "bias" in head else classes
-            rows.facts[_JUDGED] = classes.log_softmax(1)[:, 1]
+            rows.facts[_JUDGED] = classes(rows.hidden, head).log_softmax(1)[:, 1]
         return rows.logits
 
     def score(self, params: BestOfParams, candidate: Candidate) -> float:

@@ -19,9 +19,8 @@ from torch.nn.functional import logsigmoid
 
 from whipstaff.decoding.best import only_best
 from whipstaff.decoding.method import LogitsRewriter, Params
+from whipstaff.decoding.prefix_classifier import NUM_CLASSES, classes
 from whipstaff.decoding.rows import Rows
-
-_NUM_CLASSES = 2  # of a prefix_classifier; the second one is the wanted one
 
 
 class KwdParams(Params):
@@ -49,7 +48,7 @@ class Kwd(LogitsRewriter[KwdParams]):
         most = min(max((params.k for params in settings), default=1), vocab)
         best = only_best(rows.logits, rows.column(params.k for params in settings).long().clamp(max=vocab), most)
         tokens = best.topk(most).indices  # (R, most): of each row its own k, then banned ones
-        if len(head["weight"]) == _NUM_CLASSES:
+        if len(head["weight"]) == NUM_CLASSES:
             scores = rows.logits.log_softmax(1).masked_fill(best == -torch.inf, -torch.inf).gather(1, tokens)
             scores = scores + _judged_ahead(rows, head, tokens)
         else:
@@ -69,6 +68,5 @@ def _judged_ahead(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Ten
     assert rows.lookahead is not None
     found = []
     for tried in tokens.unbind(1):
-        classes = rows.lookahead(tried).float() @ head["weight"].T  # (R, 2)
-        found.append((classes + head["bias"] if "bias" in head else classes).log_softmax(1)[:, 1])
+        found.append(classes(rows.lookahead(tried), head).log_softmax(1)[:, 1])
     return torch.stack(found, 1)

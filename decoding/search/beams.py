@@ -48,6 +48,11 @@ class Rules:
     def score(self, total: float, num_tokens: int) -> float:
         return total / math.pow(num_tokens, self.length_penalty)
 
+    def answer(self, one: Candidate, generated: Sequence[Sequence[int]]) -> Hypothesis:
+        """What a candidate comes to that ends an answer, or is the last that may be said."""
+        text = (*generated[one.source], one.token)
+        return Hypothesis(text, self.score(one.score, len(text)), "stop" if one.token in self.eos else "length")
+
     def best_possible(self, total: float, num_tokens: int) -> float:
         """What a beam may come to score, as transformers guesses: exact with early_stopping "never"."""
         is_hopeful = self.early_stopping == "never" and self.length_penalty > 0
@@ -76,13 +81,7 @@ class Book:
         num_tokens = len(generated[0]) + 1
         is_last = num_tokens >= rules.max_tokens
         ended = [
-            Hypothesis(
-                (*generated[one.source], one.token),
-                rules.score(one.score, num_tokens),
-                "stop" if one.token in rules.eos else "length",
-            )
-            for one in candidates[: rules.num_beams]
-            if is_last or one.token in rules.eos
+            rules.answer(one, generated) for one in candidates[: rules.num_beams] if is_last or one.token in rules.eos
         ]
         finished = tuple(sorted((*self.finished, *ended), key=lambda answer: -answer.score)[: rules.num_beams])
         running = [] if is_last else [one for one in candidates if one.token not in rules.eos][: rules.num_beams]

@@ -37,17 +37,13 @@ class _Group:
         answers = self.answers
         for one in candidates[: rules.num_beams]:
             if one.token in rules.eos:
-                answers = _with(answers, self._ended(one, generated, num_tokens), rules.num_beams)
+                answers = _with(answers, rules.answer(one, generated), rules.num_beams)
         is_done = not running or self._is_done(answers, candidates[0].score, num_tokens)
         if num_tokens >= rules.max_tokens and not is_done:
             for one in running:
-                answers = _with(answers, self._ended(one, generated, num_tokens), rules.num_beams)
+                answers = _with(answers, rules.answer(one, generated), rules.num_beams)
             is_done = True
         return replace(self, scores=tuple(one.score for one in running), answers=answers, is_done=is_done), running
-
-    def _ended(self, one: Candidate, generated: Sequence[Sequence[int]], num_tokens: int) -> Hypothesis:
-        text, score = (*generated[one.source], one.token), self.rules.score(one.score, num_tokens)
-        return Hypothesis(text, score, "stop" if one.token in self.rules.eos else "length")
 
     def _is_done(self, answers: Sequence[Hypothesis], best: float, num_tokens: int) -> bool:
         if len(answers) < self.rules.num_beams:

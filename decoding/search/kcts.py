@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whipstaff.decoding.method import Params
+from whipstaff.decoding.prefix_classifier import classes
 from whipstaff.decoding.search.beams import best_candidates, num_shared
 from whipstaff.decoding.search.search import (
     Continuation,
@@ -173,8 +174,7 @@ class _Tree(Search):
 
 def _grounded(head: Mapping[str, Tensor], hidden: Tensor) -> float:
     """The probability of class 1 at a token."""
-    classes = head["weight"] @ hidden.float()
-    return float((classes + head["bias"] if "bias" in head else classes).softmax(0)[1])
+    return float(classes(hidden[None], head).softmax(1)[0, 1])
 
 
 def _back_up(leaf: _Node) -> None:
