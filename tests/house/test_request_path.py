@@ -19,13 +19,13 @@ class Most(NamedTuple):
 
 
 # The bar that the house set itself is about the way there: 12 for a plain request, 20 for a steered one. It is not met.
-# What a plain request enters beyond it does something for it: metrics, the question whether it has a plan, both halves
-# of the scheduler. Of a steered one's, half are admission (what it names, checks and becomes), half are the step.
+# What a plain request enters beyond it does something for it: metrics, the question whether it has a plan, the three
+# parts of the scheduler. Of a steered one's, half are admission (what it names, checks and becomes), half are the step.
 MOST = {
-    "plain": Most(14, 14),
-    "steered": Most(40, 41),
-    "proxy-tuned": Most(39, 39),
-    "cfg": Most(42, 42),
+    "plain": Most(15, 15),
+    "steered": Most(44, 45),
+    "proxy-tuned": Most(42, 43),
+    "cfg": Most(46, 47),
 }
 
 

@@ -144,6 +144,9 @@ class SearchScheduling(GroupedScheduling):
     # -- what a step came to -----------------------------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, EngineCoreOutputs]:
+        if not self._groups:
+            plain: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+            return plain
         self._verdicts, self._records = verdicts_of(model_runner_output), {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for name, verdict in self._verdicts.items():

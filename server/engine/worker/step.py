@@ -72,7 +72,9 @@ class WorkerStep:
     def note_requests(self, finished: Iterable[str], arrivals: Iterable[Arrival]) -> None:
         """`finished` comes first: an id may finish and come back in one step."""
         finished = list(finished)
-        for request in self.requests.finish([*finished, *self.pipeline.searches.end(finished)]):
+        if self.pipeline.searches.running:
+            finished += self.pipeline.searches.end(finished)
+        for request in self.requests.finish(finished):
             if request.histories:
                 self.edits.histories.remove(request)
             self.pipeline.remove(request)
@@ -110,12 +112,12 @@ class WorkerStep:
         """The step's output, with its explanations and verdicts."""
         if self.is_plain:
             return output
-        verdicts, copies = self.pipeline.searches.take()
-        self._copy(copies)
+        if self.notes.searches:
+            verdicts, copies = self.pipeline.searches.take()
+            self._copy(copies)
+            output = attach_verdicts(output, verdicts)
         explanations = self.pipeline.take_explanations()
-        if output is None:  # of a rank that samples for nobody
-            return None
-        return attach_verdicts(output if explanations is None else attach(output, explanations), verdicts)
+        return output if output is None or explanations is None else attach(output, explanations)
 
     def _copy(self, copies: Copies) -> None:
         """Sequences of searches go on in other seats, with what is kept of them."""

@@ -168,8 +168,15 @@ def said(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_method_of_one_prompt_is_tried_here() -> None:
-    alone = {name for name, method in METHODS.items() if not issubclass(method.params, CoupledParams)}
-    assert {*ENTRIES, *SAMPLED} == alone - {"forced"}  # see test_companions_http.py
+    alone = {
+        name
+        for name, method in METHODS.items()
+        if method.stage != "search" and not issubclass(method.params, CoupledParams)
+    }
+    elsewhere = {"forced"}  # test_companions_http.py
+    elsewhere |= {"best_of"}  # test_search_http.py, as searches are
+    elsewhere |= {"contrastive_search", "opera_lite"}  # tests/server/engine/test_read_states.py: flags turn them on
+    assert {*ENTRIES, *SAMPLED} == alone - elsewhere
 
 
 @pytest.mark.parametrize("name", [*ENTRIES, *SAMPLED])

@@ -75,7 +75,7 @@ class Searches:
         self.counts = SearchCounts()
         self._requests, self._heads, self._lookahead, self._attention = requests, heads, lookahead, attention
         self._device = device
-        self._running: dict[str, Running] = {}  # by primary
+        self.running: dict[str, Running] = {}  # by primary
         self._verdicts: dict[str, Verdict] = {}
         self._copies: Copies = []
 
@@ -114,12 +114,10 @@ class Searches:
 
     def end(self, request_ids: Iterable[str]) -> list[str]:
         """Forget the searches of finished requests. The sequences that were made for them."""
-        if not self._running:
-            return []
         return [seat for name in request_ids for seat in self._end(name)]
 
     def _end(self, name: str) -> set[str]:
-        running = self._running.pop(name, None)
+        running = self.running.pop(name, None)
         return running.seats if running is not None else set()
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -127,9 +125,9 @@ class Searches:
     def _turn(
         self, name: str, step: SearchStep, rows: list[int], view: BatchView, hidden: Tensor, logits: Tensor
     ) -> Turn:
-        running = self._running.get(name)
+        running = self.running.get(name)
         if running is None:
-            running = self._running[name] = self._start(self._requests[name], step)
+            running = self.running[name] = self._start(self._requests[name], step)
         needs, here = running.method.needs, sent(rows, self._device)
         living = Living(
             running.generated,
