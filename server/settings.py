@@ -55,6 +55,13 @@ class Settings(BaseSettings):
         [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
     )
 
+    drain_timeout: float = Field(
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running answers have once the server is told to end, before they are cut (30)",
+    )
+
     early_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
         None,
         description="which layers' streams methods such as dola may read: comma-separated, 0 for the embeddings and l "
@@ -156,6 +163,7 @@ class Settings(BaseSettings):
             ("admin_key", "store", "KEY"),
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
+            ("drain_timeout", "store", "SECONDS"),
             ("early_layers", "store", "LAYERS"),
             ("hidden_states", "store", "N"),
             ("max_search_seqs", "store", "N"),

@@ -89,6 +89,7 @@ async def traced(folder: Path) -> dict[str, Way]:
     from whipstaff.server import app
     from whipstaff.server.commands.main import parse
     from whipstaff.server.engine.frontend import openai
+    from whipstaff.server.engine.frontend.lifecycle import Lifecycle
     from whipstaff.server.registry import live
 
     live.PAUSE = 3600.0  # nobody looks at the registry but the requests
@@ -104,7 +105,7 @@ async def traced(folder: Path) -> dict[str, Way]:
     engine = app.launch(args, settings, files)
     try:
         library = await app.load(engine, settings, files, store)
-        served = await app.extend(await openai.build(engine, args), engine, library, settings)
+        served = await app.extend(await openai.build(engine, args), engine, library, settings, Lifecycle(engine, 0, ()))
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(served), base_url="http://test", timeout=120
         ) as http:

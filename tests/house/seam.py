@@ -53,6 +53,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "frontend.openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
     "frontend.openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
     "frontend.openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
+    "frontend.lifecycle.Server": ("vllm.entrypoints.launchers.launcher.NoSignalServer",),
     "frontend.guard.Guard": ("vllm.entrypoints.serve.middleware.authenticate.AuthenticationMiddleware",),
     "worker.edits.routing.EditedRouter": (
         f"{ROUTERS}.cpu_router.CPURouter",
@@ -142,6 +143,11 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.model_executor.layers.linear.RowParallelLinear", "input_size_per_partition output_size"),
     *_of("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase", "token_lora_indices sampler_indices"),
     *_of("vllm.v1.engine.async_llm.AsyncLLM", "output_processor collective_rpc from_vllm_config get_supported_tasks"),
+    *_of("vllm.v1.engine.async_llm.AsyncLLM", "abort engine_core errored"),
+    *_of("vllm.v1.engine.output_processor.OutputProcessor", "propagate_error request_states"),
+    *_of("vllm.v1.engine.core_client.BackgroundResources", "engine_dead engine_manager"),
+    *_of("vllm.v1.engine.utils.CoreEngineProcManager", "failed_proc_name finished_procs"),
+    "vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",  # what it logs
     *_of("vllm.engine.arg_utils.AsyncEngineArgs", "_api_process_count _api_process_rank create_engine_config"),
 )
 

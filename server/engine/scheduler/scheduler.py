@@ -13,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.server.engine import causes
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
@@ -83,6 +84,7 @@ class SteeredScheduling(SearchScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        causes.tell()
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
