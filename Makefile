@@ -35,8 +35,8 @@ docs: .venv/.dev           ## what is generated in docs/: the picture of the roo
 bench: .venv/.runtime      ## ratios against stock vLLM and transformers, as JSON lines
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
-wheel: .venv/.runtime      ## dist/*.whl, for requirements/install.py --venv FOLDER --wheel FILE
-	WHIPSTAFF_BUILD_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+wheel: .venv/.dev          ## dist/*.whl with both libraries, for machines without compilers; ARGS=--cpu-only needs no nvcc
+	$(BIN)/python requirements/wheel.py $(ARGS)
 
 clean:                     ## remove the environment and everything built
 	rm -rf .venv build whipstaff.egg-info cuda_ext/*.so

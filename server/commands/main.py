@@ -1,4 +1,5 @@
-"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
+"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff bench [flags]`,
+`whipstaff vectors ...`."""
 
 import logging
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
+       whipstaff bench [--mix FILE]                  put a load on a server: what do methods wait for?
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
        whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
@@ -45,12 +47,16 @@ def main(argv: list[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"whipstaff {__version__} over vLLM {vllm_version()}")
         sys.exit(0)
-    if not words or words[0] not in ("serve", "doctor"):
+    if not words or words[0] not in ("serve", "doctor", "bench"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
         sys.exit(0 if is_help else 2)
     with causes.asked():
         try:
+            if words[0] == "bench":
+                from whipstaff.server.commands import bench
+
+                sys.exit(bench.run(words[1:]))
             args, settings = parse(words[0], words[1:])
             run = _serve if words[0] == "serve" else _doctor
             sys.exit(run(args, settings))

@@ -277,7 +277,9 @@ class Extras(BaseModel):
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, watching, self._lease, answers)
+        compiled = self._compiled
+        own = compiled.label, self._note, watching, self._lease, answers, compiled.asked
+        return PlanDict(placed.to_wire(params), *own)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
