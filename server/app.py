@@ -134,6 +134,7 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.max_search_seqs,
         settings.attention_rows,
         settings.hidden_states,
+        settings.one_form,
     )
 
 

@@ -213,6 +213,7 @@ class Setup:
     MIN_SEARCH_SEQS."""
     attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
+    one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
 def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
@@ -283,6 +284,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
         num_hidden_states=setup.hidden_states,
+        has_plain_form=not setup.one_form,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
