@@ -73,7 +73,9 @@ class Extras(BaseModel):
     model: str | None = None  # as vLLM has it
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
-    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    explain: Any = Field(
+        None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
