@@ -68,6 +68,8 @@ class Settings(BaseSettings):
         "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
     )
 
+    playground: bool = Field(True, description="serve the page at /, where requests can be tried in a browser")
+
     lookahead: bool = Field(
         False,
         description="let methods try tokens before one is chosen, such as kwd with a prefix_classifier; every running "
@@ -180,6 +182,13 @@ class Settings(BaseSettings):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
+        group.add_argument(
+            "--no-playground",
+            dest="whipstaff_playground",
+            action="store_const",
+            const=False,
+            help="do not " + (Settings.model_fields["playground"].description or ""),
+        )
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":
