@@ -23,6 +23,7 @@ FIELDS = (
     "logprobs_source",
     "on_unavailable",
     "on_unknown",
+    "stream_retractions",
     "temperature_last",
     *SHORTHANDS,
     *GATES,

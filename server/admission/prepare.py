@@ -38,7 +38,7 @@ from whipstaff.server.admission.fields import (
     ours_in,
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
-from whipstaff.server.admission.search import check_explained, check_room, vllm_beam_search
+from whipstaff.server.admission.search import check_explained, check_retractions, check_room, vllm_beam_search
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import (
     BadRequest,
@@ -107,6 +107,10 @@ def compile_request(
         compiled = compile_extras(fields, caps, merges, shared, [search])
     if compiled is not None and compiled.search is not None:
         return compiled.beside(request)
+    if compiled is not None and compiled.options.streams_retractions:
+        check_retractions(request)
+        warning = "stream_retractions did nothing: without a search nothing is taken back"
+        compiled = replace(compiled, warnings=(*compiled.warnings, warning))
     if request.is_hot:
         compiled = (compiled or CompiledRequest(caps)).heated(request.temperature, request.truncates)
     if compiled is None:
@@ -191,7 +195,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
     told, explain = None, fields.get("explain")
     if explain is not None or source == "both":
         told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
-    return Options(is_temperature_last, explain=told, logprobs_source=source)
+    streams_retractions = flag(fields, "stream_retractions")
+    return Options(is_temperature_last, False, told, source, streams_retractions)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:

@@ -18,10 +18,10 @@ from whipstaff.server.admission.companions import (
     unsteered,
     wanted_scores,
 )
-from whipstaff.server.admission.decoding import DecodingEntry, plan_of, ranking_of, search_of
+from whipstaff.server.admission.decoding import DecodingEntry, may_retract, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
-from whipstaff.server.admission.search import check_answers, check_told, without_effect
+from whipstaff.server.admission.search import check_answers, check_retractions, check_told, without_effect
 from whipstaff.server.admission.steering import SequenceSteering, check_one_set
 from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
 from whipstaff.server.metrics import MIXED, PLAIN, SEVERAL
@@ -45,6 +45,7 @@ class Options:
     is_hot: bool = False  # whether its temperature is one that vLLM does not take
     explain: Explain | None = None
     logprobs_source: LogprobsSource = "final"
+    streams_retractions: bool = False  # whether a search may tell what it may take back
     is_dry: bool = False  # whether it is only looked at
 
     def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
@@ -54,7 +55,8 @@ class Options:
         if plan is None and not takes_over:
             return None
         if plan is not None and plan.search is not None:
-            return replace(plan, explain=self.explain)  # what it decides is explained, and no draw
+            search = plan.search._replace(tells_drafts=self.streams_retractions and may_retract(entries))
+            return replace(plan, explain=self.explain, search=search)  # what it decides is explained, and no draw
         ranking = ranking_of(entries)
         needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
         explain = Explain(0) if self.explain is None and needs_explaining else self.explain
@@ -265,6 +267,12 @@ class CompiledRequest:
         return self.search is not None
 
     @property
+    def retracts(self) -> bool:
+        """Whether it streams what a search may take back."""
+        search = self.plan.decoding.search if self.plan.decoding else None
+        return search is not None and search.tells_drafts
+
+    @property
     def ranking(self) -> DecodingEntry | None:
         """The entry whose method ranks answers; None where all that are drawn are wanted."""
         return ranking_of(self.decoding)
@@ -299,6 +307,8 @@ class CompiledRequest:
         assert search is not None
         check_answers(search, request.n or 1)
         check_told(search, request)
+        if self.options.streams_retractions:
+            check_retractions(request)
         self.check_grammar(request.has_grammar)
         return replace(self, warnings=(*self.warnings, *without_effect(search, request)))
 

@@ -16,7 +16,7 @@ from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.sse import header_of, with_extras
+from whipstaff.server.api.sse import Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import FieldOrigins, NotFound, TooLarge, Unavailable, WhipstaffError
@@ -102,10 +102,12 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
             return _response(await openai.answer(request, raw), raw, {}, at_end)
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
-        tally, explains = Tally(), compiled.options.explain is not None
+        tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
+            note_token = explained.note if explained else None
+            retract = retractions.note if compiled.retracts else None
+            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract)
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:
@@ -118,7 +120,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, receipt_at_end, explained)
+        events = with_extras(result, receipt_at_end, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
     body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:

@@ -28,6 +28,7 @@ from vllm.exceptions import VLLMClientError
 from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.errors import BadRequest
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -48,6 +49,10 @@ class ServingChat(OpenAIServingChat):
             return result
         conversation, inputs = result
         explicit = request.explicit_max_tokens
+        if request.retracts and self.parser_cls is not None:
+            raise BadRequest(
+                "this server parses answers as they come, and takes nothing of that back", "stream_retractions"
+            )
         if not request.is_plain or request.lists_tokens:
             await request.check(inputs, self, explicit)
         if not request.is_plain:

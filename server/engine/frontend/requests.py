@@ -39,6 +39,7 @@ Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as 
 NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
 NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
+Retract = Callable[[int, int], None]  # the number of a choice, how many of its last characters are taken back
 
 OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
@@ -80,6 +81,7 @@ class Extras(BaseModel):
     )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
+    stream_retractions: Any = Field(None, description="whether a search streams what it may take back, and says so")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     on_unknown: Any = Field(None, description='"warn" (default) of fields that nobody knows, or "error"')
     _compiled: Compiled | None = PrivateAttr(None)
@@ -88,6 +90,7 @@ class Extras(BaseModel):
     _note: NoteOutput | None = PrivateAttr(None)
     _note_token: NoteToken | None = PrivateAttr(None)
     _note_search: NoteSearch | None = PrivateAttr(None)
+    _retract: Retract | None = PrivateAttr(None)
     _lease: Lease = PrivateAttr(leases.NOTHING)
 
     @model_validator(mode="before")
@@ -102,6 +105,7 @@ class Extras(BaseModel):
         note_token: NoteToken | None = None,
         lease: Lease = leases.NOTHING,
         note_search: NoteSearch | None = None,
+        retract: Retract | None = None,
     ) -> None:
         """Give the request what its extras came to; from here on it is not plain.
 
@@ -110,9 +114,10 @@ class Extras(BaseModel):
             note_token: called with each explanation of one of its tokens.
             lease: of the vectors that it names.
             note_search: called with what each of its prompts' searches came to.
+            retract: called with what is taken back of a choice, before anything more is streamed of it.
         """
         self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
-        self._note_search = note_search
+        self._note_search, self._retract = note_search, retract
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
@@ -124,6 +129,11 @@ class Extras(BaseModel):
     def reads_prompt(self) -> bool:
         """Whether what it asks for depends on more of its prompts than their lengths."""
         return self._compiled is not None and self._compiled.reads_prompt
+
+    @property
+    def retracts(self) -> bool:
+        """Whether it streams what may be taken back."""
+        return self._retract is not None
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -290,7 +300,8 @@ class Extras(BaseModel):
         assert self._compiled is not None
         num, note = self._vllm.n or 1, partial(self._searched, index)
         if self._compiled.searches:
-            return SearchAnswers(num, params, note)
+            retract = None if self._retract is None else partial(self._retract, index * num)
+            return SearchAnswers(num, params, note, retract)
         return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
 
     def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:

@@ -104,6 +104,7 @@ class SearchGroup(Group):
         self.counts: Counter[str] = Counter()
         self.num_tried = 0  # tokens
         self.ended_by = ""  # the budget that was used up
+        self.tells_drafts = plan.decoding.search.tells_drafts
         self._plan, self._arrived = plan.decoding.search, time.monotonic()
         super().__init__(rows[0][0], rows[0][1:], plan)
         self._untils = {}  # a companion that is not needed any more costs a seat that is kept anyway
