@@ -26,7 +26,8 @@ SERVER_ROOMS = {
     "registry": {"prompt", "engine"},
     "admission": {"prompt", "registry"},
     "engine": {"prompt"},
-    "api": {"prompt", "registry", "admission", "engine"},
+    "access": {"registry"},
+    "api": {"prompt", "registry", "admission", "engine", "access"},
     "demo": set(),
     "commands": {"app", "settings", "engine", "registry", "demo"},
 }
