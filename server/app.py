@@ -39,6 +39,7 @@ from whipstaff.server.engine.frontend.multi_api_server import note_proven, prove
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.playground.pages import serve_docs, serve_playground
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.folder import RegistryFolder
@@ -143,6 +144,7 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.max_search_seqs,
         settings.attention_rows,
         settings.hidden_states,
+        settings.one_form,
     )
 
 
@@ -248,6 +250,10 @@ async def extend(
     app.include_router(admin.router)
     app.include_router(lifecycle.router)
     guard.admit(app, admin_key.opens)
+    if settings.playground:
+        serve_playground(app)
+    if openai.has_docs(app):
+        serve_docs(app)
     openai.list_models(app, partial(_preset_names, registry))
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)

@@ -77,6 +77,8 @@ class Settings(BaseSettings):
         "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
     )
 
+    playground: bool = Field(True, description="serve the page at /, where requests can be tried in a browser")
+
     lookahead: bool = Field(
         False,
         description="let methods try tokens before one is chosen, such as kwd with a prefix_classifier; every running "
@@ -91,6 +93,11 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+    one_form: bool = Field(
+        False,
+        description="compile and capture the model once, with its sites, not a second time without them for steps in "
+        "which nothing is edited: starts sooner, takes less memory, serves plain requests more slowly",
     )
     max_search_seqs: int | None = Field(
         None,
@@ -188,10 +195,17 @@ class Settings(BaseSettings):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        for name in ("lookahead", "attention_rows", "open_metrics"):
+        for name in ("lookahead", "attention_rows", "one_form", "open_metrics"):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
+        group.add_argument(
+            "--no-playground",
+            dest="whipstaff_playground",
+            action="store_const",
+            const=False,
+            help="do not " + (Settings.model_fields["playground"].description or ""),
+        )
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

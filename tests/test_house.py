@@ -29,6 +29,7 @@ SERVER_ROOMS = {
     "access": {"registry"},
     "api": {"prompt", "registry", "admission", "engine", "access"},
     "demo": set(),
+    "playground": set(),
     "commands": {"app", "settings", "engine", "registry", "demo"},
 }
 # The engine's three processes know nothing of one another: what they share stands beside them.

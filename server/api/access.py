@@ -1,7 +1,7 @@
 """Keys at the door: whose request it is, what that key opens, and how much of it; and the log of what was refused."""
 
 import time
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +13,8 @@ from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Holder, Keyring
 from whipstaff.server.errors import Forbidden, RateLimited, Unauthorized, WhipstaffError
 
-OPEN = ("/health", "/ready", "/ping")  # to everybody
+OPEN = ("/health", "/ready", "/ping", "/")  # to everybody; the page at / asks for a key
+PAGE = "/playground/"  # its files
 METRICS = "/metrics"
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 # What a user's key opens, beside looking at what is below /v1. Whatever else there is, now and in a later vLLM, is an
@@ -22,6 +23,7 @@ POSTS = (*GENERATING, "/v1/steering/validate", "/tokenize", "/detokenize")
 SEEN = ("/v1/", "/version")
 ADMIN = "/v1/steering/"
 _POLICY_VIOLATION = 1008  # of a WebSocket
+_LOOKS = ("GET", "HEAD")
 _CHANGES = ("POST", "DELETE")
 
 
@@ -43,7 +45,7 @@ class Access:
         if scope["type"] == "websocket" and self._keyring is not None:
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})  # policies are of requests
             return
-        if scope["type"] != "http" or path in self._open or scope.get("method") == "OPTIONS":
+        if scope["type"] != "http" or _is_open(scope["method"], path, self._open):
             await self._app(scope, receive, send)
             return
         call = _Call(scope, path, send, self._audit)
@@ -75,8 +77,13 @@ class Access:
         return holder
 
 
+def _is_open(method: str, path: str, open_: Collection[str]) -> bool:
+    """Whether everybody may. What a browser asks before it asks, vLLM answers."""
+    return method == "OPTIONS" or (method in _LOOKS and (path in open_ or path.startswith(PAGE)))
+
+
 def _is_users(method: str, path: str) -> bool:
-    return path.startswith(SEEN) if method in ("GET", "HEAD") else method == "POST" and path in POSTS
+    return path.startswith(SEEN) if method in _LOOKS else method == "POST" and path in POSTS
 
 
 class _Call:

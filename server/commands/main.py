@@ -1,4 +1,5 @@
-"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
+"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff bench [flags]`,
+`whipstaff vectors ...`, `whipstaff fit METHOD ...`."""
 
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from whipstaff.server import __version__, demo
-from whipstaff.server.commands import vectors_flags
+from whipstaff.server.commands import fit_flags, vectors_flags
 from whipstaff.server.engine import ENGINE_DIED, EngineDied, UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
+       whipstaff bench [--mix FILE]                  put a load on a server: what do methods wait for?
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
        whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
+       whipstaff fit METHOD --model M --data D -o F  make a vector file; `whipstaff fit methods` lists what can be made
        whipstaff --version                           this version, and that of vLLM
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -42,15 +45,24 @@ def main(argv: list[str] | None = None) -> None:
         from whipstaff.server.commands import vectors as vectors_cli
 
         sys.exit(vectors_cli.run(flags))
+    if words[:1] == ["fit"]:
+        fit_args = fit_flags.parse(words[1:])
+        from whipstaff.server.commands import fit as fit_cli
+
+        sys.exit(fit_cli.run(fit_args))
     if words == ["--version"]:
         print(f"whipstaff {__version__} over vLLM {vllm_version()}")
         sys.exit(0)
-    if not words or words[0] not in ("serve", "doctor"):
+    if not words or words[0] not in ("serve", "doctor", "bench"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
         sys.exit(0 if is_help else 2)
     with causes.asked():
         try:
+            if words[0] == "bench":
+                from whipstaff.server.commands import bench
+
+                sys.exit(bench.run(words[1:]))
             args, settings = parse(words[0], words[1:])
             run = _serve if words[0] == "serve" else _doctor
             sys.exit(run(args, settings))

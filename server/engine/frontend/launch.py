@@ -24,6 +24,7 @@ from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine, causes
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
 from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.frontend import tracing
 from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.engine.patch import Swapped, swap
@@ -52,7 +53,7 @@ class PlanDict(dict[str, Any]):
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
-    that.
+    that; `asked` is what its span says where requests are traced.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class PlanDict(dict[str, Any]):
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
         answers: Answers | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(wire)
         self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
+        self.asked = asked or {}
 
     def num_computed(self, num_tokens: int) -> int:
         """How many tokens its sequences compute for so many that are generated."""
@@ -168,16 +171,20 @@ class Engine(AsyncLLM):
 
 class Listening(Swapped):
     """Laid over vLLM's output processor: explanations go to who asked for them, whom it keeps with the rest of what it
-    knows of a sequence that is not finished."""
+    knows of a sequence that is not finished; and so for what a request's span says."""
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
         plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
-        if isinstance(plan, PlanDict) and plan.explained is not None:
-            state = self.request_states[request.request_id]
+        if not isinstance(plan, PlanDict):
+            return
+        state = self.request_states[request.request_id]
+        if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
+        if self.tracing_enabled:
+            state.whipstaff_plan = plan
 
     def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
@@ -186,6 +193,11 @@ class Listening(Swapped):
                 if (state := self.request_states.get(output.request_id)) is not None:  # else it was aborted just now
                     state.whipstaff_explained(told)
         return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    def do_tracing(self, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        plan = getattr(req_state, "whipstaff_plan", None)
+        with nullcontext() if plan is None else tracing.said_of(plan, plan.asked):
+            super().do_tracing(engine_core_output, req_state, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,7 @@ class Setup:
     MIN_SEARCH_SEQS."""
     attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
+    one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
 def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
@@ -235,6 +248,8 @@ def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Map
     )
     engine.layout, engine.index = layout, index
     swap(engine.output_processor, Listening)
+    if config.observability_config.otlp_traces_endpoint is not None:
+        tracing.install()
     return engine
 
 
@@ -272,6 +287,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
         num_hidden_states=setup.hidden_states,
+        has_plain_form=not setup.one_form,
     )
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)

@@ -249,6 +249,11 @@ def has_chat(engine: Engine, args: Namespace) -> bool:
     return not engine.model_config.skip_tokenizer_init and bool(getattr(engine.get_tokenizer(), "chat_template", None))
 
 
+def has_docs(app: FastAPI) -> bool:
+    """Whether vLLM serves the files of a page that shows the API's description: not with `--disable-fastapi-docs`."""
+    return any(getattr(route, "path", None) == "/static" for route in app.router.routes)
+
+
 def listen(args: Namespace) -> tuple[str, Any]:
     """Bind the port before the engine loads, as vLLM does, so that a port in use is known at once."""
 

@@ -96,6 +96,7 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._was_idle = False  # whether nobody in the last step, or waiting, asked for anything of ours
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
@@ -135,8 +136,16 @@ class SteeredScheduling(SearchScheduling):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         self._note_cache_use(output.scheduled_new_reqs)
+        is_idle = not (self._groups or self._placed or self._held or self._waits)
+        if not (is_idle and self._was_idle):
+            self._notes = self._notes_now()
+        self._was_idle = is_idle
+        output.whipstaff_notes = self._notes
+        return output
+
+    def _notes_now(self) -> StepNotes:
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
-        output.whipstaff_notes = StepNotes(
+        return StepNotes(
             self.stepping_groups,
             slot_use,
             self.group_use(),
@@ -145,7 +154,6 @@ class SteeredScheduling(SearchScheduling):
             self.told_seats,
             self.search_use(),
         )
-        return output
 
     def _note_cache_use(self, new: Iterable[Any]) -> None:
         """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of

@@ -59,13 +59,13 @@ def ask(client: TestClient, path: str, key: str = "", method: str = "POST", **mo
     return client.request(method, path, headers={"Authorization": f"Bearer {key}"} if key else {}, **more)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/ping"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/", "/playground/page.js"])
 def test_everybody_may_ask_how_it_is(client: TestClient, path: str) -> None:
     assert ask(client, path, method="GET").status_code == 200
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/metrics", "/metrics/x", "/tokenize", "/invocations", "/load", "/docs", "/", *GENERATING]
+    "path", ["/v1/models", "/metrics", "/metrics/x", "/tokenize", "/invocations", "/load", "/docs", *GENERATING]
 )
 @pytest.mark.parametrize("key", ["", "guess", "team-key "[:-2]])
 def test_nothing_else_is_open(client: TestClient, log: Path, path: str, key: str) -> None:
