@@ -98,6 +98,13 @@ class CompiledRequest:
         return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]
 
     @property
+    def asked_for(self) -> dict[str, str]:
+        """The methods that the client itself named, by their paths; a preset's are its operator's."""
+        steering = {entry.path: entry.vector.method.name for entry in self.steering.entries}
+        decoding = {entry.path_of("method"): entry.method.name for entry in self.decoding}
+        return {path: name for path, name in (steering | decoding).items() if not self.origins.is_filled(path)}
+
+    @property
     def is_plain(self) -> bool:
         """Whether the engine does nothing differently for it."""
         return self.plan.steering is None and self.plan.decoding is None

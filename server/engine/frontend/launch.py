@@ -103,11 +103,14 @@ class Engine(AsyncLLM):
         if self.is_cut:
             raise RetryableRequestError(ENDING)
         plan, outputs = self._plan_of(sampling_params), self.unwatched(prompt, sampling_params, *args, **kwargs)
+        paid: Callable[[int], None] | None = getattr(sampling_params, "whipstaff_paid", None)
         try:
             async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
                 async for output in watched:
                     if any(one.finish_reason == "abort" for one in output.outputs):  # by nobody who still reads
                         raise RetryableRequestError(ENDING)
+                    if paid is not None:
+                        paid(sum(len(one.token_ids) for one in output.outputs))
                     yield output
         except EngineDeadError:
             raise RetryableRequestError(await self.cause_of_death()) from None

@@ -63,6 +63,7 @@ class ServingChat(OpenAIServingChat):
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
             if most is not None:
                 request.max_completion_tokens = most
+        request.tell_price(inputs, self, explicit)
         return result
 
 
@@ -105,6 +106,7 @@ class ServingCompletion(OpenAIServingCompletion):
             await request.score(prompts, self)
             if (most := request.place(inputs, prompts, self, request.max_tokens)) is not None:
                 request.max_tokens = most
+        request.tell_price(inputs, self, request.max_tokens)
         return inputs
 
 

@@ -37,6 +37,8 @@ from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
+Expect = Callable[[list[tuple[int, list[int], int]]], None]
+"""Takes, of each prompt, its number of tokens, those of its further prompts, and how many may follow."""
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
 NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
 Retract = Callable[[int, int], None]  # the number of a choice, how many of its last characters are taken back
@@ -54,6 +56,8 @@ class Compiled(Protocol):
 
     @property
     def label(self) -> str: ...
+    @property
+    def asked(self) -> dict[str, Any]: ...
     @property
     def scores_prompts(self) -> bool: ...
     @property
@@ -92,6 +96,8 @@ class Extras(BaseModel):
     _note_search: NoteSearch | None = PrivateAttr(None)
     _retract: Retract | None = PrivateAttr(None)
     _lease: Lease = PrivateAttr(leases.NOTHING)
+    _expect: Expect | None = PrivateAttr(None)
+    _paid: Callable[[int], None] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +126,16 @@ class Extras(BaseModel):
         self._note_search, self._retract = note_search, retract
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
+
+    def pay(self, expect: Expect, paid: Callable[[int], None]) -> None:
+        """`expect` is told before anything is scheduled what the request may come to; it may raise an exception that
+        answers the client. `paid` is told how many tokens came, as they come."""
+        self._expect, self._paid = expect, paid
+
+    @property
+    def num_answers(self) -> int:
+        """Of each prompt."""
+        return self._vllm.n or 1
 
     @property
     def is_plain(self) -> bool:
@@ -262,6 +278,18 @@ class Extras(BaseModel):
         is_capped = any(placed.max_tokens < most_tokens(placed.num_tokens) for placed in self._placed)
         return min(placed.max_tokens for placed in self._placed) if is_capped else None
 
+    def tell_price(self, inputs: list[Any], serving: Any, max_tokens: int | None) -> None:
+        """Once it is placed: say what it may come to. Raises: what `expect` does."""
+        if self._expect is None:
+            return
+        if self._placed:
+            further = [[len(one.prompt) for one in placed.plan.companions] for placed in self._placed]
+            its = zip(self._placed, further, strict=True)
+            self._expect([(placed.num_tokens, lengths, placed.max_tokens) for placed, lengths in its])
+        else:
+            lengths = [serving._extract_prompt_len(one) for one in inputs]
+            self._expect([(num, [], max(_most_tokens(num, serving, max_tokens), 1)) for num in lengths])
+
     def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
         one that our own stages apply; a search draws nothing, and has its answers from one request of the engine's."""
@@ -273,6 +301,8 @@ class Extras(BaseModel):
             params = self.cooled(make)
         else:
             params = make()
+        if self._paid is not None:
+            params.whipstaff_paid = self._paid  # stays in this process: it is no field
         if self._num_scheduled < len(self._placed):
             plan = self._plan_dict(self._num_scheduled, params)
             params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: plan}
@@ -366,6 +396,14 @@ class ChatRequest(ChatCompletionRequest, Extras):
         wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return cast("int | None", wanted)
 
+    def cap(self, most: int) -> None:
+        """Where the client does not say how many: at most so many tokens."""
+        self.max_completion_tokens = most
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         params = self.planned(partial(super().to_sampling_params, *args, **kwargs))
         if self._compiled is not None and not self.scores_prompt and not self._compiled.scores_prompts:
@@ -391,6 +429,21 @@ class TextRequest(CompletionRequest, Extras):
     def logprobs_field(self) -> str:
         """The field by which it asks for log-probabilities; "" if none does."""
         return "prompt_logprobs" if self.prompt_logprobs is not None else "" if self.logprobs is None else "logprobs"
+
+    @property
+    def explicit_max_tokens(self) -> int | None:
+        """How many tokens the client itself wants at most."""
+        return cast("int | None", self.max_tokens if "max_tokens" in self.model_fields_set else None)
+
+    def cap(self, most: int) -> None:
+        """Where the client does not say how many: at most so many tokens."""
+        self.max_tokens = min(self._vllm.max_tokens or most, most)
+
+    @property
+    def num_prompts(self) -> int:
+        """A list of numbers is one prompt, a list of anything else several."""
+        is_list = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
+        return len(cast("list[Any]", self.prompt)) if is_list else 1
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         return self.planned(partial(super().to_sampling_params, *args, **kwargs))
