@@ -61,6 +61,8 @@ class Compiled(Protocol):
     def searches(self) -> bool: ...
     @property
     def num_candidates(self) -> int: ...
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
     def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
@@ -73,7 +75,9 @@ class Extras(BaseModel):
     model: str | None = None  # as vLLM has it
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
-    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    explain: Any = Field(
+        None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
