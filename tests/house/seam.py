@@ -42,6 +42,10 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
+    "worker.logits.fan.FannedAttention": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
