@@ -128,7 +128,8 @@ def fit(method: str, job: Job) -> Made:
         **({"warnings": job.warnings} if job.warnings else {}),
     }
     header = Header(
-        method=found.method or recipe.method,
+        method=recipe.method,
+        where=found.where,
         model=job.source.shape,
         scale=found.scale,
         defaults=dict(found.defaults),

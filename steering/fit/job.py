@@ -16,6 +16,7 @@ from whipstaff.steering.fit.rows import Progress
 from whipstaff.steering.fit.source import Source
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import Site
+from whipstaff.steering.where import Where
 
 MIN_PER_CLASS = 16  # below that a fit is warned of
 _LAYERS = re.compile(r"(\d+)-(\d+)|(\d+)|(\d+)%-(\d+)%")
@@ -55,7 +56,7 @@ class Fitted:
     scale: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
-    method: str | None = None  # where it is not the recipe's
+    where: Where | None = None  # None: the method's own
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ class Options(BaseModel):
     corrupted: int | None = Field(None, ge=1, description="prompts with shuffled outputs that heads are tried on")
     experts: int | None = Field(None, ge=1, description="how many experts are switched off")
     marks: str | None = Field(None, description="words that begin an answer of the first class, with commas: I,Sorry")
+    lr: float | None = Field(None, gt=0, le=10, description="Adam's learning rate")
+    steps: int | None = Field(None, ge=1, description="steps of Adam")
+    epochs: int | None = Field(None, ge=1, description="how often every row is learned from")
+    rank: int | None = Field(None, ge=1, le=64, description="directions of a layer")
+    positions: str | None = Field(None, description="prompt tokens that are edited, as pyreft says them: f1+l1")
+    l1: float | None = Field(None, ge=0, description="how much the size of scalings costs, where heads are chosen")
     scale: float | None = Field(None, description="the file's default strength")
 
     @field_validator("read")
