@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
+from whipstaff.decoding.plan import DecodingPlan, Explain, SamplerSettings
 from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
 
 PLAN_KEY = "whipstaff"
@@ -47,6 +47,16 @@ class RequestPlan:
     def untils(self) -> tuple[int | None, ...]:
         """Of each companion, the generated tokens after which it is not needed any more."""
         return tuple(companion.until for companion in self.companions)
+
+    @property
+    def explain(self) -> Explain | None:
+        """What is to be said of every token."""
+        return self.decoding.explain if self.decoding else None
+
+    def explaining(self, explain: Explain) -> "RequestPlan":
+        """The same, saying other things of tokens."""
+        assert self.decoding is not None
+        return replace(self, decoding=replace(self.decoding, explain=explain))
 
     def plan_of(self, index: int) -> "RequestPlan | None":
         """What a companion needs for itself; 1 is the first. None if nothing."""

@@ -147,7 +147,7 @@ def compile_extras(
     if decoding is not None and (search := search_of(entries)) is not None:
         check_room(search, decoding.mix.num_companions if decoding.mix else 0, caps)
         if options.explain is not None:
-            check_explained(search, "logprobs_source" if fields.get("explain") is None else "explain")
+            check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
@@ -188,10 +188,10 @@ class LeftOut:
 def _options(fields: Mapping[str, Any]) -> Options:
     is_temperature_last = flag(fields, "temperature_last")
     source = one_of(LogprobsSource, fields, "logprobs_source", "final")
-    top, explain = None, fields.get("explain")
+    told, explain = None, fields.get("explain")
     if explain is not None or source == "both":
-        top = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").top
-    return Options(is_temperature_last, explain=top, logprobs_source=source)
+        told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
+    return Options(is_temperature_last, explain=told, logprobs_source=source)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:

@@ -10,8 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
-from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
+from whipstaff.decoding.plan import DecodingPlan, Explain
+from whipstaff.server.admission.companions import (
+    PlacedCompanion,
+    check_number,
+    companions_at_prompt,
+    unsteered,
+    wanted_scores,
+)
 from whipstaff.server.admission.decoding import DecodingEntry, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
@@ -37,7 +43,7 @@ class Options:
 
     is_temperature_last: bool = False
     is_hot: bool = False  # whether its temperature is one that vLLM does not take
-    explain: int | None = None  # likeliest tokens of every stream to say
+    explain: Explain | None = None
     logprobs_source: LogprobsSource = "final"
     is_dry: bool = False  # whether it is only looked at
 
@@ -51,7 +57,7 @@ class Options:
             return replace(plan, explain=self.explain)  # what it decides is explained, and no draw
         ranking = ranking_of(entries)
         needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
-        explain = 0 if self.explain is None and needs_explaining else self.explain
+        explain = Explain(0) if self.explain is None and needs_explaining else self.explain
         return replace(plan or DecodingPlan(), explain=explain, scores_base=scores_base)
 
 
@@ -77,6 +83,12 @@ class CompiledRequest:
             return MIXED
         names = steering | decoding
         return SEVERAL if len(names) > 1 else next(iter(names), PLAIN)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What traces say of it: the methods that it names, in their order, and the preset."""
+        names = [*(e.label for e in self.steering.entries), *(e.method.name for e in self.decoding)]
+        return {"methods": names} | ({"preset": self.preset.name} if self.preset else {})
 
     @property
     def vectors(self) -> list[Vector]:
@@ -131,8 +143,14 @@ class CompiledRequest:
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
             companions = companions_at_prompt(entries, prompt, self.caps, self.steering, self.options.is_dry)
             decoding = self.options.decoding_plan(entries)
-            plan = replace(plan, decoding=decoding, companions=tuple(one.plan for one in companions))
+            plan = replace(plan, decoding=decoding)
             warnings += self._idle(companions)
+        if self.steering.entries and (explain := plan.explain) is not None and explain.unsteered is not None:
+            companions.append(unsteered(prompt))
+            plan = plan.explaining(explain._replace(unsteered=len(companions)))
+        if companions:
+            check_number(companions, prompt, self.caps)
+            plan = replace(plan, companions=tuple(one.plan for one in companions))
         if plan.steering is not None and self.reads_prompt:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
@@ -293,6 +311,7 @@ class CompiledRequest:
         return (
             self.options.is_temperature_last
             or self.options.is_hot
+            or (self.options.explain is not None and self.options.explain.is_drawn)
             or bool(stages & {"penalty", "temperature", "truncation"})
         )
 

@@ -73,7 +73,9 @@ class Extras(BaseModel):
     model: str | None = None  # as vLLM has it
     steering: Any = Field(None, description="vectors to add: GET /v1/steering/methods has the schema")
     decoding: Any = Field(None, description="decoding methods: GET /v1/steering/methods has the schema")
-    explain: Any = Field(None, description='{"top": k}: say what decoding did to each token')
+    explain: Any = Field(
+        None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
@@ -277,7 +279,9 @@ class Extras(BaseModel):
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        return PlanDict(placed.to_wire(params), self._compiled.label, self._note, watching, self._lease, answers)
+        compiled = self._compiled
+        own = compiled.label, self._note, watching, self._lease, answers, compiled.asked
+        return PlanDict(placed.to_wire(params), *own)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import Sites
@@ -27,9 +28,10 @@ class StepEdits:
         sites: Sites,
         module_edits: ModuleEdits,
         soft_rows: SoftRows | NoSoftRows,
+        forms: Forms,
     ) -> None:
         self.token_table, self.histories, self.sites = token_table, histories, sites
-        self.module_edits, self.soft_rows = module_edits, soft_rows
+        self.module_edits, self.soft_rows, self.forms = module_edits, soft_rows, forms
         self._requests = requests
         self._told: set[str] = set()  # the parts that the last step asked something of
 
@@ -70,6 +72,7 @@ class StepEdits:
             self.module_edits.begin_step(asking, view.num_tokens)
         if self._concerns("soft rows", any(placed.inserts for _, placed in view.planned())):
             self.soft_rows.begin_step(view)
+        self.forms.runs_plain = not self._told
 
     def _concerns(self, part: str, is_asked: bool) -> bool:
         """Whether a part has to hear of a step: something is asked of it, or was in the last, which has to go."""
