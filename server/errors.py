@@ -7,6 +7,7 @@ WhipstaffError
  |- NotFound        404  a name that this server does not have
  |- VectorUnfit     409  a vector made for another model
  |- Fixed           409  a name that the operator gave, which no request changes
+ |- NameTaken       409  a new name that another vector has
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
  |- NotReady        503  a server that is about to end takes nothing new
@@ -66,6 +67,10 @@ class VectorUnfit(WhipstaffError):
 
 
 class Fixed(WhipstaffError):
+    status, type = 409, "ConflictError"
+
+
+class NameTaken(WhipstaffError):
     status, type = 409, "ConflictError"
 
 
