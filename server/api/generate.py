@@ -1,5 +1,6 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
@@ -30,6 +31,7 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import Entry
+from whipstaff.steering.algebra import cosine
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
@@ -213,12 +215,16 @@ async def vectors(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
 
 @router.get("/v1/steering/vectors/{name}")
 async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
-    """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
+    """One vector, with the norm of each of its tensors, how large its edits are beside the model's activations, and its
+    cosine with every other that has numbers at the same places."""
     entry = caps.registry.entry(name)
+    others = [other for other in caps.registry if other.name != name]
+    found = await asyncio.to_thread(lambda: [cosine(entry.vector, other.vector) for other in others])
     return {
         **vector_to_json(entry),
         "norms": entry.vector.norms(),
         "doses": entry.vector.method.kind.doses(entry.vector, caps) if entry.problem is None else [],
+        "cosines": {other.name: value for other, value in zip(others, found, strict=True) if value is not None},
     }
 
 
