@@ -105,11 +105,20 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         tally, explains = Tally(), compiled.options.explain is not None
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
+            request.attach(
+                compiled,
+                tally.note,
+                explained.note if explained else None,
+                lease,
+                tally.note_search,
+                tally.name_sequence if compiled.captures else None,
+            )
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:
-        made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
+        made = await final_receipt(
+            compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
+        )
         metrics.note_steering(made["steering"])
         return made
 
