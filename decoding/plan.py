@@ -25,6 +25,8 @@ class SearchPlan(NamedTuple):
     num_sequences: int  # the most that live at once
     heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
     streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
+    max_time: float | None = None  # seconds since the request arrived after which it ends; None: no limit
+    max_computed_tokens: int | None = None  # after the prompts, with those tried, after which it ends; None: no limit
 
 
 class SamplerSettings(NamedTuple):
@@ -103,5 +105,7 @@ class DecodingPlan:
         )
 
 
-def _search(method: str, setting: str, num_sequences: int, heads: list[str], streams: list[str]) -> SearchPlan:
-    return SearchPlan(method, setting, num_sequences, tuple(heads), tuple(streams))
+def _search(
+    method: str, setting: str, num_sequences: int, heads: list[str], streams: list[str], *more: Any
+) -> SearchPlan:
+    return SearchPlan(method, setting, num_sequences, tuple(heads), tuple(streams), *more)

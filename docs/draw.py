@@ -40,6 +40,7 @@ BOXES = (
     Box("server/commands", 0, 1),
     Box("server/app.py", 0, 2),
     Box("server/demo", 0, 0),
+    Box("server/playground", 1, 0),
     Box("server/api", 1, 1),
     Box("server/admission", 1, 2),
     Box("server/registry", 1, 3),

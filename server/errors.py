@@ -9,6 +9,8 @@ WhipstaffError
  |- Fixed           409  a name that the operator gave, which no request changes
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
+ |- NotReady        503  a server that is about to end takes nothing new
+ |- StorageFull     507  no room under the registry; it is as it was
 """
 
 import difflib
@@ -73,6 +75,14 @@ class TooLarge(WhipstaffError):
 
 class Unavailable(WhipstaffError):
     status, type = 422, "UnprocessableEntityError"
+
+
+class NotReady(WhipstaffError):
+    status, type = 503, "ServiceUnavailableError"
+
+
+class StorageFull(WhipstaffError):
+    status, type = 507, "InsufficientStorageError"
 
 
 @dataclass(frozen=True)

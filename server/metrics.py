@@ -43,6 +43,7 @@ REASONS = {  # of refusals, by HTTP status
     422: "unavailable",
     503: "queue_full",
 }
+DRAINING_REASON = "draining"  # of what comes to a server that is about to end
 TOLD_EVERY = 1.0  # seconds between two counts of a generation's tokens
 MAX_PRESETS = 100  # that are told apart
 OTHER = "other"
@@ -105,6 +106,10 @@ REGISTRY_CHANGES = Counter(
 VECTORS = _gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
 SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
 SELF_TEST = _gauge("whipstaff_selftest_ok", "1 once every hook was seen to obey; a server where one does not ends")
+DRAINING = Gauge(
+    "whipstaff_draining", "1 once the server was told to end: running answers go on, nothing new is taken",
+    multiprocess_mode="max",
+)  # fmt: skip
 STARTED = _gauge("whipstaff_start_time_seconds", "When the server was started, in seconds since 1970")
 BUILD = _gauge("whipstaff_build_info", "1, with what is served by what", ["version", "vllm", "device", "mode"])
 
@@ -173,7 +178,7 @@ WORKER_GAUGES: Mapping[str, Gauge] = {
 }
 
 # A counter that is born with 1 has no rate: what everybody looks at is there from the start.
-for _reason in REASONS.values():
+for _reason in (*REASONS.values(), DRAINING_REASON):
     REFUSALS.labels(_reason)
 for _outcome in (*OUTCOMES, ABORTED):
     REQUESTS.labels(PLAIN, _outcome)

@@ -55,11 +55,20 @@ class Settings(BaseSettings):
         [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
     )
 
+    drain_timeout: float = Field(
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running answers have once the server is told to end, before they are cut (30)",
+    )
+
     early_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
         None,
         description="which layers' streams methods such as dola may read: comma-separated, 0 for the embeddings and l "
         "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
     )
+
+    playground: bool = Field(True, description="serve the page at /, where requests can be tried in a browser")
 
     lookahead: bool = Field(
         False,
@@ -85,6 +94,11 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+    one_form: bool = Field(
+        False,
+        description="compile and capture the model once, with its sites, not a second time without them for steps in "
+        "which nothing is edited: starts sooner, takes less memory, serves plain requests more slowly",
     )
     max_search_seqs: int | None = Field(
         None,
@@ -166,6 +180,7 @@ class Settings(BaseSettings):
             ("admin_key", "store", "KEY"),
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
+            ("drain_timeout", "store", "SECONDS"),
             ("early_layers", "store", "LAYERS"),
             ("capture_layers", "store", "LAYERS"),
             ("max_capture_bytes", "store", "N"),
@@ -175,10 +190,17 @@ class Settings(BaseSettings):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        for name in ("lookahead", "attention_rows"):
+        for name in ("lookahead", "attention_rows", "one_form"):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
+        group.add_argument(
+            "--no-playground",
+            dest="whipstaff_playground",
+            action="store_const",
+            const=False,
+            help="do not " + (Settings.model_fields["playground"].description or ""),
+        )
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

@@ -28,6 +28,7 @@ SERVER_ROOMS = {
     "engine": {"prompt"},
     "api": {"prompt", "registry", "admission", "engine"},
     "demo": set(),
+    "playground": set(),
     "commands": {"app", "settings", "engine", "registry", "demo"},
 }
 # The engine's three processes know nothing of one another: what they share stands beside them.

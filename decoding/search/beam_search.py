@@ -20,8 +20,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from whipstaff.decoding.method import DecodingError, Params, Vocabulary
-from whipstaff.decoding.search.beams import Book, Candidate, EarlyStopping, Rules, best_candidates, num_shared
+from whipstaff.decoding.method import DecodingError, Vocabulary
+from whipstaff.decoding.search.beams import (
+    Book,
+    Candidate,
+    EarlyStopping,
+    Rules,
+    best_candidates,
+    best_of,
+    num_shared,
+)
 from whipstaff.decoding.search.groups import BeamGroups
 from whipstaff.decoding.search.search import (
     Continuation,
@@ -31,11 +39,12 @@ from whipstaff.decoding.search.search import (
     Search,
     SearchFacts,
     SearchMethod,
+    SearchParams,
     Steps,
 )
 
 
-class BeamSearchParams(Params):
+class BeamSearchParams(SearchParams):
     """How many beams, when they stop, and how answers of different lengths compare."""
 
     method: Literal["beam_search"] = "beam_search"
@@ -138,6 +147,9 @@ class _Beams(Search):
         )
         yield  # nothing is tried
 
+    def stop(self, living: Living) -> Decision:
+        return Decision(hypotheses=self._book.answers_now(living.generated))
+
 
 @dataclass(frozen=True)
 class _BookOfVllm:
@@ -169,10 +181,18 @@ class _BookOfVllm:
                 for one in running
             ]
             running = []
-        finished = tuple(sorted((*self.finished, *ended), key=lambda answer: -answer.score)[:num_beams])
+        finished = best_of(self.finished, ended, num_beams)
         is_over = not running or self._is_settled(finished, running[0].score, num_tokens)
         book = replace(self, scores=tuple(one.score for one in running), finished=finished, is_over=is_over)
         return book, running
+
+    def answers_now(self, generated: Sequence[Sequence[int]]) -> tuple[Hypothesis, ...]:
+        """The best answers where the beams are cut off."""
+        cut = [
+            Hypothesis(tuple(text), self._score(score, len(text)), "length")
+            for text, score in zip(generated, self.scores, strict=True)
+        ]
+        return best_of(self.finished, cut, self.setting.num_beams)
 
     def _score(self, total: float, num_tokens: int) -> float:
         """Of an answer of so many tokens, the one that ended it aside."""

@@ -53,6 +53,13 @@ class Rules:
         text = (*generated[one.source], one.token)
         return Hypothesis(text, self.score(one.score, len(text)), "stop" if one.token in self.eos else "length")
 
+    def cut(self, generated: Sequence[Sequence[int]], scores: Sequence[float]) -> list[Hypothesis]:
+        """What beams that run come to where they stand."""
+        return [
+            Hypothesis(tuple(text), self.score(score, len(text)), "length")
+            for text, score in zip(generated, scores, strict=True)
+        ]
+
     def best_possible(self, total: float, num_tokens: int) -> float:
         """What a beam may come to score, as transformers guesses: exact with early_stopping "never"."""
         is_hopeful = self.early_stopping == "never" and self.length_penalty > 0
@@ -83,11 +90,15 @@ class Book:
         ended = [
             rules.answer(one, generated) for one in candidates[: rules.num_beams] if is_last or one.token in rules.eos
         ]
-        finished = tuple(sorted((*self.finished, *ended), key=lambda answer: -answer.score)[: rules.num_beams])
+        finished = best_of(self.finished, ended, rules.num_beams)
         running = [] if is_last else [one for one in candidates if one.token not in rules.eos][: rules.num_beams]
         is_over = not running or self._is_settled(finished, running[0].score, num_tokens)
         book = replace(self, scores=tuple(one.score for one in running), finished=finished, is_over=is_over)
         return book, running
+
+    def answers_now(self, generated: Sequence[Sequence[int]]) -> tuple[Hypothesis, ...]:
+        """The best answers where the beams are cut off."""
+        return best_of(self.finished, self.rules.cut(generated, self.scores), self.rules.num_beams)
 
     def _is_settled(self, finished: Sequence[Hypothesis], best: float, num_tokens: int) -> bool:
         """Whether no beam is thought to become a better answer than the worst of enough finished ones."""
@@ -108,6 +119,11 @@ def best_candidates(scores: Tensor, num: int) -> list[Candidate]:
         Candidate(place // vocab, place % vocab, value)
         for place, value in zip(places[order].tolist(), values[order].tolist(), strict=True)
     ]
+
+
+def best_of(finished: Sequence[Hypothesis], more: Sequence[Hypothesis], num: int) -> tuple[Hypothesis, ...]:
+    """The best answers, best first; of equal ones the first."""
+    return tuple(sorted((*finished, *more), key=lambda answer: -answer.score)[:num])
 
 
 def num_shared(texts: Sequence[Sequence[int]], known: int) -> int:

@@ -45,6 +45,13 @@ class _Group:
             is_done = True
         return replace(self, scores=tuple(one.score for one in running), answers=answers, is_done=is_done), running
 
+    def answers_now(self, generated: Sequence[Sequence[int]]) -> tuple[Hypothesis, ...]:
+        """The answers where the beams are cut off."""
+        answers = self.answers
+        for one in self.rules.cut(generated, self.scores):
+            answers = _with(answers, one, self.rules.num_beams)
+        return answers
+
     def _is_done(self, answers: Sequence[Hypothesis], best: float, num_tokens: int) -> bool:
         if len(answers) < self.rules.num_beams:
             return False
@@ -83,7 +90,7 @@ class BeamGroups(Search):
             start += len(group.scores)
         answers = [answer for group in self._groups for answer in group.answers]
         if not lives:
-            return Decision(hypotheses=tuple(sorted(reversed(answers), key=lambda answer: -answer.score)))
+            return Decision(hypotheses=_ranked(answers))
         texts = [(*generated[one.source], one.token) for one in lives]
         self._settled = num_shared([*texts, *(answer.tokens for answer in answers)], self._settled)
         return Decision(
@@ -91,3 +98,16 @@ class BeamGroups(Search):
             settled=self._settled,
         )
         yield  # nothing is tried
+
+    def stop(self, living: Living) -> Decision:
+        answers, start = list[Hypothesis](), 0
+        for group in self._groups:
+            num = 0 if group.is_done else len(group.scores)
+            answers += group.answers_now(living.generated[start : start + num]) if num else group.answers
+            start += num
+        return Decision(hypotheses=_ranked(answers))
+
+
+def _ranked(answers: Sequence[Hypothesis]) -> tuple[Hypothesis, ...]:
+    """The answers of all groups in turn, best first; of equal ones the last, as there."""
+    return tuple(sorted(reversed(answers), key=lambda answer: -answer.score))

@@ -25,7 +25,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from whipstaff.decoding.method import Params
 from whipstaff.decoding.prefix_classifier import classes
 from whipstaff.decoding.search.beams import best_candidates, num_shared
 from whipstaff.decoding.search.search import (
@@ -37,11 +36,12 @@ from whipstaff.decoding.search.search import (
     SearchFacts,
     SearchMethod,
     SearchNeed,
+    SearchParams,
     Steps,
 )
 
 
-class KctsParams(Params):
+class KctsParams(SearchParams):
     """The classifier, and how long and how widely is searched."""
 
     method: Literal["kcts"] = "kcts"
@@ -112,13 +112,23 @@ class _Tree(Search):
         self.said = []
         while (text := self._next()) is None:
             if self._say():
-                answer = self.root
-                is_stop = bool(answer.text) and answer.text[-1] in self.facts.eos
-                done = Hypothesis(answer.text, answer.score, "stop" if is_stop else "length")
-                return Decision(hypotheses=(done,), facts=self._facts())
+                return self._ended()
         keep = num_shared((text, living.generated[0]), 0)
         return Decision((Continuation(0, keep, text[keep:]),), settled=len(self.root.text), facts=self._facts())
         yield  # nothing is tried
+
+    def stop(self, living: Living) -> Decision:
+        """One more token is said of what was simulated."""
+        self._evaluate(living)
+        self.said = []
+        self._say()
+        return self._ended()
+
+    def _ended(self) -> Decision:
+        answer = self.root
+        is_stop = bool(answer.text) and answer.text[-1] in self.facts.eos
+        done = Hypothesis(answer.text, answer.score, "stop" if is_stop else "length")
+        return Decision(hypotheses=(done,), facts=self._facts())
 
     def _facts(self) -> dict[str, Any]:
         return {"said": self.said} if self.said else {}

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from whipstaff.decoding.method import Params, PromptFacts, Vocabulary
+from whipstaff.decoding.method import PromptFacts, Vocabulary
 from whipstaff.decoding.search.beams import Book, Candidate, EarlyStopping, Rules, num_shared
 from whipstaff.decoding.search.search import (
     Continuation,
@@ -39,6 +39,7 @@ from whipstaff.decoding.search.search import (
     SearchFacts,
     SearchMethod,
     SearchNeed,
+    SearchParams,
     Steps,
     Tried,
 )
@@ -51,7 +52,7 @@ _MOST_FP16 = 65504.0
 Text = tuple[int, ...]
 
 
-class OperaParams(Params):
+class OperaParams(SearchParams):
     """How many beams and candidates, how attention is judged, and when the beams go back."""
 
     method: Literal["opera"] = "opera"
@@ -219,6 +220,9 @@ class _Opera(Search):
         if (back := self.past.look(columns * (self.params.beams if len(columns) < 2 else 1))) is not None:
             return self._go_back(back, texts, tried)
         return self._choose(log_probs, texts, products, tried)
+
+    def stop(self, living: Living) -> Decision:
+        return Decision(hypotheses=self.book.answers_now(living.generated)[:1])
 
     def _with_row(self, products: Tensor, attention: Tensor) -> Tensor:
         """(S, t) products with the row of each beam's last token."""

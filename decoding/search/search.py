@@ -14,13 +14,13 @@ it wants tried, gets what the model made of it, and returns its decision.
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
-from whipstaff.decoding.method import Method, P, PromptFacts, Vocabulary
+from whipstaff.decoding.method import Method, Params, PromptFacts, Vocabulary
 
 SearchNeed = Literal["attention", "hidden", "tries"]  # what a search reads beside logits: see `Living`, `Tried`
 
@@ -93,8 +93,27 @@ class Search:
     def step(self, living: Living) -> Steps:
         """Decide how to go on. Every rank computes the same."""
 
+    @abstractmethod
+    def stop(self, living: Living) -> Decision:
+        """Come to an end at once, in the place of a step that is not the first: with the best of the answers that are
+        finished and of those that live, cut off where they are."""
 
-class SearchMethod(Method[P]):
+
+class SearchParams(Params):
+    """How much a search may take. Where that is over it ends with the best that it has."""
+
+    max_time: float | None = Field(
+        None, gt=0, le=1e6, allow_inf_nan=False, description="seconds since the request arrived; none: no limit"
+    )
+    max_computed_tokens: int | None = Field(
+        None, ge=1, le=1 << 40, description="tokens computed after the prompts, with those tried; none: no limit"
+    )
+
+
+S = TypeVar("S", bound=SearchParams)
+
+
+class SearchMethod(Method[S]):
     """A method that searches. A request has at most one."""
 
     stage = "search"
@@ -105,14 +124,14 @@ class SearchMethod(Method[P]):
     """What travels to the engine, if that is something else than the parameters."""
 
     @abstractmethod
-    def num_sequences(self, params: P) -> int:
+    def num_sequences(self, params: S) -> int:
         """The most sequences that live at once."""
 
-    def num_answers(self, params: P) -> int:
+    def num_answers(self, params: S) -> int:
         """The most answers that it comes to."""
         return 1
 
-    def resolve(self, params: P, words: Vocabulary) -> BaseModel:
+    def resolve(self, params: S, words: Vocabulary) -> BaseModel:
         """The parameters as the engine needs them. Raises: DecodingError."""
         return params
 

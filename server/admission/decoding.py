@@ -18,7 +18,7 @@ from whipstaff.decoding.method import (
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import Mix, added
 from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
-from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.decoding.search.search import SearchMethod, SearchParams
 from whipstaff.server.admission.fields import entries_at
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
@@ -355,8 +355,17 @@ def search_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
 
 def _search_plan(entry: DecodingEntry) -> SearchPlan:
     assert isinstance(entry.method, SearchMethod)
-    num_sequences = entry.method.num_sequences(entry.params)
-    return SearchPlan(entry.method.name, entry.setting.model_dump_json(), num_sequences, entry.heads, entry.streams)
+    num_sequences, params = entry.method.num_sequences(entry.params), entry.params
+    assert isinstance(params, SearchParams)
+    return SearchPlan(
+        entry.method.name,
+        entry.setting.model_dump_json(),
+        num_sequences,
+        entry.heads,
+        entry.streams,
+        params.max_time,
+        params.max_computed_tokens,
+    )
 
 
 def _check_together(entries: Sequence[DecodingEntry]) -> None:

@@ -87,6 +87,12 @@ class CompiledRequest:
         return SEVERAL if len(names) > 1 else next(iter(names), PLAIN)
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What traces say of it: the methods that it names, in their order, and the preset."""
+        names = [*(e.label for e in self.steering.entries), *(e.method.name for e in self.decoding)]
+        return {"methods": names} | ({"preset": self.preset.name} if self.preset else {})
+
+    @property
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
         return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]

@@ -82,7 +82,8 @@ def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:
     """What the engine says of a finished search, for the receipt; `num_sequences` may have lived at once."""
     counts = record.get("counts", {})
     scores = [one["score"] for one in record.get("hypotheses", ())]
-    return {"sequences": num_sequences, **{name: int(counts.get(name, 0)) for name in COUNTS}, "scores": scores}
+    said = {"sequences": num_sequences, **{name: int(counts.get(name, 0)) for name in COUNTS}, "scores": scores}
+    return said | ({"ended_by": record["ended_by"]} if "ended_by" in record else {})
 
 
 def _method(entry: DecodingEntry) -> SearchMethod[Any]:

@@ -24,6 +24,7 @@ class SearchStep(NamedTuple):
     seats: tuple[str, ...]  # all that it has; the primary's is the first
     max_tokens: int  # that an answer may have
     room: int  # the most tokens that a living sequence may have generated
+    is_last: bool = False  # whether it has to end now: it may take no more
 
 
 class Placed(NamedTuple):
@@ -46,7 +47,7 @@ class Verdict(NamedTuple):
     living: tuple[Placed, ...]  # none once it is over
     settled: int = 0  # leading tokens of the first that every answer will have
     hypotheses: tuple[Hypothesis, ...] = ()  # once it is over, best first
-    counts: Mapping[str, int] = {}  # of the whole search, once it is over
+    counts: Mapping[str, int] = {}  # of the whole search, so far
     facts: tuple[Mapping[str, Any], ...] = ()  # of its steps, likewise, where the request wants things explained
 
 

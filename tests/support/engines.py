@@ -124,8 +124,12 @@ class EngineUnderTest:
         """Since it started."""
         return vllm_counters(self.engine.model_config.served_model_name)["vllm:num_preemptions_total"]
 
+    def call(self, method: str) -> Any:
+        """A method of the workers; what the first says."""
+        return self.run(self.engine.collective_rpc(method))[0]
+
     def counters(self) -> dict[str, Any]:
-        counters: dict[str, Any] = self.run(self.engine.collective_rpc("whipstaff_counters"))[0]
+        counters: dict[str, Any] = self.call("whipstaff_counters")
         return counters
 
     def generate(self, *asks: Ask) -> list[Any]:

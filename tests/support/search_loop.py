@@ -58,6 +58,7 @@ class Asked(NamedTuple):
     eos: Sequence[int] = ()
     heads: Mapping[str, Mapping[str, Tensor]] = {}
     seed: int = 0
+    num_steps: int | None = None  # after which it has to end; None: when it likes
 
 
 class Loop:
@@ -82,6 +83,7 @@ class Loop:
                 [asked[r].prompt for r in going],
                 [ran[r].texts[-1] for r in going],
                 [random[r] for r in going],
+                [len(ran[r].decisions) == asked[r].num_steps for r in going],
             )
             for r, decision in zip(going, decisions, strict=True):
                 before = ran[r].texts[-1]
@@ -99,15 +101,20 @@ class Loop:
         prompts: Sequence[Sequence[int]],
         texts: Sequence[Sequence[tuple[int, ...]]],
         random: Sequence[torch.Generator],
+        are_last: Sequence[bool],
     ) -> list[Decision]:
-        """One decision of each search."""
+        """One decision of each search; the last, where it has to be."""
         whole = [[[*prompt, *text] for text in own] for prompt, own in zip(prompts, texts, strict=True)]
         living = [
             Living(own, *seen, numbers) for own, seen, numbers in zip(texts, self.see_all(whole), random, strict=True)
         ]
-        steps = [search.step(own) for search, own in zip(searches, living, strict=True)]
-        decisions: dict[int, Decision] = {}
-        wanted = {r: found for r, step in enumerate(steps) if (found := advance(step, None, r, decisions)) is not None}
+        decisions = {
+            r: search.stop(own)
+            for r, (search, own, is_last) in enumerate(zip(searches, living, are_last, strict=True))
+            if is_last
+        }
+        steps = {r: search.step(living[r]) for r, search in enumerate(searches) if r not in decisions}
+        wanted = {r: found for r, step in steps.items() if (found := advance(step, None, r, decisions)) is not None}
         while wanted:
             for r, tokens in wanted.items():
                 assert tokens.shape == (len(whole[r]),) and tokens.dtype == torch.int64
@@ -121,7 +128,7 @@ class Loop:
                 for r, seen in tried
                 if (found := advance(steps[r], Tried(seen.hidden, seen.attention), r, decisions)) is not None
             }
-        return [decisions[r] for r in range(len(steps))]
+        return [decisions[r] for r in range(len(searches))]
 
     def see_all(self, texts: Sequence[Sequence[Sequence[int]]]) -> list[Seen]:
         """What the model makes of several requests' texts."""

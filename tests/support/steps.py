@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from whipstaff.server.engine.worker.edits.captures import Captures
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import Sites
@@ -30,4 +31,5 @@ def step_edits(
         ),
         NoSoftRows(),
         Captures(requests, [], 0),
+        Forms(),
     )

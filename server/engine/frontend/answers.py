@@ -68,7 +68,7 @@ class SearchAnswers:
             cumulative_logprob=None,
             logprobs=None,
             finish_reason=hypothesis["finish_reason"],
-            stop_reason=stop_token(tokens, self._params) if is_stopped else None,
+            stop_reason=stop_token(tokens, self._params) if is_stopped else self._record.get("ended_by"),
             lora_request=output.lora_request,
         )
 

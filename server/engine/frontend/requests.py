@@ -62,6 +62,8 @@ class Compiled(Protocol):
     def searches(self) -> bool: ...
     @property
     def num_candidates(self) -> int: ...
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
     def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
@@ -290,15 +292,9 @@ class Extras(BaseModel):
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        return PlanDict(
-            placed.to_wire(params),
-            self._compiled.label,
-            None if self._note is None else partial(self._note, index),
-            watching,
-            self._lease,
-            answers,
-            None if self._name_sequence is None else named,
-        )
+        compiled, note = self._compiled, None if self._note is None else partial(self._note, index)
+        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        return PlanDict(placed.to_wire(params), *own, None if self._name_sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""

@@ -5,6 +5,7 @@ own where it has some. What lives in which seat changes as the search decides.
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from whipstaff.server.plan import PLAN_KEY, STEPS_AHEAD, CompanionPlan, RequestP
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
+MAX_TIME, MAX_COMPUTED_TOKENS = "max_time", "max_computed_tokens"  # of searches, likewise
 
 
 class Group:
@@ -94,11 +96,15 @@ class SearchGroup(Group):
 
     def __init__(self, rows: Sequence[Sequence[Request]], plan: RequestPlan) -> None:
         """`rows`: all that may live at once; the primary's is the first, and lives alone until the search forks."""
+        assert plan.decoding is not None and plan.decoding.search is not None
         self.rows = {row[0].request_id: list(row) for row in rows}
         self.living = [rows[0][0].request_id]  # seats, in the order of the last decision
         self.num_told = 0  # tokens that the client has
         self.room = 0  # the most tokens that a living sequence may have generated, for another to follow
         self.counts: Counter[str] = Counter()
+        self.num_tried = 0  # tokens
+        self.ended_by = ""  # the budget that was used up
+        self._plan, self._arrived = plan.decoding.search, time.monotonic()
         super().__init__(rows[0][0], rows[0][1:], plan)
         self._untils = {}  # a companion that is not needed any more costs a seat that is kept anyway
 
@@ -118,10 +124,24 @@ class SearchGroup(Group):
     def awaits_decision(self) -> bool:
         return any(member.num_in_flight_tokens for member in self.members)
 
-    @property
-    def step(self) -> SearchStep:
+    def take_step(self) -> SearchStep:
         """What the worker is told of a step in which all that live get their next token."""
-        return SearchStep(tuple(self.living), tuple(self.rows), self.primary.max_tokens, self.room)
+        return SearchStep(
+            tuple(self.living), tuple(self.rows), self.primary.max_tokens, self.room, bool(self._note_budgets())
+        )
+
+    def _note_budgets(self) -> str:
+        """The budget that is used up once the step is taken, which ends the search; "": none. With its first step a
+        search comes to answers that have a token."""
+        if not self.rows[self.living[0]][0].num_output_tokens:
+            return ""
+        computed, plan = self.counts["tokens_computed"] + self.num_tried, self._plan
+        if plan.max_computed_tokens is not None and computed >= plan.max_computed_tokens:
+            self.ended_by = MAX_COMPUTED_TOKENS
+        elif plan.max_time is not None and time.monotonic() - self._arrived >= plan.max_time:
+            self.ended_by = MAX_TIME
+        self.limited_by = self.ended_by or self.limited_by
+        return self.ended_by
 
     def origin_of(self, name: str) -> str:
         """The member of the primary's row that stands where this one does in its own."""

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.server.engine import causes
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
@@ -88,6 +89,7 @@ class SteeredScheduling(SearchScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        causes.tell()
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
@@ -99,6 +101,7 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._was_idle = False  # whether nobody in the last step, or waiting, asked for anything of ours
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
@@ -148,8 +151,16 @@ class SteeredScheduling(SearchScheduling):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         self._note_cache_use(output.scheduled_new_reqs)
+        is_idle = not (self._groups or self._placed or self._held or self._waits)
+        if not (is_idle and self._was_idle):
+            self._notes = self._notes_now()
+        self._was_idle = is_idle
+        output.whipstaff_notes = self._notes
+        return output
+
+    def _notes_now(self) -> StepNotes:
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
-        output.whipstaff_notes = StepNotes(
+        return StepNotes(
             self.stepping_groups,
             slot_use,
             self.group_use(),
@@ -158,7 +169,6 @@ class SteeredScheduling(SearchScheduling):
             self.told_seats,
             self.search_use(),
         )
-        return output
 
     def _note_cache_use(self, new: Iterable[Any]) -> None:
         """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of

@@ -139,7 +139,7 @@ class SearchScheduling(GroupedScheduling):
     def _note_released(self, output: Any, released: Sequence[Group]) -> None:
         for group in released:
             if isinstance(group, SearchGroup):
-                self.stepping_searches[group.primary.request_id] = group.step
+                self.stepping_searches[group.primary.request_id] = group.take_step()
 
     # -- what a step came to -----------------------------------------------------------------------------------------
 
@@ -190,6 +190,8 @@ class SearchScheduling(GroupedScheduling):
             "hypotheses": [{**one._asdict(), "tokens": list(one.tokens)} for one in verdict.hypotheses],
             "counts": {**verdict.counts, **group.counts},
         }
+        if group.ended_by:
+            record["ended_by"] = group.ended_by
         if verdict.facts:
             record["facts"] = [dict(facts) for facts in verdict.facts]
         self._records[request.request_id] = record
@@ -201,6 +203,7 @@ class SearchScheduling(GroupedScheduling):
 
     def _settle(self, group: SearchGroup, verdict: Verdict) -> None:
         """Let a search's sequences be what a verdict says."""
+        group.num_tried = verdict.counts.get("tried", 0)
         quiet, moved = self._placements(group, verdict.living)
         told = [(member, self._kept(group, place, member)) for place in moved for member in group.rows[place.seat]]
         is_running = group.primary.status == RequestStatus.RUNNING

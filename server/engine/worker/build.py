@@ -11,6 +11,7 @@ from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.edits.captures import Captures
+from whipstaff.server.engine.worker.edits.forms import Forms, add_plain_form, classes_of
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, install_soft_rows
@@ -90,11 +91,12 @@ def _histories(layout: Layout, config: Any, device: Any) -> HiddenHistories | No
 
 
 def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:
-    num_tokens, model_config = max_tokens(config), config.model_config
+    num_tokens, model_config, forms = max_tokens(config), config.model_config, Forms()
+    classes = classes_of(model)
     token_table = TokenTable(num_tokens, device)
     histories = Histories(requests, layout.num_histories, layout.max_len, device)
     sites = install_sites(model, layout, token_table, histories.values, vector_of, model_config.dtype)
-    return StepEdits(
+    edits = StepEdits(
         requests,
         token_table,
         histories,
@@ -110,7 +112,11 @@ def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Reque
             edits_router="router" in layout.sites,
             edits_attention=layout.edits_attention,
         ),
+        forms=forms,
     )
+    if layout.has_plain_form:
+        add_plain_form(model, classes, forms, config)
+    return edits
 
 
 def is_v2(runner: Any) -> bool:

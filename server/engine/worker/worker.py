@@ -47,6 +47,11 @@ class SteeredWorker:
         if self._step.pipeline.attention is not None:
             self._step.pipeline.attention.learn_layout()
 
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        took = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        self._step.edits.forms.warms_both = False  # from here on a dummy pass stands for a step
+        return took
+
     def execute_model(self, scheduler_output: Any) -> Any:
         self._step.note_schedule(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]

@@ -126,7 +126,7 @@ def test_no_text_is_longer_than_there_is_room() -> None:
     texts: list[tuple[int, ...]] = [()]
     generator = torch.Generator()
     while True:
-        (decision,) = loop.step([search], [[0]], [texts], [generator])
+        (decision,) = loop.step([search], [[0]], [texts], [generator], [False])
         if decision.hypotheses:
             break
         texts = [(*texts[one.source][: one.keep], *one.tokens) for one in decision.living]

@@ -10,10 +10,10 @@ import pytest
 from catalogues import PAIR, WHEN, at_prompt, compiled, refusal
 from pydantic import Field
 
-from whipstaff.decoding.method import Params, PromptFacts
+from whipstaff.decoding.method import PromptFacts
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import Explain, SearchPlan
-from whipstaff.decoding.search.search import Search, SearchFacts, SearchMethod
+from whipstaff.decoding.search.search import Search, SearchFacts, SearchMethod, SearchParams
 from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.receipt import Tally, receipt
@@ -28,7 +28,7 @@ from whipstaff.server.registry.capabilities import Capabilities
 BEAMS = {"method": "beam_search", "num_beams": 4}
 
 
-class TrustParams(Params):
+class TrustParams(SearchParams):
     """A search that trusts a part of the prompt."""
 
     method: Literal["trust"] = "trust"

@@ -318,6 +318,26 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
     assert "--steering-sites mlp_in" in answer.json()["error"]["message"]
 
 
+def test_a_full_disk_refuses_changes_and_loses_nothing(clients: list[httpx.Client], server: Server, root: Path) -> None:
+    """A limit of the running process stands for the disk; it is met by the body, then by the manifest alone."""
+    ok(put(clients[0], "kept", vector_file(direction(20))))
+    before, process = listing(root), psutil.Process(process_behind(clients[0], server))
+    large, text = vector_file(direction(21), description="x" * 4000), {"description": "y" * 4000}
+    limit = process.rlimit(psutil.RLIMIT_FSIZE)
+    for most in (100, len(json.dumps(text)) + 50):
+        process.rlimit(psutil.RLIMIT_FSIZE, (most, limit[1]))
+        try:
+            for refused in (put(clients[0], "kept", large), put_preset(clients[0], "p", **text)):
+                assert_refused(refused, 507, None)
+        finally:
+            process.rlimit(psutil.RLIMIT_FSIZE, limit)
+        assert listing(root) == before
+        assert ok(complete(clients[0], [9, 8, 7], steering={"vector": "kept"}))
+    with nothing_left(clients):
+        ok(put(clients[0], "kept", large))
+        ok(remove(clients[0], "kept"))
+
+
 def test_a_body_that_does_not_end_is_cut_off(server: Server) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(64):

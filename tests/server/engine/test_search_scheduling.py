@@ -25,6 +25,7 @@ from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, Reque
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
+BUDGET = 60  # tokens that some searches may compute
 Text = tuple[Any, ...]  # what steers it, then tokens
 
 
@@ -145,6 +146,11 @@ class Runner:
         for seat, text in zip(step.living, texts, strict=True):
             assert tuple(self.known[seat].generated) == text, f"{seat} was told other tokens"
             assert self.known[seat].prompt == self.known[primary].prompt
+        if step.is_last:
+            assert all(texts)
+            self.searches[primary] = []
+            self.seen.add("budget")
+            return Verdict((), hypotheses=tuple(Hypothesis(text, 0.0, "length") for text in texts), counts={"tried": 3})
         longest = max(map(len, texts))
         if longest >= step.room or self.chance.random() < 0.02:
             ended = longest >= step.room
@@ -165,7 +171,7 @@ class Runner:
         placed = seated(living, [len(text) for text in texts], step)
         assert len({one.seat for one in placed}) == len(placed) and step.seats[0] in {one.seat for one in placed}
         self.searches[primary] = after
-        return Verdict(tuple(placed), settled)
+        return Verdict(tuple(placed), settled, counts={"tried": 3})
 
     def continuation(self, texts: list[Text], locked: int, most: int) -> Continuation:
         source = self.chance.randrange(len(texts))
@@ -194,11 +200,11 @@ class Searching(Traffic):
         self.searchers: dict[str, int] = {}
 
     def search(self, num_seats: int, companions: int = 0, prompt: list[int] | None = None, **asked: Any) -> Asked:
-        name = next(self.names)
+        name, budget = next(self.names), self.chance.choice((None, None, BUDGET))
         edit = SteeringPlan((PlannedEdit(Edit("v", str(self.chance.randrange(3)), None), Where.of("all")),))
         plan = RequestPlan(
             edit if self.chance.random() < 0.3 else None,
-            DecodingPlan(search=SearchPlan("none", "{}", num_seats)),
+            DecodingPlan(search=SearchPlan("none", "{}", num_seats, (), (), asked.get("max_time"), budget)),
             companions=tuple(CompanionPlan(tuple(self.prompt())) for _ in range(companions)),
         )
         params = SamplingParams(
@@ -225,6 +231,7 @@ class Searching(Traffic):
                     assert (one.kv_transfer_params or {})["whipstaff"] is told
                     assert asked.got == told["search"]["hypotheses"][0]["tokens"]
                     assert told["search"]["counts"]["tried"] == 3
+                    self.check_budget(told["search"], asked)
                     asked.record = told["search"]  # type: ignore[attr-defined]
         pool = self.scheduler.kv_cache_manager.block_pool
         held: dict[int, int] = {}
@@ -239,6 +246,15 @@ class Searching(Traffic):
             for member in (one for group in living for one in group.members):
                 assert member.block_hashes == self.keys(member), f"{member.request_id}: keys of another text"
         assert sum(group.num_seats for group in living) <= self.scheduler._max_search_seqs
+
+    def check_budget(self, record: dict[str, Any], asked: Asked) -> None:
+        """A search ends with the step in which it has computed what it may."""
+        plan, ended_by = RequestPlan.from_wire(asked.request.sampling_params.extra_args), record.get("ended_by")
+        assert plan is not None and plan.decoding is not None and plan.decoding.search is not None
+        most, num = plan.decoding.search.max_computed_tokens, record["counts"]["tokens_computed"]
+        if ended_by != "max_time":
+            assert ended_by == (None if most is None or num + 3 < most else "max_computed_tokens"), (most, num)
+        assert ended_by is None or asked.request.stop_reason == ended_by
 
     def keys(self, member: Request) -> list[bytes]:
         """Of the blocks of a sequence, as a new request with the same text has them."""
@@ -290,5 +306,15 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
         traffic.disturb()
     traffic.drain()
     traffic.check()
-    assert len(traffic.searchers) > 20 and traffic.worker.seen == {"rollback", "end"}
+    assert len(traffic.searchers) > 20 and traffic.worker.seen == {"rollback", "end", "budget"}
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
+
+
+@pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])
+def test_a_search_whose_time_is_over_ends_with_its_next_step(model: str, case: str) -> None:
+    """And takes one, so that there is an answer, however late it is."""
+    traffic = Searching(model, SEARCH_CASES[case], 0)
+    late, early = traffic.search(3, max_time=1e-9), traffic.search(3, max_time=1e6, max_tokens=5)
+    traffic.drain()
+    assert late.record["ended_by"] == late.request.stop_reason == "max_time"  # type: ignore[attr-defined]
+    assert str(late.end) == "length" and len(late.got) <= 20 and early.record.get("ended_by") != "max_time"  # type: ignore[attr-defined]

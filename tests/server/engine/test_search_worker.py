@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from whipstaff.decoding.method import Params
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.search import (
@@ -20,6 +19,7 @@ from whipstaff.decoding.search.search import (
     Search,
     SearchFacts,
     SearchMethod,
+    SearchParams,
     Steps,
     Tried,
 )
@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused(living: list[Continuation]) -> None:
         seated(living, [3, 2], STEP)
 
 
-class Nothing(Params):
+class Nothing(SearchParams):
     method: Literal["both"] = "both"
     rounds: int = 1
 
@@ -103,6 +103,9 @@ class Ways(Search):
         last, best = len(living.generated) - 1, int(living.logits[0].argmax())
         length = len(living.generated[0])
         return Decision((grow(last, length, best), grow(0, length, 3)), counts={"own": 1, "tried": 100})
+
+    def stop(self, living: Living) -> Decision:
+        return Decision(hypotheses=tuple(Hypothesis(tuple(text), 0.0, "length") for text in living.generated))
 
 
 class Passes:
@@ -174,6 +177,19 @@ def test_an_answer_tells_what_was_done(searches: tuple[Searches, Passes, Request
     assert answer.tokens == (3, 5) and verdict.counts == {"own": 3, "tried": 2 + 4 + 4}  # and not what the method says
     assert set(made.end(["a", "b"])) == {"a/seat1", "a/seat1/1"}
     assert made.end(["a"]) == []
+
+
+def test_a_search_that_may_take_no_more_tries_nothing(searches: tuple[Searches, Passes, Requests]) -> None:
+    made, passes, _ = searches
+    logits, tokens = torch.eye(6)[[5, 5]], torch.zeros(2, dtype=torch.int64)
+    made.expected = {"a": step("a")}
+    made.decide(view("a"), torch.zeros(2, 2), logits, tokens)
+    num, before = len(passes.seen), made.take()[0]["a"].counts
+    made.expected = {"a": step("a", "a/seat1")._replace(is_last=True)}
+    made.decide(view("a", "a/seat1"), torch.zeros(2, 2), logits, tokens)
+    verdict = made.take()[0]["a"]
+    assert [one.tokens for one in verdict.hypotheses] == [(5,), (3,)] and len(passes.seen) == num
+    assert before == {"own": 1, "tried": 2} == verdict.counts
 
 
 def test_tables_are_copied_all_at_once() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.captures import Captures
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import Sites
@@ -29,9 +30,10 @@ class StepEdits:
         module_edits: ModuleEdits,
         soft_rows: SoftRows | NoSoftRows,
         captures: Captures,
+        forms: Forms,
     ) -> None:
         self.token_table, self.histories, self.sites = token_table, histories, sites
-        self.module_edits, self.soft_rows, self.captures = module_edits, soft_rows, captures
+        self.module_edits, self.soft_rows, self.captures, self.forms = module_edits, soft_rows, captures, forms
         self._requests = requests
         self._told: set[str] = set()  # the parts that the last step asked something of
 
@@ -72,6 +74,7 @@ class StepEdits:
             self.module_edits.begin_step(asking, view.num_tokens)
         if self._concerns("soft rows", any(placed.inserts for _, placed in view.planned())):
             self.soft_rows.begin_step(view)
+        self.forms.runs_plain = not self._told
 
     def _concerns(self, part: str, is_asked: bool) -> bool:
         """Whether a part has to hear of a step: something is asked of it, or was in the last, which has to go."""

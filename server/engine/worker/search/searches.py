@@ -136,7 +136,8 @@ class Searches:
             self._last_attention(view, rows) if "attention" in needs else None,
             running.random,
         )
-        return Turn(running, step, rows, running.search.step(living))
+        steps = _last_step(running.search, living) if step.is_last else running.search.step(living)
+        return Turn(running, step, rows, steps)
 
     def _last_attention(self, view: BatchView, rows: Sequence[int]) -> Tensor:
         assert self._attention is not None, "a search reads attention, and this worker keeps none"
@@ -210,7 +211,7 @@ class Searches:
             if one.seat != one.source:
                 self._copy(running, one)
         running.generated = [(*running.generated[one.source][: one.keep], *one.tokens) for one in decision.living]
-        return Verdict(tuple(placed), decision.settled)
+        return Verdict(tuple(placed), decision.settled, counts=dict(running.counts))
 
     def _copy(self, running: Running, one: Placed) -> None:
         """What is kept of a sequence and its companions goes on in another seat, too."""
@@ -218,3 +219,9 @@ class Searches:
         sources, targets = ([lead, *(companion_id(lead, i) for i in indices)] for lead in (one.source, one.seat))
         running.seats |= set(targets)
         self._copies += zip(sources, targets, strict=True)
+
+
+def _last_step(search: Search, living: Living) -> Steps:
+    """The step of a search that has to end now."""
+    return search.stop(living)
+    yield  # nothing is tried
