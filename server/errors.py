@@ -65,6 +65,10 @@ class NotFound(WhipstaffError):
     status, type = 404, "NotFoundError"
 
 
+class TimedOut(WhipstaffError):
+    status, type = 408, "RequestTimeoutError"
+
+
 class VectorUnfit(WhipstaffError):
     status, type = 409, "ConflictError"
 
@@ -75,8 +79,6 @@ class Fixed(WhipstaffError):
 
 class NameTaken(WhipstaffError):
     status, type = 409, "ConflictError"
-class TimedOut(WhipstaffError):
-    status, type = 408, "RequestTimeoutError"
 
 
 class TooLarge(WhipstaffError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan, Explain
+from whipstaff.server.admission.captures import CaptureEntry, captures_at_prompt, check_captures
 from whipstaff.server.admission.companions import (
     PlacedCompanion,
     check_number,
@@ -70,6 +71,7 @@ class CompiledRequest:
     caps: Capabilities
     plan: RequestPlan = RequestPlan()  # noqa: RUF009 - frozen
     steering: SequenceSteering = SequenceSteering()  # noqa: RUF009 - a tuple
+    captures: tuple[CaptureEntry, ...] = ()
     decoding: tuple[DecodingEntry, ...] = ()
     options: Options = Options()
     limits: Mapping[str, int] = field(default_factory=dict)  # of the auxiliary models that it needs
@@ -113,7 +115,7 @@ class CompiledRequest:
     def reads_prompt(self) -> bool:
         """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
         steering = self.steering.plan
-        clauses = [*(one.where for one in steering.edits), *(one.where for one in steering.module_edits)]
+        clauses = [one.where for some in (steering.edits, steering.module_edits, self.captures) for one in some]
         return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
 
     def dry(self) -> "CompiledRequest":
@@ -146,7 +148,8 @@ class CompiledRequest:
         if plan.steering is not None:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
+            captures = captures_at_prompt(self.captures, prompt, steering.inserts) if self.captures else ()
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps, captures=captures))
         if self.decoding:
             facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
@@ -160,12 +163,11 @@ class CompiledRequest:
         if companions:
             check_number(companions, prompt, self.caps)
             plan = replace(plan, companions=tuple(one.plan for one in companions))
-        if plan.steering is not None and self.reads_prompt:
-            shared = self.steering
-            steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         allowed = self._allowed(companions, num_tokens, most_tokens(num_tokens), is_explicit, warnings)
+        if self.captures:
+            plan = replace(plan, max_fed=num_tokens + allowed - 1)
+            check_captures(self.captures, PositionedPlan(plan, num_tokens), allowed, self.caps)
         if plan.steering is not None or companions:
             self._check_steering(plan, companions, num_tokens, allowed)
         return PlacedRequest(

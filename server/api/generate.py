@@ -150,11 +150,14 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         if not compiled.is_plain:
             note_token = explained.note if explained else None
             retract = retractions.note if compiled.retracts else None
-            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract)
+            name_sequence = tally.name_sequence if compiled.captures else None
+            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract, name_sequence)
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:
-        made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
+        made = await final_receipt(
+            compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
+        )
         metrics.note_steering(made["steering"])
         return made
 

@@ -221,6 +221,17 @@ def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
     return of
 
 
+def captures(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+    """Asks every worker for the activations that a request wanted, by its `captures_id`."""
+
+    async def of(captures_id: str) -> list[dict[str, Any]]:
+        engine = raw.app.state.engine_client
+        found: list[dict[str, Any]] = await engine.collective_rpc("whipstaff_captures", args=(captures_id,))
+        return found
+
+    return of
+
+
 def load_headers(raw: Request) -> dict[str, str] | None:
     """The engine's load as response headers, where the client asks for them (ORCA)."""
     wanted = raw.headers.get("endpoint-load-metrics-format", "")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.captures import Captures
 from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
@@ -28,10 +29,11 @@ class StepEdits:
         sites: Sites,
         module_edits: ModuleEdits,
         soft_rows: SoftRows | NoSoftRows,
+        captures: Captures,
         forms: Forms,
     ) -> None:
         self.token_table, self.histories, self.sites = token_table, histories, sites
-        self.module_edits, self.soft_rows, self.forms = module_edits, soft_rows, forms
+        self.module_edits, self.soft_rows, self.captures, self.forms = module_edits, soft_rows, captures, forms
         self._requests = requests
         self._told: set[str] = set()  # the parts that the last step asked something of
 
