@@ -164,6 +164,7 @@ async def _read(response: Any, output: RequestFuncOutput) -> None:
             for choice in said.get("choices") or ():
                 if _has_token(choice):
                     _note(output, last, int(choice.get("index", 0)), now)
+                output.generated_text += _text(choice)  # of which vLLM counts the tokens where nobody tells `usage`
                 if choice.get("finish_reason"):
                     reasons.add(choice["finish_reason"])
                 output.latency = now - output.start_time
@@ -182,6 +183,11 @@ def _has_token(choice: Mapping[str, Any]) -> bool:
     if any(said.get(name) for name in _WORDS):
         return True
     return not choice.get("finish_reason") and "role" not in said  # such as half of a character
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    said = choice.get("delta") or choice
+    return "".join(said[name] for name in _WORDS if isinstance(said.get(name), str))
 
 
 def _note(output: RequestFuncOutput, last: dict[int, float], index: int, now: float) -> None:
