@@ -15,94 +15,44 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from load import MAX_TOKENS, PROMPT_LEN, make_model
+from load import MAX_TOKENS, PROMPT_LEN, Job, beside, make_model, prompt, run
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from whipstaff.decoding.methods.cfg import Cfg, CfgParams
 from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.engine.frontend.launch import Engine, PlanDict, start
-from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
+from whipstaff.server.engine.frontend.launch import Engine, start
+from whipstaff.server.plan import CompanionPlan, RequestPlan
 
 SCALE = 1.5
 NEGATIVES = {"short": 4, "long": 128}  # tokens
 MAX_COST, MIN_GAIN, MIN_NEIGHBOURS = 1.05, 10.0, 0.95  # bars
 
 
-@dataclass(frozen=True)
-class Job:
-    """A client's turn: the requests that it has going at once."""
-
-    prompts: Sequence[list[int]]
-    negative: list[int] | None = None  # of its only prompt
-
-
-def prompt(index: int, length: int, vocabulary: int) -> list[int]:
-    return [(7 * index + 13 * place) % (vocabulary - 3) + 3 for place in range(length)]
-
-
 def guided(num: int, length: int, vocabulary: int) -> list[Job]:
+    mix = DecodingPlan(Cfg().mix(CfgParams(guidance_scale=SCALE)))
     return [
-        Job([prompt(index, PROMPT_LEN, vocabulary)], prompt(index + num, length, vocabulary)) for index in range(num)
+        Job(
+            [prompt(index, PROMPT_LEN, vocabulary)],
+            RequestPlan(None, mix, companions=(CompanionPlan(tuple(prompt(index + num, length, vocabulary))),)),
+        )
+        for index in range(num)
     ]
 
 
 def pairs(num: int, length: int, vocabulary: int) -> list[Job]:
     """The same sequences as requests of their own."""
-    return [Job([*one.prompts, one.negative]) for one in guided(num, length, vocabulary) if one.negative]
-
-
-async def run(engine: Engine, jobs: Sequence[Job], concurrency: int) -> float:
-    """Seconds for all, `concurrency` at a time."""
-    gate, started = asyncio.Semaphore(concurrency), time.perf_counter()
-
-    async def one(job: Job) -> None:
-        async with gate:
-            await asyncio.gather(*(answer(engine, ids, job.negative) for ids in job.prompts))
-
-    await asyncio.gather(*map(one, jobs))
-    return time.perf_counter() - started
-
-
-async def answer(engine: Engine, ids: list[int], negative: list[int] | None) -> None:
-    extra = None
-    if negative is not None:
-        mix = Cfg().mix(CfgParams(guidance_scale=SCALE))
-        extra = {
-            PLAN_KEY: PlanDict(
-                RequestPlan(None, DecodingPlan(mix), companions=(CompanionPlan(tuple(negative)),)).to_wire()
-            )
-        }
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
-    async for _ in engine.generate({"prompt_token_ids": ids}, params, str(uuid4())):
-        pass
-
-
-async def beside(engine: Engine, mine: Sequence[Job], others: Sequence[Job], concurrency: int) -> float:
-    """Seconds that plain requests take while others keep the engine busy."""
-    busy = asyncio.create_task(forever(engine, others, concurrency))
-    await asyncio.sleep(0.5)
-    try:
-        return await run(engine, mine, concurrency)
-    finally:
-        busy.cancel()
-        await asyncio.gather(busy, return_exceptions=True)
-
-
-async def forever(engine: Engine, jobs: Sequence[Job], concurrency: int) -> None:
-    while True:
-        await run(engine, jobs, concurrency)
+    return [
+        Job([prompt(index, PROMPT_LEN, vocabulary), prompt(index + num, length, vocabulary)]) for index in range(num)
+    ]
 
 
 @contextmanager
@@ -196,7 +146,7 @@ def main() -> None:
     setup: dict[str, Any] = vars(options) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     medians = {name: statistics.median(each) for name, each in ratios.items()}
     for name, each in ratios.items():
-        print(json.dumps({"what": name, "median": medians[name], "rounds": each, **setup}), flush=True)
+        print(json.dumps({**setup, "what": name, "median": medians[name], "rounds": each}), flush=True)
         print(f"{name:60} {medians[name]:9.3f}  ({min(each):.3f} to {max(each):.3f})", file=sys.stderr)
     gain = medians["tokens per second"] / medians["transformers' tokens per second"]
     costs = [medians[f"cost of two plain requests, {name} negative prompt"] for name in NEGATIVES]

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 from uuid import uuid4
 
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
@@ -54,3 +56,55 @@ async def throughput(
     started = time.perf_counter()
     await asyncio.gather(*map(one, range(num)))
     return num * MAX_TOKENS / (time.perf_counter() - started)
+
+
+class Job(NamedTuple):
+    """A client's turn: the requests that it has going at once."""
+
+    prompts: Sequence[list[int]]
+    plan: RequestPlan | None = None  # of each
+
+
+def prompt(index: int, length: int, vocabulary: int) -> list[int]:
+    return [(7 * index + 13 * place) % (vocabulary - 3) + 3 for place in range(length)]
+
+
+async def run(engine: Engine, jobs: Sequence[Job], concurrency: int) -> float:
+    """Seconds for all, `concurrency` at a time."""
+    gate, started = asyncio.Semaphore(concurrency), time.perf_counter()
+
+    async def one(job: Job) -> None:
+        async with gate:
+            await asyncio.gather(*(answer(engine, ids, job.plan) for ids in job.prompts))
+
+    await asyncio.gather(*map(one, jobs))
+    return time.perf_counter() - started
+
+
+async def answer(engine: Engine, ids: list[int], plan: RequestPlan | None) -> None:
+    extra = None if plan is None else {PLAN_KEY: PlanDict(plan.to_wire())}
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra)
+    async for _ in engine.generate({"prompt_token_ids": ids}, params, str(uuid4())):
+        pass
+
+
+async def beside(engine: Engine, mine: Sequence[Job], others: Sequence[Job], concurrency: int) -> float:
+    """Seconds that requests take while others keep the engine busy."""
+    busy = asyncio.create_task(forever(engine, others, concurrency))
+    await asyncio.sleep(0.5)
+    try:
+        return await run(engine, mine, concurrency)
+    finally:
+        busy.cancel()
+        await asyncio.gather(busy, return_exceptions=True)
+
+
+async def forever(engine: Engine, jobs: Sequence[Job], concurrency: int) -> None:
+    while True:
+        await run(engine, jobs, concurrency)
+
+
+def cpu_seconds() -> float:
+    """Of this process and all that it started, so far."""
+    mine = psutil.Process()
+    return sum(one.cpu_times().user + one.cpu_times().system for one in (mine, *mine.children(recursive=True)))
