@@ -5,7 +5,7 @@ ARGS ?=
 # tests/conftest.py makes the groups; ARGS='-n 4' takes more cores, ARGS='-n 0' one process
 ON_TWO_CORES := -n 2 --dist loadgroup
 
-.PHONY: serve test test-fast test-next check bench docs doctor wheel clean
+.PHONY: serve test test-fast test-next check bench docs vendor doctor wheel clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -32,11 +32,14 @@ docs: .venv/.dev           ## what is generated in docs/: the picture of the roo
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/reference.py
 
+vendor: .venv/.runtime     ## the libraries of the playground's page, anew from npm by server/playground/package-lock.json
+	$(BIN)/python -m whipstaff.server.playground.vendor
+
 bench: .venv/.runtime      ## ratios against stock vLLM and transformers, as JSON lines
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
-wheel: .venv/.runtime      ## dist/*.whl, for requirements/install.py --venv FOLDER --wheel FILE
-	WHIPSTAFF_BUILD_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+wheel: .venv/.dev          ## dist/*.whl with both libraries, for machines without compilers; ARGS=--cpu-only needs no nvcc
+	$(BIN)/python requirements/wheel.py $(ARGS)
 
 clean:                     ## remove the environment and everything built
 	rm -rf .venv build whipstaff.egg-info cuda_ext/*.so

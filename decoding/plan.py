@@ -45,6 +45,14 @@ class SamplerSettings(NamedTuple):
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+class Explain(NamedTuple):
+    """What to say of every token."""
+
+    top: int  # likeliest tokens of every distribution
+    unsteered: int | None = None  # the companion whose logits are told, too; 0: the request's own; None: nobody's
+    is_drawn: bool = False  # whether what a token is drawn from is told, after penalties and truncation
+
+
 @dataclass(frozen=True)
 class DecodingPlan:
     """Everything the engine does differently to a request's logits."""
@@ -53,7 +61,7 @@ class DecodingPlan:
     rewrites: tuple[Rewrite, ...] = ()  # in the order in which they run
     draw: SamplerSettings | None = None  # None: vLLM's sampler draws as ever
     seed: int | None = None  # of the numbers that methods draw themselves; None: the request's own, or any
-    explain: int | None = None  # likeliest tokens to say of every stream and token; None: explain nothing
+    explain: Explain | None = None  # None: explain nothing
     scores_base: bool = False  # whether log-probabilities are those of the served model before anything else
     keeps_hidden: bool = False  # whether the hidden states of all positions are kept
     search: SearchPlan | None = None  # None: one sequence, whose tokens are drawn one after the other
@@ -76,7 +84,7 @@ class DecodingPlan:
             "rewrites": [list(rewrite) for rewrite in self.rewrites],
             "draw": list(self.draw) if self.draw else None,
             "seed": self.seed,
-            "explain": self.explain,
+            "explain": list(self.explain) if self.explain else None,
             "scores_base": self.scores_base,
             "keeps_hidden": self.keeps_hidden,
             "search": list(self.search) if self.search else None,
@@ -92,7 +100,7 @@ class DecodingPlan:
             ),
             SamplerSettings(*wire["draw"]) if wire["draw"] else None,
             wire["seed"],
-            wire["explain"],
+            Explain(*wire["explain"]) if wire["explain"] else None,
             wire["scores_base"],
             wire["keeps_hidden"],
             _search(*wire["search"]) if wire["search"] else None,

@@ -486,13 +486,55 @@ COUPLED = [
         "p95 without plain requests. Rises with the first panel: seats are short.",
         [Query(quantile(0.95, E2E, COUPLED_METHODS, by="method"), "{{method}}")], 16,
     ),
+    Panel(
+        "series", "Searches and their living sequences", units.Short,
+        "Requests that search, and the sequences that they have alive, which take seats and KV cache as requests do. "
+        "At --max-search-seqs further searches wait.",
+        [
+            Query(f"max by (instance) (whipstaff_searches_running{{{I}}})", "searches {{instance}}"),
+            Query(f"max by (instance) (whipstaff_search_sequences_living{{{I}}})", "sequences {{instance}}"),
+        ],
+        12,
+        empty="No searches",
+    ),
+    Panel(
+        "series", "Forks and rollbacks of searches", units.OpsPerSecond,
+        "Sequences that went on from one that another went on from, too, and times that a search took tokens back, per "
+        "second. Rollbacks without end: the answers of that search get no longer; lower its bounds.",
+        [
+            Query(rate("whipstaff_search_forks_total", I), "forks"),
+            Query(rate("whipstaff_search_rollbacks_total", I), "rollbacks"),
+        ],
+        12,
+        empty="No searches",
+    ),
+    Panel(
+        "series", "Tokens that searches tried or computed again", "tok/s",
+        "Tokens fed to see what they lead to, which are in no answer, and such as were computed a second time. Many: "
+        "let clients ask for fewer candidates.",
+        [
+            Query(rate("whipstaff_search_tried_tokens_total", I), "tried"),
+            Query(rate("whipstaff_search_recomputed_tokens_total", I), "computed again"),
+        ],
+        12,
+        empty="No searches",
+    ),
+    Panel(
+        "series", "Time in decisions of searches", units.PercentUnit,
+        "Share of the time in which searches decide, with what they try; every request of the batch waits for it. Red: "
+        "lower --max-search-seqs, or give searches a server of their own.",
+        [Query(f"max by (instance) (rate(whipstaff_search_decision_seconds_total{{{I}}}{R}))", "{{instance}}")],
+        12,
+        (0.2, 0.5),
+        empty="No searches",
+    ),
 ]  # fmt: skip
 
 DASHBOARDS = {  # by the last part of its uid and its file's name
     "overview": ("Whipstaff: overview", OVERVIEW),
     "methods": ("Whipstaff: latency by method", METHODS),
     "steering": ("Whipstaff: steering", STEERING),
-    "coupled": ("Whipstaff: coupled sequences", COUPLED),
+    "coupled": ("Whipstaff: coupled sequences and searches", COUPLED),
 }
 
 

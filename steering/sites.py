@@ -1,8 +1,9 @@
 """Finding the hook points to edit in a decoder model, by structure and never by the model's name.
 
-A decoder is a list of blocks, each holding an attention module and, beside it, an MLP or a mixture of experts. The
-residual stream after a block is the block's output; the head outputs are what the attention's output projection
-receives.
+A decoder is a list of blocks. What mixes tokens in a block is attention, a state-space model or a convolution; beside
+it, or alone in some hybrid models, stands an MLP or a mixture of experts. The residual stream after a block is the
+block's output; the head outputs are what the attention's output projection receives. A model has the sites that its
+structure shows: nothing but a list of blocks is required of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import nn
 
 from whipstaff.steering.shape import Site
 
-CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked in every server; others where wanted
+CORE: tuple[Site, ...] = ("resid_post", "attn_head")  # hooked wherever a model has them; others where wanted
 
 
 def pool_of(site: Site) -> str:
@@ -26,8 +27,8 @@ class DecoderLayer:
 
     index: int
     block: nn.Module
-    attention: nn.Module
-    output_projection: nn.Module
+    attention: nn.Module | None
+    output_projection: nn.Module | None  # of the attention
     mlp_input: nn.Module | None  # receives the MLP's input
     mlp_output: nn.Module | None  # returns the MLP's output; the same module unless the block has no MLP module
 
@@ -36,13 +37,15 @@ class DecoderLayer:
 class Kinds:
     """How to recognise modules: the engine's classes are not known here.
 
-    is_attention: the innermost attention operator (it has no projections of its own).
+    is_attention: the innermost attention operator (it has no projections of its own), latent attention included.
+    is_mixer: whatever lets a token see others, attention included.
     is_projection: layers that may be the output projection: those that take the concatenated heads.
     is_linear: any linear layer.
     is_missing: placeholders of blocks that live in another pipeline stage.
     """
 
     is_attention: Callable[[nn.Module], bool]
+    is_mixer: Callable[[nn.Module], bool]
     is_projection: Callable[[nn.Module], bool]
     is_linear: Callable[[nn.Module], bool]
     is_missing: Callable[[nn.Module], bool] = lambda module: False
@@ -54,7 +57,7 @@ class SitesNotFound(RuntimeError):
 
 def find_layers(model: nn.Module, kinds: Kinds) -> list[DecoderLayer]:
     """The decoder blocks of `model`, in order. Raises: SitesNotFound, saying what was looked for and what there is."""
-    blocks = _block_list(model, kinds.is_attention)
+    blocks = _block_list(model, kinds.is_mixer)
     return [_layer(block, index, kinds) for index, block in enumerate(blocks) if not kinds.is_missing(block)]
 
 
@@ -63,7 +66,7 @@ def final_norm(model: nn.Module, kinds: Kinds) -> nn.Module | None:
 
     Raises: SitesNotFound, as `find_layers`.
     """
-    blocks = _block_list(model, kinds.is_attention)
+    blocks = _block_list(model, kinds.is_mixer)
     beside = list(next(module for module in model.modules() if blocks in module.children()).children())
     norms = [index for index, child in enumerate(beside) if _is_norm(child)]
     behind = [index for index in norms if index > beside.index(blocks)]
@@ -78,56 +81,50 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:
-    attention = next((child for child in block.children() if any(map(kinds.is_attention, child.modules()))), None)
-    if attention is None:
-        raise SitesNotFound(f"layer {index}: {type(block).__name__} has no attention; hybrid models cannot be steered")
-    first, last = _mlp(block, attention, kinds.is_linear)
-    projection = _output_projection(block, kinds.is_attention, kinds.is_projection, index)
-    return DecoderLayer(index, block, attention, projection, first, last)
+    attentions = [child for child in block.children() if any(map(kinds.is_attention, child.modules()))]
+    attention = attentions[0] if len(attentions) == 1 else None
+    projection = attention and _output_projection(block, kinds.is_attention, kinds.is_projection)
+    return DecoderLayer(index, block, attention, projection, *_mlp(block, kinds))
 
 
-def _mlp(
-    block: nn.Module, attention: nn.Module, is_linear: Callable[[nn.Module], bool]
-) -> tuple[nn.Module | None, nn.Module | None]:
-    """What holds linear layers beside the attention: one module, or the two layers of a bare MLP."""
-    beside = [child for child in block.children() if child is not attention and any(map(is_linear, child.modules()))]
-    if len(beside) == 1 or (len(beside) == 2 and all(map(is_linear, beside))):
+def _mlp(block: nn.Module, kinds: Kinds) -> tuple[nn.Module | None, nn.Module | None]:
+    """What holds linear layers beside what mixes tokens: one module, or the two layers of a bare MLP."""
+    beside = [
+        child
+        for child in block.children()
+        if any(map(kinds.is_linear, child.modules())) and not any(map(kinds.is_mixer, child.modules()))
+    ]
+    if len(beside) == 1 or (len(beside) == 2 and all(map(kinds.is_linear, beside))):
         return beside[0], beside[-1]
     return None, None
 
 
-def _block_list(model: nn.Module, is_attention: Callable[[nn.Module], bool]) -> nn.ModuleList:
-    """The outermost module list whose blocks hold attention; the longest, should there be several."""
-    found = list(_lists_with_attention(model, is_attention))
+def _block_list(model: nn.Module, is_mixer: Callable[[nn.Module], bool]) -> nn.ModuleList:
+    """The outermost module list whose blocks mix tokens; the longest, should there be several."""
+    found = list(_lists_with(model, is_mixer))
     if not found:
-        raise SitesNotFound(f"{type(model).__name__} has no list of blocks with attention; it cannot be steered")
+        raise SitesNotFound(f"{type(model).__name__} has no list of blocks that mix tokens; it cannot be steered")
     return max(found, key=len)
 
 
-def _lists_with_attention(module: nn.Module, is_attention: Callable[[nn.Module], bool]) -> Iterator[nn.ModuleList]:
+def _lists_with(module: nn.Module, is_mixer: Callable[[nn.Module], bool]) -> Iterator[nn.ModuleList]:
     for child in module.children():
-        if isinstance(child, nn.ModuleList) and any(is_attention(part) for part in child.modules()):
+        if isinstance(child, nn.ModuleList) and any(is_mixer(part) for part in child.modules()):
             yield child
         else:
-            yield from _lists_with_attention(child, is_attention)
+            yield from _lists_with(child, is_mixer)
 
 
 def _output_projection(
-    block: nn.Module,
-    is_attention: Callable[[nn.Module], bool],
-    is_projection: Callable[[nn.Module], bool],
-    index: int,
-) -> nn.Module:
-    """The one projection beside the attention operator, in the smallest module that holds both."""
+    block: nn.Module, is_attention: Callable[[nn.Module], bool], is_projection: Callable[[nn.Module], bool]
+) -> nn.Module | None:
+    """The one projection beside the attention operator, in the smallest module that holds both; None where several
+    could be it."""
     for owner in _holders(block, is_attention):
         candidates = [child for child in owner.children() if is_projection(child)]
-        if len(candidates) == 1:
-            return candidates[0]
         if candidates:
-            raise SitesNotFound(
-                f"layer {index}: {type(owner).__name__} has {len(candidates)} projections beside its attention"
-            )
-    raise SitesNotFound(f"layer {index}: {type(block).__name__} has no output projection beside its attention")
+            return candidates[0] if len(candidates) == 1 else None
+    return None
 
 
 def _holders(block: nn.Module, is_attention: Callable[[nn.Module], bool]) -> list[nn.Module]:

@@ -28,7 +28,6 @@ DOCUMENTS = sorted(
     ).stdout.split()
 )
 CITATION = (ROOT / "CITATION.cff").read_text()
-TO_COME = {"steering/fit/", "server/playground/"}  # said to be so
 CHECKED = (".py", ".sh", ".md", ".lock", ".toml", ".cff", ".svg", ".cu", ".cuh", ".cpp", ".h")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -91,9 +90,7 @@ def test_files_and_folders_that_are_named_are_there(path: Path) -> None:
     """In backticks: from the root, from the document's folder, or from the folder of `server/` that it speaks of."""
     for name in re.findall(r"`([\w.{},/-]+)`", path.read_text()):
         for one in expanded(name):
-            if one in TO_COME:
-                assert not (ROOT / one).exists(), f"{one} has come; say so in docs/architecture.md"
-            elif one.endswith(CHECKED) or (one.endswith("/") and not one.startswith("/")):
+            if one.endswith(CHECKED) or (one.endswith("/") and not one.startswith("/")):
                 assert any((folder / one).exists() for folder in (ROOT, path.parent, ROOT / "server")), one
 
 

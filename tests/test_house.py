@@ -26,8 +26,10 @@ SERVER_ROOMS = {
     "registry": {"prompt", "engine"},
     "admission": {"prompt", "registry"},
     "engine": {"prompt"},
-    "api": {"prompt", "registry", "admission", "engine"},
+    "access": {"registry"},
+    "api": {"prompt", "registry", "admission", "engine", "access"},
     "demo": set(),
+    "playground": set(),
     "commands": {"app", "settings", "engine", "registry", "demo"},
 }
 # The engine's three processes know nothing of one another: what they share stands beside them.

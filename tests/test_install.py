@@ -181,6 +181,13 @@ def test_what_is_missing_is_said_before_anything_is_made(machine: Machine) -> No
     assert not (machine.checkout / ".venv").exists() and machine.pypi.asked + machine.pytorch.asked == []
 
 
+def test_a_wheel_is_installed_without_a_compiler(prepared: Machine) -> None:
+    wheel = write_wheel(prepared.checkout, "whipstaff", "0.1")
+    done = prepared.install("--wheel", str(wheel), CXX="no-such-compiler")
+    assert not done.returncode, done.stdout + done.stderr
+    assert prepared.installed() == {"torch", "beside", "whipstaff"}
+
+
 def test_a_broken_environment_is_not_repaired_in_silence(machine: Machine) -> None:
     (machine.checkout / ".venv" / "bin").mkdir(parents=True)
     (machine.checkout / ".venv" / "bin" / "python").symlink_to("/usr/bin/no-such-python")

@@ -1,8 +1,8 @@
 """The companions of a request, which are further sequences that emit its tokens: their prompts, their steering, and
 whether this server can hold them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
@@ -17,26 +17,23 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.plan import EditSet, PlannedEdit, PlannedModuleEdit, SteeringPlan
 
+UNSTEERED = "explain.unsteered"
+
 
 @dataclass(frozen=True)
 class PlacedCompanion:
     """A companion of a request in one of its prompts."""
 
-    entry: DecodingEntry
-    companion: Companion
+    path: str  # the field that it comes from
     plan: CompanionPlan
-    models: frozenset[str]  # auxiliary models that read it
+    told: Mapping[str, Any] = field(default_factory=dict)  # what its method says of it
+    models: frozenset[str] = frozenset()  # auxiliary models that read it
     entries: Sequence[SteeringEntry] = ()  # what its steering came of
-
-    @property
-    def path(self) -> str:
-        """The field that it comes from."""
-        return self.entry.path_of(self.companion.param)
 
     @property
     def name(self) -> str:
         """As the client called it, or else its field."""
-        return str(self.companion.told.get("name", self.path))
+        return str(self.told.get("name", self.path))
 
     def room(self, caps: Capabilities) -> tuple[int, int]:
         """How many tokens can follow its prompt while it is needed, and the longest it may become. The scheduler itself
@@ -52,7 +49,7 @@ class PlacedCompanion:
 
     def to_json(self) -> dict[str, Any]:
         """The companion as the receipt shows it."""
-        said = {"field": self.path, "prompt_tokens": len(self.plan.prompt), **self.companion.told}
+        said = {"field": self.path, "prompt_tokens": len(self.plan.prompt), **self.told}
         return {**said, "steered": self.plan.steering is not None}
 
 
@@ -99,13 +96,19 @@ def companions_at_prompt(
         except DecodingError as error:
             raise BadRequest(str(error), entry.path_of(error.param)) from None
         found += [_checked(entry, number, companion, prompt, caps, request) for number, companion in enumerate(made, 1)]
-    if found:
-        _check_number(found, prompt, caps)
     return found
 
 
-def _check_number(found: Sequence[PlacedCompanion], prompt: Prompt, caps: Capabilities) -> None:
-    """Whether this server can run all of them at once."""
+def unsteered(prompt: Prompt) -> PlacedCompanion:
+    """The request's own prompt without its steering, which no mix reads. Raises: BadRequest."""
+    if prompt.ids is None:
+        raise BadRequest("the model without steering reads a prompt of text or tokens only", UNSTEERED)
+    return PlacedCompanion(UNSTEERED, CompanionPlan(tuple(prompt.ids)))
+
+
+def check_number(found: Sequence[PlacedCompanion], prompt: Prompt, caps: Capabilities) -> None:
+    """Whether this server can run all of a request's companions, of which there are some, at once. Raises:
+    Unavailable."""
     adapters = {prompt.adapter, *(one.plan.adapter for one in found)} - {None}
     for num, most, what, flag in (
         (len(found) + 1, caps.max_seqs, "sequences", "--max-num-seqs"),
@@ -156,7 +159,7 @@ def _checked(
     steering = (request if own is None else own) if "" in models else SequenceSteering()
     plan, expanded = _steered(steering, own is None, ids, prompt, caps, path)
     its_plan = CompanionPlan(tuple(expanded), plan, entry.mix.window.end, _adapter(entry, companion, prompt, caps))
-    return PlacedCompanion(entry, companion, its_plan, models - {""}, steering.entries)
+    return PlacedCompanion(path, its_plan, companion.told, models - {""}, steering.entries)
 
 
 def _adapter(entry: DecodingEntry, companion: Companion, prompt: Prompt, caps: Capabilities) -> Adapter | None:

@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from whipstaff.decoding.plan import Explain
 from whipstaff.server.prompt.vocabulary import Vocabulary
 
 MAX_TOP = 20
+DISTRIBUTIONS = ("final", "base", "unsteered", "drawn")  # of a record
 EXPLAIN_FIELD = "explain"  # of a choice
 LogprobsSource = Literal["final", "base", "both"]
 
@@ -18,6 +20,13 @@ class ExplainParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     top: int = Field(5, ge=0, le=MAX_TOP, description="likeliest tokens of every distribution")
+    unsteered: bool = Field(False, description="also of the model without the request's steering, a further sequence")
+    drawn: bool = Field(False, description="also of what is drawn from: after penalties, temperature and truncation")
+
+    @property
+    def plan(self) -> Explain:
+        """Before any prompt is known: where nothing steers, the request's own sequence is the unsteered one."""
+        return Explain(self.top, 0 if self.unsteered else None, self.drawn)
 
 
 class ChoiceExplanations:
@@ -29,10 +38,10 @@ class ChoiceExplanations:
 
     def note(self, choice: int, record: dict[str, Any]) -> None:
         """What the engine says of a choice's next token; of one that a search chose, it is facts alone."""
-        seen = [record[name] for name in ("final", "base") if name in record]
+        seen = [record[name] for name in DISTRIBUTIONS if name in record]
         seen += record.get("streams", {}).values()
         for token in [record, *(token for one in seen for token in one["top"])]:
-            token["token"] = self._text(token["id"])
+            token |= self._told(token["id"])
         self._records[choice].append(record)
 
     def add_to(self, body: dict[str, Any]) -> None:
@@ -42,5 +51,7 @@ class ChoiceExplanations:
             if not is_opening and (records := self._records.pop(choice["index"], None)):
                 choice[EXPLAIN_FIELD] = records
 
-    def _text(self, token: int) -> str | None:
-        return self._words.texts[token] if self._words and token < len(self._words.texts) else None
+    def _told(self, token: int) -> dict[str, Any]:
+        if self._words is None or token >= self._words.num_tokens:
+            return {"token": None, "bytes": None}
+        return {"token": self._words.texts[token], "bytes": self._words.bytes_of(token)}

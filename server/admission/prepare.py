@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.server.admission.captures import captures_of, check_beside
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     NOTHING,
@@ -151,7 +152,10 @@ def compile_extras(
     if decoding is not None and (search := search_of(entries)) is not None:
         check_room(search, decoding.mix.num_companions if decoding.mix else 0, caps)
         if options.explain is not None:
-            check_explained(search, "logprobs_source" if fields.get("explain") is None else "explain")
+            check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
+    captures = () if fields.get("capture") is None else captures_of(fields, caps)
+    if captures:
+        check_beside(captures, decoding, entries)
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
@@ -159,10 +163,18 @@ def compile_extras(
     plan = steering.plan if steering.entries else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
+    if captures:
+        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in captures))
     return CompiledRequest(
         caps,
-        RequestPlan(plan, decoding, uuid4().hex if plan and plan.num_columns else ""),
+        RequestPlan(
+            plan,
+            decoding,
+            uuid4().hex if plan and plan.num_columns else "",
+            captures_id=uuid4().hex if captures else "",
+        ),
         steering,
+        captures,
         tuple(entries),
         options,
         {name: caps.auxiliaries[name] for name in models},
@@ -192,11 +204,11 @@ class LeftOut:
 def _options(fields: Mapping[str, Any]) -> Options:
     is_temperature_last = flag(fields, "temperature_last")
     source = one_of(LogprobsSource, fields, "logprobs_source", "final")
-    top, explain = None, fields.get("explain")
+    told, explain = None, fields.get("explain")
     if explain is not None or source == "both":
-        top = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").top
+        told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
     streams_retractions = flag(fields, "stream_retractions")
-    return Options(is_temperature_last, False, top, source, streams_retractions)
+    return Options(is_temperature_last, False, told, source, streams_retractions)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:

@@ -10,8 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
-from whipstaff.decoding.plan import DecodingPlan
-from whipstaff.server.admission.companions import PlacedCompanion, companions_at_prompt, wanted_scores
+from whipstaff.decoding.plan import DecodingPlan, Explain
+from whipstaff.server.admission.captures import CaptureEntry, captures_at_prompt, check_captures
+from whipstaff.server.admission.companions import (
+    PlacedCompanion,
+    check_number,
+    companions_at_prompt,
+    unsteered,
+    wanted_scores,
+)
 from whipstaff.server.admission.decoding import DecodingEntry, may_retract, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
@@ -37,7 +44,7 @@ class Options:
 
     is_temperature_last: bool = False
     is_hot: bool = False  # whether its temperature is one that vLLM does not take
-    explain: int | None = None  # likeliest tokens of every stream to say
+    explain: Explain | None = None
     logprobs_source: LogprobsSource = "final"
     streams_retractions: bool = False  # whether a search may tell what it may take back
     is_dry: bool = False  # whether it is only looked at
@@ -53,7 +60,7 @@ class Options:
             return replace(plan, explain=self.explain, search=search)  # what it decides is explained, and no draw
         ranking = ranking_of(entries)
         needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
-        explain = 0 if self.explain is None and needs_explaining else self.explain
+        explain = Explain(0) if self.explain is None and needs_explaining else self.explain
         return replace(plan or DecodingPlan(), explain=explain, scores_base=scores_base)
 
 
@@ -64,6 +71,7 @@ class CompiledRequest:
     caps: Capabilities
     plan: RequestPlan = RequestPlan()  # noqa: RUF009 - frozen
     steering: SequenceSteering = SequenceSteering()  # noqa: RUF009 - a tuple
+    captures: tuple[CaptureEntry, ...] = ()
     decoding: tuple[DecodingEntry, ...] = ()
     options: Options = Options()
     limits: Mapping[str, int] = field(default_factory=dict)  # of the auxiliary models that it needs
@@ -81,9 +89,22 @@ class CompiledRequest:
         return SEVERAL if len(names) > 1 else next(iter(names), PLAIN)
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What traces say of it: the methods that it names, in their order, and the preset."""
+        names = [*(e.label for e in self.steering.entries), *(e.method.name for e in self.decoding)]
+        return {"methods": names} | ({"preset": self.preset.name} if self.preset else {})
+
+    @property
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
         return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]
+
+    @property
+    def asked_for(self) -> dict[str, str]:
+        """The methods that the client itself named, by their paths; a preset's are its operator's."""
+        steering = {entry.path: entry.vector.method.name for entry in self.steering.entries}
+        decoding = {entry.path_of("method"): entry.method.name for entry in self.decoding}
+        return {path: name for path, name in (steering | decoding).items() if not self.origins.is_filled(path)}
 
     @property
     def is_plain(self) -> bool:
@@ -94,7 +115,7 @@ class CompiledRequest:
     def reads_prompt(self) -> bool:
         """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
         steering = self.steering.plan
-        clauses = [*(one.where for one in steering.edits), *(one.where for one in steering.module_edits)]
+        clauses = [one.where for some in (steering.edits, steering.module_edits, self.captures) for one in some]
         return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
 
     def dry(self) -> "CompiledRequest":
@@ -127,20 +148,26 @@ class CompiledRequest:
         if plan.steering is not None:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
+            captures = captures_at_prompt(self.captures, prompt, steering.inserts) if self.captures else ()
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps, captures=captures))
         if self.decoding:
             facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
             companions = companions_at_prompt(entries, prompt, self.caps, self.steering, self.options.is_dry)
             decoding = self.options.decoding_plan(entries)
-            plan = replace(plan, decoding=decoding, companions=tuple(one.plan for one in companions))
+            plan = replace(plan, decoding=decoding)
             warnings += self._idle(companions)
-        if plan.steering is not None and self.reads_prompt:
-            shared = self.steering
-            steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
+        if self.steering.entries and (explain := plan.explain) is not None and explain.unsteered is not None:
+            companions.append(unsteered(prompt))
+            plan = plan.explaining(explain._replace(unsteered=len(companions)))
+        if companions:
+            check_number(companions, prompt, self.caps)
+            plan = replace(plan, companions=tuple(one.plan for one in companions))
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         allowed = self._allowed(companions, num_tokens, most_tokens(num_tokens), is_explicit, warnings)
+        if self.captures:
+            plan = replace(plan, max_fed=num_tokens + allowed - 1)
+            check_captures(self.captures, PositionedPlan(plan, num_tokens), allowed, self.caps)
         if plan.steering is not None or companions:
             self._check_steering(plan, companions, num_tokens, allowed)
         return PlacedRequest(
@@ -307,6 +334,7 @@ class CompiledRequest:
         return (
             self.options.is_temperature_last
             or self.options.is_hot
+            or (self.options.explain is not None and self.options.explain.is_drawn)
             or bool(stages & {"penalty", "temperature", "truncation"})
         )
 

@@ -7,6 +7,7 @@ told. What it cannot do is refused by the field that asks for it.
 from collections.abc import Mapping
 from typing import Any
 
+from whipstaff.decoding.plan import Explain
 from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import DecodingEntry, GivenEntry
 from whipstaff.server.errors import BadRequest, Unavailable
@@ -35,10 +36,13 @@ def check_room(entry: DecodingEntry, num_companions: int, caps: Capabilities) ->
         )
 
 
-def check_explained(entry: DecodingEntry, field: str) -> None:
+def check_explained(entry: DecodingEntry, asked: Explain, field: str) -> None:
     """Whether a search can say what it did to each token, as `field` asks. Raises: BadRequest."""
     if not _method(entry).explains:
         raise BadRequest(f"{entry.method.name} chooses whole answers, and explains no tokens; leave it out", field)
+    for name, is_asked in (("unsteered", asked.unsteered is not None), ("drawn", asked.is_drawn)):
+        if is_asked:
+            raise BadRequest(f"{entry.method.name} draws no tokens, of which that could be told", f"{field}.{name}")
 
 
 def check_answers(entry: DecodingEntry, num: int) -> None:

@@ -1,4 +1,5 @@
-"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff vectors ...`."""
+"""The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff bench [flags]`,
+`whipstaff vectors ...`, `whipstaff fit METHOD ...`."""
 
 import logging
 import os
@@ -10,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from whipstaff.server import __version__, demo
-from whipstaff.server.commands import vectors_flags
-from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
+from whipstaff.server.commands import fit_flags, vectors_flags
+from whipstaff.server.engine import ENGINE_DIED, EngineDied, UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
     from whipstaff.server.settings import Settings
 
 USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [any flag of `vllm serve`]
        whipstaff doctor [MODEL] [the same flags]     show that every site obeys, then exit
+       whipstaff bench [--mix FILE]                  put a load on a server: what do methods wait for?
        whipstaff vectors convert|show|combine|diff   vector files; see `whipstaff vectors --help`
        whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
+       whipstaff fit METHOD --model M --data D -o F  make a vector file; `whipstaff fit methods` lists what can be made
        whipstaff --version                           this version, and that of vLLM
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -34,30 +37,43 @@ DEMO_FLAGS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with the reason on stderr."""
+    """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with 70 when its engine died, each
+    with the reason on stderr; with 128 and the signal's number when a second one ended it at once."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["vectors"]:
         flags = vectors_flags.parse(words[1:])  # help and wrong calls end here, before torch is imported
         from whipstaff.server.commands import vectors as vectors_cli
 
         sys.exit(vectors_cli.run(flags))
+    if words[:1] == ["fit"]:
+        fit_args = fit_flags.parse(words[1:])
+        from whipstaff.server.commands import fit as fit_cli
+
+        sys.exit(fit_cli.run(fit_args))
     if words == ["--version"]:
         print(f"whipstaff {__version__} over vLLM {vllm_version()}")
         sys.exit(0)
-    if not words or words[0] not in ("serve", "doctor"):
+    if not words or words[0] not in ("serve", "doctor", "bench"):
         is_help = words[:1] in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if is_help else sys.stderr, end="")
         sys.exit(0 if is_help else 2)
-    with causes.asked() as told:
+    with causes.asked():
         try:
+            if words[0] == "bench":
+                from whipstaff.server.commands import bench
+
+                sys.exit(bench.run(words[1:]))
             args, settings = parse(words[0], words[1:])
             run = _serve if words[0] == "serve" else _doctor
-            run(args, settings)
+            sys.exit(run(args, settings))
+        except EngineDied as error:
+            print(f"whipstaff: {error}", file=sys.stderr)
+            sys.exit(ENGINE_DIED)
         except (UnsupportedEngine, ValidationError, RuntimeError, ValueError, OSError) as error:
             _log_details(error)
-            sys.exit(f"whipstaff: {_sentence(error, told)}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+            sys.exit(f"whipstaff: {_sentence(error)}")
+        except KeyboardInterrupt as error:
+            sys.exit(error.args[0] if error.args else 130)
 
 
 def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
@@ -77,7 +93,10 @@ def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
     _check_model(str(args.model))
-    return args, Settings.from_args(args)
+    settings = Settings.from_args(args)
+    if settings.keys is not None and (args.api_key or os.environ.get("VLLM_API_KEY")):
+        raise UnsupportedEngine("--keys says who may do what; leave out --api-key and VLLM_API_KEY")
+    return args, settings
 
 
 def _check_model(model: str) -> None:
@@ -89,19 +108,19 @@ def _check_model(model: str) -> None:
         raise UnsupportedEngine(f"{model} has no config.json; MODEL is a folder with a model, or a name on the hub")
 
 
-def _serve(args: Namespace, settings: "Settings") -> None:
+def _serve(args: Namespace, settings: "Settings") -> int:
+    """Run the server until it is told to stop; the exit status."""
     import uvloop
 
     from whipstaff.server import app
 
     if (args.api_server_count or 1) > 1:
-        app.serve_several(args, settings)
-    else:
-        uvloop.run(app.serve(args, settings))  # the event loop that `vllm serve` runs on
+        return app.serve_several(args, settings)
+    return uvloop.run(app.serve(args, settings))  # the event loop that `vllm serve` runs on
 
 
-def _doctor(args: Namespace, settings: "Settings") -> None:
-    """Start the engine as `serve` would, print every finding of the self-test, and exit 1 if one is bad."""
+def _doctor(args: Namespace, settings: "Settings") -> int:
+    """Start the engine as `serve` would and print every finding of the self-test; the exit status, 1 if one is bad."""
     import uvloop
 
     facts, findings = uvloop.run(_findings(args, settings))
@@ -112,8 +131,7 @@ def _doctor(args: Namespace, settings: "Settings") -> None:
         print(f"{'ok  ' if finding.is_good else 'FAIL'} {finding.what}: {changes}, {off}")
     num_good = sum(finding.is_good for finding in findings)
     print(f"{num_good} of {len(findings)} obey")
-    if num_good < len(findings):
-        sys.exit(1)
+    return int(num_good < len(findings))
 
 
 async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, Any], list[Any]]:
@@ -130,7 +148,7 @@ async def _findings(args: Namespace, settings: "Settings") -> tuple[dict[str, An
         engine.shutdown()
 
 
-def _sentence(error: Exception, told: causes.Causes) -> str:
+def _sentence(error: Exception) -> str:
     """One sentence: of a flag of ours or vLLM's, or of what the engine's processes stumbled on."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -139,7 +157,7 @@ def _sentence(error: Exception, told: causes.Causes) -> str:
             first["msg"].removeprefix("Value error, ").partition(" Supported architectures: ")[0]
         )  # hundreds of names
         return name + " ".join(said.split())[: causes.MAX_CHARACTERS]
-    return told.of(error)
+    return causes.of(error)
 
 
 def _log_details(error: Exception) -> None:

@@ -77,7 +77,7 @@ def convert(args: Namespace) -> int:
     hints = {name: getattr(args, name) for name in Hints.model_fields if getattr(args, name, None) is not None}
     if "defaults" in hints:
         hints["defaults"] = dict(hints["defaults"])
-    _check_target(args.target, args.force)
+    check_target(args.target, args.force)
     if args.unsafe_pickle:
         print(PICKLE_WARNING.format(name=args.source), file=sys.stderr, end="", flush=True)
     if args.format not in (None, *FORMATS, *PICKLES):
@@ -101,7 +101,7 @@ def show(args: Namespace) -> int:
     if args.png is not None:
         from whipstaff.server.commands.vectors_plot import plot
 
-        _check_target(args.png, args.force, ".png")
+        check_target(args.png, args.force, ".png")
         plot(args.file.name, vector).save(args.png)
         print(f"\nplotted in {args.png}")
     return 0
@@ -216,7 +216,7 @@ def combine(args: Namespace) -> int:
         raise SteeringError(f"{args.operation} takes {'one file' if least == 1 else f'at least {least} files'}")
     if (args.factor is None) == (args.operation == "scale"):
         raise SteeringError("--factor goes with scale, and scale needs it")
-    _check_target(args.output, args.force)
+    check_target(args.output, args.force)
     sources = [algebra.Source(path.name, read(path)) for path in args.files]
     said: dict[str, Any] = {"description": args.description or ""}
     if args.where is not None:
@@ -312,12 +312,12 @@ def save(target: Path, header: Header, tensors: Mapping[str, Tensor], force: boo
     """Write a checked vector file at once or not at all; its digest."""
     data = packed(header, tensors)
     digest = parse(data).digest
-    _check_target(target, force)
+    check_target(target, force)
     write_whole(target, data, target.parent)
     return digest
 
 
-def _check_target(target: Path, force: bool, suffix: str = ".safetensors") -> None:
+def check_target(target: Path, force: bool, suffix: str = ".safetensors") -> None:
     if target.suffix != suffix:
         raise SteeringError(f"{target} does not end in {suffix}")
     if not target.parent.is_dir():

@@ -5,3 +5,4 @@ from pathlib import Path
 MODELS = Path(__file__).parent / "models"  # demo (base), untuned (anti-expert), tuned (expert): Hugging Face folders
 VECTORS = Path(__file__).parent / "vectors"  # cheerful.safetensors
 PRESETS = Path(__file__).parent / "presets"  # demo@gloomy, demo@helpful
+MIX = Path(__file__).parent / "mix.yaml"  # what `whipstaff bench` asks them

@@ -5,11 +5,16 @@
 
 from importlib import metadata
 
+ENGINE_DIED = 70  # the exit status of a server whose engine did; sysexits.h has it for what went wrong inside
 SUPPORTED = ("0.32", "0.33")  # minor versions, oldest first
 
 
 class UnsupportedEngine(RuntimeError):
     """The installed vLLM, or one of its settings, is not one that Whipstaff can steer."""
+
+
+class EngineDied(RuntimeError):
+    """A process of the engine ended, and nobody had asked it to."""
 
 
 def check_version(version: str) -> None:

@@ -1,7 +1,7 @@
-"""Why an engine did not start: the process in which it failed tells the one that started it, which then says so last.
+"""Why an engine did not start, or died: the process in which it failed tells those that it served, which say so last.
 
 vLLM's own error refers to what was logged above; here that is a file, named by an environment variable, into which the
-first exception that an engine's process logs goes as one sentence.
+first exception that an engine's process logs goes as one sentence, or which worker it lost.
 """
 
 import logging
@@ -10,39 +10,55 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from threading import current_thread, main_thread
 
 _KEY = "WHIPSTAFF_CAUSE_FILE"
 _REFERS = "root cause"  # what vLLM says where the cause is in the log
+_LOST_WORKER = "Worker proc %s died unexpectedly"  # how vLLM begins to say that one is gone
 _PLAIN = (ValueError, RuntimeError, OSError)  # their messages are sentences; others need their class beside them
 MAX_CHARACTERS = 500
 
 
-class Causes:
-    """What the engine's processes told."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def of(self, error: BaseException) -> str:
-        """What an error comes from, in one line."""
-        told = self._path.read_text(errors="replace") if _REFERS in str(error) else ""
-        return told or sentence(error)
-
-
 @contextmanager
-def asked() -> Iterator[Causes]:
+def asked() -> Iterator[None]:
     """Processes that start in here `tell`."""
     with tempfile.NamedTemporaryFile(prefix="whipstaff-cause-") as file:
         os.environ[_KEY] = file.name
         try:
-            yield Causes(Path(file.name))
+            yield
         finally:
             del os.environ[_KEY]
 
 
+def told() -> str:
+    """What a process of the engine has told first; "" where none has, or where nobody asked."""
+    path = os.environ.get(_KEY)
+    return Path(path).read_text(errors="replace") if path else ""
+
+
+def forget() -> None:
+    """The engine has started: what its processes stumbled on until now did not end it."""
+    if path := os.environ.get(_KEY):
+        os.truncate(path, 0)
+
+
+def of(error: BaseException) -> str:
+    """What an error comes from, in one line."""
+    return (told() if _REFERS in str(error) else "") or sentence(error)
+
+
+def ending(process: str, status: int) -> str:
+    """How a process ended, by what `multiprocessing` calls its exit code."""
+    return f"{process} " + (f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
+
+
 def tell() -> None:
-    """In a process of the engine: the first exception that is logged from here on goes to the one that asked."""
+    """In a process of the engine: the first exception that is logged from here on goes to the one that asked. When to
+    end is for that one to say: a terminal sends its Ctrl-C to all."""
     logger = logging.getLogger("vllm")
+    if _KEY in os.environ and current_thread() is main_thread():
+        signal(SIGINT, SIG_IGN)
     if (path := os.environ.get(_KEY)) and not any(isinstance(handler, _Telling) for handler in logger.handlers):
         logger.addHandler(_Telling(Path(path)))
 
@@ -59,6 +75,15 @@ class _Telling(logging.Handler):
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        if error is not None and self._path.exists() and not self._path.stat().st_size:
-            self._path.write_text(sentence(error))
+        said = _said(record)
+        if said and self._path.exists() and not self._path.stat().st_size:
+            self._path.write_text(said)
+
+
+def _said(record: logging.LogRecord) -> str:
+    """What a record says of an ending; "" where it says nothing of one."""
+    if str(record.msg).startswith(_LOST_WORKER) and isinstance(record.args, tuple):
+        name, status = record.args
+        return ending(f"worker {name}", int(str(status)))
+    error = record.exc_info[1] if record.exc_info else None
+    return "" if error is None else sentence(error)

@@ -1,9 +1,16 @@
 """The served model's tokens as text, for decoding methods whose parameters speak of text."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_ALPHABET = {letter: byte for byte, letter in bytes_to_unicode().items()}  # in which byte-level tokenizers write bytes
+_BROKEN = "\ufffd"  # stands for bytes that are no letter
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a byte
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +44,17 @@ class Vocabulary:
 
     def ids_with(self, text: str) -> Sequence[int]:
         return _ids_with(self, text)
+
+    def bytes_of(self, token: int) -> list[int]:
+        """What a token adds to the bytes of a text: of some, no letter is whole."""
+        text = self.texts[token]
+        if _BROKEN in text or _BYTE.fullmatch(text):
+            piece = str(self.tokenizer.convert_ids_to_tokens(token))
+            if (byte := _BYTE.fullmatch(piece)) is not None:
+                return [int(byte[1], 16)]
+            if all(letter in _ALPHABET for letter in piece):
+                return [_ALPHABET[letter] for letter in piece]
+        return list(text.encode())
 
     def encode(self, text: str) -> Sequence[int]:
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -7,6 +7,7 @@
 Nothing is named after what a client says. Functions block; they are for threads.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,6 +19,9 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from whipstaff.server.errors import StorageFull
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit of this process
 Stamp = tuple[int, ...]  # changes whenever what it was taken of does
 
 
@@ -102,9 +106,22 @@ class RegistryFolder:
             if path not in wanted:
                 path.unlink()
 
-    def spool(self) -> BinaryIO:
-        """A file without a name, gone when it is closed or this process dies."""
-        return tempfile.TemporaryFile(dir=self._folder)
+    @contextmanager
+    def spool(self) -> Iterator[BinaryIO]:
+        """A file without a name, gone at the end or when this process dies. Raises: StorageFull."""
+        with telling_full(), tempfile.TemporaryFile(dir=self._folder) as file:
+            yield file
+
+
+@contextmanager
+def telling_full() -> Iterator[None]:
+    """Raises: StorageFull where what is written in here finds no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageFull("there is no room left where the registry is kept; nothing was changed") from error
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -15,10 +15,10 @@ from typing import Any
 
 from whipstaff.server import metrics
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
-from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
+from whipstaff.server.errors import Fixed, Forbidden, NameTaken, Unavailable, VectorUnfit, WhipstaffError
 from whipstaff.server.leases import Lease
 from whipstaff.server.registry.capabilities import Capabilities
-from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
+from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder, telling_full
 from whipstaff.server.registry.presets import BadPreset, Preset, preset_files, read_preset, stamp_of_files
 from whipstaff.server.registry.vectors import Entry, VectorFile, VectorSnapshot, misfit
 from whipstaff.steering.errors import SteeringError
@@ -117,7 +117,6 @@ class LiveRegistry:
             path = await asyncio.to_thread(store.put, data)
             with self._leases.hold([vector.digest]):  # until the registry, which names it then, holds it
                 if (reason := await self._leases.load(self._leases.adopt(vector), path)) is not None:
-                    await asyncio.to_thread(store.sweep)
                     raise Unavailable(reason, "name")
                 manifest = store.read()
                 replaced = manifest.vectors.get(name)
@@ -131,6 +130,18 @@ class LiveRegistry:
             if name not in manifest.vectors:
                 self._have.registry.entry(name)
             await self._commit(store, manifest, vectors=_without(manifest.vectors, name))
+
+    async def rename_vector(self, name: str, to: str) -> Entry:
+        """The entry under its new name. Raises: Forbidden, Fixed, NotFound, NameTaken."""
+        async with self._writing(name, self._fixed) as store:
+            manifest = store.read()
+            if name not in manifest.vectors:
+                self._have.registry.entry(name)
+            if to in manifest.vectors or to in self._fixed:
+                raise NameTaken(f"there is a vector {to!r} already; remove it first", "name")
+            vectors = {to if key == name else key: digest for key, digest in manifest.vectors.items()}
+            await self._commit(store, manifest, vectors=vectors)
+            return self._have.registry.entry(to)
 
     async def put_preset(self, preset: Preset) -> bool:
         """Keep a preset; whether there was one of that name. Raises: Forbidden, Fixed, and what its check does."""
@@ -151,15 +162,22 @@ class LiveRegistry:
 
     @asynccontextmanager
     async def _writing(self, name: str, fixed: Mapping[str, Any]) -> AsyncIterator[RegistryFolder]:
-        """The folder, alone, and as it is; nobody may change a name that was given at start-up."""
+        """The folder, alone, and as it is; nobody may change a name that was given at start-up.
+
+        Raises: Fixed, Forbidden, StorageFull.
+        """
         store = self.writable
         if name in fixed:
             raise Fixed(f"{name!r} is a file given when this server was started; no request changes it", "name")
         async with self._writers:
             lock = await asyncio.to_thread(store.lock)
             try:
-                await self.current()
-                yield store
+                with telling_full():
+                    await self.current()
+                    yield store
+            except BaseException:
+                await asyncio.to_thread(store.sweep)  # a file that nothing names is the first thing to make room
+                raise
             finally:
                 lock.close()
 

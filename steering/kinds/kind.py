@@ -13,6 +13,7 @@ from whipstaff.steering.needs import Needs
 from whipstaff.steering.plan import PlannedEdit, PlannedModuleEdit, SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.served import Served
+from whipstaff.steering.sites import CORE
 from whipstaff.steering.vector_file import Vector
 
 NO_EXPERTS = "the served model has no experts, so there is no router to edit"
@@ -129,11 +130,15 @@ def entry_kind(vector: Vector, name: str) -> EntryKind:
 
 
 def unhooked(vector: Vector, layers: Sequence[int] | None, served: Served) -> str | None:
-    """Which site of a vector the server left alone, and how to start it otherwise; None where all are hooked."""
+    """Which site of a vector the model lacks, or the server left alone, and how to start it otherwise; None where all
+    are hooked."""
+    hooked = {*CORE, *(point.site for point in served.hook_points)}
     for point in vector.tensors:
         if (layers is None or point.layer in layers) and point.canonical not in served.hook_points:
             if point.site == "router" and not served.model.num_experts:
                 return NO_EXPERTS
+            if point.canonical.site in hooked:
+                return f"this vector edits {point.site}; layer {point.layer} of the served model has none"
             return (
                 f"this vector edits {point.site}, which this server left alone; start it with --steering-sites "
                 f"{point.site}"

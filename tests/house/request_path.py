@@ -4,7 +4,8 @@ that of the scheduler and the worker: found by tracing them.
     cd tests && ../.venv/bin/python -m house.request_path
 
 A file counts when a function of it runs while one request is answered, by a server that answered its like before; it
-is on the way to the kernels when that was before the last of the request's kernels was first called.
+is on the way to the kernels when that was before the last of the request's kernels was first called; where
+it calls none, all of its way is that one.
 """
 
 import asyncio
@@ -89,6 +90,7 @@ async def traced(folder: Path) -> dict[str, Way]:
     from whipstaff.server import app
     from whipstaff.server.commands.main import parse
     from whipstaff.server.engine.frontend import openai
+    from whipstaff.server.engine.frontend.lifecycle import Lifecycle
     from whipstaff.server.registry import live
 
     live.PAUSE = 3600.0  # nobody looks at the registry but the requests
@@ -104,7 +106,7 @@ async def traced(folder: Path) -> dict[str, Way]:
     engine = app.launch(args, settings, files)
     try:
         library = await app.load(engine, settings, files, store)
-        served = await app.extend(await openai.build(engine, args), engine, library, settings)
+        served = await app.extend(await openai.build(engine, args), engine, library, settings, Lifecycle(engine, 0, ()))
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(served), base_url="http://test", timeout=120
         ) as http:
@@ -127,7 +129,7 @@ async def _way_of(http: Any, engine: Any, fields: dict[str, Any]) -> Way:
     here, _ = TRACE.stop()
     ((there, kernels),) = await engine.collective_rpc("trace_stop")
     first = {file: min(files[file] for files in (here, there) if file in files) for file in here | there}
-    files, end = sorted(first, key=first.__getitem__), max(kernels)
+    files, end = sorted(first, key=first.__getitem__), max(kernels, default=time.monotonic())
     return Way([file for file in files if first[file] <= end], [file for file in files if first[file] > end])
 
 

@@ -42,6 +42,10 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
+    "worker.logits.fan.FannedAttention": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
@@ -53,6 +57,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "frontend.openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
     "frontend.openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
     "frontend.openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
+    "frontend.lifecycle.Server": ("vllm.entrypoints.launchers.launcher.NoSignalServer",),
     "frontend.guard.Guard": ("vllm.entrypoints.serve.middleware.authenticate.AuthenticationMiddleware",),
     "worker.edits.routing.EditedRouter": (
         f"{ROUTERS}.cpu_router.CPURouter",
@@ -62,13 +67,16 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         f"{ROUTERS}.grouped_topk_router.GroupedTopKRouter",
     ),
     "worker.runner_v1.SteeredRunner": (V1,),
+    "worker.runner_v1.GraphsOfForms": ("vllm.compilation.cuda_graph.CUDAGraphWrapper",),
     "worker.runner_v1.WatchedSampler": ("vllm.v1.sample.sampler.Sampler",),
     "worker.runner_v2.SteeredRunner": (V2,),
+    "worker.runner_v2.GraphsOfForms": ("vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager",),
     "worker.runner_v2.WatchedSampler": ("vllm.v1.worker.gpu.sample.sampler.Sampler",),
     "worker.runner_v2.WatchedScorer": ("vllm.v1.worker.gpu.sample.prompt_logprob.PromptLogprobsWorker",),
     "scheduler.scheduler.SteeredScheduling": (SCHEDULER,),
     "scheduler.scheduler.SteeredScheduler": (SCHEDULER,),
     "scheduler.scheduler.AsyncSteeredScheduler": ("vllm.v1.core.sched.async_scheduler.AsyncScheduler",),
+    "worker.edits.forms.TwoForms": ("vllm.model_executor.models.llama.LlamaModel",),
     "worker.edits.sites.EditedBlock": ("vllm.model_executor.models.llama.LlamaDecoderLayer",),
     "worker.edits.sites.EditedInput": ("vllm.model_executor.models.llama.LlamaAttention",),
     "worker.edits.sites.EditedOutput": ("vllm.model_executor.layers.linear.RowParallelLinear",),
@@ -102,6 +110,9 @@ REACHED: tuple[str, ...] = (
         "req_ids num_reqs query_start_loc_np num_computed_tokens_np prefill_len_np input_ids",
     ),
     *_of("vllm.v1.worker.gpu.block_table.BlockTables", "input_block_tables block_sizes"),
+    *_of("vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager", "_capture_mem_samples graphs"),
+    *_of("vllm.compilation.cuda_graph.CUDAGraphWrapper", "concrete_cudagraph_entries"),
+    *_of("vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper", "__init__ _compile_prefix _is_encoder"),
     *_of(
         SCHEDULER,
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "
@@ -131,7 +142,8 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.core.sched.output.NewRequestData", "sampling_params"),
     *_of("vllm.v1.core.sched.output.SchedulerOutput", "finished_req_ids num_scheduled_tokens scheduled_cached_reqs"),
     *_of("vllm.v1.core.sched.output.SchedulerOutput", "scheduled_new_reqs"),
-    *_of("vllm.v1.engine.EngineCoreOutput", "kv_transfer_params new_token_ids request_id"),
+    *_of("vllm.v1.engine.EngineCoreOutput", "kv_transfer_params new_logprobs new_token_ids request_id"),
+    *_of("vllm.v1.engine.logprobs.LogprobsProcessor", "from_new_request update_from_output"),
     *_of("vllm.v1.engine.EngineCoreOutputs", "outputs scheduler_stats"),
     *_of(ATTENTION, "attn_backend attn_type has_sink head_size head_size_v impl kv_cache kv_cache_dtype"),
     *_of(ATTENTION, "kv_cache_torch_dtype kv_sharing_target_layer_name num_heads num_kv_heads query_quant"),
@@ -142,8 +154,14 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.model_executor.layers.linear.RowParallelLinear", "input_size_per_partition output_size"),
     *_of("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase", "token_lora_indices sampler_indices"),
     *_of("vllm.v1.engine.async_llm.AsyncLLM", "output_processor collective_rpc from_vllm_config get_supported_tasks"),
+    *_of("vllm.v1.engine.async_llm.AsyncLLM", "abort engine_core errored"),
+    *_of("vllm.v1.engine.output_processor.OutputProcessor", "propagate_error request_states"),
+    *_of("vllm.v1.engine.core_client.BackgroundResources", "engine_dead engine_manager"),
+    *_of("vllm.v1.engine.utils.CoreEngineProcManager", "failed_proc_name finished_procs"),
     *_of("vllm.engine.arg_utils.AsyncEngineArgs", "_api_process_count _api_process_rank create_engine_config"),
 )
+LOGGING: tuple[str, ...] = ("vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",)
+"""What says in the log alone something that we read there."""
 
 
 class Seam:
@@ -226,7 +244,7 @@ def said(vllm: Sources) -> dict[str, str]:
     """Every member of the list: what is known of it in this version."""
     seam = Seam()
     overridden = seam.overridden(vllm)
-    names = seam.imported() | overridden | set(REACHED)
+    names = seam.imported() | overridden | {*REACHED, *LOGGING}
     names |= {theirs for each in LAID_OVER.values() for theirs in each}
     return {name: _described(vllm, name, name in overridden) for name in sorted(names)}
 

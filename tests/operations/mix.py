@@ -15,6 +15,7 @@ from whipstaff.steering.vector_file import Header, packed
 
 ADMIN = {"Authorization": "Bearer admin-secret"}
 PAIR = {"method": "proxy_tuning", "expert": "tuned", "antiexpert": "untuned"}
+SEARCH = {"method": "opera", "beams": 2, "candidates": 2, "threshold": 2, "switch_length": 1}
 PROMPT = "Once upon a time there was"
 ASK: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 24, "stream": True}
 CHEERFUL = {"vector": "cheerful", "scale": 4}
@@ -40,6 +41,8 @@ def kinds(number: int) -> list[dict[str, Any]]:
         ASK | {"decoding": PAIR},
         ASK | {"decoding": PAIR, "steering": CHEERFUL},
         ASK | {"decoding": [{"method": "typical_p", "p": 0.9}]},
+        ASK | {"decoding": {"method": "beam_search", "beams": 2}},
+        ASK | {"decoding": SEARCH},
         ASK | {"model": "demo@gloomy"},
         ASK | {"model": "demo@helpful"},
     ]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import yaml
+from collector import Span, collecting
 from pictures import draw
 from prometheus import RULES, SCRAPE, Prometheus, filled, is_empty, is_zero, programs, scraping
 from serving import serving_demo
@@ -40,6 +41,8 @@ EITHER = {
     ("Waiting for slots", "A"): "requests may wait for less than a second",
     ("Steps that were held", "A"): "prompts may be computed in one step",
     ("Doses above 1", "A"): "depends on what is generated",
+    ("Forks and rollbacks of searches", "B"): "depends on what is generated",
+    ("Tokens that searches tried or computed again", "B"): "none of the searches may be preempted",
     ("First tokens within the goal", "A"): "a slow machine reaches none",
 }
 
@@ -65,13 +68,14 @@ def test_every_alert_is_tested() -> None:
 
 
 class Measured(NamedTuple):
-    """A server that was under traffic, and who scraped it."""
+    """A server that was under traffic, who scraped it, and the spans that it sent of its requests."""
 
     url: str
     prometheus: Prometheus
     since: float
     until: float
     mix: Mix
+    spans: list[Span]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +85,24 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     flags = [
         *("--steering-slots", "3", "--max-num-seqs", "8", "--max-num-queued-reqs", "12", "--block-size", "32"),
         *("--registry", str(folder / "registry"), "--admin-key", "admin-secret", "--max-upload-bytes", "1000000"),
+        "--attention-rows",
     ]
+    with (
+        collecting() as collector,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        yield from _measured(folder, [*flags, "--otlp-traces-endpoint", collector.url], collector.spans)
+
+
+def _measured(folder: Path, flags: list[str], spans: list[Span]) -> Iterator[Measured]:
     with (
         serving_demo(folder, *flags) as server,
         scraping(folder, server.url.removeprefix("http://")) as prometheus,
     ):
         mix, since = Mix(server.url), time.time()
         asyncio.run(mix.run(SECONDS))
-        yield Measured(server.url, prometheus, since + 5 * SCRAPE, time.time() - SCRAPE, mix)
+        yield Measured(server.url, prometheus, since + 5 * SCRAPE, time.time() - SCRAPE, mix, spans)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +192,22 @@ def test_a_scrape_is_bounded_and_well_formed(measured: Measured) -> None:
     ours = [line for line in lines if re.match(r"(# (HELP|TYPE) )?whipstaff_", line) and "_created" not in line]
     done = promtool("check", "metrics", input="".join(ours))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.engine
+def test_spans_say_what_requests_asked_for(measured: Measured) -> None:
+    requests = [span for span in measured.spans if span.name == "llm_request"]
+    assert len(requests) > 50 and all("gen_ai.usage.completion_tokens" in span.attributes for span in requests)
+    asked = {tuple(span.attributes.get("whipstaff.methods", ())) for span in requests}
+    assert {(), ("caa",), ("cfg",), ("proxy_tuning",), ("caa", "proxy_tuning"), ("opera",)} <= asked
+    assert {span.attributes.get("whipstaff.preset") for span in requests} == {None, "gloomy", "helpful"}
+    plans = {
+        (tuple(at["whipstaff.methods"]), at["whipstaff.plan_digest"])
+        for span in requests
+        if "whipstaff.methods" in (at := span.attributes)
+    }
+    assert len({digest for _, digest in plans}) == len(plans)  # no two methods have one plan
+    assert len([1 for methods, _ in plans if methods == ("proxy_tuning",)]) == 1  # and equal requests have
 
 
 @pytest.mark.engine

@@ -14,17 +14,25 @@ class Projection(nn.Linear):
     """What takes the concatenated heads."""
 
 
+class StateSpace(nn.Linear):
+    """What mixes tokens without attention."""
+
+
 KINDS = Kinds(
     is_attention=lambda module: isinstance(module, Operator),
+    is_mixer=lambda module: isinstance(module, Operator | StateSpace),
     is_projection=lambda module: isinstance(module, Projection),
     is_linear=lambda module: isinstance(module, nn.Linear),
 )
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, num_projections: int = 1) -> None:
         super().__init__()
-        self.operator, self.out = Operator(), Projection(4, 4)
+        self.operator = Operator()
+        self.out = nn.ModuleList() if num_projections == 0 else Projection(4, 4)
+        if num_projections == 2:
+            self.gate = Projection(4, 4)
 
 
 class Block(nn.Module):
@@ -33,23 +41,39 @@ class Block(nn.Module):
         self.mixer, self.mlp = mixer, nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
 
 
-def model(*mixers: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.ModuleList(map(Block, mixers)))
+class MlpBlock(nn.Module):
+    """As some hybrid models have them: nothing that mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+
+def model(*blocks: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Embedding(4, 4), nn.ModuleList(blocks), nn.LayerNorm(4))
 
 
 def test_blocks_with_attention() -> None:
-    layers = find_layers(model(Attention(), Attention()), KINDS)
+    layers = find_layers(model(Block(Attention()), Block(Attention())), KINDS)
     assert [layer.index for layer in layers] == [0, 1]
     assert all(isinstance(layer.output_projection, Projection) and layer.mlp_input for layer in layers)
 
 
-@pytest.mark.parametrize(
-    ("mixers", "message"),
-    [
-        ([nn.Linear(4, 4)], "no list of blocks with attention; it cannot be steered"),  # a state-space model
-        ([Attention(), nn.Linear(4, 4)], "layer 1: Block has no attention; hybrid models cannot be steered"),
-    ],
-)
-def test_models_that_cannot_be_steered_say_so(mixers: list[nn.Module], message: str) -> None:
-    with pytest.raises(SitesNotFound, match=message):
-        find_layers(model(*mixers), KINDS)
+def test_blocks_without_attention_show_what_they_have() -> None:
+    blocks = [Block(StateSpace(4, 4)), Block(Attention()), MlpBlock()]
+    state_space, attention, mlp = find_layers(model(*blocks), KINDS)
+    assert state_space.attention is state_space.output_projection is mlp.attention is mlp.output_projection is None
+    assert attention.attention is blocks[1].mixer and isinstance(attention.output_projection, Projection)
+    assert [layer.mlp_input for layer in (state_space, attention)] == [block.mlp for block in blocks[:2]]
+    assert mlp.mlp_input is mlp.mlp_output is blocks[2].mixer
+
+
+@pytest.mark.parametrize("num_projections", [0, 2])
+def test_an_output_projection_is_the_only_one_that_could_be_it(num_projections: int) -> None:
+    (layer,) = find_layers(model(Block(Attention(num_projections))), KINDS)
+    assert layer.attention is not None and layer.output_projection is None
+
+
+def test_a_model_that_mixes_no_tokens_cannot_be_steered() -> None:
+    with pytest.raises(SitesNotFound, match="no list of blocks that mix tokens; it cannot be steered"):
+        find_layers(model(MlpBlock()), KINDS)

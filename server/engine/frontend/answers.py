@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
@@ -113,7 +114,7 @@ class SearchAnswers:
             return None
         request: Any = SimpleNamespace(sampling_params=self._params)
         told = LogprobsProcessor.from_new_request(self._names(tokenizer), request)
-        told._update_sample_logprobs(as_lists(self._record["logprobs"][index]))
+        told.update_from_output(EngineCoreOutput("", [], new_logprobs=as_lists(self._record["logprobs"][index])))
         return told
 
     def _names(self, tokenizer: Any) -> Any:

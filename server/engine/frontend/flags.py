@@ -28,3 +28,4 @@ def finish(args: Namespace) -> None:
     if args.api_server_count == 0 or args.headless or args.data_parallel_size > 1 or args.grpc:
         raise UnsupportedEngine("--headless, --grpc and data parallelism are not supported together with steering")
     validate_parsed_serve_args(args)
+    args.enable_offline_docs = not args.disable_fastapi_docs  # else the page /docs would load from another host

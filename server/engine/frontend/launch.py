@@ -1,5 +1,7 @@
 """From engine arguments to a running, steerable engine: vLLM's AsyncLLM with our worker, scheduler and guard."""
 
+import asyncio
+import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
@@ -12,15 +14,17 @@ from transformers import AutoTokenizer
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from whipstaff.server import plan as plans
-from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine import UnsupportedEngine, causes
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
 from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.frontend import tracing
 from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.engine.patch import Swapped, swap
@@ -41,6 +45,7 @@ NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
+CAPTURE_BYTES = 1 << 28  # of activations that requests read at once, by default
 
 
 class PlanDict(dict[str, Any]):
@@ -49,7 +54,8 @@ class PlanDict(dict[str, Any]):
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
-    that.
+    that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
+    sequences and the engine's name for it.
     """
 
     def __init__(
@@ -60,9 +66,13 @@ class PlanDict(dict[str, Any]):
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
         answers: Answers | None = None,
+        asked: Mapping[str, Any] | None = None,
+        named: Callable[[int, str], None] | None = None,
     ) -> None:
         super().__init__(wire)
+        self.named = named
         self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
+        self.asked = asked or {}
 
     def num_computed(self, num_tokens: int) -> int:
         """How many tokens its sequences compute for so many that are generated."""
@@ -75,6 +85,8 @@ class PlanDict(dict[str, Any]):
 
 EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
 Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None], tuple[type[Exception], ...]], AsyncGenerator[Any, None]]
+ENDING = "the server is shutting down"
+_LAST_WORDS, _PAUSE = 1.0, 0.02  # seconds that the engine's processes have to say why they ended; between two looks
 _REFUSALS = (VLLMClientError, GracefulHTTPError)  # of requests that vLLM does not schedule
 
 
@@ -86,14 +98,26 @@ class Engine(AsyncLLM):
     watch: Watch | None = None
     num_asked = 0  # generations that began or ended, and calls of workers but those for counters
     num_generating = 0  # now
+    is_cut = False  # whether the server ends, and no answer goes on
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
+        """Raises: RetryableRequestError where the server ends before the answer does, or the engine dies."""
+        if self.is_cut:
+            raise RetryableRequestError(ENDING)
         plan, outputs = self._plan_of(sampling_params), self.unwatched(prompt, sampling_params, *args, **kwargs)
-        async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
-            async for output in watched:
-                yield output
+        paid: Callable[[int], None] | None = getattr(sampling_params, "whipstaff_paid", None)
+        try:
+            async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
+                async for output in watched:
+                    if any(one.finish_reason == "abort" for one in output.outputs):  # by nobody who still reads
+                        raise RetryableRequestError(ENDING)
+                    if paid is not None:
+                        paid(sum(len(one.token_ids) for one in output.outputs))
+                    yield output
+        except EngineDeadError:
+            raise RetryableRequestError(await self.cause_of_death()) from None
 
     async def unwatched(
         self, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
@@ -115,6 +139,30 @@ class Engine(AsyncLLM):
         self.num_asked += method != COUNTERS
         return await super().collective_rpc(method, *args, **kwargs)
 
+    async def cut(self) -> int:
+        """End every answer that runs, as one that broke off; how many there were."""
+        self.is_cut, running = True, list(self.output_processor.request_states)
+        await self.abort(running, internal=True)
+        return len(running)
+
+    def mourn(self) -> None:
+        """The engine is dead, and everybody who waits for it shall know."""
+        self.engine_core.resources.engine_dead = True
+        self.output_processor.propagate_error(EngineDeadError())
+
+    async def cause_of_death(self) -> str:
+        """A sentence; processes say what ended them a moment after that is noticed."""
+        deadline = time.monotonic() + _LAST_WORDS
+        while not (cause := causes.told() or self._lost_process()) and time.monotonic() < deadline:
+            await asyncio.sleep(_PAUSE)
+        return f"the engine died: {cause or 'nobody said why'}"
+
+    def _lost_process(self) -> str:
+        """How a process of the engine ended that this one has started."""
+        manager = self.engine_core.resources.engine_manager
+        ended = {} if manager is None else manager.finished_procs()
+        return next((causes.ending(name, status) for name, status in ended.items()), "")
+
     def _plan_of(self, params: SamplingParams) -> PlanDict | None:
         """Raises: ValueError for one that our front end did not make, or that this engine cannot take."""
         plan = (params.extra_args or {}).get(plans.PLAN_KEY)
@@ -127,16 +175,22 @@ class Engine(AsyncLLM):
 
 class Listening(Swapped):
     """Laid over vLLM's output processor: explanations go to who asked for them, whom it keeps with the rest of what it
-    knows of a sequence that is not finished."""
+    knows of a sequence that is not finished; and so for what a request's span says."""
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
         plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
-        if isinstance(plan, PlanDict) and plan.explained is not None:
-            state = self.request_states[request.request_id]
+        if not isinstance(plan, PlanDict):
+            return
+        if plan.named is not None:
+            plan.named(request_index, request.request_id)
+        state = self.request_states[request.request_id]
+        if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
+        if self.tracing_enabled:
+            state.whipstaff_plan = plan
 
     def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
@@ -145,6 +199,11 @@ class Listening(Swapped):
                 if (state := self.request_states.get(output.request_id)) is not None:  # else it was aborted just now
                     state.whipstaff_explained(told)
         return super().process_outputs(engine_core_outputs, *args, **kwargs)
+
+    def do_tracing(self, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:
+        plan = getattr(req_state, "whipstaff_plan", None)
+        with nullcontext() if plan is None else tracing.said_of(plan, plan.asked):
+            super().do_tracing(engine_core_output, req_state, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -163,6 +222,9 @@ class Setup:
     MIN_SEARCH_SEQS."""
     attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
+    capture_layers: EarlyLayers = None  # whose activations requests may read, at all sites: `worker.edits.captures`
+    max_capture_bytes: int = CAPTURE_BYTES  # of activations that are read at once, counted as float32
+    one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
 def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Mapping[str, Any] | None = None) -> Engine:
@@ -194,6 +256,8 @@ def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Map
     )
     engine.layout, engine.index = layout, index
     swap(engine.output_processor, Listening)
+    if config.observability_config.otlp_traces_endpoint is not None:
+        tracing.install()
     return engine
 
 
@@ -231,7 +295,10 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
         num_hidden_states=setup.hidden_states,
+        max_capture_bytes=setup.max_capture_bytes,
+        has_plain_form=not setup.one_form,
     )
+    layout = layout.model_copy(update={"capture_layers": _capture_layers(setup.capture_layers, config, layout)})
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
     config.additional_config = {**(config.additional_config or {}), **layout.to_config()}
@@ -260,6 +327,17 @@ def _early_layers(wanted: EarlyLayers, config: VllmConfig, shape: ModelShape) ->
             f"--early-layers {outside[0]}: the served model has {shape.num_layers} blocks; its early layers are 0 to "
             f"{shape.num_layers - 1}"
         )
+    return layers
+
+
+def _capture_layers(wanted: EarlyLayers, config: VllmConfig, layout: Layout) -> tuple[int, ...]:
+    num = layout.shape.num_layers
+    if wanted is None:
+        of_one = max_tokens(config) * sum(map(layout.shape.width, layout.sites)) * config.model_config.dtype.itemsize
+        return tuple(range(num)) if of_one * num <= EARLY_BUDGET else ()
+    layers = tuple(range(num)) if wanted == "all" else tuple(sorted(set(wanted)))
+    if outside := [layer for layer in layers if layer >= num]:
+        raise UnsupportedEngine(f"--capture-layers {outside[0]}: the served model has blocks 0 to {num - 1}")
     return layers
 
 

@@ -1,16 +1,18 @@
 """Several API servers around one engine, each a process of its own, as `vllm serve --api-server-count N` has them.
 
 The engine is launched once, by the parent. The first API server tests and calibrates it; the others wait for that, and
-learn from the workers what it found.
+learn from the workers what it found. The parent passes on that it was told to end, and that the engine died.
 """
 
 import asyncio
+import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 from vllm.config import VllmConfig
@@ -24,27 +26,62 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
+from whipstaff.server.engine import ENGINE_DIED, EngineDied, causes
 from whipstaff.server.engine.frontend.launch import Engine
+from whipstaff.server.engine.frontend.lifecycle import DIED, LONGEST_FAREWELL
 from whipstaff.steering.method import HookPoint
 
-Serve = Callable[[Any, Namespace, dict[str, Any]], None]
+Serve = Callable[[Any, Namespace, dict[str, Any]], int]
+# What an API server listens to: a terminal sends its Ctrl-C to all, and the parent passes it on.
+SIGNALS = (signal.SIGTERM,)
 _PAUSE = 0.2  # seconds between two looks
 
 
-def run(args: Namespace, configure: Callable[[VllmConfig], object], serve: Serve) -> None:
-    """Launch the engine and its API servers, and wait until they were told to stop.
+class _Told:
+    """Hears signals: the first ends the wait, each further one goes to the API servers."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.servers: Sequence[Any] = ()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+        signal.signal(signal.SIGHUP, lambda number, frame: _send(self.servers, signal.SIGHUP))
+
+    @property
+    def status(self) -> int:
+        """To exit with."""
+        return 128 + self.numbers[-1] if len(self.numbers) > 1 else 0
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.numbers.append(number)
+        if len(self.numbers) == 1:
+            raise SystemExit(0)
+        _send(self.servers, signal.SIGTERM)
+
+
+def _send(servers: Sequence[Any], number: signal.Signals) -> None:
+    for server in servers:
+        if server.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(server.pid, number)
+
+
+def run(args: Namespace, configure: Callable[[VllmConfig], object], serve: Serve, patience: float) -> int:
+    """Launch the engine and its API servers, and wait until they were told to stop; the exit status.
 
     Args:
         configure: makes the engine's configuration ours.
-        serve: what each API server runs: with the socket, the flags, and where the engine is. A function of a module.
+        serve: what each API server runs: with the socket, the flags, and where the engine is; its exit status. A
+            function of a module.
+        patience: seconds that running answers have once the server was told to end.
 
     Raises:
-        RuntimeError: when any of the processes dies.
+        EngineDied: when the engine does.
+        RuntimeError: when an API server does.
     """
     count = args.api_server_count
     setup_multiprocess_prometheus()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    told = _Told()
     address, sock = setup_server(args, reuse_port=True)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine_args._api_process_count, engine_args._api_process_rank = count, -1
@@ -63,18 +100,30 @@ def run(args: Namespace, configure: Callable[[VllmConfig], object], serve: Serve
             target_server_fn=partial(_child, serve),
             tensor_queue=launched.tensor_queue,
         )
-        launched.watched_frontend_processes = servers.processes
+        launched.watched_frontend_processes = told.servers = servers.processes
     try:
         wait_for_completion_or_failure(servers, launched.engine_manager)
+    except RuntimeError as error:
+        _bury(launched.engine_manager, servers.processes, error)
+    except SystemExit:
+        pass
     finally:
-        servers.shutdown(timeout=config.shutdown_timeout)
+        servers.shutdown(timeout=patience + LONGEST_FAREWELL)
         launched.engine_manager.shutdown(timeout=config.shutdown_timeout)
+    return told.status
 
 
-def _stop(number: int, frame: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
-    raise SystemExit(0)
+def _bury(engine: Any, servers: Sequence[Any], error: RuntimeError) -> NoReturn:
+    """Raises: EngineDied, once the API servers know and have told their clients; `error` where it is one of them that
+    died."""
+    if engine.failed_proc_name is None and all(server.exitcode != ENGINE_DIED for server in servers):
+        raise error
+    _send(servers, DIED)
+    ended = (causes.ending(name, status) for name, status in engine.finished_procs().items() if status)
+    cause = causes.told() or next(ended, str(error))
+    for server in servers:
+        server.join(LONGEST_FAREWELL)
+    raise EngineDied(f"the engine died: {cause}") from None
 
 
 def _child(serve: Serve, address: str, sock: Any, args: Namespace, client: dict[str, Any]) -> None:
@@ -82,13 +131,16 @@ def _child(serve: Serve, address: str, sock: Any, args: Namespace, client: dict[
         configure_logging(args.logging_config)
     set_process_title("APIServer", str(client["client_index"]))
     decorate_logs()
-    serve(sock, args, client)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(serve(sock, args, client))
 
 
-def run_one(serving: Coroutine[Any, Any, None]) -> None:
-    """Run one API server; its process ends with the reason where it cannot."""
+def run_one(serving: Coroutine[Any, Any, int]) -> int:
+    """Run one API server; its exit status. Its process ends with the reason where it cannot."""
     try:
-        uvloop.run(serving)
+        return uvloop.run(serving)
+    except EngineDied:
+        return ENGINE_DIED  # the parent says why
     except (RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"whipstaff: {error}")
 

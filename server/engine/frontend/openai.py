@@ -1,23 +1,21 @@
-"""vLLM's OpenAI server with our request models: its serving classes, extended, what routes ask of it, its launcher."""
+"""vLLM's OpenAI server with our request models: its serving classes, extended, what routes ask of it, its port."""
 
 import asyncio
 import json
 import signal
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
-import vllm.envs as envs
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import Request
 from starlette.responses import Response
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -65,6 +63,7 @@ class ServingChat(OpenAIServingChat):
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
             if most is not None:
                 request.max_completion_tokens = most
+        request.tell_price(inputs, self, explicit)
         return result
 
 
@@ -107,6 +106,7 @@ class ServingCompletion(OpenAIServingCompletion):
             await request.score(prompts, self)
             if (most := request.place(inputs, prompts, self, request.max_tokens)) is not None:
                 request.max_tokens = most
+        request.tell_price(inputs, self, request.max_tokens)
         return inputs
 
 
@@ -177,7 +177,17 @@ async def answer(request: OpenAIRequest, raw: Request) -> Any:
         result = await serving.create_completion(request, raw)
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
-    return result
+    return _ending_truly(result) if isinstance(result, AsyncGenerator) else result
+
+
+async def _ending_truly(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """vLLM says [DONE] after an error, too; an answer that broke off does not end like one that is complete. Closing
+    this closes `events`."""
+    async with aclosing(events):
+        async for event in events:
+            yield event
+            if event.startswith('data: {"error"'):
+                return
 
 
 async def render(request: OpenAIRequest, app: FastAPI) -> Response | None:
@@ -211,6 +221,17 @@ def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
     return of
 
 
+def captures(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+    """Asks every worker for the activations that a request wanted, by its `captures_id`."""
+
+    async def of(captures_id: str) -> list[dict[str, Any]]:
+        engine = raw.app.state.engine_client
+        found: list[dict[str, Any]] = await engine.collective_rpc("whipstaff_captures", args=(captures_id,))
+        return found
+
+    return of
+
+
 def load_headers(raw: Request) -> dict[str, str] | None:
     """The engine's load as response headers, where the client asks for them (ORCA)."""
     wanted = raw.headers.get("endpoint-load-metrics-format", "")
@@ -237,42 +258,23 @@ async def build(engine: Engine, args: Namespace) -> FastAPI:
     return app
 
 
+def has_chat(engine: Engine, args: Namespace) -> bool:
+    """Whether the served model has a way to write a conversation."""
+    if args.chat_template is not None:
+        return True
+    return not engine.model_config.skip_tokenizer_init and bool(getattr(engine.get_tokenizer(), "chat_template", None))
+
+
+def has_docs(app: FastAPI) -> bool:
+    """Whether vLLM serves the files of a page that shows the API's description: not with `--disable-fastapi-docs`."""
+    return any(getattr(route, "path", None) == "/static" for route in app.router.routes)
+
+
 def listen(args: Namespace) -> tuple[str, Any]:
     """Bind the port before the engine loads, as vLLM does, so that a port in use is known at once."""
 
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt("terminated")
+        raise KeyboardInterrupt(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, interrupt)  # until uvicorn runs and takes over
     return cast("tuple[str, Any]", setup_server(args, reuse_port=False))
-
-
-async def serve(
-    app: FastAPI, args: Namespace, sock: Any, peer_loads: tuple[Any, int] | None = None
-) -> asyncio.Task[None]:
-    """Serve until told to stop; await the returned task after shutting the engine down.
-
-    Args:
-        peer_loads: the loads of all API servers that share the socket, and which of them is this one's.
-    """
-    log_config = get_uvicorn_log_config(args)
-    task: asyncio.Task[None] = await serve_http(
-        app,
-        sock=sock,
-        peer_loads=peer_loads,
-        enable_ssl_refresh=args.enable_ssl_refresh,
-        host=args.host,
-        port=args.port,
-        log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        h11_max_header_count=args.h11_max_header_count,
-        **({} if log_config is None else {"log_config": log_config}),
-    )
-    return task

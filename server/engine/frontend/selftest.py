@@ -16,7 +16,7 @@ from whipstaff.decoding.methods.contrastive_search import ContrastiveSearchParam
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.methods.opera_lite import OperaLiteParams, OperaLiteSetting
 from whipstaff.decoding.mix import Mix
-from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Explain, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.steering.method import HookPoint
@@ -149,7 +149,7 @@ async def _try_attention(engine: Engine, plain: list[dict[int, float]]) -> Findi
     for weight, position in ((1.0, 1), (1.0, 2), (0.0, 1)):
         said = OperaLiteParams(penalty_weight=weight).model_dump(exclude={"span"})
         setting = OperaLiteSetting(**said, span=((position, position + 1),)).model_dump_json()
-        decoding = DecodingPlan(rewrites=(Rewrite("opera_lite", setting),), explain=1)
+        decoding = DecodingPlan(rewrites=(Rewrite("opera_lite", setting),), explain=Explain(1))
         facts: list[dict[str, Any]] = []
         shown.append(await _log_probabilities(engine, RequestPlan(decoding=decoding), facts=facts))
         read.append([fact["penalty"] for fact in facts])
@@ -162,7 +162,9 @@ async def _try_history(engine: Engine, plain: list[dict[int, float]]) -> Finding
     shown, read = [], []
     for alpha in (0.5, 0.0):
         setting = ContrastiveSearchParams(k=2, penalty_alpha=alpha).model_dump_json()
-        decoding = DecodingPlan(rewrites=(Rewrite("contrastive_search", setting),), explain=1, keeps_hidden=True)
+        decoding = DecodingPlan(
+            rewrites=(Rewrite("contrastive_search", setting),), explain=Explain(1), keeps_hidden=True
+        )
         facts: list[dict[str, Any]] = []
         shown.append(await _log_probabilities(engine, RequestPlan(decoding=decoding), facts=facts))
         read.append([fact["likeness"] for fact in facts])

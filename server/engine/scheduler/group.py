@@ -218,5 +218,5 @@ def _salt(primary: Request, own: CompanionPlan) -> str | None:
     if own.steering is None or own.steering.entropy_column < 0:
         return salt
     asked = (primary.sampling_params.extra_args or {}).get(PLAN_KEY) if primary.sampling_params else None
-    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": ""}]
+    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": "", "captures_id": ""}]
     return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from whipstaff.server.engine import causes
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
@@ -38,13 +39,13 @@ class Unit(NamedTuple):
 
 
 class Slots:
-    """What is taken of an engine's room: of rows of edits, conditions and kept hidden states. Rows that several
-    sequences share are counted once."""
+    """What is taken of an engine's room: of rows of edits, conditions, kept hidden states and captured activations.
+    Rows that several sequences share are counted once."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._rows: Counter[EditSet] = Counter()  # how many sequences may need each row
-        self.num_used = self._num_histories = self._num_hidden = 0
+        self.num_used = self._num_histories = self._num_hidden = self._num_captured = 0
 
     def take(self, plans: Sequence[PositionedPlan]) -> bool:
         """Take what sequences need, if all of it is free."""
@@ -53,9 +54,13 @@ class Slots:
         histories = self._num_histories + sum(placed.num_columns for placed in plans)
         hidden = self._num_hidden + sum(placed.keeps_hidden for placed in plans)
         layout = self._layout
+        captured = self._num_captured + sum(placed.capture_bytes(layout.shape) for placed in plans)
         if slots > layout.num_slots or histories > layout.num_histories or hidden > layout.num_hidden_states:
             return False
+        if captured > layout.max_capture_bytes:
+            return False
         self.num_used, self._num_histories, self._num_hidden = slots, histories, hidden
+        self._num_captured = captured
         self._rows.update(rows)
         return True
 
@@ -65,6 +70,7 @@ class Slots:
         self.num_used -= self._num_more(placed.rows)
         self._num_histories -= placed.num_columns
         self._num_hidden -= placed.keeps_hidden
+        self._num_captured -= placed.capture_bytes(self._layout.shape)
 
     def _num_more(self, rows: Iterable[EditSet]) -> int:
         """Slots that rows take beside those in use."""
@@ -83,6 +89,7 @@ class SteeredScheduling(SearchScheduling):
     """Mixed into vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        causes.tell()
         super().__init__(*args, **kwargs)
         vllm_config = kwargs.get("vllm_config") or args[0]
         self._layout = Layout.from_config(vllm_config.additional_config)
@@ -94,6 +101,7 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._was_idle = False  # whether nobody in the last step, or waiting, asked for anything of ours
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
@@ -123,6 +131,16 @@ class SteeredScheduling(SearchScheduling):
             self._placed[request.request_id] = placed
         return placed.needs_slots
 
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: Any) -> Any:
+        """Not from the first position on whose activations are captured: what is not computed is not seen."""
+        blocks, num_tokens, boundary, has_diverged = super()._get_local_prefix_cache_hit(request, *limit)
+        placed = self._placed.get(request.request_id)
+        first = None if placed is None else placed.first_captured
+        if first is not None and num_tokens > first:
+            num_tokens = first // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, boundary, has_diverged
+
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""
         if unit.group is not None:
@@ -133,8 +151,16 @@ class SteeredScheduling(SearchScheduling):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
         self._note_cache_use(output.scheduled_new_reqs)
+        is_idle = not (self._groups or self._placed or self._held or self._waits)
+        if not (is_idle and self._was_idle):
+            self._notes = self._notes_now()
+        self._was_idle = is_idle
+        output.whipstaff_notes = self._notes
+        return output
+
+    def _notes_now(self) -> StepNotes:
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []
-        output.whipstaff_notes = StepNotes(
+        return StepNotes(
             self.stepping_groups,
             slot_use,
             self.group_use(),
@@ -143,7 +169,6 @@ class SteeredScheduling(SearchScheduling):
             self.told_seats,
             self.search_use(),
         )
-        return output
 
     def _note_cache_use(self, new: Iterable[Any]) -> None:
         """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.step import WorkerStep
 
 
@@ -16,6 +18,8 @@ def attach(runner: Any, step: WorkerStep) -> None:
     """Let `runner` call `step` in every real step."""
     swap(runner, SteeredRunner, whipstaff_step=step)
     swap(runner.sampler, WatchedSampler, whipstaff_step=step)
+    if step.edits.forms.has_two and isinstance(runner.model, CUDAGraphWrapper):  # around the whole model
+        swap(runner.model, GraphsOfForms, whipstaff_forms=step.edits.forms, whipstaff_graphs={True: {}, False: {}})
 
 
 class SteeredRunner(Swapped):
@@ -29,6 +33,13 @@ class SteeredRunner(Swapped):
             return super()._model_forward(input_ids, *args, **kwargs)
         finally:
             self.whipstaff_step.end_forward()
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        forms = self.whipstaff_step.edits.forms
+        if forms.warms_both:
+            with forms.with_sites():
+                super()._dummy_run(*args, **kwargs)
+        return super()._dummy_run(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM 0.32 rewinds the generator of a seeded request whose prefill is still incomplete, and CPU generators
@@ -53,6 +64,21 @@ class SteeredRunner(Swapped):
         output = super()._sample(*args, **kwargs)
         self.whipstaff_step.give_to_companions_(output.sampled_token_ids)
         return output
+
+
+class GraphsOfForms(Swapped):
+    """Laid over what captures and replays passes of the whole model: each of its forms has its own graphs."""
+
+    whipstaff_forms: Forms
+    whipstaff_graphs: dict[bool, dict[Any, Any]]  # by whether the form is the plain one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.concrete_cudagraph_entries = self.whipstaff_graphs[self.whipstaff_forms.runs_plain]
+        return super().__call__(*args, **kwargs)
+
+    def clear_graphs(self) -> None:
+        for graphs in self.whipstaff_graphs.values():
+            graphs.clear()
 
 
 class WatchedSampler(Swapped):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
+from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.step import WorkerStep
 
 
@@ -33,10 +34,50 @@ class SteeredRunner(Swapped):
         finally:
             self.whipstaff_step.end_forward()
 
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        forms = self.whipstaff_step.edits.forms
+        if forms.warms_both:
+            with forms.with_sites():
+                super()._dummy_run(*args, **kwargs)
+        return super()._dummy_run(*args, **kwargs)
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> Any:
+        forms, manager = self.whipstaff_step.edits.forms, self.cudagraph_manager
+        if forms.has_two and not isinstance(manager, GraphsOfForms):  # there is a new one for each set of KV caches
+            swap(manager, GraphsOfForms, whipstaff_forms=forms, whipstaff_graphs={True: {}, False: {}})
+        return super().capture_model(*args, **kwargs)
+
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         output, *counts = super().sample(*args, **kwargs)
         self.whipstaff_step.give_to_companions_(output.sampled_token_ids)
         return output, *counts
+
+
+class GraphsOfForms(Swapped):
+    """Laid over what captures and replays passes of the whole model: each of its forms has its own graphs."""
+
+    whipstaff_forms: Forms
+    whipstaff_graphs: dict[bool, dict[Any, Any]]  # by whether the form is the plain one
+
+    def capture(self, *args: Any, **kwargs: Any) -> None:
+        samples = self._capture_mem_samples  # bytes of each graph, where vLLM wants to know what all of them will take
+        with self.whipstaff_forms.with_sites():
+            self.graphs = self.whipstaff_graphs[False]
+            super().capture(*args, **kwargs)
+        self.graphs = self.whipstaff_graphs[True]
+        super().capture(*args, **kwargs)
+        if samples:
+            half = len(samples) // 2
+            samples[:] = [sum(both) for both in zip(samples[:half], samples[half:], strict=True)]
+
+    def run_fullgraph(self, *args: Any, **kwargs: Any) -> Any:
+        self.graphs = self.whipstaff_graphs[self.whipstaff_forms.runs_plain]
+        return super().run_fullgraph(*args, **kwargs)
+
+    def release_graphs(self) -> None:
+        for graphs in self.whipstaff_graphs.values():
+            graphs.clear()
+        super().release_graphs()
 
 
 class WatchedSampler(Swapped):

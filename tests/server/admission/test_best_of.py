@@ -9,7 +9,7 @@ import pytest
 from catalogues import SHAPE, UNIT, compiled, refusal
 
 from whipstaff.decoding.method import Candidate
-from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.decoding.plan import DecodingPlan, Explain
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.engine.frontend.requests import TextRequest
@@ -54,13 +54,13 @@ def test_who_else_ranks_is_asked_on_the_way(
 ) -> None:
     made = compiled(able, decoding=BEST | own)
     plan = made.plan.decoding
-    assert plan is not None and plan.explain == 0 and plan.models == list(streams)
+    assert plan is not None and plan.explain == Explain(0) and plan.models == list(streams)
     (rewrite,) = plan.rewrites
     assert (rewrite.method, rewrite.streams, len(rewrite.heads)) == ("best_of", streams, num_heads)
     assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
     assert made.options.explain is None  # which the client did not ask for
     again = compiled(able, decoding=BEST | own, explain={"top": 3}).plan.decoding
-    assert again is not None and again.explain == 3
+    assert again is not None and again.explain == Explain(3)
 
 
 def test_openais_name(able: Capabilities) -> None:

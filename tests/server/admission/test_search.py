@@ -12,7 +12,7 @@ from pydantic import Field
 
 from whipstaff.decoding.method import PromptFacts
 from whipstaff.decoding.methods import METHODS
-from whipstaff.decoding.plan import SearchPlan
+from whipstaff.decoding.plan import Explain, SearchPlan
 from whipstaff.decoding.search.search import Search, SearchFacts, SearchMethod, SearchParams
 from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
@@ -202,7 +202,7 @@ def test_what_a_search_came_to_is_noted_by_prompt_and_choice(able: Capabilities)
     fields = {"prompt": ["a", "b"], "n": 1, "decoding": {"method": "trust", "span": [[0, None]]}, "explain": {"top": 0}}
     request = TextRequest.model_validate(fields)
     made = prepare(request, able)
-    assert made is not None and made.plan.decoding is not None and made.plan.decoding.explain == 0
+    assert made is not None and made.plan.decoding is not None and made.plan.decoding.explain == Explain(0)
     searches, explained = list[Any](), list[Any]()
     request.attach(
         made,
@@ -270,6 +270,12 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "room by its field": ({"num_beams": 40}, 422, "num_beams", "--max-search-seqs"),
     "beams": ({"decoding": BEAMS | {"num_beams": 0}}, 400, "decoding.num_beams", "greater than"),
     "explained": ({"num_beams": 2, "explain": {"top": 1}}, 400, "explain", "explains no tokens"),
+    "unsteered": (
+        {"decoding": {"method": "trust", "span": [[0, None]]}, "n": 1, "explain": {"unsteered": True}},
+        400,
+        "explain.unsteered",
+        "draws no tokens",
+    ),
     "both sources": ({"num_beams": 2, "logprobs_source": "both"}, 400, "logprobs_source", "explains no tokens"),
 }
 

@@ -382,6 +382,57 @@ def test_log_probabilities_and_explanations_tell_the_streams(complete: Post, ref
     assert [one["negative_prompt"]["logprob"] for one in streams] == pytest.approx(other[index].tolist(), abs=NEAR)
 
 
+def test_what_steering_changed_is_told(complete: Post, reference: Reference) -> None:
+    """Of a request that only steers, too: what the model would think of the very same tokens without its vector."""
+    push, num_prompt = {"vector": "push", "scale": 3.0}, len(reference.tokenizer.encode(PROMPT))
+    sequence = {"field": "explain.unsteered", "prompt_tokens": num_prompt, "steered": False}
+    for more in ({}, {"guidance_scale": 2.0, "negative_prompt": NEGATIVE}, {"n": 2, "temperature": 1.0, "seed": 4}):
+        told = complete(steering=[push], explain={"top": 2, "unsteered": True}, **more)
+        plain = complete(steering=[push], **more)
+        for choice, alone in zip(told["choices"], plain["choices"], strict=True):
+            said = choice["token_ids"]
+            assert said == alone["token_ids"]
+            steered, unsteered = reference.log_p(PROMPT, said, push=3.0), reference.log_p(PROMPT, said)
+            final = steered
+            if "guidance_scale" in more:
+                other = reference.log_p(NEGATIVE, said, push=3.0)
+                final = (2 * steered - other).log_softmax(-1)
+            divergence = (final.exp() * (final - unsteered)).sum(-1)
+            assert divergence.max() > 0.01  # the vector does something
+            index = torch.arange(len(said)), torch.tensor(said)
+            for name, rows in (("base", steered), ("unsteered", unsteered), ("final", final)):
+                seen = [one[name] for one in choice["explain"]]
+                assert [one["logprob"] for one in seen] == pytest.approx(rows[index].tolist(), abs=NEAR)
+                best = [top["logprob"] for one in seen for top in one["top"]]
+                assert best == pytest.approx(rows.topk(2).values.flatten().tolist(), abs=NEAR)
+            found = [one["unsteered"]["kl"] for one in choice["explain"]]
+            assert found == pytest.approx(divergence.tolist(), abs=NEAR)
+        assert told["whipstaff"]["sequences"][-1] == sequence
+    nothing = complete(explain={"top": 0, "unsteered": True})
+    assert "sequences" not in nothing["whipstaff"]
+    for one in nothing["choices"][0]["explain"]:
+        assert one["unsteered"] == {**one["base"], "kl": 0}
+
+
+def test_what_tokens_are_drawn_from_is_told(complete: Post, reference: Reference) -> None:
+    """After penalties, temperature and truncation; asking changes no token."""
+    sampled = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3, "seed": 5}
+    choice = complete(**sampled, explain={"top": 6, "drawn": True})["choices"][0]
+    assert choice["token_ids"] == complete(**sampled)["choices"][0]["token_ids"]
+    said, ids = choice["token_ids"], reference.tokenizer.encode(PROMPT)
+    for number, (row, one) in enumerate(zip(reference.logits(PROMPT, said), choice["explain"], strict=True)):
+        seen = torch.tensor(sorted({*ids, *said[:number]}))
+        row = row.clone()
+        row[seen] = torch.where(row[seen] > 0, row[seen] / 1.3, row[seen] * 1.3)
+        best = (row / 0.7).topk(5)
+        log_p = dict(zip(best.indices.tolist(), best.values.log_softmax(-1).tolist(), strict=True))
+        assert {top["id"]: top["logprob"] for top in one["drawn"]["top"]} == pytest.approx(log_p, abs=NEAR)
+        assert one["drawn"]["logprob"] == pytest.approx(log_p[one["id"]], abs=NEAR)
+    greedy = complete(explain={"top": 2, "drawn": True})["choices"][0]
+    assert all(one["drawn"]["top"] == [{**one["drawn"]["top"][0], "logprob": 0.0}] for one in greedy["explain"])
+    assert all(bytes(one["bytes"]).decode(errors="replace") == one["token"] for one in greedy["explain"])
+
+
 def test_answers_are_scored_by_saying_them(complete: Post, reference: Reference) -> None:
     said = reference.tokenizer.encode(" None  # of several prompts")
     guidance = {"method": "cfg", "guidance_scale": 2.0, "negative_prompt": NEGATIVE}

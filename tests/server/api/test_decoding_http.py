@@ -470,6 +470,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "explain too large": ({"explain": {"top": 21}}, 400, "explain.top"),
     "explain below zero": ({"explain": {"top": -1}}, 400, "explain.top"),
     "explain more": ({"explain": {"top": 1, "bottom": 1}}, 400, "explain.bottom"),
+    "explain what": ({"explain": {"unsteered": "who"}}, 400, "explain.unsteered"),
     "explain everything": ({"explain": True}, 400, "explain"),
     "explain no JSON": ({"explain": "{"}, 400, "explain"),
     "log-probabilities from elsewhere": ({"logprobs_source": "expert"}, 400, "logprobs_source"),

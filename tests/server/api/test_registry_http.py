@@ -242,6 +242,37 @@ def test_a_client_that_goes_away_lets_go_of_its_vector(clients: list[httpx.Clien
 # ---- the keys
 
 
+def test_a_renamed_vector_is_the_same_under_another_name(clients: list[httpx.Client]) -> None:
+    """On both servers; a name that is taken, a bad one, one of a file and one that nobody has change nothing."""
+    one, other = clients
+    first = ok(put(one, "first", vector_file(direction(70))))
+    ok(put(one, "second", vector_file(-2 * direction(70))))
+    assert ok(other.get("/v1/steering/vectors/first"))["cosines"]["second"] == pytest.approx(-1)
+    before = ok(complete(one, [5, 6, 7], steering={"vector": "first"}))
+    for name, to, status, param in (
+        ("first", "second", 409, "name"),
+        ("first", "no/name", 400, "name"),
+        ("first", "push", 409, "name"),
+        ("push", "free", 409, "name"),
+        ("nobody", "free", 404, None),
+    ):
+        answer = one.patch(f"/v1/steering/vectors/{name}", json={"name": to}, headers=BEARER)
+        assert_refused(answer, status, param)
+    assert (
+        one.patch(
+            "/v1/steering/vectors/first", json={"name": "free"}, headers=HEADER | {"X-Whipstaff-Admin-Key": ""}
+        ).status_code
+        == 401
+    )
+    renamed = ok(one.patch("/v1/steering/vectors/first", json={"name": "third"}, headers=BEARER))
+    assert renamed["id"] == "third" and renamed["digest"] == first["digest"]
+    for client in clients:
+        assert_refused(complete(client, [5, 6, 7], steering={"vector": "first"}), 404, "steering.vector")
+        assert tokens(ok(complete(client, [5, 6, 7], steering={"vector": "third"}))) == tokens(before)
+    for name in ("second", "third"):
+        ok(remove(one, name))
+
+
 def test_only_the_admin_key_changes_anything(clients: list[httpx.Client], server: Server) -> None:
     data = vector_file(direction(7))
     with httpx.Client(base_url=server.url) as anybody:
@@ -316,6 +347,26 @@ def test_what_is_bad_is_refused_and_leaves_no_trace(clients: list[httpx.Client],
     assert "--steering-sites attention" in answer.json()["error"]["message"]
     answer = put(client, "bad", packed(elsewhere, {"mlp_in.1.add": direction(8)}))
     assert "--steering-sites mlp_in" in answer.json()["error"]["message"]
+
+
+def test_a_full_disk_refuses_changes_and_loses_nothing(clients: list[httpx.Client], server: Server, root: Path) -> None:
+    """A limit of the running process stands for the disk; it is met by the body, then by the manifest alone."""
+    ok(put(clients[0], "kept", vector_file(direction(20))))
+    before, process = listing(root), psutil.Process(process_behind(clients[0], server))
+    large, text = vector_file(direction(21), description="x" * 4000), {"description": "y" * 4000}
+    limit = process.rlimit(psutil.RLIMIT_FSIZE)
+    for most in (100, len(json.dumps(text)) + 50):
+        process.rlimit(psutil.RLIMIT_FSIZE, (most, limit[1]))
+        try:
+            for refused in (put(clients[0], "kept", large), put_preset(clients[0], "p", **text)):
+                assert_refused(refused, 507, None)
+        finally:
+            process.rlimit(psutil.RLIMIT_FSIZE, limit)
+        assert listing(root) == before
+        assert ok(complete(clients[0], [9, 8, 7], steering={"vector": "kept"}))
+    with nothing_left(clients):
+        ok(put(clients[0], "kept", large))
+        ok(remove(clients[0], "kept"))
 
 
 def test_a_body_that_does_not_end_is_cut_off(server: Server) -> None:

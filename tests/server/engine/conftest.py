@@ -53,6 +53,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         max_num_seqs=16,
         num_gpu_blocks_override=16,
         enable_prefix_caching=True,
+        worker_extension_cls="operators.CountsOperators",
     ) as engine:
         models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
         yield Shared(request.param, engine, models)

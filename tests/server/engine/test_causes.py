@@ -27,11 +27,22 @@ def fail(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "said"), [("ValueError", "the first reason"), ("KeyError", "KeyError: 'the first")])
 def test_the_first_exception_of_a_process_is_the_cause(kind: str, said: str) -> None:
-    with causes.asked() as told:
-        assert told.of(LOST) == str(LOST)  # nobody has told anything yet
+    with causes.asked():
+        assert causes.of(LOST) == str(LOST)  # nobody has told anything yet
         fail(kind)
-        assert told.of(LOST).startswith(said) and "\n" not in told.of(LOST)
-        assert told.of(ValueError("a clear\nsentence")) == "a clear sentence"
+        assert causes.of(LOST).startswith(said) and "\n" not in causes.of(LOST)
+        assert causes.of(ValueError("a clear\nsentence")) == "a clear sentence"
+        causes.forget()
+        assert causes.told() == ""
+
+
+def test_a_worker_that_is_lost_is_named_with_its_signal() -> None:
+    program = CHILD.partition("for text")[0] + (
+        "logger.error('Worker proc %s died unexpectedly (exit code: %s), shutting down executor.', 'VllmWorker-0', -9)"
+    )
+    with causes.asked():
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
+        assert causes.told() == "worker VllmWorker-0 was killed by signal 9"
 
 
 def test_nothing_is_told_where_nobody_asked() -> None:

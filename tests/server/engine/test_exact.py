@@ -13,6 +13,7 @@ import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, plan, weights
 from modes import THREE
+from operators import OURS
 from reference import steered
 
 from whipstaff.server.engine.frontend.selftest import Finding, self_test
@@ -177,6 +178,42 @@ def test_neighbours_change_nothing(bench: Bench, nobody_left: None) -> None:
             assert before.keys() == after.keys()
             for token, entry in before.items():
                 assert entry.logprob == pytest.approx(after[token].logprob, abs=1e-5)
+
+
+def test_plain_and_steered_steps_alternate(bench: Bench, nobody_left: None) -> None:
+    """Steps run the model with its sites or without: requests that go on from one into the other, over prefixes that
+    were computed in the other, and a request whose edits end while it runs."""
+    asks = mixed_asks(bench, 12, seed=13)
+    for ask in asks[1::3]:
+        ask.plan = None
+    for ask in asks:
+        assert bench.engine.tokens(ask) == [bench.reference(ask)]
+    early = Where(prompt=[(2, 5)], generation=[(1, 3)])
+    ending = Ask(asks[0].prompt, plan(SteeringPlan((edit(bench.vectors[0], 1.0, early),))), 10)
+    long = Ask(asks[1].prompt, None, 24)
+    for together in ([ending], [long, ending], [long], [ending, asks[2]], [long]):
+        assert bench.engine.tokens(*together) == [bench.reference(ask) for ask in together]
+
+
+def test_a_step_without_edits_executes_none_of_our_operators(bench: Bench, nobody_left: None) -> None:
+    """Nor does one in which models are mixed, but for the mix."""
+    prompt = [5, 6, 7, 8, 9]
+
+    def operators(*asks: Ask) -> dict[str, int]:
+        bench.engine.call("start_counting")
+        bench.engine.generate(*asks)
+        ran: dict[str, int] = bench.engine.call("stop_counting")
+        assert sum(ran.values()) > 100
+        return {name.removeprefix(OURS): num for name, num in ran.items() if name.startswith(OURS)}
+
+    plain = [Ask(prompt, None, 6), Ask(prompt[1:], None, 6, {"temperature": 1.0, "seed": 3, "top_p": 0.9})]
+    steered = Ask(prompt, plan(SteeringPlan((edit(bench.vectors[0], 1.0, Where.of("all")),))), 6)
+    bench.engine.generate(*plain)  # so that what was before is gone
+    assert operators(*plain) == {}
+    # Every site of every layer, and what embeds, in each of the six steps.
+    assert operators(steered)["run_edits_"] == 6 * 2 * bench.engine.shape.num_layers
+    bench.engine.generate(*plain)
+    assert operators(Ask(prompt, plan(None, {"expert": 1.0}), 6)).keys() == {"mix_logits_"}
 
 
 def test_preemption_happened(bench: Bench) -> None:

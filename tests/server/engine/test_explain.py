@@ -29,6 +29,32 @@ def test_early_layers_are_said_of_the_rows_that_ask() -> None:
         assert [token["id"] for token in one["top"]] == log_p.topk(2).indices.tolist()
 
 
+def test_other_distributions_are_said_of_the_rows_that_ask() -> None:
+    """Of four rows the first is the unsteered sequence of the third, the second its own, and the last asks nothing; the
+    second and third also ask what they are drawn from."""
+    base = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    final, drawn = base.flip(1).contiguous(), base.masked_fill(base < base.topk(4).values[:, -1:], -torch.inf)
+    asking = [ExplainedToken("own", 1, 7, 1, True), ExplainedToken("other", 2, 7, 0, True), ExplainedToken("no", 3, 7)]
+    snapshot = Snapshot(asking, base)
+    snapshot.note_final(final)
+    snapshot.note_drawn(drawn)
+    tokens = base.argmax(1)
+    left = drawn.clone()
+    drawn.zero_()
+    said = snapshot.drawn(tokens).to_json()
+    assert said["no"].keys() == {"id", "kl", "base", "final", "streams", "facts"}
+    for name, row, plain in (("own", 1, 1), ("other", 2, 0)):
+        log_p, unsteered, token = base[plain].log_softmax(0), said[name]["unsteered"], int(tokens[row])
+        assert unsteered["logprob"] == pytest.approx(log_p[token].item(), abs=1e-6)
+        assert unsteered["rank"] == 1 + int((log_p > log_p[token]).sum())
+        log_f = final[row].log_softmax(0)
+        assert unsteered["kl"] == pytest.approx((log_f.exp() * (log_f - log_p)).sum().item(), abs=1e-5)
+        one = said[name]["drawn"]
+        assert one["rank"] == 1 and [token["id"] for token in one["top"]] == left[row].topk(4).indices.tolist()
+        assert one["logprob"] == pytest.approx(left[row].log_softmax(0)[token].item(), abs=1e-6)
+    assert said["own"]["unsteered"]["kl"] == pytest.approx(said["own"]["kl"])
+
+
 class Told:
     """What is said of a step."""
 

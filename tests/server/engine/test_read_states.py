@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from whipstaff.decoding.methods.contrastive_search import ContrastiveSearchParams
 from whipstaff.decoding.methods.opera_lite import OperaLite, OperaLiteParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
-from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Explain, Rewrite
 from whipstaff.server.engine.frontend.selftest import Finding, self_test
 from whipstaff.server.plan import CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
@@ -75,7 +75,11 @@ class Bench:
             mix = Mix((Term(MAIN, GUIDANCE, True), Term(Stream("", 1), 1 - GUIDANCE, True)))
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
         keeps_hidden, case.told = case.contrastive is not None, []
-        decoding = DecodingPlan(mix, tuple(rewrites), explain=1, keeps_hidden=keeps_hidden) if mix or rewrites else None
+        decoding = (
+            DecodingPlan(mix, tuple(rewrites), explain=Explain(1), keeps_hidden=keeps_hidden)
+            if mix or rewrites
+            else None
+        )
         plan = RequestPlan(
             SteeringPlan(edits), decoding, companions=(CompanionPlan(case.negative),) if case.negative else ()
         )

@@ -1,5 +1,6 @@
 """The registry's folder: whatever stops a writer, what is read is the old state or the new one, never a mixture."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from serving import environment
 
+from whipstaff.server.errors import StorageFull
 from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder
 from whipstaff.server.registry.vectors import BadVectorFile, VectorFile, VectorSnapshot, read_stored
 from whipstaff.steering.shape import ModelShape
@@ -82,6 +84,15 @@ def test_a_disk_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pyt
         keep(store, "one", data(2))
     monkeypatch.undo()
     assert files(tmp_path) == before and store.read().vectors == {"one": parse(data(1)).digest}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_finds_no_room_is_said_so(tmp_path: Path, number: int) -> None:
+    store = RegistryFolder(tmp_path)
+    with pytest.raises(StorageFull, match="nothing was changed"), store.spool():
+        raise OSError(number, "full")
+    with pytest.raises(OSError, match="broken"), store.spool():
+        raise OSError(errno.EIO, "broken")
 
 
 def test_a_spool_has_no_name(tmp_path: Path) -> None:

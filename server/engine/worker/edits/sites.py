@@ -6,13 +6,15 @@ checks, its weight loading and torch.compile see the module they expect. The edi
 reads persistent buffers; it is traced into compiled graphs and captured into CUDA graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -21,16 +23,18 @@ from whipstaff.cuda_ext import put_rows_, run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.edits.captures import Arena, arenas_of
 from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape, Site
-from whipstaff.steering.sites import DecoderLayer, Kinds, find_layers
+from whipstaff.steering.sites import CORE, DecoderLayer, Kinds, find_layers
 from whipstaff.steering.tables import SiteSpec, SiteTables, Tables
 from whipstaff.steering.vector_file import Vector
 
 KINDS = Kinds(
-    is_attention=lambda module: isinstance(module, Attention),
+    is_attention=lambda module: isinstance(module, Attention | MLAAttention),
+    is_mixer=lambda module: isinstance(module, AttentionLayerBase),  # by which vLLM knows whatever has a cache
     is_projection=lambda module: isinstance(_bare(module), RowParallelLinear),
     is_linear=lambda module: isinstance(_bare(module), LinearBase),
     is_missing=lambda module: isinstance(module, PPMissingLayer),
@@ -42,6 +46,7 @@ class Sites(NamedTuple):
 
     tables: Tables
     meters: Tensor  # (hook points, 2): sum of lengths and number of rows measured, in the tables' order
+    arenas: Sequence[Arena] = ()  # where captured activations are, one for each width
 
 
 def install_sites(
@@ -52,7 +57,7 @@ def install_sites(
     vector_of: Callable[[str], Vector],
     dtype: torch.dtype,
 ) -> Sites:
-    """Hook the sites of `model` that the layout asks for to freshly made tables.
+    """Hook the sites of `model` that the layout asks for to freshly made tables, in all layers that have them.
 
     Args:
         history: see `Histories.values`.
@@ -60,19 +65,23 @@ def install_sites(
         dtype: of the model's activations.
 
     Raises:
-        UnsupportedEngine: naming a site that this model does not show.
+        UnsupportedEngine: naming a site that no layer of this model shows.
     """
     hooks: dict[HookPoint, tuple[SiteSpec, nn.Module, Editing]] = {}
     for layer in find_layers(model, KINDS):
         found = _hook_points_of(layer, layout.shape)
-        for site in layout.sites:
-            if site in found:
-                spec, module, editing = found[site]
-                hooks[spec.point] = spec, module, editing
-            elif site != "resid_pre":
-                raise UnsupportedEngine(f"--steering-sites {site}: layer {layer.index} does not show where that is")
+        hooks |= {found[site][0].point: found[site] for site in layout.sites if site in found}
+    for site in layout.sites:
+        if site not in CORE and site not in {point.site for point in hooks}:
+            raise UnsupportedEngine(f"--steering-sites {site}: no layer of {type(model).__name__} shows where that is")
     encoders = {HookPoint(site, layer): size for site, layer, size in layout.encoders}
     max_tokens, device = len(token_table.tokens), token_table.tokens.device
+    captured = [spec for spec, _, _ in hooks.values() if spec.point.layer in layout.capture_layers]
+    arenas = arenas_of(captured, max_tokens, dtype, device)
+    kept = {point: arena.kept(point) for arena in arenas for point in arena.points}
+    for point in map(HookPoint.entering, layout.early_layers):
+        if point not in kept:
+            kept[point] = torch.zeros(max_tokens, layout.shape.hidden_size, dtype=dtype, device=device)
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
         layout.num_slots,
@@ -80,15 +89,12 @@ def install_sites(
         device,
         vector_of,
         encoders,
-        {
-            layer: torch.zeros(max_tokens, layout.shape.hidden_size, dtype=dtype, device=device)
-            for layer in layout.early_layers
-        },
+        kept,
     )
     meters = torch.zeros(len(hooks), 2, device=device)
     for meter, (point, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
         _adopt(module, editing, point, _buffers(tables.at(point), token_table, history, meter))
-    return Sites(tables, meters)
+    return Sites(tables, meters, arenas)
 
 
 def install_soft_rows(
@@ -165,32 +171,34 @@ Editing = Callable[[Any, HookPoint], type]
 
 
 def _hook_points_of(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
-    """Where in one block each site is, how wide it is here, and which subclass edits it."""
-    projection: Any = _bare(layer.output_projection)
-    width = int(projection.input_size_per_partition)  # heads are sharded with the projection's input
-    first = get_tensor_model_parallel_rank() * width
-    found: dict[Site, tuple[nn.Module, Editing]] = {
-        "attn_in": (layer.attention, _edit_input),
-        "attn_out": (layer.output_projection, _edit_output),
-        "resid_post": (layer.block, _edit_stream),
-    }
+    """Where in one block each site that it has is, how wide it is here, and which subclass edits it."""
+    found: dict[Site, tuple[nn.Module, Editing]] = {"resid_post": (layer.block, _edit_stream)}
     if layer.index == 0:
         found["resid_pre"] = layer.block, _edit_input
+    if layer.attention is not None:
+        found["attn_in"] = layer.attention, _edit_input
+    if layer.output_projection is not None:
+        found["attn_out"] = layer.output_projection, _edit_output
     if layer.mlp_input is not None and layer.mlp_output is not None:
         found |= {"mlp_in": (layer.mlp_input, _edit_input), "mlp_out": (layer.mlp_output, _edit_output)}
     hook_points: dict[Site, tuple[SiteSpec, nn.Module, Editing]] = {
         site: (SiteSpec(HookPoint(site, layer.index), 0, shape.hidden_size), module, editing)
         for site, (module, editing) in found.items()
     }
-    hook_points["attn_head"] = (
-        SiteSpec(HookPoint("attn_head", layer.index), first, width),
-        layer.output_projection,
-        _edit_heads,
-    )
+    if layer.output_projection is not None and (heads := _heads(layer.index, layer.output_projection, shape)):
+        hook_points["attn_head"] = heads, layer.output_projection, _edit_heads
     gates = [] if layer.mlp_input is None else _routers(layer.mlp_input, shape.num_experts)
     if len(gates) == 1:
         hook_points["router"] = SiteSpec(HookPoint("router", layer.index), 0, shape.num_experts), gates[0], _edit_output
     return hook_points
+
+
+def _heads(layer: int, projection: nn.Module, shape: ModelShape) -> SiteSpec | None:
+    """This rank's part of the head outputs; None where a layer has others than the model says."""
+    width = int(_bare(projection).input_size_per_partition)  # heads are sharded with the projection's input
+    if width * get_tensor_model_parallel_world_size() != shape.width("attn_head"):
+        return None
+    return SiteSpec(HookPoint("attn_head", layer), get_tensor_model_parallel_rank() * width, width)
 
 
 def _routers(mlp: nn.Module, num_experts: int) -> list[nn.Module]:

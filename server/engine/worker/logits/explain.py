@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
 
-MAIN, FINAL = "base", "final"
+MAIN, FINAL, UNSTEERED, DRAWN = "base", "final", "unsteered", "drawn"
 IMPOSSIBLE = -9999.0  # how vLLM says the log-probability of what cannot be drawn: JSON has no infinities
 
 
@@ -51,6 +51,8 @@ class ExplainedToken(NamedTuple):
     request_id: str
     row: int  # of the step's logits
     num: int  # likeliest tokens to say
+    unsteered: int | None = None  # the row that says what the model thinks without the request's steering
+    is_drawn: bool = False  # whether what the token is drawn from is said, too
 
 
 class Snapshot:
@@ -62,10 +64,19 @@ class Snapshot:
         self._streams: list[tuple[int, str, Tensor]] = []  # which of our rows, the stream's name, its logits
         self._facts: list[tuple[int, str, Tensor]] = []
         self._at = {row.row: index for index, row in enumerate(rows)}
+        self._unsteered = [(index, row.unsteered) for index, row in enumerate(rows) if row.unsteered is not None]
+        self._plain = base[[row for _, row in self._unsteered]]
+        self._drawn = [index for index, row in enumerate(rows) if row.is_drawn]
+        self._left = self._base[:0]  # what those are drawn from
 
     def note_final(self, final: Tensor) -> None:
         """(B, V) what became of the rows."""
         self._final = final[self._index]
+
+    def note_drawn(self, drawn: Tensor) -> None:
+        """(B, V) what the rows are drawn from."""
+        if self._drawn:
+            self._left = drawn[self._index[self._drawn]]
 
     def note_stream(self, row: int, name: str, logits: Tensor) -> None:
         """A further stream (V',) of one row's mix or method."""
@@ -87,17 +98,40 @@ class Snapshot:
     def drawn(self, sampled: Tensor) -> "Explanations":
         """What can be said once the tokens (B,) are known; still on the device."""
         tokens, most = sampled[self._index].long(), max(row.num for row in self._rows)
+        own = [index for index, _ in self._unsteered]
+        some = [SomeSeen(DRAWN, self._drawn, Seen.of(self._left, tokens[self._drawn], most))] if self._drawn else []
+        if own:
+            divergence = explain_rows(self._final[own], self._plain).divergence
+            some.append(SomeSeen(UNSTEERED, own, Seen.of(self._plain, tokens[own], most), divergence))
         return Explanations(
             self._rows,
             tokens,
             explain_rows(self._final, self._base).divergence,
             {FINAL: Seen.of(self._final, tokens, most), MAIN: Seen.of(self._base, tokens, most)},
+            some,
             [
                 (index, name, Seen.of(logits[None], tokens[index : index + 1].clamp(max=len(logits) - 1), most))
                 for index, name, logits in self._streams
             ],
             self._facts,
         )
+
+
+class SomeSeen(NamedTuple):
+    """A distribution that some of the rows have, and how it sees their tokens."""
+
+    name: str
+    rows: list[int]  # which of ours
+    seen: Seen
+    divergence: Tensor | None = None  # KL(final || it) in nats, where it is said
+
+    def to_json(self, rows: Sequence[ExplainedToken]) -> list[dict[str, Any]]:
+        """Of each of its rows. Waits for the device."""
+        seen = self.seen.on_host()
+        told = [seen.to_json(number, rows[index].num) for number, index in enumerate(self.rows)]
+        if self.divergence is not None:
+            told = [{**one, "kl": kl} for one, kl in zip(told, self.divergence.tolist(), strict=True)]
+        return [{self.name: one} for one in told]
 
 
 class Explanations(NamedTuple):
@@ -107,6 +141,7 @@ class Explanations(NamedTuple):
     tokens: Tensor  # (n,)
     divergence: Tensor  # (n,) KL(final || base) in nats
     seen: dict[str, Seen]
+    some: list[SomeSeen]
     streams: list[tuple[int, str, Seen]]
     facts: list[tuple[int, str, Tensor]]
 
@@ -124,6 +159,9 @@ class Explanations(NamedTuple):
             }
             for index, row in enumerate(self.rows)
         ]
+        for rows, told in ((one.rows, one.to_json(self.rows)) for one in self.some):
+            for index, said in zip(rows, told, strict=True):
+                found[index] |= said
         for index, name, one in self.streams:
             found[index]["streams"][name] = one.on_host().to_json(0, self.rows[index].num)
         for index, name, value in self.facts:

@@ -232,11 +232,7 @@ class LogitsPipeline:
         self._step = step = DecodingStep(metadata, view, ends, positions, others, hidden)
         mixed = metadata.mixed(step.num_generated, view.companions)
         if metadata.explained:
-            explained = [
-                ExplainedToken(view.requests[row], row, request.plan.explain or 0)
-                for row, request in metadata.explained
-            ]
-            self._snapshot = Snapshot(explained, logits)
+            self._snapshot = Snapshot(list(_explained(metadata.explained, view)), logits)
             self._note_streams(self._snapshot, mixed, logits, others)
         if metadata.scored_base is not None:
             self._undecoded = metadata.scored_base, logits[metadata.scored_base].to(torch.float32)
@@ -355,6 +351,8 @@ class LogitsPipeline:
             drawn[rows] = apply_top_k_top_p_min_p(drawn[rows], *how)
         self._run(metadata.calls("truncation", "late temperature"), drawn, step)
         _temper(drawn, metadata.tempered[True])
+        if self._snapshot is not None:
+            self._snapshot.note_drawn(drawn)
         return drawn
 
     def after_draw(self, logits: Tensor, sampled: Tensor) -> None:
@@ -392,6 +390,15 @@ class LogitsPipeline:
             if given.state is not None:
                 self._tables.keep_state(call, given.state)
                 self._noted.append((call, given))
+
+
+def _explained(rows: Iterable[ActiveRow], view: BatchView) -> Iterator[ExplainedToken]:
+    """What is to be said of the tokens of some rows."""
+    for row, request in rows:
+        assert request.plan.explain is not None
+        top, companion, is_drawn = request.plan.explain
+        others = (row, *view.companions.get(row, ()))
+        yield ExplainedToken(view.requests[row], row, top, None if companion is None else others[companion], is_drawn)
 
 
 def _lift(decoded: Tensor, logits: Tensor, biased: Biased) -> None:

@@ -1,0 +1,177 @@
+// What is asked: one prompt, its sampling, and panes that each add their own steering and decoding.
+import { Store } from "./ui.js";
+import { methodOf } from "./catalogue.js";
+
+const PLACE = "whipstaff.playground";
+const VERSION = 1;
+export const MOST_PANES = 4; // browsers open six connections to a server, for all tabs together
+
+let numbers = 0;
+export const newId = () => `p${Date.now().toString(36)}${(numbers += 1)}`;
+
+export function emptySetup() {
+  return {
+    kind: "completion",
+    prompt: "",
+    messages: [{ role: "user", content: "" }],
+    model: "",
+    sampling: { temperature: 0, max_tokens: 48, seed: 7, stop: [] },
+    top: 5,
+    panes: [{ id: newId(), label: "Plain", steering: [], decoding: [] }],
+  };
+}
+
+export const setup = new Store(emptySetup());
+/** How it is looked at; kept like the setup, never shared. */
+export const view = new Store({ colour: "rank", theme: "auto", unsteered: true });
+
+export const edit = (change) => setup.set((now) => ({ ...now, ...change }));
+export const editPane = (id, change) =>
+  edit({ panes: setup.value.panes.map((pane) => (pane.id === id ? { ...pane, ...change } : pane)) });
+export const isPlain = (pane) => !pane.steering.length && !pane.decoding.length;
+
+// ---- requests
+
+export const pathOf = (setup) => (setup.kind === "chat" ? "v1/chat/completions" : "v1/completions");
+
+/** A pane's request, as a client would write it. */
+export function requestOf(setup, pane) {
+  const { temperature, max_tokens, seed, stop } = setup.sampling;
+  return {
+    model: pane.model || setup.model,
+    ...(setup.kind === "chat" ? { messages: setup.messages } : { prompt: setup.prompt }),
+    ...(temperature === undefined ? {} : { temperature }),
+    ...(max_tokens === undefined ? {} : { max_tokens }),
+    ...(temperature > 0 && seed !== undefined ? { seed } : {}),
+    ...(stop.length ? { stop } : {}),
+    ...(pane.steering.length ? { steering: pane.steering } : {}),
+    ...(pane.decoding.length ? { decoding: pane.decoding } : {}),
+  };
+}
+
+/** The same as the page sends it: streamed, with a record of every token. */
+export function streamedRequest(setup, pane) {
+  const explain = setup.top > 0 ? { explain: explained(setup, pane) } : {};
+  return { ...requestOf(setup, pane), ...explain, stream: true, stream_options: { include_usage: true } };
+}
+
+/** What to say of every token. A search draws none, so there is nothing to compare them with. */
+function explained({ top, sampling }, pane) {
+  if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { top };
+  const unsteered = pane.steering.length > 0 && view.value.unsteered;
+  return { top, ...(unsteered ? { unsteered } : {}), ...(sampling.temperature === 0 ? {} : { drawn: true }) };
+}
+
+// ---- what is kept, and what a link says
+
+/** The parts that a stored or shared setup may have, and nothing else; throws what is wrong with it. */
+export function checkedSetup(said) {
+  const base = emptySetup();
+  if (typeof said !== "object" || said === null || !Array.isArray(said.panes)) throw new Error("it holds no panes");
+  const text = (value, otherwise) => (typeof value === "string" ? value : otherwise);
+  const list = (value) => (Array.isArray(value) ? value.filter((one) => one && typeof one === "object") : []);
+  const panes = said.panes.slice(0, MOST_PANES).map((pane) => ({
+    id: newId(),
+    label: text(pane?.label, "").slice(0, 80),
+    steering: list(pane?.steering),
+    decoding: list(pane?.decoding),
+    ...(typeof pane?.model === "string" && pane.model ? { model: pane.model } : {}),
+  }));
+  const messages = list(said.messages).map(({ role, content }) => ({ role: text(role, "user"), content: text(content, "") }));
+  const sampling = { ...base.sampling };
+  for (const name of ["temperature", "max_tokens", "seed"]) {
+    const value = said.sampling?.[name];
+    if (typeof value === "number" && Number.isFinite(value)) sampling[name] = value;
+  }
+  if (Array.isArray(said.sampling?.stop)) sampling.stop = said.sampling.stop.filter((one) => typeof one === "string");
+  return {
+    kind: said.kind === "chat" ? "chat" : "completion",
+    prompt: text(said.prompt, ""),
+    messages: messages.length ? messages : base.messages,
+    model: text(said.model, ""),
+    sampling,
+    top: Number.isInteger(said.top) ? Math.min(Math.max(said.top, 0), 20) : base.top,
+    panes: panes.length ? panes : base.panes,
+  };
+}
+
+/** Told once, where the browser keeps nothing. */
+export const unkept = new Store(false);
+
+/** Bring back what was kept; false if there was nothing. Whatever cannot be read is left where it is. */
+export function restore() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(PLACE));
+    if (kept?.version !== VERSION) return false;
+    view.set((now) => ({ ...now, ...kept.view }));
+    setup.set(checkedSetup(kept.setup));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Keep every change from now on. */
+export function keep() {
+  let timer = 0;
+  const write = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      try {
+        localStorage.setItem(PLACE, JSON.stringify({ version: VERSION, setup: setup.value, view: view.value }));
+      } catch {
+        unkept.set(true);
+      }
+    }, 200);
+  };
+  const stops = [setup.follow(write), view.follow(write)];
+  forget = () => {
+    for (const stop of stops) stop();
+    clearTimeout(timer);
+    localStorage.removeItem(PLACE);
+  };
+}
+
+/** Remove all that is kept, and keep nothing more until the page is loaded again. */
+export let forget = () => localStorage.removeItem(PLACE);
+
+const LINK = "s=1."; // what a fragment begins with
+const MOST_BYTES = 1 << 20;
+
+/** The setup as a URL's fragment. */
+export async function toFragment(setup) {
+  const { panes, ...rest } = setup;
+  const bytes = new TextEncoder().encode(JSON.stringify({ ...rest, panes: panes.map(({ id, ...pane }) => pane) }));
+  const packed = await through(bytes, new CompressionStream("deflate-raw"));
+  const letters = Array.from(packed, (byte) => String.fromCharCode(byte)).join("");
+  return `#${LINK}${btoa(letters).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+}
+
+/** The setup that a fragment holds, or null if it holds none. Throws what is wrong with it. */
+export async function fromFragment(fragment) {
+  const text = fragment.replace(/^#/, "");
+  if (!text.startsWith("s=")) return null;
+  if (!text.startsWith(LINK)) throw new Error("it is of another version");
+  if (text.length > MOST_BYTES) throw new Error("it is too long");
+  try {
+    const letters = atob(text.slice(LINK.length).replaceAll("-", "+").replaceAll("_", "/"));
+    const packed = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
+    const bytes = await through(packed, new DecompressionStream("deflate-raw"));
+    return checkedSetup(JSON.parse(new TextDecoder().decode(bytes)));
+  } catch (error) {
+    throw new Error(`it cannot be read (${error.message})`);
+  }
+}
+
+/** Bytes through a (de)compressing stream, at most MOST_BYTES of them. */
+async function through(bytes, transform) {
+  const reader = new Blob([bytes]).stream().pipeThrough(transform).getReader();
+  const parts = [];
+  for (let length = 0; ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    if ((length += value.length) > MOST_BYTES) throw new Error("it is too large");
+    parts.push(value);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}

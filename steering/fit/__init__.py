@@ -1,0 +1,1 @@
+"""Fitting: from texts to a vector file, by reading activations where some model gives them (see `source`)."""

@@ -1,0 +1,108 @@
+"""The table of recipes: which method's files are made of what data, and how."""
+
+from collections.abc import Callable
+from typing import Any
+
+from whipstaff.steering.fit import contrast, experts, icl, learned, refusal, truth
+from whipstaff.steering.fit.data import Item
+from whipstaff.steering.fit.job import Fitted, Job, Recipe
+from whipstaff.steering.fit.render import Rendered
+
+_TRUTH_FORM = "Q: {prompt} A: {response}"
+
+
+def _contrast(method: str, about: str, fit: Callable[[Job], Fitted], *takes: str, **said: Any) -> Recipe:
+    kinds = said.pop("kinds", contrast.KINDS)
+    return Recipe(method, about, kinds, fit, said.pop("example", contrast.example), takes=frozenset(takes), **said)
+
+
+def _last_prompt(job: Job, item: Item) -> list[tuple[Rendered, str]]:
+    return [(shown.rendered, "last-prompt") for shown in contrast.texts_of(job, item)]
+
+
+_DIRECTION = ("read", "aggregate", "unit")
+RECIPES: dict[str, Recipe] = {
+    recipe.method: recipe
+    for recipe in (
+        _contrast("caa", "mean difference of pairs, at the layer where they differ most", contrast.caa, *_DIRECTION),
+        _contrast("shift_vector", "mean difference over whole answers", contrast.shift, *_DIRECTION),
+        _contrast("repe", "first component of shuffled differences of pairs", contrast.repe, *_DIRECTION),
+        _contrast(
+            "control_vector", "first component of pairs about their midpoints", contrast.control_vector, *_DIRECTION
+        ),
+        _contrast("actadd", "states of one pair, token by token", contrast.actadd, kinds=("pairs",)),
+        _contrast("angular", "the plane of a behaviour", contrast.angular, "read"),
+        _contrast("probe", "a condition for `when`", contrast.probe, "aggregate", example=_last_prompt),
+        _contrast("add_direction", "one direction that brings a behaviour", refusal.add_direction, "marks"),
+        _contrast(
+            "directional_ablation", "one direction that carries a behaviour", refusal.directional_ablation, "marks"
+        ),
+        _contrast(
+            "mote", "experts of one class of prompts, switched off", experts.mote, "experts", example=_last_prompt
+        ),
+        Recipe(
+            "iti",
+            "heads that tell right answers from wrong ones",
+            ("questions",),
+            truth.iti,
+            truth.example,
+            takes=frozenset({"num_heads", "folds", "read"}),
+            template=_TRUTH_FORM,
+        ),
+        Recipe(
+            "function_vector",
+            "what the heads that carry a task write",
+            ("demos",),
+            icl.function_vector,
+            icl.example,
+            takes=frozenset({"num_heads", "shots", "trials", "corrupted"}),
+            template=icl.FORM,
+        ),
+        Recipe(
+            "task_vector",
+            "the state that demonstrations leave",
+            ("demos",),
+            icl.task_vector,
+            icl.example,
+            takes=frozenset({"shots", "trials"}),
+            template=icl.FORM,
+        ),
+        Recipe(
+            "head_scale",
+            "heads that a task needs, replaced by their means",
+            ("demos",),
+            icl.head_scale,
+            icl.example,
+            takes=frozenset({"num_heads", "shots", "trials"}),
+            template=icl.FORM,
+        ),
+        Recipe(
+            "site",
+            "heads moved towards what demonstrations make of them, by gradients",
+            ("demos",),
+            learned.site,
+            icl.example,
+            takes=frozenset({"shots", "trials", "steps", "lr"}),
+            template=icl.FORM,
+        ),
+        Recipe(
+            "lofit",
+            "heads chosen, then what is added to them, by gradients",
+            learned.KINDS,
+            learned.lofit,
+            learned.example,
+            takes=frozenset({"num_heads", "epochs", "steps", "lr", "l1"}),
+        ),
+        *(
+            Recipe(
+                method,
+                "a low-rank edit of some prompt tokens, by gradients",
+                learned.KINDS,
+                learned.reft(method),
+                learned.example,
+                takes=frozenset({"rank", "positions", "epochs", "steps", "lr"}),
+            )
+            for method in learned.REFT
+        ),
+    )
+}

@@ -1,0 +1,437 @@
+"""What people do on the page, in a real browser, before the embedded demo: no story breaks the page's policy, asks
+another host, or leaves an error behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from browser import SLOW, Visit, violations
+from playwright.sync_api import Locator, Page, expect
+from serving import Server
+
+from .conftest import Visiting
+
+pytestmark = pytest.mark.engine
+
+PICTURES = os.environ.get("WHIPSTAFF_PICTURES")  # a folder, such as docs: the README's pictures go there
+MORNING = "In the morning Mara opened the door, and"
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'`${alert(3)}"
+expect.set_options(timeout=SLOW)
+
+
+class Compare:
+    """The first screen, as somebody uses it."""
+
+    def __init__(self, visit: Visit, fragment: str = "") -> None:
+        self.visit, self.page = visit, visit.page
+        self.page.goto(f"/{fragment}")
+        expect(self.page.get_by_role("button", name="Code", exact=True)).to_be_visible()
+
+    def pane(self, name: str) -> Locator:
+        return self.page.get_by_role("region", name=name, exact=True)
+
+    def wait_until_done(self, *names: str) -> None:
+        for name in names:
+            expect(self.pane(name).locator(".figures .state")).to_have_class("state done")
+
+    def text(self, name: str) -> str:
+        """The answer, without what ended it."""
+        spans = self.pane(name).locator(".text [data-cell]:not(.withheld)")
+        return "".join(spans.all_text_contents())
+
+    def tokens(self, name: str) -> Locator:
+        return self.pane(name).locator(".text [data-cell]")
+
+    def run(self) -> None:
+        self.page.get_by_role("button", name="Run").click()
+
+    def example(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def drawer(self) -> Locator:
+        return self.page.get_by_role("complementary", name="inside this token")
+
+    def request(self, pane: str) -> dict[str, Any]:
+        """What the page says that it sends, without streaming and records."""
+        self.page.get_by_role("button", name="Code", exact=True).click()
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_role("radio", name=pane, exact=True).check()
+        dialog.get_by_role("radio", name="JSON").check()
+        said: dict[str, Any] = json.loads(dialog.locator("pre").inner_text())
+        self.page.keyboard.press("Escape")
+        return said
+
+
+def answer(server: Server, path: str, **fields: Any) -> Any:
+    with server.client() as client:
+        return client.post(path, json={"model": "demo", "temperature": 0, "max_tokens": 22} | fields).json()
+
+
+@pytest.fixture
+def compare(demo_server: Server, visiting: Visiting) -> Compare:
+    """A first visit: the demo's example runs by itself."""
+    return Compare(visiting(demo_server.url))
+
+
+def picture(page: Page, name: str, tmp_path: Path) -> None:
+    path = Path(PICTURES or tmp_path) / f"{name}.png"
+    page.set_viewport_size({"width": 1280, "height": 720})
+    page.screenshot(path=path, full_page=True)
+    assert path.stat().st_size > 30_000
+
+
+def test_a_first_visit_shows_what_the_project_is(compare: Compare, demo_server: Server, tmp_path: Path) -> None:
+    """Three answers that differ, each what the API says; then why a word was chosen."""
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    said = [compare.text(name) for name in ("Plain", "Steered", "Decoded")]
+    assert len(set(said)) == 3
+    more: list[dict[str, Any]] = [
+        {},
+        {"steering": {"vector": "cheerful", "scale": -8}},
+        {"decoding": {"method": "dola"}},
+    ]
+    for text, fields in zip(said, more, strict=True):
+        assert text == answer(demo_server, "/v1/completions", prompt=MORNING, **fields)["choices"][0]["text"]
+    loaded = compare.page.evaluate(
+        "performance.getEntriesByType('resource').filter(one => !one.name.includes('/v1/'))"
+        ".reduce((sum, one) => sum + one.transferSize, 0)"
+    )
+    assert 50_000 < loaded < 300_000
+    expect(compare.pane("Steered").locator(".b3, .b4").first).to_be_visible()
+    picture(compare.page, "playground", tmp_path)
+    compare.example("A question, answered")
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    assert "Mara lives in Greystow" in compare.text("Decoded")
+    compare.page.get_by_role("radio", name="KL").check()
+    compare.tokens("Decoded").first.click()
+    expect(compare.drawer()).to_contain_text("tuned")
+    picture(compare.page, "playground-inside", tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(compare: Compare, scheme: Any) -> None:
+    compare.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.tokens("Steered").nth(2).click()
+    compare.pane("Steered").get_by_text("where, when, how").click()
+    assert violations(compare.page) == []
+    for screen in ("Library", "Health"):
+        compare.page.get_by_role("link", name=screen).click()
+        expect(compare.page.locator(f"main.{screen.lower()}")).to_be_visible()
+        assert violations(compare.page) == [], screen
+    compare.page.get_by_role("button", name="Settings").click()
+    assert violations(compare.page) == []
+
+
+def test_a_slider_runs_its_pane_again_and_no_other(compare: Compare, demo_server: Server) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    asked = len(compare.visit.urls)
+    slider = compare.pane("Steered").get_by_role("slider", name="cheerful: scale")
+    slider.fill("8")
+    wanted = answer(demo_server, "/v1/completions", prompt=MORNING, steering={"vector": "cheerful"})
+    expect(compare.tokens("Steered").nth(1)).to_have_text(" soft")
+    compare.wait_until_done("Steered")
+    assert compare.text("Steered") == wanted["choices"][0]["text"]
+    generated = [url for url in compare.visit.urls[asked:] if url.endswith("/v1/completions")]
+    assert len(generated) == 1
+
+
+def test_the_keyboard_alone_is_enough(compare: Compare) -> None:
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.pane("Steered").get_by_role("spinbutton", name="cheerful: scale, exactly").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("4")
+    page.keyboard.press("Control+Enter")
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    assert compare.request("Steered")["steering"] == [{"vector": "cheerful", "scale": 4}]
+    compare.pane("Plain").get_by_role("log").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    expect(compare.drawer().get_by_role("heading")).to_have_text(
+        f"␣{compare.tokens('Plain').nth(2).inner_text().strip()}"
+    )
+    page.keyboard.press("ArrowRight")
+    expect(compare.drawer()).to_contain_text("token 4 of")
+    page.keyboard.press("Escape")
+    expect(compare.drawer()).to_have_count(0)
+
+
+def test_a_fork_keeps_what_was_before_and_goes_on_with_the_choice(compare: Compare) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    before = compare.tokens("Plain").all_text_contents()
+    compare.tokens("Plain").nth(4).click()
+    row = compare.drawer().get_by_role("row").filter(has=compare.page.get_by_role("button", name="go on with it")).first
+    choice = row.get_by_role("rowheader").inner_text().replace("␣", " ")
+    row.get_by_role("button", name="go on with it").click()
+    compare.wait_until_done("Plain, from token 5")
+    after = compare.tokens("Plain, from token 5").all_text_contents()
+    assert after[:4] == before[:4] and after[4] == choice != before[4]
+
+
+def test_every_number_of_the_drawer_is_the_records(compare: Compare, demo_server: Server) -> None:
+    compare.example("A question, answered")
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.tokens("Decoded").first.click()
+    drawer = compare.drawer()
+    messages = [{"role": "user", "content": "Where does Mara live?"}]
+    decoding = {"method": "proxy_tuning", "expert": "tuned", "antiexpert": "untuned"}
+    told = answer(demo_server, "/v1/chat/completions", messages=messages, decoding=decoding, explain={"top": 5})
+    record = told["choices"][0]["explain"][0]
+    figures = drawer.locator(".four dd").all_text_contents()
+    assert figures[0] == str(record["final"]["rank"]) and figures[2] == str(record["base"]["rank"])
+    assert float(figures[3].removesuffix(" nats")) == pytest.approx(record["kl"], rel=0.01)
+    heads = drawer.locator("thead th").all_text_contents()
+    assert heads[:-1] == ["token", "final", "base", "tuned", "untuned"]
+    tokens = {
+        token["token"] for one in (record["final"], record["base"], *record["streams"].values()) for token in one["top"]
+    }
+    assert {
+        text.replace(" (drawn)", "").replace("␣", " ") for text in drawer.locator("tbody th").all_text_contents()
+    } == tokens
+
+
+def test_a_steered_answer_is_seen_by_the_unsteered_model(compare: Compare, demo_server: Server) -> None:
+    """Held against a plain request that is given the same tokens."""
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.tokens("Steered").nth(1).click()
+    drawer = compare.drawer()
+    expect(drawer).to_contain_text("rank unsteered")
+    steering = {"vector": "cheerful", "scale": -8}
+    told = answer(demo_server, "/v1/completions", prompt=MORNING, steering=steering, explain={"top": 1})
+    ids = [record["id"] for record in told["choices"][0]["explain"]]
+    forced = {"method": "forced", "ids": ids}
+    plain = answer(demo_server, "/v1/completions", prompt=MORNING, decoding=forced, explain={"top": 5})
+    record = plain["choices"][0]["explain"][1]
+    assert record["base"]["rank"] > 1
+    assert drawer.locator(".four dd").all_text_contents()[2] == str(record["base"]["rank"])
+
+
+def test_errors_stand_beside_the_field_that_the_server_names(compare: Compare) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    pane, page = compare.pane("Steered"), compare.page
+    pane.get_by_text("where, when, how").click()
+    pane.get_by_role("radio", name="custom").check()
+    expect(pane.locator('[data-path="steering[0].where"] > .wrong')).to_contain_text("the clause selects no token")
+    pane.get_by_role("button", name="where: not set").click()
+    expect(pane.locator(".wrong")).to_have_count(0)
+    box = page.get_by_role("spinbutton", name="temperature, exactly")
+    box.fill("-1")
+    expect(page.locator('.ask [data-path="temperature"] .wrong')).to_contain_text("temperature must be non-negative")
+    box.fill("0")
+    expect(page.locator(".wrong")).to_have_count(0)
+    pane.get_by_role("button", name="JSON").click()
+    pane.get_by_role("textbox", name="cheerful as JSON").fill('{"vector": "cheerfull"}')
+    expect(pane.locator(".wrong")).to_contain_text("there is no vector 'cheerfull'")
+
+
+def test_every_method_has_a_form_and_untouched_defaults_are_not_sent(compare: Compare, demo_server: Server) -> None:
+    """All that this server can run: added, with its form open, the request is the method's name and what it needs."""
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.page.get_by_role("button", name="remove Decoded").click()
+    methods = {one["name"]: one for one in httpx.get(f"{demo_server.url}/v1/steering/methods").json()["data"]}
+    able = [name for name, one in methods.items() if one["available"] and one["kind"] != "edit"]
+    assert len(able) > 20
+    compare.page.get_by_role("button", name="remove Steered").click()
+    pane = compare.page.locator(".pane").first
+    for name in able:
+        adder = pane.get_by_role("combobox", name="add decoding")
+        adder.select_option(label=f"{name} ({methods[name]['kind']})")
+        entry = pane.get_by_role("article", name=f"decoding: {name}")
+        entry.locator("summary").click()
+        fields = entry.locator(".fields").first.locator(":scope > .field").count()
+        free = [key for key, one in methods[name]["schema"]["properties"].items() if "const" not in one]
+        assert len(free) - 1 <= fields <= len(free), name
+        said = json.loads(entry_json(entry))
+        assert said["method"] == name and set(said) <= {"method", *methods[name]["schema"].get("required", [])}, name
+        entry.get_by_role("button", name=f"remove {name}").click()
+
+
+def entry_json(entry: Locator) -> str:
+    entry.get_by_role("button", name="JSON").click()
+    return entry.get_by_role("textbox").input_value()
+
+
+def test_copied_code_gives_the_same_answer(compare: Compare) -> None:
+    compare.example("A question, answered")
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    prompt = "Where does Mara live? 'quoted' \"twice\" $HOME `id` \\ </script>\nand so"
+    compare.page.get_by_role("textbox", name="message 1: user").fill(prompt)
+    compare.run()
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    wanted = compare.text("Decoded")
+    compare.page.get_by_role("button", name="Code", exact=True).click()
+    dialog = compare.page.get_by_role("dialog")
+    dialog.get_by_role("radio", name="Decoded").check()
+    for language in ("curl", "Python"):
+        dialog.get_by_role("radio", name=language).check()
+        dialog.get_by_role("button", name="Copy").click()
+        code = compare.page.evaluate("navigator.clipboard.readText()")
+        command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        text = json.loads(said)["choices"][0]["message"]["content"] if language == "curl" else said.removesuffix("\n")
+        assert text == wanted, language
+
+
+def test_a_link_fills_the_page_and_does_not_run(compare: Compare, demo_server: Server, visiting: Visiting) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.page.get_by_role("textbox", name="prompt", exact=True).fill(
+        f"A link {HOSTILE} \u0645\u0631\u062d\u0628\u0627"
+    )
+    compare.page.get_by_role("button", name="Share").click()
+    expect(compare.page).to_have_url(re.compile("#s=1"))
+    other = Compare(visiting(demo_server.url), compare.page.url.partition("/#")[2].join(["#", ""]))
+    expect(other.page.get_by_role("textbox", name="prompt", exact=True)).to_have_value(re.compile("^A link <img"))
+    expect(other.page.get_by_text("Nothing runs before you say so")).to_be_visible()
+    assert other.request("Steered")["steering"] == [{"vector": "cheerful", "scale": -8}]
+    assert not any(url.endswith("completions") for url in other.visit.urls)
+    for bad in ("#s=1.AAAA", "#s=9.x", "#s=1." + "A" * 1_100_000, "#s=1.<script>alert(1)</script>"):
+        broken = Compare(visiting(demo_server.url), bad)
+        expect(broken.page.get_by_text("The link is no good")).to_be_visible()
+
+
+def test_nothing_is_lost_on_reload_and_all_can_be_cleared(compare: Compare) -> None:
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page.get_by_role("textbox", name="prompt", exact=True).fill("Kept words")
+    page.get_by_role("radio", name="KL").check()
+    compare.visit.until("localStorage.getItem('whipstaff.playground')?.includes('Kept words')")
+    page.reload()
+    expect(page.get_by_role("textbox", name="prompt", exact=True)).to_have_value("Kept words")
+    expect(page.get_by_role("radio", name="KL")).to_be_checked()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Clear what this browser keeps").click()
+    expect(page.get_by_role("textbox", name="prompt", exact=True)).to_have_value(MORNING)
+    page.evaluate("localStorage.setItem('whipstaff.playground', '{\"version\": 99, \"setup\": 7}')")
+    page.reload()
+    expect(page.get_by_role("textbox", name="prompt", exact=True)).to_have_value(MORNING)
+
+
+def test_a_stopped_pane_keeps_its_text_and_the_others_go_on(compare: Compare, demo_server: Server) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page = compare.page
+    before = aborted(demo_server)
+    page.get_by_label("at most").fill("900")
+    compare.page.get_by_role("textbox", name="stop at").fill("")
+    compare.run()
+    expect(compare.tokens("Steered").nth(3)).to_be_visible()
+    page.get_by_role("button", name="stop Steered").click()
+    expect(compare.pane("Steered").locator(".figures")).to_contain_text("stopped after")
+    kept = compare.text("Steered")
+    assert len(kept.split()) > 2
+    expect(compare.pane("Plain").locator(".figures .state")).to_have_class(re.compile("streaming"))
+    page.keyboard.press("Escape")
+    expect(compare.pane("Plain").locator(".figures")).to_contain_text("stopped after")
+    deadline = time.monotonic() + 30
+    while aborted(demo_server) < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert aborted(demo_server) >= before + 3
+    assert compare.text("Steered").startswith(kept)
+
+
+def aborted(server: Server) -> float:
+    """Requests whose client went away."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return sum(map(float, re.findall(r'^whipstaff_requests_total\{.*outcome="aborted".*\} (\S+)$', text, re.M)))
+
+
+def test_hostile_words_are_shown_as_words(compare: Compare) -> None:
+    """In the prompt, in an answer (by `forced`), in a label and in what the server says of an error."""
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page.get_by_role("textbox", name="prompt", exact=True).fill(HOSTILE)
+    pane = compare.pane("Decoded")
+    pane.get_by_role("button", name="JSON").click()
+    pane.get_by_role("textbox", name="dola as JSON").fill(json.dumps({"method": "forced", "text": HOSTILE}))
+    compare.run()
+    expect(pane.get_by_role("log")).to_contain_text("<script>alert(2)</script>")
+    assert HOSTILE in compare.text("Decoded")
+    compare.tokens("Decoded").first.click()
+    steered = compare.pane("Steered")
+    steered.get_by_role("button", name="JSON").click()
+    steered.get_by_role("textbox", name="cheerful as JSON").fill(json.dumps({"vector": HOSTILE[:60]}))
+    expect(steered.locator(".wrong")).to_contain_text("<img src=x")
+    assert page.locator("img, main script").count() == 0
+
+
+def test_other_scripts_keep_their_shape_and_direction(compare: Compare) -> None:
+    """Every record is in exactly one cell, the joined cells are the text, and no character is cut in two."""
+    arabic, hindi = "\u0645\u0631\u062d\u0628\u0627", "\u0928\u092e\u0938\u094d\u0924\u0947"
+    text = f"{arabic} {hindi} \U0001f469\u200d\U0001f680 \U0001f1e9\U0001f1ea"
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    pane = compare.pane("Decoded")
+    pane.get_by_role("button", name="JSON").click()
+    pane.get_by_role("textbox", name="dola as JSON").fill(json.dumps({"method": "forced", "text": text}))
+    compare.page.get_by_label("at most").fill("120")
+    compare.run()
+    expect(pane.get_by_role("log")).to_contain_text("\U0001f1e9\U0001f1ea")
+    compare.wait_until_done("Decoded")
+    cells = compare.tokens("Decoded").all_text_contents()
+    assert "\ufffd" not in "".join(cells) and "".join(cells).startswith(text)
+    assert all(not cell.startswith(("\u200d", "\U0001f1ea")) for cell in cells)
+    direction = pane.locator(".text p").first.evaluate("element => getComputedStyle(element).direction")
+    assert direction == "rtl"
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_phone_needs_no_scrolling_sideways(demo_server: Server, visiting: Visiting, path: str) -> None:
+    visit = visiting(demo_server.url, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visit.page.goto(path)
+    if path == "/":
+        steered = visit.page.get_by_role("region", name="Steered")
+        expect(steered.locator(".figures .state")).to_have_class("state done")
+        steered.locator("[data-cell]").nth(1).tap()
+        expect(visit.page.get_by_role("complementary", name="inside this token")).to_be_visible()
+        assert violations(visit.page) == []
+    else:
+        expect(visit.page.locator(".opblock").first).to_be_visible()
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_screen_readers_hear_one_line_for_each_event(compare: Compare) -> None:
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page.evaluate(
+        """window.heard = []; new MutationObserver(() => heard.push(document.querySelector('p.unseen[role=status]')
+        .textContent)).observe(document.querySelector('p.unseen[role=status]'), {childList: true, characterData: true,
+        subtree: true})"""
+    )
+    compare.run()
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    compare.visit.until("heard.some(one => one.startsWith('Decoded: done'))")
+    heard = page.evaluate("heard")
+    assert 2 <= len(heard) <= 6 and all(re.fullmatch(r"\w+: (started|done, \d+ tokens)", one) for one in heard)
+    assert page.locator(".text").first.get_attribute("aria-live") == "off"
+
+
+def test_health_shows_what_happens(compare: Compare) -> None:
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page.get_by_role("link", name="Health").click()
+    expect(page.locator(".tile").filter(has_text="slots").first).to_be_visible()
+    httpx.post(
+        f"{compare.visit.url}/v1/completions", json={"model": "demo", "prompt": "In", "max_tokens": 60}, timeout=60
+    )
+    expect(page.get_by_role("figure", name="first token, p50 (s)").get_by_role("row", name="plain")).to_be_visible()
+    assert "NaN" not in page.locator("main").inner_text()
+
+
+def test_the_library_shows_what_there_is(compare: Compare) -> None:
+    page = compare.page
+    page.get_by_role("link", name="Library").click()
+    vector = page.get_by_role("article", name="cheerful")
+    expect(vector).to_contain_text("layers 3, 4 of resid_post")
+    expect(vector).to_contain_text("dose 0.54 at resid_post.4")
+    assert vector.get_by_role("button", name="remove cheerful").count() == 0  # it was given by --vectors
+    page.get_by_role("article", name="gloomy").get_by_role("button", name="try it").click()
+    expect(page.get_by_role("region", name="@gloomy")).to_be_visible()
+    compare.run()
+    compare.wait_until_done("@gloomy")
+    assert compare.text("@gloomy") == compare.text("Steered")

@@ -1,0 +1,140 @@
+"""A real browser for tests: Debian's chromium, driven by Playwright, with a look at what pages must never do."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
+
+UNPACKED = Path(sys.prefix) / "share" / "chromium"
+PACKAGE, FONTS = "chromium-headless-shell", ("fonts-inter", "fonts-noto-core")
+PATIENCE = 300  # seconds, for 120 MB of packages
+AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+SLOW = 60_000  # milliseconds that a page may take on a loaded machine
+
+
+def program() -> Path:
+    """The program: on PATH, or Debian's package with what it lacks here, unpacked beside the environment. Where neither
+    can be had the test is skipped, with the reason."""
+    for name in (PACKAGE, "chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return Path(found)
+    UNPACKED.mkdir(parents=True, exist_ok=True)
+    with (UNPACKED / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unpacked = UNPACKED / "usr" / "lib" / "chromium" / PACKAGE
+        if not unpacked.exists():
+            _unpack(UNPACKED)
+    return unpacked
+
+
+def _unpack(folder: Path) -> None:
+    """The packages that installing it would bring, without installing them."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        pytest.skip("NO BROWSER: none is on PATH, and this is no Debian whose package could be unpacked")
+    wanted = ["apt-get", "install", "--simulate", "--no-install-recommends", PACKAGE, *FONTS]
+    said = ""
+    for first in ([], ["apt-get", "update"]):  # a new machine has no lists yet
+        plan = _run(first, folder) + _run(wanted, folder) if first else _run(wanted, folder)
+        names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
+        said = plan
+        if PACKAGE in names:
+            said = _run(["apt-get", "download", *names], folder)
+            break
+    packages = sorted(folder.glob("*.deb"))
+    if not any(path.name.startswith(f"{PACKAGE}_") for path in packages):
+        pytest.skip(f"NO BROWSER: none is on PATH, and its package cannot be downloaded: {said[-500:]}")
+    # the program last: it is what says that all is there
+    for path in sorted(packages, key=lambda path: path.name.startswith(f"{PACKAGE}_")):
+        subprocess.run(["dpkg-deb", "-x", str(path), str(folder)], check=True)
+        path.unlink()
+
+
+def _run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    return done.stdout + done.stderr
+
+
+def _environment() -> dict[str, str | float | bool]:
+    """Where the unpacked libraries and fonts are."""
+    folders = sorted({str(path.parent) for path in (UNPACKED / "usr" / "lib").rglob("*.so*")})
+    config = UNPACKED / "fonts.conf"
+    if UNPACKED.exists():
+        places = "".join(f"<dir>{place}</dir>" for place in (UNPACKED / "usr" / "share" / "fonts", "/usr/share/fonts"))
+        cache = f"<cachedir>{UNPACKED / 'fontconfig'}</cachedir>"
+        config.write_text(f'<?xml version="1.0"?><fontconfig>{places}{cache}</fontconfig>')
+    more = {"LD_LIBRARY_PATH": ":".join(folders), "FONTCONFIG_FILE": str(config)} if folders else {}
+    return {**os.environ, **more}
+
+
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """A browser without a window."""
+    path = program()
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, env=_environment(), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Visit:
+    """A page in a context of its own: nothing that it kept was there before. What it must never do is noted: load from
+    another host, break its policy, or stop with an error."""
+
+    def __init__(self, browser: Browser, url: str, **settings: Any) -> None:
+        self.url, self.wrong, self.urls = url, list[str](), list[str]()
+        self.context = browser.new_context(base_url=url, **{"viewport": {"width": 1280, "height": 860}} | settings)
+        self.context.set_default_timeout(SLOW)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.page = self.context.new_page()
+        self.watch(self.page)
+
+    def watch(self, page: Page) -> None:
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        page.on("request", lambda request: self._asked(request.url))
+        page.on("dialog", self._dismissed)
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        # that an answer was no 200 is written there by the browser, for answers that are meant to be none
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.wrong.append(f"{message.type}: {message.text}")
+
+    def _dismissed(self, dialog: Dialog) -> None:
+        self.wrong.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def _asked(self, url: str) -> None:
+        self.urls.append(url)
+        if not url.startswith((self.url, "data:", "blob:")):
+            self.wrong.append(f"asked another host: {url}")
+
+    def until(self, expression: str, seconds: float = SLOW / 1000) -> None:
+        """Wait until it holds on the page: asked from here, since the page's policy lets no script evaluate texts."""
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, expression
+            self.page.wait_for_timeout(100)
+
+    def close(self) -> None:
+        self.context.close()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core finds wrong with what is shown: rule, target, and why."""
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [
+        f"{one['id']}: {node['target']}: {node['failureSummary']}"
+        for one in found["violations"]
+        for node in one["nodes"]
+    ]
