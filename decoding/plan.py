@@ -28,6 +28,7 @@ class SearchPlan(NamedTuple):
     max_time: float | None = None  # seconds since the request arrived after which it ends; None: no limit
     max_computed_tokens: int | None = None  # after the prompts, with those tried, after which it ends; None: no limit
     tells_drafts: bool = False  # whether what is not settled yet is told, too
+    logprobs: int | None = None  # likeliest tokens to tell beside each of an answer; -1: all; None: none, nor its own
 
 
 class SamplerSettings(NamedTuple):

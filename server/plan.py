@@ -237,11 +237,15 @@ class PlacedRequest:
 
     def to_wire(self, params: Any) -> dict[str, Any]:
         """What the engine gets beside vLLM's sampling parameters, from which it may take some over."""
+        decoding = self.plan.decoding
+        if decoding is not None and decoding.search is not None:
+            search = decoding.search._replace(logprobs=params.logprobs)
+            return replace(self.plan, decoding=replace(decoding, search=search)).to_wire()
         if not self.draws_itself:
             return self.plan.to_wire()
-        assert self.plan.decoding is not None
+        assert decoding is not None
         settings = take_sampler_settings(params, self.is_temperature_last)
-        return replace(self.plan, decoding=replace(self.plan.decoding, draw=settings)).to_wire()
+        return replace(self.plan, decoding=replace(decoding, draw=settings)).to_wire()
 
     def by_client_names(self, record: dict[str, Any]) -> dict[str, Any]:
         """What the engine says of a token, its streams by the client's names."""

@@ -5,7 +5,7 @@ those that end an answer make an answer, whatever its rank; of the others the be
 answer's score is the sum of its log-probabilities over its length to the power of `length_penalty`, where the prompt
 counts and the token that ends it does not. We stop where no beam can come before K answers any more, which changes none
 of them. (vLLM also draws a token per beam, and that one, if it ends the answer, is an answer, too, however unlikely:
-that is left out.)
+that is left out, at every temperature.)
 
 With `normalize` off, the scores that are added up are the logits as they come: with `contrastive`, the objective that
 Li et al. 2022 (arXiv:2210.15097) search with beams. (Of each step their code first takes the 2 K tokens that the expert

@@ -120,7 +120,9 @@ class SearchMethod(Method[S]):
     needs: ClassVar[frozenset[SearchNeed]] = frozenset()
     sequences_field: ClassVar[str] = "method"  # the parameter that says how many sequences live
     explains: ClassVar[bool] = False  # whether `Decision.facts` say something of every token
-    drafts: ClassVar[bool] = True  # whether its first living sequence is what the answer may become
+    drafts: ClassVar[bool] = (
+        True  # whether what lives is what answers may become, and every token follows what lived then
+    )
     setting: ClassVar[type[BaseModel]]
     """What travels to the engine, if that is something else than the parameters."""
 

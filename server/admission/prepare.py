@@ -103,7 +103,7 @@ def compile_request(
     """
     shared = request.said(SHARED)
     compiled = compile_extras(fields, caps, merges, shared)
-    if request.use_beam_search and compiled is not None and not compiled.is_plain:
+    if request.use_beam_search:
         search = vllm_beam_search(request.n or 1, request.length_penalty)
         compiled = compile_extras(fields, caps, merges, shared, [search])
     if compiled is not None and compiled.search is not None:
@@ -142,7 +142,7 @@ def compile_extras(
 
     Raises: WhipstaffError with the JSON path of the first field that cannot be honoured.
     """
-    if all(fields.get(name) is None for name in FIELDS):
+    if not more and all(fields.get(name) is None for name in FIELDS):
         return None
     left_out = LeftOut(one_of(OnUnavailable, fields, "on_unavailable", "error") == "ignore")
     options = _options(fields)

@@ -316,6 +316,10 @@ class CompiledRequest:
         assert search is not None
         check_answers(search, request.n or 1)
         check_told(search, request)
+        if request.logprobs_field and self.options.logprobs_source == "base":
+            raise BadRequest(
+                f"{search.method.name} decides over what is decoded, and tells no others", "logprobs_source"
+            )
         if self.options.streams_retractions:
             check_retractions(request)
         self.check_grammar(request.has_grammar)

@@ -58,9 +58,10 @@ def check_answers(entry: DecodingEntry, num: int) -> None:
 def check_told(entry: DecodingEntry, request: Any) -> None:
     """What is told of an answer that was searched. Raises: BadRequest."""
     name = entry.method.name
-    if field := request.logprobs_field:
+    if (field := request.logprobs_field) and (request.scores_prompt or not _method(entry).drafts):
+        what = "a prompt" if request.scores_prompt else "its tokens"
         raise BadRequest(
-            f"{name} tells no log-probabilities of tokens; the receipt has every answer's score. Score an answer with "
+            f"{name} tells no log-probabilities of {what}; the receipt has every answer's score. Score an answer with "
             "the method `forced`",
             field,
         )

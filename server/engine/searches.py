@@ -8,8 +8,9 @@ plain data beside them, also where outputs are still on their way from the devic
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from vllm.sampling_params import SamplingParams
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 
 from whipstaff.decoding.search.search import Hypothesis
 from whipstaff.server.engine.patch import swap
@@ -42,6 +43,14 @@ class Placed(NamedTuple):
         return self.seat == self.source and len(self.tokens) == 1
 
 
+class TokenLogProbs(NamedTuple):
+    """Of a token of an answer, as vLLM has them: its own, and those of the likeliest tokens where it stands."""
+
+    tokens: tuple[int, ...]  # its own first
+    log_probs: tuple[float, ...]  # of these
+    rank: int  # its own; 1 is the likeliest
+
+
 class Verdict(NamedTuple):
     """What one step of a search came to."""
 
@@ -50,6 +59,8 @@ class Verdict(NamedTuple):
     hypotheses: tuple[Hypothesis, ...] = ()  # once it is over, best first
     counts: Mapping[str, int] = {}  # of the whole search, so far
     facts: tuple[Mapping[str, Any], ...] = ()  # of its steps, likewise, where the request wants things explained
+    log_probs: tuple[tuple[TokenLogProbs, ...], ...] = ()
+    """Where wanted: of tokens that are newly settled; or of those of all answers that were not told yet."""
 
 
 def seat_id(primary: str, index: int) -> str:
@@ -66,6 +77,12 @@ def stop_token(tokens: Sequence[int], params: SamplingParams) -> int | None:
     """The token that ended an answer, where the request names it and it is not the model's own: a `stop_reason`."""
     last = tokens[-1] if tokens else None
     return last if last != params.eos_token_id and last in (params.stop_token_ids or ()) else None
+
+
+def as_lists(told: Sequence[Sequence[Any]]) -> LogprobsLists:
+    """Tokens' log-probabilities in vLLM's form."""
+    tokens, log_probs, ranks = zip(*told, strict=True)
+    return LogprobsLists(np.array(tokens, np.int32), np.array(log_probs, np.float32), np.array(ranks, np.int32))
 
 
 def attach_verdicts(output: Any, verdicts: Mapping[str, Verdict]) -> Any:

@@ -184,3 +184,24 @@ def check(decision: Decision, texts: Sequence[Sequence[int]], ran: Ran, num_sequ
     assert not texts or len(settled) <= decision.settled <= len(texts[0])
     found = [answer.tokens for answer in decision.hypotheses] + [tuple(text) for text in texts[:1]]
     assert all(one[: len(settled)] == settled for one in found)
+
+
+def of_vllm(model: Any, prompt: Sequence[int], params: Any, eos: int | None, length: int) -> list[Any]:
+    """vLLM's loop, to its end: (tokens, score) with what ended an answer left out, as its clients get them."""
+    beams: list[Any] = [((), 0.0)]
+    completed: list[Any] = []
+    for _ in range(length):
+        candidates = []
+        for text, total in beams:
+            logits = Loop(model).see([[*prompt, *text]]).logits[0]
+            best = logits.log_softmax(0).topk(2 * params.num_beams)
+            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                if token == eos:
+                    completed.append((text, total + value))
+                else:
+                    candidates.append(((*text, token), total + value))
+        beams = sorted(candidates, key=lambda one: -one[1])[: params.num_beams]
+    scored = [
+        (text, total / (len(prompt) + len(text)) ** params.length_penalty) for text, total in [*completed, *beams]
+    ]
+    return sorted(scored, key=lambda one: one[1], reverse=True)[: params.num_beams]

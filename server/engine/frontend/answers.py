@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.logprobs import LogprobsProcessor
 
 from whipstaff.decoding.method import Candidate
 from whipstaff.decoding.search.beams import num_shared
-from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, stop_token
+from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, as_lists, stop_token
 
 WORST = -1e9  # JSON has no infinities
 Outputs = AsyncGenerator[Any, None]
@@ -94,16 +96,29 @@ class SearchAnswers:
 
     def _answer(self, index: int, hypothesis: Mapping[str, Any], output: RequestOutput, tokenizer: Any) -> Any:
         tokens, is_stopped = list(hypothesis["tokens"]), hypothesis["finish_reason"] == "stop"
+        told = self._log_probs(index, tokenizer)
         return CompletionOutput(
             index=index,
             text=self._text(tokens, is_stopped, output, tokenizer),
             token_ids=tokens,
-            cumulative_logprob=None,
-            logprobs=None,
+            cumulative_logprob=told and told.cumulative_logprob,
+            logprobs=told and told.logprobs,
             finish_reason=hypothesis["finish_reason"],
             stop_reason=stop_token(tokens, self._params) if is_stopped else self._record.get("ended_by"),
             lora_request=output.lora_request,
         )
+
+    def _log_probs(self, index: int, tokenizer: Any) -> LogprobsProcessor | None:
+        """Of the tokens of an answer, in vLLM's words; None where nobody asked."""
+        if "logprobs" not in self._record:
+            return None
+        request: Any = SimpleNamespace(sampling_params=self._params)
+        told = LogprobsProcessor.from_new_request(self._names(tokenizer), request)
+        told.update_from_output(EngineCoreOutput("", [], new_logprobs=as_lists(self._record["logprobs"][index])))
+        return told
+
+    def _names(self, tokenizer: Any) -> Any:
+        return tokenizer if self._params.detokenize else None
 
     def _text(self, tokens: list[int], is_stopped: bool, output: RequestOutput, tokenizer: Any) -> str:
         """As vLLM would write it out token by token."""
@@ -113,7 +128,7 @@ class SearchAnswers:
             prompt_token_ids=output.prompt_token_ids,
             prompt_embeds=None,
         )
-        detokenizer = IncrementalDetokenizer.from_new_request(tokenizer if self._params.detokenize else None, request)
+        detokenizer = IncrementalDetokenizer.from_new_request(self._names(tokenizer), request)
         detokenizer.update(tokens, is_stopped)
         text: str = detokenizer.get_next_output_text(finished=True, delta=False)
         return text

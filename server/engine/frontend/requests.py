@@ -171,7 +171,7 @@ class Extras(BaseModel):
     @property
     def may_have_extras(self) -> bool:
         named = any(getattr(self, name, None) is not None for name in FIELDS)
-        return named or bool(self._vllm.vllm_xargs) or self.is_hot
+        return named or bool(self._vllm.vllm_xargs) or self.is_hot or self._vllm.use_beam_search
 
     @property
     def is_hot(self) -> bool:

@@ -27,7 +27,16 @@ from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling, take_out
 from whipstaff.server.engine.scheduler.reseat import Move, can_reseat, forget_copies, give_up_copies, reseat
-from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, Placed, SearchStep, Verdict, stop_token, verdicts_of
+from whipstaff.server.engine.searches import (
+    DRAFT_KEY,
+    SEARCH_KEY,
+    Placed,
+    SearchStep,
+    Verdict,
+    as_lists,
+    stop_token,
+    verdicts_of,
+)
 from whipstaff.server.engine.step_notes import SearchUse
 
 
@@ -155,6 +164,9 @@ class SearchScheduling(GroupedScheduling):
             group = self._groups.get(name)
             if isinstance(group, SearchGroup) and verdict.living:  # else it has ended meanwhile
                 self._settle(group, verdict)
+        for one in (one for own in outputs.values() for one in own.outputs):
+            if (said := self._verdicts.get(one.request_id, Verdict(())).log_probs) and said[0]:
+                one.new_logprobs = as_lists(said[0])  # and not those of what vLLM drew
         self._verdicts = {}
         if self._records or self._drafts:
             told = getattr(model_runner_output, "whipstaff_explanations", {})
@@ -206,6 +218,8 @@ class SearchScheduling(GroupedScheduling):
             "hypotheses": [{**one._asdict(), "tokens": list(one.tokens)} for one in verdict.hypotheses],
             "counts": {**verdict.counts, **group.counts},
         }
+        if verdict.log_probs:
+            record["logprobs"] = verdict.log_probs
         if group.ended_by:
             record["ended_by"] = group.ended_by
         if verdict.facts:

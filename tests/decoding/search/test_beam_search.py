@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from search_loop import Asked, Loop
+from search_loop import Asked, Loop, of_vllm
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,27 +114,6 @@ def test_several_tokens_may_end_an_answer() -> None:
         assert [answer.tokens for answer in one.hypotheses] == [tokens for tokens, _ in expected]
 
 
-def of_vllm(model: Any, prompt: Sequence[int], params: BeamSearchParams, eos: int | None) -> list[Any]:
-    """vLLM's loop, to its end: (tokens, score) with what ended an answer left out, as its clients get them."""
-    beams: list[Any] = [((), 0.0)]
-    completed: list[Any] = []
-    for _ in range(LENGTH):
-        candidates = []
-        for text, total in beams:
-            logits = Loop(model).see([[*prompt, *text]]).logits[0]
-            best = logits.log_softmax(0).topk(2 * params.num_beams)
-            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                if token == eos:
-                    completed.append((text, total + value))
-                else:
-                    candidates.append(((*text, token), total + value))
-        beams = sorted(candidates, key=lambda one: -one[1])[: params.num_beams]
-    scored = [
-        (text, total / (len(prompt) + len(text)) ** params.length_penalty) for text, total in [*completed, *beams]
-    ]
-    return sorted(scored, key=lambda one: one[1], reverse=True)[: params.num_beams]
-
-
 @pytest.mark.parametrize("liking", LIKES)
 @pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0, -1.0])
 def test_answers_are_those_of_vllm(liking: str, penalty: float) -> None:
@@ -143,7 +122,7 @@ def test_answers_are_those_of_vllm(liking: str, penalty: float) -> None:
     for eos in (EOS, None):
         ran = Loop(model).run_all(METHOD, [Asked(params, text, LENGTH, [] if eos is None else [eos]) for text in texts])
         for text, one in zip(texts, ran, strict=True):
-            expected = of_vllm(model, text, params, eos)
+            expected = of_vllm(model, text, params, eos, LENGTH)
             found = [(a.tokens[:-1] if a.finish_reason == "stop" else a.tokens, a.score) for a in one.hypotheses]
             assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
             assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-6)

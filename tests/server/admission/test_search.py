@@ -28,6 +28,9 @@ from whipstaff.server.registry.capabilities import Capabilities
 BEAMS = {"method": "beam_search", "num_beams": 4}
 
 
+LOOKING = {"method": "looks"}
+
+
 class TrustParams(SearchParams):
     """A search that trusts a part of the prompt."""
 
@@ -56,9 +59,30 @@ class Trust(SearchMethod[TrustParams]):
         raise NotImplementedError
 
 
+class LooksParams(SearchParams):
+    method: Literal["looks"] = "looks"
+
+
+class Looks(SearchMethod[LooksParams]):
+    """One whose sequence is where it looks."""
+
+    name, paper = "looks", "a test's"
+    params, drafts = LooksParams, False
+
+    def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
+        return None
+
+    def num_sequences(self, params: LooksParams) -> int:
+        return 1
+
+    def start(self, setting: LooksParams, facts: SearchFacts) -> Search:
+        raise NotImplementedError
+
+
 @pytest.fixture(autouse=True)
 def _with_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "trust", Trust())
+    monkeypatch.setitem(METHODS, "looks", Looks())
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +165,19 @@ def test_vllms_beam_search_beside_ours(able: Capabilities) -> None:
     assert one.num_sequences == 1  # as vLLM: a beam of one is greedy
 
 
-def test_vllms_beam_search_alone_stays_vllms(able: Capabilities) -> None:
-    request = TextRequest.model_validate({"prompt": "a", "use_beam_search": True, "n": 3, "typical_p": 1})
+@pytest.mark.parametrize("more", [{}, {"typical_p": 1}, {"temperature": 0}], ids=str)
+def test_vllms_beam_search_alone_is_ours(able: Capabilities, more: dict[str, Any]) -> None:
+    request = TextRequest.model_validate({"prompt": "a", "use_beam_search": True, "n": 3, **more})
     made = prepare(request, able)
-    assert made is not None and made.is_plain and request.use_beam_search
+    assert made is not None and request.may_have_extras and search_of(made).num_sequences == 3
+    request.attach(made)
+    assert not request.use_beam_search
+
+
+def test_vllms_beam_search_draws_nothing(able: Capabilities) -> None:
+    made = of_text(able, use_beam_search=True, n=2, temperature=0.7)
+    assert made.warnings == ("temperature did nothing: beam_search draws no tokens",)
+    assert of_text(able, use_beam_search=True, n=2).warnings == ()
 
 
 def test_two_beam_searches(able: Capabilities) -> None:
@@ -259,8 +292,15 @@ BESIDE: dict[str, tuple[type[Any], dict[str, Any], str, str]] = {
     "answers": (TextRequest, {"decoding": BEAMS, "n": 5}, "n", "at most 4 answers, its num_beams"),
     "one answer": (TextRequest, {"decoding": {"method": "trust"}, "n": 2}, "n", "one answer"),
     "grammar": (TextRequest, {"decoding": BEAMS, "response_format": GRAMMAR}, "decoding.method", "follows no grammar"),
-    "logprobs": (TextRequest, {"decoding": BEAMS, "logprobs": 0}, "logprobs", "receipt has every answer's score"),
-    "logprobs of a chat": (ChatRequest, {"decoding": BEAMS, "logprobs": True}, "logprobs", "forced"),
+    "logprobs": (TextRequest, {"decoding": LOOKING, "logprobs": 0}, "logprobs", "receipt has every answer's score"),
+    "logprobs of a chat": (ChatRequest, {"decoding": LOOKING, "logprobs": True}, "logprobs", "forced"),
+    "their source": (
+        TextRequest,
+        {"decoding": BEAMS, "logprobs": 0, "logprobs_source": "base"},
+        "logprobs_source",
+        "tells no others",
+    ),
+    "unstreamed": (TextRequest, {"decoding": BEAMS, "stream_retractions": True}, "stream_retractions", "streamed"),
     "prompt": (ChatRequest, {"decoding": BEAMS, "prompt_logprobs": 1}, "prompt_logprobs", "forced"),
     "echo": (TextRequest, {"decoding": BEAMS, "logprobs": 1, "echo": True}, "logprobs", "forced"),
     "repetition": (
@@ -346,3 +386,33 @@ def test_the_receipt_says_what_was_computed(able: Capabilities) -> None:
         {"sequences": 4, "tokens_computed": 0, "tried": 0, "forks": 0, "rollbacks": 0, "scores": [-1.0]},
     ]
     assert "search" not in receipt(made)
+
+
+# ---- what may be taken back, and what is told of tokens
+
+
+def test_what_may_be_taken_back_is_told_to_who_wants_it(able: Capabilities) -> None:
+    for method, tells in ((BEAMS, True), (LOOKING, False)):
+        made = of_text(able, decoding=method, stream=True, stream_retractions=True)
+        assert (made.retracts, search_of(made).tells_drafts) == (tells, tells)
+        assert not of_text(able, decoding=method, stream=True).retracts
+    made = of_text(able, decoding=PAIR, stream=True, stream_retractions=True)
+    assert made.warnings == ("stream_retractions did nothing: without a search nothing is taken back",)
+    assert refusal(able, decoding=BEAMS, stream_retractions="perhaps").param == "stream_retractions"
+
+
+@pytest.mark.parametrize(("asked", "told"), [({}, None), ({"logprobs": 0}, 0), ({"logprobs": 5}, 5)])
+def test_log_probabilities_travel_in_the_plan(able: Capabilities, asked: dict[str, int], told: int | None) -> None:
+    request = TextRequest.model_validate({"prompt": "a", "decoding": BEAMS, **asked})
+    made = prepare(request, able)
+    assert made is not None
+    request.attach(made)
+    request._placed.append(at_prompt(made, Prompt(9, list(range(9)), 64, None)))
+    plan = RequestPlan.from_wire(request.to_sampling_params(5, {}).extra_args)
+    assert plan is not None and plan.decoding is not None and plan.decoding.search is not None
+    assert plan.decoding.search.logprobs == told
+
+
+def test_budgets_travel_in_the_plan(able: Capabilities) -> None:
+    search = search_of(of_text(able, decoding=BEAMS | {"max_time": 2.5, "max_computed_tokens": 100}))
+    assert (search.max_time, search.max_computed_tokens) == (2.5, 100)

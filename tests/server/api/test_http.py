@@ -508,7 +508,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "absurd alpha": ({"decoding": [PAIR | {"alpha": 1e9}]}, 400, "decoding[0].alpha"),
     "long for auxiliary": ({"decoding": PAIR | {"expert": "short"}, "max_tokens": 200}, 400, "decoding.expert"),
     "on_unavailable": ({"on_unavailable": "maybe"}, 400, "on_unavailable"),
-    "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2, "logprobs": 1}, 400, "logprobs"),
+    "beam search": ({"steering": PUSH, "use_beam_search": True, "n": 2, "prompt_logprobs": 1}, 400, "prompt_logprobs"),
     "no negative prompt": ({"guidance_scale": 2, "negative_prompt": []}, 400, "negative_prompt"),
 }
 

@@ -110,7 +110,7 @@ def test_other_servers_names_of_vllms_fields(http: httpx.Client, asked: list[Any
 
 @pytest.mark.parametrize("path", BODIES)
 def test_what_is_neutral_reaches_the_engine_as_a_plain_request(http: httpx.Client, asked: list[Any], path: str) -> None:
-    fields = {"typical_p": 1, "mirostat_tau": 3, "steering": [], "use_beam_search": True, "n": 2}
+    fields = {"typical_p": 1, "mirostat_tau": 3, "steering": []}
     answer = http.post(path, json=BODIES[path] | fields)
     assert asked[-1].is_plain and len(ok(answer)["whipstaff"]["warnings"]) == 2
     hot = http.post(path, json=BODIES[path] | {"temperature": 3, "min_p": 0.1})

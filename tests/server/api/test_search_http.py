@@ -12,11 +12,12 @@ import torch
 from asking import PAIR, PROMPT, PUSH, Post, assert_refused, data_events, metrics, ok, streamed_text, texts
 from asking import tokens as tokens_of
 from reference import contrastive_search, opera_lite
-from search_loop import Loop
+from search_loop import Loop, of_vllm
 from serving import Server
 from transformers import LlamaForCausalLM
 
 from whipstaff.decoding.methods.opera_lite import OperaLiteParams
+from whipstaff.decoding.search.beam_search import BeamSearchParams
 from whipstaff.decoding.search.opera import Opera, OperaSetting
 from whipstaff.steering import vector_file
 
@@ -24,7 +25,7 @@ from .test_http import left_alone
 
 pytestmark = pytest.mark.engine
 
-NUM_TOKENS, BEAMS = 10, 4
+NUM_TOKENS, BEAMS, EOS = 10, 4, 1
 PROMPTS = [PROMPT, "import os\n\nclass", "x = [1, 2"]
 NEUTRAL = PUSH | {"scale": 1e-9}  # a vector that changes no token
 
@@ -114,8 +115,8 @@ def test_what_is_streamed_ahead_is_taken_back(complete: Post, chat: Post, name: 
         ids = [[token for one in chunks for token in one.get("token_ids") or ()] for chunks in choices]
         assert ids[0] == ids[1]
         num += sum("retracted" in chunk.get("whipstaff", {}) for chunk in ahead)
-        assert len(ahead) > len(lagging)
-    assert num > 0
+        assert len(ahead) > len(lagging) or "stop" in fields
+    assert num > 0 or "stop" in fields  # what stands behind it is never shown
 
 
 def with_retractions(chunks: list[dict[str, Any]], index: int) -> str:
@@ -149,14 +150,47 @@ def test_beams_go_together_with_the_rest(complete: Post) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"length_penalty": 0.0}, {"ignore_eos": True}])
-def test_vllms_beam_search_answers_the_same(complete: Post, more: dict[str, Any]) -> None:
-    """At temperature 0: at others, vLLM adds a token that it draws to each beam's candidates."""
+def test_vllms_beam_search_answers_the_same(complete: Post, model: Any, more: dict[str, Any]) -> None:
+    """As vLLM's loop, written over transformers, at temperature 0: at others it draws a token more for each beam."""
     fields = {"use_beam_search": True, "n": 3, "temperature": 0, **more}
-    theirs, ours = complete(**fields), complete(**fields, steering=NEUTRAL)
-    assert texts(ours) == texts(theirs)
+    ours = complete(**fields)
+    (prompt,) = {tuple(one["prompt_token_ids"]) for one in ours.json()["choices"]}
+    params = BeamSearchParams(num_beams=3, scoring="vllm", length_penalty=more.get("length_penalty", 1.0))
+    wanted = of_vllm(model, prompt, params, None if "ignore_eos" in more else EOS, NUM_TOKENS)
     said = ours.json()["whipstaff"]
+    answers = [one["token_ids"] for one in ours.json()["choices"]]
+    found = [[token for token in answer if "ignore_eos" in more or token != EOS] for answer in answers]
+    assert found == [list(text) for text, _ in wanted]
+    assert said["search"][0]["scores"] == pytest.approx([score for _, score in wanted], abs=1e-4)
     assert said["search"][0]["sequences"] == 3 and said["decoding"][0]["scoring"] == "vllm"
-    assert texts(complete(**fields, steering=PUSH)) != texts(theirs)
+    assert texts(complete(**fields, steering=NEUTRAL)) == texts(ours) != texts(complete(**fields, steering=PUSH))
+
+
+@pytest.mark.parametrize("name", RETRACTING)
+def test_log_probabilities_are_those_of_the_model(complete: Post, chat: Post, model: Any, name: str) -> None:
+    """Of every answer's tokens and the likeliest ones where they stand, streamed or not."""
+    fields = RETRACTING[name] | {"logprobs": 2, "return_tokens_as_token_ids": True}
+    answer = ok(complete(**fields))
+    for choice in answer["choices"]:
+        prompt, tokens, said = choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]
+        with torch.inference_mode():
+            rows = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+        own = rows[range(len(tokens)), tokens].tolist()
+        assert said["token_logprobs"] == pytest.approx(own, abs=1e-3) and len(said["tokens"]) == len(tokens)
+        for best, row, value in zip(said["top_logprobs"], rows, own, strict=True):
+            likeliest = row.topk(2).values.tolist()
+            wanted = likeliest if value > likeliest[-1] - 1e-3 else [*likeliest, value]
+            assert sorted(best.values()) == pytest.approx(sorted(wanted), abs=1e-3)
+    for extra in ({}, {"stream_retractions": True}):
+        chunks = [json.loads(event) for event in data_events(complete(stream=True, **fields, **extra))[:-1]]
+        for choice in answer["choices"]:
+            mine = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice["index"]]
+            pieces = [one for one in mine if one["logprobs"]]
+            for part in ("tokens", "token_logprobs"):
+                streamed = [value for one in pieces for value in one["logprobs"][part]]
+                assert streamed == choice["logprobs"][part]
+    said = ok(chat(**RETRACTING[name], logprobs=True, top_logprobs=1))["choices"][0]
+    assert [len(one["top_logprobs"]) for one in said["logprobs"]["content"]] == [1] * len(said["token_ids"])
 
 
 def test_a_tree_search_tells_its_classifiers_scores(complete: Post) -> None:
@@ -303,7 +337,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "room": ({"num_beams": 60}, 422, "num_beams"),
     "answers": ({"num_beams": 2, "n": 3}, 400, "n"),
     "grammar": ({"num_beams": 2, "structured_outputs": {"regex": "[0-9]"}}, 400, "num_beams"),
-    "logprobs": ({"num_beams": 2, "logprobs": 1}, 400, "logprobs"),
+    "prompt": ({"num_beams": 2, "prompt_logprobs": 1}, 400, "prompt_logprobs"),
+    "tree": ({"decoding": {"method": "kcts", "classifier": "wary"}, "logprobs": 1}, 400, "logprobs"),
     "truncation": ({"num_beams": 2, "typical_p": 0.5}, 400, "typical_p"),
     "no budget": ({"decoding": {"method": "opera", "max_time": 0}}, 400, "decoding.max_time"),
     "unstreamed": ({"num_beams": 2, "stream_retractions": "perhaps"}, 400, "stream_retractions"),

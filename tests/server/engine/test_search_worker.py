@@ -29,6 +29,7 @@ from whipstaff.server.engine.worker.logits.metadata import RequestState
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
 from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.engine.worker.runner_v1 import place_seats
+from whipstaff.server.engine.worker.search.log_probs import LogProbs
 from whipstaff.server.engine.worker.search.searches import Searches
 from whipstaff.server.engine.worker.search.seats import seated
 from whipstaff.server.plan import CompanionPlan, PositionedPlan, RequestPlan
@@ -203,6 +204,29 @@ def test_a_search_that_may_take_no_more_tries_nothing(searches: tuple[Searches, 
     verdict = made.take()[0]["a"]
     assert [one.tokens for one in verdict.hypotheses] == [(5,), (3,)] and len(passes.seen) == num
     assert before == {"own": 1, "tried": 2} == verdict.counts
+
+
+def test_log_probabilities_of_what_is_settled_and_of_answers() -> None:
+    """A text that died and comes back is known; what is told, is told once."""
+    told, logits = LogProbs(2, frozenset({2})), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    rows = logits.log_softmax(1)
+
+    def said(row: int, token: int) -> Any:
+        best = rows[row].topk(2)
+        rank = int((rows[row] >= rows[row, token]).sum())
+        values = [rows[row, token], *best.values]
+        return (token, *best.indices.tolist()), pytest.approx([float(one) for one in values]), rank
+
+    living = Decision((grow(0, 0, 4), grow(0, 0, 5)))
+    assert told.note(logits[:1], [()], living) == ()
+    forked = Decision((grow(1, 1, 3), grow(1, 1, 1)), settled=1)
+    assert told.note(logits, [(4,), (5,)], forked) == ((said(0, 5),),)
+    back = Decision((Continuation(0, 1, (1,)), Continuation(0, 0, (4,))), settled=1)
+    assert told.note(logits, [(5, 3), (5, 1)], back) == ()
+    answers = tuple(Hypothesis(text, 0.0, "length") for text in ((5, 1, 0), (4, 2), (5, 3)))
+    first, second, third = told.note(logits, [(5, 1), (4,)], Decision(hypotheses=answers))
+    assert first == (said(1, 1), said(0, 0))
+    assert second == (said(0, 4), said(0, 2)) and third == (said(0, 5), said(1, 3))
 
 
 def test_tables_are_copied_all_at_once() -> None:

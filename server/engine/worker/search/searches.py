@@ -24,6 +24,7 @@ from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.requests import PlannedRequest, Requests
+from whipstaff.server.engine.worker.search.log_probs import LogProbs
 from whipstaff.server.engine.worker.search.seats import seated
 
 Copies = list[tuple[str, str]]  # (source, target) requests: what is kept of the first is the second's, too
@@ -38,6 +39,7 @@ class Running:
     random: torch.Generator
     num_companions: int
     tells_facts: bool
+    log_probs: LogProbs | None = None  # None: nobody asked
     generated: list[tuple[int, ...]] = field(default_factory=lambda: [()])  # by each living sequence
     counts: Counter[str] = field(default_factory=Counter)
     facts: list[Mapping[str, Any]] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Turn(NamedTuple):
     running: Running
     step: SearchStep
     rows: list[int]  # of the step, of what lives
+    logits: Tensor  # (S, V) float32
     steps: Steps
 
 
@@ -137,7 +140,7 @@ class Searches:
             running.random,
         )
         steps = _last_step(running.search, living) if step.is_last else running.search.step(living)
-        return Turn(running, step, rows, steps)
+        return Turn(running, step, rows, living.logits, steps)
 
     def _last_attention(self, view: BatchView, rows: Sequence[int]) -> Tensor:
         assert self._attention is not None, "a search reads attention, and this worker keeps none"
@@ -153,7 +156,8 @@ class Searches:
         setting = setting_type(method).model_validate_json(asked.setting)
         random = torch.Generator().manual_seed(state.seed & 0x7FFFFFFFFFFFFFFF)
         tells_facts = plan.decoding.explain is not None
-        return Running(method, method.start(setting, facts), random, len(plan.companions), tells_facts)
+        log_probs = None if asked.logprobs is None else LogProbs(asked.logprobs, state.ends)
+        return Running(method, method.start(setting, facts), random, len(plan.companions), tells_facts, log_probs)
 
     def _decisions(self, turns: Mapping[str, Turn], view: BatchView) -> dict[str, Decision]:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
@@ -206,15 +210,16 @@ class Searches:
         running.counts.update({name: num for name, num in decision.counts.items() if name != "tried"})
         if running.tells_facts and decision.facts:
             running.facts.append(decision.facts)
+        said = () if running.log_probs is None else running.log_probs.note(turn.logits, running.generated, decision)
         if decision.hypotheses:
-            return Verdict((), 0, tuple(decision.hypotheses), dict(running.counts), tuple(running.facts))
+            return Verdict((), 0, tuple(decision.hypotheses), dict(running.counts), tuple(running.facts), said)
         assert decision.living, "a search came to nothing"
         placed = seated(decision.living, list(map(len, running.generated)), turn.step)
         for one in placed:
             if one.seat != one.source:
                 self._copy(running, one)
         running.generated = [(*running.generated[one.source][: one.keep], *one.tokens) for one in decision.living]
-        return Verdict(tuple(placed), decision.settled, counts=dict(running.counts))
+        return Verdict(tuple(placed), decision.settled, counts=dict(running.counts), log_probs=said)
 
     def _copy(self, running: Running, one: Placed) -> None:
         """What is kept of a sequence and its companions goes on in another seat, too."""
