@@ -153,7 +153,6 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.engine.output_processor.OutputProcessor", "propagate_error request_states"),
     *_of("vllm.v1.engine.core_client.BackgroundResources", "engine_dead engine_manager"),
     *_of("vllm.v1.engine.utils.CoreEngineProcManager", "failed_proc_name finished_procs"),
-    "vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",  # what it logs
     *_of("vllm.engine.arg_utils.AsyncEngineArgs", "_api_process_count _api_process_rank create_engine_config"),
 )
 

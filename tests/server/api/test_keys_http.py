@@ -29,7 +29,7 @@ NUM_BODIES = 10_000 if SOAK else 400
 NUM_FLOOD = 300
 PATIENCE = 60.0  # seconds
 POLICIES: dict[str, Any] = {
-    "narrow": {"methods": ["caa", "min_p"], "vectors": ["push"], "presets": ["quiet"], "max_tokens": 20, "n": 2},
+    "narrow": {"methods": ["caa", "typical_p"], "vectors": ["push"], "presets": ["quiet"], "max_tokens": 20, "n": 2},
     "forced": {"forced_preset": "quiet", "vectors": []},
     "metered": {"per_minute": {"requests": 100, "tokens": 2000, "cost": 3000}},
     "small": {"per_minute": {"tokens": 100}},
@@ -125,7 +125,7 @@ def test_a_forced_preset_holds_by_whatever_name(server: Server) -> None:
             said = ok(complete(http, model=model))
             assert said["whipstaff"]["steering"][0]["vector"] == "push", said
         assert_refused(complete(http, model=f"{MODEL}@loud"), 403, "model")
-        assert_refused(complete(http, decoding={"method": "min_p"}, steering={"vector": "iti"}), 404, "steering.vector")
+        assert_refused(complete(http, steering={"vector": "iti"}), 404, "steering.vector")
         plan = ok(http.post("/v1/steering/validate", json={"model": MODEL}))["plan"]
         assert plan["steering"][0]["vector"] == "push"
 
@@ -141,7 +141,7 @@ def test_units_are_taken_and_what_is_not_used_comes_back(server: Server, stream:
         while left(http.get("/v1/models")) != (2000, 3000):  # what was used before is back
             assert time.monotonic() < deadline + 60
             time.sleep(0.5)
-        answer = complete(http, max_tokens=400, stream=stream, stop=["e", "a", "\n"], decoding={"method": "min_p"})
+        answer = complete(http, max_tokens=400, stream=stream, stop=["e", "a", "\n"])
         assert answer.status_code == 200
         tokens, cost = left(answer)  # at the start of the answer: all that it may come to
         assert abs(tokens - (2000 - usage["prompt_tokens"] - 400)) <= 20 and abs(cost - tokens - 1000) <= 40
