@@ -20,7 +20,8 @@ class Most(NamedTuple):
 
 # The bar that the house set itself is about the way there: 12 for a plain request, 20 for a steered one. It is not met.
 # What a plain request enters beyond it does something for it: whether the server takes requests, and one so large;
-# metrics, the question whether it has a plan, the three parts of the scheduler. Of a steered one's, half are admission (what it names, checks and becomes), half are the step.
+# metrics, the question whether it has a plan, the three parts of the scheduler. Of a steered one's, half are admission
+# (what it names, checks and becomes), half are the step.
 MOST = {
     "plain": Most(17, 17),
     "steered": Most(48, 49),
