@@ -144,6 +144,8 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.max_search_seqs,
         settings.attention_rows,
         settings.hidden_states,
+        settings.capture_layers,
+        settings.max_capture_bytes,
         settings.one_form,
     )
 
@@ -207,6 +209,8 @@ async def load(
         max_search_seqs=engine.layout.max_search_seqs,
         reads_attention=engine.layout.reads_attention,
         num_hidden_states=engine.layout.num_hidden_states,
+        capture_layers=frozenset(engine.layout.capture_layers),
+        max_capture_bytes=engine.layout.max_capture_bytes,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

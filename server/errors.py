@@ -8,6 +8,7 @@ WhipstaffError
  |- TimedOut        408  a body that does not come to its end
  |- VectorUnfit     409  a vector made for another model
  |- Fixed           409  a name that the operator gave, which no request changes
+ |- NameTaken       409  a new name that another vector has
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
  |- RateLimited     429  more than the key may have now; the answer says when to come back
@@ -64,6 +65,10 @@ class NotFound(WhipstaffError):
     status, type = 404, "NotFoundError"
 
 
+class TimedOut(WhipstaffError):
+    status, type = 408, "RequestTimeoutError"
+
+
 class VectorUnfit(WhipstaffError):
     status, type = 409, "ConflictError"
 
@@ -72,8 +77,8 @@ class Fixed(WhipstaffError):
     status, type = 409, "ConflictError"
 
 
-class TimedOut(WhipstaffError):
-    status, type = 408, "RequestTimeoutError"
+class NameTaken(WhipstaffError):
+    status, type = 409, "ConflictError"
 
 
 class TooLarge(WhipstaffError):

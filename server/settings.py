@@ -89,6 +89,16 @@ class Settings(BaseSettings):
         False,
         description="let methods read how much a token looks at those before it in the last layer, such as opera",
     )
+    capture_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
+        None,
+        description="which layers' activations requests may read by `capture`: comma-separated, or all, or none "
+        "(default: all if that takes little memory)",
+    )
+    max_capture_bytes: int = Field(
+        1 << 28,
+        ge=0,
+        description=f"activations that requests read at once, all together, as float32; more wait ({1 << 28})",
+    )
     hidden_states: int = Field(
         0,
         ge=0,
@@ -106,7 +116,7 @@ class Settings(BaseSettings):
         "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
-    @field_validator("early_layers", mode="before")
+    @field_validator("early_layers", "capture_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if not isinstance(value, str) or value in ("all", "none"):
@@ -189,6 +199,8 @@ class Settings(BaseSettings):
             ("presets", "append", "PATH"),
             ("drain_timeout", "store", "SECONDS"),
             ("early_layers", "store", "LAYERS"),
+            ("capture_layers", "store", "LAYERS"),
+            ("max_capture_bytes", "store", "N"),
             ("hidden_states", "store", "N"),
             ("max_search_seqs", "store", "N"),
         ):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 
@@ -108,6 +108,17 @@ async def put_vector(
             meant("replace")
     status = 201 if replaced is None else 200
     return JSONResponse({**vector_to_json(entry), "replaced": replaced}, status_code=status)
+
+
+@router.patch("/v1/steering/vectors/{name}")
+async def rename_vector(
+    name: str, to: str = Body(embed=True, alias="name"), library: LiveRegistry = Depends(admitted)
+) -> dict[str, Any]:
+    """Rename a vector: {"name": "its new name"}. Requests that were taken before keep it until they end; presets that
+    name it are not changed."""
+    with metrics.registry_change("vector", "rename"):
+        _check_name(to)
+        return vector_to_json(await library.rename_vector(name, to))
 
 
 @router.delete("/v1/steering/vectors/{name}")

@@ -1,5 +1,6 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
@@ -20,7 +21,7 @@ from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_recei
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.sse import header_of, with_extras
+from whipstaff.server.api.sse import Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
@@ -30,6 +31,7 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import Entry
+from whipstaff.steering.algebra import cosine
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
@@ -144,14 +146,19 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
             return _response(await openai.answer(request, raw), raw, {}, at_end)
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
-        tally, explains = Tally(), compiled.options.explain is not None
+        tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
+            note_token = explained.note if explained else None
+            retract = retractions.note if compiled.retracts else None
+            name_sequence = tally.name_sequence if compiled.captures else None
+            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract, name_sequence)
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:
-        made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
+        made = await final_receipt(
+            compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
+        )
         metrics.note_steering(made["steering"])
         return made
 
@@ -160,7 +167,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, receipt_at_end, explained)
+        events = with_extras(result, receipt_at_end, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
     body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:
@@ -212,12 +219,16 @@ async def vectors(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
 
 @router.get("/v1/steering/vectors/{name}")
 async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
-    """One vector, with the norm of each of its tensors, and how large its edits are beside the model's activations."""
+    """One vector, with the norm of each of its tensors, how large its edits are beside the model's activations, and its
+    cosine with every other that has numbers at the same places."""
     entry = caps.registry.entry(name)
+    others = [other for other in caps.registry if other.name != name]
+    found = await asyncio.to_thread(lambda: [cosine(entry.vector, other.vector) for other in others])
     return {
         **vector_to_json(entry),
         "norms": entry.vector.norms(),
         "doses": entry.vector.method.kind.doses(entry.vector, caps) if entry.problem is None else [],
+        "cosines": {other.name: value for other, value in zip(others, found, strict=True) if value is not None},
     }
 
 

@@ -36,11 +36,13 @@ from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
-NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
+NoteOutput = Callable[[int, Any], None]  # the number of a prompt, a vLLM RequestOutput
+NameSequence = Callable[[int, str], None]  # the number of a choice, the engine's name for its sequence
 Expect = Callable[[list[tuple[int, list[int], int]]], None]
 """Takes, of each prompt, its number of tokens, those of its further prompts, and how many may follow."""
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
 NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
+Retract = Callable[[int, int], None]  # the number of a choice, how many of its last characters are taken back
 
 OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
@@ -65,6 +67,8 @@ class Compiled(Protocol):
     def searches(self) -> bool: ...
     @property
     def num_candidates(self) -> int: ...
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
     def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
@@ -80,8 +84,12 @@ class Extras(BaseModel):
     explain: Any = Field(
         None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
     )
+    capture: Any = Field(
+        None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
+    stream_retractions: Any = Field(None, description="whether a search streams what it may take back, and says so")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     on_unknown: Any = Field(None, description='"warn" (default) of fields that nobody knows, or "error"')
     _compiled: Compiled | None = PrivateAttr(None)
@@ -90,6 +98,8 @@ class Extras(BaseModel):
     _note: NoteOutput | None = PrivateAttr(None)
     _note_token: NoteToken | None = PrivateAttr(None)
     _note_search: NoteSearch | None = PrivateAttr(None)
+    _retract: Retract | None = PrivateAttr(None)
+    _name_sequence: NameSequence | None = PrivateAttr(None)
     _lease: Lease = PrivateAttr(leases.NOTHING)
     _expect: Expect | None = PrivateAttr(None)
     _paid: Callable[[int], None] | None = PrivateAttr(None)
@@ -106,6 +116,8 @@ class Extras(BaseModel):
         note_token: NoteToken | None = None,
         lease: Lease = leases.NOTHING,
         note_search: NoteSearch | None = None,
+        retract: Retract | None = None,
+        name_sequence: NameSequence | None = None,
     ) -> None:
         """Give the request what its extras came to; from here on it is not plain.
 
@@ -114,9 +126,11 @@ class Extras(BaseModel):
             note_token: called with each explanation of one of its tokens.
             lease: of the vectors that it names.
             note_search: called with what each of its prompts' searches came to.
+            retract: called with what is taken back of a choice, before anything more is streamed of it.
+            name_sequence: called with what the engine calls the sequence of each choice.
         """
         self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
-        self._note_search = note_search
+        self._note_search, self._retract, self._name_sequence = note_search, retract, name_sequence
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
@@ -138,6 +152,11 @@ class Extras(BaseModel):
     def reads_prompt(self) -> bool:
         """Whether what it asks for depends on more of its prompts than their lengths."""
         return self._compiled is not None and self._compiled.reads_prompt
+
+    @property
+    def retracts(self) -> bool:
+        """Whether it streams what may be taken back."""
+        return self._retract is not None
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -306,19 +325,24 @@ class Extras(BaseModel):
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
+        def named(choice: int, name: str) -> None:
+            assert self._name_sequence is not None
+            self._name_sequence(first + choice, name)
+
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        compiled = self._compiled
-        own = compiled.label, self._note, watching, self._lease, answers, compiled.asked
-        return PlanDict(placed.to_wire(params), *own)
+        compiled, note = self._compiled, None if self._note is None else partial(self._note, index)
+        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        return PlanDict(placed.to_wire(params), *own, None if self._name_sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
         assert self._compiled is not None
         num, note = self._vllm.n or 1, partial(self._searched, index)
         if self._compiled.searches:
-            return SearchAnswers(num, params, note)
+            retract = None if self._retract is None else partial(self._retract, index * num)
+            return SearchAnswers(num, params, note, retract)
         return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
 
     def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
