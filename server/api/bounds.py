@@ -114,6 +114,8 @@ class Bounds:
         try:
             body = await _whole(scope, receive)
             check_depth(body)
+            if _is_json(scope):
+                check_text(body)
         except WhipstaffError as error:
             await JSONResponse(error.body(), error.status, {"Connection": "close"})(scope, receive, send)
             return
@@ -175,6 +177,18 @@ def _in_time(receive: Any) -> Any:
         return message
 
     return timely
+
+
+def _is_json(scope: Any) -> bool:
+    return any(name == b"content-type" and b"json" in value for name, value in scope["headers"])
+
+
+def check_text(body: bytes) -> None:
+    """Raises: BadRequest for what is no UTF-8, as JSON has to be."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is no UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def check_depth(body: bytes) -> None:

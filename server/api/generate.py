@@ -80,7 +80,8 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
         caps = caps if holder is None else holder.view.with_preset(await _everything(raw), preset)
     compiled = prepare(request, caps, preset, body)
     if holder is not None and compiled is not None:
-        holder.policy.check_methods(compiled.asked_for)
+        with compiled.origins.named():
+            holder.policy.check_methods(compiled.asked_for)
     if compiled is not None:
         metrics.note_admission(started, bool(compiled.steering.entries), bool(compiled.decoding))
     return compiled

@@ -174,6 +174,14 @@ def test_hundreds_of_idle_connections_do_not_stay(served: Served) -> None:
         sock.close()
 
 
+def test_json_is_utf_8(served: Served) -> None:
+    for kind, status in (("application/json", 400), ("application/octet-stream", 200)):
+        answer = httpx.post(
+            f"http://127.0.0.1:{served.port}/x", content=b'{"a\xf9": 1}', headers={"content-type": kind}, timeout=SOON
+        )
+        assert answer.status_code == status, answer.text
+
+
 def nested(depth: int, inner: str = "") -> bytes:
     return ("[" * depth + inner + "]" * depth).encode()
 
