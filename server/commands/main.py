@@ -1,5 +1,5 @@
 """The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff bench [flags]`,
-`whipstaff vectors ...`, `whipstaff fit METHOD ...`."""
+`whipstaff vectors ...`, `whipstaff fit METHOD ...`, `whipstaff eval DATA ...`."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from whipstaff.server import __version__, demo
-from whipstaff.server.commands import fit_flags, vectors_flags
+from whipstaff.server.commands import eval_flags, fit_flags, vectors_flags
 from whipstaff.server.engine import ENGINE_DIED, EngineDied, UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
        whipstaff vectors formats                     the foreign formats that `convert` reads
        whipstaff vectors list|add|remove             the vectors of a running server
        whipstaff fit METHOD --model M --data D -o F  make a vector file; `whipstaff fit methods` lists what can be made
+       whipstaff eval DATA --vector NAME --scales A,B  what a server's vector does, and what it costs
        whipstaff --version                           this version, and that of vLLM
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -50,6 +51,11 @@ def main(argv: list[str] | None = None) -> None:
         from whipstaff.server.commands import fit as fit_cli
 
         sys.exit(fit_cli.run(fit_args))
+    if words[:1] == ["eval"]:
+        eval_args = eval_flags.parse(words[1:])
+        from whipstaff.server.commands import eval as eval_cli
+
+        sys.exit(eval_cli.run(eval_args))
     if words == ["--version"]:
         print(f"whipstaff {__version__} over vLLM {vllm_version()}")
         sys.exit(0)

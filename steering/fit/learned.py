@@ -209,4 +209,5 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """(rank, width) orthonormal rows that span the same; gradients go through."""
     basis, upper = torch.linalg.qr(rows.T)
     signs = upper.diagonal().sign()
-    return (basis * torch.where(signs == 0, 1.0, signs)).T
+    found: Tensor = (basis * torch.where(signs == 0, 1.0, signs)).T
+    return found

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def local(job: Job) -> LocalModel:
 
 def examples(job: Job, split: Split) -> list[Example]:
     """The rows of a split as texts to learn."""
-    found = []
+    found: list[Example] = []
     for item in job.splits[split]:
         row = item.row
         try:
@@ -183,7 +183,7 @@ def train(
     return Course(plain, untrained, best[0], len(batches), tuple(losses))
 
 
-def score_of(job: Job, course: Course) -> dict[str, object]:
+def score_of(job: Job, course: Course) -> dict[str, Any]:
     """What a file's provenance says of its training."""
     if course.kept >= course.plain:
         job.warn("no effect beyond noise: on the dev split the trained edit is no better than none")

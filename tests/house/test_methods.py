@@ -9,7 +9,7 @@ import pytest
 from whipstaff.steering.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-OWN = [ROOT / "steering" / room for room in ("methods", "kinds", "importers")]
+OWN = [ROOT / "steering" / room for room in ("methods", "kinds", "importers", "fit")]
 FILES = [
     path
     for room in ("steering", "server", "decoding")

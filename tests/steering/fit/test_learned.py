@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from whipstaff.server import demo
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import fitting, icl
+from whipstaff.steering.fit.job import Job
 from whipstaff.steering.fit.learned import mixing
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.options import Options
@@ -79,7 +80,7 @@ def wishes(tmp_path: Path) -> Path:
     return written(tmp_path / "wishes.jsonl", rows)
 
 
-def run(method: str, source: Any, data: Path, **said: Any) -> tuple[fitting.Job, fitting.Made]:
+def run(method: str, source: Any, data: Path, **said: Any) -> tuple[Job, fitting.Made]:
     job = fitting.prepared(method, source, [data], Options(**{"template": "none", **said}), data.parent / "rows")
     return job, fitting.fit(method, job)
 
