@@ -36,6 +36,17 @@ def numbers_of(vector: Vector) -> dict[str, Tensor]:
     return found
 
 
+def cosine(one: Vector, other: Vector) -> float | None:
+    """Of the numbers that both have at the same places, as one row each; None where there are none, or no length."""
+    ours, theirs = numbers_of(one), numbers_of(other)
+    shared = [name for name, tensor in ours.items() if name in theirs and tensor.shape == theirs[name].shape]
+    if not shared:
+        return None
+    a, b = (torch.cat([numbers[name].flatten().double() for name in shared]) for numbers in (ours, theirs))
+    lengths = float(a.norm() * b.norm())
+    return float(a @ b) / lengths if lengths > 0 else None
+
+
 def strength_of(vector: Vector) -> float:
     """The strength of a request that names none."""
     field = vector.method.params.model_fields.get("scale")

@@ -15,7 +15,7 @@ from typing import Any
 
 from whipstaff.server import metrics
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
-from whipstaff.server.errors import Fixed, Forbidden, Unavailable, VectorUnfit, WhipstaffError
+from whipstaff.server.errors import Fixed, Forbidden, NameTaken, Unavailable, VectorUnfit, WhipstaffError
 from whipstaff.server.leases import Lease
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.folder import BadStore, Manifest, RegistryFolder, telling_full
@@ -130,6 +130,18 @@ class LiveRegistry:
             if name not in manifest.vectors:
                 self._have.registry.entry(name)
             await self._commit(store, manifest, vectors=_without(manifest.vectors, name))
+
+    async def rename_vector(self, name: str, to: str) -> Entry:
+        """The entry under its new name. Raises: Forbidden, Fixed, NotFound, NameTaken."""
+        async with self._writing(name, self._fixed) as store:
+            manifest = store.read()
+            if name not in manifest.vectors:
+                self._have.registry.entry(name)
+            if to in manifest.vectors or to in self._fixed:
+                raise NameTaken(f"there is a vector {to!r} already; remove it first", "name")
+            vectors = {to if key == name else key: digest for key, digest in manifest.vectors.items()}
+            await self._commit(store, manifest, vectors=vectors)
+            return self._have.registry.entry(to)
 
     async def put_preset(self, preset: Preset) -> bool:
         """Keep a preset; whether there was one of that name. Raises: Forbidden, Fixed, and what its check does."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,13 @@ class Visit:
         self.urls.append(url)
         if not url.startswith((self.url, "data:", "blob:")):
             self.wrong.append(f"asked another host: {url}")
+
+    def until(self, expression: str, seconds: float = SLOW / 1000) -> None:
+        """Wait until it holds on the page: asked from here, since the page's policy lets no script evaluate texts."""
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, expression
+            self.page.wait_for_timeout(100)
 
     def close(self) -> None:
         self.context.close()

@@ -4,25 +4,23 @@ import { bucket, MEASURES } from "./colour.js";
 import { view } from "./setup.js";
 
 const NEAR_END = 40; // pixels: whoever reads at the end is kept there
-const PARAGRAPH = 120; // cells, after which a line break begins a new paragraph, so that older ones need no new layout
+const PARAGRAPH = 250; // cells, after which the next word begins a new line: what is above it needs no new layout
 
 /** The cells of a run, kept in step with it by hand. */
 class Drawn {
   constructor(box) {
     this.box = box;
     this.spans = [];
-    this.recoloured = 0;
     this.measure = null;
     this.selected = -1;
     box.replaceChildren();
   }
 
   update(run, measure) {
-    const { cells, records, recoloured } = run.cells;
+    const { cells, records } = run.cells;
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < NEAR_END;
-    const isOld = this.measure !== measure || this.recoloured !== recoloured;
-    if (isOld) this.spans.forEach((span, index) => this.colour(span, cells[index], records, measure));
-    [this.measure, this.recoloured] = [measure, recoloured];
+    if (this.measure !== measure) this.spans.forEach((span, index) => this.colour(span, cells[index], records, measure));
+    this.measure = measure;
     for (let index = 0; index < cells.length; index++) {
       const cell = cells[index];
       if (index >= this.spans.length) this.append(cell, records, measure, index);
@@ -33,7 +31,7 @@ class Drawn {
   }
 
   append(cell, records, measure, index) {
-    if (!this.paragraph || (this.count >= PARAGRAPH && cell.text.startsWith("\n"))) {
+    if (!this.paragraph || (this.count >= PARAGRAPH && /^\s/.test(cell.text))) {
       this.paragraph = document.createElement("p");
       this.paragraph.dir = "auto";
       this.count = 0;

@@ -7,7 +7,6 @@ export class Cells {
   cells = []; // {text, records: [number]}
   records = [];
   text = "";
-  recoloured = 0; // counts what changed in records that are shown
   #pending = ""; // text that no record accounts for yet
   #open = []; // records that no text accounts for yet
 

@@ -24,7 +24,7 @@ export const MEASURES = {
   },
   kl: {
     name: "KL",
-    about: "nats between the whole distributions, after and before decoding",
+    about: "nats between what was decoded and the plain model",
     of: (record) => record.unsteered?.kl ?? record.kl ?? NaN,
     share: (value) => Math.sqrt(Math.max(value, 0) / 4),
     shown: (value) => `${value.toFixed(2)} nats`,

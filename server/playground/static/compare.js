@@ -210,6 +210,6 @@ function Legend() {
     <span class="scale" aria-hidden="true">${Array.from({ length: BUCKETS }, (_, index) => html`<i key=${index} class="b${index + 1}"></i>`)}</span>
     <small>${top ? measure.about : "no records: explain is 0"}</small>
     <span class="grow"></span>
-    <label class="check"><input type="checkbox" checked=${now.unsteered} onChange=${(event) => view.set((was) => ({ ...was, unsteered: event.target.checked }))} /> ask the plain model about steered answers</label>
+    <label class="check" title="ask for what the model would have thought without steering; it costs a further sequence"><input type="checkbox" checked=${now.unsteered} onChange=${(event) => view.set((was) => ({ ...was, unsteered: event.target.checked }))} /> with the unsteered model</label>
   </div>`;
 }

@@ -1,7 +1,7 @@
 // A token opened: what each distribution thought, what methods did, and a way to go on with another choice.
 import { figure, html, useEffect, useReducer, useRef, useState, Wrong } from "./ui.js";
 import { post } from "./api.js";
-import { isPossible, MEASURES, reference } from "./colour.js";
+import { isPossible, reference } from "./colour.js";
 import { MOST_PANES, setup } from "./setup.js";
 import { addPane, titleOf } from "./pane.js";
 import { run } from "./run.js";
@@ -42,14 +42,14 @@ export function Inside({ run: own, pane, cell: index, onMove, onClose }) {
     html`<p class="about">Several tokens are parts of this text:
       ${cell.records.map((one, number) => html`<button class="small" key=${one} aria-pressed=${one === at ? "true" : "false"} onClick=${() => setPart(number)}><code>${visible(records[one].token)}</code></button>`)}
     </p>`}
-    <${Figures} record=${record} pane=${pane} scoring=${own.scoring} />
+    <${Figures} record=${record} pane=${pane} />
     <${Distributions} record=${record} onFork=${(choice) => fork(own, pane, at, choice)} />
     <${Facts} record=${record} run=${own} />
     <${Typed} onFork=${(choice) => fork(own, pane, at, choice)} />
   </aside>`;
 }
 
-function Figures({ record, pane, scoring }) {
+function Figures({ record, pane }) {
   if (!record.final) return html`<p class="about">A search chose this token among whole sequences; there is no distribution that it was drawn from.</p>`;
   const isOnlySteered = pane.steering.length > 0 && !pane.decoding.length;
   const plain = record.unsteered;
@@ -57,21 +57,15 @@ function Figures({ record, pane, scoring }) {
       <div><dt>rank</dt><dd>${record.final.rank}</dd></div>
       <div><dt>probability</dt><dd>${percent(record.final.logprob)}</dd></div>
       <div><dt>${plain ? "rank unsteered" : "rank before decoding"}</dt><dd>${reference(record).rank}</dd></div>
-      <div><dt>${plain ? "probability unsteered" : "KL to before"}</dt><dd>${plain ? percent(plain.logprob) : `${figure(record.kl)} nats`}</dd></div>
+      <div><dt>${plain ? "KL to unsteered" : "KL to before decoding"}</dt><dd>${figure(plain?.kl ?? record.kl)} nats</dd></div>
     </dl>
-    ${isOnlySteered && html`<p class="about">${noteOn(scoring)}</p>`}`;
-}
-
-function noteOn(scoring) {
-  if (scoring === "running") return "Asking the plain model what it would have thought of these tokens ...";
-  if (scoring === "done") return "Unsteered is the plain model's view of this very answer. KL between final and base is 0 here: base is the model after steering.";
-  return `The plain model was not asked about this answer${scoring ? ` (${scoring})` : ""}; base is the model after steering, so its KL is 0.`;
+    ${isOnlySteered && !plain && html`<p class="about">Base is the model after steering, so nothing is seen of that here: tick “with the unsteered model” and run again.</p>`}`;
 }
 
 /** All distributions side by side: the tokens that any of them finds likely, and the one that was drawn. */
 function Distributions({ record, onFork }) {
   const isBaseFinal = record.unsteered && record.kl === 0; // nothing was decoded: base says the same as final
-  const named = { final: record.final, unsteered: record.unsteered, base: isBaseFinal ? null : record.base, ...record.streams };
+  const named = { final: record.final, drawn: record.drawn, unsteered: record.unsteered, base: isBaseFinal ? null : record.base, ...record.streams };
   const columns = Object.entries(named).filter(([, one]) => one);
   const tokens = new Map([[record.id, record.token]]);
   for (const [, one] of columns) for (const { id, token } of one.top) tokens.set(id, token);
@@ -129,7 +123,7 @@ function Typed({ onFork }) {
     event.preventDefault();
     try {
       const { tokens } = await post("tokenize", { model: setup.value.model, prompt: text, add_special_tokens: false });
-      if (tokens.length) onFork(...[tokens]);
+      if (tokens.length) onFork(tokens);
     } catch (error) {
       setWrong(error.message);
     }
@@ -148,5 +142,3 @@ function fork(own, pane, at, choice) {
   const decoding = [...pane.decoding.filter((entry) => entry.method !== "forced"), { method: "forced", ids }];
   run([addPane({ ...pane, label: `${titleOf(pane)}, from token ${at + 1}`, decoding })]);
 }
-
-export const measures = Object.entries(MEASURES);

@@ -5,6 +5,8 @@ import { catalogue, load } from "./catalogue.js";
 import { addPane } from "./pane.js";
 import { MOST_PANES, setup } from "./setup.js";
 
+const NEAREST = 6; // cosines that are shown of a vector
+
 export function Library() {
   const { vectors, presets, methods } = useStore(catalogue);
   const [asked, ask] = useState(null); // what is about to be removed
@@ -56,7 +58,31 @@ function Removal({ what, asked, ask, remove }) {
   return html`<button class="quiet" aria-label=${`remove ${what.id}`} onClick=${() => ask(what)}>remove</button>`;
 }
 
+/** Ask for a name, and say what is wrong with it. */
+function Rename({ id }) {
+  const [name, setName] = useState(id);
+  const [error, setError] = useState(null);
+  const rename = async (event) => {
+    event.preventDefault();
+    try {
+      const body = JSON.stringify({ name });
+      await change(`v1/steering/vectors/${encodeURIComponent(id)}`, { method: "PATCH", body, headers: { "Content-Type": "application/json" } });
+      announce(`${id} is ${name} now`);
+      await load();
+    } catch (wrong) {
+      setError(wrong);
+    }
+  };
+  return html`<form class="typed" onSubmit=${rename}>
+    <label>new name <input type="text" value=${name} aria-invalid=${error ? "true" : undefined} onInput=${(event) => setName(event.target.value)} /></label>
+    <button class="small" disabled=${!name || name === id}>Rename</button>
+    ${error && html`<${Wrong}>${error.message}<//>`}
+  </form>`;
+}
+
 function Vector({ vector, ...removal }) {
+  const [isNaming, setNaming] = useState(false);
+  const near = Object.entries(vector.cosines ?? {}).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).slice(0, NEAREST);
   const dose = vector.doses?.[0];
   const use = () => {
     if (setup.value.panes.length < MOST_PANES) addPane({ steering: [{ vector: vector.id }] });
@@ -65,14 +91,17 @@ function Vector({ vector, ...removal }) {
   return html`<article class="entry steering" aria-label=${vector.id}>
     <div class="title"><strong><bdi>${vector.id}</bdi></strong><small>${vector.method}</small>
       ${vector.fits && html`<button class="small" disabled=${setup.value.panes.length >= MOST_PANES} onClick=${use}>try it</button>`}
-      ${!vector.read_only && html`<${Removal} what=${{ kind: "vector", id: vector.id }} ...${removal} />`}
+      ${!vector.read_only && html`<button class="quiet" aria-label=${`rename ${vector.id}`} aria-expanded=${isNaming ? "true" : "false"} onClick=${() => setNaming(!isNaming)}>rename</button>
+      <${Removal} what=${{ kind: "vector", id: vector.id }} ...${removal} />`}
     </div>
+    ${isNaming && html`<${Rename} id=${vector.id} />`}
     ${vector.description && html`<p dir="auto">${vector.description}</p>`}
     ${vector.problem && html`<p class="problem">${vector.problem}</p>`}
     <div class="line">
       <${Norms} norms=${vector.norms} />
       <small>layers ${vector.layers.join(", ")} of ${vector.sites.join(", ")}; default scale ${figure(vector.scale)}${typeof vector.where === "string" ? `, ${vector.where}` : ""}${dose ? `; dose ${figure(dose.relative, 2)} at ${dose.at}` : ""}</small>
     </div>
+    ${near.length > 0 && html`<p class="about">cosine with ${near.map(([other, value], index) => html`${index ? ", " : ""}<bdi>${other}</bdi> ${figure(value, 2)}`)}</p>`}
     <p class="digest">${[vector.licence, ...Object.entries(vector.provenance ?? {}).map(([key, value]) => `${key.replaceAll("_", " ")}: ${value}`)].filter(Boolean).join(" · ")} · <code>${vector.digest.slice(0, 16)}</code></p>
   </article>`;
 }
@@ -100,8 +129,7 @@ function Preset({ preset, ...removal }) {
   </article>`;
 }
 
-// What a foreign file may leave unsaid, in the words of the importers.
-const HINTS = ["format", "layer", "site", "method", "scale", "model", "where"];
+const NO_HINTS = new Set(["name", "body", "filename"]); // of what an upload's refusal may name
 
 /** A file is sent as it is; what the server finds missing becomes the next question. */
 function Upload() {
@@ -134,7 +162,7 @@ function Upload() {
       await load();
     } catch (wrong) {
       setError(wrong);
-      if (HINTS.includes(wrong.param)) setHints((now) => ({ [wrong.param]: "", ...now }));
+      if (wrong.param && !NO_HINTS.has(wrong.param)) setHints((now) => ({ [wrong.param]: "", ...now }));
     } finally {
       setProgress(null);
     }

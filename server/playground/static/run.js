@@ -2,7 +2,7 @@
 import { announce, Store } from "./ui.js";
 import { Gone, Refusal, stream } from "./api.js";
 import { Cells } from "./cells.js";
-import { isSteered, pathOf, scoringRequest, setup, streamedRequest, view } from "./setup.js";
+import { pathOf, setup, streamedRequest } from "./setup.js";
 
 /** pane's id -> its latest run */
 export const runs = new Store(new Map());
@@ -24,7 +24,6 @@ export class Run {
     this.error = null;
     this.started = performance.now();
     this.first = this.ended = null; // milliseconds from the start
-    this.scoring = null; // "running", "done" or what went wrong
   }
 
   get isLive() {
@@ -60,7 +59,6 @@ export class Run {
       this.#changed();
       announce(`${this.pane.label}: ${this.summary()}`);
     }
-    await this.score();
   }
 
   #take(event) {
@@ -80,28 +78,6 @@ export class Run {
 
   stop() {
     this.#abort.abort();
-  }
-
-  /** Ask what the model would have thought of each token without this pane's steering. */
-  async score() {
-    const ids = this.cells.records.map((record) => record.id);
-    if (!isSteered(this.pane) || !view.value.unsteered || !ids.length || this.state === "refused" || this.scoring) return;
-    this.scoring = "running";
-    try {
-      const told = [];
-      const request = scoringRequest(this.setup, this.pane, ids);
-      for await (const event of stream(pathOf(this.setup), request, this.#abort.signal)) {
-        told.push(...(event.choices?.[0]?.explain ?? []));
-      }
-      for (const [index, record] of this.cells.records.entries()) {
-        if (told[index]?.id === record.id) record.unsteered = told[index].base;
-      }
-      this.scoring = "done";
-    } catch (error) {
-      this.scoring = error.message;
-    }
-    this.cells.recoloured += 1;
-    this.#changed();
   }
 
   /** What became of it, in words. */

@@ -1,5 +1,6 @@
 // What is asked: one prompt, its sampling, and panes that each add their own steering and decoding.
 import { Store } from "./ui.js";
+import { methodOf } from "./catalogue.js";
 
 const PLACE = "whipstaff.playground";
 const VERSION = 1;
@@ -27,7 +28,6 @@ export const view = new Store({ colour: "rank", theme: "auto", unsteered: true }
 export const edit = (change) => setup.set((now) => ({ ...now, ...change }));
 export const editPane = (id, change) =>
   edit({ panes: setup.value.panes.map((pane) => (pane.id === id ? { ...pane, ...change } : pane)) });
-export const isSteered = (pane) => pane.steering.length > 0;
 export const isPlain = (pane) => !pane.steering.length && !pane.decoding.length;
 
 // ---- requests
@@ -51,16 +51,15 @@ export function requestOf(setup, pane) {
 
 /** The same as the page sends it: streamed, with a record of every token. */
 export function streamedRequest(setup, pane) {
-  const explain = setup.top > 0 ? { explain: { top: setup.top } } : {};
+  const explain = setup.top > 0 ? { explain: explained(setup, pane) } : {};
   return { ...requestOf(setup, pane), ...explain, stream: true, stream_options: { include_usage: true } };
 }
 
-/** The same answer, said by the plain model: how likely each of its tokens would have been without this pane's changes. */
-export function scoringRequest(setup, pane, ids) {
-  const plain = { ...pane, steering: [], decoding: [{ method: "forced", ids }] };
-  const request = streamedRequest(setup, plain);
-  delete request.stop;
-  return { ...request, max_tokens: ids.length, temperature: 0, explain: { top: setup.top || 5 } };
+/** What to say of every token. A search draws none, so there is nothing to compare them with. */
+function explained({ top, sampling }, pane) {
+  if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { top };
+  const unsteered = pane.steering.length > 0 && view.value.unsteered;
+  return { top, ...(unsteered ? { unsteered } : {}), ...(sampling.temperature === 0 ? {} : { drawn: true }) };
 }
 
 // ---- what is kept, and what a link says

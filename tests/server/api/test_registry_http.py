@@ -242,6 +242,37 @@ def test_a_client_that_goes_away_lets_go_of_its_vector(clients: list[httpx.Clien
 # ---- the keys
 
 
+def test_a_renamed_vector_is_the_same_under_another_name(clients: list[httpx.Client]) -> None:
+    """On both servers; a name that is taken, a bad one, one of a file and one that nobody has change nothing."""
+    one, other = clients
+    first = ok(put(one, "first", vector_file(direction(70))))
+    ok(put(one, "second", vector_file(-2 * direction(70))))
+    assert ok(other.get("/v1/steering/vectors/first"))["cosines"]["second"] == pytest.approx(-1)
+    before = ok(complete(one, [5, 6, 7], steering={"vector": "first"}))
+    for name, to, status, param in (
+        ("first", "second", 409, "name"),
+        ("first", "no/name", 400, "name"),
+        ("first", "push", 409, "name"),
+        ("push", "free", 409, "name"),
+        ("nobody", "free", 404, None),
+    ):
+        answer = one.patch(f"/v1/steering/vectors/{name}", json={"name": to}, headers=BEARER)
+        assert_refused(answer, status, param)
+    assert (
+        one.patch(
+            "/v1/steering/vectors/first", json={"name": "free"}, headers=HEADER | {"X-Whipstaff-Admin-Key": ""}
+        ).status_code
+        == 401
+    )
+    renamed = ok(one.patch("/v1/steering/vectors/first", json={"name": "third"}, headers=BEARER))
+    assert renamed["id"] == "third" and renamed["digest"] == first["digest"]
+    for client in clients:
+        assert_refused(complete(client, [5, 6, 7], steering={"vector": "first"}), 404, "steering.vector")
+        assert tokens(ok(complete(client, [5, 6, 7], steering={"vector": "third"}))) == tokens(before)
+    for name in ("second", "third"):
+        ok(remove(one, name))
+
+
 def test_only_the_admin_key_changes_anything(clients: list[httpx.Client], server: Server) -> None:
     data = vector_file(direction(7))
     with httpx.Client(base_url=server.url) as anybody:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from whipstaff.server.playground import vendor
 from whipstaff.server.playground.pages import DOCS_POLICY, FILES, MOUNT, POLICY, serve_docs, serve_playground
+from whipstaff.server.settings import Settings
 
 MOST_BYTES = 300_000  # of all files that the page may load
 OWN = sorted(path for path in FILES.iterdir() if path.suffix in (".js", ".html", ".css", ".svg"))
@@ -102,3 +104,10 @@ def test_vendored_files_are_those_of_the_lock(tmp_path: Path) -> None:
 def test_the_lock_names_no_host_and_every_hash() -> None:
     text = (vendor.HERE / "package-lock.json").read_text()
     assert "resolved" not in text and text.count('"integrity"') == 3
+
+
+def test_the_page_can_be_left_out() -> None:
+    parser = ArgumentParser()
+    Settings.add_flags(parser)
+    assert Settings.from_args(parser.parse_args([])).playground
+    assert not Settings.from_args(parser.parse_args(["--no-playground"])).playground

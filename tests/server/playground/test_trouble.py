@@ -1,0 +1,186 @@
+"""The page before a server that asks for keys, says very much, and dies: one of its own, ended by the last story."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import SLOW, Visit, violations
+from playwright.sync_api import Page, Route, expect
+from serving import API_KEY, Server, serving_demo
+
+from whipstaff.server import demo
+from whipstaff.steering import vector_file
+from whipstaff.steering.algebra import numbers_of
+
+from .conftest import Visiting
+
+pytestmark = pytest.mark.engine
+
+ADMIN = "admin-secret"
+TOKENS = 2000  # in each of three panes
+STREAMING = 300  # seconds that a loaded machine may take for a third of them
+MOST_GROWTH = 4.0  # of the main thread's time per token, from the first third to the last; drawing all anew: 5
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+expect.set_options(timeout=SLOW)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("guarded")
+    flags = ["--api-key", API_KEY, "--admin-key", ADMIN, "--registry", str(folder / "registry")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")  # positions are rotations: what comes late is odd, not wrong
+        with serving_demo(folder, *flags, "--max-model-len", str(TOKENS + 300)) as running:
+            yield running
+
+
+def give_key(page: Page, key: str = API_KEY) -> None:
+    page.get_by_role("form", name="API key").get_by_role("textbox").fill(key)
+    page.get_by_role("button", name="Use it").click()
+
+
+@pytest.fixture
+def visit(guarded: Server, visiting: Visiting) -> Visit:
+    """Somebody who gave the key."""
+    visit = visiting(guarded.url)
+    visit.page.goto("/")
+    give_key(visit.page)
+    return visit
+
+
+def states(page: Page) -> list[str | None]:
+    return [one.get_attribute("class") for one in page.locator(".figures .state").all()]
+
+
+def test_the_key_is_asked_for_and_told_to_nobody(guarded: Server, visiting: Visiting) -> None:
+    visit = visiting(guarded.url)
+    page = visit.page
+    page.goto("/")
+    expect(page.get_by_text("This server asks for its API key")).to_be_visible()
+    assert violations(page) == []
+    give_key(page, "wrong")
+    expect(page.get_by_text("That was not this server's API key")).to_be_visible()
+    give_key(page)
+    expect(page.locator(".state.done")).to_have_count(3)  # what waited went on
+    page.get_by_role("button", name="Share").click()
+    expect(page).to_have_url(re.compile("#s=1"))
+    page.get_by_role("button", name="Code", exact=True).click()
+    for language in ("curl", "Python", "JSON"):
+        page.get_by_role("dialog").get_by_role("radio", name=language).check()
+        assert API_KEY not in page.get_by_role("dialog").inner_text(), language
+    stores = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    assert API_KEY not in stores and not any(API_KEY in url for url in visit.urls)
+    page.reload()
+    expect(page.get_by_text("This server asks for its API key")).to_be_visible()
+
+
+def library(page: Page, key: str = ADMIN) -> None:
+    page.get_by_role("link", name="Library").click()
+    page.get_by_label("administrator's key").get_by_role("textbox").fill(key)
+
+
+def upload(page: Page, path: Path, name: str) -> None:
+    page.get_by_label("a vector file").set_input_files(path)
+    page.get_by_role("textbox", name="name", exact=True).fill(name)
+    page.get_by_role("button", name=f"Upload {path.name}").click()
+
+
+def test_vectors_are_uploaded_renamed_and_removed(visit: Visit, tmp_path: Path) -> None:
+    """With the administrator's key alone; a hostile description is a text."""
+    page = visit.page
+    vector = vector_file.read(demo.VECTORS / "cheerful.safetensors")
+    header = vector.header.model_copy(update={"description": HOSTILE, "provenance": {"made_by": HOSTILE}})
+    path = tmp_path / "<b>mood.safetensors"
+    vector_file.write(path, header, numbers_of(vector))
+    library(page, "wrong")
+    upload(page, path, "mood")
+    expect(page.get_by_text("send the admin key")).to_be_visible()
+    library(page)
+    page.get_by_role("button", name=re.compile("^Upload")).click()
+    mood = page.get_by_role("article", name="mood", exact=True)
+    expect(mood).to_contain_text(HOSTILE)
+    expect(mood).to_contain_text("cosine with cheerful 1")
+    mood.get_by_role("button", name="rename mood").click()
+    mood.get_by_role("textbox", name="new name").fill("cheerful")
+    mood.get_by_role("button", name="Rename", exact=True).click()
+    expect(page.locator(".wrong")).to_contain_text("cheerful")
+    mood.get_by_role("textbox", name="new name").fill("temper")
+    mood.get_by_role("button", name="Rename", exact=True).click()
+    temper = page.get_by_role("article", name="temper", exact=True)
+    expect(temper).to_be_visible()
+    assert violations(page) == [] and page.locator("main img, main script").count() == 0
+    temper.get_by_role("button", name="remove temper").click()
+    temper.get_by_role("button", name="Remove", exact=True).click()
+    expect(temper).to_have_count(0)
+    assert ADMIN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    assert not any(ADMIN in url for url in visit.urls)
+
+
+def test_what_a_foreign_file_leaves_unsaid_is_asked(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    np.save(tmp_path / "direction.npy", np.ones(192, dtype=np.float32))
+    library(page)
+    upload(page, tmp_path / "direction.npy", "direction")
+    layer = page.get_by_role("textbox", name="layer")
+    expect(layer).to_be_visible()
+    layer.fill("3")
+    page.get_by_role("button", name="Upload direction.npy").click()
+    direction = page.get_by_role("article", name="direction", exact=True)
+    expect(direction).to_contain_text("layers 3 of resid_post")
+
+
+def test_thousands_of_tokens_stream_smoothly(visit: Visit) -> None:
+    """In three panes at once, each with its records: a token late in the text costs the page what an early one does,
+    and typing is answered meanwhile."""
+    page = visit.page
+    expect(page.locator(".state.done")).to_have_count(3)
+    cdp = visit.context.new_cdp_session(page)
+    cdp.send("Performance.enable", {"timeDomain": "threadTicks"})  # time that the thread ran, whoever else did
+
+    def spent() -> float:
+        told = cdp.send("Performance.getMetrics")["metrics"]
+        return float(next(one["value"] for one in told if one["name"] == "TaskDuration"))
+
+    def endless(route: Route) -> None:
+        route.continue_(post_data=json.dumps(dict(route.request.post_data_json or {}) | {"ignore_eos": True}))
+
+    page.route("**/v1/completions", endless)
+    page.get_by_label("at most").fill(str(TOKENS))
+    page.get_by_role("button", name="Run").click()
+    marks = [(0, spent())]
+    wanted = 3 * TOKENS
+    for share in (1 / 3, 2 / 3):
+        visit.until(f"document.querySelectorAll('[data-cell]').length >= {share * wanted}", STREAMING)
+        marks.append((page.locator("[data-cell]").count(), spent()))
+        page.get_by_role("textbox", name="prompt", exact=True).press_sequentially(".")
+    expect(page.locator(".figures .state.done, .figures .state.stopped")).to_have_count(3, timeout=1000 * STREAMING)
+    marks.append((page.locator("[data-cell]").count(), spent()))
+    costs = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks)]
+    assert marks[-1][0] > 0.9 * wanted
+    assert costs[-1] < MOST_GROWTH * costs[0], costs
+
+
+def test_a_server_that_dies_in_mid_stream(visit: Visit, guarded: Server) -> None:
+    """The text stays, marked as cut; nothing is sent again by itself."""
+    page = visit.page
+    expect(page.locator(".state.done")).to_have_count(3)
+    page.get_by_label("at most").fill(str(TOKENS))
+    page.get_by_role("button", name="Run").click()
+    for pane in range(3):
+        expect(page.locator(".pane").nth(pane).locator("[data-cell]").nth(8)).to_be_visible()
+    texts = [one.inner_text() for one in page.locator(".text").all()]
+    asked = sum(url.endswith("completions") for url in visit.urls)
+    guarded.kill()
+    for pane, text in enumerate(texts):
+        one = page.locator(".pane").nth(pane)
+        expect(one.locator(".figures .cut")).to_have_text(re.compile(r"the server went away after \d+ tokens"))
+        assert one.locator(".text").inner_text().startswith(text.rstrip("▍"))
+        expect(one.get_by_role("button", name="Retry")).to_be_visible()
+    page.get_by_role("textbox", name="prompt", exact=True).fill("Edited meanwhile")
+    page.locator(".pane").first.get_by_role("button", name="Retry").click()
+    expect(page.locator(".pane").first.locator(".figures")).to_contain_text("the server cannot be reached")
+    assert sum(url.endswith("completions") for url in visit.urls) == asked + 1
