@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="--enforce-eager on every server")
     parser.add_argument("--one-form", action="store_true", help="a third server, which compiles its model once")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `timeout` leaves no server behind
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="whipstaff-idle-") as name, ExitStack() as stack:
         folder = Path(name)

@@ -123,6 +123,32 @@ ASKS = {
 }
 
 
+def test_a_step_runs_the_form_of_the_model_that_it_needs() -> None:
+    """With sites where a token is edited, a condition read or a token tried that would be; plain in the step after."""
+    _, edits = known(a=PLACED)
+    forms = edits.forms
+    edits.begin_step(rows(PROMPT, 1, "a"), None)
+    assert not forms.runs_plain
+    edits.begin_step(NOBODY, None)
+    assert forms.runs_plain
+    steered = PositionedPlan(
+        RequestPlan(SteeringPlan((PlannedEdit(Edit("v", "{}", None), Where.of("generation")),))), PROMPT
+    )
+    requests = Requests()
+    edits = step_edits(requests, FakeTables())
+    list(requests.take([Arrival("a", steered)]))
+    prompt, tried = (
+        BatchView([steered], np.array([0, num], np.int32), np.array([position]), ["a"])
+        for position, num in ((0, PROMPT), (PROMPT, 1))
+    )
+    edits.begin_step(prompt, None)
+    assert edits.forms.runs_plain
+    with edits.trying(tried, torch.tensor([5])):
+        assert not edits.forms.runs_plain
+    edits.begin_step(prompt, None)
+    assert edits.forms.runs_plain
+
+
 @pytest.mark.parametrize("part", ASKS)
 def test_what_a_part_was_told_goes_in_the_step_after(part: str) -> None:
     """Though nobody asks anything of it then: what stays would edit somebody else's token. Later it is left alone."""
