@@ -220,7 +220,7 @@ def test_errors_stand_beside_the_field_that_the_server_names(compare: Compare) -
     pane.get_by_text("where, when, how").click()
     pane.get_by_role("radio", name="custom").check()
     expect(pane.locator('[data-path="steering[0].where"] > .wrong')).to_contain_text("the clause selects no token")
-    pane.get_by_role("button", name="where: not set").click()
+    pane.get_by_role("button", name="where: unset").click()
     expect(pane.locator(".wrong")).to_have_count(0)
     box = page.get_by_role("spinbutton", name="temperature, exactly")
     box.fill("-1")
