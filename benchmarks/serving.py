@@ -48,6 +48,7 @@ from transformers import LlamaForCausalLM
 from whipstaff.cuda_ext import run_edits_
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.edits.captures import Captures
 from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
@@ -230,7 +231,16 @@ def anatomy(made: dict[str, str], num: int) -> dict[str, float]:
     table, histories = TokenTable(2048, cpu), Histories(requests, 0, 0, cpu)
     tables = Tables(specs, MAX_SEQS, LAYERS, cpu, vector_of)
     no_modules = ModuleEdits(nn.Module(), 2048, cpu, vector_of, 0, edits_router=False, edits_attention=False)
-    edits = StepEdits(requests, table, histories, Sites(tables, torch.zeros(0, 2)), no_modules, NoSoftRows(), Forms())
+    edits = StepEdits(
+        requests,
+        table,
+        histories,
+        Sites(tables, torch.zeros(0, 2)),
+        no_modules,
+        NoSoftRows(),
+        Captures(requests, [], 0),
+        Forms(),
+    )
     rows = [next(iter(plan.rows)) for plan in plans]
     turn = iter(range(10**9))
 

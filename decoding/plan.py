@@ -27,6 +27,7 @@ class SearchPlan(NamedTuple):
     streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
     max_time: float | None = None  # seconds since the request arrived after which it ends; None: no limit
     max_computed_tokens: int | None = None  # after the prompts, with those tried, after which it ends; None: no limit
+    tells_drafts: bool = False  # whether what is not settled yet is told, too
 
 
 class SamplerSettings(NamedTuple):

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = "manylinux_2_28_x86_64"
@@ -68,8 +69,9 @@ def check_library(library: Path) -> None:
 
     with library.open("rb") as file:
         elf = ELFFile(file)
-        needed = [tag.needed for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")]
-        symbols = list(elf.get_section_by_name(".dynsym").iter_symbols())
+        dynamic: Any = elf.get_section_by_name(".dynamic")
+        table: Any = elf.get_section_by_name(".dynsym")
+        needed, symbols = [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")], list(table.iter_symbols())
     system = ("libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2")
     known = (*OF_TORCH, *system, "libstdc++.so.6", "libgcc_s.so.1")
     if strange := [name for name in needed if not any(fnmatch.fnmatch(name, one) for one in known)]:

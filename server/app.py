@@ -18,8 +18,13 @@ from fastapi.routing import APIRoute
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
+from whipstaff.server.access.audit import Audit
+from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
+from whipstaff.server.access.ledger import Ledger
 from whipstaff.server.api import admin, generate, lifecycle
+from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
+from whipstaff.server.api.bounds import Bounds, Protocol
 from whipstaff.server.api.greeting import Place, greeting
 from whipstaff.server.api.lifecycle import Gate
 from whipstaff.server.api.preset_check import check
@@ -62,7 +67,7 @@ async def serve(args: Namespace, settings: Settings) -> int:
 
 def serve_several(args: Namespace, settings: Settings) -> int:
     """The same with several API servers around one engine, each a process of its own."""
-    args.whipstaff_settings = settings
+    args.whipstaff_settings, args.whipstaff_ledger = settings, Ledger.of_several()
 
     def layout(config: Any) -> None:
         configure(config, _setup(settings, read_files(settings)[0].values()))
@@ -77,6 +82,7 @@ def serve_one(sock: Any, args: Namespace, client: dict[str, Any]) -> int:
 
 async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[str, Any] | None = None) -> int:
     loads = (client or {}).pop("api_server_loads", None)
+    ledger = args.whipstaff_ledger if client else Ledger.of_one()
     files, store = read_files(settings)
     engine = launch(args, settings, files, client)
     try:
@@ -86,15 +92,16 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
             await prove(engine, await registry.current())
             await note_proven(engine, (await registry.current()).lengths.by_point)
             causes.forget()
+        keyring = None if settings.keys is None else Keyring(settings.keys, ledger)
         life = Lifecycle(engine, settings.drain_timeout, FORWARDED if client else (signal.SIGTERM, signal.SIGINT))
-        app = await extend(await openai.build(engine, args), engine, registry, settings, life)
+        app = await extend(await openai.build(engine, args), engine, registry, settings, life, keyring)
         told = greeting(place_of(args, engine), await registry.current(), openai.has_chat(engine, args))
 
         def greet() -> None:
             print("\n".join(told if engine.index == 0 else ()), flush=True)
 
         with counting(engine):
-            return await serve_until_told(app, args, sock, life, greet, loads and (loads, engine.index))
+            return await serve_until_told(app, args, sock, life, greet, loads and (loads, engine.index), Protocol)
     finally:
         engine.shutdown()
         sock.close()
@@ -112,10 +119,12 @@ def place_of(args: Namespace, engine: Engine) -> Place:
 def read_files(settings: Settings) -> tuple[dict[str, VectorFile], RegistryFolder | None]:
     """The vectors given at start-up, and those that the registry's folder holds then; and that folder.
 
-    Raises: BadVectorFile, BadStore, and BadPreset: a file that is wrong is told of before a model is loaded.
+    Raises: BadVectorFile, BadStore, BadPreset, BadKeys: a file that is wrong is told of before a model is loaded.
     """
     for path in preset_files(settings.presets):
         read_preset(path)
+    if settings.keys is not None:
+        read_keys(settings.keys)
     files = read_vectors(settings.vectors)
     if settings.registry is None:
         return files, None
@@ -135,6 +144,8 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.max_search_seqs,
         settings.attention_rows,
         settings.hidden_states,
+        settings.capture_layers,
+        settings.max_capture_bytes,
         settings.one_form,
     )
 
@@ -198,6 +209,8 @@ async def load(
         max_search_seqs=engine.layout.max_search_seqs,
         reads_attention=engine.layout.reads_attention,
         num_hidden_states=engine.layout.num_hidden_states,
+        capture_layers=frozenset(engine.layout.capture_layers),
+        max_capture_bytes=engine.layout.max_capture_bytes,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)
@@ -219,7 +232,14 @@ async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
     return findings
 
 
-async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings: Settings, life: Lifecycle) -> FastAPI:
+async def extend(
+    app: FastAPI,
+    engine: Engine,
+    registry: LiveRegistry,
+    settings: Settings,
+    life: Lifecycle,
+    keyring: Keyring | None = None,
+) -> FastAPI:
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
     app.state.whipstaff, app.state.whipstaff_life = registry, life
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
@@ -238,12 +258,40 @@ async def extend(app: FastAPI, engine: Engine, registry: LiveRegistry, settings:
         serve_playground(app)
     if openai.has_docs(app):
         serve_docs(app)
-    openai.list_models(app, registry.preset_names)
+    openai.list_models(app, partial(_preset_names, registry))
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
-    stack = app.build_middleware_stack()  # vLLM has built it already, without our handler
+    stack: Any = Bounds(app.build_middleware_stack())  # vLLM has built it already, without our handler
+    if keyring is not None or settings.audit_log is not None:
+        audit = Audit(settings.audit_log)
+        stack = Access(stack, keyring, audit, settings.open_metrics)
+        app.state.whipstaff_reloading = asyncio.create_task(_reload(keyring, audit))
     app.middleware_stack = Gate(metrics.Refusals(stack), life)
     return app
+
+
+async def _preset_names(registry: LiveRegistry) -> Iterable[str]:
+    """Those that who asks may name."""
+    caps, holder = await registry.current(), HOLDER.get()
+    return caps.presets if holder is None else holder.view.of(caps).presets
+
+
+async def _reload(keyring: Keyring | None, audit: Audit) -> None:
+    """Read the keys again when their file changes, or on SIGHUP, which means that the audit log was moved away, too."""
+
+    def note(problem: str | None) -> None:
+        audit.event("keys.reload", problem=problem)
+        if problem is not None:
+            logger.error("%s; the keys are what they were", problem)
+
+    def hang_up() -> None:
+        audit.reopen()
+        if keyring is not None:
+            note(keyring.reload())
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    if keyring is not None:
+        await keyring.follow(note)
 
 
 @contextmanager

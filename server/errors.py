@@ -5,17 +5,20 @@ WhipstaffError
  |- Unauthorized    401  no admin key, or a wrong one
  |- Forbidden       403  a route that this server was started without
  |- NotFound        404  a name that this server does not have
+ |- TimedOut        408  a body that does not come to its end
  |- VectorUnfit     409  a vector made for another model
  |- Fixed           409  a name that the operator gave, which no request changes
  |- NameTaken       409  a new name that another vector has
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
+ |- RateLimited     429  more than the key may have now; the answer says when to come back
  |- NotReady        503  a server that is about to end takes nothing new
  |- StorageFull     507  no room under the registry; it is as it was
 """
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -62,6 +65,10 @@ class NotFound(WhipstaffError):
     status, type = 404, "NotFoundError"
 
 
+class TimedOut(WhipstaffError):
+    status, type = 408, "RequestTimeoutError"
+
+
 class VectorUnfit(WhipstaffError):
     status, type = 409, "ConflictError"
 
@@ -82,6 +89,16 @@ class Unavailable(WhipstaffError):
     status, type = 422, "UnprocessableEntityError"
 
 
+class RateLimited(WhipstaffError):
+    """`reason` names the limit, `wait` is in seconds."""
+
+    status, type = 429, "RateLimitError"
+
+    def __init__(self, message: str, reason: str = "rate_requests", wait: float = 1.0) -> None:
+        super().__init__(message)
+        self.reason, self.seconds = reason, max(math.ceil(wait), 1)
+
+
 class NotReady(WhipstaffError):
     status, type = 503, "ServiceUnavailableError"
 
@@ -98,18 +115,27 @@ class FieldOrigins:
     filled: frozenset[str] = frozenset()  # fields that the preset filled in
     xargs: frozenset[str] = frozenset()  # fields that came in the request's vllm_xargs
 
+    def is_filled(self, path: str) -> bool:
+        """Whether the preset said what is at a path."""
+        return _top(path) in self.filled
+
     @contextmanager
     def named(self) -> Iterator[None]:
         """Let errors say where their field came from: a client knows a preset by `model` only."""
         try:
             yield
         except WhipstaffError as error:
-            name = re.split(r"[.\[]", error.param or "")[0]
+            name = _top(error.param or "")
             if name in self.xargs:
                 raise type(error)(error.message, f"vllm_xargs.{error.param}") from None
             if name not in self.filled:
                 raise
             raise type(error)(f"preset {self.preset!r}, {error.param}: {error.message}", "model") from None
+
+
+def _top(path: str) -> str:
+    """The field that a path begins with."""
+    return re.split(r"[.\[]", path)[0]
 
 
 @contextmanager

@@ -37,13 +37,17 @@ REASONS = {  # of refusals, by HTTP status
     403: "policy",
     404: "unknown_name",
     405: "bad_value",
+    408: "bad_value",
     409: "conflict",
     413: "too_large",
     415: "bad_value",
     422: "unavailable",
+    429: "rate_requests",
     503: "queue_full",
 }
+LIMITS = ("rate_requests", "rate_tokens", "rate_cost", "concurrency")  # what of a key's is used up
 DRAINING_REASON = "draining"  # of what comes to a server that is about to end
+REFUSED = "whipstaff_refused"  # the key in a request's scope under which an error of ours is kept
 TOLD_EVERY = 1.0  # seconds between two counts of a generation's tokens
 MAX_PRESETS = 100  # that are told apart
 OTHER = "other"
@@ -103,6 +107,7 @@ REGISTRY_CHANGES = Counter(
     "whipstaff_registry_changes", "Changes of the registry that an administrator asked for",
     ["kind", "action", "outcome"],
 )  # fmt: skip
+AUDIT_LOST = Counter("whipstaff_audit_lost", "Lines of the audit log that could not be written")
 VECTORS = _gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
 SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
 SELF_TEST = _gauge("whipstaff_selftest_ok", "1 once every hook was seen to obey; a server where one does not ends")
@@ -178,7 +183,7 @@ WORKER_GAUGES: Mapping[str, Gauge] = {
 }
 
 # A counter that is born with 1 has no rate: what everybody looks at is there from the start.
-for _reason in (*REASONS.values(), DRAINING_REASON):
+for _reason in (*REASONS.values(), *LIMITS, DRAINING_REASON):
     REFUSALS.labels(_reason)
 for _outcome in (*OUTCOMES, ABORTED):
     REQUESTS.labels(PLAIN, _outcome)
@@ -226,10 +231,10 @@ def note_steering(entries: Iterable[Mapping[str, Any]]) -> None:
         FIRED.inc(fired["tokens"])
 
 
-def note_status(status: int) -> None:
-    """Of an answer: whether it refused the request."""
+def note_status(status: int, reason: str | None = None) -> None:
+    """Of an answer: whether it refused the request, and why, where the status alone does not say."""
     if status in REASONS:
-        REFUSALS.labels(REASONS[status]).inc()
+        REFUSALS.labels(reason or REASONS[status]).inc()
 
 
 def note_admission(started: float, has_steering: bool, has_decoding: bool) -> None:
@@ -372,7 +377,7 @@ class Refusals:
 
         async def noting(message: Any) -> None:
             if message["type"] == "http.response.start":
-                note_status(message["status"])
+                note_status(message["status"], getattr(scope.get(REFUSED), "reason", None))
             await send(message)
 
         await self._app(scope, receive, noting)

@@ -1,12 +1,15 @@
 """What a request carries into the engine: its compiled plan, as JSON under one key of SamplingParams.extra_args."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from whipstaff.decoding.plan import DecodingPlan, Explain, SamplerSettings
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import EditSet, Insert, Segment, SteeringPlan
+from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.where import Interval
 
 PLAN_KEY = "whipstaff"
 STEPS_AHEAD = 2  # a companion that is not needed any more may have been given as many tokens more
@@ -42,6 +45,8 @@ class RequestPlan:
     readings_id: str = ""  # by which `whipstaff_readings` finds what the request's conditions read; "": nobody will ask
     companions: tuple[CompanionPlan, ...] = ()  # further sequences that emit the same tokens
     models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
+    captures_id: str = ""  # by which `whipstaff_captures` finds the activations that the client is told; "": none are
+    max_fed: int = 0  # the most tokens that the request's own sequence feeds; where activations are captured
 
     @cached_property
     def untils(self) -> tuple[int | None, ...]:
@@ -72,6 +77,8 @@ class RequestPlan:
             "readings_id": self.readings_id,
             "companions": [companion.to_wire() for companion in self.companions],
             "models": list(self.models),
+            "captures_id": self.captures_id,
+            "max_fed": self.max_fed,
         }
 
     @staticmethod
@@ -85,12 +92,31 @@ class RequestPlan:
             str(wire["readings_id"]),
             tuple(map(CompanionPlan.from_wire, wire["companions"])),
             tuple(wire["models"]),
+            str(wire["captures_id"]),
+            int(wire["max_fed"]),
         )
 
 
 def plan_of(request: Any) -> RequestPlan | None:
     """What one of vLLM's requests asks for; None for a plain one."""
     return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)
+
+
+class CapturedAt(NamedTuple):
+    """Hook points, and the positions [start, end) at which their activations are captured."""
+
+    points: tuple[HookPoint, ...]
+    intervals: tuple[tuple[int, int], ...]
+
+    @property
+    def num_positions(self) -> int:
+        return sum(end - start for start, end in self.intervals)
+
+
+def _bounded(intervals: Sequence[Interval], most: int) -> Iterator[tuple[int, int]]:
+    for start, end in intervals:
+        if start < (last := most if end is None else min(end, most)):
+            yield start, last
 
 
 @dataclass(frozen=True)
@@ -108,9 +134,9 @@ class PositionedPlan:
     def edited(self) -> list[Segment]:
         """The segments less what only keeps activations."""
         steering = self.plan.steering
-        if steering is None or not steering.keeps:
+        if steering is None or not (steering.keeps or steering.captures):
             return self.segments
-        return replace(steering, keeps=()).segments(self.prompt_len)
+        return replace(steering, keeps=(), captures=()).segments(self.prompt_len)
 
     @cached_property
     def rows(self) -> frozenset[EditSet]:
@@ -143,6 +169,25 @@ class PositionedPlan:
     def keeps_hidden(self) -> bool:
         """Whether the hidden states of all its positions are kept."""
         return self.plan.decoding is not None and self.plan.decoding.keeps_hidden
+
+    @cached_property
+    def captures(self) -> list[CapturedAt]:
+        """The activations that the client is told."""
+        planned = self.plan.steering.captures if self.plan.steering else ()
+        return [
+            CapturedAt(one.capture.points, tuple(_bounded(one.where.intervals(self.prompt_len), self.plan.max_fed)))
+            for one in planned
+        ]
+
+    @property
+    def first_captured(self) -> int | None:
+        """The first position whose activations the client is told, and which must be computed; None when none is."""
+        return min((start for one in self.captures for start, _ in one.intervals), default=None)
+
+    def capture_bytes(self, shape: ModelShape) -> int:
+        """What the client is told at most, as float32."""
+        widths = (sum(shape.width(point.site) for point in one.points) for one in self.captures)
+        return sum(4 * one.num_positions * width for one, width in zip(self.captures, widths, strict=True))
 
     @property
     def needs_slots(self) -> bool:

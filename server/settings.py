@@ -50,6 +50,15 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, min_length=1, description="lets its holder change the registry; better in WHIPSTAFF_ADMIN_KEY"
     )
+    keys: Path | None = Field(
+        None,
+        description="a file of keys and of what each may do, instead of --api-key and --admin-key; read again when it "
+        "changes",
+    )
+    open_metrics: bool = Field(False, description="let everybody read /metrics, which --keys otherwise guards, too")
+    audit_log: Path | None = Field(
+        None, description="a file for changes of the registry and refused requests, a JSON object a line"
+    )
     max_upload_bytes: int = Field(MAX_BYTES, gt=0, le=MAX_BYTES, description=f"the largest upload ({MAX_BYTES})")
     presets: Annotated[list[Path], NoDecode] = Field(
         [], description="a preset (.json) or a folder of them, repeatable (comma-separated in WHIPSTAFF_PRESETS)"
@@ -80,6 +89,16 @@ class Settings(BaseSettings):
         False,
         description="let methods read how much a token looks at those before it in the last layer, such as opera",
     )
+    capture_layers: Annotated[list[int] | Literal["all"] | None, NoDecode] = Field(
+        None,
+        description="which layers' activations requests may read by `capture`: comma-separated, or all, or none "
+        "(default: all if that takes little memory)",
+    )
+    max_capture_bytes: int = Field(
+        1 << 28,
+        ge=0,
+        description=f"activations that requests read at once, all together, as float32; more wait ({1 << 28})",
+    )
     hidden_states: int = Field(
         0,
         ge=0,
@@ -97,7 +116,7 @@ class Settings(BaseSettings):
         "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
-    @field_validator("early_layers", mode="before")
+    @field_validator("early_layers", "capture_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if not isinstance(value, str) or value in ("all", "none"):
@@ -151,6 +170,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _keys_have_one_place(self) -> "Settings":
+        if self.keys is not None and self.admin_key is not None:
+            raise ValueError("--keys says who administrates; leave out --admin-key")
+        return self
+
+    @model_validator(mode="after")
     def _registry_has_a_key(self) -> "Settings":
         if self.admin_key is not None and self.registry is None:
             raise ValueError("--admin-key lets the registry be changed; say where it is kept with --registry DIR")
@@ -168,17 +193,21 @@ class Settings(BaseSettings):
             ("dose_policy", "store", "POLICY"),
             ("registry", "store", "DIR"),
             ("admin_key", "store", "KEY"),
+            ("keys", "store", "FILE"),
+            ("audit_log", "store", "FILE"),
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
             ("drain_timeout", "store", "SECONDS"),
             ("early_layers", "store", "LAYERS"),
+            ("capture_layers", "store", "LAYERS"),
+            ("max_capture_bytes", "store", "N"),
             ("hidden_states", "store", "N"),
             ("max_search_seqs", "store", "N"),
         ):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        for name in ("lookahead", "attention_rows", "one_form"):
+        for name in ("lookahead", "attention_rows", "one_form", "open_metrics"):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)

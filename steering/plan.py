@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from whipstaff.steering.conditions import Schedule
+from whipstaff.steering.method import HookPoint
 from whipstaff.steering.programs import OPEN, Gate
 from whipstaff.steering.where import Interval, Where
 
@@ -54,6 +55,17 @@ class StreamCopy(NamedTuple):
     layers: tuple[int, ...]
 
 
+class Capture(NamedTuple):
+    """Keep the activations at some hook points beside the model; nothing changes."""
+
+    points: tuple[HookPoint, ...]
+    is_edited: bool  # as the row's edits have left them, or else as they came
+
+    @staticmethod
+    def from_wire(points: Sequence[Sequence[Any]], is_edited: bool) -> "Capture":
+        return Capture(tuple(HookPoint(site, layer) for site, layer in points), is_edited)
+
+
 class Meter(NamedTuple):
     """Measure how long activations are, everywhere."""
 
@@ -68,7 +80,7 @@ class Insert(NamedTuple):
     num: int
 
 
-Item = Edit | ProbeRead | ModuleEdit | StreamCopy | Meter
+Item = Edit | ProbeRead | ModuleEdit | StreamCopy | Capture | Meter
 EditSet = tuple[Item, ...]  # made in this order: probes before edits, and keeping last
 _SMALL = 2  # lines and instructions of probes, keeps and meters, rounded up
 
@@ -103,6 +115,12 @@ class PlannedModuleEdit:
 
 
 @dataclass(frozen=True)
+class PlannedCapture:
+    capture: Capture
+    where: Where
+
+
+@dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
 
@@ -114,6 +132,7 @@ class SteeringPlan:
     inserts: tuple[Insert, ...] = ()  # in order of their positions, apart from each other
     module_edits: tuple[PlannedModuleEdit, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
+    captures: tuple[PlannedCapture, ...] = ()  # activations that the client is told
 
     @property
     def num_columns(self) -> int:
@@ -159,6 +178,7 @@ class SteeringPlan:
         yield from ((planned.edit, planned.where) for planned in self.module_edits)
         if self.keeps:
             yield StreamCopy(self.keeps), Where.of("all")
+        yield from ((planned.capture, planned.where) for planned in self.captures)
         if self.is_metered:
             yield Meter(), Where.of("all")
 
@@ -172,6 +192,10 @@ class SteeringPlan:
             "inserts": [list(insert) for insert in self.inserts],
             "module_edits": [[*planned.edit, _where(planned.where)] for planned in self.module_edits],
             "keeps": list(self.keeps),
+            "captures": [
+                [[list(point) for point in p.capture.points], p.capture.is_edited, _where(p.where)]
+                for p in self.captures
+            ],
         }
 
     @staticmethod
@@ -185,6 +209,10 @@ class SteeringPlan:
             tuple(Insert(*insert) for insert in wire["inserts"]),
             tuple(_module_edit_from_wire(*entry) for entry in wire["module_edits"]),
             tuple(wire["keeps"]),
+            tuple(
+                PlannedCapture(Capture.from_wire(points, is_edited), Where.model_validate(where))
+                for points, is_edited, where in wire["captures"]
+            ),
         )
 
 

@@ -147,9 +147,18 @@ def lines_of(programs: Mapping[HookPoint, Program]) -> dict[str, list[Line]]:
     return {pool: list(lines) for pool, lines in found.items() if lines}
 
 
-def assemble(readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool = False) -> Program:
-    """The program of one row at one hook point; empty when nothing happens there."""
+def assemble(
+    readings: Iterable[Reading], steps: Sequence[Step], is_kept: bool = False, is_kept_first: bool = False
+) -> Program:
+    """The program of one row at one hook point; empty when nothing happens there.
+
+    Args:
+        is_kept: whether what the edits leave is kept.
+        is_kept_first: whether what is there before them is.
+    """
     program = Program()
+    if is_kept_first:
+        program.add(Opcode.KEEP)
     for reading in readings:
         flags = [reading.condition_index, int(reading.is_latched), int(reading.is_cosine)]
         program.add(Opcode.PROBE, [Line.own(reading.direction), *flags], [0, 0, 0, 0, reading.bias])

@@ -17,7 +17,7 @@ from torch import Tensor
 from whipstaff.cuda_ext import Opcode
 from whipstaff.steering.edits import edits_of
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import FRAME, FRAME_ROOM, EditSet, Meter, ModuleEdit, ProbeRead, StreamCopy
+from whipstaff.steering.plan import FRAME, FRAME_ROOM, Capture, EditSet, Meter, ModuleEdit, ProbeRead, StreamCopy
 from whipstaff.steering.programs import Encoding, Line, Program, Reading, Step, assemble, lines_of, meter
 from whipstaff.steering.sites import pool_of
 from whipstaff.steering.vector_file import Vector
@@ -82,7 +82,7 @@ class SiteTables(NamedTuple):
     code: Tensor  # (P, 6) int32
     args: Tensor  # (P, 6) float32
     encoders: Encoders | None
-    kept: Tensor | None  # (max_tokens, width)
+    kept: Tensor | None  # (max_tokens, width): row t is token t's, where its row of edits keeps it
 
 
 @dataclass
@@ -116,12 +116,12 @@ class Tables:
         device: torch.device,
         vector_of: Callable[[str], Vector],
         encoder_sizes: dict[HookPoint, int] | None = None,
-        kept: Mapping[int, Tensor] | None = None,
+        kept: Mapping[HookPoint, Tensor] | None = None,
     ) -> None:
         """A slot is room for one row: two lines per layer in each pool, and two frames of code.
 
         Args:
-            kept: by early layer (see `StreamCopy`), (max_tokens, width) room in the model's type for the streams there.
+            kept: (max_tokens, width) room in the model's type for the activations at hook points that can be kept.
         """
         self.hook_points = [spec.point for spec in sites]
         self.num_uploads = self.num_uploaded_bytes = 0
@@ -142,7 +142,7 @@ class Tables:
         self._free_frames = list(range(num_frames))
         self._held: OrderedDict[EditSet, _Held] = OrderedDict()  # least recently used first
         self._index = {point: index for index, point in enumerate(self.hook_points)}
-        self._kept = {HookPoint.entering(layer): rows for layer, rows in (kept or {}).items()}
+        self._kept = dict(kept or {})
 
     def kept(self, layer: int) -> Tensor:
         """(max_tokens, width) the streams at an early layer: row t is token t's, where its row of edits keeps it."""
@@ -225,12 +225,15 @@ class Tables:
             return dict.fromkeys(self.hook_points, meter())
         readings: dict[HookPoint, list[Reading]] = {}
         steps: dict[HookPoint, list[Step]] = {}
-        kept: set[HookPoint] = set()
+        kept: dict[bool, set[HookPoint]] = {False: set(), True: set()}  # before the row's edits, and after them
         for item in row:
             if isinstance(item, ModuleEdit | Meter):
                 continue
             if isinstance(item, StreamCopy):
-                kept.update(map(HookPoint.entering, item.layers))
+                kept[True].update(map(HookPoint.entering, item.layers))
+                continue
+            if isinstance(item, Capture):
+                kept[item.is_edited].update(item.points)
                 continue
             vector = self._vector_of(item.digest)
             if isinstance(item, ProbeRead):
@@ -239,8 +242,12 @@ class Tables:
                 continue
             for point, ops in edits_of(vector, item).items():
                 steps.setdefault(point, []).append(Step(ops, item.gate, item.renorm, item.digest))
-        touched = [point for point in self.hook_points if point in readings or point in steps or point in kept]
-        return {point: assemble(readings.get(point, ()), steps.get(point, ()), point in kept) for point in touched}
+        touched = {*readings, *steps, *kept[True], *kept[False]}
+        return {
+            point: assemble(readings.get(point, ()), steps.get(point, ()), point in kept[True], point in kept[False])
+            for point in self.hook_points
+            if point in touched
+        }
 
     def _write_lines(self, pool: Pool, lines: Sequence[Line]) -> dict[Line, int]:
         """Where each line went."""

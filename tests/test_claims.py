@@ -14,6 +14,7 @@ from whipstaff.decoding.companions import CoupledParams
 from whipstaff.decoding.method import STAGES
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.decoding.methods import dry
+from whipstaff.decoding.search.search import SearchParams
 from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.settings import Settings
@@ -115,12 +116,12 @@ def test_what_a_steering_method_reads_and_where() -> None:
 
 
 def test_every_parameter_and_shorthand_of_a_decoding_method_is_named() -> None:
-    """By the shorthand where the table says that; what all of several prompts take stands below the table."""
+    """By the shorthand where the table says that; what all of several prompts or all searches take stands below it."""
     told = [name for row in table(DECODING_README, "Other servers' names") for name in names(row[1])]
     for name, method in DECODING.items():
         (row,) = [row for row in table(DECODING_README, "Methods") if name in names(row[0])]
         shorthands = method.shorthands.items()
-        said, common = set(names(row[2])), {"method", *CoupledParams.model_fields}
+        said, common = set(names(row[2])), {"method", *CoupledParams.model_fields, *SearchParams.model_fields}
         for param in set(method.params.model_fields) - common:
             assert {param, *(field for field, meant in shorthands if meant == param)} & said, (name, param)
         assert {*method.shorthands, *method.gates} <= set(told), name

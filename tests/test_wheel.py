@@ -100,7 +100,8 @@ def wheel(maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
-    command = [sys.executable, folder / "source" / "requirements" / "wheel.py", "--cpu-only", "--out", folder / "dist"]
+    script = folder / "source" / "requirements" / "wheel.py"
+    command = [sys.executable, str(script), "--cpu-only", "--out", str(folder / "dist")]
     variables = {"MAX_JOBS": "2", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -126,8 +126,8 @@ def best_of(finished: Sequence[Hypothesis], more: Sequence[Hypothesis], num: int
     return tuple(sorted((*finished, *more), key=lambda answer: -answer.score)[:num])
 
 
-def num_shared(texts: Sequence[Sequence[int]], known: int) -> int:
-    """How many leading tokens all texts have in common, given that they have `known`."""
+def num_shared(texts: Sequence[Sequence[int] | str], known: int) -> int:
+    """How many leading tokens, or characters, all texts have in common, given that they have `known`."""
     first, shortest = texts[0], min(map(len, texts))
     while known < shortest and all(text[known] == first[known] for text in texts):
         known += 1

@@ -61,6 +61,7 @@ class Kcts(SearchMethod[KctsParams]):
     head_fields: ClassVar[Mapping[str, str]] = {"classifier": "prefix_classifier"}
     needs: ClassVar[frozenset[SearchNeed]] = frozenset({"hidden"})
     explains = True
+    drafts = False  # what lives is where it looks
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # the classifier decides

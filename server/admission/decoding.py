@@ -353,6 +353,12 @@ def search_of(entries: Sequence[DecodingEntry]) -> DecodingEntry | None:
     return next((entry for entry in entries if isinstance(entry.method, SearchMethod)), None)
 
 
+def may_retract(entries: Sequence[DecodingEntry]) -> bool:
+    """Whether there is a text to show that may be taken back."""
+    search = search_of(entries)
+    return search is not None and isinstance(search.method, SearchMethod) and search.method.drafts
+
+
 def _search_plan(entry: DecodingEntry) -> SearchPlan:
     assert isinstance(entry.method, SearchMethod)
     num_sequences, params = entry.method.num_sequences(entry.params), entry.params

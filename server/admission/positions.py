@@ -13,7 +13,7 @@ from whipstaff.server.prompt.message_spans import ExpandedPrompt, Prompt, Span
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.inserts import InsertParams, Wanted, index_of, place_inserts, shift
 from whipstaff.steering.plan import Insert, PlannedEdit, PlannedModuleEdit, SteeringPlan
-from whipstaff.steering.where import NOWHERE, Messages
+from whipstaff.steering.where import NOWHERE, Messages, Where
 
 Planned = TypeVar("Planned", PlannedEdit, PlannedModuleEdit)
 
@@ -70,10 +70,16 @@ def _index(soft: SoftPrompt, prompt: Prompt) -> int:
         raise BadRequest(str(error), f"{soft.path}.{error.param or 'insert'}") from None
 
 
-def _resolved(
-    plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, is_further: bool, inserts: Sequence[Insert] = ()
-) -> SteeringPlan:
-    """The plan with clauses in windows and token ids only."""
+def where_at_prompt(
+    where: Where, path: str, prompt: Prompt, inserts: Sequence[Insert], is_further: bool = False
+) -> Where:
+    """A clause in windows and token ids only. Raises: BadRequest.
+
+    Args:
+        path: of the entry whose clause it is.
+        inserts: that the prompt gets.
+        is_further: whether it was written for another prompt of the request.
+    """
 
     def spans(chosen: Messages) -> list[Span]:
         if is_further and prompt.chat is None:
@@ -81,17 +87,23 @@ def _resolved(
         found = [shift(span, inserts) for span in prompt.spans(chosen)]
         return found or ([NOWHERE] if is_further else [])
 
+    if not where.needs_prompt:
+        return where
+    try:
+        return where.resolved(spans, prompt.id_of)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{path}.{error.param or 'where'}") from None
+    except ValidationError:  # the engine takes as many windows as a request may
+        raise BadRequest("these are more messages than a clause may have windows", f"{path}.where.messages") from None
+
+
+def _resolved(
+    plan: SteeringPlan, paths: Sequence[str], prompt: Prompt, is_further: bool, inserts: Sequence[Insert] = ()
+) -> SteeringPlan:
+    """The plan with clauses in windows and token ids only."""
+
     def resolved(planned: Planned, path: str) -> Planned:
-        if not planned.where.needs_prompt:
-            return planned
-        try:
-            return replace(planned, where=planned.where.resolved(spans, prompt.id_of))
-        except SteeringError as error:
-            raise BadRequest(str(error), f"{path}.{error.param or 'where'}") from None
-        except ValidationError:  # the engine takes as many windows as a request may
-            raise BadRequest(
-                "these are more messages than a clause may have windows", f"{path}.where.messages"
-            ) from None
+        return replace(planned, where=where_at_prompt(planned.where, path, prompt, inserts, is_further))
 
     num_edits = len(plan.edits)
     return replace(

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.server.admission.captures import captures_of, check_beside
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     NOTHING,
@@ -38,7 +39,7 @@ from whipstaff.server.admission.fields import (
     ours_in,
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
-from whipstaff.server.admission.search import check_explained, check_room, vllm_beam_search
+from whipstaff.server.admission.search import check_explained, check_retractions, check_room, vllm_beam_search
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
 from whipstaff.server.errors import (
     BadRequest,
@@ -107,6 +108,10 @@ def compile_request(
         compiled = compile_extras(fields, caps, merges, shared, [search])
     if compiled is not None and compiled.search is not None:
         return compiled.beside(request)
+    if compiled is not None and compiled.options.streams_retractions:
+        check_retractions(request)
+        warning = "stream_retractions did nothing: without a search nothing is taken back"
+        compiled = replace(compiled, warnings=(*compiled.warnings, warning))
     if request.is_hot:
         compiled = (compiled or CompiledRequest(caps)).heated(request.temperature, request.truncates)
     if compiled is None:
@@ -148,6 +153,9 @@ def compile_extras(
         check_room(search, decoding.mix.num_companions if decoding.mix else 0, caps)
         if options.explain is not None:
             check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
+    captures = () if fields.get("capture") is None else captures_of(fields, caps)
+    if captures:
+        check_beside(captures, decoding, entries)
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
@@ -155,10 +163,18 @@ def compile_extras(
     plan = steering.plan if steering.entries else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
+    if captures:
+        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in captures))
     return CompiledRequest(
         caps,
-        RequestPlan(plan, decoding, uuid4().hex if plan and plan.num_columns else ""),
+        RequestPlan(
+            plan,
+            decoding,
+            uuid4().hex if plan and plan.num_columns else "",
+            captures_id=uuid4().hex if captures else "",
+        ),
         steering,
+        captures,
         tuple(entries),
         options,
         {name: caps.auxiliaries[name] for name in models},
@@ -191,7 +207,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
     told, explain = None, fields.get("explain")
     if explain is not None or source == "both":
         told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
-    return Options(is_temperature_last, explain=told, logprobs_source=source)
+    streams_retractions = flag(fields, "stream_retractions")
+    return Options(is_temperature_last, False, told, source, streams_retractions)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:

@@ -1,32 +1,45 @@
 """Receipts: what was done to a request, for its response. Same request and same receipt mean same behaviour."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from whipstaff.server.admission.captures import NamedSequence, Told, captured
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import told
-from whipstaff.server.plan import PlacedRequest
+from whipstaff.server.plan import PlacedRequest, PositionedPlan
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
 
 RECEIPT_FIELD = "whipstaff"  # of a response
 Readings = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
+Captures = Callable[[str], Awaitable[Sequence[Told]]]  # what each rank says of a request's activations, by captures_id
 
 
 class Tally:
     """The tokens of a request's sequences, noted as its outputs pass by."""
 
     def __init__(self) -> None:
-        self._prompts: dict[str, list[int]] = {}
-        self._generated: dict[tuple[str, int], list[int]] = {}
+        self._prompts: dict[int, list[int]] = {}
+        self._generated: dict[tuple[int, int], list[int]] = {}  # by prompt and answer
+        self._names: dict[int, str] = {}  # what the engine calls sequences, by choice
         self._searches: dict[int, dict[str, Any]] = {}  # by prompt
 
-    def note(self, output: Any) -> None:
-        """One vLLM RequestOutput; its token ids are what came since the last one."""
+    def note(self, prompt: int, output: Any) -> None:
+        """One vLLM RequestOutput of a prompt; its token ids are what came since the last one."""
         if output.prompt_token_ids is not None:
-            self._prompts[output.request_id] = output.prompt_token_ids
+            self._prompts[prompt] = output.prompt_token_ids
         for sequence in output.outputs:
-            self._generated.setdefault((output.request_id, sequence.index), []).extend(sequence.token_ids)
+            self._generated.setdefault((prompt, sequence.index), []).extend(sequence.token_ids)
+
+    def name_sequence(self, choice: int, name: str) -> None:
+        """What the engine calls the sequence of a choice."""
+        self._names[choice] = name
+
+    def sequences(self, num_answers: int) -> list[NamedSequence]:
+        """Those of the choices, of which every prompt has so many, in order."""
+        fed = {prompt * num_answers + answer: one for (prompt, answer), one in self._by_answer()}
+        return [NamedSequence(choice, self._names[choice], fed[choice].num_fed) for choice in sorted(fed)]
 
     def note_search(self, prompt: int, record: dict[str, Any]) -> None:
         """What the search of a prompt came to."""
@@ -39,12 +52,13 @@ class Tally:
 
     def fed(self) -> list[Fed]:
         """Every sequence."""
-        found = []
-        for (request_id, _), generated in self._generated.items():
-            prompt = self._prompts[request_id]
+        return [one for _, one in self._by_answer()]
+
+    def _by_answer(self) -> Iterator[tuple[tuple[int, int], Fed]]:
+        for (number, answer), generated in self._generated.items():
+            prompt = self._prompts[number]
             num_fed = len(prompt) + max(len(generated) - 1, 0)
-            found.append(Fed(len(prompt), num_fed, [*prompt, *generated]))
-        return found
+            yield (number, answer), Fed(len(prompt), num_fed, [*prompt, *generated])
 
 
 def receipt(
@@ -67,6 +81,7 @@ def receipt(
         "steering": [entry.describe(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
         "decoding": [entry.to_json() for entry in compiled.decoding],
         **({"sequences": companions} if companions else {}),
+        **({"capture": [entry.to_json() for entry in compiled.captures]} if compiled.captures else {}),
         **({"search": [told(record, compiled.num_sequences) for record in searches]} if searches else {}),
         "warnings": warnings_of(compiled, placed),
     }
@@ -78,14 +93,29 @@ def warnings_of(compiled: CompiledRequest, placed: Sequence[PlacedRequest]) -> l
 
 
 async def final_receipt(
-    compiled: CompiledRequest, placed: Sequence[PlacedRequest], tally: Tally, readings: Readings
+    compiled: CompiledRequest,
+    placed: Sequence[PlacedRequest],
+    tally: Tally,
+    readings: Readings,
+    captures: Captures,
+    num_answers: int,
 ) -> dict[str, Any]:
-    """What was done, once everything is generated."""
+    """What was done, once everything is generated; every prompt has so many answers."""
     fed = tally.fed()
     if readings_id := compiled.plan.readings_id:
         found = await readings(readings_id)
         fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
-    return receipt(compiled, placed, fed, tally.searches)
+    made = receipt(compiled, placed, fed, tally.searches)
+    if captures_id := compiled.plan.captures_id:
+        ranks = await captures(captures_id)
+        plans = [PositionedPlan(one.plan, one.num_tokens) for one in placed]
+        made["captured"] = [
+            await asyncio.to_thread(  # they may be large
+                captured, one, plans[one.choice // num_answers], compiled.captures, compiled.caps.model, ranks
+            )
+            for one in tally.sequences(num_answers)
+        ]
+    return made
 
 
 def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:

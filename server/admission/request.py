@@ -11,6 +11,7 @@ from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan, Explain
+from whipstaff.server.admission.captures import CaptureEntry, captures_at_prompt, check_captures
 from whipstaff.server.admission.companions import (
     PlacedCompanion,
     check_number,
@@ -18,10 +19,10 @@ from whipstaff.server.admission.companions import (
     unsteered,
     wanted_scores,
 )
-from whipstaff.server.admission.decoding import DecodingEntry, plan_of, ranking_of, search_of
+from whipstaff.server.admission.decoding import DecodingEntry, may_retract, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
-from whipstaff.server.admission.search import check_answers, check_told, without_effect
+from whipstaff.server.admission.search import check_answers, check_retractions, check_told, without_effect
 from whipstaff.server.admission.steering import SequenceSteering, check_one_set
 from whipstaff.server.errors import BadRequest, FieldOrigins, Unavailable, naming_prompt
 from whipstaff.server.metrics import MIXED, PLAIN, SEVERAL
@@ -45,6 +46,7 @@ class Options:
     is_hot: bool = False  # whether its temperature is one that vLLM does not take
     explain: Explain | None = None
     logprobs_source: LogprobsSource = "final"
+    streams_retractions: bool = False  # whether a search may tell what it may take back
     is_dry: bool = False  # whether it is only looked at
 
     def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
@@ -54,7 +56,8 @@ class Options:
         if plan is None and not takes_over:
             return None
         if plan is not None and plan.search is not None:
-            return replace(plan, explain=self.explain)  # what it decides is explained, and no draw
+            search = plan.search._replace(tells_drafts=self.streams_retractions and may_retract(entries))
+            return replace(plan, explain=self.explain, search=search)  # what it decides is explained, and no draw
         ranking = ranking_of(entries)
         needs_explaining = ranking is not None and _ranker(ranking).reads_rows(ranking.params)
         explain = Explain(0) if self.explain is None and needs_explaining else self.explain
@@ -68,6 +71,7 @@ class CompiledRequest:
     caps: Capabilities
     plan: RequestPlan = RequestPlan()  # noqa: RUF009 - frozen
     steering: SequenceSteering = SequenceSteering()  # noqa: RUF009 - a tuple
+    captures: tuple[CaptureEntry, ...] = ()
     decoding: tuple[DecodingEntry, ...] = ()
     options: Options = Options()
     limits: Mapping[str, int] = field(default_factory=dict)  # of the auxiliary models that it needs
@@ -96,6 +100,13 @@ class CompiledRequest:
         return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]
 
     @property
+    def asked_for(self) -> dict[str, str]:
+        """The methods that the client itself named, by their paths; a preset's are its operator's."""
+        steering = {entry.path: entry.vector.method.name for entry in self.steering.entries}
+        decoding = {entry.path_of("method"): entry.method.name for entry in self.decoding}
+        return {path: name for path, name in (steering | decoding).items() if not self.origins.is_filled(path)}
+
+    @property
     def is_plain(self) -> bool:
         """Whether the engine does nothing differently for it."""
         return self.plan.steering is None and self.plan.decoding is None
@@ -104,7 +115,7 @@ class CompiledRequest:
     def reads_prompt(self) -> bool:
         """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
         steering = self.steering.plan
-        clauses = [*(one.where for one in steering.edits), *(one.where for one in steering.module_edits)]
+        clauses = [one.where for some in (steering.edits, steering.module_edits, self.captures) for one in some]
         return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
 
     def dry(self) -> "CompiledRequest":
@@ -137,7 +148,8 @@ class CompiledRequest:
         if plan.steering is not None:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
+            captures = captures_at_prompt(self.captures, prompt, steering.inserts) if self.captures else ()
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps, captures=captures))
         if self.decoding:
             facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
@@ -151,12 +163,11 @@ class CompiledRequest:
         if companions:
             check_number(companions, prompt, self.caps)
             plan = replace(plan, companions=tuple(one.plan for one in companions))
-        if plan.steering is not None and self.reads_prompt:
-            shared = self.steering
-            steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
         num_tokens = prompt.num_tokens if ids is None else len(ids)
         allowed = self._allowed(companions, num_tokens, most_tokens(num_tokens), is_explicit, warnings)
+        if self.captures:
+            plan = replace(plan, max_fed=num_tokens + allowed - 1)
+            check_captures(self.captures, PositionedPlan(plan, num_tokens), allowed, self.caps)
         if plan.steering is not None or companions:
             self._check_steering(plan, companions, num_tokens, allowed)
         return PlacedRequest(
@@ -265,6 +276,12 @@ class CompiledRequest:
         return self.search is not None
 
     @property
+    def retracts(self) -> bool:
+        """Whether it streams what a search may take back."""
+        search = self.plan.decoding.search if self.plan.decoding else None
+        return search is not None and search.tells_drafts
+
+    @property
     def ranking(self) -> DecodingEntry | None:
         """The entry whose method ranks answers; None where all that are drawn are wanted."""
         return ranking_of(self.decoding)
@@ -299,6 +316,8 @@ class CompiledRequest:
         assert search is not None
         check_answers(search, request.n or 1)
         check_told(search, request)
+        if self.options.streams_retractions:
+            check_retractions(request)
         self.check_grammar(request.has_grammar)
         return replace(self, warnings=(*self.warnings, *without_effect(search, request)))
 

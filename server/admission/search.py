@@ -73,6 +73,12 @@ def check_told(entry: DecodingEntry, request: Any) -> None:
         )
 
 
+def check_retractions(request: Any) -> None:
+    """Whether what was streamed can be taken back. Raises: BadRequest."""
+    if not request.stream:
+        raise BadRequest("it is for answers that are streamed", "stream_retractions")
+
+
 def without_effect(entry: DecodingEntry, request: Any) -> list[str]:
     """What to say of fields that change what is drawn from."""
     return [f"{field} did nothing: {entry.method.name} draws no tokens" for field in request.draw_fields]

@@ -11,16 +11,20 @@ from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from whipstaff.server import metrics
+from whipstaff.server.access.keys import HOLDER, Holder
+from whipstaff.server.access.ledger import Spending
+from whipstaff.server.access.policy import Policy
 from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.admission.fields import check_characters, ours_in, unpacked, with_xargs
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.sse import header_of, with_extras
+from whipstaff.server.api.sse import Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, parse
-from whipstaff.server.errors import FieldOrigins, NotFound, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.names import FIELDS, that_change
 from whipstaff.server.plan import PLAN_KEY
 from whipstaff.server.registry.capabilities import Capabilities
@@ -32,13 +36,15 @@ from whipstaff.steering.algebra import cosine
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
 OURS = "/v1/chat/completions and /v1/completions"  # the routes that take presets and extras
+MAX_ANSWERS, MAX_PROMPTS = 128, 1024  # of one request; how many run at once is --max-num-seqs's to say
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
 
 async def capabilities(request: Request) -> Capabilities:
-    """What there is now."""
+    """What there is now, for who asks."""
     library: LiveRegistry = request.app.state.whipstaff
-    return await library.current()
+    caps, holder = await library.current(), HOLDER.get()
+    return caps if holder is None else holder.view.of(caps)
 
 
 async def check_text(raw: Request) -> None:
@@ -60,6 +66,10 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
     """Compile a request's extras, wherever they came in, and those of the preset in its model's name; None for a plain
     request of which there is nothing to say."""
     base, name = openai.split_model(request.model, raw.app)
+    _check_counts(request)
+    holder = HOLDER.get()
+    if holder is not None:
+        name = _bounded(request, name, holder.policy)
     if name is None and not request.may_have_extras and not request.unknown_names:
         return None
     body = {} if name is None else await raw.json()
@@ -67,10 +77,37 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
     preset, started = None if name is None else caps.preset(name, "model"), time.perf_counter()
     if preset is not None:
         request.model = base
+        caps = caps if holder is None else holder.view.with_preset(await _everything(raw), preset)
     compiled = prepare(request, caps, preset, body)
+    if holder is not None and compiled is not None:
+        holder.policy.check_methods(compiled.asked_for)
     if compiled is not None:
         metrics.note_admission(started, bool(compiled.steering.entries), bool(compiled.decoding))
     return compiled
+
+
+async def _everything(raw: Request) -> Capabilities:
+    """What there is now, whoever asks."""
+    library: LiveRegistry = raw.app.state.whipstaff
+    return await library.current()
+
+
+def _check_counts(request: OpenAIRequest) -> None:
+    """Raises: BadRequest."""
+    for said, most, param in ((request.num_answers, MAX_ANSWERS, "n"), (request.num_prompts, MAX_PROMPTS, "prompt")):
+        if said > most:
+            raise BadRequest(f"at most {most} are taken, not {said}", param)
+
+
+def _bounded(request: OpenAIRequest, preset: str | None, policy: Policy) -> str | None:
+    """Keep a request to what its key may ask for; the preset that holds for it. Raises: Forbidden."""
+    forced = policy.forced_preset
+    if forced is not None and preset not in (None, forced):
+        raise Forbidden("this key has a preset of its own; name the model without one", "model")
+    policy.check_counts(request.num_answers, request.num_prompts, request.explicit_max_tokens)
+    if policy.max_tokens is not None and request.explicit_max_tokens is None:
+        request.cap(policy.max_tokens)
+    return forced if forced is not None else preset
 
 
 async def exchange() -> AsyncIterator[AsyncExitStack]:
@@ -100,18 +137,27 @@ async def create_completion(
 async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack) -> Response:
     with openai.answering_as(request.model):
         compiled = await compiled_of(request, raw)
+        if (holder := HOLDER.get()) is not None and not holder.meter.is_free:
+            spending = _spending(request, compiled, holder)
+            at_end.callback(spending.settle)
+            request.pay(spending.expect, spending.note)
         if compiled is None:
             return _response(await openai.answer(request, raw), raw, {}, at_end)
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
-        tally, explains = Tally(), compiled.options.explain is not None
+        tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            request.attach(compiled, tally.note, explained.note if explained else None, lease, tally.note_search)
+            note_token = explained.note if explained else None
+            retract = retractions.note if compiled.retracts else None
+            name_sequence = tally.name_sequence if compiled.captures else None
+            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract, name_sequence)
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:
-        made = await final_receipt(compiled, request.placed, tally, openai.readings(raw))
+        made = await final_receipt(
+            compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
+        )
         metrics.note_steering(made["steering"])
         return made
 
@@ -120,7 +166,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, receipt_at_end, explained)
+        events = with_extras(result, receipt_at_end, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
     body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
     if explained is not None:
@@ -128,6 +174,15 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     if timed is not None:
         timed.end()
     return _response(body, raw, headers, at_end)
+
+
+def _spending(request: OpenAIRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:
+    """What a request may come to, of its key's."""
+    num = request.num_answers
+    if compiled is None:
+        return Spending(holder.meter, num, num, 1)
+    is_one = compiled.searches or bool(compiled.num_candidates)  # the engine has several sequences for all answers
+    return Spending(holder.meter, num, compiled.num_sequences if is_one else num, 1 + len(compiled.limits))
 
 
 def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> Response:
@@ -202,6 +257,8 @@ async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
 async def _compiled_without_prompt(body: dict[str, Any], raw: Request) -> CompiledRequest | None:
     """Fields alone, or with a preset. Raises: WhipstaffError."""
     caps, (_, name) = await capabilities(raw), openai.split_model(_model(body), raw.app)
+    if (holder := HOLDER.get()) is not None:
+        name = holder.policy.forced_preset or name
     if name is not None:
         return await compiled_of(_with_some_prompt(body, caps.preset(name, "model")), raw)
     with FieldOrigins(xargs=ours_in(body.get("vllm_xargs"))).named():
@@ -301,5 +358,6 @@ def _model(body: Mapping[str, Any]) -> str | None:
 async def answer_refusal(raw: Request, error: Exception) -> Response:
     """The exception handler for our own errors."""
     assert isinstance(error, WhipstaffError)
-    headers = {"Connection": "close"} if isinstance(error, TooLarge) else None  # what was not read yet stays unread
+    raw.scope[metrics.REFUSED] = error
+    headers = {"Connection": "close"} if isinstance(error, TooLarge) else headers_of(error)  # the rest stays unread
     return JSONResponse(error.body(), status_code=error.status, headers=headers)

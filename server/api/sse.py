@@ -1,7 +1,7 @@
 """Answers on their way out: server-sent events with explanations and a receipt, and warnings as a header."""
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -18,13 +18,32 @@ def header_of(warnings: Iterable[str]) -> str:
     return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 4]} ..."
 
 
+class Retractions:
+    """What is taken back of choices, until a stream says so."""
+
+    def __init__(self) -> None:
+        self._new: list[dict[str, int]] = []
+
+    def note(self, choice: int, num_characters: int) -> None:
+        self._new.append({"index": choice, "characters": num_characters})
+
+    def before(self, chunk: str) -> Iterator[str]:
+        """The event that has to come before a chunk, if any, with what all chunks of the stream say."""
+        if self._new and not chunk.startswith("data: [DONE]"):
+            said, self._new = self._new, []
+            more = {"choices": [], RECEIPT_FIELD: {"retracted": said}}
+            body = json.loads(chunk.removeprefix("data: "))
+            yield _event({name: body[name] for name in ("id", "object", "created", "model") if name in body} | more)
+
+
 async def with_extras(
     chunks: AsyncGenerator[str, None],
     receipt: Callable[[], Awaitable[dict[str, Any]]],
     explained: ChoiceExplanations | None,
+    retractions: Retractions,
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events with explanations in every choice, and the receipt in the last data event before [DONE].
-    Closing this closes `chunks`."""
+    """Server-sent events with explanations in every choice, what is taken back of them between these, and the receipt
+    in the last data event before [DONE]. Closing this closes `chunks`."""
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -32,6 +51,8 @@ async def with_extras(
                 held = _changed(held, {RECEIPT_FIELD: await receipt()})
             if held is not None:
                 yield held
+            for event in retractions.before(chunk):
+                yield event
             held = chunk if explained is None or chunk.startswith("data: [DONE]") else _changed(chunk, {}, explained)
     if held is not None:
         yield held
@@ -41,4 +62,8 @@ def _changed(event: str, more: dict[str, Any], explained: ChoiceExplanations | N
     body = {**json.loads(event.removeprefix("data: ")), **more}
     if explained is not None:
         explained.add_to(body)
+    return _event(body)
+
+
+def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

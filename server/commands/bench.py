@@ -99,9 +99,9 @@ class Summary(NamedTuple):
         }
 
     def of(self, plain: "Summary") -> dict[str, float]:
-        """Medians beside those of plain requests of the same run."""
-        both = self.times.keys() & plain.times.keys()
-        return {name: self.times[name]["p50"] / plain.times[name]["p50"] for name in TIMES if name in both}
+        """Medians beside those of plain requests of the same run, where these took any time."""
+        both = [name for name in TIMES if name in self.times and plain.times.get(name, {}).get("p50")]
+        return {name: self.times[name]["p50"] / plain.times[name]["p50"] for name in both}
 
 
 def summary(answers: Sequence[Answer]) -> Summary:

@@ -14,8 +14,9 @@ from whipstaff.server.commands import vectors
 from whipstaff.server.commands.fit_flags import parse
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import fitting
-from whipstaff.steering.fit.job import Job, Options
+from whipstaff.steering.fit.job import Job
 from whipstaff.steering.fit.local import LocalModel
+from whipstaff.steering.fit.options import Options
 from whipstaff.steering.fit.recipes import RECIPES
 from whipstaff.steering.sites import SitesNotFound
 
@@ -79,8 +80,6 @@ def _fit(args: Namespace, bars: "Bars") -> int:
     bars.close()
     said = {"description": args.description or made.header.description, "licence": args.licence}
     digest = vectors.save(args.output, made.header.model_copy(update=said), made.tensors, args.force)
-    if folder.exists():
-        shutil.rmtree(folder)
     if args.json:
         print(json.dumps(fitting.describe(made) | {"file": str(args.output), "sha256": digest}, indent=1))
         return 0

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from whipstaff.steering.fit.job import Options
+from whipstaff.steering.fit.options import Options
 
 EPILOG = """\
 Two commands from pairs to a served vector:

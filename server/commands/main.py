@@ -93,7 +93,10 @@ def parse(command: str, words: list[str]) -> "tuple[Namespace, Settings]":
         args.whipstaff_vectors = [*(args.whipstaff_vectors or []), str(demo.VECTORS)]
     flags.finish(args)
     _check_model(str(args.model))
-    return args, Settings.from_args(args)
+    settings = Settings.from_args(args)
+    if settings.keys is not None and (args.api_key or os.environ.get("VLLM_API_KEY")):
+        raise UnsupportedEngine("--keys says who may do what; leave out --api-key and VLLM_API_KEY")
+    return args, settings
 
 
 def _check_model(model: str) -> None:

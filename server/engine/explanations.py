@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.searches import DRAFT_KEY
 
 EXPLAIN_KEY = "whipstaff"
 
@@ -47,5 +48,6 @@ def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:
     """Move a step's explanations, by request, into the outputs of these, in a field that only KV connectors use."""
     for outputs in by_client.values():
         for one in outputs.outputs:
-            if (one.new_token_ids or one.finish_reason is not None) and one.request_id in explained:
-                one.kv_transfer_params = {EXPLAIN_KEY: explained[one.request_id]}
+            told = explained.get(one.request_id, {})
+            if told and (one.new_token_ids or one.finish_reason is not None or DRAFT_KEY in told):
+                one.kv_transfer_params = {EXPLAIN_KEY: told}

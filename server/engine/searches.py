@@ -14,6 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from whipstaff.decoding.search.search import Hypothesis
 from whipstaff.server.engine.patch import swap
 
+DRAFT_KEY = "draft"  # under which it is told what its answer may become
 SEARCH_KEY = "search"  # under which a request is told what its search came to, beside what is explained
 
 

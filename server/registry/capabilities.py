@@ -31,6 +31,8 @@ class Capabilities(Served):
     looks_ahead: bool = False  # whether methods may try tokens before one is chosen
     reads_attention: bool = False  # whether methods may read what the last layer attends to
     num_hidden_states: int = 0  # requests whose hidden states are kept at once
+    capture_layers: frozenset[int] = frozenset()  # whose activations can be captured
+    max_capture_bytes: int = 0  # of activations that are captured at once, counted as float32
     max_search_seqs: int = 1 << 30  # sequences that all searches may have at once
     presets: Mapping[str, Preset] = field(default_factory=dict)
 

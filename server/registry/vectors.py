@@ -1,7 +1,8 @@
 """The vectors a server has: names to verified files. One never changes; `library` replaces it by the next."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,12 @@ class VectorSnapshot:
     def names(self) -> list[str]:
         """Of the vectors that fit the served model."""
         return [entry.name for entry in self if entry.problem is None]
+
+    def only(self, names: Collection[str]) -> "VectorSnapshot":
+        """As if there were no others."""
+        found = copy(self)
+        found._entries = {name: entry for name, entry in self._entries.items() if name in names}
+        return found
 
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.data import SPLITS, Dataset, read_data
-from whipstaff.steering.fit.job import COMMON, Job, Options, Recipe
+from whipstaff.steering.fit.job import Job, Recipe
+from whipstaff.steering.fit.options import COMMON, Options
 from whipstaff.steering.fit.recipes import RECIPES
 from whipstaff.steering.fit.render import Template, shown
 from whipstaff.steering.fit.rows import Progress
@@ -126,7 +128,8 @@ def fit(method: str, job: Job) -> Made:
         **({"warnings": job.warnings} if job.warnings else {}),
     }
     header = Header(
-        method=found.method or recipe.method,
+        method=recipe.method,
+        where=found.where,
         model=job.source.shape,
         scale=found.scale,
         defaults=dict(found.defaults),
@@ -135,6 +138,8 @@ def fit(method: str, job: Job) -> Made:
     )
     tensors = dict(found.tensors)
     parse(packed(header, tensors))  # what cannot be served is no result
+    if job.folder.exists():
+        shutil.rmtree(job.folder)
     return Made(header, tensors, tuple(job.warnings))
 
 

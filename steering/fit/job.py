@@ -4,55 +4,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.data import Dataset, Item, Split
-from whipstaff.steering.fit.render import Template, check_read
+from whipstaff.steering.fit.options import Options
+from whipstaff.steering.fit.render import Template
 from whipstaff.steering.fit.rows import Progress
 from whipstaff.steering.fit.source import Source
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import Site
+from whipstaff.steering.where import Where
 
 MIN_PER_CLASS = 16  # below that a fit is warned of
 _LAYERS = re.compile(r"(\d+)-(\d+)|(\d+)|(\d+)%-(\d+)%")
-
-
-class Options(BaseModel):
-    """What may be said of a fit; a recipe takes some of them, and others are errors. None: the recipe's own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layers: str | None = Field(None, description='layers, as "8-16", "4,7", "all" or "40%%-90%%" of the depth')
-    read: str | None = Field(
-        None, description="the token that is read: last, -2, last-prompt, answer, response-mean ..."
-    )
-    aggregate: Literal["mean", "pca", "lat", "logistic"] | None = Field(None, description="how rows become a direction")
-    template: str | None = Field(None, description="chat, none, or a form such as 'Q: {prompt} A: {response}'")
-    system: str | None = Field(None, description="a system message, with the chat template")
-    seed: int = Field(42, ge=0, lt=1 << 32)
-    unit: bool | None = Field(None, description="bring every direction to length 1")
-    num_heads: int | None = Field(None, ge=1, description="how many heads are chosen")
-    folds: int | None = Field(None, ge=2, description="folds by question in which heads are ranked")
-    shots: int | None = Field(None, ge=1, le=64, description="demonstrations of a prompt")
-    trials: int | None = Field(None, ge=1, description="prompts of demonstrations that are averaged")
-    corrupted: int | None = Field(None, ge=1, description="prompts with shuffled outputs that heads are tried on")
-    experts: int | None = Field(None, ge=1, description="how many experts are switched off")
-    marks: str | None = Field(None, description="words that begin an answer of the first class, with commas: I,Sorry")
-    scale: float | None = Field(None, description="the file's default strength")
-
-    @field_validator("read")
-    @classmethod
-    def _read_is_known(cls, value: str | None) -> str | None:
-        if value is not None:
-            check_read(value)
-        return value
-
-
-COMMON = {"seed", "layers", "template", "system", "scale"}
 
 
 @dataclass
@@ -89,7 +56,7 @@ class Fitted:
     scale: float | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
-    method: str | None = None  # where it is not the recipe's
+    where: Where | None = None  # None: the method's own
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from whipstaff.steering.fit import contrast, experts, icl, refusal, truth
+from whipstaff.steering.fit import contrast, experts, icl, learned, refusal, truth
 from whipstaff.steering.fit.data import Item
 from whipstaff.steering.fit.job import Fitted, Job, Recipe
 from whipstaff.steering.fit.render import Rendered
@@ -75,6 +75,34 @@ RECIPES: dict[str, Recipe] = {
             icl.example,
             takes=frozenset({"num_heads", "shots", "trials"}),
             template=icl.FORM,
+        ),
+        Recipe(
+            "site",
+            "heads moved towards what demonstrations make of them, by gradients",
+            ("demos",),
+            learned.site,
+            icl.example,
+            takes=frozenset({"shots", "trials", "steps", "lr"}),
+            template=icl.FORM,
+        ),
+        Recipe(
+            "lofit",
+            "heads chosen, then what is added to them, by gradients",
+            learned.KINDS,
+            learned.lofit,
+            learned.example,
+            takes=frozenset({"num_heads", "epochs", "steps", "lr", "l1"}),
+        ),
+        *(
+            Recipe(
+                method,
+                "a low-rank edit of some prompt tokens, by gradients",
+                learned.KINDS,
+                learned.reft(method),
+                learned.example,
+                takes=frozenset({"rank", "positions", "epochs", "steps", "lr"}),
+            )
+            for method in learned.REFT
         ),
     )
 }

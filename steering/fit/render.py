@@ -9,14 +9,6 @@ from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.data import Prompt
 from whipstaff.steering.fit.source import Asked
 
-READS = (
-    "last",
-    "last-prompt",
-    "answer",
-    "response-mean",
-    "prompt-mean",
-)
-_NUMBER = re.compile(r"-[1-9]\d{0,5}")
 _ALNUM = re.compile(r"[^\W_]")
 
 
@@ -60,14 +52,6 @@ class Rendered:
         if found is None:
             raise SteeringError(f"there is no answer to read in {self.text[-60:]!r}", "read")
         return next(index for index, (_, end) in enumerate(self.spans) if end > found.start())
-
-
-def check_read(read: str) -> None:
-    """Raises: SteeringError."""
-    if read not in READS and not _NUMBER.fullmatch(read):
-        raise SteeringError(
-            f"{read!r} is none of {', '.join(READS)}, nor a token counted from the end, such as -2", "read"
-        )
 
 
 class Template:

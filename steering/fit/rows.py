@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.source import Asked, Source
@@ -24,7 +22,7 @@ class Rows:
     """(texts, positions, width) float32 at each hook point; every text is read at equally many positions.
 
     Args:
-        folder: holds them until `remove`.
+        folder: holds them; whoever named it removes it.
         goes_on: take over what a fit of the same texts, model and places has left there.
 
     Raises: SteeringError where something is left that is not to be taken over.
@@ -92,9 +90,6 @@ class Rows:
         """(texts, width) of one hook point and position, in memory."""
         return np.array(self._map(point, "r")[:, position])
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
-
 
 def _key(source: Source, asked: Sequence[Asked], points: Sequence[HookPoint]) -> str:
     said = [source.identity(), [list(point) for point in points]]
@@ -102,11 +97,3 @@ def _key(source: Source, asked: Sequence[Asked], points: Sequence[HookPoint]) ->
     for each in asked:
         digest.update(repr((each.ids, each.positions, each.is_mean)).encode())
     return digest.hexdigest()
-
-
-def running_mean(rows: Sequence[Tensor]) -> Tensor:
-    """The float64 mean of rows of one shape, in their order."""
-    total = torch.zeros_like(rows[0], dtype=torch.float64)
-    for row in rows:
-        total += row.double()
-    return total / len(rows)

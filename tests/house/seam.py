@@ -42,6 +42,10 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
+    "worker.logits.fan.FannedAttention": (
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
+    ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
@@ -153,9 +157,10 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.engine.output_processor.OutputProcessor", "propagate_error request_states"),
     *_of("vllm.v1.engine.core_client.BackgroundResources", "engine_dead engine_manager"),
     *_of("vllm.v1.engine.utils.CoreEngineProcManager", "failed_proc_name finished_procs"),
-    "vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",  # what it logs
     *_of("vllm.engine.arg_utils.AsyncEngineArgs", "_api_process_count _api_process_rank create_engine_config"),
 )
+LOGGING: tuple[str, ...] = ("vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",)
+"""What says in the log alone something that we read there."""
 
 
 class Seam:
@@ -238,7 +243,7 @@ def said(vllm: Sources) -> dict[str, str]:
     """Every member of the list: what is known of it in this version."""
     seam = Seam()
     overridden = seam.overridden(vllm)
-    names = seam.imported() | overridden | set(REACHED)
+    names = seam.imported() | overridden | {*REACHED, *LOGGING}
     names |= {theirs for each in LAID_OVER.values() for theirs in each}
     return {name: _described(vllm, name, name in overridden) for name in sorted(names)}
 

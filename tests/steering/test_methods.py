@@ -28,7 +28,7 @@ from whipstaff.steering.method import HookPoint, Method, Scaled
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.methods.reft import where_of
 from whipstaff.steering.ops import diagonal
-from whipstaff.steering.plan import Edit, EditSet, ProbeRead, StreamCopy, num_slots
+from whipstaff.steering.plan import Capture, Edit, EditSet, ProbeRead, StreamCopy, num_slots
 from whipstaff.steering.programs import OPEN, Gate, Line, Step, assemble, lines_of
 from whipstaff.steering.routing_scheme import Routing
 from whipstaff.steering.shape import SITES, ModelShape
@@ -874,7 +874,7 @@ def entries(draw: st.DrawFn, name: str | None = None) -> tuple[Vector, Edit]:
 def room(slots: int, vectors: Mapping[str, Vector]) -> Tables:
     """A model's tables, with room for the encoders of `vectors`."""
     specs = [SiteSpec(point, 0, SHAPE.width(point.site)) for point in PLACES]
-    kept = {layer: torch.zeros(1, 16) for layer in (0, 2)}
+    kept = {HookPoint.entering(layer): torch.zeros(1, 16) for layer in (0, 2)}
     held = Tables(specs, slots, SHAPE.num_layers, CPU, vectors.__getitem__, dict.fromkeys(PLACES, 150), kept)
     assert not any(map(held.reserve, vectors.values()))
     return held
@@ -892,12 +892,17 @@ def test_what_is_weighed_is_what_the_tables_take(name: str, data: st.DataObject)
 
 
 @settings(max_examples=tries(200), deadline=None)
-@given(st.lists(st.lists(entries(), max_size=4), min_size=1, max_size=4), st.booleans(), st.booleans())
-def test_rows_that_fit_by_count_fit_the_tables(rows: list[Any], is_probed: bool, is_kept: bool) -> None:
+@given(st.lists(st.lists(entries(), max_size=4), min_size=1, max_size=4), *(st.booleans(),) * 3)
+def test_rows_that_fit_by_count_fit_the_tables(
+    rows: list[Any], is_probed: bool, is_kept: bool, is_captured: bool
+) -> None:
     """However their entries merge: the scheduler lets in what a step can hold."""
     vectors = {vector.digest: vector for row in rows for vector, _ in row} | {PROBE.digest: PROBE}
     probes = (ProbeRead(PROBE.digest, 1, 0, False),) * is_probed
+    captures = Capture((HookPoint("resid_post", 0),), False), Capture((HookPoint("resid_post", 1),), True)
     wanted: list[EditSet] = [
-        (*probes, *(edit for _, edit in row), *((StreamCopy((0, 2)),) * is_kept)) for row in rows if row or is_probed
+        (*probes, *(edit for _, edit in row), *((StreamCopy((0, 2)),) * is_kept), *captures[: 2 * is_captured])
+        for row in rows
+        if row or is_probed
     ]
     room(sum(num_slots(row, SHAPE.num_layers) for row in set(wanted)), vectors).acquire(wanted)

@@ -14,7 +14,7 @@ from whipstaff.steering.edits import edits_of, weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.ops import Diagonal, Directions
-from whipstaff.steering.plan import Edit, EditSet, StreamCopy, num_slots
+from whipstaff.steering.plan import Capture, Edit, EditSet, StreamCopy, num_slots
 from whipstaff.steering.programs import Line
 from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.tables import SiteSpec, Tables
@@ -61,7 +61,7 @@ ROWS: list[EditSet] = [
 ]
 
 
-def tables(num_slots: int, ranks: int = 1, rank: int = 0, kept: dict[int, Tensor] | None = None) -> Tables:
+def tables(num_slots: int, ranks: int = 1, rank: int = 0, kept: dict[HookPoint, Tensor] | None = None) -> Tables:
     width = 12 // ranks
     specs = [SiteSpec(HookPoint("resid_post", layer), 0, 8) for layer in range(3)]
     specs += [SiteSpec(HookPoint("attn_head", layer), rank * width, width) for layer in range(3)]
@@ -110,7 +110,7 @@ def test_an_address_does_what_its_edits_do_one_after_the_other() -> None:
 
 
 def test_a_stream_is_kept_as_the_rows_edits_leave_it() -> None:
-    held = tables(num_slots=64, kept={layer: torch.full((4, 8), torch.nan) for layer in range(3)})
+    held = tables(num_slots=64, kept={HookPoint.entering(layer): torch.full((4, 8), torch.nan) for layer in range(3)})
     edits = ROWS[1]
     rows: list[EditSet] = [(StreamCopy((0, 2)),), (*edits, StreamCopy((0, 1, 2)))]
     for row, address in held.acquire(rows).items():
@@ -124,6 +124,21 @@ def test_a_stream_is_kept_as_the_rows_edits_leave_it() -> None:
             torch.testing.assert_close(after, by_hand(edits if row == rows[1] else (), point, x))
     assert held.kept(0) is held.at(HookPoint("resid_pre", 0)).kept
     assert held.kept(2) is held.at(HookPoint("resid_post", 1)).kept
+
+
+def test_activations_are_captured_before_or_after_the_rows_edits() -> None:
+    points = HookPoint("resid_post", 1), HookPoint("attn_head", 2)
+    kept = {point: torch.full((4, 12 if point.site == "attn_head" else 8), torch.nan) for point in points}
+    held, edits = tables(num_slots=64, kept=kept), ROWS[1]
+    for is_edited in (False, True):
+        row = (*edits, Capture(points, is_edited))
+        for each, address in held.acquire([row, (Capture(points, is_edited),)]).items():
+            for point in points:
+                x, at = torch.randn(held.at(point).lines.shape[1]), held.at(point).kept
+                assert at is not None
+                after = run(held, point, address, x)
+                torch.testing.assert_close(after, by_hand(edits if each == row else (), point, x))
+                assert torch.equal(at[0], after if is_edited else x) and at[1:].isnan().all()
 
 
 def test_room_is_reused_without_a_trace() -> None:

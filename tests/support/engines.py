@@ -47,6 +47,7 @@ class Ask:
     adapter: tuple[str, int, str] | None = None  # of LoRA: name, number and path
     abort_after: int | None = None  # outputs after which the client goes away
     told: list[dict[str, Any]] | None = None  # where explanations of its tokens go
+    names: list[str] | None = None  # where the engine's names of its sequences go
 
 
 def plan(steering: SteeringPlan | None = None, mix: dict[str, float] | None = None) -> RequestPlan | None:
@@ -145,7 +146,9 @@ class EngineUnderTest:
     async def answer(self, ask: Ask) -> Any:
         told = ask.told
         explained = None if told is None else lambda index, record: told.append(record)
-        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire(), explained=explained)} if ask.plan else None
+        names = ask.names
+        named = None if names is None else lambda index, name: names.append(name)
+        extra = {PLAN_KEY: PlanDict(ask.plan.to_wire(), explained=explained, named=named)} if ask.plan else None
         settings = {"temperature": 0, "ignore_eos": True, "detokenize": False} | ask.sampling
         params = SamplingParams(max_tokens=ask.max_tokens, extra_args=extra, **settings)
         adapter = LoRARequest(*ask.adapter) if ask.adapter else None

@@ -169,10 +169,10 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Server]:
+def serving(folder: Path, *flags: str, has_key: bool = True) -> Iterator[Server]:
     """Start a server on a free port, wait until it is healthy, and stop it with all of its processes at the end.
 
-    A folder that was served before is served as it is.
+    A folder that was served before is served as it is. One that `has_key` takes API_KEY and no other.
     """
     vectors = folder / "vectors"
     if vectors.exists():
@@ -183,7 +183,8 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     port, log = free_port(), folder / "server.log"
     words = [
         *("serve", made["base"], "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
-        *("--api-key", API_KEY, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_LEN)),
+        *(("--api-key", API_KEY) if has_key else ()),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_LEN)),
         *("--max-num-batched-tokens", str(STEP_TOKENS), "--max-num-seqs", str(MAX_SEQS), "--block-size", "32"),
         *("--kv-cache-memory-bytes", "64M", "--vectors", str(vectors)),
         *(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from whipstaff.server.engine.worker.edits.captures import Captures
 from whipstaff.server.engine.worker.edits.forms import Forms
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
@@ -29,5 +30,6 @@ def step_edits(
             nn.Module(), max_tokens, CPU, dict[str, Any]().__getitem__, 0, edits_router=False, edits_attention=False
         ),
         NoSoftRows(),
+        Captures(requests, [], 0),
         Forms(),
     )

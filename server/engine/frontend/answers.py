@@ -12,7 +12,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from whipstaff.decoding.method import Candidate
-from whipstaff.server.engine.searches import SEARCH_KEY, stop_token
+from whipstaff.decoding.search.beams import num_shared
+from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, stop_token
 
 WORST = -1e9  # JSON has no infinities
 Outputs = AsyncGenerator[Any, None]
@@ -30,29 +31,61 @@ class Answers(Protocol):
 
 class SearchAnswers:
     """The best answer of a search is what the engine generates, as far as it settles; the others are told when the
-    search is over, and come with its end."""
+    search is over, and come with its end.
 
-    def __init__(self, num: int, params: SamplingParams, note: Callable[[dict[str, Any]], None]) -> None:
+    Where retractions are wanted, the text goes ahead of what is settled: to what lives first. Token ids do not.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        params: SamplingParams,
+        note: Callable[[dict[str, Any]], None],
+        retract: Callable[[int], None] | None = None,
+    ) -> None:
         """
         Args:
             num: how many answers are wanted.
             params: by which the engine generates.
             note: called with what the search came to.
+            retract: called with how many of the last characters are taken back; None: only what is settled is sent.
         """
-        self._num, self._params, self._note = num, params, note
+        self._num, self._params, self._note, self._retract = num, params, note, retract
         self._record: Mapping[str, Any] = {}
+        self._draft: Mapping[str, Any] = {}
+        self._settled, self._shown, self._tokens = "", "", list[int]()  # text, text, tokens of the first
 
     def explained(self, _: int, told: dict[str, Any]) -> None:
         """What the engine says of the request."""
-        self._record = told[SEARCH_KEY]
-        self._note(told[SEARCH_KEY])
+        self._draft = told.get(DRAFT_KEY, self._draft)
+        if SEARCH_KEY in told:
+            self._record = told[SEARCH_KEY]
+            self._note(told[SEARCH_KEY])
 
     async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
         async with aclosing(outputs):
             async for output in outputs:
+                if self._retract is not None and output.outputs:
+                    self._go_ahead(output, tokenizer, self._retract)
                 if output.finished:
                     output.outputs += self._further(output, tokenizer)
                 yield output
+
+    def _go_ahead(self, output: RequestOutput, tokenizer: Any, retract: Callable[[int], None]) -> None:
+        """Let an output say what the text may become, after what no longer holds was taken back."""
+        first, draft = output.outputs[0], self._draft
+        self._settled, self._tokens = self._settled + first.text, [*self._tokens, *first.token_ids]
+        if output.finished:
+            wanted = self._settled
+        elif draft and draft["settled"] == len(self._tokens):
+            wanted = self._text([*self._tokens, *draft["tokens"]], False, output, tokenizer)
+        else:
+            wanted = self._shown
+        num_kept = len(self._shown)
+        if not wanted.startswith(self._shown):
+            num_kept = num_shared((self._shown, wanted), 0)
+            retract(len(self._shown) - num_kept)
+        self._shown, first.text = wanted, wanted[num_kept:]
 
     def _further(self, output: RequestOutput, tokenizer: Any) -> list[CompletionOutput]:
         """All answers but the best one."""

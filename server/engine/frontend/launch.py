@@ -45,6 +45,7 @@ NUM_HISTORIES = 64  # conditions in use at once
 MIN_SLOTS, MAX_SLOTS = 16, 256  # by default; one request may need several
 MIN_SEARCH_SEQS = 5  # that searches may have at once, where the engine runs as many: beams of the usual width
 EARLY_BUDGET = 1 << 28  # bytes: where the streams of all layers take more, none are kept unless asked for
+CAPTURE_BYTES = 1 << 28  # of activations that requests read at once, by default
 
 
 class PlanDict(dict[str, Any]):
@@ -53,7 +54,8 @@ class PlanDict(dict[str, Any]):
     `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
-    that; `asked` is what its span says where requests are traced.
+    that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
+    sequences and the engine's name for it.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class PlanDict(dict[str, Any]):
         lease: Lease = NOTHING,
         answers: Answers | None = None,
         asked: Mapping[str, Any] | None = None,
+        named: Callable[[int, str], None] | None = None,
     ) -> None:
         super().__init__(wire)
+        self.named = named
         self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
         self.asked = asked or {}
 
@@ -103,11 +107,14 @@ class Engine(AsyncLLM):
         if self.is_cut:
             raise RetryableRequestError(ENDING)
         plan, outputs = self._plan_of(sampling_params), self.unwatched(prompt, sampling_params, *args, **kwargs)
+        paid: Callable[[int], None] | None = getattr(sampling_params, "whipstaff_paid", None)
         try:
             async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
                 async for output in watched:
                     if any(one.finish_reason == "abort" for one in output.outputs):  # by nobody who still reads
                         raise RetryableRequestError(ENDING)
+                    if paid is not None:
+                        paid(sum(len(one.token_ids) for one in output.outputs))
                     yield output
         except EngineDeadError:
             raise RetryableRequestError(await self.cause_of_death()) from None
@@ -177,6 +184,8 @@ class Listening(Swapped):
         plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
         if not isinstance(plan, PlanDict):
             return
+        if plan.named is not None:
+            plan.named(request_index, request.request_id)
         state = self.request_states[request.request_id]
         if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
@@ -213,6 +222,8 @@ class Setup:
     MIN_SEARCH_SEQS."""
     attention_rows: bool = False  # whether methods may read what the last layer attends to: `last_attention`
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
+    capture_layers: EarlyLayers = None  # whose activations requests may read, at all sites: `worker.edits.captures`
+    max_capture_bytes: int = CAPTURE_BYTES  # of activations that are read at once, counted as float32
     one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
@@ -284,8 +295,10 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
         num_hidden_states=setup.hidden_states,
+        max_capture_bytes=setup.max_capture_bytes,
         has_plain_form=not setup.one_form,
     )
+    layout = layout.model_copy(update={"capture_layers": _capture_layers(setup.capture_layers, config, layout)})
     if layout.edits_attention:
         require_eager_attention(config.compilation_config)
     config.additional_config = {**(config.additional_config or {}), **layout.to_config()}
@@ -314,6 +327,17 @@ def _early_layers(wanted: EarlyLayers, config: VllmConfig, shape: ModelShape) ->
             f"--early-layers {outside[0]}: the served model has {shape.num_layers} blocks; its early layers are 0 to "
             f"{shape.num_layers - 1}"
         )
+    return layers
+
+
+def _capture_layers(wanted: EarlyLayers, config: VllmConfig, layout: Layout) -> tuple[int, ...]:
+    num = layout.shape.num_layers
+    if wanted is None:
+        of_one = max_tokens(config) * sum(map(layout.shape.width, layout.sites)) * config.model_config.dtype.itemsize
+        return tuple(range(num)) if of_one * num <= EARLY_BUDGET else ()
+    layers = tuple(range(num)) if wanted == "all" else tuple(sorted(set(wanted)))
+    if outside := [layer for layer in layers if layer >= num]:
+        raise UnsupportedEngine(f"--capture-layers {outside[0]}: the served model has blocks 0 to {num - 1}")
     return layers
 
 

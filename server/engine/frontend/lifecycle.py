@@ -140,12 +140,14 @@ async def serve(
     life: Lifecycle,
     on_started: Callable[[], None],
     peer_loads: tuple[Any, int] | None = None,
+    protocol: type[asyncio.Protocol] | str = "auto",
 ) -> int:
     """Serve until told to stop; the exit status.
 
     Args:
         on_started: called when connections are taken.
         peer_loads: the loads of all API servers that share the socket, and which of them is this one's.
+        protocol: HTTP, as uvicorn takes it.
 
     Raises: EngineDied.
     """
@@ -154,6 +156,7 @@ async def serve(
     log_config = get_uvicorn_log_config(args)
     config = uvicorn.Config(
         app,
+        http=protocol,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -167,7 +170,6 @@ async def serve(
         ssl_ciphers=args.ssl_ciphers,
         **({} if log_config is None else {"log_config": log_config}),
     )
-    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
     config.load()
     server = Server(config, peer_loads=peer_loads)
     server.on_started = on_started

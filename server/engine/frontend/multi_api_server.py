@@ -45,6 +45,7 @@ class _Told:
         self.servers: Sequence[Any] = ()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._hear)
+        signal.signal(signal.SIGHUP, lambda number, frame: _send(self.servers, signal.SIGHUP))
 
     @property
     def status(self) -> int:

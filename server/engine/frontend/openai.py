@@ -28,6 +28,7 @@ from vllm.exceptions import VLLMClientError
 from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.errors import BadRequest
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -48,6 +49,10 @@ class ServingChat(OpenAIServingChat):
             return result
         conversation, inputs = result
         explicit = request.explicit_max_tokens
+        if request.retracts and self.parser_cls is not None:
+            raise BadRequest(
+                "this server parses answers as they come, and takes nothing of that back", "stream_retractions"
+            )
         if not request.is_plain or request.lists_tokens:
             await request.check(inputs, self, explicit)
         if not request.is_plain:
@@ -58,6 +63,7 @@ class ServingChat(OpenAIServingChat):
             most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
             if most is not None:
                 request.max_completion_tokens = most
+        request.tell_price(inputs, self, explicit)
         return result
 
 
@@ -100,6 +106,7 @@ class ServingCompletion(OpenAIServingCompletion):
             await request.score(prompts, self)
             if (most := request.place(inputs, prompts, self, request.max_tokens)) is not None:
                 request.max_tokens = most
+        request.tell_price(inputs, self, request.max_tokens)
         return inputs
 
 
@@ -210,6 +217,17 @@ def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
             "whipstaff_readings", args=(readings_id,)
         )
         return found[0]
+
+    return of
+
+
+def captures(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+    """Asks every worker for the activations that a request wanted, by its `captures_id`."""
+
+    async def of(captures_id: str) -> list[dict[str, Any]]:
+        engine = raw.app.state.engine_client
+        found: list[dict[str, Any]] = await engine.collective_rpc("whipstaff_captures", args=(captures_id,))
+        return found
 
     return of
 

@@ -36,9 +36,13 @@ from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
-NoteOutput = Callable[[Any], None]  # a vLLM RequestOutput
+NoteOutput = Callable[[int, Any], None]  # the number of a prompt, a vLLM RequestOutput
+NameSequence = Callable[[int, str], None]  # the number of a choice, the engine's name for its sequence
+Expect = Callable[[list[tuple[int, list[int], int]]], None]
+"""Takes, of each prompt, its number of tokens, those of its further prompts, and how many may follow."""
 NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
 NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
+Retract = Callable[[int, int], None]  # the number of a choice, how many of its last characters are taken back
 
 OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
@@ -54,6 +58,8 @@ class Compiled(Protocol):
     @property
     def label(self) -> str: ...
     @property
+    def asked(self) -> dict[str, Any]: ...
+    @property
     def scores_prompts(self) -> bool: ...
     @property
     def reads_prompt(self) -> bool: ...
@@ -61,6 +67,8 @@ class Compiled(Protocol):
     def searches(self) -> bool: ...
     @property
     def num_candidates(self) -> int: ...
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
     def score(self, candidate: Candidate) -> float: ...
     def check_sampling(self, params: SamplingParams, index: int, num_prompts: int) -> None: ...
     def wanted_scores(self, prompt: Prompt) -> dict[str, Scoring]: ...
@@ -76,8 +84,12 @@ class Extras(BaseModel):
     explain: Any = Field(
         None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
     )
+    capture: Any = Field(
+        None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
+    stream_retractions: Any = Field(None, description="whether a search streams what it may take back, and says so")
     on_unavailable: Any = Field(None, description='"error" (default) or "ignore": leave out what this server lacks')
     on_unknown: Any = Field(None, description='"warn" (default) of fields that nobody knows, or "error"')
     _compiled: Compiled | None = PrivateAttr(None)
@@ -86,7 +98,11 @@ class Extras(BaseModel):
     _note: NoteOutput | None = PrivateAttr(None)
     _note_token: NoteToken | None = PrivateAttr(None)
     _note_search: NoteSearch | None = PrivateAttr(None)
+    _retract: Retract | None = PrivateAttr(None)
+    _name_sequence: NameSequence | None = PrivateAttr(None)
     _lease: Lease = PrivateAttr(leases.NOTHING)
+    _expect: Expect | None = PrivateAttr(None)
+    _paid: Callable[[int], None] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +116,8 @@ class Extras(BaseModel):
         note_token: NoteToken | None = None,
         lease: Lease = leases.NOTHING,
         note_search: NoteSearch | None = None,
+        retract: Retract | None = None,
+        name_sequence: NameSequence | None = None,
     ) -> None:
         """Give the request what its extras came to; from here on it is not plain.
 
@@ -108,11 +126,23 @@ class Extras(BaseModel):
             note_token: called with each explanation of one of its tokens.
             lease: of the vectors that it names.
             note_search: called with what each of its prompts' searches came to.
+            retract: called with what is taken back of a choice, before anything more is streamed of it.
+            name_sequence: called with what the engine calls the sequence of each choice.
         """
         self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
-        self._note_search = note_search
+        self._note_search, self._retract, self._name_sequence = note_search, retract, name_sequence
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
+
+    def pay(self, expect: Expect, paid: Callable[[int], None]) -> None:
+        """`expect` is told before anything is scheduled what the request may come to; it may raise an exception that
+        answers the client. `paid` is told how many tokens came, as they come."""
+        self._expect, self._paid = expect, paid
+
+    @property
+    def num_answers(self) -> int:
+        """Of each prompt."""
+        return self._vllm.n or 1
 
     @property
     def is_plain(self) -> bool:
@@ -122,6 +152,11 @@ class Extras(BaseModel):
     def reads_prompt(self) -> bool:
         """Whether what it asks for depends on more of its prompts than their lengths."""
         return self._compiled is not None and self._compiled.reads_prompt
+
+    @property
+    def retracts(self) -> bool:
+        """Whether it streams what may be taken back."""
+        return self._retract is not None
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -250,6 +285,18 @@ class Extras(BaseModel):
         is_capped = any(placed.max_tokens < most_tokens(placed.num_tokens) for placed in self._placed)
         return min(placed.max_tokens for placed in self._placed) if is_capped else None
 
+    def tell_price(self, inputs: list[Any], serving: Any, max_tokens: int | None) -> None:
+        """Once it is placed: say what it may come to. Raises: what `expect` does."""
+        if self._expect is None:
+            return
+        if self._placed:
+            further = [[len(one.prompt) for one in placed.plan.companions] for placed in self._placed]
+            its = zip(self._placed, further, strict=True)
+            self._expect([(placed.num_tokens, lengths, placed.max_tokens) for placed, lengths in its])
+        else:
+            lengths = [serving._extract_prompt_len(one) for one in inputs]
+            self._expect([(num, [], max(_most_tokens(num, serving, max_tokens), 1)) for num in lengths])
+
     def planned(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """vLLM asks for the sampling parameters of each prompt once, in order. A temperature that it does not take is
         one that our own stages apply; a search draws nothing, and has its answers from one request of the engine's."""
@@ -261,6 +308,8 @@ class Extras(BaseModel):
             params = self.cooled(make)
         else:
             params = make()
+        if self._paid is not None:
+            params.whipstaff_paid = self._paid  # stays in this process: it is no field
         if self._num_scheduled < len(self._placed):
             plan = self._plan_dict(self._num_scheduled, params)
             params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: plan}
@@ -276,19 +325,24 @@ class Extras(BaseModel):
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
+        def named(choice: int, name: str) -> None:
+            assert self._name_sequence is not None
+            self._name_sequence(first + choice, name)
+
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        compiled = self._compiled
-        own = compiled.label, self._note, watching, self._lease, answers, compiled.asked
-        return PlanDict(placed.to_wire(params), *own)
+        compiled, note = self._compiled, None if self._note is None else partial(self._note, index)
+        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        return PlanDict(placed.to_wire(params), *own, None if self._name_sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
         assert self._compiled is not None
         num, note = self._vllm.n or 1, partial(self._searched, index)
         if self._compiled.searches:
-            return SearchAnswers(num, params, note)
+            retract = None if self._retract is None else partial(self._retract, index * num)
+            return SearchAnswers(num, params, note, retract)
         return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
 
     def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
@@ -353,6 +407,14 @@ class ChatRequest(ChatCompletionRequest, Extras):
         wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return cast("int | None", wanted)
 
+    def cap(self, most: int) -> None:
+        """Where the client does not say how many: at most so many tokens."""
+        self.max_completion_tokens = most
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         params = self.planned(partial(super().to_sampling_params, *args, **kwargs))
         if self._compiled is not None and not self.scores_prompt and not self._compiled.scores_prompts:
@@ -378,6 +440,21 @@ class TextRequest(CompletionRequest, Extras):
     def logprobs_field(self) -> str:
         """The field by which it asks for log-probabilities; "" if none does."""
         return "prompt_logprobs" if self.prompt_logprobs is not None else "" if self.logprobs is None else "logprobs"
+
+    @property
+    def explicit_max_tokens(self) -> int | None:
+        """How many tokens the client itself wants at most."""
+        return cast("int | None", self.max_tokens if "max_tokens" in self.model_fields_set else None)
+
+    def cap(self, most: int) -> None:
+        """Where the client does not say how many: at most so many tokens."""
+        self.max_tokens = min(self._vllm.max_tokens or most, most)
+
+    @property
+    def num_prompts(self) -> int:
+        """A list of numbers is one prompt, a list of anything else several."""
+        is_list = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
+        return len(cast("list[Any]", self.prompt)) if is_list else 1
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
         return self.planned(partial(super().to_sampling_params, *args, **kwargs))

@@ -104,6 +104,7 @@ class SearchGroup(Group):
         self.counts: Counter[str] = Counter()
         self.num_tried = 0  # tokens
         self.ended_by = ""  # the budget that was used up
+        self.tells_drafts = plan.decoding.search.tells_drafts
         self._plan, self._arrived = plan.decoding.search, time.monotonic()
         super().__init__(rows[0][0], rows[0][1:], plan)
         self._untils = {}  # a companion that is not needed any more costs a seat that is kept anyway
@@ -217,5 +218,5 @@ def _salt(primary: Request, own: CompanionPlan) -> str | None:
     if own.steering is None or own.steering.entropy_column < 0:
         return salt
     asked = (primary.sampling_params.extra_args or {}).get(PLAN_KEY) if primary.sampling_params else None
-    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": ""}]
+    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": "", "captures_id": ""}]
     return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -39,13 +39,13 @@ class Unit(NamedTuple):
 
 
 class Slots:
-    """What is taken of an engine's room: of rows of edits, conditions and kept hidden states. Rows that several
-    sequences share are counted once."""
+    """What is taken of an engine's room: of rows of edits, conditions, kept hidden states and captured activations.
+    Rows that several sequences share are counted once."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._rows: Counter[EditSet] = Counter()  # how many sequences may need each row
-        self.num_used = self._num_histories = self._num_hidden = 0
+        self.num_used = self._num_histories = self._num_hidden = self._num_captured = 0
 
     def take(self, plans: Sequence[PositionedPlan]) -> bool:
         """Take what sequences need, if all of it is free."""
@@ -54,9 +54,13 @@ class Slots:
         histories = self._num_histories + sum(placed.num_columns for placed in plans)
         hidden = self._num_hidden + sum(placed.keeps_hidden for placed in plans)
         layout = self._layout
+        captured = self._num_captured + sum(placed.capture_bytes(layout.shape) for placed in plans)
         if slots > layout.num_slots or histories > layout.num_histories or hidden > layout.num_hidden_states:
             return False
+        if captured > layout.max_capture_bytes:
+            return False
         self.num_used, self._num_histories, self._num_hidden = slots, histories, hidden
+        self._num_captured = captured
         self._rows.update(rows)
         return True
 
@@ -66,6 +70,7 @@ class Slots:
         self.num_used -= self._num_more(placed.rows)
         self._num_histories -= placed.num_columns
         self._num_hidden -= placed.keeps_hidden
+        self._num_captured -= placed.capture_bytes(self._layout.shape)
 
     def _num_more(self, rows: Iterable[EditSet]) -> int:
         """Slots that rows take beside those in use."""
@@ -125,6 +130,16 @@ class SteeredScheduling(SearchScheduling):
         if placed.needs_slots:
             self._placed[request.request_id] = placed
         return placed.needs_slots
+
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: Any) -> Any:
+        """Not from the first position on whose activations are captured: what is not computed is not seen."""
+        blocks, num_tokens, boundary, has_diverged = super()._get_local_prefix_cache_hit(request, *limit)
+        placed = self._placed.get(request.request_id)
+        first = None if placed is None else placed.first_captured
+        if first is not None and num_tokens > first:
+            num_tokens = first // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, boundary, has_diverged
 
     def _start(self, unit: Unit) -> None:
         """Hand a unit to vLLM."""

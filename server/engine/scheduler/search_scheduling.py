@@ -9,7 +9,8 @@ quiet      a sequence that keeps its seat and all of its tokens gets one more, a
 moved      any other gets its seat's tokens replaced and its blocks by `reseat`, and the worker is told as of a request
            that was preempted and comes back; a seat in which nothing lives has no blocks and stands in no queue
 preempted  a search whose verdict is still to come is not let in before: its state in the worker has gone on
-client     gets the leading tokens that are settled, and the rest with the answer
+client     gets the leading tokens that are settled, and the rest with the answer; if it wants, it is told meanwhile
+           what else stands in the sequence that lives first
 
 Under asynchronous scheduling a search waits for each verdict before its next step is scheduled: it takes part in every
 second step of the engine only. Nobody else waits.
@@ -19,14 +20,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.compat import fail_request
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup
 from whipstaff.server.engine.scheduler.groups import GroupedScheduling, take_out
 from whipstaff.server.engine.scheduler.reseat import Move, can_reseat, forget_copies, give_up_copies, reseat
-from whipstaff.server.engine.searches import SEARCH_KEY, Placed, SearchStep, Verdict, stop_token, verdicts_of
+from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, Placed, SearchStep, Verdict, stop_token, verdicts_of
 from whipstaff.server.engine.step_notes import SearchUse
 
 
@@ -39,6 +40,7 @@ class SearchScheduling(GroupedScheduling):
         super().__init__(*args, **kwargs)
         self._verdicts: Mapping[str, Verdict] = {}  # of the output that is being taken in
         self._records: dict[str, dict[str, Any]] = {}  # of the searches that it ends, likewise
+        self._drafts: dict[str, dict[str, Any]] = {}  # of the others, likewise
         self._moved: set[str] = set()  # sequences that the worker has yet to be told anew
         self._totals: Counter[str] = Counter()
         self.stepping_searches: dict[str, SearchStep] = {}  # of the last step: see `StepNotes`
@@ -147,20 +149,32 @@ class SearchScheduling(GroupedScheduling):
         if not self._groups:
             plain: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
             return plain
-        self._verdicts, self._records = verdicts_of(model_runner_output), {}
+        self._verdicts, self._records, self._drafts = verdicts_of(model_runner_output), {}, {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for name, verdict in self._verdicts.items():
             group = self._groups.get(name)
             if isinstance(group, SearchGroup) and verdict.living:  # else it has ended meanwhile
                 self._settle(group, verdict)
         self._verdicts = {}
-        if self._records:
+        if self._records or self._drafts:
             told = getattr(model_runner_output, "whipstaff_explanations", {})
             model_runner_output.whipstaff_explanations = {
                 **told,
                 **{name: {**told.get(name, {}), SEARCH_KEY: record} for name, record in self._records.items()},
+                **{name: {DRAFT_KEY: draft} for name, draft in self._drafts.items()},
             }
+            self._have_outputs(outputs)
         return outputs
+
+    def _have_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Drafts travel with their requests' outputs, also where no token is settled."""
+        for name in self._drafts:
+            request = self.requests[name]
+            own = outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs
+            if all(one.request_id != name for one in own):
+                if (stats := request.take_prefill_stats()) is not None:
+                    stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
+                own.append(EngineCoreOutput(name, [], prefill_stats=stats))
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -179,9 +193,11 @@ class SearchScheduling(GroupedScheduling):
     def _settled(self, group: SearchGroup, verdict: Verdict) -> list[int]:
         """What the client gets now."""
         first = verdict.living[0]
-        kept = self.requests[first.source]._output_token_ids[: first.keep]
+        text = [*self.requests[first.source]._output_token_ids[: first.keep], *first.tokens]
         told, group.num_told = group.num_told, max(group.num_told, verdict.settled)
-        return [*kept, *first.tokens][told : group.num_told]
+        if group.tells_drafts:
+            self._drafts[group.primary.request_id] = {"settled": group.num_told, "tokens": text[group.num_told :]}
+        return text[told : group.num_told]
 
     def _end(self, group: SearchGroup, verdict: Verdict) -> tuple[list[int], bool]:
         """The rest of the best answer."""

@@ -10,6 +10,7 @@ from whipstaff.server.engine.config import max_tokens
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.worker import runner_v1, runner_v2
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
+from whipstaff.server.engine.worker.edits.captures import Captures
 from whipstaff.server.engine.worker.edits.forms import Forms, add_plain_form, classes_of
 from whipstaff.server.engine.worker.edits.histories import Histories
 from whipstaff.server.engine.worker.edits.module_edits import ModuleEdits
@@ -17,6 +18,7 @@ from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, ins
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
+from whipstaff.server.engine.worker.logits.fan import Fan
 from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
 from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
@@ -54,11 +56,10 @@ def build_step(
     attention = (
         LastAttention(model, runner, max_tokens(config), adapter.block_tables) if layout.reads_attention else None
     )
-    lookahead = (
-        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
-        if layout.looks_ahead
-        else NoLookahead()
-    )
+    lookahead: Lookahead | NoLookahead = NoLookahead()
+    if layout.looks_ahead:
+        base, fan = partial(type(model).forward, model), Fan(model)  # which lies over what else changes attention
+        lookahead = Lookahead(runner, base, edits, adapter.block_tables, adapters, fan, attention)
     step = WorkerStep(
         requests,
         edits,
@@ -94,11 +95,13 @@ def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Reque
     classes = classes_of(model)
     token_table = TokenTable(num_tokens, device)
     histories = Histories(requests, layout.num_histories, layout.max_len, device)
+    sites = install_sites(model, layout, token_table, histories.values, vector_of, model_config.dtype)
     edits = StepEdits(
         requests,
         token_table,
         histories,
-        install_sites(model, layout, token_table, histories.values, vector_of, model_config.dtype),
+        sites,
+        captures=Captures(requests, sites.arenas, layout.max_capture_bytes),
         soft_rows=install_soft_rows(model, model_config, num_tokens, device, vector_of),
         module_edits=ModuleEdits(
             model,

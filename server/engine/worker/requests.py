@@ -4,8 +4,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
 from whipstaff.server.engine.worker.logits.metadata import RequestState
 from whipstaff.server.plan import PositionedPlan, RequestPlan
+
+
+class CapturedRows(NamedTuple):
+    """Activations of one request at hook points that are equally wide."""
+
+    rows: Tensor  # (points, positions, width), on the host
+    seen: npt.NDArray[np.bool_]  # (positions,) which of them were there already
 
 
 class Arrival(NamedTuple):
@@ -39,6 +50,7 @@ class PlannedRequest:
     placed: PositionedPlan
     decoding: RequestState | None = None  # set by `LogitsPipeline.add`; None: its plan says nothing of decoding
     histories: list[int] = field(default_factory=list)  # set by `Histories.add`: a row for each of its conditions
+    captured: list[CapturedRows] = field(default_factory=list)  # set by `Captures.add`
     num_read: int = 0  # set by `Histories`: how many of its positions were fed, if it has conditions
 
 

@@ -77,10 +77,14 @@ class WorkerStep:
         for request in self.requests.finish(finished):
             if request.histories:
                 self.edits.histories.remove(request)
+            if request.captured:
+                self.edits.captures.remove(request)
             self.pipeline.remove(request)
         for request, new in self.requests.take(arrivals):
             if request.placed.num_columns:
                 self.edits.histories.add(request)
+            if request.placed.captures:
+                self.edits.captures.add(request)
             self.pipeline.add(request, new)
 
     def begin(self, view: BatchView, input_ids: Tensor | None) -> None:
@@ -96,6 +100,8 @@ class WorkerStep:
         if not self.is_plain:
             self.pipeline.end_forward()
             self.edits.end_step()
+            if self.edits.captures.num_asking:
+                self.edits.captures.note(self._view)
 
     def give_to_companions_(self, sampled: Tensor) -> None:
         """(B, 1) token ids: companions' become those of their primaries."""

@@ -125,6 +125,13 @@ class SteeredWorker:
         reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
         return self._step.edits.histories.readings_of(readings_id)
 
+    def whipstaff_captures(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
+        """The activations that a request asked for, by the engine's name of each of its sequences, for each of its
+        entries: {"data": the bytes of (points, positions, width), "shape", "dtype", "seen": a byte for each position,
+        whether it was computed}. At sites whose heads are sharded it is this rank's part. They are told once; empty
+        when nobody has that id, or not any more."""
+        return self._step.edits.captures.take(captures_id)
+
     def whipstaff_note_proven(self, facts: Any) -> None:
         """Keep what the API server that tested this engine has to say to those that did not."""
         self._proven = facts
@@ -162,6 +169,7 @@ class SteeredWorker:
             "slots_in_use": slot_use.num_used,
             "requests_waiting_for_slots": slot_use.num_waiting,
             "histories_used": step.edits.histories.num_used,
+            "captures_held": step.edits.captures.num_held,
             "companions_running": group_use.num_companions,
             "group_steps": {"held": group_use.num_steps_held, "together": group_use.num_steps_together},
             "groups_preempted": group_use.num_preempted,

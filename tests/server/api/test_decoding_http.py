@@ -175,7 +175,7 @@ def test_every_method_of_one_prompt_is_tried_here() -> None:
     }
     elsewhere = {"forced"}  # test_companions_http.py
     elsewhere |= {"best_of"}  # test_search_http.py, as searches are
-    elsewhere |= {"contrastive_search", "opera_lite"}  # tests/server/engine/test_read_states.py: flags turn them on
+    elsewhere |= {"contrastive_search", "opera_lite"}  # test_search_http.py, against their formulas
     assert {*ENTRIES, *SAMPLED} == alone - elsewhere
 
 

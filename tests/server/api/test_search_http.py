@@ -11,9 +11,13 @@ import pytest
 import torch
 from asking import PAIR, PROMPT, PUSH, Post, assert_refused, data_events, metrics, ok, streamed_text, texts
 from asking import tokens as tokens_of
+from reference import contrastive_search, opera_lite
+from search_loop import Loop
 from serving import Server
 from transformers import LlamaForCausalLM
 
+from whipstaff.decoding.methods.opera_lite import OperaLiteParams
+from whipstaff.decoding.search.opera import Opera, OperaSetting
 from whipstaff.steering import vector_file
 
 from .test_http import left_alone
@@ -84,6 +88,48 @@ def test_a_chat_and_a_stream_say_the_same(complete: Post, chat: Post) -> None:
         assert chunks[-1]["whipstaff"]["search"] == whole.json()["whipstaff"]["search"]
 
 
+RETRACTING: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": BEAMS, "n": 2, "max_tokens": 24},
+    "opera": {
+        "decoding": {"method": "opera", "beams": 2, "candidates": 3, "threshold": 2, "switch_length": 2, "visits": 2},
+        "max_tokens": 24,
+        "ignore_eos": True,
+    },
+    "stopped": {"num_beams": BEAMS, "max_tokens": 24, "stop": ["t"]},
+}
+
+
+@pytest.mark.parametrize("name", RETRACTING)
+def test_what_is_streamed_ahead_is_taken_back(complete: Post, chat: Post, name: str) -> None:
+    """What is left of it is the answer; what stands there on the way is more than what is settled."""
+    fields, num = RETRACTING[name], 0
+    for ask, prompt in ((complete, PROMPT), (chat, "Why?")):
+        whole = ask(prompt, **fields)
+        lagging = [json.loads(event) for event in data_events(ask(prompt, stream=True, **fields))[:-1]]
+        events = data_events(ask(prompt, stream=True, stream_retractions=True, **fields))[:-1]
+        ahead = [json.loads(event) for event in events]
+        assert [with_retractions(ahead, index) for index in range(len(texts(whole)))] == texts(whole)
+        assert ahead[-1]["whipstaff"].get("search") == whole.json()["whipstaff"].get("search")
+        choices = [[one for chunk in chunks for one in chunk["choices"]] for chunks in (ahead, lagging)]
+        ids = [[token for one in chunks for token in one.get("token_ids") or ()] for chunks in choices]
+        assert ids[0] == ids[1]
+        num += sum("retracted" in chunk.get("whipstaff", {}) for chunk in ahead)
+        assert len(ahead) > len(lagging)
+    assert num > 0
+
+
+def with_retractions(chunks: list[dict[str, Any]], index: int) -> str:
+    """The text of a choice, as a client keeps it."""
+    text = ""
+    for chunk in chunks:
+        for said in chunk.get("whipstaff", {}).get("retracted", ()):
+            if said["index"] == index:
+                assert 0 < said["characters"] <= len(text) and not chunk["choices"]
+                text = text[: -said["characters"]]
+        text += streamed_text([chunk], index)
+    return text
+
+
 def test_beams_go_together_with_the_rest(complete: Post) -> None:
     """Steering, conditions, mixes, further prompts, penalties, biases."""
     alone = tokens_of(complete(num_beams=BEAMS))
@@ -119,6 +165,92 @@ def test_a_tree_search_tells_its_classifiers_scores(complete: Post) -> None:
     (choice,) = answer["choices"]
     assert [one["id"] for one in choice["explain"]] == choice["token_ids"]
     assert all(0 < one["facts"]["classifier"] < 1 and one["token"] is not None for one in choice["explain"])
+
+
+# ---- what reads attention and hidden states
+
+OPERA = {"method": "opera", "beams": 2, "candidates": 3, "threshold": 2, "switch_length": 2, "visits": 2}
+
+
+@pytest.fixture(scope="module")
+def loop(server: Server) -> Loop:
+    model = LlamaForCausalLM.from_pretrained(server.models["base"], attn_implementation="eager", dtype=torch.float32)
+    return Loop(model.eval(), reads_attention=True)
+
+
+def test_opera_is_its_loop_over_transformers(complete: Post, chat: Post, loop: Loop) -> None:
+    """Rollbacks among them, streamed and not."""
+    fields = {"decoding": OPERA, "max_tokens": 24, "ignore_eos": True}
+    answer = ok(complete(PROMPTS, **fields))
+    rollbacks = 0
+    for choice, search in zip(answer["choices"], answer["whipstaff"]["search"], strict=True):
+        prompt = choice["prompt_token_ids"]
+        setting = OperaSetting(**OPERA, trusted=((1, len(prompt)),))
+        ran = loop.run(Opera(), setting, prompt, 24)
+        assert choice["token_ids"] == list(ran.best)
+        assert (search["tried"], search["sequences"]) == (ran.count("tried"), 2)
+        rollbacks += search["rollbacks"]
+        assert search["rollbacks"] == ran.count("rollbacks")
+    assert rollbacks > 0 and tokens_of(complete(**fields)) != tokens_of(complete(max_tokens=24, ignore_eos=True))
+    for ask in (complete, chat):
+        chunks = [json.loads(event) for event in data_events(ask(stream=True, **fields))[:-1]]
+        assert [streamed_text(chunks)] == texts(ask(**fields))
+
+
+@torch.inference_mode()
+def seen_by(model: Any, ids: list[int]) -> tuple[Any, Any, Any]:
+    """The last logits of a text, and how much each of its tokens looks at those before, and its last hidden states."""
+    out = model(torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+    attention = [row[: i + 1].tolist() for i, row in enumerate(out.attentions[-1][0].amax(0))]
+    return out.logits[0, -1].tolist(), attention, out.hidden_states[-1][0].tolist()
+
+
+def last_hidden(model: Any, ids: list[int], token: int) -> list[float]:
+    found: list[float] = seen_by(model, [*ids, token])[2][-1]
+    return found
+
+
+def test_operas_penalty_on_one_sequence(complete: Post, loop: Loop) -> None:
+    own = {"method": "opera_lite", "penalty_weight": 10.0, "scale_factor": 500.0, "switch_length": 1}
+    answer = ok(complete(decoding=own, ignore_eos=True, temperature=0))["choices"][0]
+    prompt, found = answer["prompt_token_ids"], list[int]()
+    params = OperaLiteParams.model_validate(own)
+    for _ in range(NUM_TOKENS):
+        logits, attention, _ = seen_by(loop.model, [*prompt, *found])
+        amount = opera_lite.penalty(attention, len(prompt), params, [(1, len(prompt))])
+        row = opera_lite.rewrite(logits, amount, params.candidates)
+        found.append(max(range(len(row)), key=lambda v: row[v]))
+    assert answer["token_ids"] == found
+    assert found != tokens_of(complete(ignore_eos=True, temperature=0))
+
+
+def test_contrastive_search_is_its_formula(complete: Post, loop: Loop) -> None:
+    answer = ok(complete(penalty_alpha=0.6, top_k=4, ignore_eos=True, temperature=0))["choices"][0]
+    prompt, found = answer["prompt_token_ids"], list[int]()
+    for _ in range(NUM_TOKENS):
+        logits, _, before = seen_by(loop.model, [*prompt, *found])
+        feed = partial(last_hidden, loop.model, [*prompt, *found])
+        found.append(contrastive_search.choose(logits, before, feed, 4, 0.6)[0])
+    assert answer["token_ids"] == found
+    assert found != tokens_of(complete(ignore_eos=True, temperature=0))
+
+
+# ---- budgets
+
+
+def test_budgets_end_a_search_with_what_it_has(complete: Post) -> None:
+    """After so many tokens, what it says is what it would say if they were all that it may."""
+    most = {"decoding": {"method": "beam_search", "num_beams": 3, "max_computed_tokens": 3 * 4}}
+    answer = ok(complete(**most, max_tokens=100, ignore_eos=True))
+    (choice,), (search,) = answer["choices"], answer["whipstaff"]["search"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "max_computed_tokens")
+    assert (search["ended_by"], search["tokens_computed"]) == ("max_computed_tokens", 12)
+    assert choice["token_ids"] == tokens_of(complete(num_beams=3, max_tokens=4, ignore_eos=True))
+    for method in (most["decoding"], OPERA, {"method": "kcts", "classifier": "wary", "k": 4, "simulations": 6}):
+        spent = {**method, "max_computed_tokens": None, "max_time": 1e-6}
+        answer = ok(complete(decoding=spent, max_tokens=100, ignore_eos=True))
+        assert answer["choices"][0]["stop_reason"] == answer["whipstaff"]["search"][0]["ended_by"] == "max_time"
+        assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"] == 1
 
 
 # ---- ranked answers
@@ -173,6 +305,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "grammar": ({"num_beams": 2, "structured_outputs": {"regex": "[0-9]"}}, 400, "num_beams"),
     "logprobs": ({"num_beams": 2, "logprobs": 1}, 400, "logprobs"),
     "truncation": ({"num_beams": 2, "typical_p": 0.5}, 400, "typical_p"),
+    "no budget": ({"decoding": {"method": "opera", "max_time": 0}}, 400, "decoding.max_time"),
+    "unstreamed": ({"num_beams": 2, "stream_retractions": "perhaps"}, 400, "stream_retractions"),
     "one candidate": ({"decoding": {"method": "opera", "candidates": 1}}, 400, "decoding.candidates"),
     "no classifier": ({"decoding": {"method": "kcts"}}, 400, "decoding.classifier"),
     "absent classifier": ({"decoding": {"method": "kcts", "classifier": "nobody"}}, 404, "decoding.classifier"),

@@ -134,7 +134,9 @@ def test_wrong_calls_are_2(words: tuple[str, ...], reason: str, capsys: Any) -> 
     assert reason in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["vectors", "convert", "--help"], ["vectors", "convert", "a", "b"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["vectors", "convert", "--help"], ["vectors", "convert", "a", "b"], ["fit", "-h"]]
+)
 def test_help_and_wrong_calls_import_neither_torch_nor_vllm(words: list[str]) -> None:
     program = (
         "import sys\nfrom whipstaff.server.commands.main import main\n"

@@ -89,6 +89,40 @@ def test_an_answer_that_was_cut_short_is_alone(tokenizer: Any) -> None:
     assert len(last.outputs) == 1
 
 
+def test_text_goes_ahead_and_is_taken_back(tokenizer: Any) -> None:
+    """Of what was settled later than the draft, nothing is shown before its own draft, or the end, comes."""
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in ("def main", "def print", "class")]
+    drafts = [(0, texts[0]), (0, texts[1]), (1, texts[1][1:]), (0, texts[2])]
+    outputs = [([], ""), ([], ""), (texts[1][:1], tokenizer.decode(texts[1][:1])), ([], "")]
+    taken, shown, events = list[int](), "", list[str]()
+    answers = SearchAnswers(1, SamplingParams(), lambda _: None, taken.append)
+
+    async def generated() -> AsyncGenerator[Any, None]:
+        for (settled, draft), (tokens, text) in zip(drafts, outputs, strict=True):
+            answers.explained(0, {"draft": {"settled": settled, "tokens": draft}})
+            yield output(tokens, text, None)
+        yield output(texts[1][1:], tokenizer.decode(texts[1])[len(outputs[2][1]) :] + "!", "length")
+
+    async def run() -> list[Any]:
+        found = []
+        nonlocal shown, events
+        async for one in answers.of(generated(), tokenizer):
+            events += [f"-{num}" for num in taken]
+            shown = (shown[: -taken.pop()] if taken else shown) + one.outputs[0].text
+            found.append((shown, list(one.outputs[0].token_ids)))
+        return found
+
+    said = asyncio.run(run())
+    assert said == [
+        ("def main", []),
+        ("def print", []),
+        ("def print", outputs[2][0]),
+        ("def print", []),
+        ("def print!", texts[1][1:]),
+    ]
+    assert events == ["-4"]
+
+
 def test_closing_the_answers_closes_what_the_engine_generates(tokenizer: Any) -> None:
     closed: list[bool] = []
 

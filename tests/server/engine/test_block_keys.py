@@ -16,7 +16,8 @@ from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import companions
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
-from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Capture, Edit, PlannedCapture, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
 
 BLOCK = 16
@@ -99,11 +100,12 @@ def test_weights_do_not_change_kv_and_auxiliary_models_do() -> None:
 
 @given(prompt_len=st.integers(1, 99))
 def test_keeping_activations_changes_no_kv(prompt_len: int) -> None:
-    only = RequestPlan(SteeringPlan((), keeps=(0, 1)))
+    reads = (PlannedCapture(Capture((HookPoint("resid_post", 0),), True), Where.of("all")),)
+    only = RequestPlan(SteeringPlan((), keeps=(0, 1), captures=reads))
     assert keys(TOKENS, prompt_len, only) == keys(TOKENS, prompt_len, None)
     edited = steering(Where.of("each_last")).steering
     assert edited is not None
-    kept = replace(edited, keeps=(0, 1))
+    kept = replace(edited, keeps=(0, 1), captures=reads)
     both = RequestPlan(kept)
     assert SteeringPlan.from_wire(json.loads(json.dumps(kept.to_wire()))) == kept
     assert keys(TOKENS, prompt_len, both) == keys(TOKENS, prompt_len, RequestPlan(edited))

@@ -3,9 +3,12 @@ over plain transformers, which computes every text from scratch.
 
 The step budget is smaller than the long prompts (chunked prefill), there are blocks for a part of the requests only
 (preemption), and plain, steered, proxy-tuned and guided requests run in the same batch, some of which search.
+
+WHIPSTAFF_SOAK=1 runs 2000 random requests in every mode.
 """
 
 import asyncio
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +18,10 @@ import pytest
 import tiny
 import torch
 from engines import Ask, EngineUnderTest, edit, running
-from modes import THREE
+from modes import WITH_RANKS
 from reference import steered
 from search_loop import Loop, Ran
+from soak import SOAK
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
@@ -35,6 +39,7 @@ from whipstaff.steering.where import Where
 pytestmark = pytest.mark.engine
 
 MAX_LEN, HIDDEN, GUIDANCE, EOS = 160, 96, 1.7, (7, 11)
+NEAR = 1e-4  # of scores: two answers that near may change places between float32 implementations
 
 
 @dataclass
@@ -51,7 +56,8 @@ class Case:
     length_penalty: float = 1.0
     ends: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
-    abort_after: float | None = None  # seconds
+    after: float = 0.0  # seconds, when it arrives
+    abort_after: float | None = None  # seconds from then
 
     @property
     def method(self) -> Any:
@@ -91,6 +97,7 @@ class Bench:
 
     async def answer(self, case: Case) -> tuple[list[int], dict[str, Any]]:
         """The tokens, and what was told of the search."""
+        await asyncio.sleep(case.after)
         told: dict[str, Any] = {}
         plan = PlanDict(self.plan(case).to_wire(), explained=lambda index, record: told.update(record))
         params = SamplingParams(
@@ -167,15 +174,23 @@ class Bench:
         scores = [one["score"] for one in told["hypotheses"]]
         assert scores == pytest.approx([one.score for one in ran.hypotheses], abs=1e-3)
 
+    def is_exact(self, case: Case, tokens: list[int], told: dict[str, Any]) -> bool:
+        try:
+            self.check(case, tokens, told)
+        except AssertionError:
+            return False
+        return True
+
     def idle(self) -> None:
         """Nothing is left behind."""
+        assert self.engine.run(self.engine.engine.reset_prefix_cache()), "somebody holds blocks"
         self.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
         counters = self.engine.counters()
         held = "requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"
         assert {name: counters[name] for name in held} == dict.fromkeys(held, 0)
 
 
-@pytest.fixture(scope="module", params=THREE)
+@pytest.fixture(scope="module", params=WITH_RANKS)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, mode = tmp_path_factory.mktemp("models"), request.param
     path = tiny.save("llama", folder / "base", 0)
@@ -252,4 +267,78 @@ def test_going_away_in_the_middle(bench: Bench) -> None:
     leave += [Case(prompt(40, 40), simulations=30, max_tokens=60, abort_after=0.2)]
     (found, *_) = bench.answers(stay, *leave)
     bench.check(stay, *found)
+    bench.idle()
+
+
+class Traffic:
+    """Makes requests at random, half of which search."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+
+    def case(self, span: float) -> Case:
+        """One that arrives within so many seconds."""
+        chance, kind = self.chance, self.chance.choice(("plain", "plain", "plain", "beams", "beams", "tree"))
+        case = Case(
+            prompt(chance.choice((1, 7, 20, 31, 33, 62, 70)), chance.randrange(40)),
+            max_tokens=chance.randint(2, 12) if kind != "tree" else chance.randint(2, 4),
+            ends=EOS if chance.random() < 0.5 and kind != "plain" else (),
+            after=chance.uniform(0, span),
+        )
+        if kind == "beams":
+            case.beams, case.length_penalty = chance.randint(2, 4), chance.choice((0.0, 1.0, 2.0))
+        elif kind == "tree":
+            case.simulations = chance.randint(3, 8)
+        changed = chance.choice(("", "", "steered", "guided", "proxy-tuned", "repetition"))
+        if changed == "steered":
+            case.scale = 1.5
+        elif changed == "guided":
+            case.negative = tuple(prompt(chance.choice((3, 33, 61)), chance.randrange(40)))
+        elif changed == "proxy-tuned":
+            case.weight = 0.7
+        elif changed == "repetition":
+            case.repetition_penalty = 1.4
+        if chance.random() < 0.15:
+            case.max_tokens, case.abort_after = 60, chance.uniform(0.0, 0.6)  # trees go back all the time
+            case.simulations = case.simulations and 30
+        return case
+
+
+def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
+    num = 2000 if SOAK else 8 if bench.mode.startswith("v2") else 60
+    traffic, wave, before = Traffic(11), min(num, 100), bench.engine.counters()["search_rollbacks"]
+    for _ in range(num // wave):
+        cases = [traffic.case(wave / 50) for _ in range(wave)]
+        answers = list(zip(cases, bench.answers(*cases), strict=True))
+        staying = [(case, found) for case, found in answers if case.abort_after is None]
+        wrong = [case for case, found in staying if not bench.is_exact(case, *found)]
+        assert len(wrong) <= 0.03 * len(staying) + 1, wrong
+        assert len(staying) > 0.6 * wave
+    bench.idle()
+    assert bench.engine.counters()["search_rollbacks"] > before
+
+
+def test_beams_are_those_of_hugging_face(bench: Bench) -> None:
+    """200 prompts at once through one engine. Where answers are as good as equally likely, either may come first."""
+    num, ends = (8 if bench.mode.startswith("v2") else 200), tuple(range(3, 19))
+    cases = [Case(prompt(5 + 4 * (n % 3), 500 + n), beams=4, ends=ends, max_tokens=8) for n in range(num)]
+    alike, reasons = 0, set()
+    for case, (_, told) in zip(cases, bench.answers(*cases), strict=True):
+        out = bench.base.generate(
+            torch.tensor([case.prompt]),
+            attention_mask=torch.ones(1, len(case.prompt), dtype=torch.int64),
+            num_beams=case.beams,
+            num_return_sequences=case.beams,
+            max_new_tokens=case.max_tokens,
+            do_sample=False,
+            eos_token_id=list(ends),
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        answers = told["hypotheses"]
+        assert [one["score"] for one in answers] == pytest.approx(out.sequences_scores.tolist(), abs=NEAR), case
+        wanted = zip(answers, out.sequences[:, len(case.prompt) :].tolist(), strict=True)
+        alike += all(one["tokens"] == row[: len(one["tokens"])] for one, row in wanted)
+        reasons |= {one["finish_reason"] for one in answers}
+    assert alike >= 0.98 * num and reasons == {"stop", "length"}
     bench.idle()

@@ -5,6 +5,7 @@ block the text whose keys and values stand there. Every token that is computed r
 that was shared wrongly, overwritten, copied too late or freed too early shows.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class Runner:
         self.searches: dict[str, list[Text]] = {}  # primary -> what lives, in order
         self.locked: dict[str, int] = {}  # tokens that were said to be settled
         self.num_computed = 0
+        self.decided: dict[str, deque[Text]] = defaultdict(deque)  # what lived first after each decision
         self.seen: set[str] = set()
 
     def run(self, output: Any) -> ModelRunnerOutput:
@@ -171,6 +173,7 @@ class Runner:
         placed = seated(living, [len(text) for text in texts], step)
         assert len({one.seat for one in placed}) == len(placed) and step.seats[0] in {one.seat for one in placed}
         self.searches[primary] = after
+        self.decided[primary].append(after[0])
         return Verdict(tuple(placed), settled, counts={"tried": 3})
 
     def continuation(self, texts: list[Text], locked: int, most: int) -> Continuation:
@@ -198,13 +201,15 @@ class Searching(Traffic):
         self.scheduler._max_search_seqs = max(case.max_num_seqs - 1, 1)
         self.worker: Any = Runner(self)
         self.searchers: dict[str, int] = {}
+        self.drafts: list[Text] = []  # that were told
 
     def search(self, num_seats: int, companions: int = 0, prompt: list[int] | None = None, **asked: Any) -> Asked:
         name, budget = next(self.names), self.chance.choice((None, None, BUDGET))
+        drafts = self.chance.random() < 0.5
         edit = SteeringPlan((PlannedEdit(Edit("v", str(self.chance.randrange(3)), None), Where.of("all")),))
         plan = RequestPlan(
             edit if self.chance.random() < 0.3 else None,
-            DecodingPlan(search=SearchPlan("none", "{}", num_seats, (), (), asked.get("max_time"), budget)),
+            DecodingPlan(search=SearchPlan("none", "{}", num_seats, (), (), asked.get("max_time"), budget, drafts)),
             companions=tuple(CompanionPlan(tuple(self.prompt())) for _ in range(companions)),
         )
         params = SamplingParams(
@@ -227,8 +232,12 @@ class Searching(Traffic):
                 asked.got += one.new_token_ids
                 asked.end = one.finish_reason
                 told = getattr(made, "whipstaff_explanations", {}).get(one.request_id)
-                if told is not None:
-                    assert (one.kv_transfer_params or {})["whipstaff"] is told
+                assert told is None or (one.kv_transfer_params or {})["whipstaff"] is told
+                if told is not None and "draft" in told:
+                    assert told["draft"]["settled"] == len(asked.got)
+                    self.drafts.append((*asked.got, *told["draft"]["tokens"]))
+                    assert self.drafts[-1] == self.worker.decided[one.request_id].popleft()
+                elif told is not None:
                     assert asked.got == told["search"]["hypotheses"][0]["tokens"]
                     assert told["search"]["counts"]["tried"] == 3
                     self.check_budget(told["search"], asked)
@@ -306,6 +315,7 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
         traffic.disturb()
     traffic.drain()
     traffic.check()
+    assert len(traffic.drafts) > 20
     assert len(traffic.searchers) > 20 and traffic.worker.seen == {"rollback", "end", "budget"}
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
 

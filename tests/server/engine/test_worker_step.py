@@ -83,7 +83,6 @@ def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared()
     def calls_of(view: BatchView) -> list[str]:
         for part in (edits, pipeline):
             part.reset_mock()
-        pipeline.searches.take.return_value = {}, []
         step.begin(view, None)
         step.end_forward()
         output = step.tell(None)
@@ -91,7 +90,7 @@ def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared()
         assert output is None
         return [name for part in (edits, pipeline) for name, *_ in part.method_calls]
 
-    everything = ["begin_step", "end_step", "begin_step", "end_forward", "take_explanations"]
+    everything = ["begin_step", "end_step", "captures.note", "begin_step", "end_forward", "take_explanations"]
     assert [calls_of(view) for view in (NOBODY, NOBODY, rows(PROMPT, 1, "a"), NOBODY, NOBODY)] == [
         *([], []),
         *(everything, everything),

@@ -16,7 +16,8 @@ from whipstaff.server import demo
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import fitting
 from whipstaff.steering.fit.directions import cosine, expected_cosine, separation
-from whipstaff.steering.fit.job import Options, chosen_layers
+from whipstaff.steering.fit.job import chosen_layers
+from whipstaff.steering.fit.options import Options
 from whipstaff.steering.fit.recipes import RECIPES
 from whipstaff.steering.fit.render import Template
 from whipstaff.steering.method import HookPoint
@@ -78,10 +79,7 @@ def run(
         method, source, [data], Options(**{"template": "none", **said}), folder / "rows", goes_on=goes_on
     )
     made = fitting.fit(method, job)
-    if (folder / "rows").exists():
-        for file in (folder / "rows").iterdir():
-            file.unlink()
-        (folder / "rows").rmdir()
+    assert not (folder / "rows").exists()
     return parse(packed(made.header, made.tensors)), made.header.provenance
 
 

@@ -6,7 +6,7 @@ checks, its weight loading and torch.compile see the module they expect. The edi
 reads persistent buffers; it is traced into compiled graphs and captured into CUDA graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from whipstaff.cuda_ext import put_rows_, run_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.worker.edits.captures import Arena, arenas_of
 from whipstaff.server.engine.worker.edits.soft_prompts import NoSoftRows, SoftRows
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.steering.method import HookPoint
@@ -45,6 +46,7 @@ class Sites(NamedTuple):
 
     tables: Tables
     meters: Tensor  # (hook points, 2): sum of lengths and number of rows measured, in the tables' order
+    arenas: Sequence[Arena] = ()  # where captured activations are, one for each width
 
 
 def install_sites(
@@ -74,6 +76,12 @@ def install_sites(
             raise UnsupportedEngine(f"--steering-sites {site}: no layer of {type(model).__name__} shows where that is")
     encoders = {HookPoint(site, layer): size for site, layer, size in layout.encoders}
     max_tokens, device = len(token_table.tokens), token_table.tokens.device
+    captured = [spec for spec, _, _ in hooks.values() if spec.point.layer in layout.capture_layers]
+    arenas = arenas_of(captured, max_tokens, dtype, device)
+    kept = {point: arena.kept(point) for arena in arenas for point in arena.points}
+    for point in map(HookPoint.entering, layout.early_layers):
+        if point not in kept:
+            kept[point] = torch.zeros(max_tokens, layout.shape.hidden_size, dtype=dtype, device=device)
     tables = Tables(
         [spec for spec, _, _ in hooks.values()],
         layout.num_slots,
@@ -81,15 +89,12 @@ def install_sites(
         device,
         vector_of,
         encoders,
-        {
-            layer: torch.zeros(max_tokens, layout.shape.hidden_size, dtype=dtype, device=device)
-            for layer in layout.early_layers
-        },
+        kept,
     )
     meters = torch.zeros(len(hooks), 2, device=device)
     for meter, (point, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
         _adopt(module, editing, point, _buffers(tables.at(point), token_table, history, meter))
-    return Sites(tables, meters)
+    return Sites(tables, meters, arenas)
 
 
 def install_soft_rows(

@@ -1,0 +1,242 @@
+"""Captures: activations that a request asks to be told: what it may say, and what came of it as safetensors."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save
+from torch import Tensor
+
+from whipstaff.decoding.plan import DecodingPlan
+from whipstaff.server.admission.decoding import DecodingEntry, ranking_of, search_of
+from whipstaff.server.admission.fields import entries_in
+from whipstaff.server.admission.positions import where_at_prompt
+from whipstaff.server.errors import BadRequest, Unavailable, parsed
+from whipstaff.server.plan import CapturedAt, PositionedPlan
+from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.errors import SteeringError
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.plan import Capture, Insert, PlannedCapture
+from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.where import Clause, Where
+
+FIELD = "capture"
+MAX_CAPTURES = 16  # entries of a request
+Layer = Annotated[int, Field(strict=True, ge=0)]
+Told = Mapping[str, Sequence[Mapping[str, Any]]]  # what a rank says: see `worker.whipstaff_captures`
+
+
+class CaptureParams(BaseModel):
+    """One entry of `capture`: activations at one site of some layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: Site = "resid_post"
+    layers: Literal["all"] | Annotated[list[Layer], Field(min_length=1)] = Field(
+        description="0-based blocks, or all of them"
+    )
+    where: Clause = Field("all", description="at which tokens", validate_default=True)
+    reduce: Literal["none", "mean", "last"] = Field("none", description="every token's, their mean, or the last one's")
+    edited: bool = Field(True, description="as the request's edits at that place leave them, or else as they come")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class CaptureEntry:
+    """One entry of a request's `capture`, checked."""
+
+    path: str
+    params: CaptureParams
+    layers: tuple[int, ...]
+
+    @property
+    def where(self) -> Where:
+        return Where.of(self.params.where)
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """Where the engine finds it, in the order of the layers."""
+        return tuple(HookPoint(self.params.site, layer).canonical for layer in self.layers)
+
+    @property
+    def planned(self) -> PlannedCapture:
+        """Before any prompt is known."""
+        return PlannedCapture(Capture(self.points, self.params.edited), self.where)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        said = self.params.model_dump(exclude={"where"})
+        return {**said, "layers": list(self.layers), "where": self.where.model_dump(exclude_none=True)}
+
+
+class NamedSequence(NamedTuple):
+    """A finished sequence."""
+
+    choice: int
+    name: str  # as the engine calls it
+    num_fed: int  # tokens that the model was given
+
+
+def captures_of(fields: Mapping[str, Any], caps: Capabilities) -> tuple[CaptureEntry, ...]:
+    """The entries of a request's `capture`. Raises: BadRequest, Unavailable."""
+    found = [_entry(entry, path, caps) for path, entry in entries_in(fields.get(FIELD), FIELD, MAX_CAPTURES)]
+    seen: dict[HookPoint, CaptureEntry] = {}
+    for entry in found:
+        for point in entry.points:
+            if (other := seen.setdefault(point, entry)).params.edited != entry.params.edited:
+                raise BadRequest(
+                    f"{other.path} reads {point.site} of layer {point.layer} {_when(other)} the request's edits there, "
+                    f"and this {_when(entry)} them; a request reads a place in one way",
+                    f"{entry.path}.edited",
+                )
+    return tuple(found)
+
+
+def _when(entry: CaptureEntry) -> str:
+    return "after" if entry.params.edited else "before"
+
+
+def _entry(entry: Any, path: str, caps: Capabilities) -> CaptureEntry:
+    params = parsed(CaptureParams, entry, path)
+    num = caps.num_layers
+    layers = tuple(range(num)) if params.layers == "all" else tuple(params.layers)
+    found = CaptureEntry(path, params, layers)
+    for index, (layer, point) in enumerate(zip(layers, found.points, strict=True)):
+        field = f"{path}.layers" if params.layers == "all" else f"{path}.layers[{index}]"
+        if layer >= num:
+            raise BadRequest(f"the served model has layers 0 to {num - 1}", field)
+        if layer in layers[:index]:
+            raise BadRequest(f"layer {layer} is named twice", field)
+        if point not in caps.hook_points:
+            raise Unavailable(
+                f"this server does not read {params.site}; start it with --steering-sites {params.site}",
+                f"{path}.site",
+            )
+        if point.layer not in caps.capture_layers:
+            flag = ",".join(str(one) for one in sorted({*caps.capture_layers, *(p.layer for p in found.points)}))
+            raise Unavailable(
+                f"{point.site} of layer {point.layer} cannot be read here; start the server with --capture-layers "
+                f"{flag}",
+                field,
+            )
+    for name, region in (("tokens", found.where), ("exclude.tokens", found.where.exclude)):
+        if region is not None and region.tokens:
+            raise BadRequest(
+                "activations are read by position; say windows or messages, and choose tokens among what is told",
+                f"{path}.where.{name}",
+            )
+    return found
+
+
+def check_beside(
+    captures: Sequence[CaptureEntry], decoding: DecodingPlan | None, entries: Sequence[DecodingEntry]
+) -> None:
+    """Whether they go with what else the request says. Raises: BadRequest."""
+    for entry in (search_of(entries), ranking_of(entries)):
+        if entry is not None:
+            raise BadRequest(
+                f"{entry.method.name} chooses among several sequences, whose activations are not kept apart; leave one "
+                "of them out",
+                FIELD,
+            )
+    early = {HookPoint.entering(layer) for layer in (decoding.early_layers if decoding else ())}
+    for one in captures:
+        if not one.params.edited and early.intersection(one.points):
+            raise BadRequest(
+                "a decoding method reads that stream after the request's edits, so it can be captured after them only",
+                f"{one.path}.edited",
+            )
+
+
+def captures_at_prompt(
+    captures: Sequence[CaptureEntry], prompt: Prompt, inserts: Sequence[Insert]
+) -> tuple[PlannedCapture, ...]:
+    """Captures with clauses in windows only. Raises: BadRequest."""
+    return tuple(
+        PlannedCapture(entry.planned.capture, where_at_prompt(entry.where, entry.path, prompt, inserts))
+        for entry in captures
+    )
+
+
+def check_captures(
+    captures: Sequence[CaptureEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities
+) -> None:
+    """Checks that need the prompt. Raises: BadRequest where a clause selects nothing, Unavailable where it is too
+    much."""
+    assert placed.plan.steering is not None
+    for entry, planned in zip(captures, placed.plan.steering.captures, strict=True):
+        try:
+            planned.where.check(placed.prompt_len, max_tokens)
+        except SteeringError as error:
+            raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
+    if (num := placed.capture_bytes(caps.model)) > caps.max_capture_bytes:
+        raise Unavailable(
+            f"with up to {placed.plan.max_fed} tokens these activations take up to {num} bytes as float32, and this "
+            f"server reads {caps.max_capture_bytes} at once; say less in `where`, `layers` or max_tokens, or start it "
+            "with a larger --max-capture-bytes",
+            FIELD,
+        )
+
+
+def captured(
+    sequence: NamedSequence,
+    placed: PositionedPlan,
+    entries: Sequence[CaptureEntry],
+    shape: ModelShape,
+    ranks: Sequence[Told],
+) -> dict[str, Any]:
+    """What was read of one choice, as the receipt tells it: a file with the positions that each entry read and, for
+    each of its layers, (positions, width) of them, or (width,) of what they were reduced to.
+
+    Args:
+        ranks: what each rank says.
+    """
+    if any(sequence.name not in told for told in ranks):
+        return {"choice": sequence.choice, "problem": "others needed the room before they could be told"}
+    tensors: dict[str, Tensor] = {}
+    for number, (entry, at) in enumerate(zip(entries, placed.captures, strict=True)):
+        parts = [told[sequence.name][number] for told in ranks]
+        rows, seen = _rows(parts, entry.params.site), np.frombuffer(parts[0]["seen"], np.bool_)
+        positions = _positions(at)[: len(seen)]
+        chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
+        tensors[f"{number}.positions"] = torch.from_numpy(positions[chosen])
+        for layer, values in zip(entry.layers, rows[:, torch.from_numpy(chosen)], strict=True):
+            made = _reduced(values.float(), entry.params.reduce).to(getattr(torch, entry.params.dtype))
+            if entry.params.site == "attn_head":
+                made = made.view(*made.shape[:-1], shape.num_heads, shape.head_dim)
+            tensors[f"{number}.{entry.params.site}.{layer}"] = made.contiguous()
+    return {
+        "choice": sequence.choice,
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "safetensors": base64.b64encode(save(tensors, {"format": "pt"})).decode(),
+    }
+
+
+def _rows(parts: Sequence[Mapping[str, Any]], site: Site) -> Tensor:
+    """(layers, positions, width) of all ranks; at attn_head each has its own heads, elsewhere all have all."""
+    mine = parts if site == "attn_head" else parts[:1]
+    return torch.cat([_tensor(part) for part in mine], -1)
+
+
+def _tensor(part: Mapping[str, Any]) -> Tensor:
+    data, dtype = bytearray(part["data"]), getattr(torch, part["dtype"])
+    shape = part["shape"]
+    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def _positions(at: CapturedAt) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
+
+
+def _reduced(values: Tensor, how: Literal["none", "mean", "last"]) -> Tensor:
+    """(positions, width), or (width,) of them; NaN where there is no position."""
+    if how == "none":
+        return values
+    if not len(values):
+        return values.new_full(values.shape[1:], torch.nan)
+    return values.mean(0) if how == "mean" else values[-1]

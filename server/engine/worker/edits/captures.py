@@ -1,0 +1,193 @@
+"""Captures: activations that requests asked to be told, position by position.
+
+A row of edits keeps what stands at its hook points, before its edits or after them, in rooms of fixed address that
+captured graphs write (`steering.plan.Capture`). After the forward pass the rows that somebody asked for are taken from
+there, all of one width in one gather, and put where their positions are: so a prompt may come in chunks, and what a
+preemption computes again writes over itself. What finished sequences have is held until somebody takes it, by
+`captures_id`, or others need the room.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whipstaff.server.engine.worker.batch import BatchView, Ints
+from whipstaff.server.engine.worker.requests import CapturedRows, PlannedRequest, Requests
+from whipstaff.steering.method import HookPoint
+from whipstaff.steering.tables import SiteSpec
+
+
+class Arena(NamedTuple):
+    """Room for the activations of a step at hook points that are equally wide."""
+
+    points: dict[HookPoint, int]  # and which of the first dimension is whose
+    rows: Tensor  # (points, max_tokens, width) in the model's type
+
+    def kept(self, point: HookPoint) -> Tensor:
+        """(max_tokens, width) of one of them, sharing memory."""
+        return self.rows[self.points[point]]
+
+
+def arenas_of(specs: Iterable[SiteSpec], max_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Arena]:
+    """Room for the activations at some hook points."""
+    by_width: dict[int, list[HookPoint]] = {}
+    for point, _, width in specs:
+        by_width.setdefault(width, []).append(point)
+    return [
+        Arena(
+            {point: index for index, point in enumerate(points)},
+            torch.empty(len(points), max_tokens, width, dtype=dtype, device=device),
+        )
+        for width, points in by_width.items()
+    ]
+
+
+class _Taken(NamedTuple):
+    """Rows of a gather, and where they go."""
+
+    into: CapturedRows
+    first: int  # of its positions
+    num: int  # of them, for each of its points
+
+
+class _Pending(NamedTuple):
+    """What was gathered, on its way from the device."""
+
+    rows: Tensor
+    taken: list[_Taken]
+    is_there: Any  # a CUDA event; None: it is there
+
+
+class Held(NamedTuple):
+    """What a finished sequence has."""
+
+    captures_id: str
+    captured: list[CapturedRows]
+
+    @property
+    def num_bytes(self) -> int:
+        """That were written; the rest of the room was never touched, and takes no memory."""
+        return sum(_written(one).nbytes for one in self.captured)
+
+
+class Captures:
+    """Of one worker."""
+
+    def __init__(self, requests: Requests, arenas: Sequence[Arena], max_bytes: int) -> None:
+        """`max_bytes` of finished sequences are held; the scheduler lets no more than as many run."""
+        self._requests, self._arenas, self._max_bytes = requests, arenas, max_bytes
+        self.num_asking = 0  # unfinished requests
+        self._pending: deque[_Pending] = deque()
+        self._held: OrderedDict[str, Held] = OrderedDict()  # by finished sequence, the oldest first
+        self._taken: set[str] = set()  # unfinished sequences whose activations were told
+
+    @property
+    def num_held(self) -> int:
+        """Sequences whose activations nobody took yet."""
+        return len(self._held)
+
+    def add(self, request: PlannedRequest) -> None:
+        """Find room for what a request asks for. One that comes again keeps what it has."""
+        if [len(one.seen) for one in request.captured] == [one.num_positions for one in request.placed.captures]:
+            return
+        self.num_asking += not request.captured
+        request.captured = []
+        for one in request.placed.captures:
+            arena, num = self._arenas[self._arena(one.points)], one.num_positions
+            rows = torch.empty(len(one.points), num, arena.rows.shape[-1], dtype=arena.rows.dtype)  # not touched yet
+            request.captured.append(CapturedRows(rows, np.zeros(num, np.bool_)))
+
+    def remove(self, request: PlannedRequest) -> None:
+        """A request is finished: hold what it has, unless it was taken already."""
+        self.num_asking -= 1
+        if request.request_id in self._taken:
+            self._taken.discard(request.request_id)
+        elif request.placed.plan.captures_id:
+            self._held[request.request_id] = Held(request.placed.plan.captures_id, request.captured)
+            while sum(held.num_bytes for held in self._held.values()) > self._max_bytes:
+                self._held.popitem(last=False)
+
+    def note(self, view: BatchView) -> None:
+        """Take what the step's forward pass has left; where nobody is asking, there is nothing."""
+        self._settle(most=1)
+        found: list[list[tuple[_Taken, Ints, int]]] = [[] for _ in self._arenas]
+        for row, placed in view.planned():
+            request = self._requests[view.requests[row]]
+            for (points, intervals), into in zip(placed.captures, request.captured, strict=True):
+                number, before = self._arena(points), 0
+                at = np.array([self._arenas[number].points[point] for point in points])
+                for start, end in intervals:
+                    if (span := view.tokens_at(row, start, end)) is not None:
+                        taken = _Taken(into, before + span.position - start, span.last - span.first)
+                        found[number].append((taken, at, span.first))
+                    before += end - start
+        for arena, asked in zip(self._arenas, found, strict=True):
+            if asked:
+                self._gather(arena, asked)
+
+    def take(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
+        """What the sequences of that `captures_id` have, see `worker.whipstaff_captures`; once. Waits for the
+        device."""
+        self._settle(most=0)
+        found = {name: held.captured for name, held in self._held.items() if held.captures_id == captures_id}
+        for name in found:
+            del self._held[name]
+        for name, request in self._requests.items():  # the worker hears of an end with the next step
+            is_new = request.captured and name not in self._taken
+            if is_new and request.placed.plan.captures_id == captures_id:
+                found[name] = request.captured
+                self._taken.add(name)
+        return {name: [_told(one) for one in captured] for name, captured in found.items()}
+
+    def _arena(self, points: Sequence[HookPoint]) -> int:
+        """Which one these are in."""
+        return next(number for number, arena in enumerate(self._arenas) if points[0] in arena.points)
+
+    def _gather(self, arena: Arena, asked: Sequence[tuple[_Taken, Ints, int]]) -> None:
+        max_tokens = arena.rows.shape[1]
+        indices = [
+            (at[:, None] * max_tokens + np.arange(first, first + taken.num)).ravel() for taken, at, first in asked
+        ]
+        index = torch.from_numpy(np.concatenate(indices)).to(arena.rows.device, non_blocking=True)
+        rows, is_there = arena.rows.flatten(0, 1).index_select(0, index), None
+        if rows.is_cuda:
+            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            is_there.record()
+        self._pending.append(_Pending(rows, [taken for taken, _, _ in asked], is_there))
+        if is_there is None:
+            self._settle(most=0)
+
+    def _settle(self, most: int) -> None:
+        """Put away what has come from the device, until at most so many gathers are left."""
+        while len(self._pending) > most:
+            rows, taken, is_there = self._pending.popleft()
+            if is_there is not None:
+                is_there.synchronize()
+            begin = 0
+            for into, first, num in taken:
+                end = begin + into.rows.shape[0] * num
+                into.rows[:, first : first + num] = rows[begin:end].view(-1, num, rows.shape[1])
+                into.seen[first : first + num] = True
+                begin = end
+
+
+def _written(captured: CapturedRows) -> Tensor:
+    """Its rows up to the last position that was seen."""
+    seen = np.flatnonzero(captured.seen)
+    return captured.rows[:, : int(seen[-1]) + 1 if len(seen) else 0]
+
+
+def _told(captured: CapturedRows) -> dict[str, Any]:
+    """As plain data, up to the last position that was seen."""
+    rows = _written(captured).contiguous()
+    return {
+        "seen": captured.seen[: rows.shape[1]].tobytes(),
+        "dtype": str(rows.dtype).removeprefix("torch."),
+        "shape": list(rows.shape),
+        "data": rows.view(torch.uint8).numpy().tobytes(),
+    }

@@ -1,0 +1,132 @@
+"""What `capture` may say, what a request may take of a server's room, and the file that comes of it."""
+
+import base64
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from whipstaff.server.admission.captures import CaptureEntry, NamedSequence, captured, captures_of
+from whipstaff.server.admission.prepare import compile_extras
+from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.plan import PLAN_KEY, PlacedRequest, PositionedPlan, RequestPlan
+from whipstaff.server.prompt.message_spans import Prompt
+from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.method import HookPoint
+
+NUM_PROMPT, MAX_TOKENS = 10, 5
+
+
+@pytest.fixture(scope="module")
+def reading(caps: Capabilities) -> Capabilities:
+    """A server that lets three of its four layers be read."""
+    return replace(caps, capture_layers=frozenset({0, 1, 2}), max_capture_bytes=1 << 20)
+
+
+def compiled(caps: Capabilities, **fields: Any) -> CompiledRequest:
+    made = compile_extras(fields, caps)
+    assert made is not None
+    return made
+
+
+def place(made: CompiledRequest) -> PlacedRequest:
+    prompt = Prompt(NUM_PROMPT, list(range(NUM_PROMPT)), 100, None)
+    return made.at_prompt(prompt, lambda _: MAX_TOKENS, True)
+
+
+def test_what_is_read_travels_with_the_plan(reading: Capabilities) -> None:
+    entries: list[dict[str, Any]] = [
+        {"layers": [2, 0]},
+        {"site": "attn_head", "layers": "all", "where": "generation", "edited": False},
+    ]
+    with pytest.raises(WhipstaffError, match="--capture-layers 0,1,2,3") as refused:
+        compiled(reading, capture=entries)
+    assert (refused.value.status, refused.value.param) == (422, "capture[1].layers")
+    entries[1]["layers"] = [1]
+    made = compiled(reading, capture=entries)
+    plan = RequestPlan.from_wire({PLAN_KEY: place(made).plan.to_wire()})
+    assert plan is not None and plan.captures_id and plan.max_fed == NUM_PROMPT + MAX_TOKENS - 1
+    placed = PositionedPlan(plan, NUM_PROMPT)
+    assert [one.points for one in placed.captures] == [
+        (HookPoint("resid_post", 2), HookPoint("resid_post", 0)),
+        (HookPoint("attn_head", 1),),
+    ]
+    assert [one.intervals for one in placed.captures] == [((0, 14),), ((10, 14),)]
+    assert placed.first_captured == 0 and placed.first_edited is None
+    shape = reading.model
+    assert placed.capture_bytes(shape) == 4 * (2 * 14 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim)
+
+
+def test_a_request_takes_no_more_than_there_is(reading: Capabilities) -> None:
+    num = 14 * 4 * reading.model.hidden_size
+    fields: dict[str, Any] = {"capture": {"layers": [1]}}
+    place(compiled(replace(reading, max_capture_bytes=num), **fields))
+    for most in (num - 1, 0):
+        with pytest.raises(WhipstaffError, match=f"up to {num} bytes .* reads {most} at once") as refused:
+            place(compiled(replace(reading, max_capture_bytes=most), **fields))
+        assert (refused.value.status, refused.value.param) == (422, "capture")
+
+
+def test_a_stream_that_a_method_reads_after_the_edits_is_not_read_before_them(early: Capabilities) -> None:
+    able = replace(early, capture_layers=frozenset(range(4)), max_capture_bytes=1 << 20)
+    dola = {"method": "dola", "layers": [0, 1], "relative_top": 0}
+    compiled(able, decoding=dola, capture={"layers": [0]})
+    compiled(able, decoding=dola, capture={"layers": [1], "edited": False})
+    with pytest.raises(WhipstaffError) as refused:
+        compiled(able, decoding=dola, capture={"layers": [0], "edited": False})
+    assert (refused.value.status, refused.value.param) == (400, "capture.edited")
+
+
+def told(rows: torch.Tensor, seen: list[bool]) -> dict[str, Any]:
+    data = rows.contiguous().view(torch.uint8).numpy().tobytes()
+    kind = str(rows.dtype).removeprefix("torch.")
+    return {"data": data, "shape": list(rows.shape), "dtype": kind, "seen": np.array(seen).tobytes()}
+
+
+def entries_of(caps: Capabilities, *said: dict[str, Any]) -> tuple[CaptureEntry, ...]:
+    return captures_of({"capture": list(said)}, caps)
+
+
+def test_a_file_is_made_of_all_ranks_parts(reading: Capabilities) -> None:
+    """Heads are sharded, streams are not; what was generated in advance of an end is left out."""
+    shape = reading.model
+    entries = entries_of(
+        reading,
+        {"layers": [1, 0], "where": {"prompt": [[8, None]], "generation": "all"}, "dtype": "bfloat16"},
+        {"site": "attn_head", "layers": [2], "where": "generation"},
+        {"layers": [0], "where": "generation", "reduce": "mean"},
+        {"layers": [0], "where": "generation", "reduce": "last"},
+    )
+    plan = place(compiled(reading, capture=[entry.params.model_dump() for entry in entries])).plan
+    stream, heads = torch.randn(2, 5, shape.hidden_size), torch.randn(1, 3, shape.num_heads * shape.head_dim)
+    own = [told(stream[1:, 2:], [True] * 3)] * 2
+    ranks = [
+        {"a": [told(stream.bfloat16(), [True] * 5), told(part, [True] * 3), *own]} for part in heads.chunk(2, dim=-1)
+    ]
+    found = captured(NamedSequence(1, "a", 12), PositionedPlan(plan, NUM_PROMPT), entries, shape, ranks)
+    assert found["choice"] == 1
+    tensors = load(base64.b64decode(found["safetensors"]))
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == found["tensors"]
+    assert tensors["0.positions"].tolist() == [8, 9, 10, 11]
+    assert torch.equal(tensors["0.resid_post.1"], stream[0, :4].bfloat16())
+    assert torch.equal(tensors["0.resid_post.0"], stream[1, :4].bfloat16())
+    assert torch.equal(tensors["1.attn_head.2"], heads[0, :2].unflatten(1, (shape.num_heads, shape.head_dim)))
+    assert torch.equal(tensors["2.resid_post.0"], stream[1, 2:4].mean(0))
+    assert torch.equal(tensors["3.resid_post.0"], stream[1, 3]) and tensors["3.positions"].tolist() == [10, 11]
+    gone = captured(NamedSequence(0, "b", 12), PositionedPlan(plan, NUM_PROMPT), entries, shape, ranks)
+    assert gone.keys() == {"choice", "problem"}
+
+
+def test_nothing_generated_is_nothing_read(reading: Capabilities) -> None:
+    entries = entries_of(reading, {"layers": [0], "where": "generation"}, {"layers": [0], "reduce": "mean"})
+    plan = place(compiled(reading, capture=[entry.params.model_dump() for entry in entries])).plan
+    width = reading.model.hidden_size
+    ranks = [{"a": [told(torch.empty(1, 0, width), []), told(torch.ones(1, 10, width), [True] * 10)]}]
+    found = captured(NamedSequence(0, "a", 10), PositionedPlan(plan, NUM_PROMPT), entries, reading.model, ranks)
+    tensors = load(base64.b64decode(found["safetensors"]))
+    assert tensors["0.resid_post.0"].shape == (0, width) and tensors["0.positions"].tolist() == []
+    assert torch.equal(tensors["1.resid_post.0"], torch.ones(width))

@@ -1,0 +1,173 @@
+"""Activations over HTTP: what an answer's file holds is what transformers computes of the answer's own tokens."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asking import PROMPT, Post, assert_refused, data_events, ok, tokens
+from safetensors.torch import load
+from serving import Server
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from whipstaff.steering import vector_file
+from whipstaff.steering.method import HookPoint
+
+pytestmark = pytest.mark.engine
+
+PUSH: dict[str, Any] = {"vector": "push", "scale": 2.0, "where": "all"}
+TOLERANCE = 1e-3
+BEAMS = {"method": "beam_search", "num_beams": 2}
+
+
+class Reference:
+    """The served model in transformers, pushed or not."""
+
+    def __init__(self, server: Server) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
+        self.push = vector_file.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
+
+    @torch.inference_mode()
+    def streams(self, ids: list[int], scale: float = 0.0) -> dict[str, Tensor]:
+        """(T, width) of every layer's stream after the push, `before.L` it, and what its output projection gets."""
+        found: dict[str, Tensor] = {}
+        handles = []
+        for layer, block in enumerate(self.model.model.layers):
+
+            def leaving(_: Any, __: Any, output: Tensor, layer: int = layer) -> Tensor:
+                found[f"before.{layer}"] = output[0]
+                found[f"resid_post.{layer}"] = (
+                    output[0] + scale * self.push.tensors[HookPoint("resid_post", layer)]["add"]
+                )
+                return found[f"resid_post.{layer}"][None]
+
+            def entering(_: Any, given: Any, layer: int = layer) -> None:
+                found[f"attn_head.{layer}"] = given[0][0]
+
+            handles += [block.register_forward_hook(leaving)]
+            handles += [block.self_attn.o_proj.register_forward_pre_hook(entering)]
+        try:
+            self.model(torch.tensor([ids]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+@pytest.fixture(scope="module")
+def reference(server: Server) -> Reference:
+    return Reference(server)
+
+
+def files(answer: Any) -> list[dict[str, Tensor]]:
+    """What was read, by choice."""
+    told = answer["whipstaff"]["captured"]
+    assert [one["choice"] for one in told] == list(range(len(told)))
+    found = [load(base64.b64decode(one["safetensors"])) for one in told]
+    assert [{name: list(tensor.shape) for name, tensor in one.items()} for one in found] == [
+        one["tensors"] for one in told
+    ]
+    return found
+
+
+def test_a_file_holds_what_transformers_computes(
+    complete: Post, reference: Reference, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    capture = [
+        {"layers": [2, 0]},
+        {"site": "attn_head", "layers": [1], "where": "generation", "dtype": "float16"},
+        {"layers": [1], "edited": False, "where": {"prompt": [[-2, None]]}, "reduce": "mean"},
+        {"layers": [2], "where": {"generation": "all"}, "reduce": "last"},
+    ]
+    for scale, more in ((0.0, {}), (2.0, {"n": 2, "temperature": 1.0, "seed": 6})):
+        steering = [PUSH] if scale else []
+        answer = ok(complete(steering=steering, capture=capture, ignore_eos=True, **more))
+        assert [one["layers"] for one in answer["whipstaff"]["capture"]] == [[2, 0], [1], [1], [2]]
+        for index, found in enumerate(files(answer)):
+            prompt = tokenizer.encode(PROMPT)
+            ids, start = [*prompt, *tokens(answer, index)[:-1]], len(prompt)
+            seen = reference.streams(ids, scale)
+            assert found["0.positions"].tolist() == list(range(len(ids)))
+            assert found["1.positions"].tolist() == list(range(start, len(ids)))
+            assert found["2.positions"].tolist() == [start - 2, start - 1]
+            expected = {
+                "0.resid_post.2": seen["resid_post.2"],
+                "0.resid_post.0": seen["resid_post.0"],
+                "1.attn_head.1": seen["attn_head.1"][start:].unflatten(1, found["1.attn_head.1"].shape[1:]).half(),
+                "2.resid_post.1": seen["before.1"][start - 2 : start].mean(0),
+                "3.resid_post.2": seen["resid_post.2"][-1],
+            }
+            assert {name for name in found if "positions" not in name} == expected.keys()
+            for name, values in expected.items():
+                torch.testing.assert_close(found[name], values, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_stream_ends_with_the_same_file(complete: Post) -> None:
+    fields: dict[str, Any] = {"capture": {"layers": "all", "where": "all"}, "steering": [PUSH], "ignore_eos": True}
+    chunks = [json.loads(event) for event in data_events(complete(stream=True, **fields))[:-1]]
+    assert all("whipstaff" not in chunk for chunk in chunks[:-1])
+    (streamed,), (whole,) = files(chunks[-1]), files(ok(complete(**fields)))
+    assert streamed.keys() == whole.keys()
+    for name, values in whole.items():
+        torch.testing.assert_close(streamed[name], values, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_messages_and_stop_strings(chat: Post, complete: Post, reference: Reference) -> None:
+    answer = ok(chat("Why so?", capture={"layers": [0], "where": {"messages": [{"role": "user"}]}}, max_tokens=2))
+    (found,) = files(answer)
+    positions = found["0.positions"]
+    assert len(positions) and positions.diff().eq(1).all() and len(positions) < answer["usage"]["prompt_tokens"]
+    plain = ok(complete(max_tokens=12, ignore_eos=True))
+    text = plain["choices"][0]["text"]
+    answer = ok(complete(max_tokens=12, ignore_eos=True, stop=[text[len(text) // 2 :][:2]], capture={"layers": [1]}))
+    num_fed = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] - 1
+    assert len(files(answer)[0]["0.positions"]) == num_fed
+
+
+def test_every_prompt_has_its_own(complete: Post, reference: Reference, tokenizer: PreTrainedTokenizerFast) -> None:
+    """With an observer beside it, whose sequence reads nothing."""
+    prompts = [PROMPT, "import os\n\nfrom"]
+    fields: dict[str, Any] = {"capture": {"layers": [1]}, "steering": [PUSH], "explain": {"unsteered": True}}
+    answer = ok(complete(prompts, n=2, temperature=1.0, seed=2, ignore_eos=True, max_tokens=5, **fields))
+    for index, found in enumerate(files(answer)):
+        ids = [*tokenizer.encode(prompts[index // 2]), *tokens(answer, index)[:-1]]
+        expected = reference.streams(ids, PUSH["scale"])["resid_post.1"]
+        torch.testing.assert_close(found["0.resid_post.1"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_nobody_is_told_who_does_not_ask(complete: Post) -> None:
+    for fields in ({}, {"steering": [PUSH]}, {"steering": [PUSH], "capture": []}):
+        said = ok(complete(**fields)).get("whipstaff", {})
+        assert not {"capture", "captured"} & said.keys()
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no layers": ({"capture": {"site": "resid_post"}}, 400, "capture.layers"),
+    "no site": ({"capture": [{"site": "resid", "layers": [0]}]}, 400, "capture[0].site"),
+    "a layer too far": ({"capture": [{"layers": [0]}, {"layers": [0, 99]}]}, 400, "capture[1].layers[1]"),
+    "a layer below": ({"capture": [{"layers": [-1]}]}, 400, "capture[0].layers[0]"),
+    "a layer twice": ({"capture": [{"layers": [1, 1]}]}, 400, "capture[0].layers[1]"),
+    "before and after": (
+        {"capture": [{"layers": [1]}, {"layers": [1], "edited": False}]},
+        400,
+        "capture[1].edited",
+    ),
+    "single tokens": ({"capture": [{"layers": [1], "where": {"tokens": [5]}}]}, 400, "capture[0].where.tokens"),
+    "nothing": ({"capture": [{"layers": [1], "where": {"generation": [[50, 60]]}}]}, 400, "capture[0].where"),
+    "no message": ({"capture": [{"layers": [1], "where": {"messages": [{}]}}]}, 400, "capture[0].where"),
+    "no word": ({"capture": "all"}, 400, "capture"),
+    "more": ({"capture": [{"layers": [1], "heads": [2]}]}, 400, "capture[0].heads"),
+    "too many": ({"capture": [{"layers": [1]}] * 17}, 400, "capture"),
+    "a search": ({"capture": [{"layers": [1]}], "decoding": BEAMS}, 400, "capture"),
+    "the best of": ({"capture": [{"layers": [1]}], "best_of": 3, "temperature": 1}, 400, "capture"),
+    "not hooked": ({"capture": [{"site": "router", "layers": [1]}]}, 422, "capture[0].site"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_captures_are_refused(complete: Post, case: str) -> None:
+    fields, status, param = BAD[case]
+    assert_refused(complete(**fields), status, param)

@@ -1,0 +1,334 @@
+"""A server with a file of keys: what each may do, how much of it, and that nobody brings it down."""
+
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from asking import PUSH, assert_refused, metrics, ok
+from serving import MODEL, Server, serving
+from soak import SOAK
+
+from whipstaff.server.access.keys import PAUSE, digest_of
+
+pytestmark = pytest.mark.engine
+
+ASK: dict[str, Any] = {"model": MODEL, "prompt": "def main(", "max_tokens": 8, "temperature": 0}
+CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 8}
+NUM_BODIES = 10_000 if SOAK else 400
+NUM_FLOOD = 300
+PATIENCE = 60.0  # seconds
+POLICIES: dict[str, Any] = {
+    "narrow": {"methods": ["caa", "min_p"], "vectors": ["push"], "presets": ["quiet"], "max_tokens": 20, "n": 2},
+    "forced": {"forced_preset": "quiet", "vectors": []},
+    "metered": {"per_minute": {"requests": 100, "tokens": 2000, "cost": 3000}},
+    "small": {"per_minute": {"tokens": 100}},
+    "single": {"concurrent": 1},
+    "mild": {"max_dose": 1e-6},
+}
+
+
+def write(path: Path, **more: list[str]) -> None:
+    """The file of keys: one of each policy, one without, an administrator's; and the keys of "turning"."""
+    keys = [{"id": name, "sha256": [digest_of(f"{name}-key")], "policy": name} for name in POLICIES]
+    keys += [{"id": "all", "sha256": [digest_of("all-key")]}]
+    keys += [{"id": "root", "sha256": [digest_of("root-key")], "role": "admin"}]
+    keys += [{"id": name, "sha256": list(map(digest_of, said))} for name, said in more.items()]
+    path.with_suffix(".new").write_text(json.dumps({"keys": keys, "policies": POLICIES}))
+    path.with_suffix(".new").chmod(0o600)
+    os.replace(path.with_suffix(".new"), path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    preset = {"default": {"steering": PUSH, "max_tokens": 5}}
+    (folder / "quiet.json").write_text(json.dumps(preset))
+    (folder / "loud.json").write_text(json.dumps(preset))
+    write(folder / "keys.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    presets = ("--presets", str(root / "quiet.json"), "--presets", str(root / "loud.json"))
+    own = ("--keys", str(root / "keys.json"), "--audit-log", str(root / "audit.jsonl"), "--registry", str(root / "r"))
+    with serving(root / "served", *presets, *own, has_key=False) as running:
+        yield running
+
+
+def as_(server: Server, key: str) -> httpx.Client:
+    return httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
+
+
+def complete(http: httpx.Client, **fields: Any) -> httpx.Response:
+    return http.post("/v1/completions", json=ASK | fields)
+
+
+def is_alive(server: Server) -> bool:
+    with as_(server, "all-key") as http:
+        assert http.get("/health").status_code == http.get("/ready").status_code == 200
+        return bool(ok(complete(http, steering=PUSH))["choices"][0]["text"])
+
+
+def test_without_a_key_nothing_is_told(server: Server) -> None:
+    for key in ("guess", "narrow-ke"):
+        with as_(server, key) as http:
+            for path in ("/v1/models", "/metrics", "/version", "/load", "/openapi.json", "/v1/steering/vectors"):
+                assert http.get(path).status_code == 401
+            for path in ("/v1/completions", "/invocations", "/tokenize", "/v1/steering/vectors", "/no/such"):
+                assert_refused(http.post(path, json=ASK), 401, None)
+    answer = httpx.options(f"{server.url}/v1/completions", headers={"Origin": "http://evil", **PREFLIGHT})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_a_policy_is_all_that_its_key_sees(server: Server) -> None:
+    with as_(server, "narrow-key") as http:
+        assert [one["id"] for one in ok(http.get("/v1/steering/vectors"))["data"]] == ["push"]
+        assert [one["id"] for one in ok(http.get("/v1/steering/presets"))["data"]] == ["quiet"]
+        models = [one["id"] for one in ok(http.get("/v1/models"))["data"]]
+        assert models == [MODEL, f"{MODEL}@quiet"]
+        assert ok(complete(http, steering=PUSH))["whipstaff"]["steering"]
+        assert ok(complete(http, model=f"{MODEL}@quiet", max_tokens=None))["usage"]["completion_tokens"] <= 20
+        assert_refused(complete(http, steering={"vector": "iti"}), 404, "steering.vector")
+        assert_refused(complete(http, model=f"{MODEL}@loud"), 404, "model")
+        assert_refused(complete(http, decoding=[{"method": "dola"}]), 403, "decoding[0].method")
+        assert_refused(complete(http, dola_layers="low"), 403, "dola_layers")
+        assert_refused(complete(http, vllm_xargs={"dola_layers": "low"}), 403, "vllm_xargs.dola_layers")
+        assert_refused(complete(http, n=3, temperature=1), 403, "n")
+        assert_refused(complete(http, max_tokens=21), 403, "max_tokens")
+        assert_refused(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 21}), 403, "max_tokens")
+        said = ok(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": None, "ignore_eos": True}))
+        assert said["usage"]["completion_tokens"] == 20  # who does not say gets what is allowed
+        for path, method in (("/invocations", "POST"), ("/v1/responses", "POST"), ("/v1/steering/vectors/x", "DELETE")):
+            assert_refused(http.request(method, path), 403, None)
+    with as_(server, "mild-key") as http:
+        assert_refused(complete(http, steering=PUSH), 400, "steering.scale")
+
+
+def test_a_forced_preset_holds_by_whatever_name(server: Server) -> None:
+    with as_(server, "forced-key") as http:
+        for model in (MODEL, f"{MODEL}@quiet"):
+            said = ok(complete(http, model=model))
+            assert said["whipstaff"]["steering"][0]["vector"] == "push", said
+        assert_refused(complete(http, model=f"{MODEL}@loud"), 403, "model")
+        assert_refused(complete(http, decoding={"method": "min_p"}, steering={"vector": "iti"}), 404, "steering.vector")
+        plan = ok(http.post("/v1/steering/validate", json={"model": MODEL}))["plan"]
+        assert plan["steering"][0]["vector"] == "push"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_units_are_taken_and_what_is_not_used_comes_back(server: Server, stream: bool) -> None:
+    def left(answer: httpx.Response) -> tuple[int, int]:
+        return tuple(int(answer.headers[f"x-ratelimit-remaining-{kind}"]) for kind in ("tokens", "cost"))  # type: ignore[return-value]
+
+    with as_(server, "metered-key") as http:
+        usage = ok(complete(http, max_tokens=1))["usage"]
+        deadline = time.monotonic() + PATIENCE
+        while left(http.get("/v1/models")) != (2000, 3000):  # what was used before is back
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.5)
+        answer = complete(http, max_tokens=400, stream=stream, stop=["e", "a", "\n"], decoding={"method": "min_p"})
+        assert answer.status_code == 200
+        tokens, cost = left(answer)  # at the start of the answer: all that it may come to
+        assert abs(tokens - (2000 - usage["prompt_tokens"] - 400)) <= 20 and abs(cost - tokens - 1000) <= 40
+        after = left(http.get("/v1/models"))
+        assert after[0] > tokens + 100, (tokens, after)  # it ended long before
+    with as_(server, "small-key") as http:
+        refused = complete(http, max_tokens=200)
+        assert_refused(refused, 400, "max_tokens")
+        ok(complete(http, max_tokens=60, ignore_eos=True))
+        late = complete(http, max_tokens=60, ignore_eos=True)
+        if late.status_code != 200:  # on a slow machine they have come back
+            assert_refused(late, 429, None)
+            assert int(late.headers["retry-after"]) >= 1 and "tokens" in late.json()["error"]["message"]
+
+
+def test_one_at_a_time_is_one_and_who_goes_away_leaves_room(server: Server) -> None:
+    with as_(server, "single-key") as http, as_(server, "single-key") as other:
+        for _ in range(3):
+            body = ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                assert answer.status_code == 200
+                next(answer.iter_lines())
+                refused = complete(other)
+                assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            deadline = time.monotonic() + PATIENCE  # the client is gone in the middle
+            while complete(other).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+
+def test_a_flood_is_refused_and_others_are_served(server: Server) -> None:
+    counts: Counter[int] = Counter()
+    stop = threading.Event()
+
+    def flood() -> None:
+        with as_(server, "single-key") as http:
+            while not stop.is_set():
+                counts[complete(http, max_tokens=4).status_code] += 1
+
+    with ThreadPoolExecutor() as pool, as_(server, "all-key") as http:
+        flooding = [pool.submit(flood) for _ in range(8)]
+        for _ in range(10):
+            ok(complete(http))
+        deadline = time.monotonic() + PATIENCE
+        while sum(counts.values()) < NUM_FLOOD and time.monotonic() < deadline:
+            time.sleep(0.1)
+        stop.set()
+        for one in flooding:
+            one.result()
+    assert counts.keys() <= {200, 429} and counts[429] and counts[200], counts
+
+
+def test_keys_turn_under_load(server: Server, root: Path) -> None:
+    """There is always a valid one, and who uses the newest that was announced is never refused."""
+    write(root / "keys.json", turning=["turn-0"])
+    wait_for(server, "turn-0", 200)
+    current, statuses, stop = ["turn-0"], Counter[int](), threading.Event()
+
+    def use() -> None:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            while not stop.is_set():
+                headers = {"Authorization": f"Bearer {current[0]}"}
+                statuses[http.post("/v1/completions", json=ASK | {"max_tokens": 2}, headers=headers).status_code] += 1
+
+    with ThreadPoolExecutor() as pool:
+        using = [pool.submit(use) for _ in range(4)]
+        for number in range(1, 4):
+            write(root / "keys.json", turning=[f"turn-{number - 1}", f"turn-{number}"])
+            if number == 2:
+                server.process.send_signal(signal.SIGHUP)
+            wait_for(server, f"turn-{number}", 200)
+            current[0] = f"turn-{number}"
+            time.sleep(0.5)  # for what was sent with the one before
+            write(root / "keys.json", turning=[f"turn-{number}"])
+            wait_for(server, f"turn-{number - 1}", 401)
+        (root / "keys.json").write_text("{")
+        time.sleep(2 * PAUSE)
+        stop.set()
+        for one in using:
+            one.result()
+    assert statuses.keys() == {200} and statuses[200] > 10, statuses
+    write(root / "keys.json")
+    wait_for(server, "turn-3", 401)
+
+
+def wait_for(server: Server, key: str, status: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    with as_(server, key) as http:
+        while http.get("/v1/models").status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_audit_log_says_who_changed_what_and_no_word_that_was_said(server: Server, root: Path) -> None:
+    with as_(server, "root-key") as http:
+        ok(http.post("/v1/steering/presets", json={"name": "new", "default": {"temperature": 0.5, "max_tokens": 3}}))
+        ok(http.delete("/v1/steering/presets/new"))
+    with as_(server, "all-key") as http:
+        complete(http, prompt="a secret prompt", steering={"vector": "none"})
+    said = [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()]
+    changes = [(one["key"], one["method"], one["route"], one["status"]) for one in said if one["event"] == "change"]
+    assert ("root", "POST", "/v1/steering/presets", 201) in changes
+    assert ("root", "DELETE", "/v1/steering/presets/{name}", 200) in changes
+    last = said[-1]
+    assert (last["key"], last["reason"], last["param"]) == ("all", "unknown_name", "steering.vector")
+    text = (root / "audit.jsonl").read_text() + server.said()
+    assert not [word for word in ("secret prompt", "-key", digest_of("all-key"), digest_of("root-key")) if word in text]
+    with as_(server, "root-key") as http:
+        assert metrics(http)["whipstaff_refusals_total", (("reason", "concurrency"),)] > 0
+
+
+# ---- what no client should send
+
+
+FIELDS = (
+    *("decoding", "explain", "n", "stop", "logprobs", "stream", "guidance_scale", "vllm_xargs", "seed", "top_k"),
+    *("negative_prompt", "dola_layers", "logit_bias", "response_format", "min_p", "temperature", "stream_options"),
+)
+
+
+def mangled(chooser: random.Random) -> bytes:
+    """A request with something wrong in it, or JSON with something wrong in it, or no JSON."""
+    body: dict[str, Any] = dict(chooser.choice((ASK, CHAT))) | {"steering": [dict(PUSH)]}
+    odd: list[Any] = [
+        *(None, True, -1, 0, 1e308, 1 << 70, "", "\ud800", "x" * 5000, [], {}, [[]], [None], {"vector": {}}),
+        *([{"vector": "push"}] * 50, {"method": ["cfg"]}, "NaN", [[[[[[[[]]]]]]]], {"": ""}, -(1 << 63)),
+    ]
+    for _ in range(chooser.randint(1, 4)):
+        name = chooser.choice([*body, *FIELDS])
+        body[name] = chooser.choice(odd)
+    if isinstance(body.get("max_tokens"), int) and not 0 < body["max_tokens"] < 9:
+        body["max_tokens"] = chooser.choice([8, -8, 0])
+    data = json.dumps(body).encode()
+    kind = chooser.randrange(5)
+    if kind == 0:
+        cut = chooser.randrange(len(data))
+        return data[:cut]
+    if kind == 1:
+        at = chooser.randrange(len(data))
+        return data[:at] + bytes([chooser.randrange(256)]) + data[at + 1 :]
+    return data
+
+
+def test_malformed_bodies_never_find_a_fault_of_the_servers(server: Server) -> None:
+    statuses: Counter[int] = Counter()
+
+    def send(number: int) -> None:
+        chooser = random.Random(number)
+        path = chooser.choice(["/v1/completions", "/v1/chat/completions", "/v1/steering/validate"])
+        data = mangled(chooser)
+        try:
+            answer = clients.http.post(path, content=data, headers={"content-type": "application/json"})
+        except AttributeError:
+            clients.http = as_(server, "all-key")
+            answer = clients.http.post(path, content=data, headers={"content-type": "application/json"})
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500, (number, path, data, answer.text)
+        if answer.status_code >= 400:
+            assert answer.json()["error"].keys() == {"message", "type", "param", "code"}, (number, data, answer.text)
+
+    clients = threading.local()
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(send, number) for number in range(NUM_BODIES)]:
+            done.result()
+    assert statuses[400] > NUM_BODIES / 4, statuses
+    assert is_alive(server)
+
+
+def test_clients_that_are_slow_or_leave_do_not_keep_others_waiting(server: Server) -> None:
+    url, socks = httpx.URL(server.url), []
+    long = json.dumps(ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer all-key\r\n"
+    head += "Content-Type: application/json\r\n"
+    whole = head.encode() + f"Content-Length: {len(long)}\r\n\r\n".encode() + long
+    for number in range(60):
+        sock = socket.create_connection((url.host, url.port or 80))
+        sock.sendall(whole[: [0, 20, len(head) + 20, len(whole) - 5, len(whole), len(whole)][number % 6]])
+        if number % 6 == 5:
+            sock.close()  # in the middle of the answer, or before it
+        else:
+            socks.append(sock)
+    assert is_alive(server)
+    for sock in socks:
+        sock.close()
+    deadline = time.monotonic() + PATIENCE
+    with as_(server, "root-key") as http:
+        while metrics(http)["vllm:num_requests_running", (("engine", "0"), ("model_name", MODEL))]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert is_alive(server)
