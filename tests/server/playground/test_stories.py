@@ -42,8 +42,8 @@ class Compare:
             expect(self.pane(name).locator(".figures .state")).to_have_class("state done")
 
     def text(self, name: str) -> str:
-        """The answer, without what ended it."""
-        spans = self.pane(name).locator(".text [data-cell]:not(.withheld)")
+        """The answer, without what ended it or was taken back."""
+        spans = self.pane(name).locator(".text [data-cell]:not(.withheld, .struck)")
         return "".join(spans.all_text_contents())
 
     def tokens(self, name: str) -> Locator:
@@ -174,6 +174,16 @@ def test_a_fork_keeps_what_was_before_and_goes_on_with_the_choice(compare: Compa
     compare.wait_until_done("Plain, from token 5")
     after = compare.tokens("Plain, from token 5").all_text_contents()
     assert after[:4] == before[:4] and after[4] == choice != before[4]
+
+
+def test_a_search_leaves_what_the_api_answers(compare: Compare, demo_server: Server) -> None:
+    """Streamed ahead of what is settled, with what it took back struck."""
+    compare.example("Beams")
+    compare.wait_until_done("Plain", "Searched")
+    beams = {"method": "beam_search", "num_beams": 4}
+    wanted = answer(demo_server, "/v1/completions", prompt=MORNING, decoding=beams, stop=["."], max_tokens=48)
+    assert compare.text("Searched") == wanted["choices"][0]["text"]
+    expect(compare.pane("Searched").locator(".figures")).to_contain_text("sequences")
 
 
 def test_every_number_of_the_drawer_is_the_records(compare: Compare, demo_server: Server) -> None:
