@@ -10,14 +10,14 @@ const PARAGRAPH = 250; // cells, after which the next word begins a new line: wh
 class Drawn {
   constructor(box) {
     this.box = box;
-    this.spans = [];
     this.measure = null;
     this.selected = -1;
-    box.replaceChildren();
+    this.restart(0);
   }
 
   update(run, measure) {
     const { cells, records } = run.cells;
+    if (run.cells.numStruck !== this.numStruck) this.restart(run.cells.numStruck);
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < NEAR_END;
     if (this.measure !== measure) this.spans.forEach((span, index) => this.colour(span, cells[index], records, measure));
     this.measure = measure;
@@ -28,6 +28,14 @@ class Drawn {
       cell.isChanged = false;
     }
     if (isAtEnd) this.box.scrollTop = this.box.scrollHeight;
+  }
+
+  /** Something before the end changed: all is drawn anew. */
+  restart(numStruck) {
+    this.numStruck = numStruck;
+    this.spans = [];
+    this.paragraph = null;
+    this.box.replaceChildren();
   }
 
   append(cell, records, measure, index) {
@@ -49,13 +57,15 @@ class Drawn {
     const isWithheld = !cell.text && cell.records.length > 0; // a stop string, or the end of the text
     span.textContent = isWithheld ? cell.records.map((index) => records[index].token ?? "").join("") : cell.text;
     span.classList.toggle("withheld", isWithheld);
+    span.classList.toggle("struck", Boolean(cell.isStruck));
     if (isWithheld) span.title = "ended the answer, and is not part of it";
     this.colour(span, cell, records, measure);
   }
 
   colour(span, cell, records, measure) {
     const own = cell.records.map((index) => records[index]);
-    span.className = `${span.classList.contains("withheld") ? "withheld " : ""}b${bucket(measure, own, records)}`;
+    const kind = ["withheld", "struck"].find((name) => span.classList.contains(name)) ?? "";
+    span.className = `${kind} b${bucket(measure, own, records)}`.trim();
   }
 
   select(index, isFocused) {

@@ -7,6 +7,7 @@ export class Cells {
   cells = []; // {text, records: [number]}
   records = [];
   text = "";
+  numStruck = 0; // times that something was taken back
   #pending = ""; // text that no record accounts for yet
   #open = []; // records that no text accounts for yet
 
@@ -16,6 +17,23 @@ export class Cells {
     this.#pending += text;
     for (const record of records) this.#open.push(this.records.push(record) - 1);
     this.#match(false);
+  }
+
+  /** The last characters (code points) hold no longer: they stay as struck cells. Only where there are no records. */
+  retract(characters) {
+    for (let left = characters, index = this.cells.length - 1; left > 0 && index >= 0; index--) {
+      const cell = this.cells[index];
+      if (cell.isStruck) continue;
+      const points = [...cell.text];
+      const kept = points.slice(0, Math.max(points.length - left, 0)).join("");
+      left -= points.length;
+      cell.isChanged = true;
+      if (kept) this.cells.splice(index + 1, 0, { text: cell.text.slice(kept.length), records: [], isStruck: true });
+      else cell.isStruck = true;
+      if (kept) cell.text = kept;
+    }
+    this.numStruck += 1;
+    this.text = this.cells.map((cell) => (cell.isStruck ? "" : cell.text)).join("");
   }
 
   /** Nothing more comes. */
@@ -56,7 +74,7 @@ export class Cells {
   /** A cell of its own, unless it would cut a character in two. */
   #put(text, records) {
     const last = this.cells.at(-1);
-    if (last && text && isInside(last.text, text)) {
+    if (last && !last.isStruck && text && isInside(last.text, text)) {
       last.text += text;
       last.records = [...last.records, ...records];
       last.isChanged = true;

@@ -37,7 +37,7 @@ export function Field({ name, schema, value, onChange, at, isRequired }) {
   return html`<div class="field ${isSet ? "set" : ""}" data-path=${at.path}>
     <div class="name">
       <label for=${id}>${words(name)}${isRequired ? html`<b title="needed"> *</b>` : null}</label>
-      ${isSet && !isRequired && html`<button class="quiet" title="as if it had never been said" aria-label=${`${words(name)}: not set`} onClick=${() => onChange(undefined)}>not set</button>`}
+      ${isSet && !isRequired && html`<button class="quiet" title="as if it had never been said" aria-label=${`${words(name)}: unset`} onClick=${() => onChange(undefined)}>unset</button>`}
     </div>
     <${Control} schema=${own} value=${value} onChange=${onChange} at=${at} label=${words(name)} hints=${hints} />
     <p class="about" id="${id}-about">${own.description ?? ""}</p>

@@ -166,6 +166,7 @@ function Result({ run: own, pane, title, opened, onOpen }) {
       ${dose !== undefined && html`<span title="length of the edit beside the activations that it edits">dose ${figure(dose, 2)}</span>`}
       ${edited !== undefined && html`<span title="tokens whose activations were edited">${edited} edited</span>`}
       ${own.receipt?.steering?.filter((one) => one.fired).map((one) => html`<span title="tokens at which the condition let the edit through">open at ${one.fired.tokens} of ${one.fired.of}</span>`)}
+      ${own.cells.numStruck > 0 && html`<span title="times that the search took back what it had said; struck above">taken back ${own.cells.numStruck} times</span>`}
       ${search && html`<${Search} search=${search} />`}
       ${own.isLive && html`<button class="small" aria-label=${`stop ${title}`} onClick=${() => own.stop()}>Stop</button>`}
       ${["cut", "stopped", "refused"].includes(own.state) && html`<button class="small" onClick=${() => run([pane])}>Retry</button>`}

@@ -72,7 +72,9 @@ export class Run {
       this.finish = choice.finish_reason ?? this.finish;
     }
     this.numTokens = event.usage?.completion_tokens ?? this.cells.records.length;
-    this.receipt = event.whipstaff ?? this.receipt;
+    const { retracted, ...receipt } = event.whipstaff ?? {};
+    for (const { index, characters } of retracted ?? []) if (index === 0) this.cells.retract(characters);
+    if (Object.keys(receipt).length) this.receipt = receipt;
     this.#changed();
   }
 

@@ -49,15 +49,16 @@ export function requestOf(setup, pane) {
   };
 }
 
-/** The same as the page sends it: streamed, with a record of every token. */
+/** The same as the page sends it: streamed, with a record of every token. A search draws none, of which there could be
+ * records; it says what it takes back. */
 export function streamedRequest(setup, pane) {
-  const explain = setup.top > 0 ? { explain: explained(setup, pane) } : {};
-  return { ...requestOf(setup, pane), ...explain, stream: true, stream_options: { include_usage: true } };
+  const streamed = { ...requestOf(setup, pane), stream: true, stream_options: { include_usage: true } };
+  if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { ...streamed, stream_retractions: true };
+  return setup.top > 0 ? { ...streamed, explain: explained(setup, pane) } : streamed;
 }
 
-/** What to say of every token. A search draws none, so there is nothing to compare them with. */
+/** What to say of every token. */
 function explained({ top, sampling }, pane) {
-  if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { top };
   const unsteered = pane.steering.length > 0 && view.value.unsteered;
   return { top, ...(unsteered ? { unsteered } : {}), ...(sampling.temperature === 0 ? {} : { drawn: true }) };
 }

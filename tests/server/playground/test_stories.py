@@ -42,8 +42,8 @@ class Compare:
             expect(self.pane(name).locator(".figures .state")).to_have_class("state done")
 
     def text(self, name: str) -> str:
-        """The answer, without what ended it."""
-        spans = self.pane(name).locator(".text [data-cell]:not(.withheld)")
+        """The answer, without what ended it or was taken back."""
+        spans = self.pane(name).locator(".text [data-cell]:not(.withheld, .struck)")
         return "".join(spans.all_text_contents())
 
     def tokens(self, name: str) -> Locator:
@@ -176,6 +176,16 @@ def test_a_fork_keeps_what_was_before_and_goes_on_with_the_choice(compare: Compa
     assert after[:4] == before[:4] and after[4] == choice != before[4]
 
 
+def test_a_search_leaves_what_the_api_answers(compare: Compare, demo_server: Server) -> None:
+    """Streamed ahead of what is settled, with what it took back struck."""
+    compare.example("Beams")
+    compare.wait_until_done("Plain", "Searched")
+    beams = {"method": "beam_search", "num_beams": 4}
+    wanted = answer(demo_server, "/v1/completions", prompt=MORNING, decoding=beams, stop=["."], max_tokens=48)
+    assert compare.text("Searched") == wanted["choices"][0]["text"]
+    expect(compare.pane("Searched").locator(".figures")).to_contain_text("sequences")
+
+
 def test_every_number_of_the_drawer_is_the_records(compare: Compare, demo_server: Server) -> None:
     compare.example("A question, answered")
     compare.wait_until_done("Plain", "Steered", "Decoded")
@@ -220,7 +230,7 @@ def test_errors_stand_beside_the_field_that_the_server_names(compare: Compare) -
     pane.get_by_text("where, when, how").click()
     pane.get_by_role("radio", name="custom").check()
     expect(pane.locator('[data-path="steering[0].where"] > .wrong')).to_contain_text("the clause selects no token")
-    pane.get_by_role("button", name="where: not set").click()
+    pane.get_by_role("button", name="where: unset").click()
     expect(pane.locator(".wrong")).to_have_count(0)
     box = page.get_by_role("spinbutton", name="temperature, exactly")
     box.fill("-1")

@@ -32,6 +32,7 @@ expect.set_options(timeout=SLOW)
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
     flags = ["--api-key", API_KEY, "--admin-key", ADMIN, "--registry", str(folder / "registry")]
+    flags += ["--kv-cache-memory-bytes", "256M"]  # for four long sequences at once
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")  # positions are rotations: what comes late is odd, not wrong
         with serving_demo(folder, *flags, "--max-model-len", str(TOKENS + 300)) as running:
