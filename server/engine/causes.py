@@ -84,6 +84,6 @@ def _said(record: logging.LogRecord) -> str:
     """What a record says of an ending; "" where it says nothing of one."""
     if str(record.msg).startswith(_LOST_WORKER) and isinstance(record.args, tuple):
         name, status = record.args
-        return ending(f"worker {name}", int(str(status)))
+        return ending(f"worker {name}", status) if isinstance(status, int) else f"worker {name} is lost"
     error = record.exc_info[1] if record.exc_info else None
     return "" if error is None else sentence(error)
