@@ -26,7 +26,7 @@ MOST = {
     "plain": Most(17, 17),
     "steered": Most(48, 49),
     "proxy-tuned": Most(45, 46),
-    "cfg": Most(49, 50),
+    "cfg": Most(50, 51),
 }
 
 

@@ -16,6 +16,7 @@ export function Inside({ run: own, pane, cell: index, onMove, onClose }) {
   const [part, setPart] = useState(0);
   useEffect(() => own.follow(again), [own]);
   useEffect(() => setPart(0), [index]);
+  useEffect(() => title.current?.focus({ preventScroll: true }), [own]); // who opened it by the keyboard goes on in it
   const { cells, records } = own.cells;
   const cell = cells[Math.min(index, cells.length - 1)];
   const at = cell?.records[Math.min(part, cell.records.length - 1)];

@@ -62,7 +62,7 @@ def test_the_refusal_is_the_readmes(http: httpx.Client) -> None:
 
 
 def test_the_receipt_is_the_one_that_is_shown(http: httpx.Client) -> None:
-    requests = (ROOT / "docs" / "requests.md").read_text().split("\n## Answers\n")[1]
+    requests = (ROOT / "docs" / "requests.md").read_text().split("\n## Answers\n")[1].split("\n## ")[0]
     (wanted,) = map(json.loads, re.findall(r"```json\n(.+?)```", requests, re.S))
     path, body, _ = shown("Steer")
     receipt = ok(http.post(path, json=body))["whipstaff"]

@@ -658,7 +658,8 @@ def test_vectors_are_listed_with_what_is_known_of_them(http: httpx.Client) -> No
     assert "hidden 64" in rows["misfit"]["problem"] and rows["push"]["problem"] is None
     one = http.get("/v1/steering/vectors/iti").json()
     assert one["norms"].keys() == {f"attn_head.{layer}.{part}" for layer in range(3) for part in ("direction", "sigma")}
-    assert {key: value for key, value in one.items() if key not in ("norms", "doses")} == rows["iti"]
+    assert {key: value for key, value in one.items() if key not in ("norms", "doses", "cosines")} == rows["iti"]
+    assert one["cosines"] == {}  # nobody else edits heads along a direction
     strong, weak = one["doses"]
     assert (strong["scale"], weak["scale"]) == (15, 1) and strong["at"] == weak["at"]
     assert strong["relative"] == pytest.approx(15 * weak["relative"]) and weak["relative"] > 0

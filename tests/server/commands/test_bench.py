@@ -279,7 +279,7 @@ def test_the_demo_is_measured_without_a_word(demo_server: Server, tmp_path: Path
 def test_a_search_has_no_time_between_tokens_and_a_mistake_is_the_methods_own(server: Server, tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
         "plain: {share: 2}\n"
-        "beams: {share: 1, extra: {decoding: {method: beam_search, beams: 2}}}\n"
+        "beams: {share: 1, extra: {decoding: {method: beam_search, num_beams: 2}}}\n"
         "absent: {share: 1, extra: {steering: {vector: absent}}}\n"
     )
     words = ["--mix", str(tmp_path / "mix.yaml"), "--json", str(tmp_path / "found.json"), "--num-prompts", "8"]

@@ -156,7 +156,7 @@ def test_bad_flags_end_the_start_with_one_line_that_names_them(
     words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["serve", "some/model", *words])
+        cli.main(["serve", "some/model", "--port", "0", *words])  # a port that nobody has
     assert str(exit_.value.code).startswith("whipstaff: ") and reason in str(exit_.value.code)
     assert "\n" not in str(exit_.value.code)  # no traceback; Python prints it to stderr and exits with 1
 
