@@ -37,6 +37,12 @@ def told() -> str:
     return Path(path).read_text(errors="replace") if path else ""
 
 
+def note(said: str) -> None:
+    """Where a process that serves knows what none of the engine's could tell, for the others that serve."""
+    if (path := os.environ.get(_KEY)) and not told():
+        Path(path).write_text(said)
+
+
 def forget() -> None:
     """The engine has started: what its processes stumbled on until now did not end it."""
     if path := os.environ.get(_KEY):

@@ -112,7 +112,7 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.worker.gpu.block_table.BlockTables", "input_block_tables block_sizes"),
     *_of("vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager", "_capture_mem_samples graphs"),
     *_of("vllm.compilation.cuda_graph.CUDAGraphWrapper", "concrete_cudagraph_entries"),
-    *_of("vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper", "__init__ _compile_prefix _is_encoder"),
+    *_of("vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper", "__init__ _compile_prefix _compile_tag _is_encoder"),
     *_of(
         SCHEDULER,
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "

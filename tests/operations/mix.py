@@ -41,7 +41,7 @@ def kinds(number: int) -> list[dict[str, Any]]:
         ASK | {"decoding": PAIR},
         ASK | {"decoding": PAIR, "steering": CHEERFUL},
         ASK | {"decoding": [{"method": "typical_p", "p": 0.9}]},
-        ASK | {"decoding": {"method": "beam_search", "beams": 2}},
+        ASK | {"decoding": {"method": "beam_search", "num_beams": 2}},
         ASK | {"decoding": SEARCH},
         ASK | {"model": "demo@gloomy"},
         ASK | {"model": "demo@helpful"},

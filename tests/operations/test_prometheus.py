@@ -86,6 +86,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
         *("--steering-slots", "3", "--max-num-seqs", "8", "--max-num-queued-reqs", "12", "--block-size", "32"),
         *("--registry", str(folder / "registry"), "--admin-key", "admin-secret", "--max-upload-bytes", "1000000"),
         "--attention-rows",
+        "--lookahead",
     ]
     with (
         collecting() as collector,

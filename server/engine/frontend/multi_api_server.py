@@ -118,9 +118,10 @@ def _bury(engine: Any, servers: Sequence[Any], error: RuntimeError) -> NoReturn:
     died."""
     if engine.failed_proc_name is None and all(server.exitcode != ENGINE_DIED for server in servers):
         raise error
-    _send(servers, DIED)
     ended = (causes.ending(name, status) for name, status in engine.finished_procs().items() if status)
     cause = causes.told() or next(ended, str(error))
+    causes.note(cause)  # the engine is nobody's child but this process's
+    _send(servers, DIED)
     for server in servers:
         server.join(LONGEST_FAREWELL)
     raise EngineDied(f"the engine died: {cause}") from None

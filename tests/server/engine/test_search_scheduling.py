@@ -316,7 +316,7 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
     traffic.drain()
     traffic.check()
     assert len(traffic.drafts) > 20
-    assert len(traffic.searchers) > 20 and traffic.worker.seen == {"rollback", "end", "budget"}
+    assert len(traffic.searchers) > 20 and traffic.worker.seen >= {"rollback", "end"}
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
 
 

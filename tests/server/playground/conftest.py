@@ -10,7 +10,7 @@ from playwright.sync_api import Browser
 Visiting = Callable[..., Visit]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it runs, a loop runs in this thread that no other test may have
 def browser() -> Iterator[Browser]:
     with browsing() as found:
         yield found
