@@ -8,7 +8,7 @@ NUM_CLASSES = 2
 
 
 def classes(hidden: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-    """(..., 2) float32 logits W h + bias of (..., H) hidden states after the final norm, in any type that a model runs.
+    """(R, 2) float32 logits W h + bias of (R, H) hidden states after the final norm, in whatever type the model runs.
 
     Args:
         head: `weight` (2, H) and perhaps `bias` (2,), float32.

@@ -24,7 +24,7 @@ class Rows:
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # head field -> part -> float32 tensor
     early_exit: Tensor | None = None  # (P, V) logits of the early layers that each row reads, row after row
     early_layers: Sequence[Sequence[int]] = ()  # (R,) which layers those are
-    lookahead: Callable[[Tensor], Tensor] | None = None  # (R, N) tokens to try -> (R, N, H) hidden states they lead to
+    lookahead: Callable[[Tensor], Tensor] | None = None  # (R,) tokens to try -> (R, H) hidden states they lead to
     attention: Tensor | None = None
     """(R, C) float32: how much the token before the one to be drawn looked at every position up to its own, in the
     model's last layer: the largest probability among the heads, so that a row need not sum to 1. 0 beyond."""

@@ -3,7 +3,7 @@
     v* = argmax over the k best tokens of (1 - alpha) * p(v) - alpha * max_j cos(h_v, h_j)
 
 p is the model's distribution after penalties, h_v the last hidden state once v is fed, h_j those of all positions so
-far, prompt included, after the final norm. It takes a pass of k tokens more per token. Deterministic: temperature
+far, prompt included, after the final norm. It takes k passes of one token more per token. Deterministic: temperature
 and truncation find one token left. Su et al. 2022, arXiv:2202.06417; penalty_alpha and top_k as in Hugging Face's
 `generate`.
 """
@@ -67,6 +67,6 @@ class ContrastiveSearch(LogitsRewriter[ContrastiveSearchParams]):
 def _likeness(rows: Rows, tokens: Tensor) -> Tensor:
     """(R, n) the largest cosine between what each token leads to and what stands before it."""
     assert rows.lookahead is not None and rows.history is not None
-    led_to = normalize(rows.lookahead(tokens).float(), dim=2)
+    led_to = torch.stack([normalize(rows.lookahead(tried).float(), dim=1) for tried in tokens.unbind(1)], 1)
     found = [(before.float() @ own.T).amax(0) for before, own in zip(rows.history, led_to, strict=True)]
     return torch.stack(found) if found else led_to[:, :, 0]

@@ -66,4 +66,7 @@ def _judged(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
 def _judged_ahead(rows: Rows, head: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """(R, n) log-probability of class 1 once each token is fed."""
     assert rows.lookahead is not None
-    return classes(rows.lookahead(tokens), head).log_softmax(2)[..., 1]
+    found = []
+    for tried in tokens.unbind(1):
+        found.append(classes(rows.lookahead(tried), head).log_softmax(1)[:, 1])
+    return torch.stack(found, 1)

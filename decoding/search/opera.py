@@ -234,16 +234,22 @@ class _Opera(Search):
         """(S, V) log-probabilities among each beam's candidates, and the column on which each beam leans."""
         params, first = self.params, self.facts.num_prompt
         candidates = logits.topk(params.candidates).indices
-        tried = yield candidates
-        assert tried.attention is not None
-        weights = shares(tried.attention.flatten(0, 1))  # (S * N, C + 1)
-        trust = sum((weights[:, start:end].sum(1) for start, end in params.trusted), weights.new_zeros(len(weights)))
-        before = products.repeat_interleave(params.candidates, 0)
-        longer = grown(before, weights[:, first : first + products.shape[1] + 1], params.scale_factor)
-        penalties, columns = (found.view(candidates.shape) for found in judged(params, longer, trust))
-        scores = logits.gather(1, candidates) - params.penalty_weight * penalties
+        penalties, columns = [], []
+        for tokens in candidates.unbind(1):
+            tried = yield tokens
+            assert tried.attention is not None
+            weights = shares(tried.attention)
+            trust = sum(
+                (weights[:, start:end].sum(1) for start, end in params.trusted), weights.new_zeros(len(weights))
+            )
+            longer = grown(products, weights[:, first : first + products.shape[1] + 1], params.scale_factor)
+            penalty, column = judged(params, longer, trust)
+            penalties.append(penalty)
+            columns.append(column)
+        scores = logits.gather(1, candidates) - params.penalty_weight * torch.stack(penalties, 1)
         others = torch.full_like(logits, _FLOOR).masked_fill(logits == -torch.inf, -torch.inf)
-        return others.scatter(1, candidates, scores).log_softmax(1), tuple(map(most_frequent, columns.tolist()))
+        leaned = torch.stack(columns, 1).tolist()
+        return others.scatter(1, candidates, scores).log_softmax(1), tuple(map(most_frequent, leaned))
 
     def _anew(self, logits: Tensor, place: int) -> Tensor:
         """(S, V) log-probabilities of all tokens, of which those rejected at a place are as unlikely as the least."""

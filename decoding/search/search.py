@@ -26,10 +26,10 @@ SearchNeed = Literal["attention", "hidden", "tries"]  # what a search reads besi
 
 
 class Tried(NamedTuple):
-    """What the model made of N tokens, each tried by itself, after each of S living sequences."""
+    """What the model made of one token tried after each of S living sequences."""
 
-    hidden: Tensor  # (S, N, H) last hidden states, after the final norm
-    attention: Tensor | None = None  # (S, N, C + 1) as in `Living`, of the tokens that were tried
+    hidden: Tensor  # (S, H) last hidden states, after the final norm
+    attention: Tensor | None = None  # (S, C + 1) as in `Living`, of the token that was tried
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SearchFacts(NamedTuple):
     room: int | None = None  # the most tokens that a living sequence may have generated, where it may exceed an answer
 
 
-Steps = Generator[Tensor, Tried, Decision]  # yields (S, N) int64 tokens to try, each after its living sequence
+Steps = Generator[Tensor, Tried, Decision]  # yields (S,) int64 tokens to try, one after each living sequence
 
 
 class Search:

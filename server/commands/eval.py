@@ -347,5 +347,5 @@ def _plot(lines: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
     effect.axhline(plain["means"][metric], color="grey", linewidth=0.8)
     effect.set_xlabel("scale")
     effect.set_ylabel(metric)
-    effect.legend() if len(lines) > 1 else None
+    effect.legend(loc="upper left") if len(lines) > 1 else None
     figure.savefig(path, dpi=120)

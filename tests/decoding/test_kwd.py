@@ -36,8 +36,8 @@ def test_tokens_are_those_of_the_official_step_that_looks_ahead(name: str) -> No
     rows = Rows(logits.clone(), [1] * 3, [0] * 3, hidden=torch.zeros(3, 2))
 
     def ahead(tokens: Tensor) -> Tensor:
-        f = good.gather(1, tokens)
-        return torch.stack([1 - f, f], 2).log()  # which an identity makes of f again
+        f = good[torch.arange(3), tokens]
+        return torch.stack([1 - f, f], 1).log()  # which an identity makes of f again
 
     rows.lookahead, rows.heads = ahead, {"classifier": {"weight": torch.eye(2)}}
     result = METHOD.rewrite(rows, [KwdParams(classifier="c", k=case["k"])] * 3)
@@ -70,7 +70,7 @@ def test_a_plain_computation_that_looks_ahead(has_bias: bool) -> None:
     if not has_bias:
         head = {"weight": head["weight"], "bias": torch.zeros(2)}
     batch.rows.heads = {"classifier": head if has_bias else {"weight": head["weight"]}}
-    batch.rows.lookahead = lambda tokens: led_to[torch.arange(len(ks))[:, None], tokens]
+    batch.rows.lookahead = lambda tokens: led_to[torch.arange(len(ks)), tokens]
 
     def judge(row: int) -> Callable[[int], float]:
         return lambda token: float((head["weight"] @ led_to[row, token] + head["bias"]).softmax(0)[1])

@@ -42,10 +42,6 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
-    "worker.logits.fan.FannedAttention": (
-        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
-        "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
-    ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
@@ -112,7 +108,7 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.worker.gpu.block_table.BlockTables", "input_block_tables block_sizes"),
     *_of("vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager", "_capture_mem_samples graphs"),
     *_of("vllm.compilation.cuda_graph.CUDAGraphWrapper", "concrete_cudagraph_entries"),
-    *_of("vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper", "__init__ _compile_prefix _compile_tag _is_encoder"),
+    *_of("vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper", "__init__ _compile_prefix _is_encoder"),
     *_of(
         SCHEDULER,
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "

@@ -109,7 +109,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if (led_to := self.led_to) is not None:
-            self.rows.lookahead = lambda tokens: led_to[torch.arange(len(tokens))[:, None], tokens]
+            self.rows.lookahead = lambda tokens: led_to[torch.arange(len(tokens)), tokens]
 
     def take(self, order: Sequence[int]) -> "Batch":
         """A copy of some rows, in that order."""

@@ -117,17 +117,16 @@ class Loop:
         wanted = {r: found for r, step in steps.items() if (found := advance(step, None, r, decisions)) is not None}
         while wanted:
             for r, tokens in wanted.items():
-                assert len(tokens) == len(whole[r]) and tokens.ndim == 2 and tokens.dtype == torch.int64
+                assert tokens.shape == (len(whole[r]),) and tokens.dtype == torch.int64
             fed = [
-                [[*text, token] for text, own in zip(whole[r], tokens.tolist(), strict=True) for token in own]
+                [[*text, token] for text, token in zip(whole[r], tokens.tolist(), strict=True)]
                 for r, tokens in wanted.items()
             ]
-            tried = {
-                r: Tried(*(part.view(*tokens.shape, -1) for part in (seen.hidden, seen.attention)))
-                for (r, tokens), seen in zip(wanted.items(), self.see_all(fed), strict=True)
-            }
+            tried = zip(wanted, self.see_all(fed), strict=True)
             wanted = {
-                r: found for r, seen in tried.items() if (found := advance(steps[r], seen, r, decisions)) is not None
+                r: found
+                for r, seen in tried
+                if (found := advance(steps[r], Tried(seen.hidden, seen.attention), r, decisions)) is not None
             }
         return [decisions[r] for r in range(len(searches))]
 

@@ -18,7 +18,6 @@ from whipstaff.server.engine.worker.edits.sites import KINDS, install_sites, ins
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.logits.early_exit import EarlyHead
-from whipstaff.server.engine.worker.logits.fan import Fan
 from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
 from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.lookahead import Lookahead, NoLookahead
@@ -56,10 +55,11 @@ def build_step(
     attention = (
         LastAttention(model, runner, max_tokens(config), adapter.block_tables) if layout.reads_attention else None
     )
-    lookahead: Lookahead | NoLookahead = NoLookahead()
-    if layout.looks_ahead:
-        base, fan = partial(type(model).forward, model), Fan(model)  # which lies over what else changes attention
-        lookahead = Lookahead(runner, base, edits, adapter.block_tables, adapters, fan, attention)
+    lookahead = (
+        Lookahead(runner, partial(type(model).forward, model), edits, adapter.block_tables, adapters, attention)
+        if layout.looks_ahead
+        else NoLookahead()
+    )
     step = WorkerStep(
         requests,
         edits,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, _get_attn_isa
 
@@ -18,7 +17,6 @@ from whipstaff.server.engine.scheduler.scheduler import Slots
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.kv_cache import CacheLayout
 from whipstaff.server.engine.worker.logits import last_attention
-from whipstaff.server.engine.worker.logits.fan import Fan
 from whipstaff.server.engine.worker.logits.hidden_histories import HiddenHistories
 from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.plan import PositionedPlan, RequestPlan
@@ -109,50 +107,13 @@ def test_what_is_tried_leaves_the_steps_queries_alone(monkeypatch: pytest.Monkey
     bench.layer.impl.forward(bench.layer, bench.queries[:2], None, None, None, None)
     view = BatchView([None, None], np.array([0, 1, 2]), np.array([40, 70]), ["a", "b"])
     before = bench.attention.rows(view, [0, 1])
-    for is_wanted in (True, False):
-        with bench.attention.trying([1], np.array([71]), is_wanted) as tried:
-            for query in (5, 7):
-                bench.layer.impl.forward(bench.layer, bench.queries[query : query + 1], None, None, None, None)
-        assert len(tried) == 2 * is_wanted
-        for query, found in zip((5, 7), tried, strict=False):
-            torch.testing.assert_close(found[0], bench.expected(bench.queries[query], 1, 72), atol=1e-6, rtol=1e-5)
-        assert torch.equal(bench.attention.rows(view, [0, 1]), before)
-
-
-class Layer(Attention):
-    """The same, as a module."""
-
-    def __init__(self, shown: SimpleNamespace) -> None:
-        nn.Module.__init__(self)
-        self.kv_sharing_target_layer_name: str | None = None
-        for name, value in vars(shown).items():
-            setattr(self, name, value)
-
-
-def test_tokens_tried_in_one_pass_take_turns_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sees itself where another stood before, and none of the others."""
-    bench = Bench(monkeypatch)
-    layer = Layer(bench.layer)
-    fan, impl, cache = Fan(nn.ModuleList([layer])), bench.layer.impl, bench.layer.kv_cache
-    assert fan.can_turn
-    keys = torch.randn(3, KV_HEADS, SIZE, generator=torch.Generator().manual_seed(1))
-    queries, slot = bench.queries[5:8], torch.tensor([int(bench.table[1, 71 // BLOCK]) * BLOCK + 71 % BLOCK])
-    with bench.attention.trying([1], np.array([71]), True) as tried, fan.turns(3):
-        impl.do_kv_cache_update(layer, keys, keys, cache, slot)
-        impl.forward(layer, queries, keys, keys, cache, None, output=torch.empty(3, HEADS, SIZE))
-    assert len(tried) == 3
-    for query, key, found in zip(queries, keys, tried, strict=True):
-        bench.keys[1, 71] = key
-        torch.testing.assert_close(found[0], bench.expected(query, 1, 72), atol=1e-6, rtol=1e-5)
-    before = cache.clone()
-    impl.do_kv_cache_update(layer, keys[:1], keys[:1], cache, slot)  # a step's own writes at once
-    assert not torch.equal(cache, before)
-
-
-def test_layers_without_keys_of_their_own_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer(Bench(monkeypatch).layer)
-    layer.kv_sharing_target_layer_name = "another"
-    assert not Fan(nn.ModuleList([layer])).can_turn
+    with bench.attention.trying():
+        bench.layer.impl.forward(bench.layer, bench.queries[5:6], None, None, None, None)
+    tried = bench.attention.of_tried([1], np.array([71]))
+    torch.testing.assert_close(tried[0], bench.expected(bench.queries[5], 1, 72), atol=1e-6, rtol=1e-5)
+    assert torch.equal(bench.attention.rows(view, [0, 1]), before)
+    with pytest.raises(AssertionError, match="no token was tried"):
+        bench.attention.of_tried([1], np.array([71]))
 
 
 def test_a_hook_that_does_not_fire_sees_everything_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ def test_what_cannot_be_is_refused(living: list[Continuation]) -> None:
 class Nothing(SearchParams):
     method: Literal["both"] = "both"
     rounds: int = 1
-    width: int = 1
 
 
 class Both(SearchMethod[Nothing]):
@@ -97,7 +96,7 @@ class Ways(Search):
         assert living.hidden is not None and living.logits.dtype == torch.float32
         score = 0.0
         for number in range(self.setting.rounds):
-            tried = yield torch.full((len(living.generated), self.setting.width), number)
+            tried = yield torch.full((len(living.generated),), number)
             score += float(tried.hidden.sum())
         self.num_steps += 1
         if self.num_steps == 3:
@@ -114,20 +113,20 @@ class Passes:
     """A look-ahead that notes what is tried together: (position + token) is what the model makes of it."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[list[int], list[list[int]]]] = []
+        self.seen: list[tuple[list[int], list[int]]] = []
 
     def after(self, view: BatchView, rows: list[int], positions: Any, reads_attention: bool) -> Any:
         def try_(tokens: Tensor) -> Tried:
             self.seen.append((list(rows), tokens.tolist()))
-            return Tried((torch.tensor(positions)[:, None] + tokens)[..., None].float())
+            return Tried((torch.tensor(positions) + tokens)[:, None].float())
 
         return try_
 
 
-def requests(rounds: dict[str, int], num_companions: int = 0, width: int = 1) -> Requests:
+def requests(rounds: dict[str, int], num_companions: int = 0) -> Requests:
     made = Requests()
     for name, num in rounds.items():
-        search = SearchPlan("both", Nothing(rounds=num, width=width).model_dump_json(), 2)
+        search = SearchPlan("both", Nothing(rounds=num).model_dump_json(), 2)
         companions = tuple(CompanionPlan((9,)) for _ in range(num_companions))
         placed = PositionedPlan(RequestPlan(None, DecodingPlan(search=search), companions=companions), 4)
         for request, _ in made.take([Arrival(name, placed)]):
@@ -158,7 +157,7 @@ def test_searches_decide_together(searches: tuple[Searches, Passes, Requests]) -
     logits = torch.eye(6)[[0, 5, 0, 4]]
     sampled = torch.tensor([[1], [1], [1], [1]])
     made.decide(view("other", "a", "a/1", "b"), torch.zeros(4, 2), logits, sampled)
-    assert passes.seen == [([1, 3], [[0], [0]]), ([1], [[1]])]  # the second asks once only
+    assert passes.seen == [([1, 3], [0, 0]), ([1], [1])]  # the second asks once only
     assert sampled.flatten().tolist() == [1, 5, 1, 4]
     verdicts, copies = made.take()
     assert [(one.seat, one.tokens) for one in verdicts["a"].living] == [("a", (5,)), ("a/seat1", (3,))]
@@ -166,18 +165,6 @@ def test_searches_decide_together(searches: tuple[Searches, Passes, Requests]) -
     assert made.take() == ({}, [])
     made.decide(view("a"), torch.zeros(1, 2), logits, sampled)  # a step that none takes
     assert made.take() == ({}, [])
-
-
-def test_as_many_tokens_are_tried_in_one_pass(searches: tuple[Searches, Passes, Requests]) -> None:
-    made, passes, held = searches
-    wide = requests({"c": 1, "d": 1}, width=3)
-    for name in ("c", "d"):
-        list(held.take([Arrival(name, wide[name].placed)]))
-        held[name].decoding = wide[name].decoding
-    made.expected = {name: step(name) for name in ("a", "c", "d")}
-    made.decide(view("a", "c", "d"), torch.zeros(3, 2), torch.eye(6)[:3], torch.zeros(3, 1, dtype=torch.int64))
-    assert passes.seen == [([0], [[0]]), ([1, 2], [[0, 0, 0]] * 2), ([0], [[1]])]
-    assert made.counts.tried == 1 + 6 + 1 and made.running["c"].counts["tried"] == 3
 
 
 def test_an_answer_tells_what_was_done(searches: tuple[Searches, Passes, Requests]) -> None:

@@ -76,24 +76,6 @@ def test_what_is_tried_leaves_no_reading_and_counts_for_nothing() -> None:
     assert requests["b"].num_read == num_read == PROMPT + 1
 
 
-@pytest.mark.parametrize(
-    ("plan", "is_alone"),
-    [
-        (PLACED, True),
-        (
-            PositionedPlan(RequestPlan(SteeringPlan((PlannedEdit(Edit("v", "{}", None), Where.of("all")),))), PROMPT),
-            False,
-        ),
-    ],
-    ids=["what is read stands in one place", "an edit and no more"],
-)
-def test_which_tokens_of_a_row_are_tried_one_at_a_time(plan: PositionedPlan, is_alone: bool) -> None:
-    _, edits = known(a=plan, b=None)
-    view = BatchView([None, plan], np.arange(3), np.full(2, PROMPT), ("b", "a"))
-    assert edits.tries_one_at_a_time(view) is is_alone
-    assert not edits.tries_one_at_a_time(BatchView([None], np.arange(2), np.full(1, PROMPT), ("b",)))
-
-
 def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared() -> None:
     edits, pipeline = Mock(), Mock()
     step = WorkerStep(Requests(), edits, pipeline)

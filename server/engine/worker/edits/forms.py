@@ -128,7 +128,6 @@ def _compile_anew(module: Any, config: VllmConfig) -> None:
     """Let a copy of a module that vLLM compiles have a graph of its own."""
     module.vllm_config, module.compilation_config = config, config.compilation_config
     module.was_aot_compile_fn_loaded_from_disk, module.aot_compiled_fn = False, None
-    module._compile_tag = "plain"  # in vLLM's log
     with set_current_vllm_config(config), set_model_tag("plain"):
         TorchCompileWithNoGuardsWrapper.__init__(module, module._compile_prefix, module._is_encoder)
 

@@ -49,20 +49,13 @@ class StepEdits:
         if "modules" in self._told:
             self.module_edits.end_step()
 
-    def tries_one_at_a_time(self, view: BatchView) -> bool:
-        """Whether one pass may try one token of each of these rows only: what a request's conditions read stands in one
-        place, and edits of modules and learned rows go by the rows of the batch."""
-        return any(placed.num_columns or placed.inserts for _, placed in view.planned()) or any(
-            isinstance(item, ModuleEdit) for span in self._spans(view) for item in span.row
-        )
-
     @contextmanager
     def trying(self, view: BatchView, tokens: Tensor) -> Iterator[None]:
-        """A forward pass beside the step's own, over tokens that may come next: each is steered as if it did, and
-        nothing that was read or kept on the way stays.
+        """A forward pass beside the step's own, over a token for each row that may come next: it is steered as if it
+        did, and nothing that was read or kept on the way stays.
 
         Args:
-            view: the rows, each with its one token; several of one sequence only where `tries_one_at_a_time` allows.
+            view: the rows, each with its one token.
             tokens: (B,) ids.
         """
         spans = self._spans(view)

@@ -3,8 +3,7 @@
 The queries of a step's tokens are kept on their way into the layer's kernel, in a buffer of fixed address, which a
 captured graph writes, too. What is asked for is computed from them after the forward pass, over the layer's own paged
 keys, for the rows concerned and no others; so chunked prefill, cached prefixes and recomputation after a preemption
-need no thought. Tokens that are only tried (`lookahead`) are looked at within the layer, before the next ones take
-their place in the cache, and leave the step's queries as they are.
+need no thought. Tokens that are only tried (`lookahead`) keep their queries apart from the step's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +30,17 @@ BlockTables = Callable[[Any], list[tuple[Tensor, int]]]
 
 
 class KeptQueries:
-    """The queries of the tokens that a step passed through the layer."""
+    """The queries of the tokens that passed the layer last."""
 
     def __init__(self, of_step: Tensor) -> None:
         self.of_step = of_step  # (max_tokens, heads, D)
-        self.look: Callable[[Tensor], None] | None = None  # while tokens are tried: takes their queries instead
+        self.of_tried: Tensor | None = None  # (R, heads, D), while tokens are tried
+        self.is_trying = False
 
-    def take(self, query: Tensor) -> None:
-        """(T, heads, D), after rotary embedding, of tokens whose keys are in the cache."""
-        if self.look is not None:
-            self.look(query)
+    def keep(self, query: Tensor) -> None:
+        """(T, heads, D), after rotary embedding."""
+        if self.is_trying:
+            self.of_tried = query.clone()
         else:
             self.of_step[: len(query)].copy_(query)
 
@@ -51,9 +51,8 @@ def _watched(cls: Any, queries: KeptQueries) -> type:
 
     class WatchedAttention(cls):
         def forward(self, owner: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = cls.forward(self, owner, query, *args, **kwargs)
-            queries.take(query)
-            return output
+            queries.keep(query)
+            return cls.forward(self, owner, query, *args, **kwargs)
 
     return WatchedAttention
 
@@ -85,26 +84,13 @@ class LastAttention:
         self._keys = self._layout.key_view(self._attention.kv_cache)
 
     @contextmanager
-    def trying(self, rows: Sequence[int], positions: Ints, is_wanted: bool) -> Iterator[list[Tensor]]:
-        """A forward pass over tokens that are tried, one after each of R rows of a step, perhaps several times (`fan`).
-
-        Args:
-            positions: (R,) absolute, where those tokens stand.
-            is_wanted: whether what they look at is to be found.
-
-        Returns: by the end (R, C) for each time, as of `rows`.
-        """
-        found: list[Tensor] = []
-
-        def look(queries: Tensor) -> None:
-            if is_wanted:
-                found.append(self._attended(queries[: len(rows)], rows, positions + 1))
-
-        self._queries.look = look
+    def trying(self) -> Iterator[None]:
+        """A forward pass over tokens that are tried, after which `of_tried` can say what they looked at."""
+        self._queries.is_trying = True
         try:
-            yield found
+            yield
         finally:
-            self._queries.look = None
+            self._queries.is_trying = False
 
     def forget(self, num_tokens: int) -> None:
         """Before a step's forward pass: what is read after it is the step's own, or nothing that could be taken for
@@ -118,6 +104,16 @@ class LastAttention:
         ends = view.starts[index + 1].astype(np.int64)
         lengths = view.positions[index] + ends - view.starts[index]
         return self._attended(self._queries.of_step[sent(ends - 1, self._runner.device)], rows, lengths)
+
+    def of_tried(self, rows: Sequence[int], positions: Ints) -> Tensor:
+        """The same of the tokens that were tried last, one after each of the rows.
+
+        Args:
+            positions: (R,) absolute, where those tokens stand.
+        """
+        queries, self._queries.of_tried = self._queries.of_tried, None
+        assert queries is not None, "no token was tried"
+        return self._attended(queries[: len(rows)], rows, positions + 1)
 
     def _attended(self, queries: Tensor, rows: Sequence[int], lengths: Ints) -> Tensor:
         """(R, C) of (R, heads, D) queries that see `lengths` (R,) keys each."""

@@ -1,8 +1,8 @@
 """The searches of one worker: each step, all of them decide together over the logits that tokens would be drawn from.
 
 A search's step is a generator (`decoding/search/search.py`). What they want tried passes the model in rounds: in each,
-as many tokens after every living sequence of all the searches that want so many, in one pass. Decisions become tokens
-in the step's rows where a sequence stays in its seat, and verdicts for the scheduler. Every rank comes to the same.
+one token after every living sequence of all the searches that want something, in one pass. Decisions become tokens in
+the step's rows where a sequence stays in its seat, and verdicts for the scheduler. Every rank comes to the same.
 """
 
 import time
@@ -172,9 +172,7 @@ class Searches:
                     wanted[name] = next(steps) if answer is None else steps.send(answer)
                 except StopIteration as stopped:
                     decided[name] = stopped.value
-            widths = sorted({tokens.shape[1] for tokens in wanted.values()})
-            alike = [{name: tokens for name, tokens in wanted.items() if tokens.shape[1] == num} for num in widths]
-            answers = dict(answer for some in alike for answer in self._tried(turns, some, view, try_))
+            answers = dict(self._tried(turns, wanted, view, try_)) if wanted else {}
         return decided
 
     def _tried(
@@ -193,16 +191,15 @@ class Searches:
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
         found = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        width = len(found.hidden[0])
-        self.counts = self.counts._replace(tried=self.counts.tried + width * len(rows))
+        self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
         first = 0
         for name in names:
             num = len(turns[name].rows)
             own = slice(first, first := first + num)
-            turns[name].running.counts["tried"] += width * num
+            turns[name].running.counts["tried"] += num
             attention = found.attention
             if attention is not None:
-                attention = attention[own, :, : int(ends[own].max()) + 2] if reads[name] else None
+                attention = attention[own, : int(ends[own].max()) + 2] if reads[name] else None
             yield name, Tried(found.hidden[own].to(torch.float32), attention)
 
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
