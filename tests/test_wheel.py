@@ -7,13 +7,10 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from serving import Server, environment, free_port, stop, wait_until_healthy
 
 from whipstaff.server import __version__
 
@@ -124,36 +121,6 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def without_compilers(python: Path, folder: Path) -> dict[str, str]:
-    """Of a machine where nobody compiles: PATH has what a shell needs, by name."""
-    tools = folder / "tools"
-    tools.mkdir(exist_ok=True)
-    for name in ("sh", "ls", "cat", "uname", "lscpu", "ldconfig", "env", "mkdir", "rm"):
-        if (found := shutil.which(name)) and not (tools / name).exists():
-            (tools / name).symlink_to(found)
-    own = {name: value for name, value in environment().items() if name not in ("CC", "CXX", "CUDA_HOME")}
-    return own | {"PATH": f"{python.parent}{os.pathsep}{tools}", "HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def served(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("served")
-    variables, port, log = without_compilers(bare, folder), free_port(), folder / "server.log"
-    assert [name for name in COMPILERS if shutil.which(name, path=variables["PATH"])] == []
-    words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--kv-cache-memory-bytes", "64M"]
-    command = [str(bare.parent / "whipstaff"), *words]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=folder, start_new_session=True
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", {}, log, process)
-        wait_until_healthy(server)
-        yield server
-    finally:
-        stop(process)
-
-
 @pytest.mark.engine
 def test_one_wheel_for_every_python(wheel: Path) -> None:
     assert wheel.name == f"whipstaff-{__version__}-cp311-abi3-manylinux_2_28_x86_64.whl"
@@ -163,18 +130,7 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
 
 
 @pytest.mark.engine
-def test_it_serves_where_nobody_compiles(served: Server, bare: Path) -> None:
-    ask = {"model": "demo", "prompt": "In the morning Mara opened the door, and", "temperature": 0, "max_tokens": 24}
-    with httpx.Client(base_url=served.url, timeout=120) as client:
-        plain, gloomy, mixed = (
-            client.post("/v1/completions", json=ask | more).json()["choices"][0]["text"]
-            for more in (
-                {},
-                {"steering": {"vector": "cheerful", "scale": -8}},
-                {"decoding": {"method": "proxy_tuning", "expert": "tuned", "antiexpert": "untuned"}},
-            )
-        )
-    assert len({plain, gloomy, mixed}) == 3
+def test_its_libraries_are_its_own(bare: Path) -> None:
     where = "import whipstaff.cuda_ext.libraries as it; print(it.__file__)"
-    found = subprocess.check_output([bare, "-c", where], text=True, cwd=served.log.parent)
+    found = subprocess.check_output([bare, "-c", where], text=True, cwd=bare.parent)
     assert found.startswith(str(bare.parents[1]))  # and not the checkout's
