@@ -15,7 +15,6 @@ import pytest
 from whipstaff.server import __version__
 
 ROOT = Path(__file__).parents[1]
-COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "clang++", "nvcc")
 
 
 @pytest.fixture(scope="module")

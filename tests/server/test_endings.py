@@ -121,9 +121,10 @@ def test_a_dead_process_of_the_engine_ends_the_server_and_everybody_is_told_why(
 ) -> None:
     flags = ("--api-server-count", count, *(("--distributed-executor-backend", "mp") if victim == "Worker" else ()))
     with serving(tmp_path, *flags) as server, ExitStack() as stack:
-        running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED, PLAIN, STEERED)]
         core = engine(server)
-        os.kill((core if victim == "EngineCore" else heaviest(core.children())).pid, signal.SIGKILL)
+        process = core if victim == "EngineCore" else heaviest(core.children())
+        running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED)]
+        os.kill(process.pid, signal.SIGKILL)  # at once: answers must not come to their end before
         killed = time.monotonic()
         for events in running:
             assert_broken_off(events, "the engine died", "signal 9")
