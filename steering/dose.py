@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import Phi
-from whipstaff.cuda_ext.reference import apply_phi
+from whipstaff.steering.apply import applied
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.ops import Cross, Diagonal, Directions, EditOp, Replacement
+from whipstaff.steering.ops import Cross, Diagonal, Directions, EditOp
 
 _NUM_TRIED = 256
 
@@ -54,7 +54,7 @@ def _mean_square(op: EditOp, length: float) -> float:
 def _mean_square_of_directions(op: Directions, length: float) -> float:
     """Exact where the change is linear in the row; the other directions are taken to be independent."""
     if op.replacement is not None:
-        return _mean_square_of_replacing(op, op.replacement, length)
+        return _mean_square_of_replacing(op, length)
     width = op.write.shape[1]
     if op.norm != "none":  # readings are made at about length sqrt(width), changes scaled back
         return _mean_square_of_directions(_plain(op), math.sqrt(width)) * length**2 / width
@@ -86,33 +86,11 @@ def _mean_square_of_directions(op: Directions, length: float) -> float:
     return apart + float(shift.square().sum()) + max(turned, 0.0)
 
 
-def _mean_square_of_replacing(op: Directions, replacement: Replacement, length: float) -> float:
+def _mean_square_of_replacing(op: Directions, length: float) -> float:
     """Measured on _NUM_TRIED rows: what replaces a row has too much in common with it to be taken as independent."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(_NUM_TRIED, op.write.shape[1], generator=generator)) * length
-    seen, back, mean = _normed(rows, op.norm)
-    z = torch.zeros(len(rows), len(op.phi)) if op.read is None else seen @ op.read.T
-    tau = torch.tensor(-math.inf)
-    if op.top_k is not None:
-        tau = (seen @ op.top_k.encoder.flatten(1).T + op.top_k.bias).topk(op.top_k.k).values[:, -1:]
-    z = z if op.bias is None else z + op.bias
-    kinds = torch.tensor([[int(phi) for phi in op.phi]])
-    decoded = apply_phi(kinds, op.args[None], z, tau) @ op.write
-    decoded = decoded if replacement.bias is None else decoded + replacement.bias
-    change = replacement.scale * (back * decoded + mean - rows)
-    return float(change.square().sum(1).mean())
-
-
-def _normed(rows: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows as they are read, the factor back, what is added then), the latter two (num, 1)."""
-    one, zero = torch.ones(len(rows), 1), torch.zeros(len(rows), 1)
-    if norm == "constant_norm":
-        back = rows.norm(dim=1, keepdim=True) / math.sqrt(rows.shape[1])
-        return rows / back, back, zero
-    if norm == "layer_norm":
-        mean, back = rows.mean(1, keepdim=True), rows.std(1, keepdim=True)
-        return (rows - mean) / (back + 1e-5), back, mean
-    return rows, one, zero
+    return float((applied(rows, [op]) - rows).square().sum(1).mean())
 
 
 def _beyond(bias: Tensor, spread: Tensor, low: Tensor, high: Tensor) -> Tensor:

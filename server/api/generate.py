@@ -23,7 +23,7 @@ from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.sse import Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
-from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, parse
+from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.names import FIELDS, that_change
 from whipstaff.server.plan import PLAN_KEY
@@ -149,10 +149,14 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
-            note_token = explained.note if explained else None
-            retract = retractions.note if compiled.retracts else None
-            name_sequence = tally.name_sequence if compiled.captures else None
-            request.attach(compiled, tally.note, note_token, lease, tally.note_search, retract, name_sequence)
+            notes = Notes(
+                output=tally.note,
+                token=explained.note if explained else None,
+                search=tally.note_search,
+                retract=retractions.note if compiled.retracts else None,
+                sequence=tally.name_sequence if compiled.captures else None,
+            )
+            request.attach(compiled, notes, lease)
         result = await openai.answer(request, raw)
 
     async def receipt_at_end() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whipstaff.steering.apply import applied
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.apply import applied
 from whipstaff.steering.fit.source import Asked, Entry
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.methods import METHODS

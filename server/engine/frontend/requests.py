@@ -36,14 +36,23 @@ from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
-NoteOutput = Callable[[int, Any], None]  # the number of a prompt, a vLLM RequestOutput
-NameSequence = Callable[[int, str], None]  # the number of a choice, the engine's name for its sequence
+NoteToken = Callable[[int, dict[str, Any]], None]
 Expect = Callable[[list[tuple[int, list[int], int]]], None]
 """Takes, of each prompt, its number of tokens, those of its further prompts, and how many may follow."""
-NoteToken = Callable[[int, dict[str, Any]], None]  # the number of a choice, what is said of its next token
-NoteSearch = Callable[[int, dict[str, Any]], None]  # the number of a prompt, what is said of its search
-Retract = Callable[[int, int], None]  # the number of a choice, how many of its last characters are taken back
 
+
+class Notes(NamedTuple):
+    """Who hears what of a request."""
+
+    output: Callable[[int, Any], None] | None = None  # the number of a prompt, a vLLM RequestOutput
+    token: NoteToken | None = None  # the number of a choice, what is said of its next token
+    search: Callable[[int, dict[str, Any]], None] | None = None  # the number of a prompt, what is said of its search
+    retract: Callable[[int, int], None] | None = None
+    """The number of a choice, how many of its last characters are taken back, before anything more is streamed."""
+    sequence: Callable[[int, str], None] | None = None  # the number of a choice, the engine's name for its sequence
+
+
+UNHEARD = Notes()
 OPENAI = frozenset((*ChatParams.__annotations__, *TextParams.__annotations__, "stream"))
 _HOTTEST = 2.0  # temperature that vLLM takes
 _GREEDY_BELOW = 1e-5  # as in vLLM
@@ -93,11 +102,7 @@ class Extras(BaseModel):
     _compiled: Compiled | None = PrivateAttr(None)
     _placed: list[PlacedRequest] = PrivateAttr(default_factory=list)  # of its prompts, in order
     _num_scheduled: int = PrivateAttr(0)  # of those
-    _note: NoteOutput | None = PrivateAttr(None)
-    _note_token: NoteToken | None = PrivateAttr(None)
-    _note_search: NoteSearch | None = PrivateAttr(None)
-    _retract: Retract | None = PrivateAttr(None)
-    _name_sequence: NameSequence | None = PrivateAttr(None)
+    _notes: Notes = PrivateAttr(UNHEARD)
     _lease: Lease = PrivateAttr(leases.NOTHING)
     _expect: Expect | None = PrivateAttr(None)
     _paid: Callable[[int], None] | None = PrivateAttr(None)
@@ -107,28 +112,10 @@ class Extras(BaseModel):
     def _renames(cls, body: Any) -> Any:
         return renamed(body, cls.model_fields) if isinstance(body, dict) else body
 
-    def attach(
-        self,
-        compiled: Compiled,
-        note: NoteOutput | None = None,
-        note_token: NoteToken | None = None,
-        lease: Lease = leases.NOTHING,
-        note_search: NoteSearch | None = None,
-        retract: Retract | None = None,
-        name_sequence: NameSequence | None = None,
-    ) -> None:
-        """Give the request what its extras came to; from here on it is not plain.
-
-        Args:
-            note: called with each of its outputs.
-            note_token: called with each explanation of one of its tokens.
-            lease: of the vectors that it names.
-            note_search: called with what each of its prompts' searches came to.
-            retract: called with what is taken back of a choice, before anything more is streamed of it.
-            name_sequence: called with what the engine calls the sequence of each choice.
-        """
-        self._compiled, self._note, self._note_token, self._lease = compiled, note, note_token, lease
-        self._note_search, self._retract, self._name_sequence = note_search, retract, name_sequence
+    def attach(self, compiled: Compiled, notes: Notes = UNHEARD, lease: Lease = leases.NOTHING) -> None:
+        """Give the request what its extras came to; from here on it is not plain. `lease` is of the vectors that it
+        names."""
+        self._compiled, self._notes, self._lease = compiled, notes, lease
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
@@ -154,7 +141,7 @@ class Extras(BaseModel):
     @property
     def retracts(self) -> bool:
         """Whether it streams what may be taken back."""
-        return self._retract is not None
+        return self._notes.retract is not None
 
     @property
     def placed(self) -> list[PlacedRequest]:
@@ -317,29 +304,29 @@ class Extras(BaseModel):
     def _plan_dict(self, index: int, params: SamplingParams) -> PlanDict:
         """The plan of a prompt, with what watches its answers."""
         assert self._compiled is not None
-        placed, note_token, first = self._placed[index], self._note_token, index * (self._vllm.n or 1)
+        placed, note_token, first = self._placed[index], self._notes.token, index * (self._vllm.n or 1)
 
         def explained(choice: int, record: dict[str, Any]) -> None:
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
         def named(choice: int, name: str) -> None:
-            assert self._name_sequence is not None
-            self._name_sequence(first + choice, name)
+            assert self._notes.sequence is not None
+            self._notes.sequence(first + choice, name)
 
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
-        compiled, note = self._compiled, None if self._note is None else partial(self._note, index)
+        compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
         own = compiled.label, note, watching, self._lease, answers, compiled.asked
-        return PlanDict(placed.to_wire(params), *own, None if self._name_sequence is None else named)
+        return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
         assert self._compiled is not None
         num, note = self._vllm.n or 1, partial(self._searched, index)
         if self._compiled.searches:
-            retract = None if self._retract is None else partial(self._retract, index * num)
+            retract = None if self._notes.retract is None else partial(self._notes.retract, index * num)
             return SearchAnswers(num, params, note, retract)
         return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
 
@@ -356,12 +343,12 @@ class Extras(BaseModel):
 
     def _searched(self, index: int, record: dict[str, Any]) -> None:
         """What the search of a prompt, or the ranking of its candidates, came to."""
-        if self._note_search is not None:
-            self._note_search(index, record)
-        if self._note_token is not None:
+        if self._notes.search is not None:
+            self._notes.search(index, record)
+        if self._notes.token is not None:
             for said in (said for facts in record.get("facts", ()) for said in facts.get("said", ())):
                 facts = {name: value for name, value in said.items() if name != "token"}
-                self._note_token(index * (self._vllm.n or 1), {"id": said["token"], "facts": facts})
+                self._notes.token(index * (self._vllm.n or 1), {"id": said["token"], "facts": facts})
 
     def cooled(self, make: Callable[[], SamplingParams]) -> SamplingParams:
         """With a temperature that vLLM does not take."""

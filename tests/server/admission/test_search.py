@@ -18,7 +18,7 @@ from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.receipt import Tally, receipt
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest
+from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, TextRequest
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
@@ -204,11 +204,11 @@ def test_what_a_search_came_to_is_noted_by_prompt_and_choice(able: Capabilities)
     made = prepare(request, able)
     assert made is not None and made.plan.decoding is not None and made.plan.decoding.explain == Explain(0)
     searches, explained = list[Any](), list[Any]()
-    request.attach(
-        made,
-        note_token=lambda choice, record: explained.append((choice, record)),
-        note_search=lambda prompt, record: searches.append((prompt, record)),
+    notes = Notes(
+        token=lambda choice, record: explained.append((choice, record)),
+        search=lambda prompt, record: searches.append((prompt, record)),
     )
+    request.attach(made, notes)
     request._placed += [at_prompt(made, Prompt(9, list(range(9)), 64, None)) for _ in range(2)]
     plans = [(request.to_sampling_params(5, {}).extra_args or {})[PLAN_KEY] for _ in range(2)]
     assert all(plan["decoding"]["search"][0] == "trust" and plan.answers is not None for plan in plans)

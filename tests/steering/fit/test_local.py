@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from whipstaff.cuda_ext import Phi, run_edits_
+from whipstaff.steering.apply import applied
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.apply import applied
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.source import Asked, Entry
 from whipstaff.steering.method import HookPoint
