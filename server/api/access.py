@@ -24,7 +24,6 @@ SEEN = ("/v1/", "/version")
 ADMIN = "/v1/steering/"
 _POLICY_VIOLATION = 1008  # of a WebSocket
 _LOOKS = ("GET", "HEAD")
-_CHANGES = ("POST", "DELETE")
 
 
 def bearer(headers: Headers) -> str:
@@ -111,7 +110,7 @@ class _Call:
     def _note(self, status: int) -> None:
         """Tell the log of a refusal, or of a change."""
         method, error = self._scope.get("method", ""), self._scope.get(metrics.REFUSED)
-        is_change = method in _CHANGES and self._path.startswith(ADMIN) and self._path not in POSTS
+        is_change = method not in _LOOKS and self._path.startswith(ADMIN) and self._path not in POSTS
         if status < 400 and not is_change:
             return
         said: dict[str, Any] = {

@@ -40,7 +40,7 @@ def client(tmp_path: Path, log: Path) -> Iterator[TestClient]:
     app = FastAPI()
     app.add_exception_handler(WhipstaffError, answer_refusal)
 
-    @app.api_route("/{rest:path}", methods=["GET", "POST", "DELETE"])
+    @app.api_route("/{rest:path}", methods=["GET", "POST", "PATCH", "DELETE"])
     async def answer(rest: str, raw: Request) -> dict[str, Any]:
         if b"bad" in await raw.body():
             raise BadRequest("secret words", "steering[0].vector")
@@ -111,6 +111,15 @@ def test_the_log_says_who_and_where_and_nothing_that_was_said(client: TestClient
     assert (change["key"], change["role"], change["status"]) == ("root", "admin", 200)
     for secret in ("bad prompt", "secret", "tensor", "team-key", digest_of("team-key")):
         assert secret not in log.read_text()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+def test_every_change_is_logged_whatever_its_verb(client: TestClient, log: Path, method: str) -> None:
+    ask(client, "/v1/steering/vectors/x", "root-key", "GET")
+    ask(client, "/v1/steering/vectors/x", "root-key", method)
+    (change,) = said(log)
+    assert (change["event"], change["method"], change["key"]) == ("change", method, "root")
+    assert ask(client, "/v1/steering/vectors/x", "team-key", method).status_code == 403
 
 
 def test_what_runs_is_counted_until_it_ended_however_it_did(tmp_path: Path) -> None:
