@@ -97,6 +97,14 @@ class RequestPlan:
         )
 
 
+_OWN = ("readings_id", "captures_id", "max_fed")  # by which nothing is computed that others do not get
+
+
+def configuration(wire: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan, in wire form, says what is computed; the rest is how its client is told of it."""
+    return {name: value for name, value in wire.items() if name not in _OWN}
+
+
 def plan_of(request: Any) -> RequestPlan | None:
     """What one of vLLM's requests asks for; None for a plain one."""
     return RequestPlan.from_wire(request.sampling_params.extra_args if request.sampling_params else None)

@@ -15,6 +15,8 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 
+from whipstaff.server.plan import configuration
+
 PREFIX = "whipstaff."
 _attributes: ContextVar[Mapping[str, str | int | Sequence[str]] | None] = ContextVar("whipstaff_span", default=None)
 
@@ -50,5 +52,4 @@ def said_of(plan: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[None]
 
 def digest(plan: Mapping[str, Any]) -> str:
     """SHA-256 of what the engine is to do: requests of one digest differ in prompt and sampling parameters alone."""
-    said = {name: value for name, value in plan.items() if name != "readings_id"}  # that is the request's own
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=repr).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(configuration(plan), sort_keys=True, default=repr).encode()).hexdigest()

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine.searches import SearchStep, companion_id, seat_id
-from whipstaff.server.plan import PLAN_KEY, STEPS_AHEAD, CompanionPlan, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, STEPS_AHEAD, CompanionPlan, RequestPlan, configuration
 
 NOWHERE = -2  # the client index of companions: what vLLM would say of them goes to nobody
 MEMBER_CONTEXT, KV_CACHE = "member_context", "kv_cache"  # stop reasons of groups that had to end before `max_tokens`
@@ -218,5 +218,5 @@ def _salt(primary: Request, own: CompanionPlan) -> str | None:
     if own.steering is None or own.steering.entropy_column < 0:
         return salt
     asked = (primary.sampling_params.extra_args or {}).get(PLAN_KEY) if primary.sampling_params else None
-    said = [salt, primary.prompt_token_ids, {**(asked or {}), "readings_id": "", "captures_id": ""}]
+    said = [salt, primary.prompt_token_ids, configuration(asked or {})]
     return hashlib.sha256(repr(said).encode()).hexdigest()

@@ -90,7 +90,11 @@ def test_nobody_traces_who_was_not_told_to(spans: InMemorySpanExporter) -> None:
 
 
 def test_a_digest_is_of_what_the_engine_is_to_do() -> None:
-    one, same = (RequestPlan(readings_id=name, models=("tuned",)).to_wire() for name in ("one", "other"))
+    """And not of the ids under which its client is told things."""
+    one, same = (
+        RequestPlan(readings_id=name, models=("tuned",), captures_id=name, max_fed=len(name)).to_wire()
+        for name in ("one", "other")
+    )
     assert tracing.digest(one) == tracing.digest(same) != tracing.digest(RequestPlan(models=("other",)).to_wire())
 
 
