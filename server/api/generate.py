@@ -196,8 +196,9 @@ def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: Asy
         return result
     if hasattr(result, "__aiter__"):
         return openai.event_stream(result, raw, headers, at_end)
+    of = JsonAnswer if isinstance(result, dict) else JSONResponse
     body = result if isinstance(result, dict) else result.model_dump()
-    return JsonAnswer(body, headers={**(openai.load_headers(raw) or {}), **headers})
+    return of(body, headers={**(openai.load_headers(raw) or {}), **headers})
 
 
 @router.get("/v1/models/{name:path}")
