@@ -264,7 +264,7 @@ class Traffic:
         assert not s._held_since
         assert not s._groups and not s._group_of and not s._ended and not s._placed
         assert s._slots.num_used == 0 and not s._slots._rows
-        assert s.group_use().num_half_scheduled == 0 and s.group_use().num_steps_together == self.num_together
+        assert s._half_scheduled == 0 and s._steps_together == self.num_together
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
             if str(asked.end) == "stop":

@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.search import Continuation, Hypothesis
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
+from whipstaff.server.engine.scheduler.group import SearchGroup
 from whipstaff.server.engine.searches import SearchStep, Verdict
 from whipstaff.server.engine.worker.search.seats import seated
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
@@ -250,7 +251,8 @@ class Searching(Traffic):
             for block in blocks:
                 held[block.block_id] = held.get(block.block_id, 0) + 1
         assert all(block.ref_cnt == held.get(block.block_id, 0) for block in pool.blocks if not block.is_null)
-        living = [group for group in self.scheduler._searches() if group.num_running]
+        groups = self.scheduler._groups.values()
+        living = [group for group in groups if isinstance(group, SearchGroup) and group.num_running]
         if self.case.caches:
             for member in (one for group in living for one in group.members):
                 assert member.block_hashes == self.keys(member), f"{member.request_id}: keys of another text"
