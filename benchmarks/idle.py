@@ -30,7 +30,7 @@ FLAGS = (
     *("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--no-enable-prefix-caching"),
     *("--kv-cache-memory-bytes", "256M", "--disable-uvicorn-access-log", "--served-model-name", "bench"),
 )
-REQUESTS = 4  # per client and measurement
+REQUESTS = 12  # per client and measurement
 BAR = 0.99
 PLAIN = servers.Variant("plain", "", lambda index: {})
 TICKS, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")

@@ -103,9 +103,9 @@ class IdleScheduling(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        if output.scheduled_new_reqs:
+        if output.scheduled_new_reqs:  # else there is no news
             _note_cache_use(self, output.scheduled_new_reqs)
-        output.whipstaff_notes = self._notes
+            output.whipstaff_notes = self._notes
         return output
 
     def _update_request_with_output(

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import tiny
 import torch
-from scheduling import CASES, STOP, Case, Traffic, Worker, token
+from scheduling import CASES, STOP, Case, Traffic, Worker, notes_of, token
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
@@ -70,7 +70,7 @@ class Loading(Worker):
         self.waits: list[float] = []
 
     def run(self, output: Any) -> ModelRunnerOutput:
-        self.waits += output.whipstaff_notes.slot_use.waits
+        self.waits += notes_of(output).slot_use.waits
         self.tables.acquire(row for name in output.num_scheduled_tokens for row in self.scheduler._placed[name].rows)
         return super().run(output)
 
