@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 ADMIN = "admin-secret"
 TOKENS = 900  # in each of three panes; the model's rotations end at 1,024
-STREAMING = 300  # seconds that a loaded machine may take for a third of them
+STREAMING = 600  # seconds that a loaded machine may take for a third of them
 MOST_GROWTH = 4.0  # of the main thread's time per token, from the first third to the last; drawing all anew: 5
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 expect.set_options(timeout=SLOW)
