@@ -34,7 +34,7 @@ async def throughput(
     concurrency: int,
     temperature: float = 0.0,
 ) -> float:
-    """Generated tokens per second of `num` requests, `concurrency` at a time."""
+    """Generated tokens per second of `num` requests, `concurrency` at a time. What they read is taken as each ends."""
     vocabulary = engine.model_config.get_vocab_size()
     gate = asyncio.Semaphore(concurrency)
     wires = [None if plan is None else plan(index).to_wire() for index in range(num)]
@@ -52,6 +52,9 @@ async def throughput(
         async with gate:
             async for _ in engine.generate(prompt, params, str(uuid4())):
                 pass
+            if wire is not None and wire["captures_id"]:
+                told = await engine.collective_rpc("whipstaff_captures", args=(wire["captures_id"],))
+                assert all(told), "nothing was read"
 
     started = time.perf_counter()
     await asyncio.gather(*map(one, range(num)))
