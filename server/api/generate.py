@@ -154,7 +154,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
                 token=explained.note if explained else None,
                 search=tally.note_search,
                 retract=retractions.note if compiled.retracts else None,
-                sequence=tally.name_sequence if compiled.captures else None,
+                sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
         result = await openai.answer(request, raw)

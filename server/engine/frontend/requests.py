@@ -94,6 +94,9 @@ class Extras(BaseModel):
     capture: Any = Field(
         None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
     )
+    stop_when: Any = Field(
+        None, description='{"probe": name, "above": x} or "below": end at the first token where the probe reads that'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     stream_retractions: Any = Field(None, description="whether a search streams what it may take back, and says so")

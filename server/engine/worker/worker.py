@@ -121,7 +121,7 @@ class SteeredWorker:
 
     def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
         """What the conditions of a request read: for each of its sequences, finished ones first,
-        {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
+        {"name": of the sequence, "positions": how many were fed, "columns": a list of readings by position for each condition, or the one
         reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
         return self._step.edits.histories.readings_of(readings_id)
 
