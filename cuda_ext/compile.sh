@@ -1,8 +1,8 @@
 #!/bin/sh
-# Compiles csrc by hand, without setuptools, into the library named by the second argument:
+# Compiles csrc by hand, all sources as one, into the library named by the second argument:
 #   compile.sh cpu LIBRARY [FLAG..]           the CPU operators
 #   compile.sh cuda_on_cpu LIBRARY [FLAG..]   the CUDA operators with g++ (csrc/cuda_on_cpu.h)
-# PYTHON chooses the interpreter whose torch is taken (default: python3), MAX_JOBS how many compile at once.
+# PYTHON chooses the interpreter whose torch is taken (default: python3).
 set -eu
 what=$1 library=$2
 shift 2
@@ -13,10 +13,6 @@ case $what in
 esac
 csrc=$(cd "$(dirname "$0")/csrc" && pwd)
 torch=$("${PYTHON:-python3}" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
-objects=$(mktemp -d)
-trap 'rm -rf "$objects"' EXIT
-
-printf '%s\n' "$csrc"/*."$suffix" | xargs -P "${MAX_JOBS:-2}" -I{} sh -c '
-    source=$1 objects=$2 && shift 2 && g++ -x c++ -c "$source" -o "$objects/$(basename "$source").o" "$@"' sh {} "$objects" \
-    -std=c++20 -fPIC -fopenmp-simd -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem "$torch/include" "$@"
-g++ -shared "$@" "$objects"/*.o -o "$library" -L"$torch/lib" -ltorch -ltorch_cpu -lc10
+printf '#include "%s"\n' "$csrc"/*."$suffix" | g++ -x c++ - -shared -o "$library" \
+    -std=c++20 -fPIC -fopenmp-simd -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem "$torch/include" \
+    -L"$torch/lib" -ltorch -ltorch_cpu -lc10 "$@"
