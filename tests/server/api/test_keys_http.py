@@ -162,6 +162,13 @@ def test_units_are_taken_and_what_is_not_used_comes_back(server: Server, stream:
             assert int(late.headers["retry-after"]) >= 1 and "tokens" in late.json()["error"]["message"]
 
 
+def beside(head: bytes, url: httpx.URL, http: httpx.Client) -> httpx.Response:
+    """What is answered while a request runs whose body does not come."""
+    with socket.create_connection((url.host, url.port or 80)) as sock:
+        sock.sendall(head)
+        return complete(http)
+
+
 def test_one_at_a_time_is_one_and_who_goes_away_leaves_room(server: Server) -> None:
     """A request runs from its head on: one whose body is still to come runs as long as the test wants."""
     url = httpx.URL(server.url)
@@ -169,12 +176,10 @@ def test_one_at_a_time_is_one_and_who_goes_away_leaves_room(server: Server) -> N
     body = ASK | {"stream": True, "max_tokens": 400, "ignore_eos": True}
     with as_(server, "single-key") as http:
         ok(complete(http))
-        with socket.create_connection((url.host, url.port or 80)) as sock:
-            sock.sendall(head.encode())
-            deadline = time.monotonic() + PATIENCE
-            while (refused := complete(http)).status_code != 429:
-                assert time.monotonic() < deadline
-            assert refused.headers["retry-after"] == "1" and "as many as may" in refused.json()["error"]["message"]
+        deadline = time.monotonic() + PATIENCE
+        while (refused := beside(head.encode(), url, http)).status_code != 429:  # its head came second, and was refused
+            assert time.monotonic() < deadline
+        assert refused.headers["retry-after"] == "1" and "as many as may" in refused.json()["error"]["message"]
         for _ in range(3):  # and who goes away leaves room, in the middle of a body or of an answer
             deadline = time.monotonic() + PATIENCE
             while complete(http).status_code != 200:
