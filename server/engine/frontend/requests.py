@@ -395,10 +395,11 @@ def _blamed(body: dict[str, Any], handler: Callable[[Any], Any]) -> str | None:
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether validators did not say what is wrong, or, of what they read by hand, not where."""
-    is_read = isinstance(error, ValidationError) and error.title == "ValidatorIterator"
+    """Whether validators did not say what is wrong, or not where: what they read by hand has no field for pydantic."""
+    if isinstance(error, ValidationError):
+        return not isinstance(next(iter(error.errors(include_url=False)[0]["loc"]), None), str)
     is_placeless = isinstance(error, VLLMClientError) and getattr(error, "parameter", None) is None
-    return is_read or is_placeless or isinstance(error, AttributeError | TypeError | LookupError | ArithmeticError)
+    return is_placeless or isinstance(error, AttributeError | TypeError | LookupError | ArithmeticError)
 
 
 class ChatRequest(ChatCompletionRequest, Extras):
