@@ -108,6 +108,9 @@ def main() -> None:
             server = Server("switched", port, session, int(AutoConfig.from_pretrained(model).vocab_size))
             measure(server, options.concurrency, seed=0)
 
+            def told(sent: signal.Signals) -> Switch:
+                return lambda: os.kill(session, sent)
+
             def keyed(num: int) -> Switch:
                 def switch() -> None:
                     write_keys(keys, num)
@@ -116,10 +119,8 @@ def main() -> None:
                 return switch
 
             pairs = {
-                "metrics on / off": [
-                    lambda sent=sent: os.kill(session, sent) for sent in (signal.SIGUSR1, signal.SIGUSR2)
-                ],
-                f"{NUM_KEYS} keys / 1 key": [keyed(1), keyed(NUM_KEYS)],
+                "metrics on / off": (told(signal.SIGUSR1), told(signal.SIGUSR2)),
+                f"{NUM_KEYS} keys / 1 key": (keyed(1), keyed(NUM_KEYS)),
             }
             for what, (one, other) in pairs.items():
                 for figure, ratios in compare(server, one, other, options.rounds, options.concurrency).items():
@@ -127,10 +128,10 @@ def main() -> None:
                     bar = "" if "itself" in figure else f", bar {BAR}: {'met' if abs(middle - 1) <= BAR else 'MISSED'}"
                     print(f"{what}: {figure} {middle:.3f} ({spread}){bar}", flush=True)
             os.kill(session, signal.SIGTERM)
-            told = time.monotonic()
+            began = time.monotonic()
             while Path(f"/proc/{session}/stat").exists() and " Z " not in Path(f"/proc/{session}/stat").read_text():
                 time.sleep(0.01)
-            print(f"an idle server ended {time.monotonic() - told:.2f} s after SIGTERM")
+            print(f"an idle server ended {time.monotonic() - began:.2f} s after SIGTERM")
         print(f"load: {', '.join(f'{each:.1f}' for each in os.getloadavg())}")
 
 
