@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 
 ASK: dict[str, Any] = {"model": MODEL, "prompt": "def main(", "max_tokens": 8, "temperature": 0}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 8}
-NUM_BODIES, NUM_EXAMPLES = (10_000, 300) if SOAK else (500, 3)
+NUM_BODIES, NUM_EXAMPLES, PHASES = (10_000, 200, "coverage,fuzzing") if SOAK else (500, 10, "fuzzing")
 NUM_FLOOD = 300
 PATIENCE = 60.0  # seconds
 POLICIES: dict[str, Any] = {
@@ -325,7 +325,7 @@ def test_every_answer_is_one_that_the_description_of_the_api_has(server: Server,
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
         *("--header", "Authorization: Bearer root-key", "--include-path-regex", f"^({'|'.join(DESCRIBED)})$"),
-        *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", str(NUM_EXAMPLES)),
+        *("--checks", ",".join(CHECKS), "--phases", PHASES, "--max-examples", str(NUM_EXAMPLES)),
         *("--seed", "1", "--workers", "1", "--no-color", "--request-timeout", "120", "--suppress-health-check", "all"),
     ]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=3600)
