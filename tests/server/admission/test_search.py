@@ -18,6 +18,7 @@ from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.receipt import Tally, receipt
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.admission.search import add_computed
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, TextRequest
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
@@ -386,6 +387,9 @@ def test_the_receipt_says_what_was_computed(able: Capabilities) -> None:
         {"sequences": 4, "tokens_computed": 0, "tried": 0, "forks": 0, "rollbacks": 0, "scores": [-1.0]},
     ]
     assert "search" not in receipt(made)
+    usage: dict[str, Any] = {"completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 1}}
+    add_computed(usage, [said[0] | {"tried": 4}, said[1] | {"tokens_computed": 2}])
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 1, "computed_tokens": 9 + 4 + 2}
 
 
 # ---- what may be taken back, and what is told of tokens
