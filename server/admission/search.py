@@ -82,7 +82,9 @@ def check_retractions(request: Any) -> None:
 
 def without_effect(entry: DecodingEntry, request: Any) -> list[str]:
     """What to say of fields that change what is drawn from."""
-    return [f"{field} did nothing: {entry.method.name} draws no tokens" for field in request.draw_fields]
+    name = entry.method.name
+    does = f"{name} draws by parameters of its own" if _method(entry).draws(entry.params) else f"{name} draws no tokens"
+    return [f"{field} did nothing: {does}" for field in request.draw_fields]
 
 
 def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:

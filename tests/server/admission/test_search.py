@@ -372,6 +372,11 @@ def test_what_changes_a_draw_is_told_to_do_nothing(able: Capabilities) -> None:
     fields = ("temperature", "top_p", "top_k", "min_p", "temperature_last")
     assert list(made.warnings) == [f"{field} did nothing: beam_search draws no tokens" for field in fields]
     assert of_text(able, decoding=BEAMS, temperature=0, top_p=1).warnings == ()
+    alone = {"method": "opera", "beams": 1, "temperature": 0.5}
+    assert of_text(able, decoding=alone, top_p=0.9).warnings == (
+        "top_p did nothing: opera draws by parameters of its own",
+    )
+    assert refusal(able, decoding=alone | {"beams": 2}).param == "decoding.temperature"
     assert of_text(able, decoding=BEAMS).warnings == ()
     assert of_text(able, decoding=BEAMS, temperature=50).warnings[0].startswith("temperature did nothing")
 

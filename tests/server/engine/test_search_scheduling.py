@@ -7,6 +7,7 @@ that was shared wrongly, overwritten, copied too late or freed too early shows.
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -355,6 +356,29 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
     assert len(traffic.drafts) > 20
     assert len(traffic.searchers) > 20 and traffic.worker.seen >= {"rollback", "end"}
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
+
+
+@pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])
+def test_what_is_kept_is_shared_and_computed_once(model: str, case: str) -> None:
+    """A fork shares full blocks by reference and copies at most one; what the worker computes are prompts and what was
+    new, to the token."""
+    traffic = Searching(model, replace(SEARCH_CASES[case], caches=False, num_blocks=2000), 5)
+    traffic.is_alone = True
+    for _ in range(200):
+        if len(traffic.scheduler.requests) < 12 and traffic.chance.random() < 0.3:
+            prompt = [*traffic.prompt(), 0]  # groups compute a prompt of one token twice
+            traffic.search(traffic.chance.choice((1, 2, 3, 5)), prompt=prompt)
+        traffic.step()
+    traffic.drain()
+    traffic.check()
+    worker, use = traffic.worker, traffic.scheduler.search_use()
+    prompts = sum(asked.request.num_prompt_tokens for asked in traffic.asked.values())
+    assert len(traffic.searchers) > 10 and worker.seen >= {"rollback", "end"} and use.recomputed_tokens == 0
+    assert worker.num_computed - prompts == worker.num_wanted == sum(use.computed.values())
+    records = [asked.record["counts"] for asked in traffic.asked.values()]  # type: ignore[attr-defined]
+    assert sum(use.computed.values()) == sum(one["tokens_computed"] for one in records)
+    assert set(use.computed) == {f"of {num}" for num in traffic.searchers.values()}
+    assert 0 < worker.num_copies == use.copied_blocks <= worker.most_copies
 
 
 @pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])
