@@ -176,7 +176,7 @@ class CompiledRequest:
         if plan.steering is not None or companions:
             self._check_steering(plan, companions, num_tokens, allowed)
         return PlacedRequest(
-            plan,
+            replace(plan, label=self.label),
             num_tokens,
             allowed,
             ids,

@@ -321,7 +321,7 @@ class Extras(BaseModel):
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
         compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
-        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        own = note, watching, self._lease, answers, compiled.asked
         return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:

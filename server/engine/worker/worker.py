@@ -4,6 +4,7 @@ What it is mixed into is in a module for each platform, `cpu_worker` and `cuda_w
 worker puts stand-ins for CUDA's streams, events and pinned memory into torch as it is imported.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ class SteeredWorker:
             "search_moved_seats": search_use.moved_seats,
             "search_copied_blocks": search_use.copied_blocks,
             "search_recomputed_tokens": search_use.recomputed_tokens,
-            "search_tried": searched.tried,
+            "search_tried": sum(searched.tried.values()),
+            "search_computed": dict(Counter(search_use.computed) + Counter(searched.tried)),
             "search_seconds": searched.seconds,
         }
