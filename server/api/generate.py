@@ -21,7 +21,7 @@ from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_recei
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.api.sse import Retractions, header_of, with_extras
+from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
@@ -196,8 +196,9 @@ def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: Asy
         return result
     if hasattr(result, "__aiter__"):
         return openai.event_stream(result, raw, headers, at_end)
+    of = JsonAnswer if isinstance(result, dict) else JSONResponse
     body = result if isinstance(result, dict) else result.model_dump()
-    return JSONResponse(body, headers={**(openai.load_headers(raw) or {}), **headers})
+    return of(body, headers={**(openai.load_headers(raw) or {}), **headers})
 
 
 @router.get("/v1/models/{name:path}")

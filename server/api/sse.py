@@ -1,9 +1,13 @@
 """Answers on their way out: server-sent events with explanations and a receipt, and warnings as a header."""
 
 import json
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
+
+from fastapi.responses import JSONResponse
 
 from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.admission.receipt import RECEIPT_FIELD
@@ -66,4 +70,33 @@ def _changed(event: str, more: dict[str, Any], explained: ChoiceExplanations | N
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+    return f"data: {to_json(body)}\n\n"
+
+
+def to_json(body: Any) -> str:
+    """JSON has neither NaN nor infinities: null stands for those, as in vLLM's own chunks. They come of a model that
+    computes them, and of divergences from what gives a token no chance. Halves of characters are escaped."""
+    dump = partial(json.dumps, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    try:
+        text = dump(body)
+    except ValueError:
+        text = dump(_finite(body))
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _finite(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_finite(one) for one in value]
+    return value
+
+
+class JsonAnswer(JSONResponse):
+    """A whole answer, which is sent whatever the model computed."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content).encode()

@@ -3,9 +3,10 @@ that of the scheduler and the worker: found by tracing them.
 
     cd tests && ../.venv/bin/python -m house.request_path
 
-A file counts when a function of it runs while one request is answered, by a server that answered its like before; it
-is on the way to the kernels when that was before the last of the request's kernels was first called; where
-it calls none, all of its way is that one.
+A file counts when a function of it runs while one request is answered, by a server that answered its like before, from
+its route on: what every request passes before it, bounds and keys, is no part of its way. It is on the way to the
+kernels when that was before the last of the request's kernels was first called; where it calls none of ours, before
+the worker entered the last of its files.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the worker shares the process of the scheduler
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+_ROUTES = os.path.join("server", "api", "generate.py")
 _KERNELS = os.path.join("cuda_ext", "__init__.py")
 _OURS = tuple(f"{ROOT / room}{os.sep}" for room in ("server", "steering", "decoding", "cuda_ext"))
 
@@ -49,6 +51,8 @@ class Trace:
         if self._is_on and event == "call":
             name = frame.f_code.co_filename
             if name.startswith(_OURS) and frame.f_code.co_name != "<module>":
+                if name.endswith(_ROUTES) and name not in self._files:
+                    self._files.clear()
                 self._files.setdefault(name, time.monotonic())  # one clock for all processes
                 if name.endswith(_KERNELS):
                     self._kernels.setdefault(frame.f_code.co_name, time.monotonic())
@@ -129,7 +133,7 @@ async def _way_of(http: Any, engine: Any, fields: dict[str, Any]) -> Way:
     here, _ = TRACE.stop()
     ((there, kernels),) = await engine.collective_rpc("trace_stop")
     first = {file: min(files[file] for files in (here, there) if file in files) for file in here | there}
-    files, end = sorted(first, key=first.__getitem__), max(kernels, default=time.monotonic())
+    files, end = sorted(first, key=first.__getitem__), max(kernels or there.values())
     return Way([file for file in files if first[file] <= end], [file for file in files if first[file] > end])
 
 

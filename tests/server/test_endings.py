@@ -22,6 +22,9 @@ pytestmark = pytest.mark.engine
 
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "def main(", "ignore_eos": True, "max_tokens": MAX_LEN - 20}
 PLAIN, STEERED = LONG | {"stream": True}, LONG | {"stream": True, "steering": [PUSH]}
+LONGER = 8192  # tokens: no machine comes to their end before somebody ends it
+ENDLESS, STEERED_ENDLESS = ({**body, "max_tokens": LONGER - 20} for body in (PLAIN, STEERED))
+ROOM = ("--max-model-len", str(LONGER), "--hf-overrides", json.dumps({"max_position_embeddings": LONGER}))
 PATIENCE = 60.0  # seconds
 
 
@@ -87,10 +90,13 @@ def test_what_runs_comes_to_its_end_and_nothing_new_is_taken(tmp_path: Path) -> 
 
 
 def test_a_second_signal_cuts_what_runs_and_no_answer_looks_whole(tmp_path: Path) -> None:
-    with serving(tmp_path, "--drain-timeout", "600") as server, server.client() as other, ExitStack() as stack:
-        running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED, PLAIN | {"n": 2})]
+    with serving(tmp_path, "--drain-timeout", "600", *ROOM) as server, server.client() as other, ExitStack() as stack:
+        running = [
+            stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS, ENDLESS | {"n": 2})
+        ]
         with ThreadPoolExecutor() as pool:
-            whole = [pool.submit(other.post, "/v1/completions", json=LONG | more) for more in ({}, {"steering": PUSH})]
+            bodies = (ENDLESS | {"stream": False}, STEERED_ENDLESS | {"stream": False})
+            whole = [pool.submit(other.post, "/v1/completions", json=body) for body in bodies]
             until(lambda: metrics(other)["vllm:num_requests_running", SERVED] >= 6)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: other.get("/ready").status_code == 503)
@@ -107,8 +113,8 @@ SERVED = (("engine", "0"), ("model_name", MODEL))
 
 def test_two_api_servers_end_together_when_their_patience_does(tmp_path: Path) -> None:
     flags = ("--api-server-count", "2", "--drain-timeout", "0.3")
-    with serving(tmp_path, *flags) as server, ExitStack() as stack:
-        running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED, PLAIN, STEERED)]
+    with serving(tmp_path, *flags, *ROOM) as server, ExitStack() as stack:
+        running = [stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS) * 2]
         server.process.send_signal(signal.SIGTERM)
         for events in running:
             assert_broken_off(events, "the server is shutting down")
@@ -120,11 +126,11 @@ def test_a_dead_process_of_the_engine_ends_the_server_and_everybody_is_told_why(
     tmp_path: Path, count: str, victim: str
 ) -> None:
     flags = ("--api-server-count", count, *(("--distributed-executor-backend", "mp") if victim == "Worker" else ()))
-    with serving(tmp_path, *flags) as server, ExitStack() as stack:
+    with serving(tmp_path, *flags, *ROOM) as server, ExitStack() as stack:
         core = engine(server)
         process = core if victim == "EngineCore" else heaviest(core.children())
-        running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED)]
-        os.kill(process.pid, signal.SIGKILL)  # at once: answers must not come to their end before
+        running = [stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS)]
+        os.kill(process.pid, signal.SIGKILL)
         killed = time.monotonic()
         for events in running:
             assert_broken_off(events, "the engine died", "signal 9")

@@ -20,6 +20,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from whipstaff.server.engine.frontend.launch import Setup, configure
 from whipstaff.server.engine.scheduler.scheduler import AsyncSteeredScheduler, SteeredScheduler
+from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
 from whipstaff.steering.where import Where
@@ -89,6 +90,12 @@ def scheduler(model: str, case: Case) -> Any:
     return made
 
 
+def notes_of(output: Any) -> StepNotes:
+    """What comes with a step, as a worker takes it that had not heard of any group."""
+    told: StepNotes = getattr(output, "whipstaff_notes", StepNotes({}, SlotUse(), GroupUse(), CacheUse({}, {})))
+    return told
+
+
 @dataclass
 class Worker:
     """What a model runner would do: it knows tokens as the scheduler tells them, and makes one up where it samples.
@@ -111,7 +118,7 @@ class Worker:
         names = list(output.num_scheduled_tokens)
         assert set(names) == set(computed)
         sampled: list[list[int]] = []
-        steps = output.whipstaff_notes.groups
+        steps = notes_of(output).groups
         together = {name for primary, others in steps.items() for name in (primary, *others) if name}
         for name in names:
             end = computed[name] + output.num_scheduled_tokens[name]
@@ -212,7 +219,7 @@ class Traffic:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.in_flight.append((output, self.worker.run(output)))
-            self.num_together += len(output.whipstaff_notes.groups)
+            self.num_together += len(notes_of(output).groups)
             if len(self.in_flight) <= self.case.is_async and (
                 output.num_scheduled_tokens or self.scheduler.has_requests()
             ):
@@ -264,7 +271,7 @@ class Traffic:
         assert not s._held_since
         assert not s._groups and not s._group_of and not s._ended and not s._placed
         assert s._slots.num_used == 0 and not s._slots._rows
-        assert s.group_use().num_half_scheduled == 0 and s.group_use().num_steps_together == self.num_together
+        assert s._half_scheduled == 0 and s._steps_together == self.num_together
         for name, asked in self.asked.items():
             assert asked.got == [token(name, index) for index in range(len(asked.got))]
             if str(asked.end) == "stop":

@@ -2,13 +2,21 @@
 
 from collections.abc import Iterable
 
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.decoding.method import LogitsRewriter
 from whipstaff.decoding.methods import METHODS
 from whipstaff.server.plan import plan_of
 
 NO_TOKEN_LEFT = "no_token_left"  # the stop reason of such requests
+
+
+def without_banned(request: Request, found: list[int], has_ended: bool) -> tuple[list[int], bool]:
+    """What is told of tokens that vLLM drew, and whether the request ended, which it does where the last is banned."""
+    if not is_banned(request, found[-1]):
+        return found, has_ended
+    request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
+    return found[:-1], True
 
 
 def is_banned(request: Request, token: int) -> bool:

@@ -2,6 +2,8 @@
 
 Requests whose rows of edits, conditions or hidden states would not fit beside those already admitted wait here, in
 order; a request's sequences (see `groups`) wait together. Their KV blocks get their keys (`block_keys`) as they come.
+
+While nobody asks for anything of ours the scheduler is of another class, which overrides next to nothing of vLLM's.
 """
 
 import time
@@ -16,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from whipstaff.server.engine import causes
 from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
-from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT, is_banned
+from whipstaff.server.engine.scheduler.bans import without_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
 from whipstaff.server.engine.scheduler.search_scheduling import SearchScheduling
@@ -85,8 +87,38 @@ def unit_of(request: Request, plan: RequestPlan) -> Unit:
     return Unit(request, Group(request, own, plan) if own else None)
 
 
+class IdleScheduling(Scheduler):
+    """Mixed into vLLM's schedulers while nobody asks for anything of ours."""
+
+    _awake: type["SteeredScheduling"]  # what it is otherwise
+    _notes: StepNotes  # of the last step in which it was that
+    _cache_use: CacheUse
+
+    def add_request(self, request: Request) -> None:
+        if plan_of(request) is None:
+            super().add_request(request)
+        else:
+            self.__class__ = self._awake
+            self.add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        if output.scheduled_new_reqs:  # else there is no news
+            _note_cache_use(self, output.scheduled_new_reqs)
+            output.whipstaff_notes = self._notes
+        return output
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        return without_banned(request, found, stopped) if found and _has_bans(request) else (found, stopped)
+
+
 class SteeredScheduling(SearchScheduling):
-    """Mixed into vLLM's schedulers."""
+    """Mixed into vLLM's schedulers while somebody does."""
+
+    _idle: type[IdleScheduling]  # what it is otherwise
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         causes.tell()
@@ -101,7 +133,8 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
-        self._was_idle = False  # whether nobody in the last step, or waiting, asked for anything of ours
+        self._asking: set[str] = set()  # requests that ask for anything of ours
+        self._was_idle = False  # whether nobody in the last step, or waiting, needed room
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
     def add_request(self, request: Request) -> None:
@@ -109,6 +142,7 @@ class SteeredScheduling(SearchScheduling):
         if plan is None or request.request_id in self.requests:
             super().add_request(request)
             return
+        self._asking.add(request.request_id)
         unit = unit_of(request, plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
@@ -150,10 +184,13 @@ class SteeredScheduling(SearchScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
-        self._note_cache_use(output.scheduled_new_reqs)
+        if output.scheduled_new_reqs:
+            _note_cache_use(self, output.scheduled_new_reqs)
         is_idle = not (self._groups or self._placed or self._held or self._waits)
         if not (is_idle and self._was_idle):
             self._notes = self._notes_now()
+        elif not self._asking:
+            self._awake, self.__class__ = type(self), self._idle
         self._was_idle = is_idle
         output.whipstaff_notes = self._notes
         return output
@@ -170,17 +207,6 @@ class SteeredScheduling(SearchScheduling):
             self.search_use(),
         )
 
-    def _note_cache_use(self, new: Iterable[Any]) -> None:
-        """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of
-        them: as in vLLM's own counters, but by whose they are."""
-        for told in new:
-            request = self.requests[told.req_id]
-            if request.num_preemptions or request.num_output_tokens or request.num_prompt_tokens == 1:
-                continue  # comes again, or has nothing that could be there
-            traffic = GUIDED if told.req_id in self._group_of else _traffic(request)
-            self._cache_use.queries[traffic] += request.num_prompt_tokens
-            self._cache_use.hits[traffic] += told.num_computed_tokens
-
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if hasattr(model_runner_output, "whipstaff_explanations"):
@@ -194,6 +220,7 @@ class SteeredScheduling(SearchScheduling):
         for unit in dropped:
             self._held.remove(unit)
             self._held_since.pop(unit.primary.request_id, None)
+            self._asking.discard(unit.primary.request_id)
             for sequence in unit.sequences:
                 self._placed.pop(sequence.request_id, None)
             unit.primary.status = finished_status
@@ -204,10 +231,9 @@ class SteeredScheduling(SearchScheduling):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        if not found or not _has_bans(request) or self.is_searching(request) or not is_banned(request, found[-1]):
+        if not found or not _has_bans(request) or self.is_searching(request):
             return found, stopped
-        request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, NO_TOKEN_LEFT
-        return found[:-1], True
+        return without_banned(request, found, stopped)
 
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()
@@ -215,6 +241,7 @@ class SteeredScheduling(SearchScheduling):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
+        self._asking.discard(request.request_id)
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
             self._slots.free(placed)
@@ -233,6 +260,19 @@ class SteeredScheduling(SearchScheduling):
             self._start(unit)
 
 
+def _note_cache_use(scheduler: Any, new: Iterable[Any]) -> None:
+    """Count what requests found in the prefix cache when they were first scheduled, as vLLM tells the worker of
+    them: as in vLLM's own counters, but by whose they are."""
+    use: CacheUse = scheduler._cache_use
+    for told in new:
+        request = scheduler.requests[told.req_id]
+        if request.num_preemptions or request.num_output_tokens or request.num_prompt_tokens == 1:
+            continue  # comes again, or has nothing that could be there
+        traffic = GUIDED if told.req_id in scheduler._group_of else _traffic(request)
+        use.queries[traffic] += request.num_prompt_tokens
+        use.hits[traffic] += told.num_computed_tokens
+
+
 def _traffic(request: Request) -> str:
     extra = request.sampling_params.extra_args if request.sampling_params else None
     plan = (extra or {}).get(PLAN_KEY)
@@ -245,9 +285,21 @@ def _has_bans(request: Request) -> bool:
     return params is not None and (params.allowed_token_ids is not None or bool(params.bad_words_token_ids))
 
 
+class IdleScheduler(IdleScheduling, Scheduler):
+    """For synchronous scheduling."""
+
+
+class AsyncIdleScheduler(IdleScheduling, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
 class SteeredScheduler(SteeredScheduling, Scheduler):
     """For synchronous scheduling."""
+
+    _idle = IdleScheduler
 
 
 class AsyncSteeredScheduler(SteeredScheduling, AsyncScheduler):
     """For asynchronous scheduling."""
+
+    _idle = AsyncIdleScheduler

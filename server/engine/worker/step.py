@@ -58,14 +58,21 @@ class WorkerStep:
 
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
-        planned = ((new, plan_of(new)) for new in scheduler_output.scheduled_new_reqs)
-        arrivals = [arrival(new, plan) for new, plan in planned if plan is not None]
+        arrivals: list[Arrival] = []
+        if new := scheduler_output.scheduled_new_reqs:
+            planned = ((one, plan_of(one)) for one in new)
+            arrivals = [arrival(one, plan) for one, plan in planned if plan is not None]
         if arrivals or self.requests:
             self.note_requests(scheduler_output.finished_req_ids, arrivals)
-        notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)  # warm-up has none
-        self.notes = notes or self.notes._replace(groups={}, searches={}, seats={})
-        self.pipeline.searches.expected = self.notes.searches
-        if notes is not None and notes.slot_use.waits:
+        notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)
+        if notes is None:  # nobody asks for anything, or this is warm-up
+            if self.notes.groups or self.notes.searches or self.notes.seats:
+                self.notes = self.notes._replace(groups={}, searches={}, seats={})
+                self.pipeline.searches.expected = self.notes.searches
+            return
+        self.notes = notes
+        self.pipeline.searches.expected = notes.searches
+        if notes.slot_use.waits:
             self.num_slot_waits += len(notes.slot_use.waits)
             self.slot_waits.extend(notes.slot_use.waits)
 

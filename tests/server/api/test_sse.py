@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from whipstaff.server.api.sse import Retractions, header_of, with_extras
+from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, to_json, with_extras
 
 
 def test_a_header_is_ascii_and_bounded() -> None:
@@ -41,3 +41,11 @@ def test_what_is_taken_back_is_said_between_what_was_and_what_is_said() -> None:
         "",
     ]
     assert said[-1]["whipstaff"] == {"done": True} and all(one["id"] == "x" for one in said)
+
+
+def test_every_answer_is_json_whatever_the_model_computed() -> None:
+    body = {"choices": [{"explain": [{"kl": float("nan"), "at": (1.5, float("-inf"))}], "text": "é\ud800"}], "n": 2}
+    whole = {"choices": [{"explain": [{"kl": None, "at": [1.5, None]}], "text": "é\ud800"}], "n": 2}
+    answer = JsonAnswer(body)
+    for text in (to_json(body), bytes(answer.body).decode()):
+        assert json.loads(text, parse_constant=lambda name: name) == whole and "é" in text

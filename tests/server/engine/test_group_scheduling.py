@@ -8,12 +8,13 @@ from unittest.mock import Mock
 import pytest
 import tiny
 import torch
-from scheduling import CASES, STOP, Case, Traffic, Worker, token
+from scheduling import CASES, STOP, Case, Traffic, Worker, notes_of, token
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.scheduler.bans import NO_TOKEN_LEFT
+from whipstaff.server.engine.scheduler.scheduler import IdleScheduling
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
@@ -69,7 +70,7 @@ class Loading(Worker):
         self.waits: list[float] = []
 
     def run(self, output: Any) -> ModelRunnerOutput:
-        self.waits += output.whipstaff_notes.slot_use.waits
+        self.waits += notes_of(output).slot_use.waits
         self.tables.acquire(row for name in output.num_scheduled_tokens for row in self.scheduler._placed[name].rows)
         return super().run(output)
 
@@ -134,6 +135,30 @@ def test_the_prefix_cache_is_counted_by_whose_tokens_are_looked_for(model: str, 
     assert use.queries == {"plain": 4 * 49, "steered": 2 * 49, "guided": 4 * 49}
     assert use.hits == {"plain": 3 * 48, "steered": 48, "guided": 2 * 32 + 32}
     assert sum(use.hits.values()) == theirs[1]
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "v2"])
+def test_while_nobody_asks_the_scheduler_is_vllms(model: str, name: str) -> None:
+    """A request that asks wakes it, even one that takes no room; what it needed is said to be free before it rests."""
+    traffic = Traffic(model, CASES[name], seed=0)
+    scheduler = traffic.scheduler
+
+    def rests() -> bool:
+        return isinstance(scheduler, IdleScheduling)
+
+    steered = RequestPlan(SteeringPlan((PlannedEdit(Edit("v", "0", None), Where.of("all")),)))
+    for plan in (steered, RequestPlan(decoding=DecodingPlan())):
+        traffic.plan = Mock(return_value=None)  # type: ignore[method-assign]
+        traffic.add(members=0, max_tokens=9)
+        traffic.drain()
+        assert rests() and scheduler._notes.slot_use.num_used == 0
+        traffic.plan = Mock(return_value={PLAN_KEY: plan.to_wire()})  # type: ignore[method-assign]
+        asking = traffic.add(members=0, max_tokens=9).request
+        assert not rests()
+        while not asking.is_finished():
+            traffic.step()
+            assert asking.is_finished() or not rests()
+    traffic.check()
 
 
 @pytest.mark.parametrize("name", ["sync", "async", "v2"])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import tiny
-from scheduling import BLOCK, CASES, Asked, Case, Traffic, token
+from scheduling import BLOCK, CASES, Asked, Case, Traffic, notes_of, token
 from vllm import SamplingParams
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.search import Continuation, Hypothesis
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
+from whipstaff.server.engine.scheduler.group import SearchGroup
 from whipstaff.server.engine.searches import SearchStep, Verdict
 from whipstaff.server.engine.worker.search.seats import seated
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
@@ -66,7 +67,7 @@ class Runner:
         for source, target in output.kv_cache_block_copies or ():
             for place in range(BLOCK):
                 self.written[target, place] = self.written.get((source, place), ())
-        notes, names, sampled = output.whipstaff_notes, list(output.num_scheduled_tokens), []
+        notes, names, sampled = notes_of(output), list(output.num_scheduled_tokens), []
         assert set(names) == set(computed)
         pairs = notes.groups.items()
         lead_of = {name: lead for lead, others in pairs for name in (lead, *others) if name}
@@ -101,7 +102,7 @@ class Runner:
 
     def learn(self, output: Any) -> dict[str, int]:
         """Take in what the scheduler tells. Tokens that are computed already, by name."""
-        v2, notes, cached = self.scheduler.use_v2_model_runner, output.whipstaff_notes, output.scheduled_cached_reqs
+        v2, notes, cached = self.scheduler.use_v2_model_runner, notes_of(output), output.scheduled_cached_reqs
         gone = set(output.finished_req_ids) | (set(output.preempted_req_ids or ()) if v2 else set())
         for name in gone:
             self.known.pop(name, None)
@@ -250,7 +251,8 @@ class Searching(Traffic):
             for block in blocks:
                 held[block.block_id] = held.get(block.block_id, 0) + 1
         assert all(block.ref_cnt == held.get(block.block_id, 0) for block in pool.blocks if not block.is_null)
-        living = [group for group in self.scheduler._searches() if group.num_running]
+        groups = self.scheduler._groups.values()
+        living = [group for group in groups if isinstance(group, SearchGroup) and group.num_running]
         if self.case.caches:
             for member in (one for group in living for one in group.members):
                 assert member.block_hashes == self.keys(member), f"{member.request_id}: keys of another text"
