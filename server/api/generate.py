@@ -225,9 +225,10 @@ async def show_model(name: str, raw: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/steering/methods", responses=answers(Methods))
-async def methods(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
-    """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
-    return {"object": "list", "data": method_table(caps)}
+async def methods(raw: Request, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
+    """Every method: kind, JSON schema, defaults, paper, whether this server can run it, and a request that shows it."""
+    model = next(iter(await openai.models(raw.app)))
+    return {"object": "list", "data": method_table(caps, model)}
 
 
 @router.get("/v1/steering/vectors", responses=answers(Vectors))

@@ -121,9 +121,9 @@ class SteeredWorker:
         }
 
     def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
-        """What the conditions of a request read: for each of its sequences, finished ones first,
-        {"name": of the sequence, "positions": how many were fed, "columns": a list of readings by position for each condition, or the one
-        reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
+        """What the conditions of a request read: for each of its sequences, finished ones first, {"name": the engine's,
+        "positions": how many were fed, "columns": a list of readings by position for each condition, or the one reading
+        that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
         return self._step.edits.histories.readings_of(readings_id)
 
     def whipstaff_captures(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
