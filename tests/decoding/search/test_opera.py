@@ -7,7 +7,7 @@ import pytest
 import torch
 from decodings import GOLDEN, StubPrompt, StubVocabulary, golden
 from pydantic import ValidationError
-from search_loop import Asked, Loop, Ran
+from search_loop import Asked, Loop
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -18,6 +18,7 @@ from whipstaff.decoding.search.opera import (
     OperaParams,
     OperaSetting,
     Retrospection,
+    Text,
     draw,
     grown,
     judged,
@@ -244,16 +245,16 @@ def test_one_beam_draws_of_its_candidates() -> None:
     case, loops = CASES["plain1"], loop("plain1")
     start, end = case["image"]
 
-    def run(temperature: float, seed: int, num: int = 18) -> Ran:
+    def run(temperature: float, *seeds: int, num: int = 18) -> list[Text]:
         params = params_of(case, beams=1, official_fp16=False, temperature=temperature)
         setting = OperaSetting(**params.model_dump(), trusted=((start, end + 1),))
-        return loops.run_all(METHOD, [Asked(setting, case["prompt"], num, seed=seed)])[0]
+        return [ran.best for ran in loops.run_all(METHOD, [Asked(setting, case["prompt"], num, seed=s) for s in seeds])]
 
-    greedy, answers = run(0, 0).best, {run(1.0, seed).best for seed in range(6)}
-    assert run(1e-3, 3).best == greedy and len(answers) > 3  # where it is cold, the best is all that is left
-    assert run(1.0, 3).best == run(1.0, 3).best
+    together = run(1.0, *range(6))
+    assert run(1e-3, 3) == run(0, 0) and len(set(together)) > 3  # where it is cold, the best is all that is left
+    assert run(1.0, 3) == together[3:4]
     candidates = set(loops.see([case["prompt"]]).logits[0].topk(params_of(case).candidates).indices.tolist())
-    first = {run(100.0, seed, 1).best[0] for seed in range(40)}
+    first = {text[0] for text in run(100.0, *range(40), num=1)}
     assert first == candidates  # and however hot, nothing else
 
 
