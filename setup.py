@@ -58,7 +58,7 @@ def library(name: str, suffix: str, **options: Any) -> Extension:
 
 
 def libraries() -> list[Extension]:
-    found = []
+    found: list[Extension] = []
     if os.environ.get("WHIPSTAFF_BUILD_CPU", "1") != "0":
         found.append(library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI]))
     cuda = find_cuda()

@@ -23,7 +23,8 @@ LONGEST = (  # groups, the longest first: with an engine, and without
     *("server", "demo_server", "test_registry_http", "test_companions_http", "test_isolation", "test_many"),
     *("test_prometheus", "shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync"),
     *("ahead-v1-compiled-async", "ahead-v2-eager-async", "test_main"),
-    *("test_wheel", "test_install", "test_importers", "test_methods", "test_demo", "test_groups", "test_run_edits"),
+    *("test_wheel", "test_install", "test_importers", "test_methods", "test_demo", "test_groups"),
+    *("test_run_edits-cuda_on_cpu", "test_mix_logits-cuda_on_cpu", "test_run_edits-cpu"),
 )
 
 
