@@ -19,9 +19,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_slow(case: Any) -> bool:
     """Whether parameters make a large batch for cuda_on_cpu."""
-    given = case.params if case else {}
-    num = given.get("num_tokens", given.get("num_rows", 1))
-    return given.get("library") == "cuda_on_cpu" and num * given.get("hidden", given.get("vocab", 1)) > MANY
+    given: dict[str, Any] = case.params if case else {}
+    num: int = given.get("num_tokens", given.get("num_rows", 1))
+    width: int = given.get("hidden", given.get("vocab", 1))
+    return str(given.get("library")) == "cuda_on_cpu" and num * width > MANY
 
 
 @pytest.fixture(autouse=True)
