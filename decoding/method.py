@@ -218,6 +218,7 @@ class Method(ABC, Generic[P]):
     switches: ClassVar[Sequence[frozenset[str]]] = ()
     """Asked for by shorthands, the method is on where all parameters of one of these are said, and they are not off.
     The others alone do nothing, as at the servers whose names they are."""
+    example: ClassVar[Mapping[str, Any]] = {}  # parameters of a request that shows it, beside models and heads
     texts: ClassVar[Sequence[str]] = ()  # shorthands whose strings are texts: no other value in JSON
     shared: ClassVar[Mapping[str, str]] = {}
     """Fields that vLLM's requests have already -> the parameter that says the same, where an entry says nothing of it.
@@ -254,6 +255,11 @@ class Method(ABC, Generic[P]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> P | None:
         """Parameters that change nothing, exactly, given names for `num_streams` auxiliary models and for its heads;
         None if there are none."""
+
+    def shown(self, streams: Sequence[str], heads: Mapping[str, str]) -> Mapping[str, Any] | None:
+        """Parameters that show what it does, given names of auxiliary models, `num_streams` at least, and of its heads
+        (field -> name); None if they cannot be known."""
+        return {**dict(zip(self.stream_fields[: self.num_streams], streams, strict=False)), **heads, **self.example}
 
     def with_heads(self, params: P, heads: Mapping[str, HeadFile]) -> P:
         """The parameters, checked against the heads that they name (field -> file), with what these say filled in.

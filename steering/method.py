@@ -93,6 +93,8 @@ class Method(ABC, Generic[P]):
     `head_dim`, `experts`, and free names such as `rank`, which agree at one hook point. A name that ends in `?` says
     that the part may be absent."""
 
+    example: ClassVar[Mapping[str, Any]] = {}  # parameters that a request has to say, where files need not
+
     combines: ClassVar[Combining] = "never"
     """Whether files of it can be summed (see `algebra`): never; only as directions, of which the strength is no factor;
     with files of the same method; or with all that keep `add` and `gain`, since they are plain vectors."""

@@ -48,6 +48,11 @@ class Header(BaseModel):
     description: str = Field("", max_length=4096)
     provenance: dict[str, Any] = {}
     licence: str = Field("", max_length=128)
+    example: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="fields of a request that shows what it does; the vector's own name is left out",
+    )
 
     @property
     def known_defaults(self) -> dict[str, Any]:

@@ -43,6 +43,9 @@ class AdapterEnsemble(StreamMixer[AdapterEnsembleParams]):
     params, needs_adapters = AdapterEnsembleParams, True
     head_fields: ClassVar[Mapping[str, str]] = {"centres": "adapter_centres"}
 
+    def shown(self, streams: Sequence[str], heads: Mapping[str, str]) -> None:
+        return None  # adapters have names of their own
+
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> AdapterEnsembleParams:
         return AdapterEnsembleParams(weights={"any": 1.0}, base_weight=1.0)
 

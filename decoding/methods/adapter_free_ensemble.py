@@ -7,7 +7,7 @@ Whether the base enters as a half or beside the experts is not said: the sum is 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,9 @@ class AdapterFreeEnsemble(StreamMixer[AdapterFreeEnsembleParams]):
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> AdapterFreeEnsembleParams:
         return AdapterFreeEnsembleParams(weights=dict.fromkeys(streams, 1.0), base_weight=1.0)
+
+    def shown(self, streams: Sequence[str], heads: Mapping[str, str]) -> Mapping[str, Any]:
+        return {"weights": {streams[0]: 1.0}, "base_weight": 0.2}
 
     def is_off(self, params: AdapterFreeEnsembleParams) -> bool:
         return params.base_weight == 1

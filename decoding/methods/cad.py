@@ -8,8 +8,8 @@ data. A token outside of one counts -1000 there or 1000 less; here it is banned.
 share a token; where they do not, the likeliest one with the context is left, which their scores put first, too.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class CadParams(CoupledParams):
 class Cad(StreamMixer[CadParams]):
     name, paper = "cad", "Shi et al. 2023, arXiv:2305.14739"
     params = CadParams
+    example: ClassVar[Mapping[str, Any]] = {"prompt_without": "Answer:", "alpha": 1.0}
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> CadParams:
         return CadParams(alpha=0.0, context="any")

@@ -7,7 +7,7 @@ transformers' `guidance_scale`; below 1 it moves towards the negative prompt.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,7 @@ class CfgParams(CoupledParams):
 class Cfg(StreamMixer[CfgParams]):
     name, paper = "cfg", "Sanchez et al. 2023, arXiv:2306.17806"
     params = CfgParams
+    example: ClassVar[Mapping[str, Any]] = {"guidance_scale": 3.0, "negative_prompt": "Tell me a story."}
     shorthands: ClassVar[Mapping[str, str]] = {
         "guidance_scale": "guidance_scale",
         "cfg_scale": "guidance_scale",

@@ -73,6 +73,7 @@ class DrySetting(BaseModel):
 class Dry(LogitsRewriter[DryParams]):
     name, paper = "dry", "llama.cpp, dry_multiplier"
     stage, params = "penalty", DryParams
+    example: ClassVar[Mapping[str, Any]] = {"multiplier": 4.0, "allowed_length": 1}
     setting = DrySetting
     shorthands: ClassVar[Mapping[str, str]] = {
         "dry_multiplier": "multiplier",

@@ -49,6 +49,7 @@ class DynatempParams(Params):
 class Dynatemp(LogitsRewriter[DynatempParams]):
     name, paper = "dynatemp", "llama.cpp, dynatemp_range"
     stage, params = "temperature", DynatempParams
+    example: ClassVar[Mapping[str, Any]] = {"low": 0.1, "high": 0.3}
     shorthands: ClassVar[Mapping[str, str]] = {
         "dynatemp_range": "range",
         "dynatemp_low": "low",

@@ -26,6 +26,7 @@ class EpsilonCutoffParams(Params):
 class EpsilonCutoff(LogitsRewriter[EpsilonCutoffParams]):
     name, paper = "epsilon_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EpsilonCutoffParams
+    example: ClassVar[Mapping[str, Any]] = {"epsilon": 0.3}
     shorthands: ClassVar[Mapping[str, str]] = {"epsilon_cutoff": "epsilon"}
     switches = (frozenset({"epsilon"}),)
     keeps_greedy = True

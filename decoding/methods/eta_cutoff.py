@@ -27,6 +27,7 @@ class EtaCutoffParams(Params):
 class EtaCutoff(LogitsRewriter[EtaCutoffParams]):
     name, paper = "eta_cutoff", "Hewitt et al. 2022, arXiv:2210.15191"
     stage, params = "truncation", EtaCutoffParams
+    example: ClassVar[Mapping[str, Any]] = {"epsilon": 0.3}
     shorthands: ClassVar[Mapping[str, str]] = {"eta_cutoff": "epsilon"}
     switches = (frozenset({"epsilon"}),)
     keeps_greedy = True

@@ -4,8 +4,8 @@ Scores answers under methods that the tokens of a prompt cannot be scored under,
 Generation ends where the answer does, if `max_tokens` is its length.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +34,7 @@ class ForcedSetting(BaseModel):
 class Forced(LogitsRewriter[ForcedParams]):
     name, paper = "forced", "teacher forcing"
     stage, params, setting, revives = "truncation", ForcedParams, ForcedSetting, True
+    example: ClassVar[Mapping[str, Any]] = {"text": " In a house by the sea,"}
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> ForcedParams:
         return ForcedParams(ids=[])

@@ -5,8 +5,8 @@
 Kim et al. 2023, arXiv:2311.00233; epsilon = 0.3, and the noisy instruction that worked best is one of the opposite.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ class InstructiveParams(CoupledParams):
 class Instructive(StreamMixer[InstructiveParams]):
     name, paper = "instructive", "Kim et al. 2023, arXiv:2311.00233"
     params = InstructiveParams
+    example: ClassVar[Mapping[str, Any]] = {"noisy_prompt": "Tell me a sad story."}
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> InstructiveParams:
         return InstructiveParams(noisy_prompt="any", epsilon=0.0)

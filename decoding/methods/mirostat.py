@@ -38,6 +38,7 @@ class MirostatParams(Params):
 class Mirostat(LogitsRewriter[MirostatParams]):
     name, paper = "mirostat", "Basu et al. 2021, arXiv:2007.14966, algorithm 2"
     stage, params = "truncation", MirostatParams
+    example: ClassVar[Mapping[str, Any]] = {"tau": 0.5}
     shorthands: ClassVar[Mapping[str, str]] = {
         "mirostat": "mode",
         "mirostat_mode": "mode",

@@ -15,8 +15,8 @@ code's.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -62,6 +62,7 @@ class OperaLiteSetting(Params):
 class OperaLite(LogitsRewriter[OperaLiteParams]):
     name, paper = "opera_lite", "ours, after Huang et al. 2023 (OPERA), arXiv:2311.17911"
     stage, params = "penalty", OperaLiteParams
+    example: ClassVar[Mapping[str, Any]] = {"switch_length": 1}
     setting = OperaLiteSetting
     needs = frozenset({"attention"})
     state_size = _COLUMNS  # log phi of column j at j modulo that

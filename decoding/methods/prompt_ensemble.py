@@ -6,8 +6,8 @@
 The weights are divided by their sum. Averages of distributions over prompts: Jiang et al. 2020, arXiv:1911.12543.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class PromptEnsembleParams(CoupledParams):
 class PromptEnsemble(StreamMixer[PromptEnsembleParams]):
     name, paper = "prompt_ensemble", "Jiang et al. 2020, arXiv:1911.12543"
     params = PromptEnsembleParams
+    example: ClassVar[Mapping[str, Any]] = {"prompts": ["Tell me where Mara lives."], "weights": [0.2, 0.8]}
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # an average of one prompt is no ensemble

@@ -8,7 +8,7 @@ copy of one prompt can be contrasted, for example. Tokens that the base finds im
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,6 +62,7 @@ class StreamsParams(CoupledParams):
 class Streams(StreamMixer[StreamsParams]):
     name, paper = "streams", "a row of weights over streams"
     params = StreamsParams
+    example: ClassVar[Mapping[str, Any]] = {"streams": [{"prompt": "Tell me where Mara lives.", "weight": 2.0}]}
 
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> StreamsParams:
         return StreamsParams(streams=[StreamParams(model=streams[0], weight=0.0)])

@@ -26,6 +26,7 @@ class TopAParams(Params):
 class TopA(LogitsRewriter[TopAParams]):
     name, paper = "top_a", "RWKV-LM, top-a sampling"
     stage, params = "truncation", TopAParams
+    example: ClassVar[Mapping[str, Any]] = {"a": 0.9}
     shorthands: ClassVar[Mapping[str, str]] = {"top_a": "a"}
     switches = (frozenset({"a"}),)
     keeps_greedy = True

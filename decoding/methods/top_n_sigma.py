@@ -28,6 +28,7 @@ class TopNSigmaParams(Params):
 class TopNSigma(LogitsRewriter[TopNSigmaParams]):
     name, paper = "top_n_sigma", "Tang et al. 2024, arXiv:2411.07641"
     stage, params = "truncation", TopNSigmaParams
+    example: ClassVar[Mapping[str, Any]] = {"n": 0.2}
     shorthands: ClassVar[Mapping[str, str]] = {"top_n_sigma": "n", "nsigma": "n"}
     switches = (frozenset({"n"}),)
     keeps_greedy = True

@@ -26,6 +26,7 @@ class TypicalPParams(Params):
 class TypicalP(LogitsRewriter[TypicalPParams]):
     name, paper = "typical_p", "Meister et al. 2022, arXiv:2202.00666"
     stage, params = "truncation", TypicalPParams
+    example: ClassVar[Mapping[str, Any]] = {"p": 0.1}
     shorthands: ClassVar[Mapping[str, str]] = {"typical_p": "p", "typical": "p"}
     switches = (frozenset({"p"}),)
 

@@ -30,6 +30,7 @@ class XtcParams(Params):
 class Xtc(LogitsRewriter[XtcParams]):
     name, paper = "xtc", "llama.cpp, xtc_probability"
     stage, params = "truncation", XtcParams
+    example: ClassVar[Mapping[str, Any]] = {"probability": 1.0}
     shorthands: ClassVar[Mapping[str, str]] = {"xtc_probability": "probability", "xtc_threshold": "threshold"}
     switches = (frozenset({"probability"}),)
     needs = frozenset({"random"})

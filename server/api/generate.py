@@ -23,6 +23,7 @@ from whipstaff.server.admission.fields import check_characters, ours_in, unpacke
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.admission.search import add_computed
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
@@ -163,26 +164,30 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
                 token=explained.note if explained else None,
                 search=tally.note_search,
                 retract=retractions.note if compiled.retracts else None,
-                sequence=tally.name_sequence if compiled.captures else None,
+                sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
         result = await openai.answer(request, raw)
 
-    async def receipt_at_end() -> dict[str, Any]:
+    async def finish(body: dict[str, Any]) -> None:
+        """What is said at the end, in a response or the last event of a stream."""
         made = await final_receipt(
             compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
         )
         metrics.note_steering(made["steering"])
-        return made
+        body[RECEIPT_FIELD] = made
+        if body.get("usage") and (searches := made.get("search")):
+            add_computed(body["usage"], searches)
 
     if isinstance(result, Response):
         return result
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, receipt_at_end, explained, retractions)
+        events = with_extras(result, finish, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
-    body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
+    body = result.model_dump()
+    await finish(body)
     if explained is not None:
         explained.add_to(body)
     if timed is not None:
@@ -220,9 +225,10 @@ async def show_model(name: str, raw: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/steering/methods", responses=answers(Methods))
-async def methods(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
-    """Every method: kind, JSON schema, defaults, paper, and whether this server can run it."""
-    return {"object": "list", "data": method_table(caps)}
+async def methods(raw: Request, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
+    """Every method: kind, JSON schema, defaults, paper, whether this server can run it, and a request that shows it."""
+    model = next(iter(await openai.models(raw.app)))
+    return {"object": "list", "data": method_table(caps, model)}
 
 
 @router.get("/v1/steering/vectors", responses=answers(Vectors))

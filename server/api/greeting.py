@@ -26,7 +26,7 @@ class Place:
 
 def greeting(place: Place, caps: Capabilities, has_chat: bool) -> list[str]:
     """The lines."""
-    table = method_table(caps)
+    table = method_table(caps, place.model)
     available = [method for method in table if method["available"]]
     fitting = len(caps.registry.names)
     servers = "" if place.num_servers == 1 else f" ({place.num_servers} API servers)"

@@ -10,26 +10,33 @@ from whipstaff.decoding.method import Method as DecodingMethod
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import head_kinds, judged_tokens, lacking
+from whipstaff.server.api import examples
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.method import Method
 from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
 
 
-def method_table(caps: Capabilities) -> list[dict[str, Any]]:
-    """Every method: kind, JSON schema with this server's names, defaults, paper, availability."""
+def method_table(caps: Capabilities, model: str) -> list[dict[str, Any]]:
+    """Every method: kind, JSON schema with this server's names, defaults, paper, availability, and a request that shows
+    it.
+
+    Args:
+        model: the name that requests have for the served model.
+    """
     return [
-        *(_steering(method, caps) for method in STEERING.values() if method.kind.named_in != "decoding"),
-        *(_decoding(method, caps) for method in DECODING.values()),
+        *(_steering(method, caps, model) for method in STEERING.values() if method.kind.named_in != "decoding"),
+        *(_decoding(method, caps, model) for method in DECODING.values()),
     ]
 
 
-def _steering(method: Method[Any], caps: Capabilities) -> dict[str, Any]:
-    vectors = [entry.name for entry in caps.registry if entry.problem is None and entry.vector.method is method]
+def _steering(method: Method[Any], caps: Capabilities, model: str) -> dict[str, Any]:
+    own = (entry for entry in caps.registry if entry.problem is None and entry.vector.method is method)
+    vectors = {entry.name: entry.vector for entry in own}
     schema = _merged(SteeringParams, method.params)
     for name in method.kind.meaningless:
         del schema["properties"][name]
-    schema["properties"]["vector"]["enum"] = vectors
+    schema["properties"]["vector"]["enum"] = list(vectors)
     if method.needs_file:
         del schema["properties"]["method"]
         schema["required"] = ["vector", *schema["required"]]
@@ -45,7 +52,8 @@ def _steering(method: Method[Any], caps: Capabilities) -> dict[str, Any]:
         "where": method.where,
         "off": dict(method.off) or None,
         "parts": {part: list(shape) for part, shape in method.parts.items()},
-        **_available(_why_not(method, bool(vectors), caps)),
+        **_available(reason := _why_not(method, bool(vectors), caps)),
+        "example": None if reason else examples.steered(method, vectors, caps, model),
     }
 
 
@@ -58,13 +66,18 @@ def _why_not(method: Method[Any], has_vectors: bool, caps: Capabilities) -> str 
     return None
 
 
-def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]:
+def _decoding(method: DecodingMethod[Any], caps: Capabilities, model: str) -> dict[str, Any]:
     schema = method.params.model_json_schema()
     for name in method.stream_fields:
         schema["properties"][name]["enum"] = list(caps.auxiliaries)
     heads = {name: _fitting(method, name, caps) for name in method.head_fields}
     for name, fitting in heads.items():
         schema["properties"][name]["enum"] = fitting
+    needed = {
+        name: fitting[0]
+        for name, fitting in heads.items()
+        if fitting and method.params.model_fields[name].is_required()
+    }
     missing = [
         f"start the server with --vectors PATH of a {' or, with --lookahead, a '.join(head_kinds(method, name))}"
         for name, fitting in heads.items()
@@ -92,6 +105,7 @@ def _decoding(method: DecodingMethod[Any], caps: Capabilities) -> dict[str, Any]
         "paper": method.paper,
         "shorthands": dict(method.shorthands),
         **_available("; ".join(missing) or None),
+        "example": None if missing else examples.decoded(method, needed, list(caps.auxiliaries), model),
     }
 
 

@@ -34,6 +34,7 @@ class Angular(EditMethod[AngularParams]):
     name, paper = "angular", "Vu and Nguyen 2025, arXiv:2510.26243"
     params, sites, where = AngularParams, ("attn_in", "mlp_in"), "all"
     off: ClassVar = {}
+    example: ClassVar = {"angle": 200}
     parts: ClassVar = {"first_direction": ("width",), "second_direction": ("width",)}
 
     def hook_points(self, model: ModelShape) -> list[HookPoint]:

@@ -60,6 +60,7 @@ class AttentionOverride(AttentionMethod[OverrideParams]):
     params, sites, where = OverrideParams, (), "last_prompt"
     needs_file, is_relative, redirects = False, True, True
     off: ClassVar = {}
+    example: ClassVar = {"edits": [{"layer": 0, "head": 0, "keys": [0]}]}
     parts: ClassVar = {}
 
     def check_model(self, params: OverrideParams, model: ModelShape) -> None:

@@ -31,6 +31,7 @@ class ContextKnob(ScaledMethod[KnobParams]):
     name, paper = "context_knob", "Minder et al. 2024, arXiv:2411.07404"
     params, sites, where = KnobParams, ("resid_post",), "each_last"
     off: ClassVar = {"scale": 0.0, "value": 0.0}
+    example: ClassVar = {"value": 6.0}
     parts: ClassVar = {"basis": ("rank", "width")}
 
     def check(self, tensors: Tensors, point: HookPoint, model: ModelShape) -> None:

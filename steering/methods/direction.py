@@ -67,6 +67,7 @@ class PatchParams(Scaled):
 class DirectionalPatch(OneDirection[PatchParams]):
     name, paper, params = "directional_patch", _PAPER, PatchParams
     off: ClassVar = {"scale": 0.0, "value": 0.0}
+    example: ClassVar = {"value": 6.0}
 
     def edits(self, tensors: Tensors, params: PatchParams, point: HookPoint, model: ModelShape) -> Sequence[EditOp]:
         return _set(tensors, params.scale, params.value)

@@ -106,6 +106,7 @@ class SAE(Sparse[SAEParams]):
     name, params = "sae", SAEParams
     paper = "Templeton et al. 2024; TopK: Gao et al. 2024, arXiv:2406.04093; JumpReLU: arXiv:2407.14435; as in SAELens"
     off: ClassVar = {"scale": 0.0, "features": [{"feature": 0, "scale": 1.0}]}
+    example: ClassVar = {"features": [{"feature": 0, "add": 6.0}]}
 
     def check_params(self, params: SAEParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         _check_autoencoder(params, tensors)
@@ -130,6 +131,7 @@ class LFSteering(Sparse[LFParams]):
 
     name, params, paper = "lf_steering", LFParams, "Yang et al. 2025, arXiv:2501.11036"
     off: ClassVar = {"scale": 0.0, "features": [0], "k": 1}
+    example: ClassVar = {"features": [0], "k": 8}
 
     def check_params(self, params: LFParams, tensors: Mapping[HookPoint, Tensors]) -> None:
         _check_autoencoder(params, tensors)

@@ -94,6 +94,9 @@ class Extras(BaseModel):
     capture: Any = Field(
         None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
     )
+    stop_when: Any = Field(
+        None, description='{"probe": name, "above": x} or "below": end at the first token where the probe reads that'
+    )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
     stream_retractions: Any = Field(None, description="whether a search streams what it may take back, and says so")
@@ -318,7 +321,7 @@ class Extras(BaseModel):
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
         compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
-        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        own = note, watching, self._lease, answers, compiled.asked
         return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:

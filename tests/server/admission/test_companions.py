@@ -491,7 +491,7 @@ def test_what_is_forced_follows_no_grammar(caps: Capabilities) -> None:
 def test_adapters_need_a_flag_in_the_method_table(caps: Capabilities) -> None:
     bare = replace(caps, registry=VectorSnapshot({}, SHAPE))
     for server, reason in ((bare, None), (replace(caps, max_adapters=0), "start the server with --enable-lora")):
-        (row,) = (row for row in method_table(server) if row["name"] == "adapter_ensemble")
+        (row,) = (row for row in method_table(server, "base") if row["name"] == "adapter_ensemble")
         assert row["schema"]["properties"]["centres"]["enum"] == ([] if server is bare else ["centres", "elsewhere"])
         assert (row["reason"] is None) is (reason is None) and (reason or "") in (row["reason"] or "")
 

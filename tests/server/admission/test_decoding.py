@@ -162,9 +162,11 @@ def test_who_does_not_look_ahead_names_the_flag(ahead: Capabilities) -> None:
     assert (error.status, error.param) == (422, "decoding.classifier") and "--lookahead" in error.message
     skipped = compiled(blind, decoding=KWD, on_unavailable="ignore")
     assert not skipped.decoding and "--lookahead" in skipped.warnings[0]
-    rows = [next(row for row in method_table(server) if row["name"] == "kwd") for server in (ahead, blind)]
+    rows = [next(row for row in method_table(server, "base") if row["name"] == "kwd") for server in (ahead, blind)]
     assert [row["schema"]["properties"]["classifier"]["enum"] for row in rows] == [["prefix", "token"], ["token"]]
-    (row,) = (row for row in method_table(replace(blind, registry=VectorSnapshot({}, SHAPE))) if row["name"] == "kwd")
+    (row,) = (
+        row for row in method_table(replace(blind, registry=VectorSnapshot({}, SHAPE)), "base") if row["name"] == "kwd"
+    )
     assert row["reason"] == (
         "start the server with --vectors PATH of a token_classifier or, with --lookahead, a prefix_classifier"
     )
@@ -189,11 +191,11 @@ def test_who_lacks_what_a_method_reads_names_the_flag(ahead: Capabilities, name:
         error = refusal(lacking, decoding=[{"method": name}])
         assert (error.status, error.param) == (422, "decoding[0].method")
         assert error.message.endswith(f"start it with {flag}")
-        (row,) = (row for row in method_table(lacking) if row["name"] == name)
+        (row,) = (row for row in method_table(lacking, "base") if row["name"] == name)
         assert not row["available"] and flag in row["reason"]
         off = {"penalty_weight": 0} if name == "opera_lite" else {"penalty_alpha": 0}
         assert compiled(lacking, decoding={"method": name, **off}).warnings == ("decoding was left out: it is off",)
-    (row,) = (row for row in method_table(able) if row["name"] == name)
+    (row,) = (row for row in method_table(able, "base") if row["name"] == name)
     assert row["available"]
 
 

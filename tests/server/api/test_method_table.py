@@ -14,7 +14,7 @@ from whipstaff.steering.methods import METHODS as STEERING
 
 def test_the_table_says_which_flag_keeps_early_layers(early: Capabilities) -> None:
     rows = [
-        next(row for row in method_table(server) if row["name"] == "dola")
+        next(row for row in method_table(server, "base") if row["name"] == "dola")
         for server in (early, replace(early, depth=Depth(4)))
     ]
     assert [row["reason"] for row in rows] == [None, "start the server with --early-layers LAYERS"]
@@ -22,7 +22,7 @@ def test_the_table_says_which_flag_keeps_early_layers(early: Capabilities) -> No
 
 def test_the_table_says_what_a_search_lacks(early: Capabilities) -> None:
     able = replace(early, looks_ahead=True, reads_attention=True)
-    rows = [next(row for row in method_table(server) if row["name"] == "opera") for server in (early, able)]
+    rows = [next(row for row in method_table(server, "base") if row["name"] == "opera") for server in (early, able)]
     assert [row["available"] for row in rows] == [False, True]
     assert "start it with --lookahead and --attention-rows" in rows[0]["reason"]
 
@@ -30,7 +30,9 @@ def test_the_table_says_what_a_search_lacks(early: Capabilities) -> None:
 def test_the_method_table_says_what_this_server_can_do(
     caps: Capabilities, everything: Capabilities, nothing: Capabilities
 ) -> None:
-    dense, full, empty = ({row["name"]: row for row in method_table(server)} for server in (caps, everything, nothing))
+    dense, full, empty = (
+        {row["name"]: row for row in method_table(server, "base")} for server in (caps, everything, nothing)
+    )
     edits = {name: method for name, method in STEERING.items() if method.kind.named_in != "decoding"}
     assert dense.keys() == full.keys() == empty.keys() == {*edits, *METHODS}
     assert full["proxy_tuning"]["schema"]["properties"]["expert"]["enum"] == list(LIMITS)
@@ -48,6 +50,7 @@ def test_the_method_table_says_what_this_server_can_do(
     for name, row in full.items():
         assert row["paper"] and row["kind"] == (METHODS[name].stage if name in METHODS else "edit")
         assert (row["reason"] is None) is row["available"] is (name in {*served, *decoding})
+        assert (row["example"] is None) is (not row["available"] or name == "probe")  # which no entry names
     assert dense["vector"]["schema"]["properties"]["vector"]["enum"] == ["calm", "router", "strange"]
     for name in edits:
         schema = full[name]["schema"]
