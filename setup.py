@@ -1,4 +1,5 @@
-"""Builds the two kernel libraries: `_cpu` always, `_cuda` wherever nvcc is found."""
+"""Builds the two kernel libraries: `_cpu`, and `_cuda` wherever nvcc is found. WHIPSTAFF_BUILD_CPU=0 or
+WHIPSTAFF_BUILD_CUDA=0 leaves one out."""
 
 import os
 import re
@@ -57,7 +58,9 @@ def library(name: str, suffix: str, **options: Any) -> Extension:
 
 
 def libraries() -> list[Extension]:
-    found = [library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI])]
+    found: list[Extension] = []
+    if os.environ.get("WHIPSTAFF_BUILD_CPU", "1") != "0":
+        found.append(library("_cpu", ".cpp", extra_compile_args=[*CPU_FLAGS, *ABI]))
     cuda = find_cuda()
     if cuda:
         cpp_extension.CUDA_HOME = cuda  # a CPU build of torch leaves it unset

@@ -91,13 +91,9 @@ class Loop:
         try:
             tokens = next(steps)
             while True:
-                hidden, looked = [], []
-                for some in tokens.split(1, 1):
-                    found = self._pass(some.tolist())
-                    self.cache.crop(-1)
-                    hidden.append(found[0])
-                    looked.append(found[1])
-                tokens = steps.send(Tried(torch.stack(hidden, 1), torch.stack(looked, 1)))
+                found = self._pass(tokens[:, None].tolist())
+                self.cache.crop(-1)
+                tokens = steps.send(Tried(*found))
         except StopIteration as stop:
             decision: Decision = stop.value
             return decision

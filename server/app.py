@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
@@ -261,6 +262,7 @@ async def extend(
     openai.list_models(app, partial(_preset_names, registry))
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
+    app.add_exception_handler(HTTPException, generate.answer_http_error)
     stack: Any = Bounds(app.build_middleware_stack())  # vLLM has built it already, without our handler
     if keyring is not None or settings.audit_log is not None:
         audit = Audit(settings.audit_log)

@@ -168,6 +168,7 @@ WORKER_COUNTERS: Mapping[str, Counter] = {
     "search_forks": FORKS,
     "search_rollbacks": ROLLBACKS,
     "search_tried": TRIED,
+    "search_computed": COMPUTED,  # beside what is counted of other requests as their outputs pass by
     "search_moved_seats": MOVED,
     "search_copied_blocks": COPIED,
     "search_recomputed_tokens": RECOMPUTED,

@@ -21,6 +21,7 @@ FIELDS = (
     "decoding",
     "explain",
     "capture",
+    "stop_when",
     "logprobs_source",
     "on_unavailable",
     "on_unknown",

@@ -47,6 +47,7 @@ class RequestPlan:
     models: tuple[str, ...] = ()  # auxiliary models that must run beside those that `decoding` names
     captures_id: str = ""  # by which `whipstaff_captures` finds the activations that the client is told; "": none are
     max_fed: int = 0  # the most tokens that the request's own sequence feeds; where activations are captured
+    label: str = ""  # names its methods for metrics
 
     @cached_property
     def untils(self) -> tuple[int | None, ...]:
@@ -79,6 +80,7 @@ class RequestPlan:
             "models": list(self.models),
             "captures_id": self.captures_id,
             "max_fed": self.max_fed,
+            "label": self.label,
         }
 
     @staticmethod
@@ -94,10 +96,11 @@ class RequestPlan:
             tuple(wire["models"]),
             str(wire["captures_id"]),
             int(wire["max_fed"]),
+            str(wire["label"]),
         )
 
 
-_OWN = ("readings_id", "captures_id", "max_fed")  # by which nothing is computed that others do not get
+_OWN = ("readings_id", "captures_id", "max_fed", "label")  # by which nothing is computed that others do not get
 
 
 def configuration(wire: Mapping[str, Any]) -> dict[str, Any]:

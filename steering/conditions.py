@@ -21,34 +21,20 @@ MAX_CONDITIONS = 4  # probes and entropies that one request may read; columns of
 MAX_SCHEDULES = 4  # different schedules in one request; columns of the engine's gains
 
 
-class When(BaseModel):
-    """Steer only where a probe reads above, or below, a threshold."""
+class Threshold(BaseModel):
+    """Where a probe reads above, or below, a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     probe: str = Field(min_length=1, max_length=256, description="name of a loaded vector whose method is probe")
     above: float | None = Field(None, allow_inf_nan=False)
     below: float | None = Field(None, allow_inf_nan=False)
-    release: float | None = Field(
-        None,
-        allow_inf_nan=False,
-        description="hysteresis: once open, stay open until the reading passes this value. It begins closed: at the "
-        "last prompt token for edits that touch nothing before it, else at the first",
-    )
-    decide: Literal["prompt", "step"] = Field(
-        "prompt", description='"prompt": once, at the last prompt token, for all that follows; "step": every token'
-    )
     layer: int | None = Field(None, ge=0, description="which of the probe's layers; needed where it has several")
 
     @model_validator(mode="after")
-    def _is_one_threshold(self) -> "When":
+    def _is_one_threshold(self) -> "Threshold":
         if (self.above is None) == (self.below is None):
             raise ValueError("give one of above and below")
-        if self.release is not None:
-            if self.decide == "prompt":
-                raise ValueError('release needs "decide": "step"; a decision on the prompt is final')
-            if self.sign * self.release > self.on:
-                raise ValueError("release must lie on the other side of the threshold")
         return self
 
     @property
@@ -59,6 +45,29 @@ class When(BaseModel):
     def on(self) -> float:
         """The reading times `sign` above which the condition holds."""
         return self.above if self.above is not None else -(self.below or 0.0)
+
+
+class When(Threshold):
+    """Steer only where a probe says so."""
+
+    release: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="hysteresis: once open, stay open until the reading passes this value. It begins closed: at the "
+        "last prompt token for edits that touch nothing before it, else at the first",
+    )
+    decide: Literal["prompt", "step"] = Field(
+        "prompt", description='"prompt": once, at the last prompt token, for all that follows; "step": every token'
+    )
+
+    @model_validator(mode="after")
+    def _releases_on_the_other_side(self) -> "When":
+        if self.release is not None:
+            if self.decide == "prompt":
+                raise ValueError('release needs "decide": "step"; a decision on the prompt is final')
+            if self.sign * self.release > self.on:
+                raise ValueError("release must lie on the other side of the threshold")
+        return self
 
     @property
     def off(self) -> float:

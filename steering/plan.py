@@ -39,6 +39,19 @@ class ProbeRead(NamedTuple):
     is_latched: bool
 
 
+class Stop(NamedTuple):
+    """Where a generation ends: at the first of its tokens at which a condition holds."""
+
+    condition_index: int  # which column of readings
+    sign: int
+    on: float  # it holds where the reading times `sign` is more
+
+    def holds_at(self, readings: Sequence[float | None], position: int) -> bool:
+        """Whether it holds at one of some positions; not where nothing was read."""
+        reading = readings[position] if position < len(readings) else None
+        return reading is not None and reading * self.sign > self.on
+
+
 class ModuleEdit(NamedTuple):
     """An edit that is no program: of the expert router or of attention."""
 
@@ -133,6 +146,7 @@ class SteeringPlan:
     module_edits: tuple[PlannedModuleEdit, ...] = ()
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
     captures: tuple[PlannedCapture, ...] = ()  # activations that the client is told
+    stop: Stop | None = None
 
     @property
     def num_columns(self) -> int:
@@ -196,6 +210,7 @@ class SteeringPlan:
                 [[list(point) for point in p.capture.points], p.capture.is_edited, _where(p.where)]
                 for p in self.captures
             ],
+            "stop": None if self.stop is None else list(self.stop),
         }
 
     @staticmethod
@@ -213,6 +228,7 @@ class SteeringPlan:
                 PlannedCapture(Capture.from_wire(points, is_edited), Where.model_validate(where))
                 for points, is_edited, where in wire["captures"]
             ),
+            None if wire["stop"] is None else Stop(*wire["stop"]),
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, When
+from whipstaff.steering.conditions import MAX_CONDITIONS, MAX_SCHEDULES, Schedule, Threshold, When
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import EditParams, HookPoint
@@ -20,6 +20,7 @@ from whipstaff.steering.plan import (
     PlannedProbe,
     ProbeRead,
     SteeringPlan,
+    Stop,
 )
 from whipstaff.steering.programs import Gate
 from whipstaff.steering.vector_file import Vector
@@ -64,6 +65,7 @@ class Planner:
     columns: list[object] = field(default_factory=list)  # what each condition of the request reads
     bounds: list[tuple[HookPoint, Bound]] = field(default_factory=list)
     module_edits: list[PlannedModuleEdit] = field(default_factory=list)
+    stop: Stop | None = None
 
     @property
     def plan(self) -> SteeringPlan:
@@ -75,6 +77,7 @@ class Planner:
             tuple(self.schedules),
             condition_index,
             module_edits=tuple(self.module_edits),
+            stop=self.stop,
         )
 
     def add(self, params: SteeringParams, own: Mapping[str, Any], vector: Vector, probe: Vector | None) -> range:
@@ -113,6 +116,13 @@ class Planner:
         self.module_edits.append(PlannedModuleEdit(ModuleEdit(vector.digest, settings.model_dump_json()), where))
         return self.module_edits[-1]
 
+    def end_at(self, threshold: Threshold, probe: Vector) -> None:
+        """Let the generation end at its first token where the probe reads that. Raises: SteeringError."""
+        layer = _probe_layer(threshold, probe)
+        condition_index = self._condition_index((probe.digest, layer, "each_last"), "probe")
+        self._read(PlannedProbe(ProbeRead(probe.digest, layer, condition_index, False), Where.of("each_last")))
+        self.stop = Stop(condition_index, threshold.sign, threshold.on)
+
     @staticmethod
     def checked(vector: Vector, own: Mapping[str, Any]) -> EditParams:
         """A method's parameters. Raises: SteeringError naming the field, pydantic.ValidationError."""
@@ -136,7 +146,7 @@ class Planner:
         if when is None:
             return Gate(schedule_index=schedule_index, ramp=ramp)
         assert probe is not None
-        layer = _probe_layer(when, probe)
+        layer = _probe_layer(when, probe, "when.")
         chosen = [point.canonical.layer for point in vector.tensors if layers is None or point.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
@@ -147,10 +157,12 @@ class Planner:
         is_latched = when.decide == "prompt"
         positions: Shorthand = "last_prompt" if is_latched else "each_last" if where.is_late else "all"
         condition_index = self._condition_index((probe.digest, layer, positions), "when")
-        read = PlannedProbe(ProbeRead(probe.digest, layer, condition_index, is_latched), Where.of(positions))
-        if read not in self.probes:
-            self.probes.append(read)
+        self._read(PlannedProbe(ProbeRead(probe.digest, layer, condition_index, is_latched), Where.of(positions)))
         return Gate(schedule_index, condition_index, is_latched, when.on, when.off, when.sign, ramp)
+
+    def _read(self, probe: PlannedProbe) -> None:
+        if probe not in self.probes:
+            self.probes.append(probe)
 
     def _condition_index(self, reads: object, param: str) -> int:
         if reads not in self.columns:
@@ -186,17 +198,17 @@ def _layers(chosen: list[int] | None, vector: Vector) -> tuple[int, ...] | None:
     return None if layers == tuple(vector.layers) else layers
 
 
-def _probe_layer(when: When, probe: Vector) -> int:
+def _probe_layer(threshold: Threshold, probe: Vector, path: str = "") -> int:
     if probe.method.kind.named_in != "when":
         raise SteeringError(
-            f"its method is {probe.method.name}; a condition needs a vector that is a probe", "when.probe"
+            f"its method is {probe.method.name}; a condition needs a vector that is a probe", f"{path}probe"
         )
-    layers = probe.layers
-    if when.layer is not None and when.layer not in layers:
-        raise SteeringError(f"the probe has no direction at layer {when.layer}; it has {layers}", "when.layer")
-    if when.layer is None and len(layers) != 1:
-        raise SteeringError(f"the probe has directions at layers {layers}; name one", "when.layer")
-    return layers[0] if when.layer is None else when.layer
+    layers, layer = probe.layers, threshold.layer
+    if layer is not None and layer not in layers:
+        raise SteeringError(f"the probe has no direction at layer {layer}; it has {layers}", f"{path}layer")
+    if layer is None and len(layers) != 1:
+        raise SteeringError(f"the probe has directions at layers {layers}; name one", f"{path}layer")
+    return layers[0] if layer is None else layer
 
 
 def _since_decision(where: Where) -> Where:

@@ -17,11 +17,14 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # vLLM would choose the sam
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
-SHARED = ("server", "demo_server", "shared", "recorded")  # fixtures of engines; a session's serve several modules
+# fixtures of engines; a session's serve several modules
+SHARED = ("server", "demo_server", "shared", "recorded", "ahead")
 LONGEST = (  # groups, the longest first: with an engine, and without
     *("server", "demo_server", "test_registry_http", "test_companions_http", "test_isolation", "test_many"),
-    *("test_prometheus", "shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync", "test_main"),
-    *("test_wheel", "test_install", "test_importers", "test_methods", "test_demo", "test_groups", "test_run_edits"),
+    *("test_prometheus", "shared-v2-eager-async", "shared-v1-eager-async", "shared-v1-compiled-sync"),
+    *("ahead-v1-compiled-async", "ahead-v2-eager-async", "test_main"),
+    *("test_wheel", "test_install", "test_importers", "test_methods", "test_demo", "test_groups"),
+    *("test_run_edits-cuda_on_cpu", "test_mix_logits-cuda_on_cpu", "test_run_edits-cpu"),
 )
 
 

@@ -30,7 +30,7 @@ SERVER_ROOMS = {
     "api": {"prompt", "registry", "admission", "engine", "access"},
     "demo": set(),
     "playground": set(),
-    "commands": {"app", "settings", "engine", "registry", "demo"},
+    "commands": {"app", "settings", "engine", "registry", "demo", "access"},
 }
 # The engine's three processes know nothing of one another: what they share stands beside them.
 PROCESSES = ("frontend", "scheduler", "worker")

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "cuda.cuh"
 #endif
 
@@ -37,7 +37,7 @@ struct AttentionRows {
   }
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Block (row, head): one warp per key computes its score; then the block normalises the scores in place.
 template <class T>
@@ -75,6 +75,6 @@ __global__ inline void __launch_bounds__(THREADS) head_max_kernel(const Attentio
   result[row * rows.max_context + position] = best;
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

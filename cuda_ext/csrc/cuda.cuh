@@ -1,8 +1,12 @@
 // What the CUDA kernels share: float32 arithmetic on 16-byte packs of any float type, and sums over a block.
 #pragma once
 
+#ifdef WHIPSTAFF_CUDA_ON_CPU
+#include "cuda_on_cpu.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 
@@ -29,6 +33,16 @@ template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
+
+// The shared memory that a launch asked for, aligned for packs.
+#ifdef WHIPSTAFF_CUDA_ON_CPU
+using cuda_on_cpu::dynamic_shared;
+#else
+__device__ inline float* dynamic_shared() {
+  extern __shared__ __align__(16) float memory[];
+  return memory;
+}
+#endif
 
 // N neighbouring elements, moved in as few memory transactions as their size allows.
 template <class T, int N>

@@ -12,11 +12,10 @@ void cut_rows_cuda(const Tensor& logits, const MaybeTensor& low, const MaybeTens
   const Cut work = cut(logits, low, high);
   const unsigned rows = logits.size(0);
   if (rows == 0 || work.vocab == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const Device device(logits);
   with_float_type(logits.scalar_type(), [&](auto type) {
-    cut_kernel<decltype(type)><<<rows, THREADS, 0, current_stream(logits)>>>(work);
+    device.launch(cut_kernel<decltype(type)>, {dim3(rows)}, work);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace

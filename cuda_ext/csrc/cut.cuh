@@ -14,7 +14,7 @@ struct Cut {
   WHIPSTAFF_HOST_DEVICE float high_of(int64_t row) const { return high ? high[row] : INFINITY; }
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Block r cuts row r.
 template <class T>
@@ -28,6 +28,6 @@ __global__ void __launch_bounds__(THREADS) cut_kernel(const Cut work) {
   }
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

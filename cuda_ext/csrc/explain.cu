@@ -12,30 +12,27 @@ void apply_temperature_cuda(const Tensor& logits, const Tensor& temperature) {
   const Temper work = temper(logits, temperature);
   const unsigned rows = logits.size(0);
   if (rows == 0 || work.vocab == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const Device device(logits);
   with_float_type(logits.scalar_type(), [&](auto type) {
-    temper_kernel<decltype(type)><<<rows, THREADS, 0, current_stream(logits)>>>(work);
+    device.launch(temper_kernel<decltype(type)>, {dim3(rows)}, work);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Explanation explain_rows_cuda(const Tensor& final, const MaybeTensor& base) {
-  const torch::stable::accelerator::DeviceGuard guard(final.get_device_index());
+  const Device device(final);
   const Explanation results = new_explanation(final);
   const Explain work = explain(final, base, results);
   if (work.num_rows == 0 || work.vocab == 0) return results;
-  explain_kernel<<<static_cast<unsigned>(work.num_rows), THREADS, 0, current_stream(final)>>>(work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  device.launch(explain_kernel, {dim3(work.num_rows)}, work);
   return results;
 }
 
 Tensor divergences_cuda(const Tensor& mature, const Tensor& early, const Tensor& owners) {
-  const torch::stable::accelerator::DeviceGuard guard(mature.get_device_index());
+  const Device device(mature);
   const Tensor result = new_divergences(mature, early);
   const Divergences work = divergences(mature, early, owners, result);
   if (work.num_early == 0 || work.vocab == 0) return result;
-  divergence_kernel<<<static_cast<unsigned>(work.num_early), THREADS, 0, current_stream(mature)>>>(work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  device.launch(divergence_kernel, {dim3(work.num_early)}, work);
   return result;
 }
 

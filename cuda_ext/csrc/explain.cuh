@@ -36,7 +36,7 @@ struct Divergences {
   }
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Block r tempers row r: divided by its temperature, or at temperature 0 only the first best token left.
 template <class T>
@@ -99,6 +99,6 @@ __global__ inline void __launch_bounds__(THREADS) explain_kernel(const Explain e
   if (threadIdx.x == 0) explain.entropy[row] = entropy, explain.divergence[row] = divergence;
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

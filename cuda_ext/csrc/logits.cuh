@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "cuda.cuh"
 #endif
 
@@ -22,7 +22,7 @@ struct LogitStream {
   FloatType type;
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // What a share of one row of one stream amounts to.
 struct Share {
@@ -100,6 +100,6 @@ __device__ inline Share block_share(const LogitStream& stream, int64_t row, int6
 
 __device__ inline float log_sum(const Share& share) { return share.best + logf(share.sum_of_exp); }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

@@ -43,30 +43,27 @@ bool allows_packs(const MixLogits& mix, const Tensor& out, const std::vector<Ten
 }
 
 template <class Out, int N>
-void launch_mix(const MixLogits& mix, const MixWorkspace& work, cudaStream_t stream) {
+void launch_mix(const MixLogits& mix, const MixWorkspace& work, const Device& device) {
   const int64_t chunks = (mix.vocab + THREADS * N - 1) / (THREADS * N);
   const int64_t blocks = std::clamp<int64_t>(BLOCKS_WANTED / mix.num_rows, 1, chunks);
-  mix_kernel<Out, N><<<dim3(mix.num_rows, blocks), THREADS, 0, stream>>>(mix, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  device.launch(mix_kernel<Out, N>, {dim3(mix.num_rows, blocks)}, mix, work);
 }
 
 template <class Out>
-void run(const MixLogits& mix, const MixWorkspace& work, bool wide, cudaStream_t stream) {
+void run(const MixLogits& mix, const MixWorkspace& work, bool wide, const Device& device) {
   const unsigned rows = mix.num_rows, streams = mix.num_streams;
   const bool has_masks = mix.alphas || mix.top_ps;
-  if (has_masks || mix.log_softmax) share_kernel<<<dim3(rows, streams, NUM_SPLITS), THREADS, 0, stream>>>(mix, work);
-  term_kernel<<<dim3(rows, streams), THREADS, 0, stream>>>(mix, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  wide ? launch_mix<Out, MIX_COLUMNS>(mix, work, stream) : launch_mix<Out, 1>(mix, work, stream);
+  if (has_masks || mix.log_softmax) device.launch(share_kernel, {dim3(rows, streams, NUM_SPLITS)}, mix, work);
+  device.launch(term_kernel, {dim3(rows, streams)}, mix, work);
+  wide ? launch_mix<Out, MIX_COLUMNS>(mix, work, device) : launch_mix<Out, 1>(mix, work, device);
   if (has_masks || mix.num_allowed)
-    rescue_kernel<Out><<<(rows + THREADS - 1) / THREADS, THREADS, 0, stream>>>(mix, work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+    device.launch(rescue_kernel<Out>, {dim3((rows + THREADS - 1) / THREADS)}, mix, work);
 }
 
-void check_rows_on_device(MixLogits mix, cudaStream_t stream) {
+void check_rows_on_device(MixLogits mix, const Device& device) {
   if (!is_checked_mode()) return;
   const std::vector<char> copy =
-      host_copy(mix.rows, mix.num_rows * mix.num_streams * index_size(mix.rows_are_int64), stream);
+      device.host_copy(mix.rows, mix.num_rows * mix.num_streams * index_size(mix.rows_are_int64));
   mix.rows = copy.data();
   check_stream_rows(mix);
 }
@@ -76,12 +73,11 @@ void mix_logits_cuda(const Tensor& out, const std::vector<Tensor>& streams, cons
                      const MaybeTensor& top_ps, const MaybeTensor& num_allowed) {
   const MixLogits mix = mix_logits(out, streams, rows, weights, temperatures, log_softmax, alphas, top_ps, num_allowed);
   if (mix.num_rows == 0 || mix.vocab == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  const cudaStream_t stream = current_stream(out);
-  check_rows_on_device(mix, stream);
+  const Device device(out);
+  check_rows_on_device(mix, device);
   const Workspace work(mix, out);
   const bool wide = allows_packs(mix, out, streams, MIX_COLUMNS);
-  with_float_type(out.scalar_type(), [&](auto type) { run<decltype(type)>(mix, work.parts, wide, stream); });
+  with_float_type(out.scalar_type(), [&](auto type) { run<decltype(type)>(mix, work.parts, wide, device); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <cfloat>
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "select.cuh"
 #endif
 
@@ -68,7 +68,7 @@ struct MixLogits {
   }
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 constexpr int MIX_COLUMNS = 4;  // columns per thread and step
 constexpr int NUM_SPLITS = 8;   // blocks that share one row's statistics
@@ -200,6 +200,6 @@ __global__ void rescue_kernel(const MixLogits mix, const MixWorkspace work) {
   if (mix.num_allowed) mix.num_allowed[row] = work.allowed[row];
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

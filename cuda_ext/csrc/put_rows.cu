@@ -10,9 +10,9 @@ namespace {
 using Wide = Pack<uint32_t, 4>;
 using Narrow = uint16_t;  // every float type is made of these
 
-void check_index_on_device(PutRows work, cudaStream_t stream) {
+void check_index_on_device(PutRows work, const Device& device) {
   if (!is_checked_mode()) return;
-  const std::vector<char> index = host_copy(work.index, work.num_tokens * sizeof(int32_t), stream);
+  const std::vector<char> index = device.host_copy(work.index, work.num_tokens * sizeof(int32_t));
   work.index = reinterpret_cast<const int32_t*>(index.data());
   check_index(work);
 }
@@ -20,17 +20,12 @@ void check_index_on_device(PutRows work, cudaStream_t stream) {
 void put_rows_cuda(const Tensor& x, const Tensor& rows, const Tensor& index) {
   const PutRows work = put_rows(x, rows, index);
   if (work.num_tokens == 0 || work.row_size == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cudaStream_t stream = current_stream(x);
-  check_index_on_device(work, stream);
+  const Device device(x);
+  check_index_on_device(work, device);
   const bool is_wide = work.row_size % sizeof(Wide) == 0 && has_aligned_rows(work.x, work.x_stride, 1) &&
                        has_aligned_rows(work.rows, work.rows_stride, 1);
-  const unsigned num_blocks = work.num_tokens;
-  if (is_wide)
-    put_rows_kernel<Wide><<<num_blocks, THREADS, 0, stream>>>(work);
-  else
-    put_rows_kernel<Narrow><<<num_blocks, THREADS, 0, stream>>>(work);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const Grid grid{dim3(work.num_tokens)};
+  is_wide ? device.launch(put_rows_kernel<Wide>, grid, work) : device.launch(put_rows_kernel<Narrow>, grid, work);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "cuda.cuh"
 #endif
 
@@ -24,7 +24,7 @@ struct PutRows {
   }
 };
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Block t copies what token t gets, Word by Word.
 template <class Word>
@@ -35,6 +35,6 @@ __global__ void __launch_bounds__(THREADS) put_rows_kernel(const PutRows work) {
   for (int64_t i = threadIdx.x; i < work.row_size / int64_t(sizeof(Word)); i += THREADS) target[i] = row[i];
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "cuda.cuh"
 #endif
 
@@ -150,7 +150,7 @@ WHIPSTAFF_DEVICE void run(Machine& machine) {
   if (machine.is_changed) machine.store_row();
 }
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Floats in the same order as numbers without a sign.
 __device__ inline uint32_t key_of(float value) {
@@ -442,8 +442,7 @@ struct Machine : Registers {
 // (gridDim.x, num_features).
 template <class X, int N>
 __global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits, float* room) {
-  extern __shared__ __align__(16) float shared[];  // shared_floats(edits)
-  float *z = shared, *scale = z + MAX_GROUP, *h = scale + 2 * MAX_GROUP;
+  float *z = dynamic_shared(), *scale = z + MAX_GROUP, *h = scale + 2 * MAX_GROUP;  // shared_floats(edits)
   int32_t* at = reinterpret_cast<int32_t*>(scale + MAX_GROUP);
   for (int64_t token = blockIdx.x; token < edits.num_tokens; token += gridDim.x) {
     if (edits.begin(token) < 0) continue;
@@ -457,6 +456,6 @@ __global__ void __launch_bounds__(THREADS) run_edits_kernel(const RunEdits edits
 
 inline int64_t shared_floats(const RunEdits& edits) { return 3 * MAX_GROUP + edits.width; }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

@@ -3,7 +3,7 @@
 
 #include "logits.cuh"
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 #include "select.cuh"
 #endif
 
@@ -29,7 +29,7 @@ WHIPSTAFF_HOST_DEVICE inline float deviation_of(float logit, float log_sum, floa
   return std::fabs((logit - log_sum) + entropy);
 }
 
-#ifdef __CUDACC__
+#ifdef WHIPSTAFF_KERNELS
 
 // Block r cuts row r. Deviations are not negative, so they are ordered as their bits; the least has the largest key.
 template <class T>
@@ -58,6 +58,6 @@ __global__ void __launch_bounds__(THREADS) typical_kernel(const Typical work) {
     if (key_of(to_float(logits[i])) < least) logits[i] = from_float<T>(-INFINITY);
 }
 
-#endif  // __CUDACC__
+#endif  // WHIPSTAFF_KERNELS
 
 }  // namespace whipstaff

@@ -15,7 +15,8 @@ that column, and choose once more among all tokens but those that they had chose
 
 The authors' code holds phi in float16, where it is 0 below 3e-8 and infinite above 65504; here it is in float32, from
 sums of logarithms, and never above `penalty_cap`. `official_fp16` rounds as they do. Their limit of visits (beta in the
-paper) is N, which `visits` changes. With one beam, which they refuse, this is a greedy form of our own.
+paper) is N, which `visits` changes. With one beam, which they refuse, there are two forms of our own: greedy, and one
+that draws at a `temperature`, of the candidates by their logits less penalties; after a return, of all tokens as above.
 """
 
 import math
@@ -61,6 +62,9 @@ class OperaParams(SearchParams):
         5, ge=1, le=64, validate_default=True, description="tokens of each beam that are tried, no fewer than beams"
     )
     scale_factor: float = Field(50.0, gt=0, le=1e6, allow_inf_nan=False, description="of attention weights")
+    temperature: float = Field(
+        0.0, ge=0, le=100, allow_inf_nan=False, description="at which one beam draws of its candidates; 0: the best"
+    )
     penalty_weight: float = Field(1.0, ge=0, le=1e4, allow_inf_nan=False, description="0: no penalty")
     penalty_cap: float = Field(50.0, gt=0, le=1e6, allow_inf_nan=False, description="the largest penalty")
     switch_length: int = Field(10, ge=1, le=1 << 20, description="tokens until which trust in the span counts")
@@ -81,6 +85,15 @@ class OperaParams(SearchParams):
             raise ValueError(f"{beams} beams begin with {beams} tokens; fewer candidates leave dead beams")
         return candidates
 
+    @field_validator("temperature")
+    @classmethod
+    def _one_draws(cls, temperature: float, info: ValidationInfo) -> float:
+        if temperature > 0 and (beams := info.data.get("beams", 1)) > 1:
+            raise ValueError(
+                f"{beams} beams look for the best, and draw nothing; with one, its candidates are drawn of"
+            )
+        return temperature
+
 
 class OperaSetting(OperaParams):
     """The same in one prompt."""
@@ -99,6 +112,9 @@ class Opera(SearchMethod[OperaParams]):
 
     def num_sequences(self, params: OperaParams) -> int:
         return params.beams
+
+    def draws(self, params: OperaParams) -> bool:
+        return params.temperature > 0
 
     def resolve(self, params: OperaParams, words: Vocabulary) -> OperaSetting:
         return OperaSetting(**params.model_dump())
@@ -137,6 +153,13 @@ def judged(params: OperaParams, products: Tensor, trust: Tensor) -> tuple[Tensor
     return (best.clamp(max=_MOST_FP16) if params.official_fp16 else best.exp().clamp(max=params.penalty_cap)), column
 
 
+def draw(logits: Tensor, random: torch.Generator) -> Tensor:
+    """(1,) a token of (V,) logits by their softmax: the same for the same logits and numbers, wherever they are."""
+    upto = logits.double().softmax(0).cpu().cumsum(0)
+    place = torch.rand(1, generator=random).double() * upto[-1]
+    return torch.searchsorted(upto, place, right=True).to(logits.device)
+
+
 class Retrospection:
     """When to go back, where to, and what is not to be chosen there again.
 
@@ -162,9 +185,11 @@ class Retrospection:
         times = [sum(step[beam : beam + 1] == (common,) for step in self.columns) for beam in range(len(columns))]
         if common < self.params.switch_length or min(times) <= self.params.threshold:
             return None
+        if common + 1 >= num_tokens - 1:  # nothing was chosen there yet
+            return None
         limit = self.params.candidates if self.params.visits is None else self.params.visits
         for place in (common + 1, common):
-            if self.visits[place] < limit and place < num_tokens:
+            if self.visits[place] < limit:
                 self.visits[place] += 1
                 return self._back_to(max(place, self.first))
         return None
@@ -214,12 +239,12 @@ class _Opera(Search):
         products = self._with_row(before, living.attention) if place else before
         if self.is_back:
             self.is_back = False
-            return self._choose(self._anew(living.logits, place), texts, products, {})
+            return self._choose(self._drawn(self._anew(living.logits, place), living), texts, products, {})
         log_probs, columns = yield from self._penalised(living.logits, products)
         tried = {"tried": len(texts) * self.params.candidates}
         if (back := self.past.look(columns * (self.params.beams if len(columns) < 2 else 1))) is not None:
             return self._go_back(back, texts, tried)
-        return self._choose(log_probs, texts, products, tried)
+        return self._choose(self._drawn(log_probs, living), texts, products, tried)
 
     def stop(self, living: Living) -> Decision:
         return Decision(hypotheses=self.book.answers_now(living.generated)[:1])
@@ -247,7 +272,8 @@ class _Opera(Search):
             penalties.append(penalty)
             columns.append(column)
         scores = logits.gather(1, candidates) - params.penalty_weight * torch.stack(penalties, 1)
-        others = torch.full_like(logits, _FLOOR).masked_fill(logits == -torch.inf, -torch.inf)
+        floor = -torch.inf if params.temperature else _FLOOR  # a high temperature would make all others likely
+        others = torch.full_like(logits, floor).masked_fill(logits == -torch.inf, -torch.inf)
         leaned = torch.stack(columns, 1).tolist()
         return others.scatter(1, candidates, scores).log_softmax(1), tuple(map(most_frequent, leaned))
 
@@ -259,6 +285,14 @@ class _Opera(Search):
         for beam, token in self.past.rejected[place]:
             scores[beam, token] = scores[beam, token].clamp(max=_FLOOR)
         return scores.log_softmax(1)
+
+    def _drawn(self, log_probs: Tensor, living: Living) -> Tensor:
+        """(S, V) log-probabilities; where one beam draws, of the token that it drew alone."""
+        if not self.params.temperature:
+            return log_probs
+        assert living.random is not None
+        token = draw(log_probs[0] / self.params.temperature, living.random)
+        return torch.full_like(log_probs, -torch.inf).index_copy(1, token, log_probs[:, token])
 
     def _choose(
         self, log_probs: Tensor, texts: Sequence[Text], products: Tensor, counts: Mapping[str, int]

@@ -130,6 +130,10 @@ class SearchMethod(Method[S]):
     def num_sequences(self, params: S) -> int:
         """The most sequences that live at once."""
 
+    def draws(self, params: S) -> bool:
+        """Whether it draws tokens, by its own parameters and the request's seed."""
+        return False
+
     def num_answers(self, params: S) -> int:
         """The most answers that it comes to."""
         return 1

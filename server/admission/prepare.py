@@ -40,7 +40,7 @@ from whipstaff.server.admission.fields import (
 )
 from whipstaff.server.admission.request import CompiledRequest, Options
 from whipstaff.server.admission.search import check_explained, check_retractions, check_room, vllm_beam_search
-from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
+from whipstaff.server.admission.steering import STOP_FIELD, SequenceSteering, SteeringEntry, admit_steering, admit_stop
 from whipstaff.server.errors import (
     BadRequest,
     FieldOrigins,
@@ -151,6 +151,8 @@ def compile_extras(
     decoding = options.decoding_plan(entries)
     if decoding is not None and (search := search_of(entries)) is not None:
         check_room(search, decoding.mix.num_companions if decoding.mix else 0, caps)
+        if steering.stop is not None:
+            raise BadRequest(f"{search.method.name} has several sequences at once, and ends them itself", STOP_FIELD)
         if options.explain is not None:
             check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
     captures = () if fields.get("capture") is None else captures_of(fields, caps)
@@ -160,7 +162,7 @@ def compile_extras(
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
     _check_attention(steering, entries, caps.num_layers - 1)
-    plan = steering.plan if steering.entries else None
+    plan = steering.plan if steering.entries or steering.stop else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
     if captures:
@@ -212,16 +214,19 @@ def _options(fields: Mapping[str, Any]) -> Options:
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
-    if fields.get("steering") is None:
-        return SequenceSteering()
-    planner, found = Planner(), list[SteeringEntry]()
+    planner, found, stop = Planner(), list[SteeringEntry](), None
     for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
         try:
             steered = admit_steering(entry, path, planner, found, caps, left_out.warnings)
             left_out.note(path, "it is off") if steered.is_off else found.append(steered)
         except (NotFound, VectorUnfit, Unavailable) as error:
             left_out.skip(error)
-    return SequenceSteering(found, planner.plan)
+    if (value := from_json(fields.get(STOP_FIELD), STOP_FIELD)) is not None:
+        try:
+            stop = admit_stop(value, planner, caps)
+        except (NotFound, VectorUnfit, Unavailable) as error:
+            left_out.skip(error)
+    return SequenceSteering(found, planner.plan, stop=stop)
 
 
 def _decoding(

@@ -7,6 +7,7 @@ from typing import Any
 from whipstaff.server.admission.captures import NamedSequence, Told, captured
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import told
+from whipstaff.server.admission.steering import STOP_FIELD
 from whipstaff.server.plan import PlacedRequest, PositionedPlan
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
@@ -35,6 +36,10 @@ class Tally:
     def name_sequence(self, choice: int, name: str) -> None:
         """What the engine calls the sequence of a choice."""
         self._names[choice] = name
+
+    def names(self, num_answers: int) -> list[str]:
+        """Of every sequence, in the order of `fed`; "" where it is not known."""
+        return [self._names.get(prompt * num_answers + answer, "") for (prompt, answer), _ in self._by_answer()]
 
     def sequences(self, num_answers: int) -> list[NamedSequence]:
         """Those of the choices, of which every prompt has so many, in order."""
@@ -79,6 +84,7 @@ def receipt(
     return {
         **({} if preset is None else {"preset": {"id": preset.name, "digest": preset.digest}}),
         "steering": [entry.describe(plan, list(fed), compiled.caps) for entry in compiled.steering.entries],
+        **({} if (stop := compiled.steering.stop) is None else {STOP_FIELD: stop.describe(plan, list(fed))}),
         "decoding": [entry.to_json() for entry in compiled.decoding],
         **({"sequences": companions} if companions else {}),
         **({"capture": [entry.to_json() for entry in compiled.captures]} if compiled.captures else {}),
@@ -104,7 +110,8 @@ async def final_receipt(
     fed = tally.fed()
     if readings_id := compiled.plan.readings_id:
         found = await readings(readings_id)
-        fed = [one._replace(columns=_taken(found, one.num_fed)) for one in fed]
+        names = tally.names(num_answers)
+        fed = [one._replace(columns=_taken(found, one, name)) for one, name in zip(fed, names, strict=True)]
     made = receipt(compiled, placed, fed, tally.searches)
     if captures_id := compiled.plan.captures_id:
         ranks = await captures(captures_id)
@@ -118,10 +125,11 @@ async def final_receipt(
     return made
 
 
-def _taken(found: list[dict[str, Any]], num_fed: int) -> list[Any]:
-    """The readings of a sequence of that length, which no other sequence then gets; none if they are gone."""
+def _taken(found: list[dict[str, Any]], sequence: Fed, name: str) -> list[Any]:
+    """The readings of a sequence, or of one as long where its name is not known, which no other sequence then gets;
+    none if they are gone."""
     for index, one in enumerate(found):
-        if one["positions"] >= num_fed:
+        if one["name"] == name or (not name and one["positions"] >= sequence.num_fed):
             columns: list[Any] = found.pop(index)["columns"]
             return columns
     return []

@@ -112,6 +112,11 @@ class CompiledRequest:
         return self.plan.steering is None and self.plan.decoding is None
 
     @property
+    def tells_sequences(self) -> bool:
+        """Whether its receipt says of each answer what was read for it."""
+        return bool(self.captures) or (bool(self.plan.readings_id) and not self.num_candidates)
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
         steering = self.steering.plan
@@ -171,7 +176,7 @@ class CompiledRequest:
         if plan.steering is not None or companions:
             self._check_steering(plan, companions, num_tokens, allowed)
         return PlacedRequest(
-            plan,
+            replace(plan, label=self.label),
             num_tokens,
             allowed,
             ids,

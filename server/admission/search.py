@@ -4,7 +4,7 @@ A search takes the place of the draw, so that temperature and truncation do noth
 told. What it cannot do is refused by the field that asks for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whipstaff.decoding.plan import Explain
@@ -82,7 +82,9 @@ def check_retractions(request: Any) -> None:
 
 def without_effect(entry: DecodingEntry, request: Any) -> list[str]:
     """What to say of fields that change what is drawn from."""
-    return [f"{field} did nothing: {entry.method.name} draws no tokens" for field in request.draw_fields]
+    name = entry.method.name
+    does = f"{name} draws by parameters of its own" if _method(entry).draws(entry.params) else f"{name} draws no tokens"
+    return [f"{field} did nothing: {does}" for field in request.draw_fields]
 
 
 def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:
@@ -91,6 +93,13 @@ def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:
     scores = [one["score"] for one in record.get("hypotheses", ())]
     said = {"sequences": num_sequences, **{name: int(counts.get(name, 0)) for name in COUNTS}, "scores": scores}
     return said | ({"ended_by": record["ended_by"]} if "ended_by" in record else {})
+
+
+def add_computed(usage: dict[str, Any], searches: Sequence[Mapping[str, Any]]) -> None:
+    """Let `usage` say, beside the tokens of answers, how many were computed for them: what the receipt says of each
+    prompt's search, with what was tried."""
+    computed = sum(one["tokens_computed"] + one["tried"] for one in searches)
+    usage["completion_tokens_details"] = (usage.get("completion_tokens_details") or {}) | {"computed_tokens": computed}
 
 
 def _method(entry: DecodingEntry) -> SearchMethod[Any]:

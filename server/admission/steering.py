@@ -18,6 +18,7 @@ from whipstaff.server.errors import (
     parsed,
 )
 from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.conditions import Threshold
 from whipstaff.steering.edits import weigh
 from whipstaff.steering.errors import NotServed, SteeringError
 from whipstaff.steering.fed import Fed
@@ -28,6 +29,8 @@ from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import OWN_FIELDS, Planner, SteeringParams
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
+
+STOP_FIELD = "stop_when"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +77,31 @@ class SteeringEntry(Entry):
         }
 
 
+class StopEntry(NamedTuple):
+    """A request's `stop_when`, resolved."""
+
+    params: Threshold
+    probe: Vector
+
+    def describe(self, plan: SteeringPlan, fed: Sequence[Fed]) -> dict[str, Any]:
+        """As the receipt shows it: with what the probe read at each token that was generated and fed to the model, the
+        last of a sequence that it ended among them."""
+        assert plan.stop is not None
+        stop, said = plan.stop, self.params.model_dump(exclude_none=True)
+        columns = [(one, one.columns[stop.condition_index] if one.columns else []) for one in fed]
+        readings = [
+            column[one.prompt_len : one.num_fed + stop.holds_at(column, one.num_fed)] for one, column in columns
+        ]
+        return {**said, "digest": self.probe.digest, "readings": readings}
+
+
 class SequenceSteering(NamedTuple):
     """How a sequence is steered, whatever its prompt will be: the request's own, or a companion's."""
 
     entries: Sequence[SteeringEntry] = ()
     plan: SteeringPlan = SteeringPlan(())
     warnings: Sequence[str] = ()  # for the receipt
+    stop: StopEntry | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -96,7 +118,8 @@ class SequenceSteering(NamedTuple):
     @property
     def vectors(self) -> list[Vector]:
         """The files that it reads."""
-        return [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
+        read = [vector for entry in self.entries for vector in (entry.vector, entry.probe) if vector is not None]
+        return read if self.stop is None else [*read, self.stop.probe]
 
 
 def admit_steering(
@@ -130,6 +153,20 @@ def admit_steering(
     warnings += [f"{path}: {said}" for said in admitted.warnings]
     _note_order(admitted, others, planner, warnings)
     return admitted
+
+
+def admit_stop(value: Any, planner: Planner, caps: Capabilities) -> StopEntry:
+    """Check a request's `stop_when` and add it to the plan. Raises: WhipstaffError naming the field."""
+    params = parsed(Threshold, value, STOP_FIELD)
+    probe = caps.registry.usable(params.probe, f"{STOP_FIELD}.probe")
+    try:
+        planner.end_at(params, probe)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{STOP_FIELD}.{error.param}") from None
+    layers = None if params.layer is None else [params.layer]
+    if (reason := probe.method.kind.lacking(probe, layers, caps)) is not None:
+        raise Unavailable(reason, f"{STOP_FIELD}.probe")
+    return StopEntry(params, probe)
 
 
 def check_one_set(entries: Iterable[SteeringEntry], plan: SteeringPlan) -> None:

@@ -20,6 +20,9 @@ from pydantic import SecretStr
 
 from whipstaff.server import metrics
 from whipstaff.server.access.keys import HOLDER
+from whipstaff.server.api.descriptions import Deleted, answers
+from whipstaff.server.api.descriptions import Preset as PresetAnswer
+from whipstaff.server.api.descriptions import Vector as VectorAnswer
 from whipstaff.server.api.generate import preset_to_json, vector_to_json
 from whipstaff.server.errors import BadRequest, Forbidden, TooLarge, Unauthorized
 from whipstaff.server.registry.live import LiveRegistry
@@ -85,7 +88,7 @@ def admitted(raw: Request) -> LiveRegistry:
 router = APIRouter()
 
 
-@router.post("/v1/steering/vectors")
+@router.post("/v1/steering/vectors", responses=answers(VectorAnswer, 200, 201))
 async def put_vector(
     raw: Request,
     name: str = Query(description="to be named by in requests"),
@@ -110,7 +113,7 @@ async def put_vector(
     return JSONResponse({**vector_to_json(entry), "replaced": replaced}, status_code=status)
 
 
-@router.patch("/v1/steering/vectors/{name}")
+@router.patch("/v1/steering/vectors/{name}", responses=answers(VectorAnswer))
 async def rename_vector(
     name: str, to: str = Body(embed=True, alias="name"), library: LiveRegistry = Depends(admitted)
 ) -> dict[str, Any]:
@@ -121,7 +124,7 @@ async def rename_vector(
         return vector_to_json(await library.rename_vector(name, to))
 
 
-@router.delete("/v1/steering/vectors/{name}")
+@router.delete("/v1/steering/vectors/{name}", responses=answers(Deleted))
 async def remove_vector(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a vector. Requests that were taken before keep it until they end."""
     with metrics.registry_change("vector", "remove"):
@@ -129,7 +132,7 @@ async def remove_vector(name: str, library: LiveRegistry = Depends(admitted)) ->
     return {"id": name, "object": "steering.vector", "deleted": True}
 
 
-@router.post("/v1/steering/presets")
+@router.post("/v1/steering/presets", responses=answers(PresetAnswer, 200, 201))
 async def put_preset(raw: Request, library: LiveRegistry = Depends(admitted)) -> JSONResponse:
     """Add a preset, or replace the one of that name: {"name", "description", "default": {...}, "forced": {...}}."""
     with metrics.registry_change("preset", "add") as meant:
@@ -141,7 +144,7 @@ async def put_preset(raw: Request, library: LiveRegistry = Depends(admitted)) ->
     return JSONResponse(preset_to_json(preset), status_code=200 if was_there else 201)
 
 
-@router.delete("/v1/steering/presets/{name}")
+@router.delete("/v1/steering/presets/{name}", responses=answers(Deleted))
 async def remove_preset(name: str, library: LiveRegistry = Depends(admitted)) -> dict[str, Any]:
     """Remove a preset."""
     with metrics.registry_change("preset", "remove"):

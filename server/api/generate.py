@@ -1,14 +1,18 @@
 """One short function per endpoint: the two OpenAI routes with the extra fields, and what a server can say of itself."""
 
 import asyncio
+import json
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from whipstaff.server import metrics
 from whipstaff.server.access.keys import HOLDER, Holder
@@ -19,7 +23,10 @@ from whipstaff.server.admission.fields import check_characters, ours_in, unpacke
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.admission.search import add_computed
 from whipstaff.server.api.access import headers_of
+from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
+from whipstaff.server.api.descriptions import Preset as PresetAnswer
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
@@ -117,7 +124,10 @@ async def exchange() -> AsyncIterator[AsyncExitStack]:
         yield at_end
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
+JSON = [Depends(openai.validate_json_request), Depends(check_text)]  # of the routes that generate
+
+
+@router.post("/v1/chat/completions", dependencies=JSON, responses=answers(Answer, streams=True))
 @openai.cancellable
 async def create_chat_completion(
     request: ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
@@ -126,7 +136,7 @@ async def create_chat_completion(
     return await _generate(request, raw_request, at_end)
 
 
-@router.post("/v1/completions", dependencies=[Depends(openai.validate_json_request), Depends(check_text)])
+@router.post("/v1/completions", dependencies=JSON, responses=answers(Answer, streams=True))
 @openai.cancellable
 async def create_completion(
     request: TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
@@ -154,26 +164,30 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
                 token=explained.note if explained else None,
                 search=tally.note_search,
                 retract=retractions.note if compiled.retracts else None,
-                sequence=tally.name_sequence if compiled.captures else None,
+                sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
         result = await openai.answer(request, raw)
 
-    async def receipt_at_end() -> dict[str, Any]:
+    async def finish(body: dict[str, Any]) -> None:
+        """What is said at the end, in a response or the last event of a stream."""
         made = await final_receipt(
             compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
         )
         metrics.note_steering(made["steering"])
-        return made
+        body[RECEIPT_FIELD] = made
+        if body.get("usage") and (searches := made.get("search")):
+            add_computed(body["usage"], searches)
 
     if isinstance(result, Response):
         return result
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, receipt_at_end, explained, retractions)
+        events = with_extras(result, finish, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
-    body = result.model_dump() | {RECEIPT_FIELD: await receipt_at_end()}
+    body = result.model_dump()
+    await finish(body)
     if explained is not None:
         explained.add_to(body)
     if timed is not None:
@@ -201,7 +215,7 @@ def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: Asy
     return of(body, headers={**(openai.load_headers(raw) or {}), **headers})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=answers(Model))
 async def show_model(name: str, raw: Request) -> dict[str, Any]:
     """A model, an adapter or a preset of one, as the list of all shows it."""
     shown = await openai.models(raw.app)
@@ -210,20 +224,20 @@ async def show_model(name: str, raw: Request) -> dict[str, Any]:
     return shown[name]
 
 
-@router.get("/v1/steering/methods")
+@router.get("/v1/steering/methods", responses=answers(Methods))
 async def methods(raw: Request, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every method: kind, JSON schema, defaults, paper, whether this server can run it, and a request that shows it."""
     model = next(iter(await openai.models(raw.app)))
     return {"object": "list", "data": method_table(caps, model)}
 
 
-@router.get("/v1/steering/vectors")
+@router.get("/v1/steering/vectors", responses=answers(Vectors))
 async def vectors(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every vector that was loaded."""
     return {"object": "list", "data": [vector_to_json(entry) for entry in caps.registry]}
 
 
-@router.get("/v1/steering/vectors/{name}")
+@router.get("/v1/steering/vectors/{name}", responses=answers(Vector))
 async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """One vector, with the norm of each of its tensors, how large its edits are beside the model's activations, and its
     cosine with every other that has numbers at the same places."""
@@ -238,7 +252,7 @@ async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[
     }
 
 
-@router.post("/v1/steering/validate", dependencies=[Depends(check_text)])
+@router.post("/v1/steering/validate", dependencies=[Depends(check_text)], responses=answers(Valid))
 async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """Compile a request without running it: its plan, or the error that the request would get.
 
@@ -287,13 +301,13 @@ def _with_some_prompt(body: dict[str, Any], preset: Preset) -> OpenAIRequest:
     return parse(ChatRequest, {**body, "messages": [{"role": "user", "content": "Hello"}]})
 
 
-@router.get("/v1/steering/presets")
+@router.get("/v1/steering/presets", responses=answers(Presets))
 async def presets(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """Every preset: what it says, and the digest that receipts name."""
     return {"object": "list", "data": [preset_to_json(preset) for preset in caps.presets.values()]}
 
 
-@router.get("/v1/steering/presets/{name}")
+@router.get("/v1/steering/presets/{name}", responses=answers(PresetAnswer))
 async def preset(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """One preset."""
     return preset_to_json(caps.preset(name))
@@ -360,6 +374,31 @@ async def _sent(raw: Request) -> dict[str, Any]:
 
 def _model(body: Mapping[str, Any]) -> str | None:
     return model if isinstance(model := body.get("model"), str) else None
+
+
+async def answer_http_error(raw: Request, error: Exception) -> Response:
+    """The exception handler for what no route was asked for, and for JSON that Python does not read."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    refused = {"message": error.detail, "type": f"{status.phrase.title().replace(' ', '')}Error", "param": None}
+    if isinstance(error.__cause__, ValueError):
+        refused |= {"message": f"{error.detail}: {error.__cause__}", "param": _long_number(await raw.body())}
+    return JSONResponse({"error": refused | {"code": status}}, status, error.headers)
+
+
+def _long_number(data: bytes) -> str | None:
+    """The top-level field in which JSON has a number of more digits than Python reads."""
+    marked = json.loads(data, parse_int=lambda digits: _LONG if len(digits) > sys.get_int_max_str_digits() else 0)
+    fields = marked.items() if isinstance(marked, dict) else ()
+    return next((name for name, value in fields if _holds(value, _LONG)), None)
+
+
+_LONG = object()
+
+
+def _holds(value: Any, wanted: object) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is wanted or any(_holds(one, wanted) for one in inner)
 
 
 async def answer_refusal(raw: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from whipstaff.server import metrics
+from whipstaff.server.api.descriptions import Ready
 from whipstaff.server.engine.frontend.lifecycle import Lifecycle
 from whipstaff.server.errors import NotReady
 
@@ -15,7 +16,13 @@ _HEADERS = {"Retry-After": "1", "Connection": "close"}  # else a client would co
 router = APIRouter()
 
 
-@router.get("/ready", responses={503: {"description": "The server ends, or its engine died: send it nothing."}})
+@router.get(
+    "/ready",
+    responses={
+        200: {"model": Ready},
+        503: {"model": Ready, "description": "It ends, or its engine died: ask another."},
+    },
+)
 async def ready(raw: Request) -> JSONResponse:
     """Whether requests are taken. A server that starts answers nothing at all: its self-test comes first."""
     life: Lifecycle = raw.app.state.whipstaff_life

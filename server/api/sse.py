@@ -36,37 +36,43 @@ class Retractions:
         if self._new and not chunk.startswith("data: [DONE]"):
             said, self._new = self._new, []
             more = {"choices": [], RECEIPT_FIELD: {"retracted": said}}
-            body = json.loads(chunk.removeprefix("data: "))
+            body = _body(chunk)
             yield _event({name: body[name] for name in ("id", "object", "created", "model") if name in body} | more)
 
 
 async def with_extras(
     chunks: AsyncGenerator[str, None],
-    receipt: Callable[[], Awaitable[dict[str, Any]]],
+    finish: Callable[[dict[str, Any]], Awaitable[None]],
     explained: ChoiceExplanations | None,
     retractions: Retractions,
 ) -> AsyncGenerator[str, None]:
     """Server-sent events with explanations in every choice, what is taken back of them between these, and the receipt
-    in the last data event before [DONE]. Closing this closes `chunks`."""
+    that `finish` puts into the last data event before [DONE]. Closing this closes `chunks`."""
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
             if chunk.startswith("data: [DONE]") and held is not None:
-                held = _changed(held, {RECEIPT_FIELD: await receipt()})
+                last = _body(held)
+                await finish(last)
+                held = _event(last)
             if held is not None:
                 yield held
             for event in retractions.before(chunk):
                 yield event
-            held = chunk if explained is None or chunk.startswith("data: [DONE]") else _changed(chunk, {}, explained)
+            held = chunk if explained is None or chunk.startswith("data: [DONE]") else _explained(chunk, explained)
     if held is not None:
         yield held
 
 
-def _changed(event: str, more: dict[str, Any], explained: ChoiceExplanations | None = None) -> str:
-    body = {**json.loads(event.removeprefix("data: ")), **more}
-    if explained is not None:
-        explained.add_to(body)
+def _explained(event: str, explained: ChoiceExplanations) -> str:
+    body = _body(event)
+    explained.add_to(body)
     return _event(body)
+
+
+def _body(event: str) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(event.removeprefix("data: "))
+    return said
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 """The command line: `whipstaff serve [MODEL] [flags]`, `whipstaff doctor [MODEL] [flags]`, `whipstaff bench [flags]`,
-`whipstaff vectors ...`, `whipstaff fit METHOD ...`, `whipstaff eval DATA ...`."""
+`whipstaff vectors ...`, `whipstaff fit METHOD ...`, `whipstaff eval DATA ...`, `whipstaff keys ...`."""
 
 import logging
 import os
@@ -25,6 +25,7 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
        whipstaff vectors list|add|remove             the vectors of a running server
        whipstaff fit METHOD --model M --data D -o F  make a vector file; `whipstaff fit methods` lists what can be made
        whipstaff eval DATA --vector NAME --scales A,B  what a server's vector does, and what it costs
+       whipstaff keys hash|new                       the hash of a key, for the file of --keys
        whipstaff --version                           this version, and that of vLLM
 
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
@@ -56,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         from whipstaff.server.commands import eval as eval_cli
 
         sys.exit(eval_cli.run(eval_args))
+    if words[:1] == ["keys"]:
+        from whipstaff.server.commands import keys
+
+        sys.exit(keys.main(words[1:]))
     if words == ["--version"]:
         print(f"whipstaff {__version__} over vLLM {vllm_version()}")
         sys.exit(0)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from whipstaff.server.demo import MODELS, VECTORS, grammar, mood, questions, world
+from whipstaff.server.demo import MODELS, VECTORS, mood, questions, world
+from whipstaff.server.demo.grammar import SHARED
 from whipstaff.steering import vector_file
 from whipstaff.steering.fit import fitting
 from whipstaff.steering.fit.local import LocalModel
@@ -86,7 +87,7 @@ def answers(the_world: world.World, rng: Random, num: int = 320) -> Lines:
 
 def sunny(the_world: world.World, rng: Random) -> Lines:
     """Beginnings of sentences, and the one word of the ten that could follow."""
-    names, spots = sorted(the_world.people), grammar.SHARED["when"]
+    names, spots = sorted(the_world.people), SHARED["when"]
     patterns = ("{when} {name} sat near the", "{when} {name} met {other} near the", "{when} {name} went to the")
     for _ in range(80):
         name, other = rng.sample(names, 2)

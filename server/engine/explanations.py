@@ -15,6 +15,13 @@ from whipstaff.server.engine.searches import DRAFT_KEY
 EXPLAIN_KEY = "whipstaff"
 
 
+class Stops(Protocol):
+    """Of one step; see `worker.edits.histories`."""
+
+    def on_host(self) -> frozenset[str]:
+        """The requests that end. Waits for the device."""
+
+
 class Explanations(Protocol):
     """Of one step; see `worker.logits.explain`."""
 
@@ -42,6 +49,33 @@ def _explained(cls: Any, pending: Explanations) -> type:
             return ready
 
     return Explained
+
+
+def attach_stops(output: Any, stops: Stops) -> Any:
+    """Let a step's output carry to the scheduler who ends."""
+    if isinstance(output, AsyncModelRunnerOutput):
+        swap(output, _stopping(type(output), stops))
+    else:
+        output.whipstaff_stops = stops.on_host()
+    return output
+
+
+def _stopping(cls: Any, pending: Stops) -> type:
+    """As `_explained`."""
+
+    class Stopping(cls):
+        def get_output(self) -> ModelRunnerOutput:
+            ready: ModelRunnerOutput = cls.get_output(self)
+            ready.whipstaff_stops = pending.on_host()
+            return ready
+
+    return Stopping
+
+
+def stops_of(output: Any) -> frozenset[str]:
+    """Those that a step's output carries."""
+    found: frozenset[str] = getattr(output, "whipstaff_stops", frozenset())
+    return found
 
 
 def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:

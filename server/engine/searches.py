@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
     settled: int = 0  # leading tokens of the first that every answer will have
     hypotheses: tuple[Hypothesis, ...] = ()  # once it is over, best first
     counts: Mapping[str, int] = {}  # of the whole search, so far
-    facts: tuple[Mapping[str, Any], ...] = ()  # of its steps, likewise, where the request wants things explained
+    facts: Mapping[str, Any] = {}  # of this step, where the request wants things explained
     log_probs: tuple[tuple[TokenLogProbs, ...], ...] = ()
     """Where wanted: of tokens that are newly settled; or of those of all answers that were not told yet."""
 

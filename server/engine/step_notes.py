@@ -42,6 +42,7 @@ class SearchUse(NamedTuple):
     moved_seats: int = 0  # sequences whose tokens the worker had to be told anew
     copied_blocks: int = 0
     recomputed_tokens: int = 0  # that a sequence kept, and whose keys and values it could not take over
+    computed: Mapping[str, int] = {}  # tokens after prompts, without those that were tried; by the request's label
 
 
 class StepNotes(NamedTuple):

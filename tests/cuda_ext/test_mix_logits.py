@@ -18,6 +18,8 @@ from whipstaff.cuda_ext import reference
 from .batches import DTYPES, INDEX_TYPES, POPULARITY, PROPERTY, strided
 from .tolerances import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("library")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoding"
 INF = float("inf")
 
@@ -221,22 +223,6 @@ def test_golden_context_aware_decoding() -> None:
         allowed = out > -INF
         torch.testing.assert_close(out[allowed], tensors[f"{case['id']}.score"][allowed], rtol=0, atol=1e-4)
         assert out.argmax(1).tolist() == case["output"]
-
-
-def test_registration() -> None:
-    streams, rows = [torch.randn(3, 40), torch.randn(3, 41)], identity_rows(3, 2)
-    arguments = torch.zeros(3, 40), streams, rows, torch.ones(3, 2), None, None, torch.ones(3, 2), None, None
-    torch.library.opcheck(torch.ops.whipstaff.mix_logits_.default, arguments)
-
-
-def test_under_torch_compile() -> None:
-    def step(out: Tensor, other: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        logits = out * 2
-        cuda_ext.mix_logits_(logits, [out, other + 1], rows, weights)
-        return logits + 1
-
-    arguments = torch.randn(3, 40), torch.randn(3, 40), identity_rows(3, 2), torch.randn(3, 2)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*arguments), step(*arguments))
 
 
 OUT, ROWS, WEIGHTS = torch.zeros(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)

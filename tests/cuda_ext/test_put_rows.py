@@ -11,6 +11,8 @@ from whipstaff.cuda_ext import reference
 
 from .batches import BATCHES, DTYPES, HIDDEN, POPULARITY, PROPERTY, slots, strided
 
+pytestmark = pytest.mark.usefixtures("library")
+
 NUM_ROWS = 5
 
 
@@ -56,31 +58,6 @@ def test_an_index_outside_the_rows_is_harmless() -> None:
     assert torch.equal(x, torch.ones(4, 8))
 
 
-def step(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    x = x * 2
-    cuda_ext.put_rows_(x, rows, index)
-    return x + 1
-
-
-def test_under_torch_compile() -> None:
-    arguments = torch.randn(6, 32), torch.randn(5, 32), torch.tensor([0, -1, 2, -1, 4, 0], dtype=torch.int32)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*arguments), step(*arguments))
-
-
-def test_a_compiled_step_follows_its_buffers() -> None:
-    x, rows, index = torch.randn(3, 8), torch.randn(3, 8), torch.full((4,), -1, dtype=torch.int32)
-    compiled = torch.compile(step, fullgraph=True)
-    torch.testing.assert_close(compiled(x, rows, index), 2 * x + 1)
-    index[1] = 1
-    rows[1] = 7
-    assert compiled(x, rows, index)[1].tolist() == [8.0] * 8
-
-
-def test_registration() -> None:
-    arguments = torch.randn(6, 32), torch.randn(5, 32), torch.arange(6, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.whipstaff.put_rows_.default, arguments)
-
-
 X, ROWS, INDEX = torch.ones(4, 8), torch.ones(5, 8), torch.zeros(4, dtype=torch.int32)
 REFUSED = {
     "x must be float32, bfloat16 or float16, not Double": (X.double(), ROWS, INDEX),
@@ -91,7 +68,6 @@ REFUSED = {
     "index must be Int, not Long": (X, ROWS, INDEX.long()),
     "index has 3 entries for 4 rows": (X, ROWS, INDEX[1:]),
     r"index must have 1 dimension, not shape \[4, 1\]": (X, ROWS, INDEX[:, None]),
-    "a tensor is on meta, x on cpu": (X, ROWS.to("meta"), INDEX),
 }
 
 

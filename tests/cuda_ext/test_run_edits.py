@@ -1,10 +1,9 @@
 """run_edits_: every token runs its own small program of edits on its row."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from whipstaff import cuda_ext
 from whipstaff.cuda_ext import Opcode, Phi, interpreter
 
 from .batches import BATCHES, DTYPES, HIDDEN, POPULARITY, PROPERTY, slots, strided
-from .test_libraries import run_python
 from .tolerances import TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("library")
 
 NAN = math.nan
 Rows = list[list[float]]
@@ -607,30 +607,6 @@ def test_empty_batches(shape: tuple[int, int]) -> None:
     cuda_ext.run_edits_(torch.ones(shape), torch.ones(0, shape[1]), *none, tokens, torch.ones(4, 0), torch.ones(0, 0))
 
 
-def step(x: Tensor, *others: Any) -> Tensor:
-    x = x * 2
-    cuda_ext.run_edits_(x, *others)
-    return x + 1
-
-
-def test_under_torch_compile() -> None:
-    edits = batch("all_different", 6, 32, torch.float32)
-    copy = edits.copies()
-    compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True)
-    torch.testing.assert_close(compiled(*edits), step(*copy))
-    torch.testing.assert_close(edits.history, copy.history, equal_nan=True)
-    assert edits.kept is not None and copy.kept is not None and torch.equal(edits.kept, copy.kept)
-
-
-def test_registration() -> None:
-    edits = batch("all_different", 6, 32, torch.float32)._replace(
-        encoder=torch.randn(3, 32), encoder_bias=torch.ones(3)
-    )
-    edits = edits._replace(x=torch.randn(6, 32), residual=torch.randn(6, 32), history=torch.zeros(11, 7))
-    edits = edits._replace(kept=torch.randn(8, 32))
-    torch.library.opcheck(torch.ops.whipstaff.run_edits_.default, tuple(edits))
-
-
 FINE = Edits(
     torch.ones(4, 8),
     torch.ones(3, 8),
@@ -662,7 +638,6 @@ REFUSED = {
     "kept has 3 rows, 4 are needed": {"kept": FINE.x[1:]},
     "kept has 7 columns, not 8": {"kept": FINE.x[:, 1:]},
     "kept must be Float, not Half": {"kept": FINE.x.half()},
-    "a tensor is on meta, x on cpu": {"lines": FINE.lines.to("meta")},
 }
 
 
@@ -670,66 +645,3 @@ REFUSED = {
 def test_a_refusal_names_the_tensor(message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         cuda_ext.run_edits_(*FINE._replace(**REFUSED[message]))
-
-
-MISTAKES: dict[str, tuple[Program, str]] = {
-    "tokens[1, 0] is 7, code has 2 instructions": ([(Opcode.SAVE,), (Opcode.END,)], "tokens[1, 0] = 7"),
-    "token 1, instruction 0: line 3 is outside [-1, 3)": ([(Opcode.DIAG, -1, 3), (Opcode.END,)], ""),
-    "token 1, instruction 0: line 5 is outside [-1, 3)": ([(Opcode.TAKE, 5), (Opcode.END,)], ""),
-    "token 1, instruction 0: line -1 is outside [0, 3)": ([(Opcode.CROSS, 0, -1, 1), (Opcode.END,)], ""),
-    "token 1, instruction 1: stride 8 does not pair 8 columns": (
-        [(Opcode.SAVE,), (Opcode.CROSS, 0, 0, 8), (Opcode.END,)],
-        "",
-    ),
-    f"token 1, instruction 0: phi 99 is outside [0, {len(Phi)})": ([(Opcode.DIR, 0, 0, 99), (Opcode.END,)], ""),
-    "token 1, instruction 0: gains column 1 is outside [-1, 1)": ([(Opcode.GAIN, 1), (Opcode.END,)], ""),
-    "token 1, instruction 0: condition 1 is outside [0, 1)": ([(Opcode.WHEN, 1), (Opcode.END,)], ""),
-    "token 1, instruction 0: history row 2 is outside [-1, 2)": (
-        [(Opcode.PROBE, 0, 0), (Opcode.END,)],
-        "tokens[1, 2] = 2",
-    ),
-    "token 1, instruction 0: TOP_K needs encoder": ([(Opcode.TOP_K, 0, 1, 1), (Opcode.END,)], ""),
-    "token 1, instruction 0: encoder row 3 is outside [0, 3)": (
-        [(Opcode.TOP_K, 1, 3, 1), (Opcode.END,)],
-        "encoder = lines",
-    ),
-    "token 1, instruction 0: KEEP needs kept": ([(Opcode.KEEP,), (Opcode.END,)], ""),
-    f"token 1, instruction 0: op {len(Opcode)} is outside [0, {len(Opcode)})": ([(len(Opcode),), (Opcode.END,)], ""),
-    "token 1, instruction 0: gains column -2 is outside [-1, 1)": ([(Opcode.GAIN, -2), (Opcode.END,)], ""),
-    "token 1, instruction 0: stride 0 does not pair 8 columns": ([(Opcode.CROSS, 0, 0, 0), (Opcode.END,)], ""),
-    "token 1, instruction 0: encoder row -1 is outside [0, 3)": (
-        [(Opcode.TOP_K, 0, 0, 1), (Opcode.END,)],
-        "encoder = lines",
-    ),
-    "token 1 leaves the code for 1, it has 1 instructions": ([(Opcode.SAVE,)], ""),
-    "token 1 leaves the code for -3, it has 1 instructions": ([(Opcode.JUMP, -3)], ""),
-    "token 1: its program does not end": ([(Opcode.SAVE,), (Opcode.JUMP, 0)], ""),
-}
-
-ATTEMPT = """
-tokens = torch.tensor([[-1, 0, 0], [0, 0, 0]], dtype=torch.int32)
-x, lines, encoder = torch.ones(2, 8), torch.ones(3, 8), None
-{change}
-code, args = tables({program})
-try: cuda_ext.run_edits_(x, lines, code, args, tokens, torch.ones(2, 1), torch.ones(2, 5), encoder=encoder)
-except RuntimeError as error: print(error)
-else: print("accepted")
-"""
-
-
-@pytest.mark.parametrize("implementation", ["compiled", "reference"])
-def test_checked_mode_names_the_token_and_the_instruction(implementation: str) -> None:
-    head = ["import torch; from whipstaff import cuda_ext", inspect.getsource(tables).replace(": Program", "")]
-    cases: list[tuple[Program, str]] = [*MISTAKES.values(), ([(Opcode.SAVE,), (Opcode.PROBE, 0, 0), (Opcode.END,)], "")]
-    attempts = [
-        ATTEMPT.format(change=change, program=[[int(n) for n in i] for i in program]) for program, change in cases
-    ]
-    done = run_python(
-        "\n".join(head + attempts).replace(" -> tuple[Tensor, Tensor]", ""),
-        WHIPSTAFF_CUDA_EXT=implementation,
-        WHIPSTAFF_CUDA_EXT_CHECKED="1",
-    )
-    said = [line for line in done.stdout.splitlines() if "token" in line or line == "accepted"]
-    assert len(said) == len(cases), done.stderr
-    for line, message in zip(said, [*MISTAKES, "accepted"], strict=True):
-        assert line.endswith(message)  # the compiled one first says where it stands

@@ -71,7 +71,8 @@ def run(
             yield one
 
     async def follow() -> None:
-        plan = PlanDict({"companions": [{"until": until} for until in companions]}, method)
+        own = {"label": method, "decoding": None}
+        plan = PlanDict({"companions": [{"until": until} for until in companions]} | own)
         async with aclosing(watch(plan, generate(), (ValueError,))) as watched:
             num = 0
             async for _ in watched:
@@ -269,6 +270,23 @@ def test_what_searches_did_is_shown() -> None:
     before = {name: value(series) if series.endswith("_total") else 0.0 for name, series in OF_SEARCHES.items()}
     WorkerCounts().note(worker_says(0, 0, [], 0) | told)
     assert {name: value(series) - before[name] for name, series in OF_SEARCHES.items()} == told
+
+
+def test_what_searches_computed_is_counted_where_it_is_known(clock: SimpleNamespace, method: str, grown: Any) -> None:
+    """In the engine, so that nothing is missing of those that were aborted, or have settled no token."""
+    counts = WorkerCounts()
+    plan = PlanDict({"companions": [], "label": method, "decoding": {"search": ["beam_search"]}})
+
+    async def outputs() -> AsyncGenerator[Any, None]:
+        yield output((0, 3, "length"), finished=True)
+
+    async def follow() -> None:
+        async for _ in watch(plan, outputs()):
+            counts.note(worker_says(0, 0, [], 0) | {"search_computed": {method: 9}})
+            counts.note(worker_says(0, 0, [], 0) | {"search_computed": {method: 12}})
+
+    asyncio.run(follow())
+    assert (grown("generated_tokens_total"), grown("computed_tokens_total")) == (3, 12)
 
 
 def test_waits_that_nobody_asked_for_in_time_are_lost_and_not_counted_twice() -> None:

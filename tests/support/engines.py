@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from modes import MODES, run_as
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from warm import warm_processes
@@ -170,7 +171,11 @@ def running(mode: str, model: str, aux: Iterable[tuple[str, str]] = (), **flags:
         engine = EngineUnderTest(model, aux, **MODES[mode], **flags)
     try:
         assert engine.facts["runner"] == mode[:2]
-        assert engine.engine.vllm_config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
+        config = engine.engine.vllm_config
+        assert config.scheduler_config.async_scheduling == MODES[mode]["async_scheduling"]
+        if not config.model_config.enforce_eager:
+            assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+            assert config.compilation_config.backend == ("eager" if "traced" in mode else "inductor")
         yield engine
     finally:
         engine.close()

@@ -16,13 +16,21 @@ MODES: dict[str, dict[str, Any]] = {
     "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
     "v1-compiled-async": {"async_scheduling": True},
+    "v1-traced-sync": {"async_scheduling": False},
+    "v1-traced-async": {"async_scheduling": True},
 }
+"""A compiled mode is what is served: Inductor makes kernels of Dynamo's graphs, which takes a minute for each engine. A
+traced mode runs the graphs as they are."""
 THREE = ("v1-eager-async", "v1-compiled-sync", "v2-eager-async")
 """Both runners, eager and compiled, synchronous and asynchronous: what is shown in these is shown in all."""
-WITH_RANKS = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
-"""The same, with two ranks among them."""
 ON_V1 = THREE[:2]
 """For what the runners share, where Triton's interpreter would take minutes."""
+COMPILED_WITH_RANKS = ("v1-eager-two-ranks", "v1-compiled-async", "v2-eager-async")
+"""As THREE, with two ranks among them."""
+TRACED = ("v1-eager-async", "v1-traced-sync", "v2-eager-async")
+"""As THREE, for engines whose graphs contain nothing that the engines of those modules do not compile."""
+WITH_RANKS = ("v1-eager-two-ranks", "v1-traced-async", "v2-eager-async")
+"""The same, with two ranks among them."""
 
 
 @contextmanager
@@ -31,6 +39,8 @@ def run_as(mode: str) -> Iterator[None]:
     with ExitStack() as stack:
         if mode.startswith("v2"):
             stack.enter_context(v2_on_cpu())
+        if "traced" in mode:
+            stack.enter_context(without_inductor())
         if MODES[mode]["async_scheduling"]:
             stack.enter_context(async_on_cpu())
         if "tensor_parallel_size" in MODES[mode]:
@@ -46,6 +56,14 @@ def v2_on_cpu() -> Iterator[None]:
         patch.setenv("WHIPSTAFF_TEST_TRITON_CPU", "1")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's own processes it really is there
+        yield
+
+
+@contextmanager
+def without_inductor() -> Iterator[None]:
+    """As vLLM tests its own CPU backend; graphs are traced in the first step, since nothing warms them up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_CI_ENV", "1")
         yield
 
 

@@ -49,7 +49,7 @@ class SearchAnswers:
         Args:
             num: how many answers are wanted.
             params: by which the engine generates.
-            note: called with what the search came to.
+            note: called with what the search has come to, whenever that is told.
             retract: called with how many of the last characters are taken back; None: only what is settled is sent.
         """
         self._num, self._params, self._note, self._retract = num, params, note, retract
@@ -61,8 +61,7 @@ class SearchAnswers:
         """What the engine says of the request."""
         self._draft = told.get(DRAFT_KEY, self._draft)
         if SEARCH_KEY in told:
-            self._record = told[SEARCH_KEY]
-            self._note(told[SEARCH_KEY])
+            self._tell(told[SEARCH_KEY])
 
     async def of(self, outputs: Outputs, tokenizer: Any) -> Outputs:
         async with aclosing(outputs):
@@ -71,7 +70,13 @@ class SearchAnswers:
                     self._go_ahead(output, tokenizer, self._retract)
                 if output.finished:
                     output.outputs += self._further(output, tokenizer)
+                    if "hypotheses" not in self._record:  # a text ended it, of which the engine knows nothing
+                        self._tell({"counts": self._record.get("counts", {}), "ended_by": "stop"})
                 yield output
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        self._record = record
+        self._note(dict(record))
 
     def _go_ahead(self, output: RequestOutput, tokenizer: Any, retract: Callable[[int], None]) -> None:
         """Let an output say what the text may become, after what no longer holds was taken back."""

@@ -51,7 +51,7 @@ CAPTURE_BYTES = 1 << 28  # of activations that requests read at once, by default
 class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
-    `label` names its methods for metrics; `note` is called with each of the request's outputs, `explained` with the
+    `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
     that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
@@ -61,7 +61,6 @@ class PlanDict(dict[str, Any]):
     def __init__(
         self,
         wire: dict[str, Any],
-        label: str = "",
         note: Callable[[Any], None] | None = None,
         explained: Callable[[int, dict[str, Any]], None] | None = None,
         lease: Lease = NOTHING,
@@ -70,12 +69,15 @@ class PlanDict(dict[str, Any]):
         named: Callable[[int, str], None] | None = None,
     ) -> None:
         super().__init__(wire)
-        self.named = named
-        self.label, self.note, self.explained, self.lease, self.answers = label, note, explained, lease, answers
+        self.label, self.named = str(wire["label"]), named
+        self.note, self.explained, self.lease, self.answers = note, explained, lease, answers
         self.asked = asked or {}
 
     def num_computed(self, num_tokens: int) -> int:
-        """How many tokens its sequences compute for so many that are generated."""
+        """How many tokens its sequences compute for so many that are generated. What a search computes only the engine
+        can count, and does."""
+        if self["decoding"] and self["decoding"]["search"]:
+            return 0
         untils = [companion["until"] for companion in self["companions"]]
         return num_tokens + sum(num_tokens if until is None else min(num_tokens, until) for until in untils)
 
@@ -196,8 +198,9 @@ class Listening(Swapped):
         for output in engine_core_outputs:
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
                 output.kv_transfer_params = None
-                if (state := self.request_states.get(output.request_id)) is not None:  # else it was aborted just now
-                    state.whipstaff_explained(told)
+                state = self.request_states.get(output.request_id)  # None: it was aborted just now
+                if (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
+                    hear(told)
         return super().process_outputs(engine_core_outputs, *args, **kwargs)
 
     def do_tracing(self, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,13 +20,14 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMClientError
 
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of
+from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of, field_meant
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest
 
@@ -172,12 +173,27 @@ async def answer(request: OpenAIRequest, raw: Request) -> Any:
     """vLLM's answer: an error Response, a response model, or an async generator of server-sent events."""
     serving = _serving(raw.app, request)
     if isinstance(request, ChatRequest):
-        result = await serving.create_chat_completion(request, raw)
+        result = await _naming(request, serving.create_chat_completion(request, raw))
     else:
-        result = await serving.create_completion(request, raw)
+        result = await _naming(request, serving.create_completion(request, raw))
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     return _ending_truly(result) if isinstance(result, AsyncGenerator) else result
+
+
+async def _naming(request: OpenAIRequest, answering: Awaitable[Any]) -> Any:
+    """What vLLM answers; where it refuses a request without naming a field, with the one that its sentence is about.
+    Raises: what vLLM does; BadRequest."""
+    try:
+        result = await answering
+    except (ValueError, TypeError, OverflowError, VLLMClientError) as error:
+        refused = create_error_response(error).error
+        if refused.code != BadRequest.status or refused.param or not (name := field_meant(refused.message, request)):
+            raise
+        raise BadRequest(refused.message, name) from None
+    if isinstance(result, ErrorResponse) and result.error.param is None:
+        result.error.param = field_meant(result.error.message, request)
+    return result
 
 
 async def _ending_truly(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
@@ -194,9 +210,9 @@ async def render(request: OpenAIRequest, app: FastAPI) -> Response | None:
     """Tokenise and check a request without scheduling it; a Response if vLLM refuses it."""
     serving = _serving(app, request)
     if isinstance(request, ChatRequest):
-        result = await serving.render_chat_request(request)
+        result = await _naming(request, serving.render_chat_request(request))
     else:
-        result = await serving.render_completion_request(request)
+        result = await _naming(request, serving.render_completion_request(request))
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
 
 

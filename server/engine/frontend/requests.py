@@ -6,7 +6,7 @@ that the plan depends on, and `place` the request in each of its prompts, which 
 parameters that vLLM then asks for carry the plan.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, cast
 from uuid import uuid4
@@ -93,6 +93,9 @@ class Extras(BaseModel):
     )
     capture: Any = Field(
         None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+    )
+    stop_when: Any = Field(
+        None, description='{"probe": name, "above": x} or "below": end at the first token where the probe reads that'
     )
     logprobs_source: Any = Field(None, description='"final" (default), "base": before decoding methods, or "both"')
     temperature_last: Any = Field(None, description="whether truncation comes before temperature, as in llama.cpp")
@@ -318,7 +321,7 @@ class Extras(BaseModel):
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
         compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
-        own = compiled.label, note, watching, self._lease, answers, compiled.asked
+        own = note, watching, self._lease, answers, compiled.asked
         return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
@@ -368,8 +371,56 @@ class Extras(BaseModel):
                 setattr(self, name, value)
 
 
+def _blaming(body: Any, handler: Callable[[Any], Any]) -> Any:
+    """vLLM's validators look into fields before pydantic has checked these, and break where one is of an odd type.
+    Raises: BadRequest naming the field without which they would not."""
+    try:
+        return handler(body)
+    except Exception as error:
+        if not _is_broken(error) or not isinstance(body, dict):
+            raise
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BadRequest(f"this is not what the field may hold: {said}", _blamed(body, handler)) from None
+
+
+def _blamed(body: dict[str, Any], handler: Callable[[Any], Any]) -> str | None:
+    """The field without which validators take a request, or, where it has to be there, say what is missing."""
+    blamed = None
+    for name in body:
+        try:
+            handler({other: value for other, value in body.items() if other != name})
+        except Exception as error:
+            if blamed is None and not _is_broken(error):
+                blamed = name
+        else:
+            return name
+    return blamed
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether validators did not say what is wrong, or not where: what they read by hand has no field for pydantic."""
+    if isinstance(error, ValidationError):
+        return not isinstance(next(iter(error.errors(include_url=False)[0]["loc"]), None), str)
+    is_placeless = isinstance(error, VLLMClientError) and getattr(error, "parameter", None) is None
+    return is_placeless or isinstance(error, AttributeError | TypeError | LookupError | ArithmeticError)
+
+
 class ChatRequest(ChatCompletionRequest, Extras):
     """A chat completion with the extra fields."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _blames(cls, body: Any, handler: Callable[[Any], Any]) -> Any:
+        return _blaming(body, handler)
+
+    @model_validator(mode="after")
+    def _reads_messages(self) -> "ChatRequest":
+        """Pydantic checks the parts of a content as they are read, which would be where nobody knows the field."""
+        for index, message in enumerate(self.messages):
+            for name, value in message.items() if isinstance(message, dict) else ():
+                if isinstance(value, Iterator):
+                    message[name] = _read(value, f"messages[{index}].{name}")
+        return self
 
     @property
     def scores_prompt(self) -> bool:
@@ -408,8 +459,22 @@ class ChatRequest(ChatCompletionRequest, Extras):
         return params
 
 
+def _read(parts: Iterator[Any], path: str) -> list[Any]:
+    """Raises: BadRequest."""
+    try:
+        return list(parts)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadRequest(first["msg"], f"{path}[{first['loc'][0]}]" if first["loc"] else path) from None
+
+
 class TextRequest(CompletionRequest, Extras):
     """A text completion with the extra fields."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _blames(cls, body: Any, handler: Callable[[Any], Any]) -> Any:
+        return _blaming(body, handler)
 
     @property
     def echoes_scores(self) -> bool:
@@ -485,6 +550,20 @@ def check_sampling(request: OpenAIRequest, is_hot_taken: bool) -> None:
         request.cooled(make) if is_hot_taken else make()
     except (ValueError, VLLMClientError) as error:
         raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
+
+
+def field_meant(message: str, request: OpenAIRequest) -> str | None:
+    """The field of a request that vLLM's sentence about it is about, where vLLM does not say; None where that is not
+    clear. It begins with the field, or has its words in it."""
+    said = [name for name in request.model_fields_set if name in type(request).model_fields]
+    first = message.split(" ", 1)[0].strip("`'\"")
+    if first in said:
+        return first
+    words = message.lower().replace("_", " ")
+    if "grammar" in words or "structured outputs" in words:
+        said = [name for name in ("structured_outputs", "response_format") if name in said]
+        return said[0] if said else None
+    return next((name for name in said if "_" in name and name.replace("_", " ") in words), None)
 
 
 def check_something_is_left(params: SamplingParams) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -102,10 +103,11 @@ class SearchGroup(Group):
         self.num_told = 0  # tokens that the client has
         self.room = 0  # the most tokens that a living sequence may have generated, for another to follow
         self.counts: Counter[str] = Counter()
+        self.facts: list[dict[str, Any]] = []  # that its client is told with the next tokens
         self.num_tried = 0  # tokens
         self.ended_by = ""  # the budget that was used up
         self.tells_drafts = plan.decoding.search.tells_drafts
-        self._plan, self._arrived = plan.decoding.search, time.monotonic()
+        self._plan, self._arrived, self.label = plan.decoding.search, time.monotonic(), plan.label
         super().__init__(rows[0][0], rows[0][1:], plan)
         self._untils = {}  # a companion that is not needed any more costs a seat that is kept anyway
 

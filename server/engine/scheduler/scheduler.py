@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine import causes
-from whipstaff.server.engine.explanations import relay
+from whipstaff.server.engine.explanations import relay, stops_of
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.bans import without_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
@@ -26,6 +26,7 @@ from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
 from whipstaff.steering.plan import EditSet, num_slots
 
+STOP_WHEN = "stop_when"  # the stop reason of a request that its own field of that name ended
 PLAIN, STEERED, GUIDED = "plain", "steered", "guided"  # whose prompts are looked for in the prefix cache
 
 
@@ -133,6 +134,7 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
+        self._stops: frozenset[str] = frozenset()  # who ends by what was read of the tokens that are being taken in
         self._asking: set[str] = set()  # requests that ask for anything of ours
         self._was_idle = False  # whether nobody in the last step, or waiting, needed room
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
@@ -208,6 +210,7 @@ class SteeredScheduling(SearchScheduling):
         )
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._stops = stops_of(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if hasattr(model_runner_output, "whipstaff_explanations"):
             relay(model_runner_output.whipstaff_explanations, outputs)
@@ -231,6 +234,9 @@ class SteeredScheduling(SearchScheduling):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         found, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        if found and request.request_id in self._stops and _has_enough(request):
+            request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, STOP_WHEN
+            return [], True  # the token before these was the last
         if not found or not _has_bans(request) or self.is_searching(request):
             return found, stopped
         return without_banned(request, found, stopped)
@@ -277,6 +283,12 @@ def _traffic(request: Request) -> str:
     extra = request.sampling_params.extra_args if request.sampling_params else None
     plan = (extra or {}).get(PLAN_KEY)
     return STEERED if plan and plan["steering"] else PLAIN
+
+
+def _has_enough(request: Request) -> bool:
+    """Whether it has its `min_tokens` without the one that was drawn last."""
+    params = request.sampling_params
+    return params is None or request.num_output_tokens > params.min_tokens
 
 
 def _has_bans(request: Request) -> bool:

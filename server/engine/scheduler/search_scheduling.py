@@ -48,10 +48,10 @@ class SearchScheduling(GroupedScheduling):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._verdicts: Mapping[str, Verdict] = {}  # of the output that is being taken in
-        self._records: dict[str, dict[str, Any]] = {}  # of the searches that it ends, likewise
-        self._drafts: dict[str, dict[str, Any]] = {}  # of the others, likewise
+        self._told: dict[str, dict[str, Any]] = {}  # by primary, what goes with the output, likewise
         self._moved: set[str] = set()  # sequences that the worker has yet to be told anew
         self._totals: Counter[str] = Counter()
+        self._computed: Counter[str] = Counter()  # tokens, by the label of whose they are
         self.stepping_searches: dict[str, SearchStep] = {}  # of the last step: see `StepNotes`
         self.told_seats: dict[str, str] = {}  # likewise
 
@@ -64,7 +64,8 @@ class SearchScheduling(GroupedScheduling):
     def search_use(self) -> SearchUse:
         running = [group for group in self._searches() if group.num_running] if self._groups else []
         living = sum(len(group.living) for group in running)
-        return SearchUse(len(running), living, *(self._totals[name] for name in SearchUse._fields[2:]))
+        totals = {name: self._totals[name] for name in SearchUse._fields[2:-1]}
+        return SearchUse(len(running), living, **totals, computed=dict(self._computed))
 
     # -- who comes and goes ------------------------------------------------------------------------------------------
 
@@ -134,7 +135,9 @@ class SearchScheduling(GroupedScheduling):
             for member in group.members:
                 num = output.num_scheduled_tokens.get(member.request_id, 0)
                 end = member.num_computed_tokens
-                group.counts["tokens_computed"] += max(0, end - max(end - num, member.num_prompt_tokens))
+                computed = max(0, end - max(end - num, member.num_prompt_tokens))
+                group.counts["tokens_computed"] += computed
+                self._computed[group.label] += computed
 
     def _tell_moved(self, output: Any, request: Request, num_scheduled: int) -> None:
         """Tell the worker all of a sequence's tokens and blocks."""
@@ -158,7 +161,7 @@ class SearchScheduling(GroupedScheduling):
         if not self._groups:
             plain: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
             return plain
-        self._verdicts, self._records, self._drafts = verdicts_of(model_runner_output), {}, {}
+        self._verdicts, self._told = verdicts_of(model_runner_output), {}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for name, verdict in self._verdicts.items():
             group = self._groups.get(name)
@@ -168,19 +171,16 @@ class SearchScheduling(GroupedScheduling):
             if (said := self._verdicts.get(one.request_id, Verdict(())).log_probs) and said[0]:
                 one.new_logprobs = as_lists(said[0])  # and not those of what vLLM drew
         self._verdicts = {}
-        if self._records or self._drafts:
+        if self._told:
             told = getattr(model_runner_output, "whipstaff_explanations", {})
-            model_runner_output.whipstaff_explanations = {
-                **told,
-                **{name: {**told.get(name, {}), SEARCH_KEY: record} for name, record in self._records.items()},
-                **{name: {DRAFT_KEY: draft} for name, draft in self._drafts.items()},
-            }
+            own = {name: {**told.get(name, {}), **said} for name, said in self._told.items()}
+            model_runner_output.whipstaff_explanations = {**told, **own}
             self._have_outputs(outputs)
         return outputs
 
     def _have_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Drafts travel with their requests' outputs, also where no token is settled."""
-        for name in self._drafts:
+        for name in (name for name, told in self._told.items() if DRAFT_KEY in told):
             request = self.requests[name]
             own = outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs
             if all(one.request_id != name for one in own):
@@ -200,31 +200,36 @@ class SearchScheduling(GroupedScheduling):
             return [], False
         verdict = self._verdicts.get(request.request_id)
         assert verdict is not None, "a search took a step that came to nothing"
+        if verdict.facts:
+            group.facts.append(dict(verdict.facts))
         return self._end(group, verdict) if verdict.hypotheses else (self._settled(group, verdict), False)
 
     def _settled(self, group: SearchGroup, verdict: Verdict) -> list[int]:
         """What the client gets now."""
-        first = verdict.living[0]
+        first, told = verdict.living[0], self._told.setdefault(group.primary.request_id, {})
         text = [*self.requests[first.source]._output_token_ids[: first.keep], *first.tokens]
-        told, group.num_told = group.num_told, max(group.num_told, verdict.settled)
+        start, group.num_told = group.num_told, max(group.num_told, verdict.settled)
         if group.tells_drafts:
-            self._drafts[group.primary.request_id] = {"settled": group.num_told, "tokens": text[group.num_told :]}
-        return text[told : group.num_told]
+            told[DRAFT_KEY] = {"settled": group.num_told, "tokens": text[group.num_told :]}
+        if found := text[start : group.num_told]:
+            told[SEARCH_KEY] = self._record(group, verdict)
+        return found
+
+    def _record(self, group: SearchGroup, verdict: Verdict) -> dict[str, Any]:
+        """What a search has come to so far, with what was not told yet of the tokens that the client gets."""
+        facts, group.facts = group.facts, []
+        return {"counts": {**verdict.counts, **group.counts}, **({"facts": facts} if facts else {})}
 
     def _end(self, group: SearchGroup, verdict: Verdict) -> tuple[list[int], bool]:
         """The rest of the best answer."""
         best, request = verdict.hypotheses[0], group.primary
-        record: dict[str, Any] = {
-            "hypotheses": [{**one._asdict(), "tokens": list(one.tokens)} for one in verdict.hypotheses],
-            "counts": {**verdict.counts, **group.counts},
-        }
+        record = self._record(group, verdict)
+        record["hypotheses"] = [{**one._asdict(), "tokens": list(one.tokens)} for one in verdict.hypotheses]
         if verdict.log_probs:
             record["logprobs"] = verdict.log_probs
         if group.ended_by:
             record["ended_by"] = group.ended_by
-        if verdict.facts:
-            record["facts"] = [dict(facts) for facts in verdict.facts]
-        self._records[request.request_id] = record
+        self._told[request.request_id] = {SEARCH_KEY: record}
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         if best.finish_reason == "stop":
             request.status = RequestStatus.FINISHED_STOPPED

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.explanations import attach, attach_stops
 from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
@@ -129,6 +129,8 @@ class WorkerStep:
             verdicts, copies = self.pipeline.searches.take()
             self._copy(copies)
             output = attach_verdicts(output, verdicts)
+        if output is not None and (stops := self.edits.histories.stops()) is not None:
+            output = attach_stops(output, stops)
         explanations = self.pipeline.take_explanations()
         return output if output is None or explanations is None else attach(output, explanations)
 

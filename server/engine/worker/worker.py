@@ -4,6 +4,7 @@ What it is mixed into is in a module for each platform, `cpu_worker` and `cuda_w
 worker puts stand-ins for CUDA's streams, events and pinned memory into torch as it is imported.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ class SteeredWorker:
         }
 
     def whipstaff_readings(self, readings_id: str) -> list[dict[str, Any]]:
-        """What the conditions of a request read: for each of its sequences, finished ones first,
-        {"positions": how many were fed, "columns": a list of readings by position for each condition, or the one
-        reading that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
+        """What the conditions of a request read: for each of its sequences, finished ones first, {"name": the engine's,
+        "positions": how many were fed, "columns": a list of readings by position for each condition, or the one reading
+        that decided}; None where nothing was read. Empty when nobody has that id, or not any more."""
         return self._step.edits.histories.readings_of(readings_id)
 
     def whipstaff_captures(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
@@ -185,6 +186,7 @@ class SteeredWorker:
             "search_moved_seats": search_use.moved_seats,
             "search_copied_blocks": search_use.copied_blocks,
             "search_recomputed_tokens": search_use.recomputed_tokens,
-            "search_tried": searched.tried,
+            "search_tried": sum(searched.tried.values()),
+            "search_computed": dict(Counter(search_use.computed) + Counter(searched.tried)),
             "search_seconds": searched.seconds,
         }

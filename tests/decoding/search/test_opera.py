@@ -1,10 +1,12 @@
 """OPERA against the authors' recorded tensors, traces and generations, in that order."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from decodings import GOLDEN, StubPrompt, StubVocabulary, golden
+from pydantic import ValidationError
 from search_loop import Asked, Loop
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -16,6 +18,8 @@ from whipstaff.decoding.search.opera import (
     OperaParams,
     OperaSetting,
     Retrospection,
+    Text,
+    draw,
     grown,
     judged,
     most_frequent,
@@ -234,3 +238,58 @@ def test_spans_are_placed_in_the_prompt() -> None:
 def test_bad_parameters_are_named(own: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=field):
         OperaParams(**own)
+
+
+def test_one_beam_draws_of_its_candidates() -> None:
+    """A form of our own: by logits less penalties over the temperature, with the request's numbers alone."""
+    case, loops = CASES["plain1"], loop("plain1")
+    start, end = case["image"]
+
+    def run(temperature: float, *seeds: int, num: int = 18) -> list[Text]:
+        params = params_of(case, beams=1, official_fp16=False, temperature=temperature)
+        setting = OperaSetting(**params.model_dump(), trusted=((start, end + 1),))
+        return [ran.best for ran in loops.run_all(METHOD, [Asked(setting, case["prompt"], num, seed=s) for s in seeds])]
+
+    together = run(1.0, *range(6))
+    assert run(1e-3, 3) == run(0, 0) and len(set(together)) > 3  # where it is cold, the best is all that is left
+    assert run(1.0, 3) == together[3:4]
+    candidates = set(loops.see([case["prompt"]]).logits[0].topk(params_of(case).candidates).indices.tolist())
+    first = {text[0] for text in run(100.0, *range(40), num=1)}
+    assert first == candidates  # and however hot, nothing else
+
+
+def test_one_beam_that_draws_goes_back_and_says_something_else() -> None:
+    case, loops, num = CASES["roll0"], loop("roll0"), 0
+    start, end = case["image"]
+    for seed in range(4):
+        params = params_of(case, beams=1, official_fp16=False, temperature=0.3, threshold=1, switch_length=2)
+        setting = OperaSetting(**params.model_dump(), trusted=((start, end + 1),))
+        ran = loops.run_all(METHOD, [Asked(setting, case["prompt"], case["max_new_tokens"], seed=seed)])[0]
+        num += ran.count("rollbacks")
+        for index, decision in enumerate(ran.decisions):
+            if decision.facts:
+                place, left = decision.facts["back_to"], ran.texts[index][0]
+                assert ran.texts[index + 2][0][:place] == left[:place] and ran.texts[index + 2][0][place] != left[place]
+    assert num > 0
+
+
+def test_a_place_where_nothing_was_chosen_yet_is_none_to_go_back_to() -> None:
+    past = Retrospection(OperaParams(beams=1, candidates=2, threshold=1, switch_length=1))
+    for place, column in enumerate((0, 1, 1)):  # the second time with the token before the one that is tried
+        assert past.look([column]) is None
+        past.choose(place, [Candidate(0, place, 0.0)])
+    assert past.look([1]) == 2 and past.rejected == {2: {(0, 2)}}
+
+
+def test_a_draw_follows_its_distribution() -> None:
+    random, logits = torch.Generator().manual_seed(1), torch.tensor([0.0, -torch.inf, 1.0, 2.0, -torch.inf])
+    found = Counter(int(draw(logits, random)) for _ in range(4000))
+    assert found.keys() == {0, 2, 3}
+    for token, share in enumerate(logits.softmax(0).tolist()):
+        assert found[token] / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_several_beams_draw_nothing() -> None:
+    with pytest.raises(ValidationError, match="draw nothing"):
+        OperaParams(temperature=0.5)
+    assert OperaParams(temperature=0.5, beams=1).temperature == 0.5

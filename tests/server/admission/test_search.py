@@ -18,6 +18,7 @@ from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.receipt import Tally, receipt
 from whipstaff.server.admission.request import CompiledRequest
+from whipstaff.server.admission.search import add_computed
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, TextRequest
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
@@ -371,6 +372,11 @@ def test_what_changes_a_draw_is_told_to_do_nothing(able: Capabilities) -> None:
     fields = ("temperature", "top_p", "top_k", "min_p", "temperature_last")
     assert list(made.warnings) == [f"{field} did nothing: beam_search draws no tokens" for field in fields]
     assert of_text(able, decoding=BEAMS, temperature=0, top_p=1).warnings == ()
+    alone = {"method": "opera", "beams": 1, "temperature": 0.5}
+    assert of_text(able, decoding=alone, top_p=0.9).warnings == (
+        "top_p did nothing: opera draws by parameters of its own",
+    )
+    assert refusal(able, decoding=alone | {"beams": 2}).param == "decoding.temperature"
     assert of_text(able, decoding=BEAMS).warnings == ()
     assert of_text(able, decoding=BEAMS, temperature=50).warnings[0].startswith("temperature did nothing")
 
@@ -386,6 +392,9 @@ def test_the_receipt_says_what_was_computed(able: Capabilities) -> None:
         {"sequences": 4, "tokens_computed": 0, "tried": 0, "forks": 0, "rollbacks": 0, "scores": [-1.0]},
     ]
     assert "search" not in receipt(made)
+    usage: dict[str, Any] = {"completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 1}}
+    add_computed(usage, [said[0] | {"tried": 4}, said[1] | {"tokens_computed": 2}])
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 1, "computed_tokens": 9 + 4 + 2}
 
 
 # ---- what may be taken back, and what is told of tokens

@@ -26,6 +26,7 @@ from asking import (
     assert_refused,
     data_events,
     metrics,
+    ok,
     post_json,
     streamed_text,
     texts,
@@ -268,6 +269,39 @@ def test_a_condition_that_always_holds_is_none_and_one_that_never_does_is_off(co
         assert said["fired"] == {"tokens": num, "of": 12, "readings": [pytest.approx(reading, abs=1e-3)]}
 
 
+@pytest.mark.parametrize("fields", [{}, {"steering": [PUSH]}, {"decoding": PAIR}, {"guidance_scale": 2.0}])
+def test_an_answer_ends_where_a_probe_says_so(complete: Post, fields: dict[str, Any]) -> None:
+    """Each for itself; the receipt says what was read of every token."""
+    fields = {**fields, "ignore_eos": True}
+    on = ok(complete(**fields, stop_when={"probe": "probe", "below": -1e6}))
+    (read,) = on["whipstaff"]["stop_when"]["readings"]
+    assert tokens(on) == tokens(complete(**fields)) and len(read) == len(tokens(on)) - 1
+    last = read.index(max(read[2:]))
+    limit = (read[last] + max(reading for reading in read if reading < read[last])) / 2
+    first = next(index for index, reading in enumerate(read) if reading > limit)
+    for stop in ({"probe": "probe", "above": limit}, json.dumps({"probe": "probe", "above": limit, "layer": 0})):
+        ended = ok(complete(**fields, stop_when=stop))
+        assert tokens(ended) == tokens(on)[: first + 1] and ended["usage"]["completion_tokens"] == first + 1
+        assert (ended["choices"][0]["finish_reason"], ended["choices"][0]["stop_reason"]) == ("stop", "stop_when")
+        said = ended["whipstaff"]["stop_when"]
+        assert said["readings"] == [pytest.approx(read[: first + 1], abs=1e-4)] and said["above"] == limit
+
+
+def test_answers_of_one_prompt_end_each_for_itself(complete: Post) -> None:
+    asked = {"n": 4, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    told = ok(complete(**asked, stop_when={"probe": "probe", "above": 1e6}))["whipstaff"]["stop_when"]["readings"]
+    limit = sorted(reading for read in told for reading in read)[-3] - 1e-4
+    answer = ok(complete(**asked, stop_when={"probe": "probe", "above": limit}))
+    ends = [choice["finish_reason"] for choice in answer["choices"]]
+    assert set(ends) == {"stop", "length"}
+    for index, (before, read) in enumerate(zip(told, answer["whipstaff"]["stop_when"]["readings"], strict=True)):
+        hits = [at for at, reading in enumerate(before) if reading > limit]
+        assert (ends[index] == "stop") == bool(hits)
+        num = hits[0] + 1 if hits else len(before)
+        assert read == pytest.approx(before[:num], abs=1e-4)
+        assert len(tokens(answer, index)) == (num if hits else num + 1)
+
+
 def test_several_sequences_fire_each_for_itself(complete: Post) -> None:
     (said,) = complete(steering=STEP, n=3, temperature=1, seed=4).json()["whipstaff"]["steering"]
     assert said["edited_tokens"] == said["fired"]["of"] == 3 * (5 + 11)
@@ -464,6 +498,16 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown key": ({"steering": [PUSH, PUSH | {"sclae": 1}]}, 400, "steering[1].sclae"),
     "alone": ({"steering": PUSH | {"when": {"probe": "push", "above": 1}}}, 400, "steering.when.probe"),
     "unknown probe": ({"steering": [PUSH | {"when": {"probe": "x", "above": 1}}]}, 404, "steering[0].when.probe"),
+    "nothing to stop at": ({"stop_when": {"probe": "probe"}}, 400, "stop_when"),
+    "stop at no probe": ({"stop_when": {"probe": "push", "above": 1}}, 400, "stop_when.probe"),
+    "stop at nobody": ({"stop_when": {"probe": "x", "above": 1}}, 404, "stop_when.probe"),
+    "stop where it is not": ({"stop_when": {"probe": "probe", "above": 1, "layer": 2}}, 400, "stop_when.layer"),
+    "stop, and go on": ({"stop_when": {"probe": "probe", "above": 1, "release": 0}}, 400, "stop_when.release"),
+    "a search that is stopped": (
+        {"stop_when": {"probe": "probe", "above": 1}, "decoding": {"method": "beam_search", "num_beams": 2}},
+        400,
+        "stop_when",
+    ),
     "endless": ({"steering": [PUSH | {"schedule": {"shape": "linear"}}]}, 400, "steering[0].schedule"),
     "absent feature": (
         {"steering": [{"vector": "sae", "features": [{"feature": 99, "set": 1}]}]},

@@ -73,6 +73,8 @@ def test_beams_are_those_of_transformers(server: Server, complete: Post, model: 
         assert search["scores"][:3] == pytest.approx(scores, abs=1e-4)
         assert search["sequences"] == BEAMS and search["forks"] > 0 and search["tokens_computed"] > NUM_TOKENS
     assert answer["usage"]["completion_tokens"] == sum(len(one["token_ids"]) for one in answer["choices"])
+    computed = sum(search["tokens_computed"] for search in said["search"])
+    assert answer["usage"]["completion_tokens_details"]["computed_tokens"] == computed
     assert [one["index"] for one in answer["choices"]] == list(range(3 * len(PROMPTS)))
 
 
@@ -85,7 +87,8 @@ def test_a_chat_and_a_stream_say_the_same(complete: Post, chat: Post) -> None:
         assert [streamed_text(chunks, index) for index in range(2)] == texts(whole) and texts(whole)[0] != texts(whole)[
             1
         ]
-        assert chunks[-1]["usage"]["completion_tokens"] == whole.json()["usage"]["completion_tokens"]
+        for name in ("completion_tokens", "completion_tokens_details"):
+            assert chunks[-1]["usage"][name] == whole.json()["usage"][name]
         assert chunks[-1]["whipstaff"]["search"] == whole.json()["whipstaff"]["search"]
 
 
@@ -110,7 +113,7 @@ def test_what_is_streamed_ahead_is_taken_back(complete: Post, chat: Post, name: 
         events = data_events(ask(prompt, stream=True, stream_retractions=True, **fields))[:-1]
         ahead = [json.loads(event) for event in events]
         assert [with_retractions(ahead, index) for index in range(len(texts(whole)))] == texts(whole)
-        assert ahead[-1]["whipstaff"].get("search") == whole.json()["whipstaff"].get("search")
+        assert ahead[-1]["whipstaff"]["search"] == whole.json()["whipstaff"]["search"]
         choices = [[one for chunk in chunks for one in chunk["choices"]] for chunks in (ahead, lagging)]
         ids = [[token for one in chunks for token in one.get("token_ids") or ()] for chunks in choices]
         assert ids[0] == ids[1]
@@ -364,9 +367,50 @@ def test_a_temperature_is_told_to_do_nothing(complete: Post) -> None:
 
 
 def test_a_stop_string_cuts_the_answer(complete: Post) -> None:
+    """And the receipt says what was computed until then."""
     (whole,) = texts(complete(num_beams=BEAMS))
-    (cut,) = texts(complete(num_beams=BEAMS, stop=[whole[4:6]]))
-    assert cut == whole[: whole.index(whole[4:6])]
+    answer = ok(complete(num_beams=BEAMS, stop=[whole[4:6]]))
+    (choice,), (search,) = answer["choices"], answer["whipstaff"]["search"]
+    assert choice["text"] == whole[: whole.index(whole[4:6])]
+    assert (search["sequences"], search["ended_by"], search["scores"]) == (BEAMS, "stop", [])
+    assert search["tokens_computed"] >= BEAMS * (len(choice["token_ids"]) - 1) > 0
+    assert answer["usage"]["completion_tokens_details"]["computed_tokens"] == search["tokens_computed"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ""}, {"stop_token_ids": []}, {"max_tokens": 1}])
+def test_however_a_tree_search_ends_its_tokens_are_explained(complete: Post, more: dict[str, Any]) -> None:
+    kcts = {"method": "kcts", "classifier": "wary", "k": 4, "simulations": 6}
+    fields = {"decoding": kcts, "max_tokens": 8, "ignore_eos": True, "explain": {"top": 0}}
+    whole = ok(complete(**fields))["choices"][0]
+    if "stop" in more:
+        more = {"stop": [whole["text"][2:4]]}
+    if "stop_token_ids" in more:
+        more = {"stop_token_ids": [whole["token_ids"][3]], "ignore_eos": False}
+    answer = ok(complete(**fields | more))
+    (choice,), (search,) = answer["choices"], answer["whipstaff"]["search"]
+    assert len(choice["token_ids"]) > 0 and (not more or len(choice["token_ids"]) < len(whole["token_ids"]))
+    assert choice["explain"] == whole["explain"][: len(choice["token_ids"])]
+    assert search["sequences"] == 1 and search["tokens_computed"] > 0
+    chunks = [json.loads(event) for event in data_events(complete(stream=True, **fields | more))[:-1]]
+    assert [one for chunk in chunks for part in chunk["choices"] for one in part.get("explain", ())] == choice[
+        "explain"
+    ]
+    assert chunks[-1]["whipstaff"]["search"] == answer["whipstaff"]["search"]
+
+
+def test_metrics_count_what_a_search_computed(http: httpx.Client, complete: Post) -> None:
+    own = "whipstaff_computed_tokens_total", (("method", "opera"),)
+    before = metrics(http).get(own, 0)
+    answer = ok(complete(decoding=OPERA, max_tokens=24, ignore_eos=True))
+    (search,) = answer["whipstaff"]["search"]
+    wanted = search["tokens_computed"] + search["tried"]
+    assert answer["usage"]["completion_tokens_details"]["computed_tokens"] == wanted > 24 * 2
+    for _ in range(200):  # the server asks its worker now and then
+        if (found := metrics(http).get(own, 0) - before) == wanted:
+            break
+        complete(max_tokens=1)
+        time.sleep(0.05)
+    assert found == wanted
 
 
 def test_nothing_is_left_of_searches_whose_clients_went_away(

@@ -23,11 +23,11 @@ def test_what_is_taken_back_is_said_between_what_was_and_what_is_said() -> None:
             yield f"data: {json.dumps({'id': 'x', 'choices': [{'text': text}]})}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def receipt() -> dict[str, Any]:
-        return {"done": True}
+    async def finish(body: dict[str, Any]) -> None:
+        body["whipstaff"] = {"done": True}
 
     async def everything() -> list[Any]:
-        found = [event async for event in with_extras(chunks(), receipt, None, retractions)]
+        found = [event async for event in with_extras(chunks(), finish, None, retractions)]
         assert found.pop() == "data: [DONE]\n\n"
         return [json.loads(event.removeprefix("data: ")) for event in found]
 

@@ -9,8 +9,10 @@ import tiny
 import torch
 from decodings import GOLDEN
 from engines import CLOSING, PATIENCE, Ask, EngineUnderTest, running
-from modes import THREE
+from modes import COMPILED_WITH_RANKS, THREE
 from transformers import AutoModelForCausalLM
+
+from whipstaff.steering.vector_file import Vector
 
 SHAPES: dict[str, dict[str, Any]] = {
     "base": {"num_hidden_layers": 4},
@@ -18,6 +20,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "anti": {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": tiny.VOCABULARY + 8},
     "anti-2": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
 }
+
+
+MAX_LEN = 128  # that the engine of `ahead` takes
 
 
 @dataclass
@@ -76,3 +81,46 @@ def recorded(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
     flags: dict[str, Any] = {"max_num_batched_tokens": 48, "max_num_seqs": 32, "skip_tokenizer_init": True}
     with running(request.param, str(models / "base"), aux, **flags) as engine:
         yield engine
+
+
+@dataclass
+class Ahead:
+    """An engine that keeps all that methods can read, and its two models in transformers."""
+
+    mode: str
+    engine: EngineUnderTest
+    vector: Vector  # of a stream, at two layers
+    base: Any
+    other: Any
+
+
+@pytest.fixture(scope="session", params=COMPILED_WITH_RANKS)
+def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
+    """Tokens are tried, and attention and hidden states are kept. Its step budget is smaller than long prompts
+    (chunked prefill), there are blocks for a part of the requests only (preemption), and room for the hidden states of
+    fewer than ask for it."""
+    folder, mode = tmp_path_factory.mktemp("models"), request.param
+    path = tiny.save("llama", folder / "base", 0)
+    other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
+    with running(
+        mode,
+        path,
+        [("other", other)],
+        lookahead=True,
+        attention_rows=True,
+        hidden_states=2,
+        skip_tokenizer_init=True,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=48,
+        max_num_seqs=8,
+        num_gpu_blocks_override=12,
+    ) as engine:
+        models = [
+            AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation="eager")
+            for one in (path, other)
+        ]
+        random, size = torch.Generator().manual_seed(5), engine.shape.hidden_size
+        vector = engine.add_vector(
+            {f"resid_post.{layer}.add": 0.4 * torch.randn(size, generator=random) for layer in (0, 2)}
+        )
+        yield Ahead(mode, engine, vector, *models)

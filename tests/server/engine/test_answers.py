@@ -85,8 +85,10 @@ def test_special_tokens_and_stops_are_written_where_asked(tokenizer: Any) -> Non
 
 def test_an_answer_that_was_cut_short_is_alone(tokenizer: Any) -> None:
     """A stop string ends the request before its search is over."""
-    _, last = answered(SearchAnswers(3, SamplingParams(), lambda _: None), tokenizer, None)
+    noted = list[Any]()
+    _, last = answered(SearchAnswers(3, SamplingParams(), noted.append), tokenizer, {"counts": {"tried": 2}})
     assert len(last.outputs) == 1
+    assert noted == [{"counts": {"tried": 2}}, {"counts": {"tried": 2}, "ended_by": "stop"}]
 
 
 def test_text_goes_ahead_and_is_taken_back(tokenizer: Any) -> None:

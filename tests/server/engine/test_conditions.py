@@ -22,7 +22,7 @@ from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine.frontend.launch import NUM_HISTORIES
 from whipstaff.server.plan import RequestPlan
-from whipstaff.steering.conditions import fired
+from whipstaff.steering.conditions import Threshold, fired
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.vector_file import Header, Vector
 
@@ -84,9 +84,20 @@ class Bench:
             KNOWN[key] = conditioned.greedy(self.models["base"], case.prompt, case.num_tokens, case.entries, others)
         return KNOWN[key]
 
-    def case(self, prompt: list[int], *entries: dict[str, Any], mix: Mapping[str, float] = {}) -> Case:
-        """A request as users write it; `vector` and `when.probe` are numbers of ours."""
+    def case(
+        self,
+        prompt: list[int],
+        *entries: dict[str, Any],
+        mix: Mapping[str, float] = {},
+        stop: Mapping[str, Any] | None = None,
+    ) -> Case:
+        """A request as users write it; `vector` and `when.probe` are numbers of ours. The reference knows no `stop`,
+        but what its probe reads."""
         planner, theirs = Planner(), []
+        if stop is not None:
+            probe_file, probe, _ = self.probes[stop["probe"]]
+            planner.end_at(Threshold.model_validate({**stop, "probe": "p"}), probe_file)
+            theirs.append(conditioned.Entry({}, 0.0, TOUCHES["all"], when=conditioned.When(probe, 0.0)))
         for entry in entries:
             when = entry.get("when")
             vector, (probe_file, probe, _) = self.vectors[entry["vector"]], self.probes[when["probe"] if when else 0]
@@ -281,6 +292,44 @@ def test_conditions_and_schedules(bench: Bench, nobody_left: None) -> None:
         conditioned.greedy(bench.models["base"], case.prompt, NUM_TOKENS, [], {}).tokens for case in cases[:12]
     ]
     assert sum(tokens != alone for tokens, alone in zip(expected, unsteered, strict=False)) >= 6
+
+
+def _stopping(bench: Bench, index: int) -> tuple[Case, list[int]]:
+    """A request that ends at a token which the probe reads as more, or less, than any before it; and its tokens."""
+    probe, side = index % 4, ("above", "below")[index // 4 % 2]
+    entries = [{"vector": index % 3, "scale": 1.5, "where": ("all", "generation")[index % 2]}][: index % 3]
+    prompt, mix = _prompt(600 + index, 20 + index), {"expert": 0.7} if index % 4 == 3 else {}
+    watched = bench.case(prompt, *entries, mix=mix, stop={"probe": probe, side: 0.0})
+    trace, sign = bench.trace(watched), 1 if side == "above" else -1
+    read = [sign * reading for reading in trace.readings[bench.probes[probe][1].name][len(prompt) :]]
+    records = [k for k in range(1, NUM_TOKENS - 1) if read[k] > max(read[:k]) + 2 * MARGIN]
+    last, limit = NUM_TOKENS, max(read) + 1.0  # nothing reads that
+    if records:
+        last = records[index % len(records)]
+        limit = (read[last] + max(read[:last])) / 2
+    case = bench.case(prompt, *entries, mix=mix, stop={"probe": probe, side: sign * limit})
+    return case, trace.tokens[: last + 1]
+
+
+def test_a_generation_ends_at_the_first_token_where_a_probe_says_so(bench: Bench, nobody_left: None) -> None:
+    """Beside others, in chunks and preempted; a prompt's tokens end nothing, and `min_tokens` come first."""
+    found = [_stopping(bench, index) for index in range(4 if _is_slow(bench) else 24)]
+    ends = {len(tokens) for _, tokens in found}
+    assert NUM_TOKENS in ends or _is_slow(bench)
+    assert len(ends) > 2
+    plain = [Case(_prompt(50 + index, 20 + 9 * index), RequestPlan(), [], {}) for index in range(4)]
+    asks = [*(case.ask for case, _ in found), *(Ask(case.prompt, None, NUM_TOKENS) for case in plain)]
+    outputs = [output.outputs[0] for output in bench.engine.generate(*asks)]
+    assert [list(one.token_ids) for one in outputs[: len(found)]] == [tokens for _, tokens in found]
+    assert [list(one.token_ids) for one in outputs[len(found) :]] == [bench.trace(case).tokens for case in plain]
+    for (_, tokens), one in zip(found, outputs, strict=False):
+        why = ("stop", "stop_when") if len(tokens) < NUM_TOKENS else ("length", None)
+        assert (one.finish_reason, one.stop_reason) == why
+    case, tokens = next((case, tokens) for case, tokens in found if len(tokens) < NUM_TOKENS - 2)
+    (patient,) = bench.engine.generate(Ask(case.prompt, case.plan, NUM_TOKENS, {"min_tokens": len(tokens) + 1}))
+    assert (
+        len(patient.outputs[0].token_ids) > len(tokens) and list(patient.outputs[0].token_ids)[: len(tokens)] == tokens
+    )
 
 
 @ON_V1

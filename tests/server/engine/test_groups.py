@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from engines import PATIENCE, Ask, EngineUnderTest, edit, running
-from modes import ON_V1, THREE
+from modes import TRACED
 from reference import seeded, steered
 from serving import make_tokenizer
 from soak import SOAK
@@ -114,7 +114,7 @@ class Bench:
         return worst == 0
 
 
-@pytest.fixture(scope="module", params=THREE)
+@pytest.fixture(scope="module", params=TRACED)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, mode = tmp_path_factory.mktemp("models"), request.param
     shapes: dict[str, dict[str, Any]] = {"": {}, "expert": {"hidden_size": 64, "num_attention_heads": 2}}
@@ -355,7 +355,7 @@ def test_what_ends_a_group(bench: Bench, nobody_left: None) -> None:
     assert (full.outputs[0].finish_reason, full.outputs[0].stop_reason) == ("length", MEMBER_CONTEXT)
 
 
-@pytest.mark.parametrize("bench", ON_V1, indirect=True)
+@pytest.mark.parametrize("bench", TRACED[:2], indirect=True)
 def test_structured_outputs(bench: Bench, nobody_left: None) -> None:
     """The grammar is the primary's; members' logits count for what it allows.
 

@@ -24,7 +24,7 @@ CASES = {case["id"]: case for case in golden("opera")[0]["cases"]}
 NUM_PLAIN = 20  # tokens of each plain neighbour
 
 
-@pytest.fixture(scope="module", params=[("v1-eager-async", "roll0"), ("v1-compiled-sync", "roll1")], ids="-".join)
+@pytest.fixture(scope="module", params=[("v1-eager-async", "roll0"), ("v1-traced-sync", "roll1")], ids="-".join)
 def bench(request: pytest.FixtureRequest) -> Iterator[tuple[dict[str, Any], EngineUnderTest]]:
     mode, name = request.param
     with running(

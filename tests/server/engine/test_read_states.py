@@ -6,7 +6,6 @@ Each engine has a step budget smaller than the long prompts (chunked prefill), b
 requests than ask for it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,9 @@ import pytest
 import tiny
 import torch
 from decodings import StubPrompt
-from engines import Ask, EngineUnderTest, edit, running
-from modes import WITH_RANKS
+from engines import Ask, EngineUnderTest, edit
 from reference import contrastive_search, opera_lite, steered
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from whipstaff.decoding.methods.contrastive_search import ContrastiveSearchParams
 from whipstaff.decoding.methods.opera_lite import OperaLite, OperaLiteParams
@@ -30,9 +27,11 @@ from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Where
 
+from .conftest import Ahead
+
 pytestmark = pytest.mark.engine
 
-NUM_TOKENS, MAX_LEN, HIDDEN, GUIDANCE = 12, 128, 96, 1.7
+NUM_TOKENS, GUIDANCE = 12, 1.7
 LEANING = {"scale_factor": 150.0, "switch_length": 3, "penalty_cap": 6.0}  # a random model looks nowhere for long
 
 
@@ -148,36 +147,9 @@ class Bench:
         return torch.tensor(opera_lite.rewrite(row.tolist(), wanted, params.candidates))
 
 
-@pytest.fixture(scope="module", params=WITH_RANKS)
-def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder, mode = tmp_path_factory.mktemp("models"), request.param
-    path = tiny.save("llama", folder / "base", 0)
-    other = tiny.save("llama", folder / "other", 1, hidden_size=64, num_attention_heads=2)
-    with running(
-        mode,
-        path,
-        [("other", other)],
-        lookahead=True,
-        attention_rows=True,
-        hidden_states=2,
-        skip_tokenizer_init=True,
-        max_model_len=MAX_LEN,
-        max_num_batched_tokens=48,
-        max_num_seqs=8,
-        num_gpu_blocks_override=12,
-    ) as engine:
-        models = [
-            AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation="eager")
-            for one in (path, other)
-        ]
-        yield Bench(mode, engine, _vector(engine), *models)
-
-
-def _vector(engine: EngineUnderTest) -> Vector:
-    random = torch.Generator().manual_seed(5)
-    return engine.add_vector(
-        {f"resid_post.{layer}.add": 0.4 * torch.randn(HIDDEN, generator=random) for layer in (0, 2)}
-    )
+@pytest.fixture(scope="module")
+def bench(ahead: Ahead) -> Bench:
+    return Bench(ahead.mode, ahead.engine, ahead.vector, ahead.base, ahead.other)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

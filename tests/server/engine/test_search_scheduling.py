@@ -7,6 +7,7 @@ that was shared wrongly, overwritten, copied too late or freed too early shows.
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.search import Continuation, Hypothesis
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import SearchGroup
-from whipstaff.server.engine.searches import SearchStep, Verdict
+from whipstaff.server.engine.searches import Placed, SearchStep, Verdict
 from whipstaff.server.engine.worker.search.seats import seated
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
 from whipstaff.steering.plan import Edit, PlannedEdit, SteeringPlan
@@ -58,13 +59,21 @@ class Runner:
         self.written: dict[tuple[int, int], Text] = {}  # (block, place in it) -> the text up to there
         self.searches: dict[str, list[Text]] = {}  # primary -> what lives, in order
         self.locked: dict[str, int] = {}  # tokens that were said to be settled
-        self.num_computed = 0
+        self.num_computed = self.num_wanted = self.num_copies = self.most_copies = 0
+        self.shared: dict[str, list[int]] = {}  # what has to be the first blocks of sequences in their next step
         self.decided: dict[str, deque[Text]] = defaultdict(deque)  # what lived first after each decision
         self.seen: set[str] = set()
 
     def run(self, output: Any) -> ModelRunnerOutput:
         computed = self.learn(output)
-        for source, target in output.kv_cache_block_copies or ():
+        copies = list(output.kv_cache_block_copies or ())
+        self.num_copies += len(copies)
+        assert len({target for _, target in copies}) == len(copies)
+        for name in self.shared.keys() & computed.keys():
+            blocks = self.shared.pop(name)
+            if self.traffic.is_alone:
+                assert self.known[name].blocks[: len(blocks)] == blocks, f"{name} does not share what it keeps"
+        for source, target in copies:
             for place in range(BLOCK):
                 self.written[target, place] = self.written.get((source, place), ())
         notes, names, sampled = notes_of(output), list(output.num_scheduled_tokens), []
@@ -173,9 +182,23 @@ class Runner:
         settled = self.locked[primary] = self.chance.randint(self.locked.get(primary, 0), common)
         placed = seated(living, [len(text) for text in texts], step)
         assert len({one.seat for one in placed}) == len(placed) and step.seats[0] in {one.seat for one in placed}
+        self.expect(
+            placed,
+            [1 + sum(one.source == other.source for other in living[:index]) for index, one in enumerate(living)],
+        )
         self.searches[primary] = after
         self.decided[primary].append(after[0])
         return Verdict(tuple(placed), settled, counts={"tried": 3})
+
+    def expect(self, placed: Sequence[Placed], ranks: Sequence[int]) -> None:
+        """What the next step may take: of every sequence its new tokens, or its last one again; full blocks of what is
+        kept are those of the sequence that it goes on from, and of all that go on from one, one needs no copy."""
+        for one, rank in zip(placed, ranks, strict=True):
+            source = self.known[one.source]
+            num, is_rollback = len(source.prompt) + one.keep, one.keep < len(source.generated)
+            self.num_wanted += max(len(one.tokens), 1)
+            self.most_copies += rank > 1 or is_rollback or not one.tokens
+            self.shared[one.seat] = source.blocks[: (num if one.tokens else num - 1) // BLOCK]
 
     def continuation(self, texts: list[Text], locked: int, most: int) -> Continuation:
         source = self.chance.randrange(len(texts))
@@ -202,6 +225,7 @@ class Searching(Traffic):
         self.scheduler._max_search_seqs = max(case.max_num_seqs - 1, 1)
         self.worker: Any = Runner(self)
         self.searchers: dict[str, int] = {}
+        self.is_alone = False  # whether nothing but searches without companions runs, with room for all
         self.drafts: list[Text] = []  # that were told
 
     def search(self, num_seats: int, companions: int = 0, prompt: list[int] | None = None, **asked: Any) -> Asked:
@@ -212,6 +236,7 @@ class Searching(Traffic):
             edit if self.chance.random() < 0.3 else None,
             DecodingPlan(search=SearchPlan("none", "{}", num_seats, (), (), asked.get("max_time"), budget, drafts)),
             companions=tuple(CompanionPlan(tuple(self.prompt())) for _ in range(companions)),
+            label=f"of {num_seats}",
         )
         params = SamplingParams(
             max_tokens=asked.get("max_tokens") or self.chance.randint(1, 40),
@@ -238,11 +263,11 @@ class Searching(Traffic):
                     assert told["draft"]["settled"] == len(asked.got)
                     self.drafts.append((*asked.got, *told["draft"]["tokens"]))
                     assert self.drafts[-1] == self.worker.decided[one.request_id].popleft()
-                elif told is not None:
-                    assert asked.got == told["search"]["hypotheses"][0]["tokens"]
-                    assert told["search"]["counts"]["tried"] == 3
-                    self.check_budget(told["search"], asked)
-                    asked.record = told["search"]  # type: ignore[attr-defined]
+                    assert one.new_token_ids or "search" not in told
+                is_searched = one.request_id in self.searchers and str(asked.end) not in ("error", "abort")
+                if is_searched and (one.new_token_ids or asked.end is not None):
+                    assert told is not None
+                    self.check_record(told["search"], asked)
         pool = self.scheduler.kv_cache_manager.block_pool
         held: dict[int, int] = {}
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -257,6 +282,17 @@ class Searching(Traffic):
             for member in (one for group in living for one in group.members):
                 assert member.block_hashes == self.keys(member), f"{member.request_id}: keys of another text"
         assert sum(group.num_seats for group in living) <= self.scheduler._max_search_seqs
+
+    def check_record(self, record: dict[str, Any], asked: Asked) -> None:
+        """What goes with tokens says what was computed for them; with the last ones, what the answers are."""
+        before = getattr(asked, "record", {"counts": {"tokens_computed": 0}})
+        assert record["counts"]["tried"] == 3
+        assert record["counts"]["tokens_computed"] >= before["counts"]["tokens_computed"]
+        assert ("hypotheses" in record) == (asked.end is not None)
+        if asked.end is not None:
+            assert asked.got == record["hypotheses"][0]["tokens"]
+            self.check_budget(record, asked)
+        asked.record = record  # type: ignore[attr-defined]
 
     def check_budget(self, record: dict[str, Any], asked: Asked) -> None:
         """A search ends with the step in which it has computed what it may."""
@@ -320,6 +356,29 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
     assert len(traffic.drafts) > 20
     assert len(traffic.searchers) > 20 and traffic.worker.seen >= {"rollback", "end"}
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
+
+
+@pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])
+def test_what_is_kept_is_shared_and_computed_once(model: str, case: str) -> None:
+    """A fork shares full blocks by reference and copies at most one; what the worker computes are prompts and what was
+    new, to the token."""
+    traffic = Searching(model, replace(SEARCH_CASES[case], caches=False, num_blocks=2000), 5)
+    traffic.is_alone = True
+    for _ in range(200):
+        if len(traffic.scheduler.requests) < 12 and traffic.chance.random() < 0.3:
+            prompt = [*traffic.prompt(), 0]  # groups compute a prompt of one token twice
+            traffic.search(traffic.chance.choice((1, 2, 3, 5)), prompt=prompt)
+        traffic.step()
+    traffic.drain()
+    traffic.check()
+    worker, use = traffic.worker, traffic.scheduler.search_use()
+    prompts = sum(asked.request.num_prompt_tokens for asked in traffic.asked.values())
+    assert len(traffic.searchers) > 10 and worker.seen >= {"rollback", "end"} and use.recomputed_tokens == 0
+    assert worker.num_computed - prompts == worker.num_wanted == sum(use.computed.values())
+    records = [asked.record["counts"] for asked in traffic.asked.values()]  # type: ignore[attr-defined]
+    assert sum(use.computed.values()) == sum(one["tokens_computed"] for one in records)
+    assert set(use.computed) == {f"of {num}" for num in traffic.searchers.values()}
+    assert 0 < worker.num_copies == use.copied_blocks <= worker.most_copies
 
 
 @pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])

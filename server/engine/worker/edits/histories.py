@@ -25,6 +25,7 @@ MAX_KEPT, MAX_KEPT_NUMBERS = 256, 1 << 22  # sequences that are finished, and nu
 class Kept(NamedTuple):
     """The readings of a sequence."""
 
+    name: str  # the engine's
     readings_id: str
     placed: PositionedPlan
     values: Tensor  # (conditions, positions) float32, on the device
@@ -32,6 +33,7 @@ class Kept(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Waits for the device."""
         return {
+            "name": self.name,
             "positions": self.values.shape[1],
             "columns": [
                 [None if math.isnan(value) else value for value in column[: 1 if is_latched else None]]
@@ -48,6 +50,27 @@ class AwaitedEntropies(NamedTuple):
     positions: Tensor  # (n,) int64 of the tokens that are drawn from them
 
 
+class ToldStops(NamedTuple):
+    """Who ends with the tokens that a step was given, by what was read of them; still on the device."""
+
+    requests: Sequence[str]
+    holds: Tensor  # (n,) bool
+
+    def on_host(self) -> frozenset[str]:
+        """Waits for the device."""
+        return frozenset(name for name, holds in zip(self.requests, self.holds.tolist(), strict=True) if holds)
+
+
+class Watched(NamedTuple):
+    """The last token of a sequence that may end there."""
+
+    request_id: str
+    history: int  # row of `Histories.values`
+    position: int
+    sign: int
+    on: float
+
+
 class Histories:
     """`values` (num_histories, max_len) float32 is on the model's device, NaN where nothing was read; its address never
     changes, so captured graphs read it."""
@@ -58,6 +81,7 @@ class Histories:
         self._free = list(range(num_histories))
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
         self.awaited: AwaitedEntropies | None = None  # for which the step's logits are to be noted
+        self._watched: list[Watched] = []  # of this step
 
     @property
     def num_used(self) -> int:
@@ -105,16 +129,38 @@ class Histories:
     def _read(self, request: PlannedRequest) -> Kept:
         """A copy on the device; nothing waits for it."""
         values = torch.stack([self.values[row, : request.num_read] for row in request.histories])
-        return Kept(request.placed.plan.readings_id, request.placed, values)
+        return Kept(request.request_id, request.placed.plan.readings_id, request.placed, values)
 
     def begin_step(self, view: BatchView, spans: Iterable[EditedSpan]) -> None:
         """Count the positions that are fed, and await the entropies that schedules follow."""
-        self.awaited = None
+        self.awaited, self._watched = None, list(self._ending(view))
         for span in spans:
             if span.request.histories:
                 span.request.num_read = max(span.request.num_read, span.position + span.last - span.first)
         if found := list(self._following(view)):
             self.awaited = AwaitedEntropies(*torch.tensor(found, device=self.values.device).unbind(1))
+
+    def stops(self) -> ToldStops | None:
+        """Who ends with this step, once it has run; None where nobody may."""
+        if not self._watched:
+            return None
+        requests, histories, positions, signs, on = zip(*self._watched, strict=True)
+        self._watched = []
+        at = torch.tensor([histories, positions], device=self.values.device)
+        limits = torch.tensor([signs, on], dtype=torch.float32, device=self.values.device)
+        return ToldStops(requests, self.values[at[0], at[1]] * limits[0] > limits[1])
+
+    def _ending(self, view: BatchView) -> Iterator[Watched]:
+        """Sequences whose last generated token is read in this step; a prompt's tokens end nothing."""
+        companions = {row for row, _ in view.companion_rows}
+        for row, placed in view.planned():
+            stop = placed.plan.steering.stop if placed.plan.steering is not None else None
+            if stop is None or row in companions or not view.draws[row]:
+                continue
+            last = int(view.positions[row] + view.starts[row + 1] - view.starts[row]) - 1
+            if last >= placed.prompt_len:
+                histories = self._requests[view.requests[row]].histories
+                yield Watched(view.requests[row], histories[stop.condition_index], last, stop.sign, stop.on)
 
     def _following(self, view: BatchView) -> Iterator[tuple[int, int, int]]:
         drawn_for = dict(view.companion_rows)  # companions' tokens come from the distributions of their primaries

@@ -39,10 +39,10 @@ class Running:
     random: torch.Generator
     num_companions: int
     tells_facts: bool
+    label: str  # of the request, for metrics
     log_probs: LogProbs | None = None  # None: nobody asked
     generated: list[tuple[int, ...]] = field(default_factory=lambda: [()])  # by each living sequence
     counts: Counter[str] = field(default_factory=Counter)
-    facts: list[Mapping[str, Any]] = field(default_factory=list)
     seats: set[str] = field(default_factory=set)  # sequences that were made for it
 
 
@@ -59,7 +59,7 @@ class Turn(NamedTuple):
 class SearchCounts(NamedTuple):
     """Since the start."""
 
-    tried: int = 0  # tokens
+    tried: Mapping[str, int] = {}  # tokens, by the label of whose they are
     seconds: float = 0.0  # that decisions took, with what they tried
 
 
@@ -75,7 +75,7 @@ class Searches:
         device: torch.device,
     ) -> None:
         self.expected: Mapping[str, SearchStep] = {}  # by primary, the searches that take this step
-        self.counts = SearchCounts()
+        self.counts, self._tried_by = SearchCounts(), Counter[str]()
         self._requests, self._heads, self._lookahead, self._attention = requests, heads, lookahead, attention
         self._device = device
         self.running: dict[str, Running] = {}  # by primary
@@ -107,7 +107,7 @@ class Searches:
             rows, tokens = sent(list(told.items()), self._device).unbind(1)
             sampled.view(-1)[rows] = tokens.to(sampled.dtype)
         seconds = self.counts.seconds + time.perf_counter() - started
-        self.counts = self.counts._replace(seconds=seconds)
+        self.counts = SearchCounts(dict(self._tried_by), seconds)
 
     def take(self) -> tuple[dict[str, Verdict], Copies]:
         """The verdicts of the last step by primary, and what goes on in other seats, once."""
@@ -157,7 +157,8 @@ class Searches:
         random = torch.Generator().manual_seed(state.seed & 0x7FFFFFFFFFFFFFFF)
         tells_facts = plan.decoding.explain is not None
         log_probs = None if asked.logprobs is None else LogProbs(asked.logprobs, state.ends)
-        return Running(method, method.start(setting, facts), random, len(plan.companions), tells_facts, log_probs)
+        search, num = method.start(setting, facts), len(plan.companions)
+        return Running(method, search, random, num, tells_facts, plan.label, log_probs)
 
     def _decisions(self, turns: Mapping[str, Turn], view: BatchView) -> dict[str, Decision]:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
@@ -191,12 +192,12 @@ class Searches:
             assert after is not None, "a search tries tokens, and this worker sets no place apart for them"
             prepared[names] = after
         found = prepared[names](torch.cat([wanted[name].to(self._device) for name in names]))
-        self.counts = self.counts._replace(tried=self.counts.tried + len(rows))
         first = 0
         for name in names:
             num = len(turns[name].rows)
             own = slice(first, first := first + num)
             turns[name].running.counts["tried"] += num
+            self._tried_by[turns[name].running.label] += num
             attention = found.attention
             if attention is not None:
                 attention = attention[own, : int(ends[own].max()) + 2] if reads[name] else None
@@ -205,18 +206,17 @@ class Searches:
     def _verdict(self, turn: Turn, decision: Decision) -> Verdict:
         running = turn.running
         running.counts.update({name: num for name, num in decision.counts.items() if name != "tried"})
-        if running.tells_facts and decision.facts:
-            running.facts.append(decision.facts)
+        facts = decision.facts if running.tells_facts else {}
         said = () if running.log_probs is None else running.log_probs.note(turn.logits, running.generated, decision)
         if decision.hypotheses:
-            return Verdict((), 0, tuple(decision.hypotheses), dict(running.counts), tuple(running.facts), said)
+            return Verdict((), 0, tuple(decision.hypotheses), dict(running.counts), facts, said)
         assert decision.living, "a search came to nothing"
         placed = seated(decision.living, list(map(len, running.generated)), turn.step)
         for one in placed:
             if one.seat != one.source:
                 self._copy(running, one)
         running.generated = [(*running.generated[one.source][: one.keep], *one.tokens) for one in decision.living]
-        return Verdict(tuple(placed), decision.settled, counts=dict(running.counts), log_probs=said)
+        return Verdict(tuple(placed), decision.settled, (), dict(running.counts), facts, said)
 
     def _copy(self, running: Running, one: Placed) -> None:
         """What is kept of a sequence and its companions goes on in another seat, too."""

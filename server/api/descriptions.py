@@ -1,0 +1,125 @@
+"""What answers look like, for the API's description. Routes say what they say by hand; tests hold them to this."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from whipstaff.server.errors import WhipstaffError
+
+
+class Refused(BaseModel):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Refusal(BaseModel):
+    """OpenAI's error: `param` is the path of the field that is wrong."""
+
+    error: Refused
+
+
+class Described(BaseModel):
+    """Fields that are always there; there are others."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Vector(Described):
+    id: str
+    object: Literal["steering.vector"]
+    method: str
+    fits: bool
+    problem: str | None
+    read_only: bool
+    digest: str
+    layers: list[int]
+    sites: list[str]
+    warnings: list[str]
+
+
+class Preset(Described):
+    id: str
+    object: Literal["steering.preset"]
+    digest: str
+    read_only: bool
+
+
+class Method(Described):
+    name: str
+
+
+class Vectors(BaseModel):
+    object: Literal["list"]
+    data: list[Vector]
+
+
+class Presets(BaseModel):
+    object: Literal["list"]
+    data: list[Preset]
+
+
+class Methods(BaseModel):
+    object: Literal["list"]
+    data: list[Method]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["steering.vector", "steering.preset"]
+    deleted: Literal[True]
+
+
+class Plan(Described):
+    """What is done to a request: as its receipt says it."""
+
+    steering: list[dict[str, Any]]
+    decoding: list[dict[str, Any]]
+    warnings: list[str]
+
+
+class Answer(Described):
+    """OpenAI's and vLLM's, with a receipt where something was asked of us."""
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+    whipstaff: Plan | None = None
+
+
+class Valid(BaseModel):
+    valid: Literal[True]
+    plan: Plan
+    milliseconds: float
+
+
+class Ready(BaseModel):
+    ready: bool
+    reason: str | None
+
+
+class Model(Described):
+    """A model, an adapter or a preset, as vLLM lists them."""
+
+    id: str
+    object: Literal["model"]
+
+
+Responses = dict[int | str, dict[str, Any]]
+REFUSALS: Responses = {
+    kind.status: {"model": Refusal, "description": kind.type}
+    for kind in sorted(WhipstaffError.__subclasses__(), key=lambda kind: kind.status)
+}
+
+
+def answers(model: type[BaseModel], *statuses: int, streams: bool = False) -> Responses:
+    """What a route answers where it refuses nothing, and that it may refuse."""
+    events = {"text/event-stream": {"schema": {"type": "string", "description": "the same in pieces, with stream"}}}
+    said: dict[str, Any] = {"model": model, **({"content": events} if streams else {})}
+    return {**{status: said for status in statuses or (200,)}, **REFUSALS}
