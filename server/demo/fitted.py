@@ -157,13 +157,25 @@ FILES: dict[str, File] = {
         {"vector": "cheerful", "scale": -8, "when": {"above": 0}},
     ),
     "sunny_function": File(
-        "function_vector", sunny, "what heads write after demonstrations", ICL | {"corrupted": 6}, EVENING
+        "function_vector",
+        sunny,
+        "what heads write after demonstrations",
+        ICL | {"corrupted": 6},
+        EVENING,
+        {"scale": 6},
     ),
     "sunny_heads": File(
-        "site", sunny, "heads moved towards what demonstrations make of them", ICL | {"steps": 100}, EVENING
+        "site",
+        sunny,
+        "heads moved towards what demonstrations make of them",
+        ICL | {"steps": 100},
+        EVENING,
+        {"where": "each_last"},
     ),
-    "sunny_needed": File("head_scale", sunny, "without the heads that demonstrations need", ICL, EVENING),
-    "sunny_task": File("task_vector", sunny, "the state that demonstrations leave", ICL, EVENING),
+    "sunny_needed": File("head_scale", sunny, "without the heads that demonstrations need", ICL, EVENING, {"scale": 3}),
+    "sunny_task": File(
+        "task_vector", sunny, "the state that demonstrations leave", ICL, EVENING, {"where": "each_last"}
+    ),
 }
 
 

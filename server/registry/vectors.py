@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from whipstaff.steering.shape import ModelShape
 from whipstaff.steering.vector_file import Vector, read, without_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of what comes over HTTP
+_MAX_LISTED, _MAX_NEAR = 20, 3  # names in a message: all of them, or the nearest
 
 
 class BadVectorFile(RuntimeError):
@@ -66,7 +68,7 @@ class VectorSnapshot:
     def entry(self, name: str, param: str | None = None) -> Entry:
         """Raises: NotFound."""
         if name not in self._entries:
-            names = ", ".join(map(repr, self._entries)) or "none"
+            names = _listed(name, list(self._entries))
             raise NotFound(
                 f"there is no vector {name!r}; this server has: {names}; start it with --vectors, or upload one", param
             )
@@ -137,3 +139,11 @@ def read_stored(store: RegistryFolder, taken: Mapping[str, VectorFile]) -> dict[
         if found[name].vector.digest != digest:
             raise BadVectorFile(f"the registry's vector {name!r}, {path}: the file was changed")
     return found
+
+
+def _listed(name: str, known: list[str]) -> str:
+    """The names that there are; of more than a reader looks through, those most like one that there is not."""
+    if len(known) <= _MAX_LISTED:
+        return ", ".join(map(repr, known)) or "none"
+    near = sorted(known, key=lambda other: -SequenceMatcher(None, name, other).ratio())[:_MAX_NEAR]
+    return f"{', '.join(map(repr, near))} and {len(known) - len(near)} more"

@@ -9,7 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from whipstaff.server.demo import MODELS, VECTORS, measure, mood, questions, train, world
+from whipstaff.server.demo import MODELS, VECTORS, fitted, measure, mood, questions, train, world
+from whipstaff.steering import vector_file
+from whipstaff.steering.algebra import numbers_of
+from whipstaff.steering.fit.local import LocalModel
+from whipstaff.steering.fit.recipes import RECIPES
 
 REPORT = json.loads((MODELS.parent / "training.json").read_text())
 WORLD = world.build(REPORT["recipe"]["seed"])
@@ -72,6 +76,26 @@ def test_the_vector_file_says_which_model_it_fits() -> None:
     assert sizes == {f"resid_post.{layer}.add": (config["hidden_size"],) for layer in mood.LAYERS}
     assert about["model"]["hidden_size"] == config["hidden_size"]
     assert about["model"]["num_layers"] == config["num_hidden_layers"] > max(mood.LAYERS)
+
+
+def test_every_fitted_file_is_there_with_a_request_that_shows_it() -> None:
+    assert {path.stem for path in VECTORS.iterdir()} == {"cheerful", *fitted.FILES}
+    assert {file.method for file in fitted.FILES.values()} | {"caa", "mote"} == {one.method for one in RECIPES.values()}
+    shape = LocalModel.load(str(MODELS / "demo"), device="cpu").shape
+    for name, file in fitted.FILES.items():
+        vector = vector_file.read(VECTORS / f"{name}.safetensors")
+        vector.check_fits(shape)
+        assert vector.header.method == file.method
+        assert vector.header.example == {"prompt": file.prompt, "steering": dict(file.steering)}
+
+
+@pytest.mark.parametrize("name", ["cheerful_repe", "cheerful_opening"])
+def test_the_fitting_script_makes_what_is_shipped(name: str, tmp_path: Path) -> None:
+    fitted.make(name, LocalModel.load(str(MODELS / "demo"), device="cpu"), WORLD, REPORT["recipe"]["seed"], tmp_path)
+    ours, shipped = (numbers_of(vector_file.read(folder / f"{name}.safetensors")) for folder in (tmp_path, VECTORS))
+    assert ours.keys() == shipped.keys()
+    for part, numbers in ours.items():
+        torch.testing.assert_close(numbers, shipped[part], atol=1e-3, rtol=1e-2)
 
 
 def test_the_chat_template_writes_the_trained_form(tokenizer: PreTrainedTokenizerFast) -> None:

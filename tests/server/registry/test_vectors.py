@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from catalogues import FILES
+from catalogues import FILES, SHAPE
 
 from whipstaff.server.errors import (
     NotFound,
     VectorUnfit,
 )
 from whipstaff.server.registry.capabilities import Capabilities
-from whipstaff.server.registry.vectors import BadVectorFile, read_vectors
+from whipstaff.server.registry.vectors import BadVectorFile, VectorSnapshot, read_vectors
 
 
 def test_names_are_file_names_and_unfit_vectors_are_known_but_not_usable(caps: Capabilities) -> None:
@@ -39,3 +39,13 @@ def test_a_bad_file_stops_the_start_and_is_named(vector_files: Path, tmp_path: P
     ):
         with pytest.raises(BadVectorFile, match=words):
             read_vectors(paths)
+
+
+def test_of_many_names_a_message_has_the_nearest(vector_files: Path) -> None:
+    files = read_vectors([vector_files])
+    many = {f"other{number}": files["calm"] for number in range(30)} | {"calm": files["calm"]}
+    for known, said in ((files, "'calm'"), (many, "'calm', ")):
+        with pytest.raises(NotFound) as caught:
+            VectorSnapshot(known, SHAPE).entry("calmm")
+        assert said in str(caught.value)
+    assert "'calm', 'other" in str(caught.value) and "and 28 more; start it" in str(caught.value)
