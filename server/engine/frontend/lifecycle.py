@@ -29,6 +29,7 @@ DONE = 0  # the exit status of a server that was told to end, and did
 _PAUSE = 0.2  # seconds between two looks at whether the engine lives
 _FAREWELL = 2.0  # seconds for those to be told whose answers broke off
 _SLOW = 5  # seconds for clients to read the rest of what was said to them
+_KEEP_ALIVE = 75  # seconds
 LONGEST_FAREWELL = 10.0  # seconds from the last answer to the end of the process
 
 
@@ -133,6 +134,12 @@ class Lifecycle:
             logger.error("%d clients could not be told", self._num_running)
 
 
+def keep_alive() -> int:
+    """Seconds that a connection may lie idle. Longer than clients keep theirs (httpx, and so OpenAI's, 5 s, which is
+    what vLLM waits, too; load balancers 60 s): the client must be who closes first, or a request meets a closed door."""
+    return envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE if envs.is_set("VLLM_HTTP_TIMEOUT_KEEP_ALIVE") else _KEEP_ALIVE
+
+
 async def serve(
     app: FastAPI,
     args: Namespace,
@@ -161,7 +168,7 @@ async def serve(
         port=args.port,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_keep_alive=keep_alive(),
         timeout_graceful_shutdown=_SLOW,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,

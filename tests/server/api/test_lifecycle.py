@@ -17,7 +17,7 @@ from whipstaff.server import metrics
 from whipstaff.server.api import lifecycle
 from whipstaff.server.api.lifecycle import Gate
 from whipstaff.server.engine import EngineDied
-from whipstaff.server.engine.frontend.lifecycle import Lifecycle, Server
+from whipstaff.server.engine.frontend.lifecycle import Lifecycle, Server, keep_alive
 from whipstaff.server.engine.frontend.openai import _ending_truly
 
 SOON = 20.0  # seconds that nothing here takes
@@ -200,3 +200,13 @@ def test_an_answer_that_broke_off_is_not_done(said: list[str], passed: int) -> N
         return [event async for event in _ending_truly(events())]  # type: ignore[arg-type]
 
     assert asyncio.run(run()) == said[:passed]
+
+
+def test_an_idle_connection_outlives_what_clients_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that server and client give up after the same time is closed under a request. Operators may say otherwise."""
+    name = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    monkeypatch.delenv(name, raising=False)
+    longest = httpx.Limits().keepalive_expiry
+    assert longest is not None and keep_alive() > max(60, longest)
+    monkeypatch.setenv(name, "7")
+    assert keep_alive() == 7
