@@ -135,8 +135,8 @@ class Lifecycle:
 
 
 def keep_alive() -> int:
-    """Seconds that a connection may lie idle. Longer than clients keep theirs (httpx, and so OpenAI's, 5 s, which is
-    what vLLM waits, too; load balancers 60 s): the client must be who closes first, or a request meets a closed door."""
+    """Seconds that a connection may lie idle: more than clients keep theirs (httpx, and so OpenAI's, 5 s, which is what
+    vLLM waits, too; load balancers 60 s), since a request meets a closed door where the server closes first."""
     return envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE if envs.is_set("VLLM_HTTP_TIMEOUT_KEEP_ALIVE") else _KEEP_ALIVE
 
 
