@@ -1,4 +1,4 @@
-"""The one way in which an object of vLLM's learns what we do: its class becomes a subclass of itself."""
+"""How an object of vLLM's learns what we do: its class becomes a subclass of itself, or another subclass of vLLM's."""
 
 from types import new_class
 from typing import Any
@@ -22,4 +22,9 @@ def swap(instance: Any, mixin: type, **attributes: Any) -> None:
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     for name, value in attributes.items():
         setattr(instance, name, value)
-    instance.__class__ = new_class(cls.__name__, (mixin, cls), {}, lambda namespace: namespace.update(names))
+    become(instance, new_class(cls.__name__, (mixin, cls), {}, lambda namespace: namespace.update(names)))
+
+
+def become(instance: Any, cls: type) -> None:
+    """Let an instance be of another class, with the same layout and attributes."""
+    instance.__class__ = cls

@@ -44,6 +44,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     ),
     "worker.logits.model_hook.Composite": ("vllm.model_executor.models.llama.LlamaForCausalLM",),
     "explanations.Explained": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
+    "explanations.Stopping": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "searches.Decided": ("vllm.v1.outputs.AsyncModelRunnerOutput",),
     "frontend.launch.Listening": ("vllm.v1.engine.output_processor.OutputProcessor",),
     "scheduler.groups.GroupedScheduling": (SCHEDULER,),

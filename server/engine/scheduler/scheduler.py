@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from whipstaff.server.engine import causes
 from whipstaff.server.engine.explanations import relay, stops_of
 from whipstaff.server.engine.layout import Layout
+from whipstaff.server.engine.patch import become
 from whipstaff.server.engine.scheduler.bans import without_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
@@ -99,7 +100,7 @@ class IdleScheduling(Scheduler):
         if plan_of(request) is None:
             super().add_request(request)
         else:
-            self.__class__ = self._awake
+            become(self, self._awake)
             self.add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +193,8 @@ class SteeredScheduling(SearchScheduling):
         if not (is_idle and self._was_idle):
             self._notes = self._notes_now()
         elif not self._asking:
-            self._awake, self.__class__ = type(self), self._idle
+            self._awake = type(self)
+            become(self, self._idle)
         self._was_idle = is_idle
         output.whipstaff_notes = self._notes
         return output
