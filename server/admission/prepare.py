@@ -214,6 +214,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
+    if fields.get("steering") is None and fields.get(STOP_FIELD) is None:
+        return SequenceSteering()
     planner, found, stop = Planner(), list[SteeringEntry](), None
     for path, entry in entries_in(fields.get("steering"), "steering", MAX_EDITS):
         try:

@@ -72,12 +72,6 @@ def _stopping(cls: Any, pending: Stops) -> type:
     return Stopping
 
 
-def stops_of(output: Any) -> frozenset[str]:
-    """Those that a step's output carries."""
-    found: frozenset[str] = getattr(output, "whipstaff_stops", frozenset())
-    return found
-
-
 def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:
     """Move a step's explanations, by request, into the outputs of these, in a field that only KV connectors use."""
     for outputs in by_client.values():

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from whipstaff.server.engine import causes
-from whipstaff.server.engine.explanations import relay, stops_of
+from whipstaff.server.engine.explanations import relay
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import become
 from whipstaff.server.engine.scheduler.bans import without_banned
@@ -28,6 +28,7 @@ from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
 from whipstaff.steering.plan import EditSet, num_slots
 
 STOP_WHEN = "stop_when"  # the stop reason of a request that its own field of that name ended
+NOBODY: frozenset[str] = frozenset()
 PLAIN, STEERED, GUIDED = "plain", "steered", "guided"  # whose prompts are looked for in the prefix cache
 
 
@@ -135,7 +136,7 @@ class SteeredScheduling(SearchScheduling):
         self._held: deque[Unit] = deque()  # waiting for slots
         self._held_since: dict[str, float] = {}  # by their primaries
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
-        self._stops: frozenset[str] = frozenset()  # who ends by what was read of the tokens that are being taken in
+        self._stops = NOBODY  # who ends by what was read of the tokens that are being taken in
         self._asking: set[str] = set()  # requests that ask for anything of ours
         self._was_idle = False  # whether nobody in the last step, or waiting, needed room
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
@@ -212,7 +213,7 @@ class SteeredScheduling(SearchScheduling):
         )
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self._stops = stops_of(model_runner_output)
+        self._stops = getattr(model_runner_output, "whipstaff_stops", NOBODY)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if hasattr(model_runner_output, "whipstaff_explanations"):
             relay(model_runner_output.whipstaff_explanations, outputs)

@@ -129,8 +129,8 @@ class WorkerStep:
             verdicts, copies = self.pipeline.searches.take()
             self._copy(copies)
             output = attach_verdicts(output, verdicts)
-        if output is not None and (stops := self.edits.histories.stops()) is not None:
-            output = attach_stops(output, stops)
+        if output is not None and self.edits.histories.watched:
+            output = attach_stops(output, self.edits.histories.stops())
         explanations = self.pipeline.take_explanations()
         return output if output is None or explanations is None else attach(output, explanations)
 

@@ -270,7 +270,8 @@ def test_the_demo_is_measured_without_a_word(demo_server: Server, tmp_path: Path
     assert list(found["methods"]) == list(Mix.read(demo.MIX).root)
     assert sum(one["requests"] for one in found["methods"].values()) == 33 == len(found["requests"])
     for name, one in found["methods"].items():
-        assert one["tokens"] == 32 * one["requests"] and all(time > 0 for time in times(found, name)), name
+        assert one["tokens"] == 32 * one["requests"], name
+        assert all(time >= 0 for time in times(found, name)), name  # two tokens may be read at once
     assert found["methods"]["plain"]["of_plain"] == {"ttft": 1, "itl": 1, "e2e": 1}
     assert (tmp_path / "found.png").stat().st_size > 10_000
 

@@ -438,7 +438,7 @@ def test_health_shows_what_happens(compare: Compare) -> None:
 def test_the_library_shows_what_there_is(compare: Compare) -> None:
     page = compare.page
     page.get_by_role("link", name="Library").click()
-    vector = page.get_by_role("article", name="cheerful")
+    vector = page.get_by_role("article", name="cheerful", exact=True)
     expect(vector).to_contain_text("layers 3, 4 of resid_post")
     expect(vector).to_contain_text("dose 0.54 at resid_post.4")
     assert vector.get_by_role("button", name="remove cheerful").count() == 0  # it was given by --vectors

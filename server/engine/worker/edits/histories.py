@@ -81,7 +81,7 @@ class Histories:
         self._free = list(range(num_histories))
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
         self.awaited: AwaitedEntropies | None = None  # for which the step's logits are to be noted
-        self._watched: list[Watched] = []  # of this step
+        self.watched: list[Watched] = []  # of this step
 
     @property
     def num_used(self) -> int:
@@ -133,19 +133,17 @@ class Histories:
 
     def begin_step(self, view: BatchView, spans: Iterable[EditedSpan]) -> None:
         """Count the positions that are fed, and await the entropies that schedules follow."""
-        self.awaited, self._watched = None, list(self._ending(view))
+        self.awaited, self.watched = None, list(self._ending(view))
         for span in spans:
             if span.request.histories:
                 span.request.num_read = max(span.request.num_read, span.position + span.last - span.first)
         if found := list(self._following(view)):
             self.awaited = AwaitedEntropies(*torch.tensor(found, device=self.values.device).unbind(1))
 
-    def stops(self) -> ToldStops | None:
-        """Who ends with this step, once it has run; None where nobody may."""
-        if not self._watched:
-            return None
-        requests, histories, positions, signs, on = zip(*self._watched, strict=True)
-        self._watched = []
+    def stops(self) -> ToldStops:
+        """Who of those that are watched ends with this step, once it has run."""
+        requests, histories, positions, signs, on = zip(*self.watched, strict=True)
+        self.watched = []
         at = torch.tensor([histories, positions], device=self.values.device)
         limits = torch.tensor([signs, on], dtype=torch.float32, device=self.values.device)
         return ToldStops(requests, self.values[at[0], at[1]] * limits[0] > limits[1])
