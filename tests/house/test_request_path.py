@@ -20,8 +20,7 @@ class Most(NamedTuple):
 
 # The bar that the house set itself is about the way there: 12 for a plain request, 20 for a steered one. It is not met.
 # What a plain request enters beyond it is the callback that hands its route the body. Of a steered one's, half are
-# admission (what it names, checks and becomes), half are the step. One of them, `patch`, is passed only by who wakes the
-# scheduler.
+# admission (what it names, checks and becomes), half are the step; only who wakes the scheduler passes `patch`.
 MOST = {
     "plain": Most(13, 15),
     "steered": Most(47, 50),
