@@ -1,7 +1,10 @@
 """How an object of vLLM's learns what we do: its class becomes a subclass of itself, or another subclass of vLLM's."""
 
+from collections.abc import Callable
 from types import new_class
 from typing import Any
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 Swapped: Any = object
 """The base of a mixin that is laid over a class of vLLM's: there it stands for what the instance was before."""
@@ -28,3 +31,26 @@ def swap(instance: Any, mixin: type, **attributes: Any) -> None:
 def become(instance: Any, cls: type) -> None:
     """Let an instance be of another class, with the same layout and attributes."""
     instance.__class__ = cls
+
+
+def carry(output: Any, name: str, make: Callable[[], Any]) -> Any:
+    """Let a step's output carry something to the scheduler, as its attribute `name`. What `make` gives may wait for the
+    device: where the output is still on its way from there, it is called when that has come."""
+    if isinstance(output, AsyncModelRunnerOutput):
+        swap(output, _carrying(type(output), name, make))
+    else:
+        setattr(output, name, make())
+    return output
+
+
+def _carrying(cls: Any, name: str, make: Callable[[], Any]) -> type:
+    """The class that is laid over that of an output which is still on its way. It derives from it: an abstract base is
+    among its bases, beside which another one would change the layout of instances."""
+
+    class Carrying(cls):
+        def get_output(self) -> ModelRunnerOutput:
+            ready: ModelRunnerOutput = cls.get_output(self)
+            setattr(ready, name, make())
+            return ready
+
+    return Carrying

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
-from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists
 
 from whipstaff.decoding.search.search import Hypothesis
-from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.patch import carry
 
 DRAFT_KEY = "draft"  # under which it is told what its answer may become
 SEARCH_KEY = "search"  # under which a request is told what its search came to, beside what is explained
@@ -89,23 +89,7 @@ def attach_verdicts(output: Any, verdicts: Mapping[str, Verdict]) -> Any:
     """Let a step's output carry verdicts, by primary, to the scheduler."""
     if not verdicts or output is None:
         return output
-    if isinstance(output, AsyncModelRunnerOutput):
-        swap(output, _decided(type(output), verdicts))
-    else:
-        output.whipstaff_verdicts = verdicts
-    return output
-
-
-def _decided(cls: Any, verdicts: Mapping[str, Verdict]) -> type:
-    """The class that is laid over that of an output which is still on its way from the device; see `explanations`."""
-
-    class Decided(cls):
-        def get_output(self) -> ModelRunnerOutput:
-            ready: ModelRunnerOutput = cls.get_output(self)
-            ready.whipstaff_verdicts = verdicts
-            return ready
-
-    return Decided
+    return carry(output, "whipstaff_verdicts", lambda: verdicts)
 
 
 def verdicts_of(output: Any) -> Mapping[str, Verdict]:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whipstaff.server.engine.explanations import attach, attach_stops
+from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.patch import carry
 from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
@@ -130,7 +131,7 @@ class WorkerStep:
             self._copy(copies)
             output = attach_verdicts(output, verdicts)
         if output is not None and self.edits.histories.watched:
-            output = attach_stops(output, self.edits.histories.stops())
+            output = carry(output, "whipstaff_stops", self.edits.histories.stops().on_host)
         explanations = self.pipeline.take_explanations()
         return output if output is None or explanations is None else attach(output, explanations)
 
