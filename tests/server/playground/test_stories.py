@@ -366,6 +366,7 @@ def test_hostile_words_are_shown_as_words(compare: Compare) -> None:
     page.get_by_label("at most").fill("120")
     compare.run()
     expect(pane.get_by_role("log")).to_contain_text("<script>alert(2)</script>")
+    compare.wait_until_done("Decoded")
     assert HOSTILE in compare.text("Decoded")
     compare.tokens("Decoded").first.click()
     steered = compare.pane("Steered")
