@@ -30,6 +30,7 @@ from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.beam_search import BeamSearch, BeamSearchParams
 from whipstaff.decoding.search.kcts import Kcts, KctsParams
+from whipstaff.decoding.search.search import Decision
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
@@ -38,7 +39,7 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-MAX_LEN, HIDDEN, GUIDANCE, EOS = 160, 96, 1.7, (7, 11)
+MAX_LEN, BLOCK, HIDDEN, GUIDANCE, EOS = 160, 32, 96, 1.7, (7, 11)
 NEAR = 1e-4  # of scores: two answers that near may change places between float32 implementations
 
 
@@ -206,6 +207,8 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         max_num_batched_tokens=64,
         max_num_seqs=16,
         num_gpu_blocks_override=28,
+        block_size=BLOCK,
+        worker_extension_cls="blocks.WatchesBlocks",
     ) as engine:
         random = torch.Generator().manual_seed(5)
         vector = engine.add_vector(
@@ -256,6 +259,61 @@ def test_in_a_mixed_batch(bench: Bench) -> None:
     for _ in range(1 if bench.mode.startswith("v2") else 2):
         for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
             bench.check(case, tokens, told)
+    bench.idle()
+
+
+def test_what_is_kept_is_never_computed_again(bench: Bench) -> None:
+    """Every step computes one token of each beam. The blocks that beams have, and those that are copied, are as many as
+    their texts say: full ones are shared as far as texts are alike, and a fork copies the one that it goes on in."""
+    case = Case(prompt(62, 77), beams=4, max_tokens=42)
+    bench.engine.call("start_watching")
+    ((tokens, told),) = bench.answers(case)
+    steps = bench.engine.call("stop_watching")
+    ran = bench.expected(case)
+    assert tuple(tokens) == ran.best
+    assert sum(sum(step["tokens"].values()) for step in steps) == len(case.prompt) + 4 * (case.max_tokens - 1)
+    assert told["counts"]["tokens_computed"] == 4 * (case.max_tokens - 1)
+    searched, num_copies = [step for step in steps if set(step["tokens"].values()) == {1}], 0
+    for step, texts, decision in zip(searched, ran.texts, [Decision(), *ran.decisions], strict=False):
+        whole = [(*case.prompt, *text) for text in texts]
+        num_known = len(whole[0]) - 1  # before the step
+        full = {text[: end + BLOCK] for text in whole for end in range(0, num_known - BLOCK + 1, BLOCK)}
+        blocks = list(step["blocks"].values())
+        own = sum(len(one) - num_known // BLOCK for one in blocks)
+        assert len(blocks) == len(texts)
+        assert len({block for one in blocks for block in one}) == len(full) + own, num_known
+        forks = len(decision.living) - len({one.source for one in decision.living})
+        assert len(step["copies"]) == (forks if num_known % BLOCK else 0)
+        num_copies += len(step["copies"])
+    assert 0 < num_copies <= told["counts"]["forks"] and len(searched) == case.max_tokens
+    bench.idle()
+
+
+def test_nothing_is_left_of_what_is_cut_off_while_it_goes_back(bench: Bench) -> None:
+    """Searches that go back, and that are preempted since plain requests grow which came before them, and whose clients
+    leave once both have happened."""
+    cases = [Case(prompt(70, 80 + index), max_tokens=88) for index in range(5)]
+    cases += [Case(prompt(70, 90 + index), beams=4, max_tokens=60) for index in range(2)]
+    cases += [Case(prompt(40, 95 + index), simulations=30, max_tokens=60) for index in range(3)]
+
+    async def counts() -> dict[str, Any]:
+        (found, *_) = await bench.engine.engine.collective_rpc("whipstaff_counters")
+        return dict(found)
+
+    async def cut() -> bool:
+        before, asked = await counts(), [asyncio.ensure_future(bench.answer(case)) for case in cases]
+        names = "search_rollbacks", "groups_preempted"
+        has_happened = False
+        while not has_happened and not all(one.done() for one in asked):
+            await asyncio.sleep(0.01)
+            now = await counts()
+            has_happened = all(now[name] > before[name] for name in names)
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return has_happened
+
+    assert bench.engine.run(cut())
     bench.idle()
 
 
