@@ -100,7 +100,7 @@ def test_a_wrong_call_ends_before_anything_is_read(
 
 def test_a_server_without_room_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(fit_server.time, "sleep", waits.append)
+    monkeypatch.setattr("time.sleep", waits.append)
     answers = iter(
         [httpx.Response(429, headers={"retry-after": "7"}), httpx.Response(429), httpx.Response(200, json=[1])]
     )
@@ -132,7 +132,7 @@ class Library(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.seen.append((self.path, self.headers["X-Whipstaff-Admin-Key"], data))
-        added = {"id": "mine", "replaced": None, "method": "caa", "digest": "d", "warnings": []}
+        added: dict[str, Any] = {"id": "mine", "replaced": None, "method": "caa", "digest": "d", "warnings": []}
         refused = {"error": {"message": "off", "param": None}}
         answer = json.dumps(added if self.status == 201 else refused).encode()
         self.send_response(self.status)
