@@ -110,7 +110,8 @@ def add_computed(usage: dict[str, Any], searches: Sequence[Mapping[str, Any]]) -
     """Let `usage` say, beside the tokens of answers, how many were computed for them: what the receipt says of each
     prompt's search, with what was tried."""
     computed = sum(one["tokens_computed"] + one["tried"] for one in searches)
-    usage["completion_tokens_details"] = (usage.get("completion_tokens_details") or {}) | {"computed_tokens": computed}
+    details = "output_tokens_details" if "output_tokens" in usage else "completion_tokens_details"
+    usage[details] = (usage.get(details) or {}) | {"computed_tokens": computed}
 
 
 def _method(entry: DecodingEntry) -> SearchMethod[Any]:

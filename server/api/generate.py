@@ -4,11 +4,11 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -42,7 +42,7 @@ from whipstaff.steering.algebra import cosine
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
-OURS = "/v1/chat/completions and /v1/completions"  # the routes that take presets and extras
+OURS = "/v1/chat/completions, /v1/completions and /v1/messages"  # the routes that take presets and extras
 MAX_ANSWERS, MAX_PROMPTS = 128, 1024  # of one request; how many run at once is --max-num-seqs's to say
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
@@ -69,6 +69,15 @@ async def check_text(raw: Request) -> None:
     check_characters(body)
 
 
+class Form(NamedTuple):
+    """How an API is answered that is neither chat completions nor completions. Its answers are whole, one of a prompt,
+    and what is streamed stays."""
+
+    answer: Callable[[Any, Request], Awaitable[Any]]  # as `openai.answer`, a body as JSON
+    add_records: Callable[[dict[str, Any], ChoiceExplanations], None]  # to a body
+    with_extras: Callable[..., AsyncGenerator[str, None]]  # of events, as `with_extras`
+
+
 async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest | None:
     """Compile a request's extras, wherever they came in, and those of the preset in its model's name; None for a plain
     request of which there is nothing to say."""
@@ -79,7 +88,7 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
         name = _bounded(request, name, holder.policy)
     if name is None and not request.may_have_extras and not request.unknown_names:
         return None
-    body = {} if name is None else await raw.json()
+    body = {} if name is None else request.sent(await raw.json())
     caps = await capabilities(raw)  # as it is now: nothing may be awaited until what it names is held
     preset, started = None if name is None else caps.preset(name, "model"), time.perf_counter()
     if preset is not None:
@@ -133,7 +142,7 @@ async def create_chat_completion(
     request: ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's chat completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request, at_end)
+    return await generate(request, raw_request, at_end)
 
 
 @router.post("/v1/completions", dependencies=JSON, responses=answers(Answer, streams=True))
@@ -142,10 +151,12 @@ async def create_completion(
     request: TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request, at_end)
+    return await generate(request, raw_request, at_end)
 
 
-async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack) -> Response:
+async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack, form: Form | None = None) -> Response:
+    """Admit a request and have it answered; `form` None is OpenAI's own."""
+    answer = openai.answer if form is None else form.answer
     with openai.answering_as(request.model):
         compiled = await compiled_of(request, raw)
         spending = None
@@ -154,7 +165,9 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
             at_end.callback(spending.settle)
             request.pay(spending.expect, spending.note)
         if compiled is None:
-            return _response(await openai.answer(request, raw), raw, {}, at_end)
+            return _response(await answer(request, raw), raw, {}, at_end)
+        if form is not None and compiled.retracts:
+            raise BadRequest("this API has no way to take back what it streamed", "stream_retractions")
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
@@ -174,7 +187,7 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
-        result = await openai.answer(request, raw)
+        result = await answer(request, raw)
 
     async def finish(body: dict[str, Any]) -> None:
         """What is said at the end, in a response or the last event of a stream."""
@@ -191,12 +204,15 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, finish, explained, retractions)
+        over = with_extras if form is None else form.with_extras
+        events = over(result, finish, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
-    body = result.model_dump()
+    body = result if isinstance(result, dict) else result.model_dump()
     await finish(body)
-    if explained is not None:
+    if explained is not None and form is None:
         explained.add_to(body)
+    elif explained is not None and form is not None:
+        form.add_records(body, explained)
     if timed is not None:
         timed.end()
     return _response(body, raw, headers, at_end)
@@ -416,4 +432,4 @@ async def answer_refusal(raw: Request, error: Exception) -> Response:
     assert isinstance(error, WhipstaffError)
     raw.scope[metrics.REFUSED] = error
     headers = {"Connection": "close"} if isinstance(error, TooLarge) else headers_of(error)  # the rest stays unread
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return JSONResponse(error.body(raw.url.path), status_code=error.status, headers=headers)
