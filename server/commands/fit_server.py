@@ -1,6 +1,7 @@
 """A running server as what `whipstaff fit` reads activations from."""
 
 import time
+import weakref
 from typing import Any
 
 import httpx
@@ -69,6 +70,7 @@ def asking(
             return answer.json()
         raise SteeringError(f"{url} answers {answer.status_code}: {reason(answer)}", "server")
 
+    weakref.finalize(ask, client.close)  # whoever asks no more leaves no connection open
     return ask
 
 
