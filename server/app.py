@@ -22,7 +22,7 @@ from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
 from whipstaff.server.access.ledger import Ledger
-from whipstaff.server.api import admin, generate, lifecycle
+from whipstaff.server.api import admin, generate, lifecycle, messages
 from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.bounds import Bounds, Protocol
@@ -35,6 +35,7 @@ from whipstaff.server.engine.frontend.counters import follow_counters
 from whipstaff.server.engine.frontend.launch import Engine, Setup, configure, start
 from whipstaff.server.engine.frontend.lifecycle import Lifecycle
 from whipstaff.server.engine.frontend.lifecycle import serve as serve_until_told
+from whipstaff.server.engine.frontend.messages import serve_messages
 from whipstaff.server.engine.frontend.multi_api_server import SIGNALS as FORWARDED
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
@@ -55,8 +56,8 @@ from whipstaff.steering.shape import ModelShape
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 
-# vLLM's other routes that take JSON know nothing of the extra fields and would silently drop them: /v1/responses,
-# /v1/messages, /invocations and whatever else there is. Where nothing is generated, dropping them does no harm.
+# vLLM's other routes that take JSON know nothing of the extra fields and would silently drop them: /invocations and
+# whatever else there is. Where nothing is generated, dropping them does no harm.
 _NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 
@@ -95,7 +96,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
             causes.forget()
         keyring = None if settings.keys is None else Keyring(settings.keys, ledger)
         life = Lifecycle(engine, settings.drain_timeout, FORWARDED if client else (signal.SIGTERM, signal.SIGINT))
-        app = await extend(await openai.build(engine, args), engine, registry, settings, life, keyring)
+        app = await extend(await _built(engine, args), engine, registry, settings, life, keyring)
         told = greeting(place_of(args, engine), await registry.current(), openai.has_chat(engine, args))
 
         def greet() -> None:
@@ -106,6 +107,13 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
     finally:
         engine.shutdown()
         sock.close()
+
+
+async def _built(engine: Engine, args: Namespace) -> FastAPI:
+    """vLLM's application, with what it serves in APIs other than OpenAI's made ours, too."""
+    app = await openai.build(engine, args)
+    serve_messages(app)
+    return app
 
 
 def place_of(args: Namespace, engine: Engine) -> Place:
@@ -245,13 +253,15 @@ async def extend(
     app.state.whipstaff, app.state.whipstaff_life = registry, life
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = metrics.watch
-    ours = {route.path for route in generate.router.routes if isinstance(route, APIRoute)}
+    routers = (generate.router, messages.router)
+    ours = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             _first(route, generate.drop_preset if route.path in _NOT_GENERATING else generate.refuse_extras)
             _first(route, generate.check_text)
-    app.include_router(generate.router)
+    for router in routers:
+        app.include_router(router)
     app.include_router(admin.router)
     app.include_router(lifecycle.router)
     guard.admit(app, admin_key.opens)

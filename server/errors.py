@@ -20,7 +20,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_args
@@ -29,6 +29,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 P = TypeVar("P", bound=BaseModel)
+MESSAGES = "/v1/messages"  # Anthropic's, the one API among those served that is not OpenAI's
 _NEAR = 0.75  # of difflib's ratio
 _OF_TYPE = ("_type", "_parsing", "literal_error")  # complaints that another alternative of a union was meant
 _OTHER_NAMES = {"scale": ("strength", "coefficient")}
@@ -44,8 +45,11 @@ class WhipstaffError(Exception):
         super().__init__(message)
         self.message, self.param = message, param
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that OpenAI's clients understand."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The JSON that clients of a path understand: OpenAI's, or Anthropic's, who have no place for `param`."""
+        if path.endswith(MESSAGES):
+            message = f"{self.param}: {self.message}" if self.param else self.message
+            return {"type": "error", "error": {"type": self.type, "message": message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.status}}
 
 
@@ -136,6 +140,18 @@ class FieldOrigins:
 def _top(path: str) -> str:
     """The field that a path begins with."""
     return re.split(r"[.\[]", path)[0]
+
+
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors call fields what another API calls them: `names` has its name by ours."""
+    try:
+        yield
+    except WhipstaffError as error:
+        top = _top(error.param or "")
+        if top not in names:
+            raise
+        raise type(error)(error.message, names[top] + (error.param or "")[len(top) :]) from None
 
 
 @contextmanager

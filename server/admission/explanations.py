@@ -51,6 +51,10 @@ class ChoiceExplanations:
             if not is_opening and (records := self._records.pop(choice["index"], None)):
                 choice[EXPLAIN_FIELD] = records
 
+    def take(self) -> list[dict[str, Any]]:
+        """The records of the only choice, of an answer that has no list of them."""
+        return self._records.pop(0, [])
+
     def _told(self, token: int) -> dict[str, Any]:
         if self._words is None or token >= self._words.num_tokens:
             return {"token": None, "bytes": None}

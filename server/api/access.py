@@ -11,12 +11,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Holder, Keyring
-from whipstaff.server.errors import Forbidden, RateLimited, Unauthorized, WhipstaffError
+from whipstaff.server.errors import MESSAGES, Forbidden, RateLimited, Unauthorized, WhipstaffError
 
 OPEN = ("/health", "/ready", "/ping", "/")  # to everybody; the page at / asks for a key
 PAGE = "/playground/"  # its files
 METRICS = "/metrics"
-GENERATING = ("/v1/chat/completions", "/v1/completions")
+GENERATING = ("/v1/chat/completions", "/v1/completions", MESSAGES)
 # What a user's key opens, beside looking at what is below /v1. Whatever else there is, now and in a later vLLM, is an
 # administrator's: it may generate past the policy, or change the server.
 POSTS = (*GENERATING, "/v1/steering/validate", "/tokenize", "/detokenize")
@@ -53,7 +53,7 @@ class Access:
             call.begin()
         except WhipstaffError as error:
             scope[metrics.REFUSED] = error
-            answer = JSONResponse(error.body(), error.status, headers_of(error))
+            answer = JSONResponse(error.body(path), error.status, headers_of(error))
             await answer(scope, receive, call.send)
             return
         token = HOLDER.set(call.holder)

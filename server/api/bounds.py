@@ -117,7 +117,7 @@ class Bounds:
             if _is_json(scope):
                 check_text(body)
         except WhipstaffError as error:
-            await JSONResponse(error.body(), error.status, {"Connection": "close"})(scope, receive, send)
+            await JSONResponse(error.body(scope["path"]), error.status, {"Connection": "close"})(scope, receive, send)
             return
         except _Gone:
             return

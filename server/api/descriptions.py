@@ -93,6 +93,19 @@ class Answer(Described):
     whipstaff: Plan | None = None
 
 
+class Message(Described):
+    """Anthropic's, with the same."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[dict[str, Any]]
+    model: str
+    stop_reason: str | None = None
+    usage: dict[str, Any]
+    whipstaff: Plan | None = None
+
+
 class Valid(BaseModel):
     valid: Literal[True]
     plan: Plan

@@ -4,11 +4,11 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -23,7 +23,7 @@ from whipstaff.server.admission.fields import check_characters, ours_in, unpacke
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.admission.search import add_computed
+from whipstaff.server.admission.search import add_computed, effort
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
@@ -42,7 +42,7 @@ from whipstaff.steering.algebra import cosine
 
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
-OURS = "/v1/chat/completions and /v1/completions"  # the routes that take presets and extras
+OURS = "/v1/chat/completions, /v1/completions and /v1/messages"  # the routes that take presets and extras
 MAX_ANSWERS, MAX_PROMPTS = 128, 1024  # of one request; how many run at once is --max-num-seqs's to say
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
@@ -69,6 +69,15 @@ async def check_text(raw: Request) -> None:
     check_characters(body)
 
 
+class Form(NamedTuple):
+    """How an API is answered that is neither chat completions nor completions. Its answers are whole, one of a prompt,
+    and what is streamed stays."""
+
+    answer: Callable[[Any, Request], Awaitable[Any]]  # as `openai.answer`, a body as JSON
+    add_records: Callable[[dict[str, Any], ChoiceExplanations], None]  # to a body
+    with_extras: Callable[..., AsyncGenerator[str, None]]  # of events, as `with_extras`
+
+
 async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest | None:
     """Compile a request's extras, wherever they came in, and those of the preset in its model's name; None for a plain
     request of which there is nothing to say."""
@@ -79,7 +88,7 @@ async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest |
         name = _bounded(request, name, holder.policy)
     if name is None and not request.may_have_extras and not request.unknown_names:
         return None
-    body = {} if name is None else await raw.json()
+    body = {} if name is None else request.sent(await raw.json())
     caps = await capabilities(raw)  # as it is now: nothing may be awaited until what it names is held
     preset, started = None if name is None else caps.preset(name, "model"), time.perf_counter()
     if preset is not None:
@@ -133,7 +142,7 @@ async def create_chat_completion(
     request: ChatRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's chat completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request, at_end)
+    return await generate(request, raw_request, at_end)
 
 
 @router.post("/v1/completions", dependencies=JSON, responses=answers(Answer, streams=True))
@@ -142,32 +151,43 @@ async def create_completion(
     request: TextRequest, raw_request: Request, at_end: AsyncExitStack = Depends(exchange)
 ) -> Response:
     """OpenAI's completions, with `steering` and `decoding`."""
-    return await _generate(request, raw_request, at_end)
+    return await generate(request, raw_request, at_end)
 
 
-async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack) -> Response:
+async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack, form: Form | None = None) -> Response:
+    """Admit a request and have it answered; `form` None is OpenAI's own."""
+    answer = openai.answer if form is None else form.answer
     with openai.answering_as(request.model):
         compiled = await compiled_of(request, raw)
+        spending = None
         if (holder := HOLDER.get()) is not None and not holder.meter.is_free:
             spending = _spending(request, compiled, holder)
             at_end.callback(spending.settle)
             request.pay(spending.expect, spending.note)
         if compiled is None:
-            return _response(await openai.answer(request, raw), raw, {}, at_end)
+            return _response(await answer(request, raw), raw, {}, at_end)
+        if form is not None and compiled.retracts:
+            raise BadRequest("this API has no way to take back what it streamed", "stream_retractions")
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
+
+            def note_search(prompt: int, record: dict[str, Any]) -> None:
+                tally.note_search(prompt, record)
+                if spending is not None and compiled.searches:
+                    spending.note_search(prompt, record["counts"])
+
             notes = Notes(
                 output=tally.note,
                 token=explained.note if explained else None,
-                search=tally.note_search,
+                search=note_search,
                 retract=retractions.note if compiled.retracts else None,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
-        result = await openai.answer(request, raw)
+        result = await answer(request, raw)
 
     async def finish(body: dict[str, Any]) -> None:
         """What is said at the end, in a response or the last event of a stream."""
@@ -184,12 +204,15 @@ async def _generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        events = with_extras(result, finish, explained, retractions)
+        over = with_extras if form is None else form.with_extras
+        events = over(result, finish, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
-    body = result.model_dump()
+    body = result if isinstance(result, dict) else result.model_dump()
     await finish(body)
-    if explained is not None:
+    if explained is not None and form is None:
         explained.add_to(body)
+    elif explained is not None and form is not None:
+        form.add_records(body, explained)
     if timed is not None:
         timed.end()
     return _response(body, raw, headers, at_end)
@@ -200,8 +223,11 @@ def _spending(request: OpenAIRequest, compiled: CompiledRequest | None, holder: 
     num = request.num_answers
     if compiled is None:
         return Spending(holder.meter, num, num, 1)
-    is_one = compiled.searches or bool(compiled.num_candidates)  # the engine has several sequences for all answers
-    return Spending(holder.meter, num, compiled.num_sequences if is_one else num, 1 + len(compiled.limits))
+    num_models = 1 + len(compiled.limits)
+    if compiled.search is not None:
+        computed, tried, most = effort(compiled.search)
+        return Spending(holder.meter, num, computed, num_models, tried, most)
+    return Spending(holder.meter, num, compiled.num_candidates or num, num_models)
 
 
 def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> Response:
@@ -406,4 +432,4 @@ async def answer_refusal(raw: Request, error: Exception) -> Response:
     assert isinstance(error, WhipstaffError)
     raw.scope[metrics.REFUSED] = error
     headers = {"Connection": "close"} if isinstance(error, TooLarge) else headers_of(error)  # the rest stays unread
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return JSONResponse(error.body(raw.url.path), status_code=error.status, headers=headers)

@@ -40,7 +40,7 @@ class Gate:
             await self._app(scope, receive, send)
         elif (reason := self._life.reason) is not None:
             metrics.REFUSALS.labels(metrics.DRAINING_REASON).inc()
-            await JSONResponse(NotReady(reason).body(), NotReady.status, _HEADERS)(scope, receive, send)
+            await JSONResponse(NotReady(reason).body(scope["path"]), NotReady.status, _HEADERS)(scope, receive, send)
         else:
             with self._life.answering():
                 await self._app(scope, receive, send)

@@ -50,6 +50,8 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "frontend.requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
     "frontend.requests.TextRequest": ("vllm.entrypoints.openai.completion.protocol.CompletionRequest",),
     "frontend.openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
+    "frontend.messages.MessageRequest": ("vllm.entrypoints.anthropic.protocol.AnthropicMessagesRequest",),
+    "frontend.messages.ServingMessages": ("vllm.entrypoints.anthropic.serving.AnthropicServingMessages",),
     "frontend.openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),
     "frontend.openai.ServingModels": ("vllm.entrypoints.openai.models.serving.OpenAIServingModels",),
     "frontend.lifecycle.Server": ("vllm.entrypoints.launchers.launcher.NoSignalServer",),
@@ -96,6 +98,10 @@ def _of(owner: str, names: str) -> tuple[str, ...]:
 REACHED: tuple[str, ...] = (
     *_of(V1, "input_batch query_start_loc discard_request_mask sampler lora_config kv_cache_config attn_groups"),
     *_of(V1, "_set_active_loras"),
+    *_of(
+        "vllm.entrypoints.anthropic.serving.AnthropicServingMessages",
+        "_merge_inline_system _get_disabled_thinking_effort",
+    ),
     *_of(
         "vllm.v1.worker.gpu_input_batch.InputBatch",
         "req_ids num_reqs num_computed_tokens_cpu generators block_table",

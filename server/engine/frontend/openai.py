@@ -173,15 +173,15 @@ async def answer(request: OpenAIRequest, raw: Request) -> Any:
     """vLLM's answer: an error Response, a response model, or an async generator of server-sent events."""
     serving = _serving(raw.app, request)
     if isinstance(request, ChatRequest):
-        result = await _naming(request, serving.create_chat_completion(request, raw))
+        result = await naming(request, serving.create_chat_completion(request, raw))
     else:
-        result = await _naming(request, serving.create_completion(request, raw))
+        result = await naming(request, serving.create_completion(request, raw))
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     return _ending_truly(result) if isinstance(result, AsyncGenerator) else result
 
 
-async def _naming(request: OpenAIRequest, answering: Awaitable[Any]) -> Any:
+async def naming(request: OpenAIRequest, answering: Awaitable[Any]) -> Any:
     """What vLLM answers; where it refuses a request without naming a field, with the one that its sentence is about.
     Raises: what vLLM does; BadRequest."""
     try:
@@ -210,9 +210,9 @@ async def render(request: OpenAIRequest, app: FastAPI) -> Response | None:
     """Tokenise and check a request without scheduling it; a Response if vLLM refuses it."""
     serving = _serving(app, request)
     if isinstance(request, ChatRequest):
-        result = await _naming(request, serving.render_chat_request(request))
+        result = await naming(request, serving.render_chat_request(request))
     else:
-        result = await _naming(request, serving.render_completion_request(request))
+        result = await naming(request, serving.render_completion_request(request))
     return JSONResponse(result.model_dump(), result.error.code) if isinstance(result, ErrorResponse) else None
 
 

@@ -127,6 +127,10 @@ class Extras(BaseModel):
         answers the client. `paid` is told how many tokens came, as they come."""
         self._expect, self._paid = expect, paid
 
+    def sent(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What its client sent, by the names of our fields."""
+        return body
+
     @property
     def num_answers(self) -> int:
         """Of each prompt."""

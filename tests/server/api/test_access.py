@@ -79,7 +79,12 @@ def test_a_users_key_opens_what_its_policy_holds_for(client: TestClient) -> None
     for path in POSTS[:4]:
         assert ask(client, path, "team-key").json() == {"holder": "team"}
     for path, method in (
-        *(("/invocations", "POST"), ("/v1/responses", "POST"), ("/v1/messages", "POST"), ("/collective_rpc", "POST")),
+        *(
+            ("/invocations", "POST"),
+            ("/v1/responses", "POST"),
+            ("/v1/messages/count_tokens", "POST"),
+            ("/collective_rpc", "POST"),
+        ),
         *(("/v1/steering/vectors", "POST"), ("/v1/steering/vectors/x", "DELETE"), ("/v1/load_lora_adapter", "POST")),
         *(("/metrics", "GET"), ("/server_info", "GET"), ("/v1x", "GET")),
     ):

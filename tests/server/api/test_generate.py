@@ -70,7 +70,7 @@ def test_a_vector_that_is_replaced_while_the_body_is_read_is_not_lost(
 
     async def run() -> None:
         async with AsyncExitStack() as at_end:
-            await generate._generate(TextRequest(model="tiny@calm", prompt="Why?"), raw, at_end)
+            await generate.generate(TextRequest(model="tiny@calm", prompt="Why?"), raw, at_end)
 
     asyncio.run(run())
     assert named == ["another"] and registry.gone == {old}

@@ -113,6 +113,8 @@ def test_a_policy_is_all_that_its_key_sees(server: Server) -> None:
         assert_refused(complete(http, n=3, temperature=1), 403, "n")
         assert_refused(complete(http, max_tokens=21), 403, "max_tokens")
         assert_refused(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 21}), 403, "max_tokens")
+        refused = http.post("/v1/messages", json=CHAT | {"max_tokens": 21})
+        assert refused.status_code == 403 and refused.json()["error"]["message"].startswith("max_tokens: ")
         said = ok(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": None, "ignore_eos": True}))
         assert said["usage"]["completion_tokens"] == 20  # who does not say gets what is allowed
         for path, method in (("/invocations", "POST"), ("/v1/responses", "POST"), ("/v1/steering/vectors/x", "DELETE")):

@@ -1,0 +1,119 @@
+"""Anthropic's API over HTTP: what it says is what chats say."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from asking import Post, ok, post_json, texts
+from serving import Server
+
+pytestmark = pytest.mark.engine
+
+CHEERFUL = {"vector": "cheerful"}
+ASKED = [{"role": "user", "content": "Where does Mara live?"}]
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "steered": {"steering": CHEERFUL},
+    "mixed": {"decoding": {"method": "contrastive", "amateur": "untuned"}},
+    "a further prompt": {"guidance_scale": 3, "negative_prompt": "sun"},
+    "in vllm_xargs": {"vllm_xargs": {"repetition_penalty": 1.0, "steering": json.dumps(CHEERFUL)}},
+    "a search": {"decoding": {"method": "beam_search", "num_beams": 2}},
+    "a preset": {"model": "demo@gloomy"},
+    "drawn": {"temperature": 1.0, "seed": 3, "typical_p": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def server(demo_server: Server) -> Server:
+    return demo_server
+
+
+def body_of(fields: dict[str, Any]) -> dict[str, Any]:
+    asked = {"model": "demo", "messages": ASKED, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    return asked | fields
+
+
+@pytest.fixture(scope="module")
+def chat(http: httpx.Client) -> Post:
+    def post(**fields: Any) -> httpx.Response:
+        return post_json(http, "/v1/chat/completions", body_of(fields))
+
+    return post
+
+
+@pytest.fixture(scope="module")
+def message(http: httpx.Client) -> Post:
+    def post(**fields: Any) -> httpx.Response:
+        return post_json(http, "/v1/messages", body_of(fields))
+
+    return post
+
+
+def events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
+    assert response.status_code == 200, response.text
+    found = [one.split("\n", 1) for one in response.text.split("\n\n") if one]
+    return [(head.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for head, data in found]
+
+
+def streamed(said: list[tuple[str, dict[str, Any]]]) -> str:
+    return "".join(body["delta"]["text"] for name, body in said if name == "content_block_delta")
+
+
+def same(receipt: dict[str, Any]) -> dict[str, Any]:
+    """Of a receipt, what does not change from one request to the next."""
+    return {name: value for name, value in receipt.items() if name != "search"}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_a_message_says_what_the_chat_says(chat: Post, message: Post, fields: dict[str, Any]) -> None:
+    wanted, whole, pieces = chat(**fields), ok(message(**fields)), events(message(stream=True, **fields))
+    assert [part["text"] for part in whole["content"]] == texts(wanted)
+    assert streamed(pieces) == texts(wanted)[0]
+    assert whole["model"] == ok(wanted)["model"] and whole["usage"]["output_tokens"] == 8
+    last = {name: body for name, body in pieces}["message_delta"]
+    assert pieces[-1][0] == "message_stop" and last["usage"]["output_tokens"] == 8
+    for said in (whole, last):
+        assert ("whipstaff" in said) == ("whipstaff" in ok(wanted)) == bool(fields)
+        if fields:
+            assert same(said["whipstaff"]) == same(ok(wanted)["whipstaff"])
+
+
+def test_it_is_not_the_plain_answer(chat: Post) -> None:
+    assert texts(chat(**FIELDS["steered"])) != texts(chat()) != texts(chat(**FIELDS["a preset"]))
+
+
+def test_explanations_and_activations_come_with_a_message(chat: Post, message: Post) -> None:
+    fields = {"steering": CHEERFUL, "explain": {"top": 2}, "capture": [{"site": "resid_post", "layers": [1]}]}
+    wanted, whole, pieces = chat(**fields), ok(message(**fields)), events(message(stream=True, **fields))
+    records = [one["id"] for one in ok(wanted)["choices"][0]["explain"]]
+    assert [one["id"] for one in whole["explain"]] == records and len(records) == 8
+    assert [one["id"] for _, body in pieces for one in body.get("explain", ())] == records
+    assert any("explain" in body for name, body in pieces if name == "content_block_delta")
+    assert whole["whipstaff"]["captured"] == ok(wanted)["whipstaff"]["captured"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"steering": {"vector": "nobody"}}, 404, "steering.vector"),
+        ({"decoding": [{"method": "cfg", "guidance_scale": "x"}]}, 400, "decoding[0].guidance_scale"),
+        ({"vllm_xargs": {"dola_layers": "odd"}}, 400, "vllm_xargs.dola_layers"),
+        ({"model": "demo@nobody"}, 404, "model"),
+        (
+            {"stream": True, "stream_retractions": True, "decoding": {"method": "beam_search"}},
+            400,
+            "stream_retractions",
+        ),
+        ({"seed": "x"}, 400, "seed"),
+        ({"temperature": -1, "steering": CHEERFUL}, 400, "temperature"),
+        ({"steering": CHEERFUL | {"where": {"prompt": [[900, 901]]}}}, 400, "steering.where"),
+    ],
+)
+def test_a_refusal_has_its_shape_and_names_the_field(
+    message: Post, fields: dict[str, Any], status: int, param: str
+) -> None:
+    refused = message(**fields)
+    said = refused.json()
+    assert refused.status_code == status and said.keys() == {"type", "error"} and said["type"] == "error", said
+    assert said["error"].keys() == {"type", "message"} and said["error"]["message"].startswith(f"{param}: "), said
