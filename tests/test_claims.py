@@ -18,6 +18,9 @@ from whipstaff.decoding.search.search import SearchParams
 from whipstaff.server.api import admin
 from whipstaff.server.api import generate as routes
 from whipstaff.server.settings import Settings
+from whipstaff.server.suite.methods import GRIDS, VARIANTS
+from whipstaff.server.suite.report import BEGIN, END
+from whipstaff.server.suite.running import combined
 from whipstaff.steering import conditions, planner
 from whipstaff.steering.importers import FORMATS, PICKLES
 from whipstaff.steering.methods import METHODS as STEERING
@@ -189,3 +192,22 @@ def test_sites_and_clauses() -> None:
     assert {name for first, *_ in table(STEERING_README, "Sites") for name in names(first)} == {*SITES, "attention"}
     for name in get_args(Shorthand):
         assert f"`{name}`" in words(STEERING_README) and f"`{name}`" in words("docs/requests.md")
+
+
+def test_what_the_suite_found_is_what_documents_say() -> None:
+    """The table is that of the summary beside it, leaves nothing out of the families that it has, and gives the README
+    its numbers."""
+    found = json.loads(text("docs/evidence.json"))
+    written = text("docs/evidence.md").partition(BEGIN)[2].partition(END)[0]
+    assert found["cells"] in written and f"`{found['command']}`" in written
+    lines = {(line["method"], line["task"]): line for line in found["lines"]}
+    families = {line["family"] for line in found["lines"]}
+    for variant in (*VARIANTS, *combined(GRIDS)):
+        for task in variant.tasks if variant.family in families else ():
+            line = lines[variant.name, task]
+            assert re.search(rf"\| {task}: .* \| \*?{re.escape(variant.name)}\*? \|", written), variant.name
+            assert line["score"] is None or f"| {line['plain']:.2f} | {line['score']:.2f}" in written
+    for method, task in (("proxy_tuning", "answers"), ("CAA `cheerful`", "moods"), ("dry", "refrains")):
+        line = lines[method, task]
+        assert line["verdict"] == "helps"
+        assert f"from {line['plain']:.2f} to {line['score']:.2f}" in words(README)

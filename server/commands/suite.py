@@ -30,9 +30,8 @@ def run(args: Namespace, transport: httpx.BaseTransport | None = None) -> int:
     try:
         with httpx.Client(base_url=args.url, timeout=_PATIENCE, headers=headers, transport=transport) as client:
             suite = Suite(Server(client, args.parallel), world.build(seed), size, args.output)
-            load = [os.getloadavg()[0]]
             found = report.lines(suite.run(args.resume, args.only))
-            about = _about(args, suite, [*load, os.getloadavg()[0]])
+            about = _about(args, suite)
     except (SuiteError, OSError, httpx.HTTPError) as error:
         print(f"whipstaff eval suite: {error}", file=sys.stderr)
         return 2
@@ -45,7 +44,7 @@ def run(args: Namespace, transport: httpx.BaseTransport | None = None) -> int:
     return 0
 
 
-def _about(args: Namespace, suite: Suite, loads: list[float]) -> dict[str, Any]:
+def _about(args: Namespace, suite: Suite) -> dict[str, Any]:
     flags = [f"--subset {args.subset}"] if args.subset != "all" else []
     flags += [f"--only {','.join(args.only)}"] if args.only else []
     flags += [f"--part {args.part}"] if args.part != "test" else []
@@ -54,7 +53,7 @@ def _about(args: Namespace, suite: Suite, loads: list[float]) -> dict[str, Any]:
     return {
         "command": " ".join(["whipstaff eval suite", *flags]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores ({_processor()}), load {min(loads):.0f} to {max(loads):.0f}",
+        "machine": f"{os.cpu_count()} cores ({_processor()}), load {os.getloadavg()[0]:.0f} as it ended",
         "versions": f"whipstaff {__version__}, vLLM {suite.server.version()}",
         "model": f"{suite.server.model}, sha256 {hashlib.sha256(weights).hexdigest()[:12]}",
         "vectors": hashlib.sha256(vectors).hexdigest()[:12],

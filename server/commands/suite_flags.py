@@ -22,7 +22,10 @@ def parse(words: list[str]) -> Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/suite"), metavar="FOLDER", help="(eval/suite)")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="put the table into this document, and the pictures beside it"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="put the table into this document, the summary and pictures beside it",
     )
     parser.add_argument("--json", action="store_true", help="print the summary, and nothing else")
     parser.add_argument(

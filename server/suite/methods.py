@@ -194,10 +194,11 @@ GRIDS = (
 # Why rows are as they are, as far as found.
 WHY = {
     TRUTH: (
-        "The demo knows its facts and does not believe gossip, so *misconceptions* leave no room above plain."
-        " ITI's 15 is LLaMA-7B's: it was kept as fitted, and is many times what six heads of this model bear "
-        "(its KL says so). The file was fitted to facts of all splits. Masks are off where answers are "
-        "scored, but not where text is."
+        "The demo knows its facts and does not believe gossip, so *misconceptions* leave no room above plain. "
+        "*Friends* is the other end: two steps are beyond the model, which tells of the person who is named, and what "
+        "scores above plain there draws towards chance (one of four or five). ITI's 15 is LLaMA-7B's, kept as "
+        "fitted: far more than six heads of this model bear, as its KL says. That file was fitted to facts of all "
+        "splits. Masks are off where answers are scored, but not where text is."
     ),
     ANSWERING: (
         "No text of the training holds two questions, so examples before a question teach the storyteller "

@@ -198,12 +198,15 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
 
 def save(found: Sequence[Line], about: dict[str, Any], folder: Path, document: Path | None) -> list[Path]:
     """Everything; what was written."""
-    (folder / "summary.json").write_text(json.dumps(summary(found, about), indent=1) + "\n")
+    told = json.dumps(summary(found, about), indent=1) + "\n"
+    (folder / "summary.json").write_text(told)
     (folder / "table.md").write_text(markdown(found, about) + "\n")
+    written = [folder / "summary.json", folder / "table.md"]
     if document is not None:
         put(document, markdown(found, about))
-    pictures = draw(found, folder if document is None else document.parent)
-    return [folder / "summary.json", folder / "table.md", *([document] if document else []), *pictures]
+        document.with_suffix(".json").write_text(told)
+        written += [document, document.with_suffix(".json")]
+    return [*written, *draw(found, folder if document is None else document.parent)]
 
 
 def _mean(values: Sequence[float]) -> float:
