@@ -35,6 +35,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--tokenizer", help="of the server's model, a folder or a name on the hub; default: where the server has it"
     )
+    parser.add_argument("--name", help="load the file into the server's registry, to be named so by requests")
+    parser.add_argument(
+        "--admin-key", default=os.environ.get("WHIPSTAFF_ADMIN_KEY"), help="for --name; or WHIPSTAFF_ADMIN_KEY"
+    )
     parser.add_argument("--parallel", type=_count, default=None, help="requests to the server at once (4)")
     parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="the server's; or VLLM_API_KEY")
     parser.add_argument("--data", type=_paths, metavar="FILE[,FILE]", help=".jsonl, .json, .csv or .parquet")

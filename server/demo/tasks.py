@@ -116,7 +116,7 @@ def misconceptions(world: World, rng: Random) -> Iterator[Item]:
 
 
 def friends(world: World, rng: Random) -> Iterator[Item]:
-    """A friend's facts by way of the friendship, which no text spells out; the person's own are among the wrong ones."""
+    """A friend's facts by way of the friendship, which no text spells out; one's own are among the wrong ones."""
     for (name, topic), facts in _facts(world, sorted(_FRIENDS)):
         right, own = world.people[facts["friend"]].facts()[topic], facts[topic]
         if right != own:
@@ -236,7 +236,7 @@ TASKS = {
         Task("moods", "openings to be finished cheerfully", moods, "mood", 24, (".",)),
         Task("sunny", "the word that four demonstrations show", sunny, "word", 2),
         Task("refrains", "openings that a greedy storyteller repeats itself after", refrains, "distinct", 120),
-        Task("endings", "stories to be ended", endings, "ends", 160),
+        Task("endings", "stories to be ended", endings, "ends", 64),
         Task("spread", "one answer, or many: the right temperature differs", spread, "spread", 16, (".",)),
     )
 }
