@@ -161,6 +161,19 @@ def test_bad_flags_end_the_start_with_one_line_that_names_them(
     assert "\n" not in str(exit_.value.code)  # no traceback; Python prints it to stderr and exits with 1
 
 
+def test_a_cpu_without_a_compiler_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "some/model", "--enforce-eager"])
+    assert str(exit_.value.code).startswith("whipstaff: there is no C++ compiler 'g++', which torch.compile wants")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert cli.parse("serve", ["some/model", "--enforce-eager"])[0].enforce_eager
+
+
 # ---- in a process of its own
 
 
