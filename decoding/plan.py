@@ -29,6 +29,7 @@ class SearchPlan(NamedTuple):
     max_computed_tokens: int | None = None  # after the prompts, with those tried, after which it ends; None: no limit
     tells_drafts: bool = False  # whether what is not settled yet is told, too
     logprobs: int | None = None  # likeliest tokens to tell beside each of an answer; -1: all; None: none, nor its own
+    hidden_of: int = 0  # the companion whose hidden states the method reads; 0: the sequences' own
 
 
 class SamplerSettings(NamedTuple):

@@ -31,6 +31,8 @@ class Rows:
     history: Sequence[Tensor] | None = None  # (R,) of (positions so far, H) last hidden states, each of length 1
     is_prompt: bool = False  # whether the rows are a prompt's, to be scored and not drawn from
     facts: dict[str, Tensor] = field(default_factory=dict)  # what a method wants explained: name -> (R,) or (R, n)
+    judged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The same of the token that will be drawn: name -> (R, n) ids, (R, n) what each is found worth, a probability."""
 
     def column(self, values: Iterable[float]) -> Tensor:
         """(R, 1) float32 beside the logits: one number per row, sent without waiting for the device."""

@@ -64,6 +64,12 @@ class RequestPlan:
         assert self.decoding is not None
         return replace(self, decoding=replace(self.decoding, explain=explain))
 
+    def reading(self, companion: int) -> "RequestPlan":
+        """The same, with a search that reads the hidden states of a companion."""
+        assert self.decoding is not None and self.decoding.search is not None
+        search = self.decoding.search._replace(hidden_of=companion)
+        return replace(self, decoding=replace(self.decoding, search=search))
+
     def plan_of(self, index: int) -> "RequestPlan | None":
         """What a companion needs for itself; 1 is the first. None if nothing."""
         terms = self.decoding.mix.terms if self.decoding and self.decoding.mix else ()

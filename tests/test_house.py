@@ -29,8 +29,9 @@ SERVER_ROOMS = {
     "access": {"registry"},
     "api": {"prompt", "registry", "admission", "engine", "access"},
     "demo": set(),
+    "suite": {"demo"},
     "playground": set(),
-    "commands": {"app", "settings", "engine", "registry", "demo", "access"},
+    "commands": {"app", "settings", "engine", "registry", "demo", "access", "suite"},
 }
 # The engine's three processes know nothing of one another: what they share stands beside them.
 PROCESSES = ("frontend", "scheduler", "worker")

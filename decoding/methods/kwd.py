@@ -5,7 +5,8 @@
     token_classifier    s(v) = log p(v) + log sigmoid(g(v)),  g = W h + bias,  h the last hidden state: no more tokens
 
 over the k best tokens of the model's distribution p, which is renormalised over them for a token_classifier, as in the
-released code (its "v2"); -inf elsewhere. The authors take the best s; temperature and truncation come after.
+released code (its "v2"); -inf elsewhere. The authors take the best s; temperature and truncation come after. Of the
+token that is drawn the classifier's probability is explained.
 Choi et al. 2023 (KCTS), arXiv:2310.09044; k = 50 in its scripts.
 """
 
@@ -50,9 +51,12 @@ class Kwd(LogitsRewriter[KwdParams]):
         tokens = best.topk(most).indices  # (R, most): of each row its own k, then banned ones
         if len(head["weight"]) == NUM_CLASSES:
             scores = rows.logits.log_softmax(1).masked_fill(best == -torch.inf, -torch.inf).gather(1, tokens)
-            scores = scores + _judged_ahead(rows, head, tokens)
+            judged = _judged_ahead(rows, head, tokens)
         else:
-            scores = best.log_softmax(1).gather(1, tokens) + _judged(rows, head, tokens)
+            scores = best.log_softmax(1).gather(1, tokens)
+            judged = _judged(rows, head, tokens)
+        rows.judged["classifier"] = tokens, judged.exp()
+        scores = scores + judged
         return best.fill_(-torch.inf).scatter_(1, tokens, scores)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from whipstaff.decoding.search.search import Hypothesis
@@ -111,14 +110,13 @@ class Book:
 def best_candidates(scores: Tensor, num: int) -> list[Candidate]:
     """The best `num` of (S, V) scores, best first; of equal ones the first, and none that is -inf."""
     vocab, flat = scores.shape[1], scores.flatten()
-    least = flat.topk(min(num, len(flat))).values[-1]
-    places = ((flat >= least) & (flat > -torch.inf)).nonzero()[:, 0]  # those that equal the last, too
-    values = flat[places]
-    order = values.argsort(descending=True, stable=True)[:num]
-    return [
-        Candidate(place // vocab, place % vocab, value)
-        for place, value in zip(places[order].tolist(), values[order].tolist(), strict=True)
-    ]
+    best = flat.topk(min(num + 1, len(flat)))
+    values, places = best.values.tolist(), best.indices.tolist()
+    if len(values) > num and values[num - 1] == values[num] > -math.inf:  # which of the equal ones are there is unsaid
+        places = (flat >= values[num]).nonzero()[:, 0].tolist()
+        values = flat[places].tolist()
+    found = sorted((-value, place) for value, place in zip(values, places, strict=True) if value > -math.inf)
+    return [Candidate(place // vocab, place % vocab, -value) for value, place in found[:num]]
 
 
 def best_of(finished: Sequence[Hypothesis], more: Sequence[Hypothesis], num: int) -> tuple[Hypothesis, ...]:

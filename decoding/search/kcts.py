@@ -14,6 +14,9 @@ Probabilities are of all tokens, after `temperature` and then `repetition_penalt
 penalised. Nothing is rolled out: f is read at the new node itself. What ends an answer has no children; walking there
 again counts its f again. One sequence lives, and moves through the tree: what two nodes share is never computed twice
 in a row.
+
+The authors train the classifier with a LoRA adapter, which is off where the model says what comes next. `adapter` names
+one: beside the sequence goes a second one with the same tokens under that adapter, of which f is read.
 """
 
 import math
@@ -46,6 +49,10 @@ class KctsParams(SearchParams):
 
     method: Literal["kcts"] = "kcts"
     classifier: str = Field(description="head of kind prefix_classifier")
+    adapter: str | None = Field(
+        None,
+        description="LoRA adapter of this server, by which alone the classifier reads; none: the request's own model",
+    )
     k: int = Field(50, ge=1, le=1024, description="children of a node")
     simulations: int = Field(50, ge=1, le=4096, description="per token")
     exploration: float = Field(
@@ -60,6 +67,7 @@ class Kcts(SearchMethod[KctsParams]):
     params = KctsParams
     head_fields: ClassVar[Mapping[str, str]] = {"classifier": "prefix_classifier"}
     needs: ClassVar[frozenset[SearchNeed]] = frozenset({"hidden"})
+    adapter_field = "adapter"
     explains = True
     drafts = False  # what lives is where it looks
 
@@ -68,6 +76,9 @@ class Kcts(SearchMethod[KctsParams]):
 
     def num_sequences(self, params: KctsParams) -> int:
         return 1
+
+    def num_computed(self, params: KctsParams) -> int:
+        return params.simulations
 
     def start(self, setting: KctsParams, facts: SearchFacts) -> Search:
         return _Tree(setting, facts)

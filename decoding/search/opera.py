@@ -113,6 +113,9 @@ class Opera(SearchMethod[OperaParams]):
     def num_sequences(self, params: OperaParams) -> int:
         return params.beams
 
+    def num_tried(self, params: OperaParams) -> int:
+        return params.beams * params.candidates
+
     def draws(self, params: OperaParams) -> bool:
         return params.temperature > 0
 

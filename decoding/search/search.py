@@ -38,7 +38,9 @@ class Living:
 
     generated: Sequence[Sequence[int]]  # (S,) the tokens of each after the prompt
     logits: Tensor  # (S, V) float32 after each one's last token, after mixes, rules and penalties
-    hidden: Tensor | None = None  # (S, H) last hidden states of these tokens, after the final norm
+    hidden: Tensor | None = None
+    """(S, H) last hidden states of these tokens, after the final norm; under the adapter that `SearchMethod.adapter`
+    names, where it names one."""
     attention: Tensor | None = None
     """(S, C) float32: how much the last token of each looked at every position up to its own, in the model's last
     layer: the largest probability among the heads, so that a row need not sum to 1. C is the longest sequence's length;
@@ -119,6 +121,7 @@ class SearchMethod(Method[S]):
     stage = "search"
     needs: ClassVar[frozenset[SearchNeed]] = frozenset()
     sequences_field: ClassVar[str] = "method"  # the parameter that says how many sequences live
+    adapter_field: ClassVar[str] = ""  # the parameter that may name a LoRA adapter by which hidden states are read
     explains: ClassVar[bool] = False  # whether `Decision.facts` say something of every token
     drafts: ClassVar[bool] = (
         True  # whether what lives is what answers may become, and every token follows what lived then
@@ -130,9 +133,21 @@ class SearchMethod(Method[S]):
     def num_sequences(self, params: S) -> int:
         """The most sequences that live at once."""
 
+    def adapter(self, params: S) -> str | None:
+        """The LoRA adapter under which `Living.hidden` is read, while logits stay the request's own; None: its own."""
+        return getattr(params, self.adapter_field) if self.adapter_field else None
+
     def draws(self, params: S) -> bool:
         """Whether it draws tokens, by its own parameters and the request's seed."""
         return False
+
+    def num_computed(self, params: S) -> int:
+        """Tokens that are computed for each token of an answer, those tried aside, while nothing is taken back."""
+        return self.num_sequences(params)
+
+    def num_tried(self, params: S) -> int:
+        """Tokens that are tried for each token of an answer, likewise."""
+        return 0
 
     def num_answers(self, params: S) -> int:
         """The most answers that it comes to."""

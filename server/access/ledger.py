@@ -91,11 +91,14 @@ class Meter:
         with self.ledger.lock:
             self._take((0.0, tokens, cost))
 
-    def give_back(self, tokens: float, cost: float) -> None:
-        """What was taken and not used."""
+    def correct(self, tokens: float, cost: float) -> None:
+        """By how much more was used than was taken; below 0, it comes back. What is used already is not refused: the
+        key waits for it."""
         with self.ledger.lock:
-            for column, units in ((_SPENT + 1, tokens), (_SPENT + 2, cost)):
-                self.ledger.memory[self.row + column] = max(self.ledger.memory[self.row + column] - units, 0.0)
+            for index, units in ((1, tokens), (2, cost)):
+                if self.rates[index] != math.inf:
+                    column = self.row + _SPENT + index
+                    self.ledger.memory[column] = max(self.ledger.memory[column] + units, 0.0)
 
     def headers(self) -> Mapping[str, str]:
         """What is left, in OpenAI's words."""
@@ -140,18 +143,34 @@ class Meter:
 
 
 class Spending:
-    """Of one request: what it may come to is taken before it is scheduled, and what it did not need is given back."""
+    """Of one request: what it may come to is taken before it is scheduled, and corrected when it is known.
 
-    def __init__(self, meter: Meter, num_answers: int, num_sequences: int, num_models: int) -> None:
+    Of a search, which tries tokens and takes some back, it is known only then what it computes: taken before is what it
+    computes while it takes nothing back.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        num_answers: int,
+        num_computed: int,
+        num_models: int,
+        num_tried: int = 0,
+        most: float = math.inf,
+    ) -> None:
         """
         Args:
             num_answers: that each prompt gets.
-            num_sequences: of the request's own, for each prompt, further prompts not counted.
-            num_models: that read each of its tokens.
+            num_computed: tokens of the request's own that are computed for each that follows a prompt, further prompts
+                not counted.
+            num_models: that read each of these.
+            num_tried: tokens that the served model alone reads, likewise.
+            most: tokens that are computed at most after each prompt.
         """
-        self._meter, self._num_answers = meter, num_answers
-        self._num_sequences, self._num_models = num_sequences, num_models
+        self._meter, self._num_answers, self._num_models = meter, num_answers, num_models
+        self._num_computed, self._num_tried, self._most = num_computed, num_tried, most
         self._taken, self._per_token, self._base, self._num = (0.0, 0.0), 0.0, (0.0, 0.0), 0
+        self._counted: dict[int, float] = {}  # by prompt, the cost that the engine has counted
 
     def expect(self, sizes: list[tuple[int, list[int], int]]) -> None:
         """Of each prompt: its tokens, those of its further prompts, and how many may follow. Raises: RateLimited,
@@ -159,20 +178,29 @@ class Spending:
         read = sum(own for own, _, _ in sizes)
         computed = sum(own + sum(further) for own, further, _ in sizes) * self._num_models
         most = sum(following for _, _, following in sizes)
-        all_sequences = sum(following * (1 + len(further)) for _, further, following in sizes)
-        cost = all_sequences * self._num_sequences * self._num_models
+        cost = sum(self._cost(following, 1 + len(further)) for _, further, following in sizes)
         taken = read + most * self._num_answers, computed + cost
         self._meter.take(*taken)
         self._base, self._taken = (read, computed), taken
         self._per_token = cost / (most * self._num_answers) if most else 0.0
 
+    def _cost(self, following: int, num_sequences: int) -> float:
+        """Of so many tokens after a prompt with its further prompts."""
+        computed, tried = following * self._num_computed * num_sequences, following * self._num_tried
+        share = min(1.0, self._most / max(computed + tried, 1))
+        return share * (computed * self._num_models + tried)
+
     def note(self, num_tokens: int) -> None:
         """So many were generated."""
         self._num += num_tokens
 
+    def note_search(self, prompt: int, counts: Mapping[str, int]) -> None:
+        """What the search of a prompt has computed so far."""
+        self._counted[prompt] = counts.get("tokens_computed", 0) * self._num_models + counts.get("tried", 0)
+
     def settle(self) -> None:
         """The request is over, however it ended."""
-        used = self._base[0] + self._num, self._base[1] + self._num * self._per_token
-        unused = [max(taken - one, 0.0) for taken, one in zip(self._taken, used, strict=True)]
-        self._taken = (0.0, 0.0)
-        self._meter.give_back(*unused)
+        after = sum(self._counted.values()) if self._counted else self._num * self._per_token
+        used = self._base[0] + self._num, self._base[1] + after
+        self._meter.correct(*(one - taken for taken, one in zip(self._taken, used, strict=True)))
+        self._base, self._taken, self._num, self._per_token, self._counted = (0.0, 0.0), (0.0, 0.0), 0, 0.0, {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whipstaff.decoding.method import Companion, DecodingError, StreamMixer
+from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.admission.decoding import DecodingEntry
 from whipstaff.server.admission.positions import steering_at_prompt
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, check_one_set
@@ -97,6 +98,29 @@ def companions_at_prompt(
             raise BadRequest(str(error), entry.path_of(error.param)) from None
         found += [_checked(entry, number, companion, prompt, caps, request) for number, companion in enumerate(made, 1)]
     return found
+
+
+def read_by_adapter(
+    entry: DecodingEntry, prompt: Prompt, caps: Capabilities, request: SequenceSteering
+) -> PlacedCompanion | None:
+    """The request's own prompt under the adapter by which its search reads hidden states; None where it names none.
+
+    Args:
+        request: the request's own steering, which holds there, too.
+
+    Raises: BadRequest, NotFound, Unavailable.
+    """
+    method = entry.method
+    assert isinstance(method, SearchMethod)
+    if (name := method.adapter(entry.params)) is None:
+        return None
+    path = entry.path_of(method.adapter_field)
+    if prompt.source is None:
+        raise BadRequest("an adapter can read a prompt of text or tokens only", path)
+    companion = Companion(prompt.source.ids, method.adapter_field, adapter=(name, method.adapter_field))
+    plan, expanded = _steered(request, True, companion.prompt, prompt, caps, path)
+    its_plan = CompanionPlan(tuple(expanded), plan, adapter=_adapter(entry, companion, prompt, caps))
+    return PlacedCompanion(path, its_plan, {"name": name}, entries=request.entries)
 
 
 def unsteered(prompt: Prompt) -> PlacedCompanion:

@@ -16,6 +16,7 @@ from whipstaff.server.admission.companions import (
     PlacedCompanion,
     check_number,
     companions_at_prompt,
+    read_by_adapter,
     unsteered,
     wanted_scores,
 )
@@ -159,8 +160,11 @@ class CompiledRequest:
             facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
             companions = companions_at_prompt(entries, prompt, self.caps, self.steering, self.options.is_dry)
-            decoding = self.options.decoding_plan(entries)
-            plan = replace(plan, decoding=decoding)
+            plan = replace(plan, decoding=self.options.decoding_plan(entries))
+            search = search_of(entries)
+            if search and (reader := read_by_adapter(search, prompt, self.caps, self.steering)):
+                companions.append(reader)
+                plan = plan.reading(len(companions))
             warnings += self._idle(companions)
         if self.steering.entries and (explain := plan.explain) is not None and explain.unsteered is not None:
             companions.append(unsteered(prompt))

@@ -4,11 +4,12 @@ A search takes the place of the draw, so that temperature and truncation do noth
 told. What it cannot do is refused by the field that asks for it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whipstaff.decoding.plan import Explain
-from whipstaff.decoding.search.search import SearchMethod
+from whipstaff.decoding.search.search import SearchMethod, SearchParams
 from whipstaff.server.admission.decoding import DecodingEntry, GivenEntry
 from whipstaff.server.errors import BadRequest, Unavailable
 from whipstaff.server.registry.capabilities import Capabilities
@@ -24,10 +25,20 @@ def vllm_beam_search(num_beams: int, length_penalty: float) -> GivenEntry:
     return GivenEntry("", {"method": "beam_search", **params}, names, ("use_beam_search",))
 
 
+def effort(entry: DecodingEntry) -> tuple[int, int, float]:
+    """Tokens that a search computes and that it tries for each token of an answer, while it takes nothing back; and how
+    many it may come to after each prompt."""
+    method, params = _method(entry), entry.params
+    assert isinstance(params, SearchParams)
+    most = math.inf if params.max_computed_tokens is None else params.max_computed_tokens
+    return method.num_computed(params), method.num_tried(params), most
+
+
 def check_room(entry: DecodingEntry, num_companions: int, caps: Capabilities) -> None:
     """Whether a search can ever have the sequences that it needs at once. Raises: Unavailable."""
     method = _method(entry)
-    num, most = method.num_sequences(entry.params) * (1 + num_companions), min(caps.max_search_seqs, caps.max_seqs)
+    num_rows = 1 + num_companions + (method.adapter(entry.params) is not None)
+    num, most = method.num_sequences(entry.params) * num_rows, min(caps.max_search_seqs, caps.max_seqs)
     if num > most:
         raise Unavailable(
             f"the request needs {num} sequences at once and searches run at most {most}; start the server with a "

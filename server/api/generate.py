@@ -23,7 +23,7 @@ from whipstaff.server.admission.fields import check_characters, ours_in, unpacke
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.admission.search import add_computed
+from whipstaff.server.admission.search import add_computed, effort
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
@@ -166,6 +166,7 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
     form = form or Form(openai.answer)
     with openai.answering_as(request.model):
         compiled = await compiled_of(request, raw)
+        spending = None
         if (holder := HOLDER.get()) is not None and not holder.meter.is_free:
             spending = _spending(request, compiled, holder)
             at_end.callback(spending.settle)
@@ -179,10 +180,16 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
         if not compiled.is_plain:
+
+            def note_search(prompt: int, record: dict[str, Any]) -> None:
+                tally.note_search(prompt, record)
+                if spending is not None and compiled.searches:
+                    spending.note_search(prompt, record["counts"])
+
             notes = Notes(
                 output=tally.note,
                 token=explained.note if explained else None,
-                search=tally.note_search,
+                search=note_search,
                 retract=retractions.note if compiled.retracts else None,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
@@ -220,8 +227,11 @@ def _spending(request: AnyRequest, compiled: CompiledRequest | None, holder: Hol
     num = request.num_answers
     if compiled is None:
         return Spending(holder.meter, num, num, 1)
-    is_one = compiled.searches or bool(compiled.num_candidates)  # the engine has several sequences for all answers
-    return Spending(holder.meter, num, compiled.num_sequences if is_one else num, 1 + len(compiled.limits))
+    num_models = 1 + len(compiled.limits)
+    if compiled.search is not None:
+        computed, tried, most = effort(compiled.search)
+        return Spending(holder.meter, num, computed, num_models, tried, most)
+    return Spending(holder.meter, num, compiled.num_candidates or num, num_models)
 
 
 def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> Response:

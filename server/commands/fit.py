@@ -1,23 +1,27 @@
-"""`whipstaff fit`: a vector file from data, with a model on this machine."""
+"""`whipstaff fit`: a vector file from data, with a model on this machine or one that a server runs."""
 
 import json
 import shutil
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from whipstaff.server import demo
-from whipstaff.server.commands import vectors
+from whipstaff.server.commands import vectors, vectors_remote
 from whipstaff.server.commands.fit_flags import parse
+from whipstaff.server.commands.fit_server import PARALLEL, served
+from whipstaff.server.registry.vectors import NAME
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import fitting
 from whipstaff.steering.fit.job import Job
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.options import Options
 from whipstaff.steering.fit.recipes import RECIPES
+from whipstaff.steering.fit.source import Source
 from whipstaff.steering.sites import SitesNotFound
 
 
@@ -53,9 +57,9 @@ def methods() -> int:
 
 def _fit(args: Namespace, bars: "Bars") -> int:
     fitting.recipe_of(args.method)
-    for flag in ("model", "data"):
-        if getattr(args, flag) is None:
-            raise SteeringError("has to be said", flag)
+    _check_where(args)
+    if args.data is None:
+        raise SteeringError("has to be said", "data")
     options = Options(**{name: value for name in Options.model_fields if (value := getattr(args, name)) is not None})
     fitting.check_options(fitting.recipe_of(args.method), options)
     folder = _work_folder(args)
@@ -80,6 +84,9 @@ def _fit(args: Namespace, bars: "Bars") -> int:
     bars.close()
     said = {"description": args.description or made.header.description, "licence": args.licence}
     digest = vectors.save(args.output, made.header.model_copy(update=said), made.tensors, args.force)
+    if args.name is not None:
+        with redirect_stdout(sys.stderr):  # what a program reads is the summary alone
+            _load(args)
     if args.json:
         print(json.dumps(fitting.describe(made) | {"file": str(args.output), "sha256": digest}, indent=1))
         return 0
@@ -90,10 +97,29 @@ def _fit(args: Namespace, bars: "Bars") -> int:
         f"wrote {args.output} ({made.header.method}, {len(made.tensors)} tensors, {size:.0f} KiB, "
         f"sha256 {digest[:12]}); the test split was not looked at"
     )
-    name = args.output.name.partition(".")[0]
-    served = "" if args.model == "demo" else f" {args.model}"
-    print(f'next: whipstaff serve{served} --vectors {args.output}    and ask with "steering": {{"vector": "{name}"}}')
+    name = args.name or args.output.name.partition(".")[0]
+    print(f'next: {_served_by(args)}ask with "steering": {{"vector": "{name}"}}')
     return 0
+
+
+def _load(args: Namespace) -> None:
+    """Upload the file; it stays where it is whatever comes of that. Raises: SteeringError."""
+    said = Namespace(file=args.output, name=args.name, url=args.server, format=None)
+    said.api_key, said.admin_key = args.api_key, args.admin_key
+    try:
+        vectors_remote.add(said)
+    except SteeringError as error:
+        raise SteeringError(f"{args.output} is written, and was not loaded: {error}", "name") from error
+
+
+def _served_by(args: Namespace) -> str:
+    """The command that makes a file known to a server, unless it is known already."""
+    if args.name is not None:
+        return ""
+    if args.server is not None:
+        return f"whipstaff vectors add {args.output} --url {args.server}    and "
+    served = "" if args.model == "demo" else f" {args.model}"
+    return f"whipstaff serve{served} --vectors {args.output}    and "
 
 
 def _work_folder(args: Namespace) -> Path:
@@ -109,9 +135,25 @@ def _work_folder(args: Namespace) -> Path:
     return folder
 
 
-def _source(args: Namespace) -> LocalModel:
+def _check_where(args: Namespace) -> None:
+    """Raises: SteeringError unless there is one model, and what is said of it can be meant."""
+    if (args.model is None) == (args.server is None):
+        said = "has to be said, or --server URL" if args.model is None else "say this or --server, not both"
+        raise SteeringError(said, "model")
+    if args.name is not None and not NAME.fullmatch(args.name):
+        raise SteeringError("a name has at most 128 letters, digits, `.`, `_` and `-`, and begins with no sign", "name")
+    if args.server and args.name is not None and args.admin_key is None:
+        raise SteeringError("--name changes the server's registry: say --admin-key or WHIPSTAFF_ADMIN_KEY", "admin_key")
+    for flag in ("dtype", "device") if args.server else ("tokenizer", "parallel", "name"):
+        if getattr(args, flag) is not None:
+            raise SteeringError("the server chose it" if args.server else "goes with --server", flag)
+
+
+def _source(args: Namespace) -> Source:
+    if args.server is not None:
+        return served(args.server, args.api_key, args.tokenizer, args.batch_size, args.parallel or PARALLEL)
     name = str(demo.MODELS / "demo") if args.model == "demo" else args.model
-    return LocalModel.load(name, args.dtype, args.device, args.batch_size)
+    return LocalModel.load(name, args.dtype or "float32", args.device, args.batch_size)
 
 
 def _warned(job: Job, most: int = 8) -> int:

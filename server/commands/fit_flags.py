@@ -1,5 +1,6 @@
 """The flags of `whipstaff fit`, apart from what they start: nothing here imports torch, so help comes at once."""
 
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -11,7 +12,8 @@ Two commands from pairs to a served vector:
   whipstaff fit caa --model demo --data pairs.jsonl -o mine.safetensors
   whipstaff serve --vectors mine.safetensors     (or, beside a running server: whipstaff vectors add mine.safetensors)
 
-docs/fit.md has every kind of data, every method, and what the numbers mean.
+--server URL, instead of --model, reads from a running server. docs/fit.md has every kind of data, every method, and
+what the numbers mean.
 """
 
 
@@ -29,6 +31,16 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("method", metavar="METHOD", help="caa, iti, probe ...; `methods` lists them with their data")
     parser.add_argument("--model", help="a folder or a name on the hub; demo: the embedded model")
+    parser.add_argument("--server", metavar="URL", help="instead: read activations from a running server")
+    parser.add_argument(
+        "--tokenizer", help="of the server's model, a folder or a name on the hub; default: where the server has it"
+    )
+    parser.add_argument("--name", help="load the file into the server's registry, to be named so by requests")
+    parser.add_argument(
+        "--admin-key", default=os.environ.get("WHIPSTAFF_ADMIN_KEY"), help="for --name; or WHIPSTAFF_ADMIN_KEY"
+    )
+    parser.add_argument("--parallel", type=_count, default=None, help="requests to the server at once (4)")
+    parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="the server's; or VLLM_API_KEY")
     parser.add_argument("--data", type=_paths, metavar="FILE[,FILE]", help=".jsonl, .json, .csv or .parquet")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the vector file, .safetensors")
     parser.add_argument("--neutral", type=Path, metavar="FILE", help="plain texts, on which a probe should not fire")
@@ -42,10 +54,10 @@ def _parser() -> ArgumentParser:
         "--split", type=_shares, default=(0.7, 0.15, 0.15), metavar="A/B/C", help="train/dev/test, default .7/.15/.15"
     )
     parser.add_argument("--limit", type=int, help="the first so many rows of each file")
-    parser.add_argument("--batch-size", type=int, default=8, help="texts that are computed together (8)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (float32)"
+        "--batch-size", type=_count, default=8, help="texts that are computed together (8), or of one request"
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (float32)")
     parser.add_argument("--device", help="cpu, cuda ...; default: a GPU where there is one")
     parser.add_argument("--description", help="kept in the file")
     parser.add_argument("--licence", default="", help="kept in the file")
@@ -60,6 +72,12 @@ def _parser() -> ArgumentParser:
 
 def _paths(text: str) -> list[Path]:
     return [Path(part) for part in text.split(",") if part]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise ArgumentTypeError(f"{text!r} is no number from 1 to 1024")
+    return int(text)
 
 
 def _shares(text: str) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from whipstaff.server import __version__, demo
-from whipstaff.server.commands import eval_flags, fit_flags, vectors_flags
+from whipstaff.server.commands import eval_flags, fit_flags, suite_flags, vectors_flags
 from whipstaff.server.engine import ENGINE_DIED, EngineDied, UnsupportedEngine, causes, vllm_version
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
        whipstaff vectors list|add|remove             the vectors of a running server
        whipstaff fit METHOD --model M --data D -o F  make a vector file; `whipstaff fit methods` lists what can be made
        whipstaff eval DATA --vector NAME --scales A,B  what a server's vector does, and what it costs
+       whipstaff eval suite                          every method on the demo's tasks, beside rivals and costs
        whipstaff keys hash|new                       the hash of a key, for the file of --keys
        whipstaff --version                           this version, and that of vLLM
 
@@ -52,6 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         from whipstaff.server.commands import fit as fit_cli
 
         sys.exit(fit_cli.run(fit_args))
+    if words[:2] == ["eval", "suite"]:
+        suite_args = suite_flags.parse(words[2:])
+        from whipstaff.server.commands import suite as suite_cli
+
+        sys.exit(suite_cli.run(suite_args))
     if words[:1] == ["eval"]:
         eval_args = eval_flags.parse(words[1:])
         from whipstaff.server.commands import eval as eval_cli

@@ -74,10 +74,11 @@ def _asked(args: Namespace, method: str, path: str, params: Any = None, file: Pa
     if answer.is_success:
         found: dict[str, Any] = answer.json()
         return found
-    raise SteeringError(f"{args.url} answers {answer.status_code}: {_reason(answer)}")
+    raise SteeringError(f"{args.url} answers {answer.status_code}: {reason(answer)}")
 
 
-def _reason(answer: httpx.Response) -> str:
+def reason(answer: httpx.Response) -> str:
+    """Why a server refused."""
     try:
         error = answer.json()["error"]
     except (ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from whipstaff.server.engine.patch import carry
-from whipstaff.server.engine.searches import DRAFT_KEY
+from whipstaff.server.engine.searches import SEARCH_KEY
 
 EXPLAIN_KEY = "whipstaff"
 
@@ -30,5 +30,5 @@ def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:
     for outputs in by_client.values():
         for one in outputs.outputs:
             told = explained.get(one.request_id, {})
-            if told and (one.new_token_ids or one.finish_reason is not None or DRAFT_KEY in told):
+            if told and (one.new_token_ids or one.finish_reason is not None or SEARCH_KEY in told):
                 one.kv_transfer_params = {EXPLAIN_KEY: told}

@@ -50,6 +50,16 @@ def check_options(recipe: Recipe, options: Options) -> None:
             )
 
 
+def check_source(recipe: Recipe, options: Options, source: Source) -> None:
+    """Raises: SteeringError where the recipe needs more of a model than a source gives."""
+    needed = "answers" if options.marks and recipe.needs == "rows" else recipe.needs
+    if needed not in source.gives:
+        what = "--marks" if needed != recipe.needs else recipe.method
+        why = "gradients or weights" if needed == "weights" else "what the model says under edits"
+        able = ", ".join(name for name, each in RECIPES.items() if each.needs in source.gives)
+        raise SteeringError(f"{what} takes {why}, for which a model on this machine is needed; here: {able}", "method")
+
+
 def prepared(
     method: str,
     source: Source,
@@ -67,6 +77,7 @@ def prepared(
     """Everything that a fit needs, checked. Raises: SteeringError, OSError."""
     recipe = recipe_of(method)
     check_options(recipe, options)
+    check_source(recipe, options, source)
     data = read_data(paths, recipe.kinds, limit)
     splits = data.split(options.seed, shares)
     own = recipe.template

@@ -13,7 +13,7 @@ from whipstaff.steering.fit.data import Dataset, Item, Split
 from whipstaff.steering.fit.options import Options
 from whipstaff.steering.fit.render import Template
 from whipstaff.steering.fit.rows import Progress
-from whipstaff.steering.fit.source import Source
+from whipstaff.steering.fit.source import Gives, Source
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import Site
 from whipstaff.steering.where import Where
@@ -72,6 +72,7 @@ class Recipe:
     read: str = "last"
     template: str = "chat"  # where the tokenizer has one
     takes: frozenset[str] = frozenset()  # options beside COMMON
+    needs: Gives = "rows"  # of its source
 
 
 def chosen_layers(text: str, num_layers: int) -> list[int]:

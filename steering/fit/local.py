@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from whipstaff.steering.apply import applied
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.source import Asked, Entry
+from whipstaff.steering.fit.source import Asked, Entry, Gives
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.ops import EditOp
@@ -38,6 +38,8 @@ class LocalModel:
         batch_size: texts that are computed together.
         name: what it was loaded from, for provenance.
     """
+
+    gives: frozenset[Gives] = frozenset({"rows", "answers", "weights"})
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, name: str = "") -> None:
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, name

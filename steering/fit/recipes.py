@@ -57,6 +57,7 @@ RECIPES: dict[str, Recipe] = {
             icl.example,
             takes=frozenset({"num_heads", "shots", "trials", "corrupted"}),
             template=icl.FORM,
+            needs="weights",
         ),
         Recipe(
             "task_vector",
@@ -66,6 +67,7 @@ RECIPES: dict[str, Recipe] = {
             icl.example,
             takes=frozenset({"shots", "trials"}),
             template=icl.FORM,
+            needs="answers",
         ),
         Recipe(
             "head_scale",
@@ -75,6 +77,7 @@ RECIPES: dict[str, Recipe] = {
             icl.example,
             takes=frozenset({"num_heads", "shots", "trials"}),
             template=icl.FORM,
+            needs="answers",
         ),
         Recipe(
             "site",
@@ -84,6 +87,7 @@ RECIPES: dict[str, Recipe] = {
             icl.example,
             takes=frozenset({"shots", "trials", "steps", "lr"}),
             template=icl.FORM,
+            needs="weights",
         ),
         Recipe(
             "lofit",
@@ -92,6 +96,7 @@ RECIPES: dict[str, Recipe] = {
             learned.lofit,
             learned.example,
             takes=frozenset({"num_heads", "epochs", "steps", "lr", "l1"}),
+            needs="weights",
         ),
         *(
             Recipe(
@@ -101,6 +106,7 @@ RECIPES: dict[str, Recipe] = {
                 learned.reft(method),
                 learned.example,
                 takes=frozenset({"rank", "positions", "epochs", "steps", "lr"}),
+                needs="weights",
             )
             for method in learned.REFT
         ),

@@ -3,12 +3,15 @@ that both give the same files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape
+
+# Activations; log-probabilities of every token under edits; the weights themselves, and gradients.
+Gives = Literal["rows", "answers", "weights"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Source(Protocol):
     shape: ModelShape
     tokenizer: Any
     experts_per_token: int  # how many a router chooses; 0 without routers
+
+    @property
+    def gives(self) -> frozenset[Gives]:
+        """What can be had of it."""
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from others, for the provenance of a file."""

@@ -1,6 +1,7 @@
 """Greedy decoding with activation edits and mixed logits, in plain transformers: no cache, no batch, hooks only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,9 @@ def places(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(block, block.self_attn.o_proj) for block in inner.model.layers]
 
 
-def logits(model: nn.Module, ids: list[int], prompt_len: int, edits: list[Edit]) -> Tensor:
-    """(len(ids), V) float32 logits of one sequence under the edits."""
+@contextmanager
+def edited(model: nn.Module, prompt_len: int, edits: list[Edit]) -> Iterator[None]:
+    """While this holds every pass of the model is under the edits."""
     handles = []
     for layer, (block, projection) in enumerate(places(model)):
         mine = [edit for edit in edits if edit.layer == layer]
@@ -42,12 +44,17 @@ def logits(model: nn.Module, ids: list[int], prompt_len: int, edits: list[Edit])
         if stream:
             handles.append(block.register_forward_hook(_output_hook(stream, prompt_len)))
     try:
-        with torch.no_grad():
-            found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0].float()
-            return found
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def logits(model: nn.Module, ids: list[int], prompt_len: int, edits: list[Edit]) -> Tensor:
+    """(len(ids), V) float32 logits of one sequence under the edits."""
+    with edited(model, prompt_len, edits), torch.no_grad():
+        found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        return found
 
 
 def greedy(

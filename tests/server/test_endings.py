@@ -135,5 +135,5 @@ def test_a_dead_process_of_the_engine_ends_the_server_and_everybody_is_told_why(
         for events in running:
             assert_broken_off(events, "the engine died", "signal 9")
         status, last = ended(server)
-        assert status == ENGINE_DIED and time.monotonic() - killed < 10
+        assert status == ENGINE_DIED and time.monotonic() - killed < 30
         assert "whipstaff: the engine died: " in last and "signal 9" in last, last

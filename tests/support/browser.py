@@ -1,6 +1,7 @@
 """A real browser for tests: Debian's chromium, driven by Playwright, with a look at what pages must never do."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
 UNPACKED = Path(sys.prefix) / "share" / "chromium"
 PACKAGE, FONTS = "chromium-headless-shell", ("fonts-inter", "fonts-noto-core")
@@ -124,6 +125,15 @@ class Visit:
         while not self.page.evaluate(expression):
             assert time.monotonic() < deadline, expression
             self.page.wait_for_timeout(100)
+
+    def make_endless(self) -> None:
+        """From now on answers have all the tokens that they may have, whatever the model would say or end at."""
+
+        def endless(route: Route) -> None:
+            body = dict(route.request.post_data_json or {})
+            route.continue_(post_data=json.dumps(body | {"ignore_eos": True, "stop": []}))
+
+        self.page.route("**/v1/completions", endless)
 
     def close(self) -> None:
         self.context.close()

@@ -7,7 +7,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from whipstaff.steering.fit.source import Asked, Entry
+from whipstaff.steering.fit.source import Asked, Entry, Gives
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.shape import ModelShape
 
@@ -25,6 +25,7 @@ class Planted:
 
     shape = SHAPE
     experts_per_token = 2
+    gives: frozenset[Gives] = frozenset({"rows", "answers", "weights"})
 
     def __init__(
         self, tokenizer: Any, mark: int, numbers: dict[HookPoint, Tensor], fails_at: int | None = None

@@ -164,6 +164,17 @@ class Loop:
         return Seen(self.rewrite(texts, logits) if self.rewrite else logits, hidden, looked)
 
 
+class JudgedLoop(Loop):
+    """One in which hidden states are another model's."""
+
+    def __init__(self, model: Any, judge: Any, rewrite: Rewrite | None = None) -> None:
+        super().__init__(model, rewrite=rewrite)
+        self.judge = Loop(judge)
+
+    def see(self, texts: Sequence[Sequence[int]]) -> Seen:
+        return super().see(texts)._replace(hidden=self.judge.see(texts).hidden)
+
+
 def advance(steps: Steps, tried: Tried | None, request: int, decisions: dict[int, Decision]) -> Tensor | None:
     """The tokens that a step wants tried next; None once it has decided, which is noted."""
     try:

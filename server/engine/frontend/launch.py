@@ -28,6 +28,7 @@ from whipstaff.server.engine.frontend import tracing
 from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.engine.patch import Swapped, swap
+from whipstaff.server.engine.searches import DRAFT_KEY
 from whipstaff.server.leases import NOTHING, Lease
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook, Needs
@@ -195,12 +196,17 @@ class Listening(Swapped):
             state.whipstaff_plan = plan
 
     def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        for output in engine_core_outputs:
+        heard = set[int]()  # outputs that say nothing to vLLM
+        for index, output in enumerate(engine_core_outputs):
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
                 output.kv_transfer_params = None
                 state = self.request_states.get(output.request_id)  # None: it was aborted just now
                 if (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
                     hear(told)
+                if not (output.new_token_ids or output.finished or DRAFT_KEY in told):
+                    heard.add(index)
+        if heard:
+            engine_core_outputs = [one for index, one in enumerate(engine_core_outputs) if index not in heard]
         return super().process_outputs(engine_core_outputs, *args, **kwargs)
 
     def do_tracing(self, engine_core_output: Any, req_state: Any, *args: Any, **kwargs: Any) -> None:

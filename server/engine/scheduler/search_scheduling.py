@@ -9,8 +9,9 @@ quiet      a sequence that keeps its seat and all of its tokens gets one more, a
 moved      any other gets its seat's tokens replaced and its blocks by `reseat`, and the worker is told as of a request
            that was preempted and comes back; a seat in which nothing lives has no blocks and stands in no queue
 preempted  a search whose verdict is still to come is not let in before: its state in the worker has gone on
-client     gets the leading tokens that are settled, and the rest with the answer; if it wants, it is told meanwhile
-           what else stands in the sequence that lives first
+client     gets the leading tokens that are settled, and the rest with the answer; with every step the front end is
+           told what was computed, which holds when the client leaves, and if the client wants, what else stands in the
+           sequence that lives first
 
 Under asynchronous scheduling a search waits for each verdict before its next step is scheduled: it takes part in every
 second step of the engine only. Nobody else waits.
@@ -179,14 +180,15 @@ class SearchScheduling(GroupedScheduling):
         return outputs
 
     def _have_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Drafts travel with their requests' outputs, also where no token is settled."""
-        for name in (name for name, told in self._told.items() if DRAFT_KEY in told):
-            request = self.requests[name]
+        """What is told travels with requests' outputs, also where no token is settled. One without a draft says nothing
+        to vLLM, and ends where it is heard."""
+        there = {one.request_id for own in outputs.values() for one in own.outputs}
+        for name in self._told.keys() - there:
+            request, stats = self.requests[name], None
+            if DRAFT_KEY in self._told[name] and (stats := request.take_prefill_stats()) is not None:
+                stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
             own = outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs
-            if all(one.request_id != name for one in own):
-                if (stats := request.take_prefill_stats()) is not None:
-                    stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
-                own.append(EngineCoreOutput(name, [], prefill_stats=stats))
+            own.append(EngineCoreOutput(name, [], prefill_stats=stats))
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -211,14 +213,14 @@ class SearchScheduling(GroupedScheduling):
         start, group.num_told = group.num_told, max(group.num_told, verdict.settled)
         if group.tells_drafts:
             told[DRAFT_KEY] = {"settled": group.num_told, "tokens": text[group.num_told :]}
-        if found := text[start : group.num_told]:
-            told[SEARCH_KEY] = self._record(group, verdict)
+        found = text[start : group.num_told]
+        told[SEARCH_KEY] = self._record(group, verdict) if found else {"counts": _counts(group, verdict)}
         return found
 
     def _record(self, group: SearchGroup, verdict: Verdict) -> dict[str, Any]:
         """What a search has come to so far, with what was not told yet of the tokens that the client gets."""
         facts, group.facts = group.facts, []
-        return {"counts": {**verdict.counts, **group.counts}, **({"facts": facts} if facts else {})}
+        return {"counts": _counts(group, verdict), **({"facts": facts} if facts else {})}
 
     def _end(self, group: SearchGroup, verdict: Verdict) -> tuple[list[int], bool]:
         """The rest of the best answer."""
@@ -302,6 +304,11 @@ class SearchScheduling(GroupedScheduling):
             member.status, member.num_computed_tokens = RequestStatus.PREEMPTED, 0
         self._moved -= names
         self.reset_preempted_req_ids |= names  # Model Runner V2 keeps no room for them
+
+
+def _counts(group: SearchGroup, verdict: Verdict) -> dict[str, int]:
+    """Of the whole search, so far."""
+    return {**verdict.counts, **group.counts}
 
 
 def _num_kept(source: Request, place: Placed) -> int:

@@ -25,6 +25,7 @@ export function Pane({ pane, isFirst, error, errorAt, opened, onOpen }) {
     <header>
       <h2>${title}</h2>
       <span class="tools">
+        ${own && html`<${Stop} key=${own.started} run=${own} title=${title} />`}
         ${!isFirst && html`<button class="quiet" aria-label=${`remove ${title}`} title="remove this pane" onClick=${() => remove(pane)}>✕</button>`}
       </span>
     </header>
@@ -149,10 +150,24 @@ function Adder({ side, label, onAdd }) {
   </select>`;
 }
 
+/** Draw again whenever there is more of an answer. */
+function useRun(own) {
+  const [, again] = useReducer((count) => count + 1, 0);
+  useEffect(() => {
+    again(); // what came before anybody followed
+    return own.follow(again);
+  }, [own]);
+}
+
+/** Ends an answer; above it, where a growing text does not move it. */
+function Stop({ run: own, title }) {
+  useRun(own);
+  return own.isLive && html`<button class="small" aria-label=${`stop ${title}`} onClick=${() => own.stop()}>Stop</button>`;
+}
+
 /** An answer with its figures. */
 function Result({ run: own, pane, title, opened, onOpen }) {
-  const [, again] = useReducer((count) => count + 1, 0);
-  useEffect(() => own.follow(again), [own]);
+  useRun(own);
   const rate = own.first !== null && own.numTokens > 1 ? (own.numTokens - 1) / (((own.ended ?? performance.now() - own.started) - own.first) / 1000) : null;
   const dose = own.receipt?.steering?.map((one) => one.dose?.relative).find((one) => one !== undefined);
   const edited = own.receipt?.steering?.map((one) => one.edited_tokens).find((one) => one !== undefined);
@@ -168,7 +183,6 @@ function Result({ run: own, pane, title, opened, onOpen }) {
       ${own.receipt?.steering?.filter((one) => one.fired).map((one) => html`<span title="tokens at which the condition let the edit through">open at ${one.fired.tokens} of ${one.fired.of}</span>`)}
       ${own.cells.numStruck > 0 && html`<span title="times that the search took back what it had said; struck above">taken back ${own.cells.numStruck} times</span>`}
       ${search && html`<${Search} search=${search} />`}
-      ${own.isLive && html`<button class="small" aria-label=${`stop ${title}`} onClick=${() => own.stop()}>Stop</button>`}
       ${["cut", "stopped", "refused"].includes(own.state) && html`<button class="small" onClick=${() => run([pane])}>Retry</button>`}
     </footer>
     ${own.receipt?.warnings?.map((warning) => html`<p class="warning" key=${warning}>${warning}</p>`)}`;

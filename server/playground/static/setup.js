@@ -112,23 +112,29 @@ export function restore() {
   }
 }
 
-/** Keep every change from now on. */
+/** Keep every change from now on: soon after it, and at the latest when the page goes. */
 export function keep() {
   let timer = 0;
   const write = () => {
+    if (!timer) return;
     clearTimeout(timer);
-    timer = setTimeout(() => {
-      try {
-        localStorage.setItem(PLACE, JSON.stringify({ version: VERSION, setup: setup.value, view: view.value }));
-      } catch {
-        unkept.set(true);
-      }
-    }, 200);
+    timer = 0;
+    try {
+      localStorage.setItem(PLACE, JSON.stringify({ version: VERSION, setup: setup.value, view: view.value }));
+    } catch {
+      unkept.set(true);
+    }
   };
-  const stops = [setup.follow(write), view.follow(write)];
+  const writeSoon = () => {
+    clearTimeout(timer);
+    timer = setTimeout(write, 200);
+  };
+  const stops = [setup.follow(writeSoon), view.follow(writeSoon)];
+  addEventListener("pagehide", write);
   forget = () => {
     for (const stop of stops) stop();
     clearTimeout(timer);
+    timer = 0;
     localStorage.removeItem(PLACE);
   };
 }

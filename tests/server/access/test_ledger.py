@@ -87,7 +87,7 @@ def test_who_is_refused_for_one_limit_uses_up_no_other(clock: Clock) -> None:
 
 def test_what_a_request_does_not_need_is_given_back(clock: Clock) -> None:
     one = meter(per_minute={"tokens": 1000, "cost": 10000})
-    spending = Spending(one, num_answers=2, num_sequences=2, num_models=3)
+    spending = Spending(one, num_answers=2, num_computed=2, num_models=3)
     spending.expect([(10, [20], 50)])  # a prompt of 10 tokens, a further one of 20, at most 50 more
     taken = one.headers()
     assert taken["x-ratelimit-remaining-tokens"] == str(1000 - (10 + 2 * 50))
@@ -98,6 +98,35 @@ def test_what_a_request_does_not_need_is_given_back(clock: Clock) -> None:
     used = one.headers()
     assert used["x-ratelimit-remaining-tokens"] == str(1000 - (10 + 25))
     assert used["x-ratelimit-remaining-cost"] == str(10000 - 3 * (30 + 2 * 25))
+
+
+@pytest.mark.parametrize("counts", [{"tokens_computed": 40, "tried": 90}, {"tokens_computed": 4000}, {}], ids=str)
+def test_a_search_is_charged_what_the_engine_counted(clock: Clock, counts: dict[str, int]) -> None:
+    """However few of its tokens came, and also beyond what was taken for it: then its key waits."""
+    one = meter(per_minute={"tokens": 1000, "cost": 10000})
+    spending = Spending(one, num_answers=1, num_computed=4, num_models=3, num_tried=20)
+    spending.expect([(10, [], 50)])
+    assert one.headers()["x-ratelimit-remaining-cost"] == str(10000 - 30 - 50 * (4 * 3 + 20))
+    spending.note_search(0, {"tokens_computed": 1})
+    spending.note_search(0, counts)
+    spending.note(2)
+    for _ in range(2):
+        spending.settle()
+    used = 30 + 3 * counts.get("tokens_computed", 0) + counts.get("tried", 0)
+    left = one.headers()
+    assert left["x-ratelimit-remaining-cost"] == str(max(10000 - used, 0))
+    assert left["x-ratelimit-remaining-tokens"] == str(1000 - 12)
+    if used > 10000:
+        with pytest.raises(RateLimited) as refused:
+            one.take(0, 1)
+        assert refused.value.seconds == 13  # of a minute, for the 2031 that are too many
+
+
+def test_a_search_with_a_budget_takes_no_more_than_that(clock: Clock) -> None:
+    one = meter(per_minute={"cost": 10000})
+    spending = Spending(one, num_answers=1, num_computed=4, num_models=1, num_tried=20, most=600)
+    spending.expect([(10, [], 50)])
+    assert one.headers()["x-ratelimit-remaining-cost"] == str(10000 - 10 - 600)
 
 
 def test_a_request_that_was_refused_gives_nothing_back(clock: Clock) -> None:

@@ -39,6 +39,7 @@ MAX_LEN, MAX_SEQS = 40, 4
 
 
 TOKENIZER = make_tokenizer()
+JUDGED = {"method": "kcts", "classifier": "wary", "adapter": "law"}
 CENTRES = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 2.0]])
 FEATURE = [0.5, 0.4, 0.1]
 
@@ -51,6 +52,7 @@ FILES = {
     "centres": file_of("adapter_centres", {"centres": CENTRES}, adapters=list(ADAPTERS)),
     "elsewhere": file_of("adapter_centres", {"centres": CENTRES}, adapters=["law", "chess", "art"]),
     "defer": file_of("defer_head", {"weight": torch.ones(SHAPE.hidden_size)}),
+    "wary": file_of("prefix_classifier", {"weight": torch.ones(2, SHAPE.hidden_size)}),
 }
 HAVE = Capabilities(
     VectorSnapshot(FILES, SHAPE),
@@ -59,6 +61,7 @@ HAVE = Capabilities(
     vocabulary=VOCABULARY,
     max_len=MAX_LEN,
     max_seqs=MAX_SEQS,
+    max_search_seqs=3,
     max_adapters=2,
 )
 
@@ -224,6 +227,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "adapter": ({"decoding": ENSEMBLE | {"weights": {"absent": 1}}}, 404, "decoding.weights.absent"),
     "adapters": ({"decoding": ENSEMBLE | {"weights": dict.fromkeys(ADAPTERS, 1)}}, 422, "decoding.weights.law"),
+    "classifier's adapter": ({"decoding": JUDGED | {"adapter": "absent"}}, 404, "decoding.adapter"),
     "no weights": ({"decoding": {"method": "adapter_ensemble"}}, 400, "decoding.weights"),
     "weights and centres": ({"decoding": NEAREST | ENSEMBLE}, 400, "decoding.centres"),
     "unknown centres": ({"decoding": NEAREST | {"centres": "absent"}}, 404, "decoding.centres"),
@@ -256,12 +260,31 @@ def test_a_flag_is_named_where_one_would_help(caps: Capabilities, tokenizer: Pre
         (caps, many, "--max-num-seqs", None),
         (caps, ENSEMBLE, "--max-loras", ADAPTERS["art"]),
         (replace(caps, max_adapters=0), ENSEMBLE, "--enable-lora", None),
+        (replace(caps, max_adapters=0), JUDGED, "--enable-lora", None),
+        (replace(caps, max_adapters=1), JUDGED, "--max-loras", ADAPTERS["art"]),
+        (replace(caps, max_search_seqs=1), JUDGED, "--max-search-seqs", None),
     ):
         with pytest.raises(WhipstaffError, match=flag) as caught:
             placed(server, prompt_of(tokenizer, adapters=ADAPTERS, adapter=own), decoding=fields)
         assert caught.value.status == 422
     made = placed(caps, prompt_of(tokenizer, adapters=ADAPTERS, adapter=law), decoding=ENSEMBLE)
     assert [companion.adapter for companion in made.plan.companions] == [law, ADAPTERS["math"]]
+
+
+def test_a_classifier_reads_by_an_adapter_of_its_own(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:
+    """In a sequence after those that mixes count."""
+    prompt = prompt_of(tokenizer, adapters=ADAPTERS)
+    made = placed(caps, prompt, decoding=[JUDGED, CFG])
+    own, others = tuple(tokenizer.encode(TEXT)), made.plan.companions
+    assert others[1:] == (CompanionPlan(own, adapter=ADAPTERS["law"]),) and others[0].prompt != own
+    assert made.plan.decoding is not None and made.plan.decoding.search is not None
+    assert made.plan.decoding.search.hidden_of == 2
+    assert RequestPlan.from_wire(json.loads(json.dumps({PLAN_KEY: made.plan.to_wire()}))) == made.plan
+    told = made.receipt["sequences"][1]
+    assert told == {"field": "decoding[0].adapter", "prompt_tokens": len(own), "name": "law", "steered": False}
+    alone = placed(caps, prompt, decoding=JUDGED | {"adapter": None}).plan
+    assert alone.decoding is not None and alone.decoding.search is not None
+    assert (alone.companions, alone.decoding.search.hidden_of) == ((), 0)
 
 
 def test_weights_come_from_the_nearest_centres(caps: Capabilities, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,10 +13,12 @@ from asking import ok, tokens
 from loras import Lora, merged, random_lora, save_lora
 from reference import nearness, seeded
 from reference.dexperts import top
+from search_loop import JudgedLoop
 from serving import BASE, MAX_LEN, MAX_SEQS, MODEL, SHAPE, VOCABULARY, Server, serving
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from whipstaff.decoding.search.kcts import Kcts, KctsParams
 from whipstaff.steering import vector_file
 from whipstaff.steering.vector_file import Header
 
@@ -296,6 +298,50 @@ def test_the_nearest_adapters_agree(http: httpx.Client, complete: Post, referenc
     assert http.delete("/v1/steering/vectors/fields", headers=admin).is_success
     response = http.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT, "decoding": entry})
     assert (response.status_code, response.json()["error"]["param"]) == (404, "decoding.centres")
+
+
+def test_a_classifier_reads_by_an_adapter_of_its_own(http: httpx.Client, complete: Post, reference: Reference) -> None:
+    """A tree search of the model without one, steered or mixed with another prompt or not."""
+    random = torch.Generator().manual_seed(6)
+    head = {"weight": torch.randn(2, SHAPE.hidden_size, generator=random), "bias": torch.tensor([0.5, -0.5])}
+    admin, place = {"X-Whipstaff-Admin-Key": ADMIN_KEY}, {"name": "grounded"}
+    data = vector_file.packed(Header(method="prefix_classifier", model=SHAPE), head)
+    assert http.post("/v1/steering/vectors", params=place, content=data, headers=admin).is_success
+    tree: dict[str, Any] = {"method": "kcts", "classifier": "grounded", "k": 5, "simulations": 6}
+    params = KctsParams.model_validate(tree)
+
+    def expected(judge: str, negative: list[int] | None = None) -> list[int]:
+        def guided(texts: Any, rows: Tensor) -> Tensor:
+            if negative is None:
+                return rows
+            (text,), (row,) = texts, rows
+            away = reference.log_p(negative, [*text[len(prompt) :], 0])[-1]
+            return (1.5 * row.log_softmax(-1) - 0.5 * away)[None]
+
+        loop = JudgedLoop(reference.models["base"], reference.models[judge], guided)
+        return list(loop.run(Kcts(), params, prompt, 6, (), {"classifier": head}).best)
+
+    fields = {"max_tokens": 6, "explain": {"top": 0}}
+    alone, judged = (complete(decoding=tree | own, **fields) for own in ({}, {"adapter": "law"}))
+    prompt = judged["choices"][0]["prompt_token_ids"]
+    assert (tokens(alone), tokens(judged)) == (expected("base"), expected("law")) and tokens(alone) != tokens(judged)
+    (told,), (search,) = judged["whipstaff"]["sequences"], judged["whipstaff"]["search"]
+    assert (told["field"], told["name"], told["prompt_tokens"]) == ("decoding.adapter", "law", len(prompt))
+    assert search["tokens_computed"] > 2 * 6 and search["tokens_computed"] % 2 == 0  # of two sequences
+    scores = [one["facts"]["classifier"] for one in judged["choices"][0]["explain"]]
+    ids = torch.tensor([[*prompt, *tokens(judged)]])
+    with torch.inference_mode():
+        hidden = reference.models["law"].model(ids).last_hidden_state[0, len(prompt) :]
+    assert scores == pytest.approx((hidden @ head["weight"].T + head["bias"]).softmax(-1)[:, 1].tolist(), abs=1e-3)
+    cfg = {"method": "cfg", "guidance_scale": 1.5, "negative_prompt": NEGATIVE}
+    both = complete(decoding=[cfg, tree | {"adapter": "law"}], max_tokens=6)
+    assert tokens(both) == expected("law", reference.tokenizer.encode(NEGATIVE))
+    assert [one["field"] for one in both["whipstaff"]["sequences"]][1:] == ["decoding[1].adapter"]
+    for own, status, param in (({"adapter": "art"}, 404, "adapter"), ({"adapter": 3}, 400, "adapter")):
+        body = {"model": MODEL, "prompt": PROMPT, "decoding": tree | own}
+        response = http.post("/v1/completions", json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (status, f"decoding.{param}")
+    assert http.delete("/v1/steering/vectors/grounded", headers=admin).is_success
 
 
 @pytest.mark.parametrize("negative", [NEGATIVE, NEGATIVE * 20], ids=["short", "chunked"])

@@ -38,7 +38,7 @@ def chat(chat: Post) -> Post:
 def test_tokens_and_their_log_probabilities_are_those_of_a_loop(server: Server, complete: Post) -> None:
     model = LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
     head = vector_file.read(server.log.parent / "heads" / "wary.safetensors").shared_parts
-    answer = complete(decoding=KWD, logprobs=1)
+    answer = complete(decoding=KWD, logprobs=1, explain={"top": 0})
     ids, start = whole_text(answer)
     assert ids[start:] != tokens_of(complete())
     said = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
@@ -51,6 +51,8 @@ def test_tokens_and_their_log_probabilities_are_those_of_a_loop(server: Server, 
         row = model(torch.tensor([ids[:position]])).logits[0, -1].tolist()
         scores = torch.tensor(reference.rewrite_ahead(row, judge, K))
         assert ids[position] == int(scores.argmax())
+        worth = answer.json()["choices"][0]["explain"][position - start]["facts"]["classifier"]
+        assert worth == pytest.approx(judge(ids[position]), abs=1e-4)
         assert said[position - start] == pytest.approx(float(scores.log_softmax(-1)[ids[position]]), abs=1e-3)
     assert answer.json()["whipstaff"]["decoding"] == [KWD]
 

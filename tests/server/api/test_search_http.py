@@ -234,6 +234,27 @@ def test_opera_is_its_loop_over_transformers(complete: Post, chat: Post, loop: L
         assert [streamed_text(chunks)] == texts(ask(**fields))
 
 
+def test_opera_draws_of_its_candidates_by_the_requests_seed(complete: Post, chat: Post, loop: Loop) -> None:
+    """The same tokens alone, beside others and streamed."""
+    own = OPERA | {"beams": 1, "candidates": 4, "temperature": 0.9}
+    fields = {"decoding": own, "max_tokens": 16, "ignore_eos": True}
+    found = []
+    for seed in (7, 8):
+        answer = ok(complete(PROMPTS, seed=seed, **fields))
+        for choice, search in zip(answer["choices"], answer["whipstaff"]["search"], strict=True):
+            prompt = choice["prompt_token_ids"]
+            ran = loop.run(Opera(), OperaSetting(**own, trusted=((1, len(prompt)),)), prompt, 16, seed=seed)
+            assert choice["token_ids"] == list(ran.best) and search["tried"] == ran.count("tried")
+        assert answer["whipstaff"]["warnings"] == []
+        found.append(answer["choices"][0]["token_ids"])
+        assert found[-1] == tokens_of(complete(PROMPTS[0], seed=seed, **fields))
+    greedy = tokens_of(complete(decoding=own | {"temperature": 0}, max_tokens=16, ignore_eos=True))
+    assert len({tuple(one) for one in (*found, greedy)}) == 3
+    for ask in (complete, chat):
+        chunks = [json.loads(event) for event in data_events(ask(stream=True, seed=7, **fields))[:-1]]
+        assert [streamed_text(chunks)] == texts(ask(seed=7, **fields))
+
+
 @torch.inference_mode()
 def seen_by(model: Any, ids: list[int]) -> tuple[Any, Any, Any]:
     """The last logits of a text, and how much each of its tokens looks at those before, and its last hidden states."""
@@ -346,6 +367,12 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "no budget": ({"decoding": {"method": "opera", "max_time": 0}}, 400, "decoding.max_time"),
     "unstreamed": ({"num_beams": 2, "stream_retractions": "perhaps"}, 400, "stream_retractions"),
     "one candidate": ({"decoding": {"method": "opera", "candidates": 1}}, 400, "decoding.candidates"),
+    "beams that draw": ({"decoding": {"method": "opera", "temperature": 0.5}}, 400, "decoding.temperature"),
+    "absent adapter": (
+        {"decoding": {"method": "kcts", "classifier": "wary", "adapter": "law"}},
+        422,
+        "decoding.adapter",
+    ),
     "no classifier": ({"decoding": {"method": "kcts"}}, 400, "decoding.classifier"),
     "absent classifier": ({"decoding": {"method": "kcts", "classifier": "nobody"}}, 404, "decoding.classifier"),
     "stop": ({"num_beams": 2, "n": 2, "stop": ["a"]}, 400, "stop"),

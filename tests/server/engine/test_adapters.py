@@ -12,6 +12,7 @@ from engines import Ask, EngineUnderTest, edit
 from loras import merged, random_lora, save_lora
 from modes import v2_on_cpu
 from reference import dola, kwd, steered
+from search_loop import JudgedLoop
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,8 @@ from whipstaff.decoding.methods.adapter_ensemble import AdapterEnsemble, Adapter
 from whipstaff.decoding.methods.dola import DolaParams
 from whipstaff.decoding.methods.kwd import KwdParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
-from whipstaff.decoding.plan import DecodingPlan, Rewrite
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
+from whipstaff.decoding.search.kcts import Kcts, KctsParams
 from whipstaff.server.plan import CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.vector_file import Header, Vector
@@ -180,6 +182,38 @@ def test_tokens_are_tried_by_the_requests_own_adapter(bench: Bench) -> None:
         assert_best(torch.tensor(scores), said)
     assert len(set(map(tuple, found))) == len(found)
     assert bench.engine.tokens(asks[3]) == [found[3]]  # where nobody uses an adapter
+
+
+def test_a_classifier_under_an_adapter_of_its_own(bench: Bench) -> None:
+    """The request's own model says what comes next: without an adapter, with another, and steered, beside others."""
+    generator, size = torch.Generator().manual_seed(4), bench.engine.shape.hidden_size
+    parts = {"weight": torch.randn(2, size, generator=generator), "bias": torch.tensor([0.5, -0.5])}
+    head = bench.engine.add_vector(parts, Header(method="prefix_classifier", model=bench.engine.shape))
+    params = KctsParams(classifier="it", adapter="law", k=6, simulations=8)
+    search = SearchPlan("kcts", params.model_dump_json(), 1, (head.digest,))
+    asks, told = [], list[list[dict[str, Any]]]()
+    for prompt in PROMPTS:
+        judge = CompanionPlan(tuple(prompt), adapter=bench.adapters["law"])
+        judged = RequestPlan(None, DecodingPlan(search=search._replace(hidden_of=1)), companions=(judge,))
+        alone = RequestPlan(None, DecodingPlan(search=search))
+        told += [[], [], []]
+        asks += [Ask(prompt, judged, 5, told=told[-3])]
+        asks += [Ask(prompt, judged, 5, adapter=bench.adapters["math"], told=told[-2])]
+        asks += [Ask(prompt, alone, 5, told=told[-1]), Ask(prompt, max_tokens=5)]
+    found = bench.engine.tokens(*asks)
+    names = (("", "law"), ("math", "law"), ("", ""))
+    for index, prompt in enumerate(PROMPTS):
+        mine = found[4 * index : 4 * index + 4]
+        for (name, judge_name), said in zip(names, mine, strict=False):
+            loop = JudgedLoop(bench.models[name], bench.models[judge_name])
+            assert said == list(loop.run(Kcts(), params, prompt, 5, (), {"classifier": parts}).best)
+        assert_best(bench.logits("", prompt, mine[3]), mine[3])
+    assert found[0::4] != found[2::4]
+    assert all(record["search"]["counts"]["tokens_computed"] > 5 for one in told for record in one[-1:])
+    bench.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
+    held = "requests_held", "searches_running", "search_sequences_living", "companions_running"
+    counters = bench.engine.counters()
+    assert counters["search_rollbacks"] > 0 and {name: counters[name] for name in held} == dict.fromkeys(held, 0)
 
 
 def test_early_layers_are_read_by_the_requests_own_adapter(bench: Bench) -> None:

@@ -22,7 +22,8 @@ from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, PositionedPlan, RequestPlan
-from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, SteeringPlan
+from whipstaff.steering.conditions import Schedule
+from whipstaff.steering.plan import Edit, EditSet, PlannedEdit, PlannedProbe, ProbeRead, SteeringPlan
 from whipstaff.steering.tables import NOTHING
 from whipstaff.steering.where import Region, Where
 
@@ -172,3 +173,55 @@ def test_every_token_gets_the_slot_of_the_edits_at_its_position(steps: list[Any]
                 )
                 expected.append(made.sites.tables.slots[rows[0]] if rows else NOTHING)  # type: ignore[attr-defined]
         assert made.token_table.tokens[:, 0].tolist() == expected + [NOTHING] * (256 - len(expected))
+
+
+FOLLOWING = [
+    SteeringPlan((PlannedEdit(Edit("ramp", "{}", None), CLAUSES[1]),), schedules=(Schedule(shape="linear", tokens=4),)),
+    SteeringPlan(
+        (PlannedEdit(Edit("two", "{}", None), CLAUSES[2]),),
+        schedules=(Schedule(shape="exponential", half_life=2), Schedule(shape="linear", tokens=9, to=3)),
+    ),
+    SteeringPlan(
+        (PlannedEdit(Edit("gated", "{}", None), CLAUSES[1]),),
+        (PlannedProbe(ProbeRead("probe", 0, 0, False), CLAUSES[1]),),
+    ),
+    SteeringPlan((PlannedEdit(Edit("fixed", "{}", None), CLAUSES[1]),)),
+]
+
+
+@given(
+    plans=st.lists(st.tuples(st.sampled_from(FOLLOWING), st.integers(1, 5)), min_size=1, max_size=5),
+    steps=st.lists(st.lists(st.integers(0, 4), max_size=5, unique=True), min_size=2, max_size=6),
+    repeats=st.integers(1, 3),
+)
+def test_what_follows_positions_moves_with_them(plans: list[Any], steps: list[list[int]], repeats: int) -> None:
+    """Token by token, as batches decode, with some that join, leave and change places: the tables say what tables that
+    never saw an earlier step say."""
+    placed = [PositionedPlan(RequestPlan(plan), prompt_len) for plan, prompt_len in plans]
+    known = requests_of(**{str(index): plan for index, plan in enumerate(placed)})
+    sizes = {"num_histories": 8, "max_len": 64, "max_tokens": 8}
+    made = edits_of(known, **sizes)
+    for request in known.values():
+        made.histories.add(request)
+    fed = [0] * len(plans)
+    for batch in [step for step in steps for _ in range(repeats)]:
+        rows = [index for index in batch if index < len(plans)]
+        view = BatchView(
+            [placed[row] for row in rows],
+            np.arange(len(rows) + 1, dtype=np.int32),
+            np.array([fed[row] for row in rows], np.int32),
+            [str(row) for row in rows],
+        )
+        fresh = edits_of(known, **sizes)
+        fresh.sites.tables.slots = made.sites.tables.slots  # type: ignore[attr-defined]
+        for one in (made, fresh):
+            one.begin_step(view, None)
+        edited = (fresh.token_table.tokens[:, 0] != NOTHING).nonzero()[:, 0]
+        assert made.token_table.tokens[:, 0].tolist() == fresh.token_table.tokens[:, 0].tolist()
+        assert made.token_table.tokens[edited].tolist() == fresh.token_table.tokens[edited].tolist()
+        for token in edited.tolist():
+            steering = placed[rows[token]].plan.steering
+            named = len(steering.schedules) if steering else 0
+            assert made.token_table.gains[token, :named].tolist() == fresh.token_table.gains[token, :named].tolist()
+        for row in rows:
+            fed[row] += 1

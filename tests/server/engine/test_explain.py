@@ -29,6 +29,15 @@ def test_early_layers_are_said_of_the_rows_that_ask() -> None:
         assert [token["id"] for token in one["top"]] == log_p.topk(2).indices.tolist()
 
 
+def test_what_a_token_is_worth_is_said_of_the_one_that_is_drawn() -> None:
+    """Of three rows the first does not ask, and the last gets a token that nobody judged."""
+    snapshot = Snapshot([ExplainedToken("asks", 1, 0), ExplainedToken("odd", 2, 0)], torch.zeros(3, 9))
+    tokens = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    snapshot.note_judged([0, 1, 2], {"classifier": (tokens, torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]))})
+    said = snapshot.drawn(torch.tensor([1, 4, 7])).to_json()
+    assert said["asks"]["facts"] == {"classifier": pytest.approx(0.4)} and said["odd"]["facts"] == {}
+
+
 def test_other_distributions_are_said_of_the_rows_that_ask() -> None:
     """Of four rows the first is the unsteered sequence of the third, the second its own, and the last asks nothing; the
     second and third also ask what they are drawn from."""

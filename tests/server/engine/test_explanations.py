@@ -3,12 +3,14 @@
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from whipstaff.server.engine.explanations import EXPLAIN_KEY, relay
 from whipstaff.server.engine.frontend.launch import Listening, PlanDict
 from whipstaff.server.engine.patch import swap
+from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY
 from whipstaff.server.plan import PLAN_KEY, RequestPlan
 
 
@@ -48,6 +50,24 @@ def test_each_goes_to_the_sequence_that_it_is_of() -> None:
     made.abort_requests(["b"], internal=True)
     step(output("a", 1), output("b", 2), a="1", b="2")  # on their way when it was over
     assert told == [("a", 1, "5"), ("b", 0, "6"), ("a", 1, "9"), ("a", 1, "3")]
+
+
+def test_what_a_search_has_computed_is_heard_and_is_no_output() -> None:
+    """Where nothing is settled; a draft with it is one."""
+    told: list[Any] = []
+    made: Any = OutputProcessor(None, log_stats=False)
+    swap(made, Listening)
+    for name in ("a", "b", "plain"):
+        plan = PlanDict(RequestPlan().to_wire(), explained=lambda index, record: told.append(record))
+        queue = RequestOutputCollector(RequestOutputKind.DELTA, name)
+        made.add_request(request(name, plan if name != "plain" else None), None, None, 0, queue)
+    queues = {name: made.request_states[name].queue for name in ("a", "b", "plain")}
+    records = [{SEARCH_KEY: {"counts": {"tried": 4}}}, {SEARCH_KEY: {"counts": {}}, DRAFT_KEY: {"tokens": [3]}}]
+    outputs = [EngineCoreOutput("a", []), output("plain", 5), EngineCoreOutput("b", [])]
+    relay(dict(zip("ab", records, strict=True)), {0: _Outputs(outputs)})
+    made.process_outputs(outputs)
+    assert told == records
+    assert [queue.output is not None for queue in queues.values()] == [False, True, True]
 
 
 class _Outputs:

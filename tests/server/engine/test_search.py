@@ -1,5 +1,5 @@
-"""Searches in whole engines: beams and a tree search, token by token and score by score against the same methods driven
-over plain transformers, which computes every text from scratch.
+"""Searches in whole engines: beams, OPERA and a tree search, token by token and score by score against the same methods
+driven over plain transformers, which computes every text from scratch.
 
 The step budget is smaller than the long prompts (chunked prefill), there are blocks for a part of the requests only
 (preemption), and plain, steered, proxy-tuned and guided requests run in the same batch, some of which search.
@@ -30,6 +30,8 @@ from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
 from whipstaff.decoding.search.beam_search import BeamSearch, BeamSearchParams
 from whipstaff.decoding.search.kcts import Kcts, KctsParams
+from whipstaff.decoding.search.opera import Opera, OperaSetting
+from whipstaff.decoding.search.search import Decision
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
@@ -38,7 +40,7 @@ from whipstaff.steering.where import Where
 
 pytestmark = pytest.mark.engine
 
-MAX_LEN, HIDDEN, GUIDANCE, EOS = 160, 96, 1.7, (7, 11)
+MAX_LEN, BLOCK, HIDDEN, GUIDANCE, EOS = 160, 32, 96, 1.7, (7, 11)
 NEAR = 1e-4  # of scores: two answers that near may change places between float32 implementations
 
 
@@ -48,6 +50,8 @@ class Case:
 
     prompt: list[int]
     beams: int = 0  # 0: none
+    groups: int = 1  # of beams that avoid one another's tokens
+    opera: int = 0  # beams that distrust what they lean on; 0: none
     simulations: int = 0  # of a tree search; 0: none
     scale: float = 0.0  # of the vector, on every token
     weight: float = 0.0  # of the auxiliary model
@@ -61,17 +65,22 @@ class Case:
 
     @property
     def method(self) -> Any:
-        return BeamSearch() if self.beams else Kcts()
+        return BeamSearch() if self.beams else Opera() if self.opera else Kcts()
 
     @property
     def setting(self) -> Any:
         if self.beams:
-            return BeamSearchParams(num_beams=self.beams, length_penalty=self.length_penalty)
+            own: dict[str, Any] = {"num_beam_groups": self.groups, "diversity_penalty": 0.5 if self.groups > 1 else 0.0}
+            return BeamSearchParams(num_beams=self.beams, length_penalty=self.length_penalty, **own)
+        if self.opera:
+            when = {"threshold": 2, "switch_length": 2, "visits": 2}
+            trusted = ((1, len(self.prompt)),)
+            return OperaSetting(beams=self.opera, candidates=max(self.opera, 3), trusted=trusted, **when)
         return KctsParams(classifier="it", k=6, simulations=self.simulations)
 
     @property
     def searches(self) -> bool:
-        return bool(self.beams or self.simulations)
+        return bool(self.beams or self.opera or self.simulations)
 
 
 @dataclass
@@ -89,7 +98,8 @@ class Bench:
             mix = Mix((Term(MAIN, GUIDANCE, True), Term(Stream("", 1), 1 - GUIDANCE, True)))
         heads = (self.head.digest,) if case.simulations else ()
         setting = case.setting.model_dump_json() if case.searches else ""
-        search = SearchPlan(case.method.name, setting, max(case.beams, 1), heads) if case.searches else None
+        num = max(case.beams, case.opera, 1)
+        search = SearchPlan(case.method.name, setting, num, heads) if case.searches else None
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
         decoding = DecodingPlan(mix, search=search) if mix or search else None
         companions = (CompanionPlan(case.negative),) if case.negative else ()
@@ -131,14 +141,20 @@ class Bench:
 
         return self.engine.run(all_of_them())
 
-    def scores(self, case: Case, ids: Sequence[int]) -> Tensor:
-        """(V,) what the next token is drawn from."""
-        ids = list(ids)
-        edits = [
+    def edits(self, case: Case) -> list[steered.Edit]:
+        """Of the whole text."""
+        return [
             steered.Edit(site, layer, case.scale, None, parts["add"], lambda position, prompt_len: True)
             for (site, layer), parts in (self.vector.tensors.items() if case.scale else ())
         ]
-        row = steered.logits(self.base, ids, len(case.prompt), edits)[-1]
+
+    def scores(self, case: Case, ids: Sequence[int]) -> Tensor:
+        """(V,) what the next token is drawn from."""
+        row = steered.logits(self.base, list(ids), len(case.prompt), self.edits(case))[-1]
+        return self.mixed(case, list(ids), row)
+
+    def mixed(self, case: Case, ids: list[int], row: Tensor) -> Tensor:
+        """The same, of the (V,) logits that the model has for a text. Who is steered is not guided here."""
         if case.weight:
             row = row + case.weight * steered.logits(self.other, ids, len(case.prompt), [])[-1]
         if case.negative:
@@ -153,11 +169,13 @@ class Bench:
 
     def expected(self, case: Case) -> Ran:
         def rewritten(texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-            return torch.stack([self.scores(case, text) for text in texts])
+            return torch.stack([self.mixed(case, list(text), row) for text, row in zip(texts, logits, strict=True)])
 
+        assert not (case.scale and case.negative)
         heads = {"classifier": dict(self.head.shared_parts)} if case.simulations else {}
-        loop = Loop(self.base, rewrite=rewritten)
-        return loop.run(case.method, case.setting, case.prompt, case.max_tokens, case.ends, heads)
+        loop = Loop(self.base, reads_attention=bool(case.opera), rewrite=rewritten)
+        with steered.edited(self.base, len(case.prompt), self.edits(case)):
+            return loop.run(case.method, case.setting, case.prompt, case.max_tokens, case.ends, heads)
 
     def check(self, case: Case, tokens: list[int], told: dict[str, Any]) -> None:
         if not case.searches:
@@ -200,12 +218,15 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         path,
         [("other", other)],
         lookahead=True,
+        attention_rows=True,
         max_search_seqs=12,
         skip_tokenizer_init=True,
         max_model_len=MAX_LEN,
         max_num_batched_tokens=64,
         max_num_seqs=16,
         num_gpu_blocks_override=28,
+        block_size=BLOCK,
+        worker_extension_cls="blocks.WatchesBlocks",
     ) as engine:
         random = torch.Generator().manual_seed(5)
         vector = engine.add_vector(
@@ -213,7 +234,10 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         )
         parts = {"weight": torch.randn(2, HIDDEN, generator=random), "bias": torch.tensor([0.5, -0.5])}
         head = engine.add_vector(parts, Header(method="prefix_classifier", model=engine.shape))
-        models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (path, other)]
+        models = [
+            AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation="eager")
+            for one in (path, other)
+        ]
         yield Bench(mode, engine, head, vector, *models)
 
 
@@ -252,10 +276,70 @@ def test_in_a_mixed_batch(bench: Bench) -> None:
         Case(prompt(31, 16), simulations=6, max_tokens=4),
         Case(prompt(1, 17), beams=3),
         Case(prompt(29, 18), beams=4, repetition_penalty=1.4, max_tokens=20),
+        Case(prompt(30, 19), opera=2, max_tokens=16),
+        Case(prompt(33, 20), opera=3, scale=1.5),
+        Case(prompt(62, 21), opera=1, weight=0.7),
+        Case(prompt(12, 22), beams=4, groups=2, ends=EOS),
+        Case(prompt(32, 23), simulations=6, max_tokens=4, scale=1.5),
     ]
     for _ in range(1 if bench.mode.startswith("v2") else 2):
         for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
             bench.check(case, tokens, told)
+    bench.idle()
+
+
+def test_what_is_kept_is_never_computed_again(bench: Bench) -> None:
+    """Every step computes one token of each beam. The blocks that beams have, and those that are copied, are as many as
+    their texts say: full ones are shared as far as texts are alike, and a fork copies the one that it goes on in."""
+    case = Case(prompt(62, 77), beams=4, max_tokens=42)
+    bench.engine.call("start_watching")
+    ((tokens, told),) = bench.answers(case)
+    steps = bench.engine.call("stop_watching")
+    ran = bench.expected(case)
+    assert tuple(tokens) == ran.best
+    assert sum(sum(step["tokens"].values()) for step in steps) == len(case.prompt) + 4 * (case.max_tokens - 1)
+    assert told["counts"]["tokens_computed"] == 4 * (case.max_tokens - 1)
+    searched, num_copies = [step for step in steps if set(step["tokens"].values()) == {1}], 0
+    for step, texts, decision in zip(searched, ran.texts, [Decision(), *ran.decisions], strict=False):
+        whole = [(*case.prompt, *text) for text in texts]
+        num_known = len(whole[0]) - 1  # before the step
+        full = {text[: end + BLOCK] for text in whole for end in range(0, num_known - BLOCK + 1, BLOCK)}
+        blocks = list(step["blocks"].values())
+        own = sum(len(one) - num_known // BLOCK for one in blocks)
+        assert len(blocks) == len(texts)
+        assert len({block for one in blocks for block in one}) == len(full) + own, num_known
+        forks = len(decision.living) - len({one.source for one in decision.living})
+        assert len(step["copies"]) == (forks if num_known % BLOCK else 0)
+        num_copies += len(step["copies"])
+    assert 0 < num_copies <= told["counts"]["forks"] and len(searched) == case.max_tokens
+    bench.idle()
+
+
+def test_nothing_is_left_of_what_is_cut_off_while_it_goes_back(bench: Bench) -> None:
+    """Searches that go back, and that are preempted since plain requests grow which came before them, and whose clients
+    leave once both have happened."""
+    cases = [Case(prompt(70, 80 + index), max_tokens=88) for index in range(5)]
+    cases += [Case(prompt(70, 90 + index), beams=4, max_tokens=60) for index in range(2)]
+    cases += [Case(prompt(40, 95 + index), simulations=30, max_tokens=60) for index in range(3)]
+
+    async def counts() -> dict[str, Any]:
+        (found, *_) = await bench.engine.engine.collective_rpc("whipstaff_counters")
+        return dict(found)
+
+    async def cut() -> bool:
+        before, asked = await counts(), [asyncio.ensure_future(bench.answer(case)) for case in cases]
+        names = "search_rollbacks", "groups_preempted"
+        has_happened = False
+        while not has_happened and not all(one.done() for one in asked):
+            await asyncio.sleep(0.01)
+            now = await counts()
+            has_happened = all(now[name] > before[name] for name in names)
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return has_happened
+
+    assert bench.engine.run(cut())
     bench.idle()
 
 
@@ -270,6 +354,9 @@ def test_going_away_in_the_middle(bench: Bench) -> None:
     bench.idle()
 
 
+KINDS = ("beams", "groups", "opera", "tree")
+
+
 class Traffic:
     """Makes requests at random, half of which search."""
 
@@ -278,7 +365,7 @@ class Traffic:
 
     def case(self, span: float) -> Case:
         """One that arrives within so many seconds."""
-        chance, kind = self.chance, self.chance.choice(("plain", "plain", "plain", "beams", "beams", "tree"))
+        chance, kind = self.chance, self.chance.choice(("plain", "plain", "plain", "plain", *KINDS))
         case = Case(
             prompt(chance.choice((1, 7, 20, 31, 33, 62, 70)), chance.randrange(40)),
             max_tokens=chance.randint(2, 12) if kind != "tree" else chance.randint(2, 4),
@@ -287,6 +374,10 @@ class Traffic:
         )
         if kind == "beams":
             case.beams, case.length_penalty = chance.randint(2, 4), chance.choice((0.0, 1.0, 2.0))
+        elif kind == "groups":
+            case.beams, case.groups = 4, 2
+        elif kind == "opera":
+            case.opera = chance.randint(1, 3)
         elif kind == "tree":
             case.simulations = chance.randint(3, 8)
         changed = chance.choice(("", "", "steered", "guided", "proxy-tuned", "repetition"))
@@ -305,7 +396,7 @@ class Traffic:
 
 
 def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
-    num = 2000 if SOAK else 8 if bench.mode.startswith("v2") else 60
+    num = 2000 if SOAK else 12 if bench.mode.startswith("v2") else 60
     traffic, wave, before = Traffic(11), min(num, 100), bench.engine.counters()["search_rollbacks"]
     for _ in range(num // wave):
         cases = [traffic.case(wave / 50) for _ in range(wave)]

@@ -16,6 +16,8 @@ from whipstaff.cuda_ext import explain_rows
 MAIN, FINAL, UNSTEERED, DRAWN = "base", "final", "unsteered", "drawn"
 IMPOSSIBLE = -9999.0  # how vLLM says the log-probability of what cannot be drawn: JSON has no infinities
 
+UNJUDGED = -1.0  # no probability
+
 
 class Seen(NamedTuple):
     """How one distribution sees the tokens of some rows."""
@@ -63,6 +65,9 @@ class Snapshot:
         self._base = self._final = base[self._index]
         self._streams: list[tuple[int, str, Tensor]] = []  # which of our rows, the stream's name, its logits
         self._facts: list[tuple[int, str, Tensor]] = []
+        self._judged: list[
+            tuple[int, str, Tensor, Tensor]
+        ] = []  # which of our rows, a name, tokens, what each is worth
         self._at = {row.row: index for index, row in enumerate(rows)}
         self._unsteered = [(index, row.unsteered) for index, row in enumerate(rows) if row.unsteered is not None]
         self._plain = base[[row for _, row in self._unsteered]]
@@ -95,6 +100,12 @@ class Snapshot:
         for name, values in facts.items():
             self._facts += [(self._at[row], name, values[n]) for n, row in enumerate(rows) if row in self._at]
 
+    def note_judged(self, rows: Sequence[int], judged: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """What a method found some tokens of its rows to be worth: (len(rows), n) ids, (len(rows), n) probabilities."""
+        for name, (tokens, values) in judged.items():
+            mine = [(n, self._at[row]) for n, row in enumerate(rows) if row in self._at]
+            self._judged += [(index, name, tokens[n], values[n]) for n, index in mine]
+
     def drawn(self, sampled: Tensor) -> "Explanations":
         """What can be said once the tokens (B,) are known; still on the device."""
         tokens, most = sampled[self._index].long(), max(row.num for row in self._rows)
@@ -114,6 +125,10 @@ class Snapshot:
                 for index, name, logits in self._streams
             ],
             self._facts,
+            [
+                (index, name, torch.where(own == tokens[index], values, UNJUDGED).amax())
+                for index, name, own, values in self._judged
+            ],
         )
 
 
@@ -144,6 +159,7 @@ class Explanations(NamedTuple):
     some: list[SomeSeen]
     streams: list[tuple[int, str, Seen]]
     facts: list[tuple[int, str, Tensor]]
+    judged: list[tuple[int, str, Tensor]]  # UNJUDGED where the token is none of those that were
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """By request. Waits for the device."""
@@ -166,4 +182,7 @@ class Explanations(NamedTuple):
             found[index]["streams"][name] = one.on_host().to_json(0, self.rows[index].num)
         for index, name, value in self.facts:
             found[index]["facts"][name] = value.tolist()
+        for index, name, value in self.judged:
+            if (worth := float(value)) != UNJUDGED:
+                found[index]["facts"][name] = worth
         return {row.request_id: told for row, told in zip(self.rows, found, strict=True)}

@@ -385,6 +385,7 @@ class LogitsPipeline:
             if self._snapshot is not None:
                 read = [row for row, _ in call.active]
                 self._snapshot.note_facts(read, given.facts)
+                self._snapshot.note_judged(read, given.judged)
                 if given.early_exit is not None:
                     self._snapshot.note_early(read, given.early_layers, given.early_exit)
             if given.state is not None:

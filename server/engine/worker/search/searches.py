@@ -38,6 +38,7 @@ class Running:
     search: Search
     random: torch.Generator
     num_companions: int
+    hidden_of: int  # the companion whose hidden states it reads; 0: none, but its own
     tells_facts: bool
     label: str  # of the request, for metrics
     log_probs: LogProbs | None = None  # None: nobody asked
@@ -132,10 +133,13 @@ class Searches:
         if running is None:
             running = self.running[name] = self._start(self._requests[name], step)
         needs, here = running.method.needs, sent(rows, self._device)
+        read = rows
+        if running.hidden_of:
+            read = [view.companions[row][running.hidden_of - 1] for row in rows]
         living = Living(
             running.generated,
             logits[here].to(torch.float32),
-            hidden[here].to(torch.float32) if "hidden" in needs else None,
+            hidden[sent(read, self._device)].to(torch.float32) if "hidden" in needs else None,
             self._last_attention(view, rows) if "attention" in needs else None,
             running.random,
         )
@@ -158,7 +162,7 @@ class Searches:
         tells_facts = plan.decoding.explain is not None
         log_probs = None if asked.logprobs is None else LogProbs(asked.logprobs, state.ends)
         search, num = method.start(setting, facts), len(plan.companions)
-        return Running(method, search, random, num, tells_facts, plan.label, log_probs)
+        return Running(method, search, random, num, asked.hidden_of, tells_facts, plan.label, log_probs)
 
     def _decisions(self, turns: Mapping[str, Turn], view: BatchView) -> dict[str, Decision]:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
