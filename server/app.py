@@ -22,7 +22,7 @@ from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
 from whipstaff.server.access.ledger import Ledger
-from whipstaff.server.api import admin, generate, lifecycle, messages
+from whipstaff.server.api import admin, batch, generate, lifecycle, messages
 from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.bounds import Bounds, Protocol
@@ -31,6 +31,7 @@ from whipstaff.server.api.lifecycle import Gate
 from whipstaff.server.api.preset_check import check
 from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
+from whipstaff.server.engine.frontend.batch import serve_batches
 from whipstaff.server.engine.frontend.counters import follow_counters
 from whipstaff.server.engine.frontend.launch import Engine, Setup, configure, start
 from whipstaff.server.engine.frontend.lifecycle import Lifecycle
@@ -113,6 +114,7 @@ async def _built(engine: Engine, args: Namespace) -> FastAPI:
     """vLLM's application, with what it serves in APIs other than OpenAI's made ours, too."""
     app = await openai.build(engine, args)
     serve_messages(app)
+    serve_batches(app)
     return app
 
 
@@ -253,7 +255,7 @@ async def extend(
     app.state.whipstaff, app.state.whipstaff_life = registry, life
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = metrics.watch
-    routers = (generate.router, messages.router)
+    routers = (generate.router, batch.router, messages.router)
     ours = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:

@@ -30,6 +30,7 @@ from whipstaff.server.api.descriptions import Preset as PresetAnswer
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, with_extras
 from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend.batch import BatchRequest
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.names import FIELDS, that_change
@@ -40,9 +41,10 @@ from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import Entry
 from whipstaff.steering.algebra import cosine
 
+AnyRequest = OpenAIRequest | BatchRequest
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
-OURS = "/v1/chat/completions, /v1/completions and /v1/messages"  # the routes that take presets and extras
+OURS = "/v1/chat/completions, its batches, /v1/completions and /v1/messages"  # the routes that take presets and extras
 MAX_ANSWERS, MAX_PROMPTS = 128, 1024  # of one request; how many run at once is --max-num-seqs's to say
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
@@ -69,16 +71,21 @@ async def check_text(raw: Request) -> None:
     check_characters(body)
 
 
+def add_records(body: dict[str, Any], explained: ChoiceExplanations) -> None:
+    """Put what is to be said of tokens into the choices of an answer."""
+    explained.add_to(body)
+
+
 class Form(NamedTuple):
-    """How an API is answered that is neither chat completions nor completions. Its answers are whole, one of a prompt,
-    and what is streamed stays."""
+    """How an API is answered."""
 
-    answer: Callable[[Any, Request], Awaitable[Any]]  # as `openai.answer`, a body as JSON
-    add_records: Callable[[dict[str, Any], ChoiceExplanations], None]  # to a body
-    with_extras: Callable[..., AsyncGenerator[str, None]]  # of events, as `with_extras`
+    answer: Callable[[Any, Request], Awaitable[Any]]  # as `openai.answer`; a body may be JSON
+    add_records: Callable[[dict[str, Any], ChoiceExplanations], None] = add_records
+    with_extras: Callable[..., AsyncGenerator[str, None]] = with_extras
+    takes_back: bool = True  # whether what was streamed can be
 
 
-async def compiled_of(request: OpenAIRequest, raw: Request) -> CompiledRequest | None:
+async def compiled_of(request: AnyRequest, raw: Request) -> CompiledRequest | None:
     """Compile a request's extras, wherever they came in, and those of the preset in its model's name; None for a plain
     request of which there is nothing to say."""
     base, name = openai.split_model(request.model, raw.app)
@@ -109,14 +116,14 @@ async def _everything(raw: Request) -> Capabilities:
     return await library.current()
 
 
-def _check_counts(request: OpenAIRequest) -> None:
+def _check_counts(request: AnyRequest) -> None:
     """Raises: BadRequest."""
     for said, most, param in ((request.num_answers, MAX_ANSWERS, "n"), (request.num_prompts, MAX_PROMPTS, "prompt")):
         if said > most:
             raise BadRequest(f"at most {most} are taken, not {said}", param)
 
 
-def _bounded(request: OpenAIRequest, preset: str | None, policy: Policy) -> str | None:
+def _bounded(request: AnyRequest, preset: str | None, policy: Policy) -> str | None:
     """Keep a request to what its key may ask for; the preset that holds for it. Raises: Forbidden."""
     forced = policy.forced_preset
     if forced is not None and preset not in (None, forced):
@@ -154,9 +161,9 @@ async def create_completion(
     return await generate(request, raw_request, at_end)
 
 
-async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack, form: Form | None = None) -> Response:
+async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, form: Form | None = None) -> Response:
     """Admit a request and have it answered; `form` None is OpenAI's own."""
-    answer = openai.answer if form is None else form.answer
+    form = form or Form(openai.answer)
     with openai.answering_as(request.model):
         compiled = await compiled_of(request, raw)
         spending = None
@@ -165,8 +172,8 @@ async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack,
             at_end.callback(spending.settle)
             request.pay(spending.expect, spending.note)
         if compiled is None:
-            return _response(await answer(request, raw), raw, {}, at_end)
-        if form is not None and compiled.retracts:
+            return _response(await form.answer(request, raw), raw, {}, at_end)
+        if compiled.retracts and not form.takes_back:
             raise BadRequest("this API has no way to take back what it streamed", "stream_retractions")
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
@@ -187,7 +194,7 @@ async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
             )
             request.attach(compiled, notes, lease)
-        result = await answer(request, raw)
+        result = await form.answer(request, raw)
 
     async def finish(body: dict[str, Any]) -> None:
         """What is said at the end, in a response or the last event of a stream."""
@@ -204,21 +211,18 @@ async def generate(request: OpenAIRequest, raw: Request, at_end: AsyncExitStack,
     warnings = warnings_of(compiled, request.placed)
     headers = {WARNINGS: header_of(warnings)} if warnings else {}
     if hasattr(result, "__aiter__"):
-        over = with_extras if form is None else form.with_extras
-        events = over(result, finish, explained, retractions)
+        events = form.with_extras(result, finish, explained, retractions)
         return _response(timed.over(events) if timed else events, raw, headers, at_end)
     body = result if isinstance(result, dict) else result.model_dump()
     await finish(body)
-    if explained is not None and form is None:
-        explained.add_to(body)
-    elif explained is not None and form is not None:
+    if explained is not None:
         form.add_records(body, explained)
     if timed is not None:
         timed.end()
     return _response(body, raw, headers, at_end)
 
 
-def _spending(request: OpenAIRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:
+def _spending(request: AnyRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:
     """What a request may come to, of its key's."""
     num = request.num_answers
     if compiled is None:

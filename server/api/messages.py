@@ -59,4 +59,4 @@ async def with_extras(
             yield event
 
 
-FORM = Form(messages.answer, add_records, with_extras)
+FORM = Form(messages.answer, add_records, with_extras, takes_back=False)

@@ -6,7 +6,7 @@ Under `default` a request's own value wins; what is `forced` a request may not s
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -173,14 +173,22 @@ class Preset:
     def _converse(self, request: Any) -> None:
         if not self.is_for_chat:
             raise BadRequest(f"the preset {self.name!r} writes a prompt; it is for /v1/completions", "model")
-        messages = list(request.messages)
+        said = request.messages
+        if said and isinstance(said[0], list):  # several conversations
+            request.messages = [self._led(one, f"messages[{index}]") for index, one in enumerate(said)]
+        else:
+            request.messages = self._led(said, "messages")
+
+    def _led(self, messages: Sequence[Any], path: str) -> list[Any]:
+        """A conversation with what comes before the request's own words. Raises: BadRequest."""
+        messages = list(messages)
         own = messages[:1] if messages and _role(messages[0]) in ("system", "developer") else []
         if own and self.body.forced.system is not None:
-            raise BadRequest(f"the preset {self.name!r} sets the system prompt; leave it out", "messages[0]")
+            raise BadRequest(f"the preset {self.name!r} sets the system prompt; leave it out", f"{path}[0]")
         system = self.stated.get("system")
         first = own or ([] if system is None else [{"role": "system", "content": system}])
         examples = [example.model_dump() for example in self.stated.get("examples", ())]
-        request.messages = [*first, *examples, *messages[len(own) :]]
+        return [*first, *examples, *messages[len(own) :]]
 
     def _write(self, request: Any) -> None:
         if not self.is_for_text:

@@ -32,6 +32,7 @@ SERVING = "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion"
 ROUTERS = "vllm.model_executor.layers.fused_moe.router"
 
 # Our class -> vLLM's that it is laid over: a base class, or what an instance was before its class was swapped.
+CHATS = "vllm.entrypoints.openai.chat_completion"
 LAID_OVER: dict[str, tuple[str, ...]] = {
     "worker.lora._SparingWrapper": ("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",),
     "worker.edits.attention.EditedAttention": (
@@ -50,6 +51,9 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
     "frontend.requests.ChatRequest": ("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",),
     "frontend.requests.TextRequest": ("vllm.entrypoints.openai.completion.protocol.CompletionRequest",),
     "frontend.openai.ServingChat": ("vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",),
+    "frontend.batch.BatchRequest": (f"{CHATS}.protocol.BatchChatCompletionRequest",),
+    "frontend.batch._OneChat": (f"{CHATS}.protocol.ChatCompletionRequest",),
+    "frontend.batch.ServingBatch": (f"{CHATS}.batch_serving.OpenAIServingChatBatch",),
     "frontend.messages.MessageRequest": ("vllm.entrypoints.anthropic.protocol.AnthropicMessagesRequest",),
     "frontend.messages.ServingMessages": ("vllm.entrypoints.anthropic.serving.AnthropicServingMessages",),
     "frontend.openai.ServingCompletion": ("vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion",),

@@ -27,7 +27,15 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMClientError
 
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.server.engine.frontend.requests import ChatRequest, OpenAIRequest, TextRequest, chats_of, field_meant
+from whipstaff.server.engine.frontend.requests import (
+    ChatRequest,
+    Chats,
+    Extras,
+    OpenAIRequest,
+    TextRequest,
+    chats_of,
+    field_meant,
+)
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest
 
@@ -39,6 +47,28 @@ validate_json_request = vllm_routes.validate_json_request  # a dependency: the c
 def cancellable(handler: Handler) -> Handler:
     """Cancel a route's work when its client disconnects, and count it in vLLM's server load."""
     return cast(Handler, vllm_routes.with_cancellation(vllm_routes.load_aware_call(handler)))
+
+
+async def place(
+    request: Extras, inputs: list[Any], serving: Any, explicit: int | None, chats: Callable[[], list[Chats | None]]
+) -> int | None:
+    """Check a request of chats, place it in its prompts and say what it may come to. What it may generate at most,
+    where vLLM would let it more. Raises: an exception that answers the client.
+
+    Args:
+        explicit: how many tokens the client itself wants at most.
+        chats: the conversation of each prompt.
+    """
+    most = None
+    if not request.is_plain or request.lists_tokens:
+        await request.check(inputs, serving, explicit)
+    if not request.is_plain:
+        prompts = request.prompts(inputs, serving, explicit, chats() if request.reads_prompt else [None] * len(inputs))
+        await request.score(prompts, serving)
+        # a long chat takes a while to be told apart
+        most = await asyncio.to_thread(request.place, inputs, prompts, serving, explicit)
+    request.tell_price(inputs, serving, explicit)
+    return most
 
 
 class ServingChat(OpenAIServingChat):
@@ -54,17 +84,9 @@ class ServingChat(OpenAIServingChat):
             raise BadRequest(
                 "this server parses answers as they come, and takes nothing of that back", "stream_retractions"
             )
-        if not request.is_plain or request.lists_tokens:
-            await request.check(inputs, self, explicit)
-        if not request.is_plain:
-            chats = chats_of(request, conversation, self) if request.reads_prompt else None
-            prompts = request.prompts(inputs, self, explicit, chats)
-            await request.score(prompts, self)
-            # a long chat takes a while to be told apart
-            most = await asyncio.to_thread(request.place, inputs, prompts, self, explicit)
-            if most is not None:
-                request.max_completion_tokens = most
-        request.tell_price(inputs, self, explicit)
+        most = await place(request, inputs, self, explicit, lambda: [chats_of(request, conversation, self)])
+        if most is not None:
+            request.max_completion_tokens = most
         return result
 
 
@@ -103,7 +125,7 @@ class ServingCompletion(OpenAIServingCompletion):
         if not request.is_plain or request.lists_tokens:
             await request.check(inputs, self, request.max_tokens)
         if not request.is_plain:
-            prompts = request.prompts(inputs, self, request.max_tokens, None)
+            prompts = request.prompts(inputs, self, request.max_tokens, [None] * len(inputs))
             await request.score(prompts, self)
             if (most := request.place(inputs, prompts, self, request.max_tokens)) is not None:
                 request.max_tokens = most
@@ -181,7 +203,7 @@ async def answer(request: OpenAIRequest, raw: Request) -> Any:
     return _ending_truly(result) if isinstance(result, AsyncGenerator) else result
 
 
-async def naming(request: OpenAIRequest, answering: Awaitable[Any]) -> Any:
+async def naming(request: Extras, answering: Awaitable[Any]) -> Any:
     """What vLLM answers; where it refuses a request without naming a field, with the one that its sentence is about.
     Raises: what vLLM does; BadRequest."""
     try:

@@ -141,6 +141,11 @@ class Extras(BaseModel):
         return self._compiled is None
 
     @property
+    def is_chat(self) -> bool:
+        """Whether its prompts are conversations."""
+        return False
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether what it asks for depends on more of its prompts than their lengths."""
         return self._compiled is not None and self._compiled.reads_prompt
@@ -240,12 +245,14 @@ class Extras(BaseModel):
             if self._compiled is not None:
                 self._compiled.check_sampling(made.sampling_params, index, len(inputs))
 
-    def prompts(self, inputs: list[Any], serving: Any, max_tokens: int | None, chat: "Chats | None") -> list[Prompt]:
-        """The request's prompts, as far as placing it needs them."""
+    def prompts(
+        self, inputs: list[Any], serving: Any, max_tokens: int | None, chats: "Sequence[Chats | None]"
+    ) -> list[Prompt]:
+        """The request's prompts, as far as placing it needs them; `chats` has one of each."""
         room = serving.model_config.max_model_len - max(max_tokens or 1, 1)
         adapters = {name: (name, it.lora_int_id, it.lora_path) for name, it in serving.models.lora_requests.items()}
         found = []
-        for index, one in enumerate(inputs):
+        for index, (one, chat) in enumerate(zip(inputs, chats, strict=True)):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
             source = _source(self, one, serving, chat) if ids and self.reads_prompt else None
             its_chat = chat.locate(chat.messages, ids) if chat and ids else None
@@ -365,17 +372,18 @@ class Extras(BaseModel):
 
     def _with(self, make: Callable[[], SamplingParams], **fields: Any) -> SamplingParams:
         """What vLLM makes of the request with other values of some of its fields."""
-        own = {name: getattr(self, name) for name in fields}
+        asked = self._vllm
+        own = {name: getattr(asked, name) for name in fields}
         try:
             for name, value in fields.items():
-                setattr(self, name, value)
+                setattr(asked, name, value)
             return make()
         finally:
             for name, value in own.items():
-                setattr(self, name, value)
+                setattr(asked, name, value)
 
 
-def _blaming(body: Any, handler: Callable[[Any], Any]) -> Any:
+def blaming(body: Any, handler: Callable[[Any], Any]) -> Any:
     """vLLM's validators look into fields before pydantic has checked these, and break where one is of an odd type.
     Raises: BadRequest naming the field without which they would not."""
     try:
@@ -415,16 +423,17 @@ class ChatRequest(ChatCompletionRequest, Extras):
     @model_validator(mode="wrap")
     @classmethod
     def _blames(cls, body: Any, handler: Callable[[Any], Any]) -> Any:
-        return _blaming(body, handler)
+        return blaming(body, handler)
 
     @model_validator(mode="after")
     def _reads_messages(self) -> "ChatRequest":
         """Pydantic checks the parts of a content as they are read, which would be where nobody knows the field."""
-        for index, message in enumerate(self.messages):
-            for name, value in message.items() if isinstance(message, dict) else ():
-                if isinstance(value, Iterator):
-                    message[name] = _read(value, f"messages[{index}].{name}")
+        read_messages(self.messages, "messages")
         return self
+
+    @property
+    def is_chat(self) -> bool:
+        return True
 
     @property
     def scores_prompt(self) -> bool:
@@ -463,6 +472,14 @@ class ChatRequest(ChatCompletionRequest, Extras):
         return params
 
 
+def read_messages(messages: Iterable[Any], path: str) -> None:
+    """Read the parts of contents. Raises: BadRequest."""
+    for index, message in enumerate(messages):
+        for name, value in message.items() if isinstance(message, dict) else ():
+            if isinstance(value, Iterator):
+                message[name] = _read(value, f"{path}[{index}].{name}")
+
+
 def _read(parts: Iterator[Any], path: str) -> list[Any]:
     """Raises: BadRequest."""
     try:
@@ -478,7 +495,7 @@ class TextRequest(CompletionRequest, Extras):
     @model_validator(mode="wrap")
     @classmethod
     def _blames(cls, body: Any, handler: Callable[[Any], Any]) -> Any:
-        return _blaming(body, handler)
+        return blaming(body, handler)
 
     @property
     def echoes_scores(self) -> bool:
@@ -556,7 +573,7 @@ def check_sampling(request: OpenAIRequest, is_hot_taken: bool) -> None:
         raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
 
 
-def field_meant(message: str, request: OpenAIRequest) -> str | None:
+def field_meant(message: str, request: Extras) -> str | None:
     """The field of a request that vLLM's sentence about it is about, where vLLM does not say; None where that is not
     clear. It begins with the field, or has its words in it."""
     said = [name for name in request.model_fields_set if name in type(request).model_fields]
@@ -611,7 +628,7 @@ class Chats(NamedTuple):
     adds_special_tokens: bool
 
 
-def chats_of(request: ChatRequest, conversation: list[Any], serving: Any) -> Chats | None:
+def chats_of(request: Any, conversation: list[Any], serving: Any) -> Chats | None:
     """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
     renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
     if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
@@ -638,7 +655,7 @@ def chats_of(request: ChatRequest, conversation: list[Any], serving: Any) -> Cha
 def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
     """A prompt as a source of others; None for chats that no Hugging Face template made."""
     tokenizer, renderer = serving.renderer.tokenizer, serving.online_renderer
-    if tokenizer is None or (chat is None and isinstance(request, ChatRequest)):
+    if tokenizer is None or (chat is None and request.is_chat):
         return None
 
     def ids_of(messages: Sequence[Any]) -> list[int]:

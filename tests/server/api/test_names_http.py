@@ -161,13 +161,12 @@ def test_a_preset_is_its_model_where_nothing_is_generated(http: httpx.Client) ->
     ("path", "body"),
     [
         ("/v1/responses", {"input": "hi"}),
-        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": "hi"}]]}),
     ],
 )
 def test_other_routes_say_where_presets_work(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
     refused = http.post(path, json=body | {"model": "demo@gloomy"})
     assert_refused(refused, 422, "model")
-    assert "presets work on /v1/chat/completions, /v1/completions and /v1/messages" in refused.text
+    assert "presets work on /v1/chat/completions, its batches, /v1/completions and /v1/messages" in refused.text
 
 
 def test_one_model_is_shown_as_the_list_shows_it(client: openai.OpenAI) -> None:

@@ -1,17 +1,18 @@
-"""Anthropic's API over HTTP: what it says is what chats say."""
+"""APIs of chats that are not OpenAI's, over HTTP: what they say is what chats say."""
 
 import json
 from typing import Any
 
 import httpx
 import pytest
-from asking import Post, ok, post_json, texts
+from asking import Post, assert_refused, ok, post_json, texts
 from serving import Server
 
 pytestmark = pytest.mark.engine
 
 CHEERFUL = {"vector": "cheerful"}
 ASKED = [{"role": "user", "content": "Where does Mara live?"}]
+OTHER = [{"role": "user", "content": "Who is Tobin?"}]
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "steered": {"steering": CHEERFUL},
@@ -117,3 +118,38 @@ def test_a_refusal_has_its_shape_and_names_the_field(
     said = refused.json()
     assert refused.status_code == status and said.keys() == {"type", "error"} and said["type"] == "error", said
     assert said["error"].keys() == {"type", "message"} and said["error"]["message"].startswith(f"{param}: "), said
+
+
+# ---- vLLM's batches of chats
+
+
+@pytest.fixture(scope="module")
+def batch(http: httpx.Client) -> Post:
+    def post(**fields: Any) -> httpx.Response:
+        return post_json(http, "/v1/chat/completions/batch", body_of({"messages": [ASKED, OTHER]} | fields))
+
+    return post
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_a_batch_says_what_its_chats_say(chat: Post, batch: Post, fields: dict[str, Any]) -> None:
+    if "typical_p" in fields:
+        fields = fields | {"temperature": 0}  # what is drawn depends on a request's own seed
+    together = ok(batch(**fields, explain={"top": 1}))
+    alone = [ok(chat(**fields, messages=messages, explain={"top": 1})) for messages in (ASKED, OTHER)]
+    assert [one["message"]["content"] for one in together["choices"]] == [
+        one["choices"][0]["message"]["content"] for one in alone
+    ]
+    for choice, one in zip(together["choices"], alone, strict=True):
+        assert [told["id"] for told in choice["explain"]] == [told["id"] for told in one["choices"][0]["explain"]]
+    assert together["whipstaff"]["decoding"] == alone[0]["whipstaff"]["decoding"]
+    assert len(together["whipstaff"].get("search", ())) == (2 if "search" in alone[0]["whipstaff"] else 0)
+
+
+def test_a_refusal_of_a_batch_names_the_field(batch: Post) -> None:
+    assert_refused(batch(steering={"vector": "nobody"}), 404, "steering.vector")
+    assert_refused(batch(decoding={"method": "cfg", "guidance_scale": "x"}), 400, "decoding.guidance_scale")
+    assert_refused(batch(n=2), 400, "n")
+    refused = batch(steering=CHEERFUL | {"where": {"prompt": [[900, 901]]}})
+    assert_refused(refused, 400, "steering.where")
+    assert refused.json()["error"]["message"].startswith("prompt[0]: ")
