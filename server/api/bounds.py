@@ -4,6 +4,7 @@ Uvicorn waits for the end of a head, of a body and of a reader for ever, and tak
 """
 
 import asyncio
+import json
 import re
 from asyncio import TimerHandle
 from typing import Any
@@ -185,6 +186,10 @@ def _is_json(scope: Any) -> bool:
 
 def check_text(body: bytes) -> None:
     """Raises: BadRequest for what is no UTF-8, as JSON has to be."""
+    if not (encoding := json.detect_encoding(body)).startswith(
+        "utf-8"
+    ):  # which a parser would take, and check_depth not
+        raise BadRequest(f"the body is no UTF-8 but {encoding}")
     try:
         body.decode()
     except UnicodeDecodeError as error:

@@ -110,7 +110,9 @@ def _preface(about: dict[str, Any]) -> str:
         "after it are the seeds'. KL (nats a token, at least) and perplexity are of neutral stories said under the "
         "method, and blank where log-probabilities are told before it acts (penalties, temperatures) or it depends on "
         "the item; speed is the median ratio of tokens per second to plain requests, in turns A B B A. *Rivals*, in "
-        "italics, are what one would do instead. Nothing that was asked is left out."
+        "italics, are what one would do instead. Nothing that was asked is left out; the "
+        "command says what was. The tasks were shaped while answers to their test split were seen: this explores, and "
+        "who wants proof makes fresh splits first."
     )
 
 

@@ -174,10 +174,14 @@ def test_hundreds_of_idle_connections_do_not_stay(served: Served) -> None:
         sock.close()
 
 
-def test_json_is_utf_8(served: Served) -> None:
+@pytest.mark.parametrize(
+    "body", [b'{"a\xf9": 1}', *(r'{"a": "\ud800"}'.encode(name) for name in ("utf-16", "utf-32-le"))]
+)
+def test_json_is_utf_8(served: Served, body: bytes) -> None:
+    """Not another encoding that Python's parser would guess, where nothing that looks at bytes sees what they mean."""
     for kind, status in (("application/json", 400), ("application/octet-stream", 200)):
         answer = httpx.post(
-            f"http://127.0.0.1:{served.port}/x", content=b'{"a\xf9": 1}', headers={"content-type": kind}, timeout=SOON
+            f"http://127.0.0.1:{served.port}/x", content=body, headers={"content-type": kind}, timeout=SOON
         )
         assert answer.status_code == status, answer.text
 
