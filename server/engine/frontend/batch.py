@@ -12,7 +12,7 @@ from starlette.requests import Request
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import Chats, Extras, blaming, chats_of, read_messages
@@ -28,6 +28,7 @@ class BatchRequest(BatchChatCompletionRequest, Extras):
     bad_words: list[str] = Field(default_factory=list)
     ignore_eos: bool = False
     min_tokens: int = 0
+    repetition_detection: RepetitionDetectionParams | None = None
     stop_token_ids: list[int] | None = Field(default_factory=list)
     vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None = None
     _asked: "_OneChat | None" = PrivateAttr(None)  # of the chats, the one whose sampling parameters are made
@@ -46,6 +47,11 @@ class BatchRequest(BatchChatCompletionRequest, Extras):
     @property
     def is_chat(self) -> bool:
         return True
+
+    @property
+    def stream(self) -> bool:
+        """vLLM answers batches whole."""
+        return False
 
     @property
     def num_prompts(self) -> int:
