@@ -6,8 +6,8 @@ vLLM's `vllm_xargs` takes scalars and lists of them only, so there an object or 
 import json
 import re
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,12 +20,59 @@ OnUnknown = Literal["warn", "error"]
 _HALF = re.compile("[\ud800-\udfff]")
 
 
+@runtime_checkable
+class AskedRequest(Protocol):
+    """What admission reads of a parsed request, whichever API it came by. vLLM's fields have vLLM's names; the others
+    are what a request says of itself, since APIs write it differently."""
+
+    # vLLM's
+    @property
+    def model_extra(self) -> dict[str, Any] | None: ...
+    @property
+    def vllm_xargs(self) -> Any: ...
+    @property
+    def n(self) -> int | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def use_beam_search(self) -> bool: ...
+    @property
+    def length_penalty(self) -> float: ...
+    @property
+    def stream(self) -> bool | None: ...
+    @property
+    def repetition_detection(self) -> Any: ...
+
+    # its own
+    @property
+    def is_hot(self) -> bool: ...
+    @property
+    def truncates(self) -> bool: ...
+    @property
+    def has_grammar(self) -> bool: ...
+    @property
+    def stops_at_text(self) -> bool: ...
+    @property
+    def scores_prompt(self) -> bool: ...
+    @property
+    def echoes_scores(self) -> bool: ...
+    @property
+    def logprobs_field(self) -> str: ...
+    @property
+    def draw_fields(self) -> list[str]: ...
+    @property
+    def unknown_names(self) -> list[str]: ...
+    @classmethod
+    def known_names(cls) -> frozenset[str]: ...
+    def said(self, names: Iterable[str]) -> dict[str, Any]: ...
+
+
 def ours_in(xargs: Any) -> frozenset[str]:
     """Our fields that came in a request's vllm_xargs."""
     return frozenset(xargs).intersection(FIELDS) if isinstance(xargs, dict) else frozenset()
 
 
-def fields_of(request: Any) -> dict[str, Any]:
+def fields_of(request: AskedRequest) -> dict[str, Any]:
     """The fields of a parsed request that vLLM does not know, taken out of its vllm_xargs. Raises: BadRequest."""
     present = {name: getattr(request, name, None) for name in FIELDS} | (request.model_extra or {})
     return with_xargs(present, request.vllm_xargs)

@@ -28,6 +28,7 @@ from whipstaff.server.admission.decoding import (
 )
 from whipstaff.server.admission.explanations import ExplainParams, LogprobsSource
 from whipstaff.server.admission.fields import (
+    AskedRequest,
     OnUnavailable,
     OnUnknown,
     entries_in,
@@ -59,7 +60,7 @@ from whipstaff.steering.planner import MAX_EDITS, Planner
 
 
 def prepare(
-    request: Any, caps: Capabilities, preset: Preset | None = None, body: Mapping[str, Any] | None = None
+    request: AskedRequest, caps: Capabilities, preset: Preset | None = None, body: Mapping[str, Any] | None = None
 ) -> CompiledRequest | None:
     """Compile a parsed request of chat or text; None if it is plain and there is nothing to say of it.
 
@@ -95,7 +96,7 @@ def unknown_warnings(names: Sequence[str], fields: Mapping[str, Any], known: fro
 
 
 def compile_request(
-    request: Any, caps: Capabilities, fields: Mapping[str, Any], merges: bool = False
+    request: AskedRequest, caps: Capabilities, fields: Mapping[str, Any], merges: bool = False
 ) -> CompiledRequest | None:
     """Compile a request's extras, its `fields`, beside what else it says; see `compile_extras`.
 
@@ -112,7 +113,7 @@ def compile_request(
         check_retractions(request)
         warning = "stream_retractions did nothing: without a search nothing is taken back"
         compiled = replace(compiled, warnings=(*compiled.warnings, warning))
-    if request.is_hot:
+    if request.is_hot and request.temperature is not None:
         compiled = (compiled or CompiledRequest(caps)).heated(request.temperature, request.truncates)
     if compiled is None:
         return None

@@ -22,6 +22,7 @@ from whipstaff.server.admission.companions import (
 )
 from whipstaff.server.admission.decoding import DecodingEntry, may_retract, plan_of, ranking_of, search_of
 from whipstaff.server.admission.explanations import LogprobsSource
+from whipstaff.server.admission.fields import AskedRequest
 from whipstaff.server.admission.positions import expanded, steering_at_prompt
 from whipstaff.server.admission.search import check_answers, check_retractions, check_told, without_effect
 from whipstaff.server.admission.steering import SequenceSteering, check_one_set
@@ -319,7 +320,7 @@ class CompiledRequest:
         decoding = self.plan.decoding
         return decoding.search.num_sequences if decoding and decoding.search else self.num_candidates or 1
 
-    def beside(self, request: Any) -> "CompiledRequest":
+    def beside(self, request: AskedRequest) -> "CompiledRequest":
         """A search beside what else its request says. Raises: BadRequest."""
         search = self.search
         assert search is not None

@@ -11,6 +11,7 @@ from typing import Any
 from whipstaff.decoding.plan import Explain
 from whipstaff.decoding.search.search import SearchMethod, SearchParams
 from whipstaff.server.admission.decoding import DecodingEntry, GivenEntry
+from whipstaff.server.admission.fields import AskedRequest
 from whipstaff.server.errors import BadRequest, Unavailable
 from whipstaff.server.registry.capabilities import Capabilities
 
@@ -66,7 +67,7 @@ def check_answers(entry: DecodingEntry, num: int) -> None:
         raise BadRequest(f"{method.name} comes to {answers}{why}", "n")
 
 
-def check_told(entry: DecodingEntry, request: Any) -> None:
+def check_told(entry: DecodingEntry, request: AskedRequest) -> None:
     """What is told of an answer that was searched. Raises: BadRequest."""
     name = entry.method.name
     if (field := request.logprobs_field) and (request.scores_prompt or not _method(entry).drafts):
@@ -85,13 +86,13 @@ def check_told(entry: DecodingEntry, request: Any) -> None:
         )
 
 
-def check_retractions(request: Any) -> None:
+def check_retractions(request: AskedRequest) -> None:
     """Whether what was streamed can be taken back. Raises: BadRequest."""
     if not request.stream:
         raise BadRequest("it is for answers that are streamed", "stream_retractions")
 
 
-def without_effect(entry: DecodingEntry, request: Any) -> list[str]:
+def without_effect(entry: DecodingEntry, request: AskedRequest) -> list[str]:
     """What to say of fields that change what is drawn from."""
     name = entry.method.name
     does = f"{name} draws by parameters of its own" if _method(entry).draws(entry.params) else f"{name} draws no tokens"
