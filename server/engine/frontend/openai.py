@@ -26,16 +26,10 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.exceptions import VLLMClientError
 
+from whipstaff.server.engine.frontend.blame import field_meant
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.server.engine.frontend.requests import (
-    ChatRequest,
-    Chats,
-    Extras,
-    OpenAIRequest,
-    TextRequest,
-    chats_of,
-    field_meant,
-)
+from whipstaff.server.engine.frontend.prompts import Chats, chats_of
+from whipstaff.server.engine.frontend.requests import ChatRequest, Extras, OpenAIRequest, TextRequest
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest
 

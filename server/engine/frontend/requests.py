@@ -19,23 +19,21 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils import api_utils as vllm_routes
 from vllm.exceptions import VLLMClientError
-from vllm.renderers.hf import HfRenderer, safe_apply_chat_template
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from whipstaff.decoding.method import Candidate
 from whipstaff.server import leases
 from whipstaff.server import plan as plans
-from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.answers import Answers, RankedAnswers, SearchAnswers
+from whipstaff.server.engine.frontend.blame import blamed, is_broken
 from whipstaff.server.engine.frontend.launch import PlanDict
+from whipstaff.server.engine.frontend.prompts import Chats, log_probabilities, source_of
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.leases import Lease
 from whipstaff.server.names import ALIASES, FIELDS
 from whipstaff.server.plan import PlacedRequest, Scoring
-from whipstaff.server.prompt.message_spans import Chat, Prompt
-from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
+from whipstaff.server.prompt.message_spans import Prompt
 
-Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteToken = Callable[[int, dict[str, Any]], None]
 Expect = Callable[[list[tuple[int, list[int], int]]], None]
 """Takes, of each prompt, its number of tokens, those of its further prompts, and how many may follow."""
@@ -254,7 +252,7 @@ class Extras(BaseModel):
         found = []
         for index, (one, chat) in enumerate(zip(inputs, chats, strict=True)):
             ids = one["prompt_token_ids"] if one["type"] == "token" else None
-            source = _source(self, one, serving, chat) if ids and self.reads_prompt else None
+            source = source_of(self, one, serving, chat) if ids and self.reads_prompt else None
             its_chat = chat.locate(chat.messages, ids) if chat and ids else None
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._vllm.model or "")
@@ -267,7 +265,7 @@ class Extras(BaseModel):
         assert self._compiled is not None
         for prompt in prompts:
             for name, wanted in self._compiled.wanted_scores(prompt).items():
-                prompt.scores[name] = await _log_probabilities(serving, wanted, self._vllm.model, self._lease)
+                prompt.scores[name] = await log_probabilities(serving, wanted, self._vllm.model, self._lease)
 
     def place(self, inputs: list[Any], prompts: list[Prompt], serving: Any, max_tokens: int | None) -> int | None:
         """Place the request in each of its prompts. What it may generate at most, where vLLM would let it more."""
@@ -389,32 +387,10 @@ def blaming(body: Any, handler: Callable[[Any], Any]) -> Any:
     try:
         return handler(body)
     except Exception as error:
-        if not _is_broken(error) or not isinstance(body, dict):
+        if not is_broken(error) or not isinstance(body, dict):
             raise
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise BadRequest(f"this is not what the field may hold: {said}", _blamed(body, handler)) from None
-
-
-def _blamed(body: dict[str, Any], handler: Callable[[Any], Any]) -> str | None:
-    """The field without which validators take a request, or, where it has to be there, say what is missing."""
-    blamed = None
-    for name in body:
-        try:
-            handler({other: value for other, value in body.items() if other != name})
-        except Exception as error:
-            if blamed is None and not _is_broken(error):
-                blamed = name
-        else:
-            return name
-    return blamed
-
-
-def _is_broken(error: Exception) -> bool:
-    """Whether validators did not say what is wrong, or not where: what they read by hand has no field for pydantic."""
-    if isinstance(error, ValidationError):
-        return not isinstance(next(iter(error.errors(include_url=False)[0]["loc"]), None), str)
-    is_placeless = isinstance(error, VLLMClientError) and getattr(error, "parameter", None) is None
-    return is_placeless or isinstance(error, AttributeError | TypeError | LookupError | ArithmeticError)
+        raise BadRequest(f"this is not what the field may hold: {said}", blamed(body, handler)) from None
 
 
 class ChatRequest(ChatCompletionRequest, Extras):
@@ -573,20 +549,6 @@ def check_sampling(request: OpenAIRequest, is_hot_taken: bool) -> None:
         raise BadRequest(str(error.args[0]), getattr(error, "parameter", None)) from None
 
 
-def field_meant(message: str, request: Extras) -> str | None:
-    """The field of a request that vLLM's sentence about it is about, where vLLM does not say; None where that is not
-    clear. It begins with the field, or has its words in it."""
-    said = [name for name in request.model_fields_set if name in type(request).model_fields]
-    first = message.split(" ", 1)[0].strip("`'\"")
-    if first in said:
-        return first
-    words = message.lower().replace("_", " ")
-    if "grammar" in words or "structured outputs" in words:
-        said = [name for name in ("structured_outputs", "response_format") if name in said]
-        return said[0] if said else None
-    return next((name for name in said if "_" in name and name.replace("_", " ") in words), None)
-
-
 def check_something_is_left(params: SamplingParams) -> None:
     """Refuse bans that leave none of the allowed tokens: vLLM would generate padding. Raises: BadRequest.
 
@@ -614,74 +576,3 @@ def _most_tokens(num_tokens: int, serving: Any, max_tokens: int | None) -> int:
         serving.override_max_tokens,
     )
     return most
-
-
-# ---- prompts
-
-
-class Chats(NamedTuple):
-    """A chat request's messages, and what its template makes of messages."""
-
-    messages: Sequence[Any]
-    text_of: Render
-    locate: LocateChat
-    adds_special_tokens: bool
-
-
-def chats_of(request: Any, conversation: list[Any], serving: Any) -> Chats | None:
-    """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
-    renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
-    if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
-        return None
-    tools = None
-    if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
-        tools = [tool.model_dump() for tool in request.tools]
-    params = chat_params(request, renderer)
-    defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
-    settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
-
-    def text_of(messages: Sequence[Any], is_prompt: bool) -> str:
-        ends_here = {} if is_prompt else {"add_generation_prompt": False, "continue_final_message": False}
-        return str(
-            safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **{**settings, **ends_here})
-        )
-
-    def locate(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
-        return Chat(tokenizer, messages, ids, text_of)
-
-    return Chats(conversation, text_of, locate, request.add_special_tokens)
-
-
-def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:
-    """A prompt as a source of others; None for chats that no Hugging Face template made."""
-    tokenizer, renderer = serving.renderer.tokenizer, serving.online_renderer
-    if tokenizer is None or (chat is None and request.is_chat):
-        return None
-
-    def ids_of(messages: Sequence[Any]) -> list[int]:
-        if chat is not None:
-            text, adds = chat.text_of(messages, True), chat.adds_special_tokens
-        else:
-            template = {"chat_template": renderer.chat_template, "add_generation_prompt": True, "tokenize": False}
-            text = str(safe_apply_chat_template(serving.model_config, tokenizer, list(messages), **template))
-            adds = False
-        found: list[int] = tokenizer.encode(text, add_special_tokens=adds)
-        return found
-
-    adds_special_tokens = bool(getattr(request, "add_special_tokens", True))
-    messages, written = chat.messages if chat else None, prompt.get("prompt")
-    locate = None if chat is None else chat.locate
-    return PromptSource(prompt["prompt_token_ids"], tokenizer, adds_special_tokens, ids_of, messages, written, locate)
-
-
-async def _log_probabilities(serving: Any, wanted: Scoring, model: str | None, lease: Lease) -> list[float]:
-    """Of every token of a text but the first, under the served model, or an adapter of it, steered as asked by vectors
-    of which the caller has a lease."""
-    plan = PlanDict(plans.RequestPlan(wanted.steering).to_wire(), lease=lease) if wanted.steering else None
-    extra = {plans.PLAN_KEY: plan} if plan else None
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra)
-    ids = list(wanted.ids)
-    prompt, adapter, said = {"prompt_token_ids": ids}, serving.models.lora_requests.get(model), None
-    async for output in serving.engine_client.unwatched(prompt, params, f"score-{uuid4()}", lora_request=adapter):
-        said = output.prompt_logprobs or said
-    return [said[position][ids[position]].logprob for position in wanted.positions[1:]] if said else []

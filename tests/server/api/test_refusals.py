@@ -11,7 +11,8 @@ from fastapi.testclient import TestClient
 from starlette.exceptions import HTTPException
 
 from whipstaff.server.api import generate
-from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest, field_meant, parse
+from whipstaff.server.engine.frontend.blame import field_meant
+from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Why?"}]}
