@@ -15,8 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 
 from whipstaff.server.engine.frontend import openai
-from whipstaff.server.engine.frontend.prompts import Chats, chats_of
-from whipstaff.server.engine.frontend.requests import Extras, blaming, read_messages
+from whipstaff.server.engine.frontend.requests import Chats, Extras, blaming, chats_of, read_messages
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.names import FIELDS
 

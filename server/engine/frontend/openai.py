@@ -28,8 +28,14 @@ from vllm.exceptions import VLLMClientError
 
 from whipstaff.server.engine.frontend.blame import field_meant
 from whipstaff.server.engine.frontend.launch import Engine
-from whipstaff.server.engine.frontend.prompts import Chats, chats_of
-from whipstaff.server.engine.frontend.requests import ChatRequest, Extras, OpenAIRequest, TextRequest
+from whipstaff.server.engine.frontend.requests import (
+    ChatRequest,
+    Chats,
+    Extras,
+    OpenAIRequest,
+    TextRequest,
+    chats_of,
+)
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.errors import BadRequest
 
