@@ -181,7 +181,7 @@ def _in_time(receive: Any) -> Any:
 
 
 def _is_json(scope: Any) -> bool:
-    return any(name == b"content-type" and b"json" in value for name, value in scope["headers"])
+    return any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
 
 
 def check_text(body: bytes) -> None:

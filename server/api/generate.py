@@ -59,7 +59,7 @@ async def capabilities(request: Request) -> Capabilities:
 async def check_text(raw: Request) -> None:
     """A dependency of every route that takes JSON: half a surrogate pair is no text. Raises: BadRequest naming the
     field."""
-    if "json" not in raw.headers.get("content-type", ""):
+    if "json" not in raw.headers.get("content-type", "").lower():
         return
     data = await raw.body()
     if b"\\ud" not in data.lower() and b"\xed" not in data:  # how halves are written, and other characters, too
