@@ -36,6 +36,8 @@ def field_meant(message: str, request: BaseModel) -> str | None:
     first = message.split(" ", 1)[0].strip("`'\"")
     if first in said:
         return first
+    if message.startswith("Token id ") and message.endswith(" is out of vocabulary"):  # said of prompts alone
+        return "prompt" if "prompt" in said else None
     words = message.lower().replace("_", " ")
     if "grammar" in words or "structured outputs" in words:
         said = [name for name in ("structured_outputs", "response_format") if name in said]

@@ -73,6 +73,7 @@ def test_what_is_blamed_is_the_field_alone_without_which_all_is_well() -> None:
         ),
         ({"min_tokens": 3}, "at most 2 min tokens are taken", "min_tokens"),
         ({"stop": "a", "user": "b"}, "the user is to stop", None),
+        ({"prompt": [1 << 70]}, f"Token id {1 << 70} is out of vocabulary", "prompt"),
     ],
 )
 def test_vllms_sentences_are_about_fields(fields: dict[str, Any], message: str, param: str | None) -> None:
