@@ -257,3 +257,14 @@ def parsed(model: type[P], entry: Any, path: str) -> P:
         return model.model_validate(entry)
     except ValidationError as error:
         raise bad_field(error, entry, path, keys_of(model)) from None
+
+
+def reason_in(text: str) -> str:
+    """Why a server refused, for its client: the field and the sentence in the body of its answer."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return text[:300]
+    if not isinstance(error, dict):
+        return f"{error}; the user's key is --api-key or VLLM_API_KEY"
+    return f"{error['param']}: {error['message']}" if error.get("param") else str(error["message"])

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from whipstaff.server.commands.eval_flags import parse
 from whipstaff.server.commands.vectors import save
+from whipstaff.server.errors import reason_in
 from whipstaff.steering.algebra import numbers_of
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.data import Dataset, Item, Split, read_data
@@ -206,12 +207,7 @@ class Evaluation:
         answer = self.client.request(method, path, json=body)
         if answer.is_success:
             return answer.json()
-        try:
-            error = answer.json()["error"]
-            said = f"{error.get('param')}: {error['message']}" if error.get("param") else str(error["message"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            said = answer.text[:300]
-        raise SteeringError(f"{self.args.url} answers {answer.status_code}: {said}")
+        raise SteeringError(f"{self.args.url} answers {answer.status_code}: {reason_in(answer.text)}")
 
     # ---- telling
 

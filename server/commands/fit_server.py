@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from whipstaff.server.commands.vectors_remote import reason
+from whipstaff.server.errors import reason_in
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.served import Ask, ServedModel
 from whipstaff.steering.shape import config_shape
@@ -68,7 +68,7 @@ def asking(
             raise SteeringError(f"{url}: {error or type(error).__name__}", "server") from error
         if answer.is_success:
             return answer.json()
-        raise SteeringError(f"{url} answers {answer.status_code}: {reason(answer)}", "server")
+        raise SteeringError(f"{url} answers {answer.status_code}: {reason_in(answer.text)}", "server")
 
     weakref.finalize(ask, client.close)  # whoever asks no more leaves no connection open
     return ask

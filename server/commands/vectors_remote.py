@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+from whipstaff.server.errors import reason_in
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.hints import Hints
 
@@ -74,18 +75,7 @@ def _asked(args: Namespace, method: str, path: str, params: Any = None, file: Pa
     if answer.is_success:
         found: dict[str, Any] = answer.json()
         return found
-    raise SteeringError(f"{args.url} answers {answer.status_code}: {reason(answer)}")
-
-
-def reason(answer: httpx.Response) -> str:
-    """Why a server refused."""
-    try:
-        error = answer.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:300]
-    if not isinstance(error, dict):
-        return f"{error}; the user's key is --api-key or VLLM_API_KEY"
-    return f"{error['param']}: {error['message']}" if error.get("param") else str(error["message"])
+    raise SteeringError(f"{args.url} answers {answer.status_code}: {reason_in(answer.text)}")
 
 
 def _read(path: Path) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from whipstaff.server.errors import reason_in
 from whipstaff.server.suite.methods import Asked, Body
 
 _NOTHING = -9999.0  # what vLLM says of a token that a mask excludes
@@ -112,13 +113,8 @@ class Server:
             raise SuiteError(f"{self.client.base_url}: {error or type(error).__name__}") from error
         if answer.is_success:
             return answer.json()
-        try:
-            found = answer.json()["error"]
-            said = f"{found.get('param')}: {found['message']}" if found.get("param") else str(found["message"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            said = answer.text[:300]
         kind = Refused if answer.status_code in (400, 404, 409, 422) else SuiteError
-        raise kind(f"{answer.status_code}, {said}")
+        raise kind(f"{answer.status_code}, {reason_in(answer.text)}")
 
 
 def _finite(top: Mapping[str, float] | None) -> dict[str, float]:
