@@ -1,6 +1,8 @@
 """How tests ask a server over HTTP, and how they read what it answers."""
 
 import json
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,3 +82,14 @@ def metrics(http: httpx.Client) -> Samples:
         for family in families
         for sample in family.samples
     }
+
+
+def poll(http: httpx.Client, is_so: Callable[[Samples], bool], seconds: float = 60.0) -> Samples:
+    """Look at the metrics until they are so: the server asks its worker now and then."""
+    deadline = time.monotonic() + seconds
+    while not is_so(now := metrics(http)):
+        assert time.monotonic() < deadline, {
+            key: value for key, value in now.items() if re.search("num_requests|slots|_running|_living", key[0])
+        }
+        time.sleep(0.02)
+    return now

@@ -16,17 +16,19 @@ async def follow_counters(engine: Engine, note: Callable[[Mapping[str, Any]], No
     """Give `note` what the first worker has counted, for as long as the engine lives. One question at a time: a worker
     that hangs is not asked again.
 
-    An engine that was asked for nothing since is left alone: a worker looks for what comes next without a rest for a
-    second after each question, so that an idle server that is asked every second would take a core.
+    An engine that was asked for nothing since is left alone, after one question more: the first may come before the
+    step in which the worker learns what ended. A worker looks for what comes next without a rest for a second after
+    each question, so that an idle server that is asked every second would take a core.
 
     Args:
         is_alone: whether everything that the engine is asked for passes through `engine`.
     """
-    known = -1
+    known, was_busy = -1, False
     while True:
         asked = engine.num_asked
-        if asked != known or engine.num_generating or not is_alone:
-            known = asked
+        is_busy = asked != known or engine.num_generating > 0
+        if is_busy or was_busy or not is_alone:
+            known, was_busy = asked, is_busy
             try:
                 found = await engine.collective_rpc(COUNTERS)
             except EngineDeadError:

@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +27,7 @@ from asking import (
     data_events,
     metrics,
     ok,
+    poll,
     post_json,
     streamed_text,
     texts,
@@ -938,13 +939,3 @@ def test_clients_that_go_away_while_they_wait_for_a_slot_free_it_too(
     ways = [PUSH | {"scale": 1 + index / 100} for index in range(2 * MAX_SEQS)]
     abandon(server, http, "caa", [{"stream": True, "steering": steering} for steering in ways])
     assert all(tokens(complete(steering=steering, max_tokens=1)) for steering in ways)
-
-
-def poll(http: httpx.Client, is_so: Callable[[Samples], bool]) -> None:
-    """Look at the metrics until they are so."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_so(now := metrics(http)):
-        assert time.monotonic() < deadline, {
-            key: value for key, value in now.items() if "num_requests" in key[0] or "slots" in key[0]
-        }
-        time.sleep(0.02)

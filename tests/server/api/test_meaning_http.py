@@ -227,7 +227,7 @@ def test_scoring_alone_edits_the_last_prompt_token_too(complete: Post) -> None:
 BLAMED: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "max_tokens": ({"max_tokens": -1, "steering": {"vector": "cheerful"}}, "max_tokens", "max_tokens"),
     "empty": ({"prompt": [[]], "guidance_scale": 1.5}, None, "cannot be empty"),
-    "vocabulary": ({"prompt": [1, 2, 99999], "decoding": {"method": "sh2"}}, None, "out of vocabulary"),
+    "vocabulary": ({"prompt": [1, 2, 99999], "decoding": {"method": "sh2"}}, "prompt", "out of vocabulary"),
     "truncated": (
         {"truncate_prompt_tokens": 0, "steering": {"vector": "cheerful", "where": {"prompt": [[0, 2]]}}},
         None,

@@ -2,14 +2,13 @@
 candidates are those that their own log-probabilities say; what cannot be is refused by its field."""
 
 import json
-import time
 from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from asking import PAIR, PROMPT, PUSH, Post, assert_refused, data_events, metrics, ok, streamed_text, texts
+from asking import PAIR, PROMPT, PUSH, Post, assert_refused, data_events, metrics, ok, poll, streamed_text, texts
 from asking import tokens as tokens_of
 from reference import contrastive_search, opera_lite
 from search_loop import Loop, of_vllm
@@ -432,12 +431,8 @@ def test_metrics_count_what_a_search_computed(http: httpx.Client, complete: Post
     (search,) = answer["whipstaff"]["search"]
     wanted = search["tokens_computed"] + search["tried"]
     assert answer["usage"]["completion_tokens_details"]["computed_tokens"] == wanted > 24 * 2
-    for _ in range(200):  # the server asks its worker now and then
-        if (found := metrics(http).get(own, 0) - before) == wanted:
-            break
-        complete(max_tokens=1)
-        time.sleep(0.05)
-    assert found == wanted
+    poll(http, lambda now: now.get(own, 0) - before >= wanted)
+    assert metrics(http)[own] - before == wanted
 
 
 def test_nothing_is_left_of_searches_whose_clients_went_away(
@@ -447,12 +442,7 @@ def test_nothing_is_left_of_searches_whose_clients_went_away(
     with left_alone(server, num_beams=BEAMS, max_tokens=300):
         complete(num_beams=BEAMS, ignore_eos=True)
     tokens_of(complete(num_beams=2))
-    for _ in range(200):  # the server asks its worker now and then
-        now = metrics(http)
-        is_told = now["whipstaff_search_forks_total", ()] > before
-        if is_told and not (now["whipstaff_searches_running", ()] or now["whipstaff_search_sequences_living", ()]):
-            break
-        complete(max_tokens=1)
-        time.sleep(0.05)
-    assert not now["whipstaff_searches_running", ()] and not now["whipstaff_search_sequences_living", ()]
-    assert now["whipstaff_search_forks_total", ()] > before
+    forks, running, living = (
+        (f"whipstaff_{name}", ()) for name in ("search_forks_total", "searches_running", "search_sequences_living")
+    )
+    poll(http, lambda now: now[forks] > before and not now[running] and not now[living])

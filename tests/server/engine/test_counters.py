@@ -31,11 +31,17 @@ def followed(monkeypatch: pytest.MonkeyPatch, events: list[tuple[int, int]], is_
 
 
 def test_an_idle_engine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert followed(monkeypatch, [(0, 0)] * 9) == 1
+    assert followed(monkeypatch, [(0, 0)] * 9) == 2
 
 
 def test_whatever_happens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert followed(monkeypatch, [(1, 1), (1, 1), (2, 0), (2, 0), (2, 0), (3, 0)]) == 5
+    assert followed(monkeypatch, [(1, 1), (1, 1), (2, 0), (2, 0), (2, 0), (3, 0)]) == 6
+
+
+def test_what_the_worker_learns_a_step_after_the_end_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert followed(monkeypatch, [(1, 1), (2, 0)]) == 3
+    assert followed(monkeypatch, [(1, 1), (2, 0), (2, 0)]) == 4
+    assert followed(monkeypatch, [(1, 1), (2, 0), (2, 0), (2, 0), (2, 0)]) == 4
 
 
 def test_what_others_ask_for_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
