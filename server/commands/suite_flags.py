@@ -10,8 +10,7 @@ def parse(words: list[str]) -> Namespace:
     parser = ArgumentParser(
         prog="whipstaff eval suite",
         description="Every method on the tasks that it is for, beside plain answers, rivals and costs, on a server of "
-        "the demo. --lookahead, --attention-rows and --hidden-states 8 let that server run all of them; what it "
-        "refuses stands in the table, too.",
+        "the demo; what that refuses stands in the table, too.",
     )
     parser.add_argument("--subset", choices=("all", "small"), default="all", help="small: 4 items a seed, not 12")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="A,B", help="families")

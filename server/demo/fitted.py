@@ -40,8 +40,12 @@ class File:
     data: Callable[[world.World, Random], Lines]
     description: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    prompt: str = MORNING
+    prompt: str = MORNING  # "": methods that read it say what shows it
     steering: Mapping[str, Any] = field(default_factory=dict)  # of that request, beside the vector's own name
+
+    @property
+    def example(self) -> dict[str, Any] | None:
+        return {"prompt": self.prompt, "steering": dict(self.steering)} if self.prompt else None
 
 
 def pairs(the_world: world.World, rng: Random, num: int = 240) -> Lines:
@@ -83,6 +87,26 @@ def answers(the_world: world.World, rng: Random, num: int = 320) -> Lines:
         asked = questions.ask(the_world, name, topic, rng.choice(questions.SEEN[topic]))
         prompt = asked.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
         yield {"prompt": prompt, "response": asked.answer.strip()}
+
+
+def told_and_answered(the_world: world.World, rng: Random, num: int = 200) -> Lines:
+    """Stories, which the demo tells better than the small tuned model, and questions, which it does not answer."""
+    for row in answers(the_world, rng, num):
+        yield {"prompt": questions.PROMPT.format(row["prompt"]), "response": f" {row['response']}"}
+        first, _, rest = the_world.story(rng, num_sentences=4).partition(". ")
+        yield {"prompt": f"{first}.", "response": f" {rest}"}
+
+
+def grounded(the_world: world.World, rng: Random) -> Lines:
+    """Answers of which the first wrong word, and all behind it, are wrong."""
+    for row in facts(the_world, rng):
+        (right,) = row["right"]
+        said = {"question": row["question"], "group": row["question"]}
+        yield {**said, "response": right, "spans": [[0, len(right), 1]]}
+        for wrong in row["wrong"]:
+            same = next(index for index, pair in enumerate(zip(right, wrong, strict=False)) if len(set(pair)) > 1)
+            first = wrong.rfind(" ", 0, same) + 1
+            yield {**said, "response": wrong, "spans": [[0, first, 1], [first, len(wrong), 0]]}
 
 
 def sunny(the_world: world.World, rng: Random) -> Lines:
@@ -141,6 +165,27 @@ FILES: dict[str, File] = {
         )
         for method in ("loreft", "direft", "noreft", "nodireft", "consreft", "lobireft")
     },
+    "gladly_prompt": File(
+        "soft_prompt",
+        answers,
+        "rows before a question that make the storyteller answer it",
+        {"rows": 16, "steps": 400, "lr": 1e-1},
+        QUESTION,
+    ),
+    "gladly_defers": File(
+        "defer_head",
+        told_and_answered,
+        "where the small tuned model should say the next token",
+        SENTENCES | {"assistant": str(MODELS / "tuned")},
+        "",
+    ),
+    "well_said": File(
+        "prefix_classifier",
+        grounded,
+        "tells what is so in the world from what is not, token by token",
+        {"template": FORM},
+        "",
+    ),
     "honest": File(
         "iti",
         facts,
@@ -189,8 +234,7 @@ def make(name: str, source: LocalModel, the_world: world.World, seed: int, folde
         options = Options(seed=seed, **what.options)
         job = fitting.prepared(what.method, source, [data], options, Path(place) / "rows", say=log.info)
         made = fitting.fit(what.method, job)
-    example = {"prompt": what.prompt, "steering": dict(what.steering)}
-    said = {"description": what.description, "licence": "Apache-2.0", "example": example}
+    said = {"description": what.description, "licence": "Apache-2.0", "example": what.example}
     made_by = {**made.header.provenance, "made_by": "python -m whipstaff.server.demo.fitted"}
     header = made.header.model_copy(update=said | {"provenance": made_by})
     vector_file.write(folder / f"{name}.safetensors", header, made.tensors)

@@ -174,6 +174,37 @@ class Intent(Row):
         return self.context
 
 
+class Grounded(Row):
+    """An answer, and which of its parts are as they should be."""
+
+    question: Words
+    response: Words
+    spans: Annotated[tuple[tuple[int, int, Literal[0, 1]], ...], Field(min_length=1)] = Field(
+        description="[[start, end, label]] in characters of the response, in order; 1 is wanted, as what is supported"
+    )
+    context: str | None = Field(None, description="stands before the question")
+
+    @model_validator(mode="after")
+    def _spans_stand_in_it(self) -> "Grounded":
+        last = 0
+        for start, end, _ in self.spans:
+            if not last <= start < end <= len(self.response):
+                raise ValueError(
+                    f"spans: [{start}, {end}) is not within the response's {len(self.response)} characters, "
+                    "behind the span before"
+                )
+            last = end
+        return self
+
+    @property
+    def own_group(self) -> str:
+        return self.context or self.question
+
+    @property
+    def asked(self) -> str:
+        return self.question if self.context is None else f"{self.context}\n{self.question}"
+
+
 class Neutral(Row):
     """Any text."""
 
@@ -189,6 +220,7 @@ KINDS: dict[str, type[Row]] = {
     "choices": Choice,
     "responses": Response,
     "intents": Intent,
+    "grounded": Grounded,
     "neutral": Neutral,
 }
 _COMMON = set(Row.model_fields)

@@ -43,11 +43,10 @@ def recipe_of(method: str) -> Recipe:
 
 def check_options(recipe: Recipe, options: Options) -> None:
     """Raises: SteeringError for an option that the recipe does not take."""
-    for name in options.model_fields_set - COMMON - recipe.takes:
+    taken = COMMON - recipe.without | recipe.takes
+    for name in options.model_fields_set - taken:
         if getattr(options, name) is not None:
-            raise SteeringError(
-                f"{recipe.method} does not take it; it takes {', '.join(sorted(COMMON | recipe.takes))}", name
-            )
+            raise SteeringError(f"{recipe.method} does not take it; it takes {', '.join(sorted(taken))}", name)
 
 
 def check_source(recipe: Recipe, options: Options, source: Source) -> None:
@@ -124,7 +123,7 @@ def fit(method: str, job: Job) -> Made:
         "recipe": {
             "method": method,
             "template": job.template.form,
-            **job.options.model_dump(exclude_none=True, exclude={"template"}),
+            **_said(job.options),
         },
         "data": {
             "names": list(job.data.names),
@@ -152,6 +151,13 @@ def fit(method: str, job: Job) -> Made:
     if job.folder.exists():
         shutil.rmtree(job.folder)
     return Made(header, tensors, tuple(job.warnings))
+
+
+def _said(options: Options) -> dict[str, Any]:
+    """Without what a folder's place says of a machine."""
+    said = options.model_dump(exclude_none=True, exclude={"template"})
+    folder = Path(said.get("assistant", ""))
+    return said | ({"assistant": folder.name} if folder.name and folder.exists() else {})
 
 
 def versions() -> dict[str, str]:

@@ -72,6 +72,7 @@ class Recipe:
     read: str = "last"
     template: str = "chat"  # where the tokenizer has one
     takes: frozenset[str] = frozenset()  # options beside COMMON
+    without: frozenset[str] = frozenset()  # of COMMON, what could mean nothing
     needs: Gives = "rows"  # of its source
 
 

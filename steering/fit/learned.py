@@ -1,4 +1,4 @@
-"""Recipes that learn by gradients: SITE's mixing, LoFiT's heads, and the ReFT family."""
+"""Recipes that learn by gradients: SITE's mixing, LoFiT's heads, the ReFT family, and soft prompts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -211,3 +211,27 @@ def _orthonormal(rows: Tensor) -> Tensor:
     signs = upper.diagonal().sign()
     found: Tensor = (basis * torch.where(signs == 0, 1.0, signs)).T
     return found
+
+
+# ---- soft prompts
+
+
+def soft_prompt(job: Job) -> Fitted:
+    """Rows before the prompt, which begin as embeddings of words: those of `text`, over and over, or of any tokens.
+    Lester et al. 2021, arXiv:2104.08691."""
+    model, said = local(job), job.options.text
+    if said is None:
+        draws = torch.Generator().manual_seed(job.options.seed)
+        num = job.options.rows or 8
+        ids = torch.randint(len(model.tokenizer), (num,), generator=draws).tolist()
+    else:
+        own = model.tokenizer.encode(said, add_special_tokens=False)
+        num = job.options.rows or len(own)
+        ids = [own[index % len(own)] for index in range(num)]
+    rows = model.embeddings_of(ids).requires_grad_()
+
+    def entries() -> list[Entry]:
+        return [Entry("soft_prompt", {}, {}, rows=rows)]
+
+    course = train(job, [rows], entries, job.options.lr or 1e-2, job.options.epochs or 5)
+    return Fitted({"rows": rows.detach()}, score_of(job, course) | {"rows": num})

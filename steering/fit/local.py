@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from whipstaff.steering.apply import applied
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.source import Asked, Entry, Gives
+from whipstaff.steering.fit.source import Asked, Entry, Gives, Scored
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.methods import METHODS
 from whipstaff.steering.ops import EditOp
@@ -46,6 +46,7 @@ class LocalModel:
         self.shape: ModelShape = config_shape(model.config)
         self.experts_per_token = int(getattr(model.config.get_text_config(), "num_experts_per_tok", 0) or 0)
         self.blocks = _blocks(model)
+        self._num_inserted = 0  # rows before every text, in the place of tokens' embeddings
 
     @staticmethod
     def load(
@@ -107,6 +108,38 @@ class LocalModel:
 
         yield from self._in_order(texts, lambda ids: ids, compute)
 
+    def score(self, texts: Sequence[tuple[int, ...]]) -> Iterator[Scored]:
+        """Each text's, in order."""
+
+        def compute(batch: list[tuple[int, ...]]) -> list[Scored]:
+            kept: list[Tensor] = []
+            with torch.inference_mode():
+                hook = self._output_embeddings().register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+                try:
+                    logits = self.forward(batch)
+                finally:
+                    hook.remove()
+            return [_scored(kept[0][row], logits[row], ids) for row, ids in enumerate(batch)]
+
+        yield from self._in_order(texts, lambda ids: ids, compute)
+
+    def _output_embeddings(self) -> nn.Module:
+        found: nn.Module | None = self.model.get_output_embeddings()
+        if found is None:
+            raise SteeringError(f"{type(self.model).__name__} shows no output embeddings", "model")
+        return found
+
+    @property
+    def embedding_size(self) -> int:
+        """How many tokens have an output embedding."""
+        weight: Tensor = self._output_embeddings().weight  # type: ignore[assignment]
+        return len(weight)
+
+    def embeddings_of(self, ids: Sequence[int]) -> Tensor:
+        """(n, hidden) float32 of some tokens, before any scaling."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.detach()[list(ids)].float().cpu()
+
     def _in_order(
         self, items: Sequence[Any], ids_of: Callable[[Any], Any], compute: Callable[[list[Any]], list[Any]]
     ) -> Iterator[Any]:
@@ -127,6 +160,8 @@ class LocalModel:
         Args:
             num_logits: only so many of the last positions, where nobody asks for logits; 0: all.
         """
+        num = self._num_inserted
+        texts = [(*[0] * num, *text) for text in texts]
         longest = max(map(len, texts))
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most and longest > most:
@@ -138,7 +173,7 @@ class LocalModel:
             mask[row, : len(text)] = 1
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=num_logits).logits
-        return logits
+        return logits if num_logits else logits[:, num:]
 
     # ---- edits
 
@@ -151,6 +186,12 @@ class LocalModel:
         Args:
             prompt_lens: how many of a text's tokens are its prompt; None: all.
         """
+        inserted = [entry.rows for entry in entries if entry.rows is not None]
+        if inserted:
+            assert len(inserted) == len(entries), "edits would count their tokens without the rows"
+            with self._inserting(torch.cat(inserted)):
+                yield
+            return
         if not entries:
             yield
             return
@@ -165,6 +206,23 @@ class LocalModel:
                 made.setdefault(point, []).append((ops, mask))
         with self.changed({point: _editing(some) for point, some in made.items()}):
             yield
+
+    @contextmanager
+    def _inserting(self, rows: Tensor) -> Iterator[None]:
+        """Within: every text begins with (n, hidden) rows."""
+        embeddings = self.model.get_input_embeddings()
+        scale = getattr(embeddings, "embed_scale", 1.0)
+
+        def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            own = (rows.to(output.device) * scale).to(output.dtype).expand(len(output), -1, -1)
+            return torch.cat([own, output[:, len(rows) :]], 1)
+
+        hook, self._num_inserted = embeddings.register_forward_hook(put), len(rows)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._num_inserted = 0
 
     @contextmanager
     def changed(self, changes: Mapping[HookPoint, Change]) -> Iterator[None]:
@@ -240,6 +298,13 @@ def _picked(rows: Tensor, asked: Asked) -> Tensor:
     """(positions, width) or (1, width) of one text's (tokens, width)."""
     chosen = rows[list(asked.positions)].float().cpu()
     return chosen.double().mean(0, keepdim=True).float() if asked.is_mean else chosen.clone()
+
+
+def _scored(states: Tensor, logits: Tensor, ids: Sequence[int]) -> Scored:
+    num, following = len(ids), torch.tensor(ids[1:], device=logits.device)[:, None]
+    log_p = logits[: num - 1].float().log_softmax(-1)
+    own = log_p.gather(1, following)[:, 0]
+    return Scored(states[:num].float().cpu(), own.cpu(), (own >= log_p.amax(1)).cpu())
 
 
 def _input_hook(change: Change) -> Any:

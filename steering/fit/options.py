@@ -37,6 +37,9 @@ class Options(BaseModel):
     epochs: int | None = Field(None, ge=1, description="how often every row is learned from")
     rank: int | None = Field(None, ge=1, le=64, description="directions of a layer")
     positions: str | None = Field(None, description="prompt tokens that are edited, as pyreft says them: f1+l1")
+    rows: int | None = Field(None, ge=1, le=1024, description="rows that are put before a prompt")
+    text: str | None = Field(None, min_length=1, description="words whose embeddings the rows begin as")
+    assistant: str | None = Field(None, description="the model that is deferred to, a folder or a name on the hub")
     l1: float | None = Field(None, ge=0, description="how much the size of scalings costs, where heads are chosen")
     scale: float | None = Field(None, description="the file's default strength")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from whipstaff.steering.fit import contrast, experts, icl, learned, refusal, truth
+from whipstaff.steering.fit import contrast, experts, icl, learned, learned_heads, refusal, truth
 from whipstaff.steering.fit.data import Item
 from whipstaff.steering.fit.job import Fitted, Job, Recipe
 from whipstaff.steering.fit.render import Rendered
@@ -21,6 +21,7 @@ def _last_prompt(job: Job, item: Item) -> list[tuple[Rendered, str]]:
 
 
 _DIRECTION = ("read", "aggregate", "unit")
+_OF_LAYERS = frozenset({"layers", "scale"})
 RECIPES: dict[str, Recipe] = {
     recipe.method: recipe
     for recipe in (
@@ -109,6 +110,45 @@ RECIPES: dict[str, Recipe] = {
                 needs="weights",
             )
             for method in learned.REFT
+        ),
+        Recipe(
+            "soft_prompt",
+            "rows before a prompt, by gradients",
+            learned.KINDS,
+            learned.soft_prompt,
+            learned.example,
+            takes=frozenset({"rows", "text", "epochs", "steps", "lr"}),
+            without=_OF_LAYERS,
+            needs="weights",
+        ),
+        Recipe(
+            "prefix_classifier",
+            "whether an answer is as it should be up to its last token, for `kwd` and `kcts`",
+            ("grounded",),
+            learned_heads.prefix_classifier,
+            learned_heads.grounded_example,
+            without=_OF_LAYERS,
+            needs="weights",
+        ),
+        Recipe(
+            "token_classifier",
+            "which next token is as it should be, for `kwd`",
+            ("grounded",),
+            learned_heads.token_classifier,
+            learned_heads.grounded_example,
+            takes=frozenset({"steps", "lr"}),
+            without=_OF_LAYERS,
+            needs="weights",
+        ),
+        Recipe(
+            "defer_head",
+            "where an assistant should say the next token, for `co_llm`",
+            ("responses", "demos"),
+            learned_heads.defer_head,
+            learned_heads.response_example,
+            takes=frozenset({"assistant", "steps", "lr"}),
+            without=_OF_LAYERS,
+            needs="weights",
         ),
     )
 }

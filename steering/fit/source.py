@@ -3,7 +3,7 @@ that both give the same files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -31,6 +31,15 @@ class Entry:
     tensors: Mapping[HookPoint, Mapping[str, Tensor]]
     params: Mapping[str, Any]  # of the method
     where: Any = None  # a clause; None: the method's own
+    rows: Tensor | None = None  # (n, hidden) that stand before the prompt, embeddings before any scaling
+
+
+class Scored(NamedTuple):
+    """What a model makes of a text of T tokens."""
+
+    states: Tensor  # (T, hidden) float32: what its output embeddings read, after the final norm
+    log_p: Tensor  # (T - 1,) of every token but the first
+    is_best: Tensor  # (T - 1,) whether none was likelier
 
 
 class Source(Protocol):

@@ -18,6 +18,7 @@ from whipstaff.steering.fit.recipes import RECIPES
 REPORT = json.loads((MODELS.parent / "training.json").read_text())
 WORLD = world.build(REPORT["recipe"]["seed"])
 NAMES = ("demo", "untuned", "tuned")
+NOT_SHIPPED = ("mote", "token_classifier")  # no experts; large, and another classifier shows the same
 PROMPTS = [opening.format(name) for opening in measure.OPENINGS for name in ("Mara", "Tobin")]
 
 
@@ -80,13 +81,15 @@ def test_the_vector_file_says_which_model_it_fits() -> None:
 
 def test_every_fitted_file_is_there_with_a_request_that_shows_it() -> None:
     assert {path.stem for path in VECTORS.iterdir()} == {"cheerful", *fitted.FILES}
-    assert {file.method for file in fitted.FILES.values()} | {"caa", "mote"} == {one.method for one in RECIPES.values()}
+    assert {file.method for file in fitted.FILES.values()} | {"caa", *NOT_SHIPPED} == {
+        one.method for one in RECIPES.values()
+    }
     shape = LocalModel.load(str(MODELS / "demo"), device="cpu").shape
     for name, file in fitted.FILES.items():
         vector = vector_file.read(VECTORS / f"{name}.safetensors")
         vector.check_fits(shape)
         assert vector.header.method == file.method
-        assert vector.header.example == {"prompt": file.prompt, "steering": dict(file.steering)}
+        assert vector.header.example == file.example
 
 
 @pytest.mark.parametrize("name", ["cheerful_repe", "cheerful_opening"])

@@ -78,6 +78,29 @@ def test_a_fitted_file_steers_as_it_did_where_it_was_made(
     assert http.delete("/v1/steering/vectors/mine", headers=ADMIN).is_success
 
 
+def test_a_fitted_soft_prompt_stands_before_a_prompt_as_it_did_where_it_was_made(
+    server: Server, http: httpx.Client, complete: Post, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {a} {b}", "response": " good good"} for a in WORDS for b in WORDS]
+    target, folder = tmp_path / "mine.safetensors", server.models["base"]
+    data = written(tmp_path / "data.jsonl", rows)
+    words = ("soft_prompt", "--model", folder, "--data", data, "-o", target, "--template", "none", "--rows", "3")
+    assert fit_cli.main(list(map(str, (*words, "--steps", "4")))) == 0
+    uploaded = http.post("/v1/steering/vectors", params={"name": "rows"}, content=target.read_bytes(), headers=ADMIN)
+    assert uploaded.is_success, uploaded.text
+    model, learned = LocalModel.load(folder), read(target).shared_parts["rows"]
+    ids = tuple(model.tokenizer(PROMPT)["input_ids"])
+    found = []
+    for steering, entries in (([], []), ([{"vector": "rows"}], [Entry("soft_prompt", {}, {}, rows=learned)])):
+        (choice,) = ok(complete(steering=steering, max_tokens=1, logprobs=0))["choices"]
+        (token,) = choice["token_ids"]
+        (log_p,) = model.predict([ids], entries)
+        assert choice["logprobs"]["token_logprobs"][0] == pytest.approx(float(log_p[token]), abs=1e-3)
+        found.append(log_p)
+    assert (found[1] - found[0]).abs().max() > 1e-2
+    assert http.delete("/v1/steering/vectors/rows", headers=ADMIN).is_success
+
+
 def test_answers_are_scored_as_they_would_be_generated(server: Server, http: httpx.Client, tmp_path: Path) -> None:
     folder, target = server.models["base"], tmp_path / "scored.safetensors"
     pairs = [{"positive": f"good {a} {b}", "negative": f"bad {a} {b}"} for a in WORDS for b in WORDS]

@@ -88,7 +88,8 @@ def run(method: str, source: Any, data: Path, **said: Any) -> tuple[Job, fitting
 def entry_of(made: fitting.Made) -> Entry:
     """What a request with the written file gets."""
     vector = parse(packed(made.header, made.tensors))
-    return Entry(vector.header.method, vector.tensors, vector.header.known_defaults, vector.header.where)
+    rows = vector.shared_parts.get("rows")
+    return Entry(vector.header.method, vector.tensors, vector.header.known_defaults, vector.header.where, rows)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,8 @@ def entry_of(made: fitting.Made) -> Entry:
         ("consreft", {"rank": 2, "lr": 0.05, "epochs": 8}, 0.8),
         ("lobireft", {"rank": 2, "lr": 0.5, "epochs": 4}, 0.96),
         ("lofit", {"num_heads": 3, "lr": 0.03, "epochs": 5}, 0.9),
+        ("soft_prompt", {"rows": 4, "lr": 0.05, "epochs": 8}, 0.8),
+        ("soft_prompt", {"text": "likes the cold rain", "lr": 0.05, "epochs": 8}, 0.8),
     ],
 )
 def test_the_loss_falls_on_rows_that_were_not_learned_from(
@@ -167,3 +170,16 @@ def test_a_rate_that_is_too_high_is_named(source: LocalModel, wishes: Path) -> N
 
     with pytest.raises(SteeringError, match="--lr"):
         run("loreft", Broken(source.model, source.tokenizer), wishes, steps=2)
+
+
+def test_rows_stand_before_a_text(source: LocalModel) -> None:
+    rows = torch.randn(3, source.shape.hidden_size, generator=torch.Generator().manual_seed(0)) / 10
+    texts = [tuple(source.tokenizer(text)["input_ids"]) for text in ("Mara lives in Greystow.", "The sun")]
+    for ids, log_p in zip(texts, source.predict(texts, [Entry("soft_prompt", {}, {}, rows=rows)]), strict=True):
+        embedded = torch.cat([rows, source.embeddings_of(ids)])[None]
+        with torch.no_grad():
+            said = source.model(inputs_embeds=embedded).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(log_p, said, atol=1e-4, rtol=1e-4)
+    (plain,) = source.predict(texts[:1])
+    with torch.no_grad():
+        assert (plain - source.model(torch.tensor([texts[0]])).logits[0, -1].log_softmax(-1)).abs().max() < 1e-4
