@@ -21,7 +21,16 @@ from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
 from whipstaff.decoding.search.search import SearchMethod, SearchParams
 from whipstaff.server.admission.fields import entries_at
 from whipstaff.server.admission.steering import SequenceSteering, SteeringEntry, admit_steering
-from whipstaff.server.errors import BadRequest, NotFound, Unavailable, VectorUnfit, field_path, no_entry, parsed
+from whipstaff.server.errors import (
+    BadRequest,
+    NotFound,
+    Unavailable,
+    VectorUnfit,
+    did_you_mean,
+    field_path,
+    no_entry,
+    parsed,
+)
 from whipstaff.server.names import fields_by_method, in_own_names, is_off
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
@@ -160,7 +169,8 @@ def admit_decoding(given: GivenEntry, caps: Capabilities) -> DecodingEntry:
         raise BadRequest(f"name a method: one of {', '.join(METHODS)}", f"{path}.method")
     method = METHODS.get(name)
     if method is None:
-        raise Unavailable(f"there is no decoding method {name!r}; there are: {', '.join(METHODS)}", f"{path}.method")
+        known = did_you_mean(name, METHODS) or f"; there are: {', '.join(METHODS)}"
+        raise Unavailable(f"there is no decoding method {name!r}{known}", f"{path}.method")
     try:
         params = parsed(method.params, entry, path)
     except BadRequest as error:

@@ -12,6 +12,7 @@ from whipstaff.server.errors import (
     Unavailable,
     bad_field,
     check_given_once,
+    did_you_mean,
     field_path,
     keys_of,
     no_entry,
@@ -194,8 +195,8 @@ def _named(params: SteeringParams, path: str, caps: Capabilities) -> Vector:
     if name in METHODS and name not in without_file:
         raise BadRequest(f"{name} comes with a vector; name that, and not its method", f"{path}.method")
     if name not in METHODS:
-        known = ", ".join(without_file)
-        raise Unavailable(f"there is no steering method {name!r}; these need no vector: {known}", f"{path}.method")
+        known = did_you_mean(name, METHODS) or f"; these need no vector: {', '.join(without_file)}"
+        raise Unavailable(f"there is no steering method {name!r}{known}", f"{path}.method")
     return without_file[name]
 
 

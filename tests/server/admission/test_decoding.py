@@ -15,7 +15,7 @@ from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.receipt import receipt as receipt_of
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.api.method_table import method_table
-from whipstaff.server.errors import BadRequest
+from whipstaff.server.errors import BadRequest, Unavailable
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.prompt.vocabulary import Vocabulary
@@ -65,6 +65,22 @@ def test_an_auxiliary_models_context_bounds_the_request(caps: Capabilities) -> N
         with pytest.raises(BadRequest, match="follows at most") as caught:
             check(made, prompt_len, max_tokens, is_explicit)
         assert caught.value.param == "decoding.expert"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "said"),
+    [
+        ({"decoding": {"method": "DoLa"}}, "decoding.method", "did you mean dola?"),
+        ({"decoding": {"method": "proxy-tuning"}}, "decoding.method", "did you mean proxy_tuning?"),
+        ({"decoding": {"method": "tea leaves"}}, "decoding.method", "there are: proxy_tuning"),
+        ({"steering": {"method": "PASTA!"}}, "steering.method", "did you mean pasta?"),
+        ({"steering": {"method": "tea leaves"}}, "steering.method", "these need no vector: "),
+    ],
+)
+def test_a_method_by_about_its_name_is_told(caps: Capabilities, fields: dict[str, Any], path: str, said: str) -> None:
+    with pytest.raises(Unavailable, match=re.escape(said)) as caught:
+        compiled(caps, **fields)
+    assert caught.value.param == path
 
 
 @pytest.mark.parametrize("fields", [{"decoding": {"method": "dola"}}, {"dola_layers": [1, 0]}, {"dola_layers": "low"}])
