@@ -9,6 +9,7 @@ WhipstaffError
  |- VectorUnfit     409  a vector made for another model
  |- Fixed           409  a name that the operator gave, which no request changes
  |- NameTaken       409  a new name that another vector has
+ |- Conflict        409  what cannot be done as things stand now
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
  |- RateLimited     429  more than the key may have now; the answer says when to come back
@@ -82,6 +83,10 @@ class Fixed(WhipstaffError):
 
 
 class NameTaken(WhipstaffError):
+    status, type = 409, "ConflictError"
+
+
+class Conflict(WhipstaffError):
     status, type = 409, "ConflictError"
 
 

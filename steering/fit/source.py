@@ -39,6 +39,7 @@ class Source(Protocol):
     shape: ModelShape
     tokenizer: Any
     experts_per_token: int  # how many a router chooses; 0 without routers
+    max_len: int | None  # tokens of a text; None: nobody says
 
     @property
     def gives(self) -> frozenset[Gives]:
