@@ -185,7 +185,7 @@ def bad_field(error: ValidationError, data: Any, prefix: str, known: Collection[
         message = "unknown key" + (did_you_mean(str(first["loc"][0]), known) if len(first["loc"]) == 1 else "")
     elif first["type"] == "model_type":
         message = "a JSON object is wanted here"
-    return BadRequest(message, prefix + json_path(first["loc"], data))
+    return BadRequest(message, (prefix + json_path(first["loc"], data)).removeprefix(".") or None)
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
@@ -256,7 +256,7 @@ def check_given_once(model: type[BaseModel], entry: Any, path: str) -> None:
 def parsed(model: type[P], entry: Any, path: str) -> P:
     """An entry of a request as its model. Raises: BadRequest with the path of what is wrong."""
     if not isinstance(entry, dict):
-        raise BadRequest("a JSON object is wanted here", path)
+        raise BadRequest("a JSON object is wanted here", path or None)
     check_given_once(model, entry, path)
     try:
         return model.model_validate(entry)

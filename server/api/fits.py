@@ -40,7 +40,7 @@ def _takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
-router = APIRouter(prefix="/v1/steering/fits")
+router = APIRouter(prefix="/v1/steering/fits", dependencies=[Depends(admitted)])
 SOUND = [Depends(check_text)]
 
 

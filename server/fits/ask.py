@@ -2,11 +2,11 @@
 look at the model, so every row was rendered, and what it would read is known."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,14 +16,15 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import NAME
 from whipstaff.steering.errors import NotServed, SteeringError
 from whipstaff.steering.fit import fitting
-from whipstaff.steering.fit.data import BadData, Dataset, rows_data
+from whipstaff.steering.fit.data import BadData, Dataset, Item, rows_data
 from whipstaff.steering.fit.job import Job, Recipe
 from whipstaff.steering.fit.options import Options
-from whipstaff.steering.fit.render import read_at
+from whipstaff.steering.fit.render import Rendered, read_at
 from whipstaff.steering.fit.source import Asked
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.where import Clause, Where
 
+T = TypeVar("T")
 MAX_ROWS = 20_000
 MAX_BYTES = 1 << 30  # of activations that one fit keeps on the disk
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -144,11 +145,11 @@ def _followed(ask: Ask, source: EngineModel, caps: Capabilities) -> tuple[tuple[
         return tuple(job.warnings), {name: len(rows) for name, rows in job.splits.items()}
 
 
-def _shown(recipe: Recipe, job: Job, item: Any) -> Sequence[tuple[Any, str]]:
+def _shown(recipe: Recipe, job: Job, item: Item) -> Sequence[tuple[Rendered, str]]:
     return _rendered(lambda row: recipe.example(job, item), item)
 
 
-def _rendered(render: Any, item: Any) -> Any:
+def _rendered(render: Callable[[Any], T], item: Item) -> T:
     try:
         return render(item.row)
     except BadData:

@@ -243,7 +243,6 @@ LABELLED = [
     [
         ("iti", QUESTIONS, {"template": "Q: {prompt} A: {response}"}, "ahead"),
         ("probe", LABELLED, {}, "accuracy"),
-        ("angular", PAIRS, {}, "ahead"),
         ("directional_ablation", LABELLED, {}, "accuracy"),
         ("actadd", PAIRS[:1], {}, "problem"),
     ],
@@ -272,6 +271,7 @@ def without(field: str) -> dict[str, Any]:
         (asked("push"), 409, "name", "started"),
         (asked("bad", "caaa"), 400, "method", "caa, "),
         (asked("bad", "lofit"), 400, "method", "on this machine"),
+        (asked("bad", "angular"), 422, "method", "--steering-sites mlp_in"),
         (asked("bad", "mote"), 400, "method", "no experts"),
         (asked("bad", data=[]), 400, "data", "at least 1"),
         (asked("bad", data=[*PAIRS, {"positive": "a"}]), 400, "data[64].negative", "required"),
@@ -346,9 +346,7 @@ def test_jobs_are_cancelled_and_leave_nothing(server: Server, http: httpx.Client
     nothing_is_left(server, http, folder)
     assert (folder / "registry" / "manifest.json").read_bytes() == manifest
     events = [json.loads(line) for line in (folder / "audit").read_text().splitlines()]
-    of_first = [
-        event for event in events if at_work in (event.get("fit"), event["object"] if "object" in event else "")
-    ]
+    of_first = [event for event in events if at_work in (event.get("fit"), event.get("object"))]
     assert [event["event"] for event in of_first] == ["change", "fit"]
     assert (of_first[1]["outcome"], of_first[1]["object"], of_first[1]["method"]) == ("cancelled", "long0", "caa")
     assert metrics(http)["whipstaff_fits_total", (("method", "caa"), ("outcome", "cancelled"))] >= 4
