@@ -214,7 +214,8 @@ class _Running:
         data = packed(header, made.tensors)
         vector = parse(data)
         self._check()
-        entry, replaced = source.wait(self._fits._library.put_vector(self._record.name, data, vector))
+        putting = self._fits._library.put_vector(self._record.name, data, vector)
+        entry, replaced = asyncio.run_coroutine_threadsafe(putting, source.loop).result()  # from here on it is done
         return self._record.but(
             state=DONE,
             evaluation=evaluation,
