@@ -22,7 +22,7 @@ from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
 from whipstaff.server.access.ledger import Ledger
-from whipstaff.server.api import admin, batch, generate, lifecycle, messages
+from whipstaff.server.api import admin, batch, fits, generate, lifecycle, messages
 from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.bounds import Bounds, Protocol
@@ -42,6 +42,7 @@ from whipstaff.server.engine.frontend.multi_api_server import note_proven, prove
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import WhipstaffError
+from whipstaff.server.fits.jobs import Fits
 from whipstaff.server.playground.pages import serve_docs, serve_playground
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
@@ -265,6 +266,7 @@ async def extend(
     for router in routers:
         app.include_router(router)
     app.include_router(admin.router)
+    app.include_router(fits.router)
     app.include_router(lifecycle.router)
     guard.admit(app, admin_key.opens)
     if settings.playground:
@@ -275,9 +277,12 @@ async def extend(
     await registry.check_presets_with(partial(check, app=app))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
     app.add_exception_handler(HTTPException, generate.answer_http_error)
+    audit = Audit(settings.audit_log)
+    if settings.registry is not None:
+        names, template = list(await openai.models(app)), openai.chat_template(app)
+        app.state.whipstaff_fits = Fits(engine, registry, names[0], template, lambda: life.reason, audit.event)
     stack: Any = Bounds(app.build_middleware_stack())  # vLLM has built it already, without our handler
     if keyring is not None or settings.audit_log is not None:
-        audit = Audit(settings.audit_log)
         stack = Access(stack, keyring, audit, settings.open_metrics)
         app.state.whipstaff_reloading = asyncio.create_task(_reload(keyring, audit))
     app.middleware_stack = Gate(metrics.Refusals(stack), life)

@@ -9,6 +9,7 @@ WhipstaffError
  |- VectorUnfit     409  a vector made for another model
  |- Fixed           409  a name that the operator gave, which no request changes
  |- NameTaken       409  a new name that another vector has
+ |- Conflict        409  what cannot be done as things stand now
  |- TooLarge        413  a body beyond the server's limit
  |- Unavailable     422  a method that this server could run, were it started otherwise
  |- RateLimited     429  more than the key may have now; the answer says when to come back
@@ -82,6 +83,10 @@ class Fixed(WhipstaffError):
 
 
 class NameTaken(WhipstaffError):
+    status, type = 409, "ConflictError"
+
+
+class Conflict(WhipstaffError):
     status, type = 409, "ConflictError"
 
 
@@ -180,7 +185,7 @@ def bad_field(error: ValidationError, data: Any, prefix: str, known: Collection[
         message = "unknown key" + (did_you_mean(str(first["loc"][0]), known) if len(first["loc"]) == 1 else "")
     elif first["type"] == "model_type":
         message = "a JSON object is wanted here"
-    return BadRequest(message, prefix + json_path(first["loc"], data))
+    return BadRequest(message, (prefix + json_path(first["loc"], data)).removeprefix(".") or None)
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
@@ -251,7 +256,7 @@ def check_given_once(model: type[BaseModel], entry: Any, path: str) -> None:
 def parsed(model: type[P], entry: Any, path: str) -> P:
     """An entry of a request as its model. Raises: BadRequest with the path of what is wrong."""
     if not isinstance(entry, dict):
-        raise BadRequest("a JSON object is wanted here", path)
+        raise BadRequest("a JSON object is wanted here", path or None)
     check_given_once(model, entry, path)
     try:
         return model.model_validate(entry)

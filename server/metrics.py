@@ -107,6 +107,9 @@ REGISTRY_CHANGES = Counter(
     "whipstaff_registry_changes", "Changes of the registry that an administrator asked for",
     ["kind", "action", "outcome"],
 )  # fmt: skip
+FITS = Counter("whipstaff_fits", "Fits that an administrator asked for, by how they ended", ["method", "outcome"])
+FITS_RUNNING = Gauge("whipstaff_fits_running", "Fits at work", multiprocess_mode="livesum")
+FIT_TEXTS = Counter("whipstaff_fit_texts", "Texts that fits had the model read")
 AUDIT_LOST = Counter("whipstaff_audit_lost", "Lines of the audit log that could not be written")
 VECTORS = _gauge("whipstaff_vectors_loaded", "Vectors that fit the served model")
 SLOTS = _gauge("whipstaff_slots", "Distinct steering configurations that may be in use at once")
@@ -125,6 +128,7 @@ WAITING = _gauge("whipstaff_requests_waiting_for_slots", "Requests whose steerin
 SLOT_WAIT = Histogram(
     "whipstaff_slot_wait_seconds", "Time that requests waited for slots, of those that had to", buckets=REQUEST_BUCKETS
 )
+CAPTURES_HELD = _gauge("whipstaff_captures_held", "Finished sequences whose activations nobody took yet")
 HELD = _gauge("whipstaff_vectors_held", "Vectors in the workers; those of running requests stay when replaced")
 UPLOADS = Counter("whipstaff_table_uploads", "Configurations written into the tables of edits")
 UPLOADED = Counter("whipstaff_table_upload_bytes", "Bytes written into the tables of edits")
@@ -178,6 +182,7 @@ WORKER_GAUGES: Mapping[str, Gauge] = {
     "slots_in_use": SLOTS_IN_USE,
     "requests_waiting_for_slots": WAITING,
     "vectors_held": HELD,
+    "captures_held": CAPTURES_HELD,
     "companions_running": COMPANIONS,
     "searches_running": SEARCHES,
     "search_sequences_living": SEARCH_SEQUENCES,

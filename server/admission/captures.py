@@ -1,12 +1,13 @@
 """Captures: activations that a request asks to be told: what it may say, and what came of it as safetensors."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
@@ -27,6 +28,7 @@ from whipstaff.steering.where import Clause, Where
 
 FIELD = "capture"
 MAX_CAPTURES = 16  # entries of a request
+Ints = NDArray[np.int64]
 Layer = Annotated[int, Field(strict=True, ge=0)]
 Told = Mapping[str, Sequence[Mapping[str, Any]]]  # what a rank says: see `worker.whipstaff_captures`
 
@@ -199,13 +201,9 @@ def captured(
     if any(sequence.name not in told for told in ranks):
         return {"choice": sequence.choice, "problem": "others needed the room before they could be told"}
     tensors: dict[str, Tensor] = {}
-    for number, (entry, at) in enumerate(zip(entries, placed.captures, strict=True)):
-        parts = [told[sequence.name][number] for told in ranks]
-        rows, seen = _rows(parts, entry.params.site), np.frombuffer(parts[0]["seen"], np.bool_)
-        positions = _positions(at)[: len(seen)]
-        chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
-        tensors[f"{number}.positions"] = torch.from_numpy(positions[chosen])
-        for layer, values in zip(entry.layers, rows[:, torch.from_numpy(chosen)], strict=True):
+    for number, (entry, read) in enumerate(zip(entries, rows_read(sequence, placed, ranks), strict=True)):
+        tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
+        for layer, values in zip(entry.layers, read.rows, strict=True):
             made = _reduced(values.float(), entry.params.reduce).to(getattr(torch, entry.params.dtype))
             if entry.params.site == "attn_head":
                 made = made.view(*made.shape[:-1], shape.num_heads, shape.head_dim)
@@ -215,6 +213,23 @@ def captured(
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "safetensors": base64.b64encode(save(tensors, {"format": "pt"})).decode(),
     }
+
+
+class Rows(NamedTuple):
+    """What was read by one capture."""
+
+    positions: Ints
+    rows: Tensor  # (points, positions, width) in the model's type
+
+
+def rows_read(sequence: NamedSequence, placed: PositionedPlan, ranks: Sequence[Told]) -> Iterator[Rows]:
+    """For each of a plan's captures; every rank tells of the sequence."""
+    for number, at in enumerate(placed.captures):
+        parts = [told[sequence.name][number] for told in ranks]
+        rows, seen = _rows(parts, at.points[0].site), np.frombuffer(parts[0]["seen"], np.bool_)
+        positions = _positions(at)[: len(seen)]
+        chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
+        yield Rows(positions[chosen], rows[:, torch.from_numpy(chosen)])
 
 
 def _rows(parts: Sequence[Mapping[str, Any]], site: Site) -> Tensor:
@@ -229,7 +244,7 @@ def _tensor(part: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-def _positions(at: CapturedAt) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _positions(at: CapturedAt) -> Ints:
     return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
 
 

@@ -126,8 +126,8 @@ class _Call:
         if self.holder is not None:
             said |= {"role": "admin" if self.holder.is_admin else "user", "policy": self.holder.policy_name}
         if is_change:
-            name = self._scope.get("path_params", {}).get("name")
-            self._audit.event("change", key=key, object=name, **said)
+            named = self._scope.get("path_params", {})
+            self._audit.event("change", key=key, object=named.get("name", named.get("id")), **said)
         else:
             self._audit.refusal(key, **said)
 

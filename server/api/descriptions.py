@@ -73,6 +73,36 @@ class Deleted(BaseModel):
     deleted: Literal[True]
 
 
+class Fit(Described):
+    """A job that makes a vector."""
+
+    id: str
+    object: Literal["steering.fit"]
+    state: Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
+    method: str
+    name: str
+    created: int
+    ended: int | None
+    rows: dict[str, int]
+    warnings: list[str]
+    progress: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    error: dict[str, Any] | None
+    digest: str | None
+    replaced: str | None
+    provenance: dict[str, Any] | None
+    promoted: dict[str, Any] | None
+
+
+class FitEnded(Fit):
+    deleted: bool
+
+
+class FitList(BaseModel):
+    object: Literal["list"]
+    data: list[Fit]
+
+
 class Plan(Described):
     """What is done to a request: as its receipt says it."""
 

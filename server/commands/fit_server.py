@@ -45,7 +45,9 @@ def served(
             f"{name}: no tokenizer and config that transformers loads; say where the server's are: {error}", "tokenizer"
         ) from error
     experts = int(getattr(config.get_text_config(), "num_experts_per_tok", 0) or 0)
-    return ServedModel(ask, card["id"], found, config_shape(config), experts, batch_size, parallel)
+    most = card.get("max_model_len")  # of which one token is generated
+    room = None if most is None else int(most) - 1
+    return ServedModel(ask, card["id"], found, config_shape(config), experts, batch_size, parallel, room)
 
 
 def asking(

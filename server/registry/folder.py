@@ -3,6 +3,7 @@
     manifest.json            names -> digests of vectors, names -> presets; replaced as a whole by a rename
     objects/{digest}.safetensors
     lock                     held by whoever writes, of several processes
+    fits/                    jobs that make vectors: see `server.fits.book`
 
 Nothing is named after what a client says. Functions block; they are for threads.
 """
@@ -57,6 +58,11 @@ class RegistryFolder:
     @property
     def _manifest(self) -> Path:
         return self._folder / "manifest.json"
+
+    @property
+    def fits(self) -> Path:
+        """A folder for jobs that make vectors."""
+        return self._folder / "fits"
 
     def stamp(self) -> Stamp:
         """Of the manifest, by one look at the file system."""

@@ -131,6 +131,10 @@ class LiveRegistry:
                 self._have.registry.entry(name)
             await self._commit(store, manifest, vectors=_without(manifest.vectors, name))
 
+    def check_changeable(self, name: str) -> None:
+        """Raises: Fixed, Forbidden, where no vector of that name can be put."""
+        self._check_changeable(name, self._fixed)
+
     async def rename_vector(self, name: str, to: str) -> Entry:
         """The entry under its new name. Raises: Forbidden, Fixed, NotFound, NameTaken."""
         async with self._writing(name, self._fixed) as store:
@@ -152,6 +156,23 @@ class LiveRegistry:
             await self._commit(store, manifest, presets=manifest.presets | {preset.name: preset.wire})
             return preset.name in manifest.presets
 
+    async def change_preset(self, name: str, change: Callable[[Preset | None], Preset | None]) -> Preset | None:
+        """Make another of the preset of that name, or None to remove it; what it was.
+
+        Raises: Forbidden, Fixed, what `change` and the preset's check do.
+        """
+        assert self._check is not None
+        async with self._writing(name, self._presets) as store:
+            manifest = store.read()
+            body = manifest.presets.get(name)
+            before = None if body is None else Preset.of(name, body, is_fixed=False)
+            after = change(before)
+            if after is not None:
+                await self._check(after, self._have)
+            rest = _without(manifest.presets, name)
+            await self._commit(store, manifest, presets=rest if after is None else rest | {name: after.wire})
+            return before
+
     async def remove_preset(self, name: str) -> None:
         """Raises: Forbidden, Fixed, NotFound."""
         async with self._writing(name, self._presets) as store:
@@ -166,9 +187,7 @@ class LiveRegistry:
 
         Raises: Fixed, Forbidden, StorageFull.
         """
-        store = self.writable
-        if name in fixed:
-            raise Fixed(f"{name!r} is a file given when this server was started; no request changes it", "name")
+        store = self._check_changeable(name, fixed)
         async with self._writers:
             lock = await asyncio.to_thread(store.lock)
             try:
@@ -180,6 +199,13 @@ class LiveRegistry:
                 raise
             finally:
                 lock.close()
+
+    def _check_changeable(self, name: str, fixed: Mapping[str, Any]) -> RegistryFolder:
+        """The folder. Raises: Fixed, Forbidden."""
+        store = self.writable
+        if name in fixed:
+            raise Fixed(f"{name!r} is a file given when this server was started; no request changes it", "name")
+        return store
 
     @property
     def writable(self) -> RegistryFolder:

@@ -119,8 +119,7 @@ class Preset:
         try:
             return Preset(name, Body.model_validate(body), is_fixed)
         except ValidationError as error:
-            found = bad_field(error, body, "")
-            raise BadRequest(found.message, (found.param or "").lstrip(".") or None) from None
+            raise bad_field(error, body, "") from None
 
     @property
     def stated(self) -> dict[str, Any]:

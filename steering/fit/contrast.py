@@ -15,11 +15,11 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import directions as found_in
-from whipstaff.steering.fit.data import Item, Split
+from whipstaff.steering.fit.data import BadData, Item, Split
 from whipstaff.steering.fit.directions import Floats, Ints, Separation, separation
-from whipstaff.steering.fit.job import MIN_PER_CLASS, Fitted, Job, chosen_layers, depths, points_of
+from whipstaff.steering.fit.job import MIN_PER_CLASS, Axis, Fitted, Job, chosen_layers, depths, points_of
 from whipstaff.steering.fit.planes import candidate, plane
-from whipstaff.steering.fit.render import Rendered
+from whipstaff.steering.fit.render import Rendered, read_at
 from whipstaff.steering.fit.rows import Rows
 from whipstaff.steering.fit.source import Asked
 from whipstaff.steering.method import HookPoint
@@ -71,7 +71,7 @@ def texts_of(job: Job, item: Item, pair: int = -1, is_first: bool = False) -> li
             return [Shown(template.render(prompt, row.response), row.label, -1)]
         return [Shown(template.render(row.prompt), int(row.class_ == first_class(job)), -1)]
     except SteeringError as error:
-        raise SteeringError(f"{item.place}: {error}", error.param) from error
+        raise BadData(str(error), item.place, param=error.param) from error
 
 
 def first_class(job: Job) -> str:
@@ -99,14 +99,11 @@ def table(job: Job, points: Sequence[HookPoint], read: str, positions: int = 0) 
     for split in ("train", "dev"):
         for item in job.splits[split]:
             for shown in texts_of(job, item, pair=len(asked)):
-                try:
-                    one = shown.rendered.asked(read)
-                except SteeringError as error:
-                    raise SteeringError(f"{item.place}: {error}", error.param) from error
+                one = read_at(shown.rendered, read, item)
                 if positions:
                     num = len(one.ids)
                     if num < positions:
-                        raise SteeringError(f"{item.place}: {num} tokens, and {positions} are read")
+                        raise BadData(f"{num} tokens, and {positions} are read", item.place)
                     one = Asked(one.ids, tuple(range(num - positions, num)))
                 texts.append(shown)
                 asked.append(one)
@@ -290,13 +287,22 @@ def added(job: Job, site: Site, read: str, aggregate: str, default: str | None) 
     aggregate = job.options.aggregate or aggregate
     named = job.options.layers or default
     layers = chosen_layers(named, job.num_layers) if named else list(range(job.num_layers))
-    rows = table(job, points_of(site, layers), job.options.read or read)
+    read = job.options.read or read
+    rows = table(job, points_of(site, layers), read)
     found = _all_judged(job, rows, points_of(site, layers), aggregate)
     kept = found if named else [best_of(found, job.num_layers)]
     strongest = best_of(kept, job.num_layers)
     job.say(f"kept {', '.join(f'{one.point.site}.{one.point.layer}' for one in kept)}")
     tensors = {f"{one.point.site}.{one.point.layer}.add": _tensor(_sized(job, one.direction)) for one in kept}
-    return Fitted(tensors, score_of(strongest, words_alone(job), rows) | {"aggregate": aggregate}, job.options.scale)
+    score = score_of(strongest, words_alone(job), rows) | {"aggregate": aggregate}
+    return Fitted(tensors, score, job.options.scale, axis=axis_of(rows, strongest.point, strongest.direction, read))
+
+
+def axis_of(table: Table, point: HookPoint, direction: Floats, read: str, position: int = 0) -> Axis:
+    """Along a direction, with a threshold between the classes' means of the training rows."""
+    rows, labels = table.train(point, position)
+    along = rows.astype(np.float64) @ direction
+    return Axis({point: direction}, read, float(along[labels == 1].mean() + along[labels == 0].mean()) / 2)
 
 
 def _all_judged(job: Job, rows: Table, points: Sequence[HookPoint], aggregate: str) -> list[Judged]:
@@ -379,7 +385,8 @@ def angular(job: Job) -> Fitted:
     points = [
         HookPoint(site, layer) for layer in layers for site in ("attn_in", "mlp_in") if (site, layer) != ("attn_in", 0)
     ]
-    rows = table(job, points, job.options.read or "last")
+    read = job.options.read or "last"
+    rows = table(job, points, read)
     found = plane(np.stack([candidate(*rows.train(point)) for point in points]))
     chosen = points[found.chosen]
     dev, labels = rows.dev(chosen)
@@ -391,7 +398,8 @@ def angular(job: Job) -> Fitted:
         "share_of_difference_in_plane": _rounded(float(np.mean(share))),
         "auc_words_alone": _rounded(words_alone(job)),
     }
-    return Fitted({"first_direction": _tensor(found.first), "second_direction": _tensor(found.second)}, score)
+    tensors = {"first_direction": _tensor(found.first), "second_direction": _tensor(found.second)}
+    return Fitted(tensors, score, axis=axis_of(rows, chosen, found.first, read))
 
 
 def _share_in_plane(rows: Floats, labels: Ints, first: Floats, second: Floats) -> float:
@@ -427,7 +435,8 @@ def probe(job: Job) -> Fitted:
         f"resid_post.{one.point.layer}.bias": _tensor(-threshold),
     }
     job.say(f'use it as "when": {{"probe": NAME, "above": 0}}, for edits at layer {one.point.layer + 1} and later')
-    return Fitted(tensors, score, description=f"above 0: {_meaning(job)}")
+    axis = Axis({one.point: unit}, "last-prompt", threshold)
+    return Fitted(tensors, score, description=f"above 0: {_meaning(job)}", axis=axis)
 
 
 def _meaning(job: Job) -> str:

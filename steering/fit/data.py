@@ -24,7 +24,18 @@ MAX_LINE = 16 << 20  # characters
 
 
 class BadData(SteeringError):
-    """Data that cannot be used; the message names the file and the line."""
+    """Data that cannot be used; the message names the file and the line.
+
+    Args:
+        said: what is wrong.
+        place: the row, as file and line; "" where it is of no row.
+        key: of that row.
+        param: the option that does not go with it.
+    """
+
+    def __init__(self, said: str, place: str = "", key: str = "", param: str = "") -> None:
+        super().__init__(f"{place}: {said}" if place else said, param)
+        self.said, self.place, self.key = said, place, key
 
 
 class Message(BaseModel):
@@ -290,6 +301,23 @@ def read_data(paths: Sequence[Path], wanted: Sequence[str], limit: int | None = 
     return Dataset(kind, tuple(items), digest.hexdigest(), tuple(path.name for path in paths))
 
 
+def rows_data(rows: Sequence[Any], wanted: Sequence[str], name: str) -> Dataset:
+    """The same of rows that somebody sent; the place of one is `name[index]`. Raises: BadData."""
+    items, kind = [], ""
+    for number, raw in enumerate(rows):
+        place = f"{name}[{number}]"
+        if not isinstance(raw, dict):
+            raise BadData(f"a row is an object with keys, and this is {type(raw).__name__}", place)
+        meant = _renamed(raw, Path(name), place, 1, wanted)
+        kind = kind or _kind_of(meant, wanted, place)
+        items.append(Item(_checked(meant, kind, place), place))
+    if not items:
+        raise BadData("no rows", name)
+    lines = "".join(json.dumps(raw) + "\n" for raw in rows)  # as the file that has them
+    digest = hashlib.sha256(hashlib.sha256(lines.encode()).digest())
+    return Dataset(kind, tuple(items), digest.hexdigest(), (name,))
+
+
 def _kind_of(raw: Mapping[str, Any], wanted: Sequence[str], place: str) -> str:
     """The kind that a row's keys fit."""
     for kind in wanted:
@@ -299,7 +327,7 @@ def _kind_of(raw: Mapping[str, Any], wanted: Sequence[str], place: str) -> str:
         if needed <= set(raw) <= names:
             return kind
     said = "; ".join(f"{kind}: {_keys_of(kind)}" for kind in wanted)
-    raise BadData(f"{place}: the keys {sorted(raw)} are those of none of these: {said}")
+    raise BadData(f"the keys {sorted(raw)} are those of none of these: {said}", place)
 
 
 def _keys_of(kind: str) -> str:
@@ -312,9 +340,13 @@ def _checked(raw: Mapping[str, Any], kind: str, place: str) -> Row:
         return KINDS[kind].model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the row"
+        key = ".".join(map(str, first["loc"]))
         said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        raise BadData(f"{place}: {where}: {said} (this file has {kind}: {_keys_of(kind)})") from error
+        raise BadData(
+            f"{key or 'the row'}: {said} (this file has {kind}: {_keys_of(kind)})",
+            place,
+            str(first["loc"][0]) if key else "",
+        ) from error
 
 
 def _digest(path: Path) -> bytes:
@@ -454,6 +486,6 @@ def _targets(raw: Mapping[str, Any], place: str) -> dict[str, Any]:
     try:
         answers = list(zip(targets["choices"], targets["labels"], strict=True))
     except (TypeError, KeyError, ValueError) as error:
-        raise BadData(f"{place}: mc2_targets: wanted equally many choices and labels") from error
+        raise BadData("mc2_targets: wanted equally many choices and labels", place, "mc2_targets") from error
     sides = {name: [text for text, label in answers if label == value] for name, value in (("right", 1), ("wrong", 0))}
     return {key: value for key, value in raw.items() if key not in ("mc1_targets", "mc2_targets")} | sides

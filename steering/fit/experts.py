@@ -20,7 +20,7 @@ def mote(job: Job) -> Fitted:
     splits = {split: [one for item in job.splits[split] for one in texts_of(job, item)] for split in ("train", "dev")}
     texts = [one for some in splits.values() for one in some]
     counts = np.zeros((len(texts), len(layers), num_experts))
-    asked = [Asked(one.rendered.ids, tuple(range(one.rendered.num_prompt))) for one in texts]
+    asked = [Asked(one.rendered.ids, tuple(range(one.rendered.prompt_end))) for one in texts]
     for index, found in enumerate(job.source.read(asked, points)):
         for place, point in enumerate(points):
             chosen = found[point].topk(per_token, dim=1).indices  # (tokens, per_token)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.data import SPLITS, Dataset, read_data
-from whipstaff.steering.fit.job import Job, Recipe
+from whipstaff.steering.fit.job import Axis, Job, Recipe
 from whipstaff.steering.fit.options import COMMON, Options
 from whipstaff.steering.fit.recipes import RECIPES
 from whipstaff.steering.fit.render import Template, shown
@@ -32,6 +32,7 @@ class Made:
     header: Header
     tensors: dict[str, Tensor]
     warnings: tuple[str, ...]
+    axis: Axis | None = None  # what tells texts apart: see `held_out`
 
 
 def recipe_of(method: str) -> Recipe:
@@ -78,13 +79,29 @@ def prepared(
     check_options(recipe, options)
     check_source(recipe, options, source)
     data = read_data(paths, recipe.kinds, limit)
+    calm: Dataset | None = None if neutral is None else read_data([neutral], ["neutral"])
+    return job_of(recipe, source, data, options, folder, calm, shares, goes_on, progress, say)
+
+
+def job_of(
+    recipe: Recipe,
+    source: Source,
+    data: Dataset,
+    options: Options,
+    folder: Path,
+    neutral: Dataset | None = None,
+    shares: Sequence[float] = (0.7, 0.15, 0.15),
+    goes_on: bool = False,
+    progress: Progress = lambda what, done, of: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Job:
+    """The same of rows that were read, and options that go with the recipe. Raises: SteeringError."""
     splits = data.split(options.seed, shares)
     own = recipe.template
     if own == "chat" and not getattr(source.tokenizer, "chat_template", None):
         own = "none"
-    template = Template(source.tokenizer, options.template or own, options.system)
-    calm: Dataset | None = None if neutral is None else read_data([neutral], ["neutral"])
-    job = Job(options, data, splits, source, template, folder, goes_on, progress, say, calm)
+    template = Template(source.tokenizer, options.template or own, options.system, source.max_len)
+    job = Job(options, data, splits, source, template, folder, goes_on, progress, say, neutral)
     counted = ", ".join(f"{name} {len(splits[name])}" for name in SPLITS)
     say(f"{', '.join(data.names)}: {len(data)} {data.kind}; by group: {counted}")
     _check_leaks(job)
@@ -150,7 +167,7 @@ def fit(method: str, job: Job) -> Made:
     parse(packed(header, tensors))  # what cannot be served is no result
     if job.folder.exists():
         shutil.rmtree(job.folder)
-    return Made(header, tensors, tuple(job.warnings))
+    return Made(header, tensors, tuple(job.warnings), found.axis)
 
 
 def _said(options: Options) -> dict[str, Any]:

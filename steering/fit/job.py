@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
@@ -48,6 +50,16 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """One number of a text, the larger where it shows what was looked for: what is read of it at some places, each
+    along a direction."""
+
+    parts: Mapping[HookPoint, NDArray[np.floating[Any]]]  # (width,) of each place; what they give is added up
+    read: str  # the token
+    threshold: float | None = None  # a text of which more is read is said to show it; None: texts are only compared
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What a recipe found: the parts of a vector file, and how good it is."""
 
@@ -57,6 +69,7 @@ class Fitted:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
     where: Where | None = None  # None: the method's own
+    axis: Axis | None = None  # what tells texts apart; None where nothing of the kind was made
 
 
 @dataclass(frozen=True)

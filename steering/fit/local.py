@@ -45,6 +45,7 @@ class LocalModel:
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, name
         self.shape: ModelShape = config_shape(model.config)
         self.experts_per_token = int(getattr(model.config.get_text_config(), "num_experts_per_tok", 0) or 0)
+        self.max_len: int | None = None  # some models go on beyond what their config says
         self.blocks = _blocks(model)
         self._num_inserted = 0  # rows before every text, in the place of tokens' embeddings
 

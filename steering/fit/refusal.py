@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.contrast import Table, direction, table, texts_of, words_alone
+from whipstaff.steering.fit.contrast import Table, axis_of, direction, table, texts_of, words_alone
 from whipstaff.steering.fit.directions import Floats, separation
 from whipstaff.steering.fit.job import Fitted, Job, chosen_layers, points_of
 from whipstaff.steering.fit.source import Entry
@@ -75,7 +75,8 @@ def _fit(job: Job, is_added: bool) -> Fitted:
     score = {"token": position - num, "layer": layer, "auc": None if auc != auc else round(auc, 4), **score}
     score["auc_words_alone"] = None if words is None else round(words, 4)
     name = f"resid_pre.{layer}.direction" if is_added else "direction"
-    return Fitted({name: vector}, score, job.options.scale)
+    axis = axis_of(rows, HookPoint("resid_pre", layer), candidates[chosen], str(position - num), position)
+    return Fitted({name: vector}, score, job.options.scale, axis=axis)
 
 
 class _Position:

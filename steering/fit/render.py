@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.data import Prompt
+from whipstaff.steering.fit.data import BadData, Item, Prompt
 from whipstaff.steering.fit.source import Asked
 
 _ALNUM = re.compile(r"[^\W_]")
@@ -26,13 +26,18 @@ class Rendered:
     def response(self) -> tuple[int, ...]:
         return self.ids[self.num_prompt :]
 
+    @property
+    def prompt_end(self) -> int:
+        """Tokens of the prompt; of a whole text, to which nobody responds, all of them."""
+        return self.num_prompt or len(self.ids)
+
     def asked(self, read: str) -> Asked:
         """Where to read. Raises: SteeringError when the text has no such token."""
         num = len(self.ids)
         if read == "last":
             return Asked(self.ids, (num - 1,))
         if read == "last-prompt":
-            return Asked(self.ids, (self.num_prompt - 1,))
+            return Asked(self.ids, (self.prompt_end - 1,))
         if read == "answer":
             return Asked(self.ids, (self._answer(),))
         if read == "response-mean":
@@ -40,7 +45,7 @@ class Rendered:
                 raise SteeringError(f"there is no response to read in {self.text[-60:]!r}", "read")
             return Asked(self.ids, tuple(range(self.num_prompt, num)), is_mean=True)
         if read == "prompt-mean":
-            return Asked(self.ids, tuple(range(self.num_prompt)), is_mean=True)
+            return Asked(self.ids, tuple(range(self.prompt_end)), is_mean=True)
         if -int(read) > num:
             raise SteeringError(f"token {read} of a text that has {num}: {self.text[-60:]!r}", "read")
         return Asked(self.ids, (num + int(read),))
@@ -54,6 +59,14 @@ class Rendered:
         return next(index for index, (_, end) in enumerate(self.spans) if end > found.start())
 
 
+def read_at(rendered: Rendered, read: str, item: Item) -> Asked:
+    """Where to read a text of a row. Raises: BadData, naming the row."""
+    try:
+        return rendered.asked(read)
+    except SteeringError as error:
+        raise BadData(str(error), item.place, param=error.param) from error
+
+
 class Template:
     """How prompts and responses become tokens.
 
@@ -62,9 +75,10 @@ class Template:
         form: "chat": the tokenizer's chat template; "none": as they are, after each other; or a text with {prompt} and
             {response}, such as "Q: {prompt} A: {response}".
         system: a system message, for "chat".
+        most: tokens of a text; None: nobody says.
     """
 
-    def __init__(self, tokenizer: Any, form: str = "chat", system: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, form: str = "chat", system: str | None = None, most: int | None = None) -> None:
         if not tokenizer.is_fast:
             raise SteeringError("the model has no fast tokenizer (tokenizer.json), which tells where tokens stand")
         if form == "chat" and not tokenizer.chat_template:
@@ -73,7 +87,7 @@ class Template:
             raise SteeringError("say chat, none, or a form with {prompt} that ends in {response}", "template")
         if system is not None and form != "chat":
             raise SteeringError("a system message takes the chat template", "system")
-        self.tokenizer, self.form, self.system = tokenizer, form, system
+        self.tokenizer, self.form, self.system, self.most = tokenizer, form, system, most
 
     def render(self, prompt: Prompt | None, response: str | None = None) -> Rendered:
         """Tokens of a prompt, and of a response to it where there is one. Without a prompt, `response` is a whole text
@@ -115,6 +129,8 @@ class Template:
         ids, spans = found["input_ids"], found["offset_mapping"]
         if not ids:
             raise SteeringError("a text without tokens")
+        if self.most is not None and len(ids) > self.most:
+            raise SteeringError(f"a text of {len(ids)} tokens, and the model takes {self.most}")
         cut = len(before)
         first = next((index for index, (_, end) in enumerate(spans) if end > cut), len(ids))
         torn = first < len(ids) and spans[first][0] < cut and before[spans[first][0] : cut].strip() != ""

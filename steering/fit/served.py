@@ -15,7 +15,7 @@ from torch import Tensor
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit.source import Asked, Entry, Gives
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.shape import ModelShape
+from whipstaff.steering.shape import ModelShape, Site
 
 Ask = Callable[[str, str, Any], Any]  # (HTTP's method, path, JSON) -> JSON; raises SteeringError with the reason
 MOST_BYTES = 16 << 20  # of activations that one answer holds, about
@@ -34,6 +34,7 @@ class ServedModel:
         experts_per_token: how many a router chooses; 0 without routers.
         batch_size: texts of one request.
         parallel: requests at once.
+        max_len: tokens of a text; None: nobody says.
 
     Raises: SteeringError where the server has another tokenizer.
     """
@@ -49,7 +50,9 @@ class ServedModel:
         experts_per_token: int = 0,
         batch_size: int = 8,
         parallel: int = 4,
+        max_len: int | None = None,
     ) -> None:
+        self.max_len = max_len
         self.ask, self.model, self.tokenizer, self.shape = ask, model, tokenizer, shape
         self.experts_per_token, self.batch_size, self.parallel = experts_per_token, batch_size, parallel
         self._check_tokenizer()
@@ -61,9 +64,7 @@ class ServedModel:
             raise SteeringError(f"it is not the tokenizer of {self.model}, which the server runs", "tokenizer")
 
     def identity(self) -> dict[str, Any]:
-        """The served model's name, and a digest of its shape and vocabulary: weights do not leave a server."""
-        said = f"{self.shape.model_dump_json()} {sorted(self.tokenizer.get_vocab().items())}"
-        return {"model": self.model, "shape_digest": hashlib.sha256(said.encode()).hexdigest(), "read_from": "server"}
+        return served_identity(self.model, self.shape, self.tokenizer)
 
     def read(self, asked: Sequence[Asked], points: Sequence[HookPoint]) -> Iterator[dict[HookPoint, Tensor]]:
         """At most two windows of texts are in memory: the one that is told, and the one that the server computes."""
@@ -100,7 +101,7 @@ class ServedModel:
         reduce = "mean" if some[0].is_mean else "none"
         entries = [
             {"site": site, "layers": [point.layer for point in group], "where": clause, "reduce": reduce}
-            for site, group in _by_site(points).items()
+            for site, group in by_site(points).items()
         ]
         body = {"model": self.model, "prompt": [list(each.ids) for each in some], "capture": entries}
         answer = self.ask("POST", "/v1/completions", body | {"max_tokens": 1, "temperature": 0})["whipstaff"]
@@ -114,7 +115,7 @@ class ServedModel:
             raise SteeringError(f"the server could not tell what was read: {told['problem']}", "server")
         tensors = load(base64.b64decode(told["safetensors"]))
         found: dict[HookPoint, Tensor] = {}
-        for number, (site, group) in enumerate(_by_site(points).items()):
+        for number, (site, group) in enumerate(by_site(points).items()):
             if tensors[f"{number}.positions"].tolist() != list(asked.positions):
                 raise SteeringError(f"the server read other tokens than {list(asked.positions)[:8]}", "server")
             for point in group:
@@ -125,8 +126,15 @@ class ServedModel:
         return found
 
 
-def _by_site(points: Sequence[HookPoint]) -> dict[str, list[HookPoint]]:
-    found: dict[str, list[HookPoint]] = {}
+def served_identity(model: str, shape: ModelShape, tokenizer: Any) -> dict[str, Any]:
+    """The served model's name, and a digest of its shape and vocabulary: weights do not leave a server."""
+    said = f"{shape.model_dump_json()} {sorted(tokenizer.get_vocab().items())}"
+    return {"model": model, "shape_digest": hashlib.sha256(said.encode()).hexdigest(), "read_from": "server"}
+
+
+def by_site(points: Sequence[HookPoint]) -> dict[Site, list[HookPoint]]:
+    """Places of equal width each, in order."""
+    found: dict[Site, list[HookPoint]] = {}
     for point in points:
         found.setdefault(point.site, []).append(point)
     return found

@@ -45,9 +45,21 @@ class Scored(NamedTuple):
 class Source(Protocol):
     """Who computes activations."""
 
-    shape: ModelShape
-    tokenizer: Any
-    experts_per_token: int  # how many a router chooses; 0 without routers
+    @property
+    def shape(self) -> ModelShape:
+        """The model's."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, of transformers."""
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many a router chooses; 0 without routers."""
+
+    @property
+    def max_len(self) -> int | None:
+        """Tokens of a text; None: nobody says."""
 
     @property
     def gives(self) -> frozenset[Gives]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.data import Split
+from whipstaff.steering.fit.data import BadData, Split
 from whipstaff.steering.fit.job import Job
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.source import Entry
@@ -54,9 +54,9 @@ def examples(job: Job, split: Split) -> list[Example]:
             prompt, response = (row.input, row.output) if job.data.kind == "demos" else (row.prompt, row.response)
             shown = job.template.render(prompt, response)
         except SteeringError as error:
-            raise SteeringError(f"{item.place}: {error}", error.param) from error
+            raise BadData(str(error), item.place, param=error.param) from error
         if not shown.response or shown.num_prompt < 1:
-            raise SteeringError(f"{item.place}: no token of a response that follows a prompt")
+            raise BadData("no token of a response that follows a prompt", item.place)
         found.append(Example(shown.ids, shown.num_prompt))
     return found
 

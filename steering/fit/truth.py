@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.fit import heads
-from whipstaff.steering.fit.data import Item
+from whipstaff.steering.fit.data import BadData, Item
 from whipstaff.steering.fit.directions import Ints, cosine, mean_difference, separation
-from whipstaff.steering.fit.job import Fitted, Job, chosen_layers, points_of
-from whipstaff.steering.fit.render import Rendered
+from whipstaff.steering.fit.job import Axis, Fitted, Job, chosen_layers, points_of
+from whipstaff.steering.fit.render import Rendered, read_at
 from whipstaff.steering.fit.rows import Rows
 from whipstaff.steering.fit.source import Asked
 
@@ -88,7 +88,12 @@ def iti(job: Job) -> Fitted:
         "best_accuracy_with_shuffled_labels": round(chance, 4),
         "questions": len(train_questions),
     }
-    return Fitted(tensors, score, job.options.scale)
+    parts = {
+        points[index]: (directions[index] / np.where(sigma[index], sigma[index], 1.0)[:, None]).ravel()
+        for index in range(len(layers))
+        if sigma[index].any()
+    }
+    return Fitted(tensors, score, job.options.scale, axis=Axis(parts, job.options.read or "last"))
 
 
 class Answers(NamedTuple):
@@ -115,10 +120,10 @@ def _answers(job: Job) -> Answers:
                     try:
                         rendered = job.template.render(item.row.asked, answer)
                     except SteeringError as error:
-                        raise SteeringError(f"{item.place}: {error}", error.param) from error
+                        raise BadData(str(error), item.place, param=error.param) from error
                     for said in job.template.warnings(rendered):
                         job.warn(f"{item.place}: {said}")
-                    asked.append(rendered.asked(job.options.read or "last"))
+                    asked.append(read_at(rendered, job.options.read or "last", item))
                     labels.append(label)
                     question_of.append(number)
                     is_train.append(split == "train")

@@ -25,6 +25,7 @@ class Planted:
 
     shape = SHAPE
     experts_per_token = 2
+    max_len = None
     gives: frozenset[Gives] = frozenset({"rows", "answers", "weights"})
 
     def __init__(

@@ -303,6 +303,12 @@ def has_chat(engine: Engine, args: Namespace) -> bool:
     return not engine.model_config.skip_tokenizer_init and bool(getattr(engine.get_tokenizer(), "chat_template", None))
 
 
+def chat_template(app: FastAPI) -> str | None:
+    """How conversations are written, where that is not the tokenizer's own way."""
+    found: str | None = app.state.openai_serving_chat.online_renderer.chat_template
+    return found
+
+
 def has_docs(app: FastAPI) -> bool:
     """Whether vLLM serves the files of a page that shows the API's description: not with `--disable-fastapi-docs`."""
     return any(getattr(route, "path", None) == "/static" for route in app.router.routes)

@@ -2,6 +2,7 @@
 import { announce, figure, html, Segments, useRef, useState, useStore, Wrong } from "./ui.js";
 import { change, keys, Refusal } from "./api.js";
 import { catalogue, load } from "./catalogue.js";
+import { Fit } from "./fit.js";
 import { addPane } from "./pane.js";
 import { MOST_PANES, setup } from "./setup.js";
 
@@ -39,6 +40,7 @@ export function Library() {
         ${presets.length ? presets.map((one) => html`<${Preset} key=${one.id} preset=${one} asked=${asked} ask=${ask} remove=${remove} />`) : html`<p class="about">None. A preset is requests' fields under a model's name.</p>`}
       </section>
       <${Upload} />
+      <${Fit} />
     </div>
   </main>`;
 }
@@ -47,7 +49,7 @@ function AdminKey() {
   const { admin } = useStore(keys);
   return html`<section class="card" aria-label="administrator's key"><div class="line">
     <label>administrator's key <input type="password" autocomplete="off" value=${admin} onInput=${(event) => keys.set((now) => ({ ...now, admin: event.target.value }))} /></label>
-    <small>needed to upload, replace, rename and remove; kept in this page's memory only, gone when it is loaded again</small>
+    <small>needed to upload, fit, replace, rename and remove; kept in this page's memory only, gone when it is loaded again</small>
   </div></section>`;
 }
 

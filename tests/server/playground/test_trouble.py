@@ -1,17 +1,21 @@
 """The page before a server that asks for keys, says very much, and dies: one of its own, ended by the last story."""
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from browser import SLOW, Visit, violations
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from serving import API_KEY, Server, serving_demo
 
 from whipstaff.server import demo
+from whipstaff.server.demo.mood import contrast
+from whipstaff.server.demo.world import build
 from whipstaff.steering import vector_file
 from whipstaff.steering.algebra import numbers_of
 
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.engine
 
 ADMIN = "admin-secret"
 TOKENS = 900  # in each of three panes; the model's rotations end at 1,024
+FITTING = 300  # seconds that a loaded machine may take for a fit
 STREAMING = 600  # seconds that a loaded machine may take for a third of them
 MOST_GROWTH = 4.0  # of the main thread's time per token, from the first third to the last; drawing all anew: 5
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -116,6 +121,55 @@ def test_vectors_are_uploaded_renamed_and_removed(visit: Visit, tmp_path: Path) 
     expect(temper).to_have_count(0)
     assert ADMIN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
     assert not any(ADMIN in url for url in visit.urls)
+
+
+def fit_form(page: Page, name: str, pairs: str) -> Locator:
+    form = page.get_by_role("region", name="Fit")
+    form.get_by_role("textbox", name="pairs").fill(pairs)
+    form.get_by_role("textbox", name="name").fill(name)
+    return form
+
+
+def test_a_vector_is_fitted_from_pasted_pairs_and_tried(visit: Visit) -> None:
+    """By keys alone; what is wrong names its line; the hostile stays a text; the key is not kept."""
+    page, world, draws = visit.page, build(0), Random(4)
+    texts = [contrast(world, draws) for _ in range(60)]
+    lines = [f"{one['cheerful']} | {one['gloomy']}" for one in texts]
+    library(page)
+    form = fit_form(page, "glad", "\n\n".join([*lines[:3], f"{HOSTILE} | "]))
+    form.get_by_role("button", name="Fit").focus()
+    page.keyboard.press("Enter")
+    expect(form.get_by_role("alert")).to_contain_text("line 7, negative")
+    expect(form.get_by_role("textbox", name="pairs")).to_have_attribute("aria-invalid", "true")
+    form = fit_form(page, "glad", "\n".join([*lines, json.dumps({"positive": HOSTILE, "negative": "a dull day"})]))
+    form.get_by_role("textbox", name="layers").fill("3-4")
+    form.get_by_role("button", name="Fit").focus()
+    page.keyboard.press("Enter")
+    job = form.get_by_role("article", name="fit of glad")
+    expect(job).to_contain_text("held-out rows", timeout=FITTING * 1000)
+    expect(job).to_contain_text("tells the two texts of a pair apart in")
+    assert violations(page) == [] and page.locator("main img, main script").count() == 0
+    expect(page.get_by_role("article", name="glad", exact=True)).to_contain_text("layers 3, 4 of resid_post")
+    job.get_by_role("button", name="try it").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Run").click()
+    expect(page.locator("[data-pane]", has_text="glad").locator(".state.done")).to_be_visible()
+    assert ADMIN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    assert not any(ADMIN in url for url in visit.urls)
+
+
+def test_a_fit_is_cancelled_and_put_away(visit: Visit) -> None:
+    page = visit.page
+    library(page)
+    days = "day " * 60
+    form = fit_form(page, "never", "\n".join(f"good {index} {days}| bad {index} {days}" for index in range(2000)))
+    form.get_by_role("button", name="Fit").click()
+    job = form.get_by_role("article", name="fit of never")
+    job.get_by_role("button", name="cancel the fit of never").click()
+    expect(job).to_contain_text("caa, cancelled", timeout=FITTING * 1000)
+    job.get_by_role("button", name="put away the fit of never").click()
+    expect(job).to_have_count(0)
+    expect(page.get_by_role("article", name="never", exact=True)).to_have_count(0)
 
 
 def test_what_a_foreign_file_leaves_unsaid_is_asked(visit: Visit, tmp_path: Path) -> None:
