@@ -117,12 +117,12 @@ class Book:
         return record, lock
 
     def close(self, record: Record, lock: BinaryIO) -> None:
-        """A job ended, so."""
-        shutil.rmtree(self.rows(record.id), ignore_errors=True)
-        self.write(record.but(ended=int(time.time())))
-        self._path(record.id, "cancel").unlink(missing_ok=True)
-        self._path(record.id, "lock").unlink(missing_ok=True)
-        lock.close()
+        """A job ended, so. Raises: OSError where it cannot be written; it is then one on which nobody works."""
+        with lock:
+            shutil.rmtree(self.rows(record.id), ignore_errors=True)
+            self.write(record.but(ended=int(time.time())))
+            self._path(record.id, "cancel").unlink(missing_ok=True)
+            self._path(record.id, "lock").unlink(missing_ok=True)
 
     def get(self, number: str) -> Record:
         """Raises: NotFound."""

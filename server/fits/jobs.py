@@ -110,7 +110,11 @@ class Fits:
 
     def _work_for_ever(self) -> None:
         while True:
-            _Running(self, self._waiting.get()).run()
+            work = self._waiting.get()
+            try:
+                _Running(self, work).run()
+            except OSError:  # the disk is full: the next job's turn all the same
+                logger.exception("what became of %s could not be written", work.record.id)
 
     # ---- presets
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from whipstaff.steering.errors import SteeringError
-from whipstaff.steering.fit.data import Grounded, Item, Split
+from whipstaff.steering.fit.data import BadData, Grounded, Item, Split
 from whipstaff.steering.fit.directions import Floats, Ints, classifier, logistic, separation
 from whipstaff.steering.fit.job import Fitted, Job
 from whipstaff.steering.fit.local import LocalModel
@@ -44,9 +44,9 @@ def rendered(job: Job, item: Item) -> Rendered:
     try:
         shown = job.template.render(row.asked, row.response)
     except SteeringError as error:
-        raise SteeringError(f"{item.place}: {error}", error.param) from error
+        raise BadData(str(error), item.place, param=error.param) from error
     if shown.num_prompt < 1:
-        raise SteeringError(f"{item.place}: no token stands before the response")
+        raise BadData("no token stands before the response", item.place)
     return shown
 
 
@@ -264,7 +264,7 @@ def response_example(job: Job, item: Item) -> list[tuple[Rendered, str]]:
     try:
         shown = job.template.render(prompt, response)
     except SteeringError as error:
-        raise SteeringError(f"{item.place}: {error}", error.param) from error
+        raise BadData(str(error), item.place, param=error.param) from error
     if not shown.response or shown.num_prompt < 1:
-        raise SteeringError(f"{item.place}: no token of a response that follows a prompt")
+        raise BadData("no token of a response that follows a prompt", item.place)
     return [(shown, "response-mean")]

@@ -42,6 +42,16 @@ def test_a_job_whose_process_died_has_failed_and_leaves_nothing(book: Book, tmp_
     assert [path.name for path in (tmp_path / "fits").iterdir() if path.name != "lock"] == [f"{record.id}.json"]
 
 
+def test_an_end_that_cannot_be_written_lets_go_of_the_job(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, lock = book.add("caa", "mine", ROWS, [])
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr(Book, "write", lambda self, record: (_ for _ in ()).throw(OSError("full")))
+        book.close(record.but(state="done"), lock)
+    found = book.get(record.id)
+    assert (found.state, found.error) == ("failed", Failure(message=LOST))
+    book.add("caa", "mine", ROWS, [])[1].close()
+
+
 def test_so_many_are_unfinished_and_of_one_name_there_is_one(book: Book) -> None:
     locks = [book.add("caa", f"mine{index}", ROWS, [])[1] for index in range(MOST_UNFINISHED)]
     with pytest.raises(Conflict):
@@ -49,7 +59,9 @@ def test_so_many_are_unfinished_and_of_one_name_there_is_one(book: Book) -> None
     with pytest.raises(RateLimited):
         book.add("caa", "more", ROWS, [])
     locks[0].close()
-    book.add("caa", "mine0", ROWS, [])[1].close()
+    locks.append(book.add("caa", "mine0", ROWS, [])[1])
+    for lock in locks[1:]:
+        lock.close()
 
 
 def test_of_those_that_ended_the_oldest_are_forgotten(book: Book) -> None:
