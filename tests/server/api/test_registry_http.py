@@ -668,6 +668,35 @@ def test_a_thousand_changes_and_uses_lose_and_mix_nothing(
     assert counts["used"] > NUM_CALLS / 5 and counts["put"] > NUM_CALLS / 10, counts
 
 
+def test_every_api_server_tells_of_a_fit_and_cancels_it(clients: list[httpx.Client], root: Path) -> None:
+    """Whichever has it made; what comes of one is there for both at once."""
+    pairs = [{"positive": f"good {a} {b} " * 9, "negative": f"bad {a} {b} " * 9} for a in range(60) for b in range(60)]
+    body = {"method": "caa", "name": "shared", "data": pairs, "options": {"template": "none", "layers": "1"}}
+    fits = "/v1/steering/fits"
+    with nothing_left(clients):
+        long = clients[0].post(fits, json=body, headers=BEARER).json()["id"]
+        assert_refused(clients[1].post(fits, json=body, headers=BEARER), 409, "name")
+        assert [one["id"] for one in ok(clients[1].get(fits, headers=BEARER))["data"]] == [long]
+        assert ok(clients[1].delete(f"{fits}/{long}", headers=BEARER))["deleted"] is False
+        deadline = time.monotonic() + 10 * PATIENCE
+        while (said := ok(clients[1].get(f"{fits}/{long}", headers=BEARER)))["ended"] is None:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        assert said["state"] == "cancelled"
+        short = clients[1].post(fits, json=body | {"data": pairs[::90]}, headers=BEARER).json()["id"]
+        while (said := ok(clients[0].get(f"{fits}/{short}", headers=BEARER)))["ended"] is None:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        assert said["state"] == "done", said["error"]
+        for client in clients:
+            assert ok(client.get("/v1/steering/vectors/shared"))["digest"] == said["digest"]
+        ok(remove(clients[0], "shared"))
+        for number in (long, short):
+            assert ok(clients[0].delete(f"{fits}/{number}", headers=BEARER))["deleted"] is True
+    assert ok(clients[1].get(fits, headers=BEARER))["data"] == []
+    assert [path.name for path in (root / "registry" / "fits").iterdir()] == ["lock"]
+
+
 # ---- crashes; the last test, since it ends the server
 
 
@@ -697,32 +726,3 @@ def test_a_server_killed_in_an_upload_comes_back_as_it_was(
         assert listing(root) == before
         with nothing_left([client]):  # what was there at the start goes, too
             assert ok(put(client, "lasting", large))["replaced"] == digest
-
-
-def test_every_api_server_tells_of_a_fit_and_cancels_it(clients: list[httpx.Client], root: Path) -> None:
-    """Whichever has it made; what comes of one is there for both at once."""
-    pairs = [{"positive": f"good {a} {b} " * 9, "negative": f"bad {a} {b} " * 9} for a in range(60) for b in range(60)]
-    body = {"method": "caa", "name": "shared", "data": pairs, "options": {"template": "none", "layers": "1"}}
-    fits = "/v1/steering/fits"
-    with nothing_left(clients):
-        long = clients[0].post(fits, json=body, headers=BEARER).json()["id"]
-        assert_refused(clients[1].post(fits, json=body, headers=BEARER), 409, "name")
-        assert [one["id"] for one in ok(clients[1].get(fits, headers=BEARER))["data"]] == [long]
-        assert ok(clients[1].delete(f"{fits}/{long}", headers=BEARER))["deleted"] is False
-        deadline = time.monotonic() + 10 * PATIENCE
-        while (said := ok(clients[1].get(f"{fits}/{long}", headers=BEARER)))["ended"] is None:
-            assert time.monotonic() < deadline, said
-            time.sleep(0.1)
-        assert said["state"] == "cancelled"
-        short = clients[1].post(fits, json=body | {"data": pairs[::90]}, headers=BEARER).json()["id"]
-        while (said := ok(clients[0].get(f"{fits}/{short}", headers=BEARER)))["ended"] is None:
-            assert time.monotonic() < deadline, said
-            time.sleep(0.1)
-        assert said["state"] == "done", said["error"]
-        for client in clients:
-            assert ok(client.get("/v1/steering/vectors/shared"))["digest"] == said["digest"]
-        ok(remove(clients[0], "shared"))
-        for number in (long, short):
-            assert ok(clients[0].delete(f"{fits}/{number}", headers=BEARER))["deleted"] is True
-    assert ok(clients[1].get(fits, headers=BEARER))["data"] == []
-    assert [path.name for path in (root / "registry" / "fits").iterdir()] == ["lock"]
