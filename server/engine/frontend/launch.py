@@ -128,7 +128,7 @@ class Engine(AsyncLLM):
         """The same for what no client asked for."""
         plan, outputs = self._plan_of(sampling_params), super().generate(prompt, sampling_params, *args, **kwargs)
         if plan is not None and plan.answers is not None:
-            outputs = plan.answers.of(outputs, self.get_tokenizer())
+            outputs = plan.answers.of(outputs, self.tokenizer)
         self.num_asked, self.num_generating = self.num_asked + 1, self.num_generating + 1
         try:
             with nullcontext() if plan is None else plan.lease.again():
