@@ -310,8 +310,8 @@ class Bench:
         assert self.engine.run(self.engine.engine.reset_prefix_cache()), "somebody holds blocks"
         self.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
         counters = self.engine.counters()
-        held = "requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"
-        held += "hidden_states_held", "requests_waiting_for_slots"
+        held = ["requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"]
+        held += ["hidden_states_held", "requests_waiting_for_slots"]
         assert {name: counters[name] for name in held} == dict.fromkeys(held, 0)
 
 
@@ -537,11 +537,13 @@ def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
         wrong += [case for case, found in staying if not bench.is_exact(case, *found)]
         assert len(wrong) <= 0.03 * kinds.total() + 1, wrong
         assert len(staying) > 0.6 * wave
-    bench.idle()
-    after = bench.engine.counters()
-    happened = {name: after[name] - before[name] for name in HAPPENS}
-    if SOAK:
-        print(f"{bench.mode}: {dict(kinds)}; cut: {dict(num_cut)}; not exact: {len(wrong)}; {happened}")
+        bench.idle()
+        after = bench.engine.counters()
+        happened = {name: after[name] - before[name] for name in HAPPENS}
+        if SOAK:
+            print(
+                f"{bench.mode}: {kinds.total()} requests, {dict(kinds)}; cut: {dict(num_cut)}; {happened}; {len(wrong)} differ"
+            )
     if num >= 70:
         assert happened["search_rollbacks"] > 0 < num_cut["opera"] + num_cut["kcts"], (happened, num_cut)
     assert not SOAK or all(happened.values())
