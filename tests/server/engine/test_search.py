@@ -528,7 +528,7 @@ class Traffic:
 
 def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
     num = 2000 if SOAK else 14 if bench.mode.startswith("v2") else 70
-    traffic, wave, before = Traffic(11), min(num, 100), bench.engine.counters()
+    traffic, wave, before = Traffic(15), min(num, 100), bench.engine.counters()
     kinds, num_cut, wrong = Counter[str](), Counter[str](), list[Case]()
     for _ in range(num // wave):
         cases = [traffic.case(wave / 50) for _ in range(wave)]
