@@ -142,11 +142,28 @@ class Meter:
                 memory[self.row + _SPENT + index] += units
 
 
+@dataclass
+class Bill:
+    """What came of one prompt of a request."""
+
+    num_generated: int = 0  # tokens that the engine generated, those of candidates that nobody gets among them
+    num_answered: int | None = None  # tokens of its answers; None: it was cut off before all were there
+
+    def note(self, num_tokens: int) -> None:
+        """So many were generated."""
+        self.num_generated += num_tokens
+
+    def end(self, num_tokens: int) -> None:
+        """Its answers are there, of so many tokens."""
+        self.num_answered = num_tokens
+
+
 class Spending:
     """Of one request: what it may come to is taken before it is scheduled, and corrected when it is known.
 
     Of a search, which tries tokens and takes some back, it is known only then what it computes: taken before is what it
-    computes while it takes nothing back.
+    computes while it takes nothing back. Of candidates that were cut off nobody knows the best: as many tokens count as
+    that many answers have in the mean.
     """
 
     def __init__(
@@ -169,7 +186,8 @@ class Spending:
         """
         self._meter, self._num_answers, self._num_models = meter, num_answers, num_models
         self._num_computed, self._num_tried, self._most = num_computed, num_tried, most
-        self._taken, self._per_token, self._base, self._num = (0.0, 0.0), 0.0, (0.0, 0.0), 0
+        self._taken, self._per_token, self._base = (0.0, 0.0), 0.0, (0.0, 0.0)
+        self._bills: list[Bill] = []
         self._counted: dict[int, float] = {}  # by prompt, the cost that the engine has counted
 
     def expect(self, sizes: list[tuple[int, list[int], int]]) -> None:
@@ -182,7 +200,7 @@ class Spending:
         taken = read + most * self._num_answers, computed + cost
         self._meter.take(*taken)
         self._base, self._taken = (read, computed), taken
-        self._per_token = cost / (most * self._num_answers) if most else 0.0
+        self._per_token = cost / (most * self._num_computed) if most else 0.0
 
     def _cost(self, following: int, num_sequences: int) -> float:
         """Of so many tokens after a prompt with its further prompts."""
@@ -190,9 +208,10 @@ class Spending:
         share = min(1.0, self._most / max(computed + tried, 1))
         return share * (computed * self._num_models + tried)
 
-    def note(self, num_tokens: int) -> None:
-        """So many were generated."""
-        self._num += num_tokens
+    def bill(self) -> Bill:
+        """Of one more of its prompts."""
+        self._bills.append(made := Bill())
+        return made
 
     def note_search(self, prompt: int, counts: Mapping[str, int]) -> None:
         """What the search of a prompt has computed so far."""
@@ -200,7 +219,12 @@ class Spending:
 
     def settle(self) -> None:
         """The request is over, however it ended."""
-        after = sum(self._counted.values()) if self._counted else self._num * self._per_token
-        used = self._base[0] + self._num, self._base[1] + after
+        generated, share = sum(bill.num_generated for bill in self._bills), self._num_answers / self._num_computed
+        after, share = (sum(self._counted.values()), 1.0) if self._counted else (generated * self._per_token, share)
+        tokens = sum(
+            share * bill.num_generated if bill.num_answered is None else bill.num_answered for bill in self._bills
+        )
+        used = self._base[0] + tokens, self._base[1] + after
         self._meter.correct(*(one - taken for taken, one in zip(self._taken, used, strict=True)))
-        self._base, self._taken, self._num, self._per_token, self._counted = (0.0, 0.0), (0.0, 0.0), 0, 0.0, {}
+        self._base, self._taken, self._per_token = (0.0, 0.0), (0.0, 0.0), 0.0
+        self._bills, self._counted = [], {}

@@ -170,7 +170,7 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         if (holder := HOLDER.get()) is not None and not holder.meter.is_free:
             spending = _spending(request, compiled, holder)
             at_end.callback(spending.settle)
-            request.pay(spending.expect, spending.note)
+            request.pay(spending.expect, spending.bill)
         if compiled is None:
             return _response(await form.answer(request, raw), raw, {}, at_end)
         if compiled.retracts and not form.takes_back:

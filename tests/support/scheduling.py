@@ -255,6 +255,14 @@ class Traffic:
         elif kind < 0.5:
             self.scheduler.set_pause_state(PauseState.UNPAUSED)
 
+    def cut(self) -> None:
+        """Everybody, as an engine does that ends."""
+        running = {name for name, asked in self.asked.items() if asked.end is None}
+        finished = self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+        assert {request.request_id for request in finished} == running  # what vLLM tells clients of
+        for name in running:
+            self.asked[name].end = "aborted"
+
     def drain(self) -> None:
         self.scheduler.set_pause_state(PauseState.UNPAUSED)
         for _ in range(6000):

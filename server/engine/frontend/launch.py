@@ -5,10 +5,11 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig, VllmConfig
@@ -86,6 +87,19 @@ class PlanDict(dict[str, Any]):
         return self  # a copy of a request's parameters is still that request's
 
 
+class Bill(Protocol):
+    """Hears what comes of one prompt."""
+
+    def note(self, num_tokens: int) -> None:
+        """So many more tokens were generated, whoever gets them."""
+
+    def end(self, num_tokens: int) -> None:
+        """All answers are there, of so many tokens."""
+
+
+_BILL: ContextVar[Bill | None] = ContextVar("bill", default=None)
+"""Of what is being asked of vLLM, which copies nothing but the fields of what it is asked."""
+
 EarlyLayers = Sequence[int] | Literal["all"] | None  # None: all of them where that takes little memory
 Watch = Callable[[PlanDict | None, AsyncGenerator[Any, None], tuple[type[Exception], ...]], AsyncGenerator[Any, None]]
 ENDING = "the server is shutting down"
@@ -110,14 +124,17 @@ class Engine(AsyncLLM):
         if self.is_cut:
             raise RetryableRequestError(ENDING)
         plan, outputs = self._plan_of(sampling_params), self.unwatched(prompt, sampling_params, *args, **kwargs)
-        paid: Callable[[int], None] | None = getattr(sampling_params, "whipstaff_paid", None)
+        bill: Bill | None = getattr(sampling_params, "whipstaff_bill", None)
+        num_answered = 0  # tokens
         try:
             async with aclosing(self.watch(plan, outputs, _REFUSALS) if self.watch else outputs) as watched:
                 async for output in watched:
                     if any(one.finish_reason == "abort" for one in output.outputs):  # by nobody who still reads
                         raise RetryableRequestError(ENDING)
-                    if paid is not None:
-                        paid(sum(len(one.token_ids) for one in output.outputs))
+                    if bill is not None:
+                        num_answered += sum(len(one.token_ids) for one in output.outputs)
+                        if output.finished:
+                            bill.end(num_answered)
                     yield output
         except EngineDeadError:
             raise RetryableRequestError(await self.cause_of_death()) from None
@@ -128,8 +145,9 @@ class Engine(AsyncLLM):
         """The same for what no client asked for."""
         plan, outputs = self._plan_of(sampling_params), super().generate(prompt, sampling_params, *args, **kwargs)
         if plan is not None and plan.answers is not None:
-            outputs = plan.answers.of(outputs, self.get_tokenizer())
+            outputs = plan.answers.of(outputs, self.tokenizer)
         self.num_asked, self.num_generating = self.num_asked + 1, self.num_generating + 1
+        _BILL.set(getattr(sampling_params, "whipstaff_bill", None))
         try:
             with nullcontext() if plan is None else plan.lease.again():
                 async with aclosing(outputs):
@@ -178,12 +196,18 @@ class Engine(AsyncLLM):
 
 class Listening(Swapped):
     """Laid over vLLM's output processor: explanations go to who asked for them, whom it keeps with the rest of what it
-    knows of a sequence that is not finished; and so for what a request's span says."""
+    knows of a sequence that is not finished; and so for what a request's span says, and for who pays. An answer that is
+    not streamed is not told of before its end, and one that is cut off never: its tokens are counted here."""
+
+    whipstaff_bills = False  # whether anybody ever paid
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
+        if (bill := _BILL.get()) is not None:
+            self.whipstaff_bills = True
+            self.request_states[request.request_id].whipstaff_bill = bill
         plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
         if not isinstance(plan, PlanDict):
             return
@@ -196,6 +220,11 @@ class Listening(Swapped):
             state.whipstaff_plan = plan
 
     def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.whipstaff_bills:
+            for output in engine_core_outputs:
+                state = self.request_states.get(output.request_id)
+                if (bill := getattr(state, "whipstaff_bill", None)) is not None:
+                    bill.note(len(output.new_token_ids))
         heard = set[int]()  # outputs that say nothing to vLLM
         for index, output in enumerate(engine_core_outputs):
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:

@@ -28,7 +28,7 @@ from whipstaff.server import plan as plans
 from whipstaff.server.engine.compat import chat_params
 from whipstaff.server.engine.frontend.answers import Answers, RankedAnswers, SearchAnswers
 from whipstaff.server.engine.frontend.blame import blamed, is_broken
-from whipstaff.server.engine.frontend.launch import PlanDict
+from whipstaff.server.engine.frontend.launch import Bill, PlanDict
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.leases import Lease
 from whipstaff.server.names import ALIASES, FIELDS
@@ -109,7 +109,7 @@ class Extras(BaseModel):
     _notes: Notes = PrivateAttr(UNHEARD)
     _lease: Lease = PrivateAttr(leases.NOTHING)
     _expect: Expect | None = PrivateAttr(None)
-    _paid: Callable[[int], None] | None = PrivateAttr(None)
+    _bill: Callable[[], Bill] | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,10 +123,10 @@ class Extras(BaseModel):
         if compiled.searches:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
-    def pay(self, expect: Expect, paid: Callable[[int], None]) -> None:
+    def pay(self, expect: Expect, bill: Callable[[], Bill]) -> None:
         """`expect` is told before anything is scheduled what the request may come to; it may raise an exception that
-        answers the client. `paid` is told how many tokens came, as they come."""
-        self._expect, self._paid = expect, paid
+        answers the client. `bill` makes what is told how many tokens came of a prompt, as they come."""
+        self._expect, self._bill = expect, bill
 
     def sent(self, body: dict[str, Any]) -> dict[str, Any]:
         """What its client sent, by the names of our fields."""
@@ -308,8 +308,8 @@ class Extras(BaseModel):
             params = self.cooled(make)
         else:
             params = make()
-        if self._paid is not None:
-            params.whipstaff_paid = self._paid  # stays in this process: it is no field
+        if self._bill is not None:
+            params.whipstaff_bill = self._bill()  # stays in this process: it is no field
         if self._num_scheduled < len(self._placed):
             plan = self._plan_dict(self._num_scheduled, params)
             params.extra_args = {**(params.extra_args or {}), plans.PLAN_KEY: plan}

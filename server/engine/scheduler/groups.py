@@ -73,8 +73,9 @@ class GroupedScheduling(Scheduler):
         group.limit((context, MEMBER_CONTEXT), (blocks, KV_CACHE))
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        has_groups = bool(self._group_of)  # before: where all end, as those of an engine that does, none is left
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
-        if not self._group_of:
+        if not has_groups:
             return finished
         self._end_companions()
         return [request for request in finished if request.client_index != NOWHERE]

@@ -171,6 +171,7 @@ class SteeredWorker:
             "requests_waiting_for_slots": slot_use.num_waiting,
             "histories_used": step.edits.histories.num_used,
             "captures_held": step.edits.captures.num_held,
+            "hidden_states_held": step.pipeline.num_hidden_states,
             "companions_running": group_use.num_companions,
             "group_steps": {"held": group_use.num_steps_held, "together": group_use.num_steps_together},
             "groups_preempted": group_use.num_preempted,

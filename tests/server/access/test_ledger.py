@@ -92,7 +92,10 @@ def test_what_a_request_does_not_need_is_given_back(clock: Clock) -> None:
     taken = one.headers()
     assert taken["x-ratelimit-remaining-tokens"] == str(1000 - (10 + 2 * 50))
     assert taken["x-ratelimit-remaining-cost"] == str(10000 - 3 * (30 + 2 * 2 * 50))
-    spending.note(25)
+    bill = spending.bill()
+    bill.note(20)
+    bill.note(5)
+    bill.end(25)
     spending.settle()
     spending.settle()  # once
     used = one.headers()
@@ -109,7 +112,8 @@ def test_a_search_is_charged_what_the_engine_counted(clock: Clock, counts: dict[
     assert one.headers()["x-ratelimit-remaining-cost"] == str(10000 - 30 - 50 * (4 * 3 + 20))
     spending.note_search(0, {"tokens_computed": 1})
     spending.note_search(0, counts)
-    spending.note(2)
+    bill = spending.bill()
+    bill.note(2)
     for _ in range(2):
         spending.settle()
     used = 30 + 3 * counts.get("tokens_computed", 0) + counts.get("tried", 0)
@@ -120,6 +124,25 @@ def test_a_search_is_charged_what_the_engine_counted(clock: Clock, counts: dict[
         with pytest.raises(RateLimited) as refused:
             one.take(0, 1)
         assert refused.value.seconds == 13  # of a minute, for the 2031 that are too many
+
+
+def test_who_is_cut_off_is_charged_what_was_generated(clock: Clock) -> None:
+    """Of the candidates of one prompt all are computed, and of their tokens as many counted as its answers would have;
+    of the prompt whose answers are there, these."""
+    one = meter(per_minute={"tokens": 1000, "cost": 10000})
+    spending = Spending(one, num_answers=2, num_computed=8, num_models=3)
+    spending.expect([(10, [], 50), (10, [], 50)])
+    for num_answered in (None, 17):
+        bill = spending.bill()
+        for _ in range(10):
+            bill.note(8)
+        if num_answered is not None:
+            bill.end(num_answered)
+    spending.bill()  # never scheduled
+    spending.settle()
+    used = one.headers()
+    assert used["x-ratelimit-remaining-tokens"] == str(1000 - (20 + 80 * 2 // 8 + 17))
+    assert used["x-ratelimit-remaining-cost"] == str(10000 - 3 * (20 + 2 * 80))
 
 
 def test_a_search_with_a_budget_takes_no_more_than_that(clock: Clock) -> None:

@@ -250,11 +250,12 @@ def test_texts_move_with_rows_that_are_put_before_them(able: Capabilities) -> No
     assert placed(compiled(able, decoding={"method": "trust", "span": [[0, None]]}, steering=soft), prompt) == [[0, 12]]
 
 
+@pytest.mark.parametrize("method", ["trust", "opera", "opera_lite"])
 @pytest.mark.parametrize("span", [[[0, 10]], "nowhere", {"role": "user"}])
-def test_spans_outside_the_prompt(able: Capabilities, span: Any) -> None:
-    made = compiled(able, decoding=[{"method": "trust", "span": span}])
+def test_spans_outside_the_prompt(able: Capabilities, method: str, span: Any) -> None:
+    made = compiled(able, decoding=[{"method": method, "span": span}])
     with pytest.raises(BadRequest) as caught:
-        placed(made)
+        at_prompt(made, Prompt(9, list(range(9)), 64, None))
     assert re.sub(r"\[0\]$", "", caught.value.param or "") == "decoding[0].span"
 
 

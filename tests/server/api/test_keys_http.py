@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,18 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content":
 NUM_BODIES, NUM_EXAMPLES, PHASES = (10_000, 200, "coverage,fuzzing") if SOAK else (500, 10, "fuzzing")
 NUM_FLOOD = 300
 PATIENCE = 60.0  # seconds
+GONE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ranked": {"best_of": 4, "temperature": 1},
+    "beams": {"num_beams": 4, "temperature": None},
+}
 POLICIES: dict[str, Any] = {
     "narrow": {"methods": ["caa", "typical_p"], "vectors": ["push"], "presets": ["quiet"], "max_tokens": 20, "n": 2},
     "forced": {"forced_preset": "quiet", "vectors": []},
     "metered": {"per_minute": {"requests": 100, "tokens": 2000, "cost": 3000}},
     "small": {"per_minute": {"tokens": 100}},
+    "counted": {"per_minute": {"tokens": 60, "cost": 60}, "burst": 60},
+    **{f"gone-{name}": {"per_minute": {"tokens": 240, "cost": 240}, "burst": 60} for name in GONE},
     "single": {"concurrent": 1},
     "mild": {"max_dose": 1e-6},
 }
@@ -65,7 +73,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(root: Path) -> Iterator[Server]:
     presets = ("--presets", str(root / "quiet.json"), "--presets", str(root / "loud.json"))
     own = ("--keys", str(root / "keys.json"), "--audit-log", str(root / "audit.jsonl"), "--registry", str(root / "r"))
-    with serving(root / "served", *presets, *own, has_key=False) as running:
+    reads = ("--lookahead", "--attention-rows")
+    with serving(root / "served", *presets, *own, *reads, has_key=False) as running:
         yield running
 
 
@@ -162,6 +171,90 @@ def test_units_are_taken_and_what_is_not_used_comes_back(server: Server, stream:
         if late.status_code != 200:  # on a slow machine they have come back
             assert_refused(late, 429, None)
             assert int(late.headers["retry-after"]) >= 1 and "tokens" in late.json()["error"]["message"]
+
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "plain": {"n": 2, "temperature": 1},
+    "guided": {"decoding": {"method": "cfg", "guidance_scale": 2.0, "negative_prompt": [5, 6, 7]}},
+    "beams": {"num_beams": 4, "n": 2, "temperature": None},
+    "tries": {"decoding": {"method": "opera", "beams": 2, "candidates": 3, "switch_length": 2}, "temperature": None},
+    "cut by a text": {"num_beams": 3, "stop": ["e", "a", "\n"], "temperature": None},
+    "ranked": {"best_of": 4, "n": 2, "temperature": 1},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_key_is_charged_what_the_engine_counted(server: Server, name: str, stream: bool) -> None:
+    """Prompts, and what `usage` says was computed for the tokens of answers; where it says nothing, these."""
+    with as_(server, "counted-key") as http:
+        started, before = time.monotonic(), left(http)
+        fields = COUNTED[name] | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+        answer = complete(http, max_tokens=40, **fields)
+        assert answer.status_code == 200, answer.text
+        usage = json.loads(data_events(answer)[-2])["usage"] if stream else answer.json()["usage"]
+        computed = (usage.get("completion_tokens_details") or {}).get("computed_tokens", usage["completion_tokens"])
+        cost = usage["prompt_tokens"] + computed + (name == "guided") * (3 + computed)  # a second prompt, likewise
+        assert computed > usage["completion_tokens"] > 0 or name in ("plain", "guided")
+        wanted = usage["prompt_tokens"] + usage["completion_tokens"], cost
+        poll_left(http, before, started, 1, lambda used: near(used, wanted))
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_who_goes_away_is_charged_what_was_generated(server: Server, name: str) -> None:
+    """An answer that is not streamed says nothing before its end."""
+    fields, key = GONE[name], f"gone-{name}-key"
+    body = json.dumps(ASK | {"max_tokens": 400, "ignore_eos": True} | fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    url, width = httpx.URL(server.url), fields.get("best_of", fields.get("num_beams", 1))
+    series = "vllm:generation_tokens_total", (("engine", "0"), ("model_name", MODEL))
+    with as_(server, key) as http, as_(server, "root-key") as root:
+        for _ in range(8):  # on a busy machine the answer may be there before its client has gone away
+            started, before, at_first = time.monotonic(), left(http), metrics(root).get(series, 0)
+            with socket.create_connection((url.host, url.port or 80)) as sock:
+                sock.sendall(head.encode() + body)
+                while (num := metrics(root).get(series, 0) - at_first) < 20:
+                    assert time.monotonic() < started + PATIENCE
+                    time.sleep(0.01)
+            cost = num if "best_of" in fields else num * width  # of beams, vLLM counts the one that settles
+            tokens = num / width if "best_of" in fields else num
+            used = poll_left(http, before, started, 4, partial(is_between, (tokens, cost), (420, 420 * width)))
+            if used[1] < 380 * width:
+                return
+    raise AssertionError("no client ever went away in time")
+
+
+def is_between(least: tuple[float, float], most: tuple[float, float], used: tuple[float, float]) -> bool:
+    return least[0] <= used[0] <= most[0] and least[1] <= used[1] <= most[1]
+
+
+def near(used: tuple[float, float], wanted: tuple[float, float]) -> bool:
+    return max(abs(used[0] - wanted[0]), abs(used[1] - wanted[1])) <= 3
+
+
+def left(http: httpx.Client) -> tuple[int, int]:
+    """Tokens and cost."""
+    headers = http.get("/v1/models").headers
+    return int(headers["x-ratelimit-remaining-tokens"]), int(headers["x-ratelimit-remaining-cost"])
+
+
+def poll_left(
+    http: httpx.Client,
+    before: tuple[int, int],
+    started: float,
+    rate: float,
+    is_right: Callable[[tuple[float, float]], bool],
+) -> tuple[float, float]:
+    """Wait until what was used, beside the units that come back every second, is what it should be."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        now, back = left(http), rate * (time.monotonic() - started)
+        used = before[0] - now[0] + back, before[1] - now[1] + back
+        if is_right(used):
+            return used
+        assert time.monotonic() < deadline, used
+        time.sleep(0.1)
 
 
 def beside(head: bytes, url: httpx.URL, http: httpx.Client) -> httpx.Response:

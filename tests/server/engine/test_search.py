@@ -1,37 +1,47 @@
 """Searches in whole engines: beams, OPERA and a tree search, token by token and score by score against the same methods
-driven over plain transformers, which computes every text from scratch.
+driven over plain transformers, which computes every text from scratch. Beside them what else chooses among several:
+OPERA's penalty on one sequence, contrastive search, the best of answers that are drawn by a seed.
 
 The step budget is smaller than the long prompts (chunked prefill), there are blocks for a part of the requests only
 (preemption), and plain, steered, proxy-tuned and guided requests run in the same batch, some of which search.
 
-WHIPSTAFF_SOAK=1 runs 2000 random requests in every mode.
+WHIPSTAFF_SOAK=1 runs 2000 random requests in every mode, and says how many of which kind, and what happened to them
+(-s).
 """
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import tiny
 import torch
+from decodings import StubPrompt
 from engines import Ask, EngineUnderTest, edit, running
 from modes import WITH_RANKS
-from reference import steered
+from reference import contrastive_search, opera_lite, seeded, steered
 from search_loop import Loop, Ran
 from soak import SOAK, tries
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
+from whipstaff.decoding.methods.best_of import BestOf, BestOfParams
+from whipstaff.decoding.methods.contrastive_search import ContrastiveSearchParams
+from whipstaff.decoding.methods.opera_lite import OperaLite, OperaLiteParams
 from whipstaff.decoding.mix import MAIN, Mix, Stream, Term
-from whipstaff.decoding.plan import DecodingPlan, SearchPlan
+from whipstaff.decoding.plan import DecodingPlan, Explain, Rewrite, SearchPlan
 from whipstaff.decoding.search.beam_search import BeamSearch, BeamSearchParams
 from whipstaff.decoding.search.kcts import Kcts, KctsParams
 from whipstaff.decoding.search.opera import Opera, OperaSetting
 from whipstaff.decoding.search.search import Decision
+from whipstaff.server.engine.frontend.answers import RankedAnswers
 from whipstaff.server.engine.frontend.launch import PlanDict
 from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.steering.plan import SteeringPlan
@@ -42,6 +52,10 @@ pytestmark = pytest.mark.engine
 
 MAX_LEN, BLOCK, HIDDEN, GUIDANCE, EOS = 160, 32, 96, 1.7, (7, 11)
 NEAR = 1e-4  # of scores: two answers that near may change places between float32 implementations
+LEANING = OperaLiteParams(scale_factor=150.0, switch_length=3, penalty_cap=6.0)  # a random model looks nowhere for long
+UNLIKE = ContrastiveSearchParams(penalty_alpha=0.6, k=3)
+HOT, SEED = 0.9, 40  # of answers that are drawn
+NUM_HIDDEN = 2  # requests at once whose hidden states are kept
 
 
 @dataclass
@@ -53,6 +67,10 @@ class Case:
     groups: int = 1  # of beams that avoid one another's tokens
     opera: int = 0  # beams that distrust what they lean on; 0: none
     simulations: int = 0  # of a tree search; 0: none
+    leans: bool = False  # whether its one sequence distrusts what it leans on
+    unlike: bool = False  # whether it searches for what is unlike what was said
+    candidates: int = 0  # that are drawn, for the best of them; 0: none
+    is_judged: bool = False  # whether the classifier says which is the best, and not the likelihood
     scale: float = 0.0  # of the vector, on every token
     weight: float = 0.0  # of the auxiliary model
     negative: tuple[int, ...] = ()  # another prompt, from which the request is guided away
@@ -62,6 +80,7 @@ class Case:
     repetition_penalty: float = 1.0
     after: float = 0.0  # seconds, when it arrives
     abort_after: float | None = None  # seconds from then
+    abort_at: int | None = None  # times that it went back, of which its client hears, and leaves
 
     @property
     def method(self) -> Any:
@@ -82,6 +101,17 @@ class Case:
     def searches(self) -> bool:
         return bool(self.beams or self.opera or self.simulations)
 
+    @property
+    def is_cut(self) -> bool:
+        return self.abort_after is not None or self.abort_at is not None
+
+    @property
+    def kind(self) -> str:
+        if self.searches:
+            return "groups" if self.groups > 1 else self.method.name
+        found = {"opera_lite": self.leans, "contrastive_search": self.unlike, "best_of": self.candidates}
+        return next((name for name, is_so in found.items() if is_so), "plain")
+
 
 @dataclass
 class Bench:
@@ -101,15 +131,35 @@ class Bench:
         num = max(case.beams, case.opera, 1)
         search = SearchPlan(case.method.name, setting, num, heads) if case.searches else None
         edits = (edit(self.vector, case.scale, Where.of("all")),) if case.scale else ()
-        decoding = DecodingPlan(mix, search=search) if mix or search else None
+        rewrites = tuple(self.rewrites(case))
+        explain = Explain(0) if case.is_judged else None
+        decoding = None
+        if mix or search or rewrites:
+            decoding = DecodingPlan(mix, rewrites, explain=explain, keeps_hidden=case.unlike, search=search)
         companions = (CompanionPlan(case.negative),) if case.negative else ()
         return RequestPlan(SteeringPlan(edits) if edits else None, decoding, companions=companions)
 
+    def rewrites(self, case: Case) -> Iterator[Rewrite]:
+        if case.leans:
+            setting = OperaLite().at_prompt(LEANING, StubPrompt(len(case.prompt)))
+            yield Rewrite("opera_lite", setting.model_dump_json())
+        if case.unlike:
+            yield Rewrite("contrastive_search", UNLIKE.model_dump_json())
+        if case.is_judged:
+            yield Rewrite("best_of", _ranked(case).model_dump_json(), heads=(self.head.digest,))
+
     async def answer(self, case: Case) -> tuple[list[int], dict[str, Any]]:
-        """The tokens, and what was told of the search."""
+        """The tokens, and what was told of the search; `left`, where its client left before the end."""
         await asyncio.sleep(case.after)
         told: dict[str, Any] = {}
-        plan = PlanDict(self.plan(case).to_wire(), explained=lambda index, record: told.update(record))
+        has_gone_back = asyncio.Event()
+
+        def hear(_: int, record: dict[str, Any]) -> None:
+            told.update(record)
+            times = record.get("search", {}).get("counts", {}).get("rollbacks", 0)
+            if case.abort_at is not None and times >= case.abort_at:
+                has_gone_back.set()
+
         params = SamplingParams(
             max_tokens=case.max_tokens,
             temperature=0,
@@ -117,8 +167,16 @@ class Bench:
             detokenize=False,
             stop_token_ids=list(case.ends),
             repetition_penalty=case.repetition_penalty,
-            extra_args={PLAN_KEY: plan},
         )
+        ranks = None
+        if case.candidates:
+            params.n, params.temperature, params.seed, params.logprobs = case.candidates, HOT, SEED, 0
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            score = partial(BestOf().score, _ranked(case))
+            ranks = RankedAnswers(1, score, lambda record: told.update(search=record), None)
+        heard = hear if ranks is None else ranks.explained
+        plan = PlanDict(self.plan(case).to_wire(), explained=heard, answers=ranks)
+        params.extra_args = {PLAN_KEY: plan}
         outputs = self.engine.engine.generate({"prompt_token_ids": case.prompt}, params, f"test-{uuid4()}")
         seen: list[int] = []
 
@@ -128,12 +186,19 @@ class Bench:
                 assert found[: len(seen)] == seen, "what was told is taken back"
                 seen[:] = found
 
+        taking, leaving = asyncio.ensure_future(take()), asyncio.ensure_future(has_gone_back.wait())
         try:
-            await asyncio.wait_for(take(), case.abort_after)
-        except TimeoutError:
-            assert case.abort_after is not None
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait({taking, leaving}, timeout=case.abort_after, return_when=first)
+            if taking.done():
+                taking.result()
+            has_left = not taking.done()
+        finally:  # its client leaves here, if not before
+            for one in (taking, leaving):
+                one.cancel()
+            await asyncio.gather(taking, leaving, return_exceptions=True)
             await outputs.aclose()
-        return seen, told.get("search", {})
+        return seen, {**told.get("search", {}), **({"left": True} if has_left else {})}
 
     def answers(self, *cases: Case) -> list[tuple[list[int], dict[str, Any]]]:
         async def all_of_them() -> list[Any]:
@@ -148,10 +213,46 @@ class Bench:
             for (site, layer), parts in (self.vector.tensors.items() if case.scale else ())
         ]
 
+    @torch.no_grad()
+    def seen(self, case: Case, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(V,) logits after a text, (T, H) its last hidden states, (T, T) how much each token looks at each."""
+        with steered.edited(self.base, len(case.prompt), self.edits(case)):
+            out = self.base(torch.tensor([ids]), output_hidden_states=True, output_attentions=True, use_cache=False)
+        return out.logits[0, -1].float(), out.hidden_states[-1][0], out.attentions[-1][0].amax(0)
+
     def scores(self, case: Case, ids: Sequence[int]) -> Tensor:
-        """(V,) what the next token is drawn from."""
-        row = steered.logits(self.base, list(ids), len(case.prompt), self.edits(case))[-1]
-        return self.mixed(case, list(ids), row)
+        """(V,) what the next token is drawn from; where a search tries tokens, its scores of these."""
+        row, hidden, attention = self.seen(case, ids)
+        row = self.mixed(case, list(ids), row)
+        if case.leans:
+            looks = [line[: index + 1] for index, line in enumerate(attention.tolist())]
+            amount = opera_lite.penalty(looks, len(case.prompt), LEANING, ((1, len(case.prompt)),))
+            row = torch.tensor(opera_lite.rewrite(row.tolist(), amount, LEANING.candidates))
+        if case.unlike:
+
+            def feed(token: int) -> list[float]:
+                state: list[float] = self.seen(case, [*ids, token])[1][-1].tolist()
+                return state
+
+            params, before = UNLIKE, hidden.tolist()
+            token, _ = contrastive_search.choose(row.tolist(), before, feed, params.k, params.penalty_alpha)
+            row = torch.full_like(row, -torch.inf)
+            row[token] = 0
+        return row
+
+    def drawn(self, case: Case, index: int) -> tuple[list[int], float]:
+        """A candidate, and what it scores."""
+        ids, total = list(case.prompt), 0.0
+        seed, num = SEED + index, len(case.prompt)
+        for noise in seeded.noise(self.mode[:2], seed, num, case.max_tokens, tiny.VOCABULARY):
+            row = self.scores(case, ids)
+            ids.append(int((row.double() / HOT + noise).argmax()))
+            total += float(row.log_softmax(0)[ids[-1]])
+        score = total / case.max_tokens
+        if case.is_judged:
+            last, head = self.seen(case, ids[:-1])[1][-1], self.head.shared_parts
+            score = float((head["weight"] @ last + head["bias"]).log_softmax(0)[1])
+        return ids[num:], score
 
     def mixed(self, case: Case, ids: list[int], row: Tensor) -> Tensor:
         """The same, of the (V,) logits that the model has for a text. Who is steered is not guided here."""
@@ -178,6 +279,11 @@ class Bench:
             return loop.run(case.method, case.setting, case.prompt, case.max_tokens, case.ends, heads)
 
     def check(self, case: Case, tokens: list[int], told: dict[str, Any]) -> None:
+        if case.candidates:
+            drawn = sorted((self.drawn(case, n) for n in range(case.candidates)), key=lambda one: -one[1])
+            assert [one["score"] for one in told["hypotheses"]] == pytest.approx([one[1] for one in drawn], abs=1e-3)
+            assert tokens == drawn[0][0] and told["counts"]["tokens_computed"] == case.candidates * case.max_tokens
+            return
         if not case.searches:
             ids = list(case.prompt)
             for token in tokens:
@@ -204,7 +310,8 @@ class Bench:
         assert self.engine.run(self.engine.engine.reset_prefix_cache()), "somebody holds blocks"
         self.engine.generate(Ask([5, 6, 7], max_tokens=1))  # so that the worker hears of the last to finish
         counters = self.engine.counters()
-        held = "requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"
+        held = ["requests_held", "searches_running", "search_sequences_living", "companions_running", "slots_in_use"]
+        held += ["hidden_states_held", "requests_waiting_for_slots"]
         assert {name: counters[name] for name in held} == dict.fromkeys(held, 0)
 
 
@@ -219,6 +326,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         [("other", other)],
         lookahead=True,
         attention_rows=True,
+        hidden_states=NUM_HIDDEN,
         max_search_seqs=12,
         skip_tokenizer_init=True,
         max_model_len=MAX_LEN,
@@ -239,6 +347,10 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             for one in (path, other)
         ]
         yield Bench(mode, engine, head, vector, *models)
+
+
+def _ranked(case: Case) -> BestOfParams:
+    return BestOfParams(num_candidates=case.candidates, classifier="it" if case.is_judged else None)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -281,6 +393,10 @@ def test_in_a_mixed_batch(bench: Bench) -> None:
         Case(prompt(62, 21), opera=1, weight=0.7),
         Case(prompt(12, 22), beams=4, groups=2, ends=EOS),
         Case(prompt(32, 23), simulations=6, max_tokens=4, scale=1.5),
+        Case(prompt(33, 24), leans=True, weight=0.7),
+        Case(prompt(20, 25), unlike=True, scale=1.5),
+        Case(prompt(31, 26), candidates=3, negative=tuple(prompt(20, 27))),
+        Case(prompt(9, 28), candidates=3, is_judged=True, scale=1.5),
     ]
     for _ in range(1 if bench.mode.startswith("v2") else 2):
         for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
@@ -354,24 +470,28 @@ def test_going_away_in_the_middle(bench: Bench) -> None:
     bench.idle()
 
 
-KINDS = ("beams", "groups", "opera", "tree")
+HAPPENS = "search_forks", "search_rollbacks", "groups_preempted", "search_copied_blocks"
+KINDS = ("beams", "groups", "opera", "tree", "leans", "unlike", "best")
 
 
 class Traffic:
-    """Makes requests at random, half of which search."""
+    """Makes requests at random, more than half of which search."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
 
     def case(self, span: float) -> Case:
         """One that arrives within so many seconds."""
-        chance, kind = self.chance, self.chance.choice(("plain", "plain", "plain", "plain", *KINDS))
+        chance, kind = self.chance, self.chance.choice((*["plain"] * 5, *KINDS))
         case = Case(
             prompt(chance.choice((1, 7, 20, 31, 33, 62, 70)), chance.randrange(40)),
             max_tokens=chance.randint(2, 12) if kind != "tree" else chance.randint(2, 4),
-            ends=EOS if chance.random() < 0.5 and kind != "plain" else (),
             after=chance.uniform(0, span),
         )
+        if kind in KINDS[:4] and chance.random() < 0.5:
+            case.ends = EOS
+        if kind == "plain" and chance.random() < 0.3:
+            case.max_tokens = 80  # it grows while others come, who are preempted
         if kind == "beams":
             case.beams, case.length_penalty = chance.randint(2, 4), chance.choice((0.0, 1.0, 2.0))
         elif kind == "groups":
@@ -380,6 +500,10 @@ class Traffic:
             case.opera = chance.randint(1, 3)
         elif kind == "tree":
             case.simulations = chance.randint(3, 8)
+        elif kind == "best":
+            case.candidates, case.is_judged = chance.randint(2, 4), chance.random() < 0.5
+        else:
+            case.leans, case.unlike = kind == "leans", kind == "unlike"
         changed = chance.choice(("", "", "steered", "guided", "proxy-tuned", "repetition"))
         if changed == "steered":
             case.scale = 1.5
@@ -387,26 +511,43 @@ class Traffic:
             case.negative = tuple(prompt(chance.choice((3, 33, 61)), chance.randrange(40)))
         elif changed == "proxy-tuned":
             case.weight = 0.7
-        elif changed == "repetition":
+        elif changed == "repetition" and not (case.leans or case.unlike):
             case.repetition_penalty = 1.4
         if chance.random() < 0.15:
-            case.max_tokens, case.abort_after = 60, chance.uniform(0.0, 0.6)  # trees go back all the time
-            case.simulations = case.simulations and 30
+            self.cut(case)
         return case
+
+    def cut(self, case: Case) -> None:
+        """Let its client leave: after a while, or as soon as it hears that its search went back."""
+        case.max_tokens = 60
+        if case.simulations or case.opera:  # trees go back all the time
+            case.simulations, case.abort_at = case.simulations and 30, self.chance.randint(1, 3)
+        else:
+            case.abort_after = self.chance.uniform(0.0, 0.6)
 
 
 def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
-    num = 2000 if SOAK else 12 if bench.mode.startswith("v2") else 60
-    traffic, wave, before = Traffic(11), min(num, 100), bench.engine.counters()["search_rollbacks"]
+    num = 2000 if SOAK else 14 if bench.mode.startswith("v2") else 70
+    traffic, wave, before = Traffic(15), min(num, 100), bench.engine.counters()
+    kinds, num_cut, wrong = Counter[str](), Counter[str](), list[Case]()
     for _ in range(num // wave):
         cases = [traffic.case(wave / 50) for _ in range(wave)]
         answers = list(zip(cases, bench.answers(*cases), strict=True))
-        staying = [(case, found) for case, found in answers if case.abort_after is None]
-        wrong = [case for case, found in staying if not bench.is_exact(case, *found)]
-        assert len(wrong) <= 0.03 * len(staying) + 1, wrong
+        staying = [(case, found) for case, found in answers if "left" not in found[1]]
+        kinds.update(case.kind for case in cases)
+        num_cut.update(case.kind for case, (_, told) in answers if "left" in told)
+        wrong += [case for case, found in staying if not bench.is_exact(case, *found)]
+        assert len(wrong) <= 0.03 * kinds.total() + 1, wrong
         assert len(staying) > 0.6 * wave
-    bench.idle()
-    assert num < 60 or bench.engine.counters()["search_rollbacks"] > before
+        bench.idle()
+        after = bench.engine.counters()
+        happened = {name: after[name] - before[name] for name in HAPPENS}
+        if SOAK:
+            print(f"{bench.mode}: {kinds.total()} requests, {dict(kinds)}; cut: {dict(num_cut)}; {happened}")
+            print(f"{len(wrong)} answers differ")
+    if num >= 70:
+        assert happened["search_rollbacks"] > 0 < num_cut["opera"] + num_cut["kcts"], (happened, num_cut)
+    assert not SOAK or all(happened.values())
 
 
 def test_beams_are_those_of_hugging_face(bench: Bench) -> None:

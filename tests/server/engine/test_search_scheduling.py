@@ -357,6 +357,22 @@ def test_random_searches(model: str, case: Case, seed: int) -> None:
     assert not traffic.worker.known or not traffic.scheduler.has_requests()
 
 
+@pytest.mark.parametrize("case", ["sync", "starved_async", "roomy_v2"])
+def test_an_engine_that_ends_cuts_off_whoever_there_is(model: str, case: str) -> None:
+    """And says so of nobody whom no client has asked for: vLLM has no way to such a client, and would die of it."""
+    traffic = Searching(model, SEARCH_CASES[case], 0)
+    for number in range(240):
+        if number % 6 == 0:
+            traffic.add(traffic.chance.choice((0, 1, 2)))
+            traffic.search(traffic.chance.choice((1, 2, 3)), traffic.chance.choice((0, 1)))
+        traffic.step()
+        if number % 60 == 59:
+            traffic.cut()
+            traffic.drain()
+            traffic.check()
+    assert len(traffic.searchers) == 40
+
+
 @pytest.mark.parametrize("case", ["roomy", "roomy_async", "roomy_v2"])
 def test_what_is_kept_is_shared_and_computed_once(model: str, case: str) -> None:
     """A fork shares full blocks by reference and copies at most one; what the worker computes are prompts and what was

@@ -33,6 +33,10 @@ class HiddenHistories:
         self._states = torch.zeros(num, max_len, hidden_size, dtype=dtype, device=device)
         self._free = list(range(num))
 
+    @property
+    def num_held(self) -> int:
+        return len(self._states) - len(self._free)
+
     def add(self) -> int:
         """A slot for a request."""
         return self._free.pop()

@@ -105,6 +105,11 @@ class LogitsPipeline:
         """How often tokens were tried since the start."""
         return self._lookahead.num_passes
 
+    @property
+    def num_hidden_states(self) -> int:
+        """Sequences whose hidden states are kept now."""
+        return 0 if self.histories is None else self.histories.num_held
+
     def add(self, request: PlannedRequest, arrival: Arrival) -> None:
         """Make ready what its decoding needs. A request that comes again keeps that; its prompt may be shorter now."""
         plan = request.placed.plan.decoding
