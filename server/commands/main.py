@@ -32,10 +32,10 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
 """
 
-# The demo is small: no need for vLLM's share of all memory, nor for the minute that compilation takes.
-DEMO_FLAGS = (
-    *("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024"),
-    *("--enforce-eager", "--kv-cache-memory-bytes", "256M"),
+DEMO_FLAGS = tuple(
+    word
+    for name, value in demo.ENGINE.items()
+    for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
 )
 
 
