@@ -231,7 +231,8 @@ class _Arguments(Settings):
 def _settings(given: dict[str, Any]) -> Settings:
     if isinstance(aux := given.get("aux"), Mapping):
         given["aux"] = {name: str(path) for name, path in aux.items()}
-    return _Arguments(**{name: _listed(value) if name in _LISTS else value for name, value in given.items()})
+    own: dict[str, Any] = {name: _listed(value) if name in _LISTS else value for name, value in given.items()}
+    return _Arguments(**own)
 
 
 def _listed(value: Any) -> list[Any]:

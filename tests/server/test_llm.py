@@ -1,16 +1,21 @@
 """Without HTTP the demo says what its server says: one batch of everything, greedy, in float32."""
 
+import _thread
 import asyncio
 import json
 import os
+import re
+import runpy
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from asking import ok, texts
+from asking import ok
 from serving import Server
 from vllm import SamplingParams
 from warm import warm_processes
@@ -18,6 +23,8 @@ from warm import warm_processes
 from whipstaff.server import LLM, InvalidRequest
 
 pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
 
 PROMPT = "In the morning Mara opened the door, and"
 ASKED = [{"role": "user", "content": "Where does Mara live?"}]
@@ -48,20 +55,20 @@ def server(demo_server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    before = set(psutil.Process().children(recursive=True))
     with warm_processes():
         made = LLM(kv_cache_memory_bytes=64 << 20)
-    ours = set(psutil.Process().children(recursive=True)) - before
+    cores = [psutil.Process(one.pid) for one in made._served.engine.engine_core.resources.engine_manager.processes]
+    ours = [*cores, *(child for core in cores for child in core.children(recursive=True))]
     with made:
         yield made
-    assert ours and not psutil.wait_procs(ours, timeout=60)[1]  # nothing of it is left
+    assert len(ours) > 1 and not psutil.wait_procs(ours, timeout=60)[1]  # nothing of it is left
     assert not any(thread.name == "whipstaff" for thread in threading.enumerate())
     assert "WHIPSTAFF_CAUSE_FILE" not in os.environ
     with pytest.raises(RuntimeError, match="closed"):
         made.generate(PROMPT)
 
 
-def by_prompt() -> dict[str, list[Any]]:
+def by_prompt() -> dict[str, Any]:
     return {name: [one.get(name) for one in BATCH] for name in NAMES}
 
 
@@ -109,7 +116,7 @@ def test_conversations_are_answered_as_over_http(llm: LLM, http: httpx.Client) -
     outputs = llm.chat([ASKED] * len(BATCH), SamplingParams(**GREEDY), use_tqdm=False, **by_prompt())
     for output, fields in zip(outputs, BATCH, strict=True):
         assert same(output, over_http(http, "/v1/chat/completions", {"messages": ASKED}, fields)), fields
-    at_user = {"steering": CHEERFUL | {"where": {"messages": {"role": "user"}}}}
+    at_user: dict[str, Any] = {"steering": CHEERFUL | {"where": {"messages": {"role": "user"}}}}
     (output,) = llm.chat(ASKED, SamplingParams(**GREEDY), use_tqdm=False, **at_user)
     assert same(output, over_http(http, "/v1/chat/completions", {"messages": ASKED}, at_user))
 
@@ -127,7 +134,7 @@ def test_a_value_is_for_all_prompts_and_several_answers_have_their_own_explanati
 
 
 def test_a_search_comes_to_all_its_answers(llm: LLM, http: httpx.Client) -> None:
-    beams = {"decoding": {"method": "beam_search", "num_beams": 3}}
+    beams: dict[str, Any] = {"decoding": {"method": "beam_search", "num_beams": 3}}
     (output,) = llm.generate(PROMPT, SamplingParams(n=3, **GREEDY), use_tqdm=False, **beams)
     said = over_http(http, "/v1/completions", {"prompt": PROMPT}, {"n": 3} | beams)
     assert [list(one.token_ids) for one in output.outputs] == [one["token_ids"] for one in said["choices"]]
@@ -169,41 +176,62 @@ def test_it_can_be_called_where_a_loop_runs_and_from_threads(llm: LLM) -> None:
 
     async def notebook() -> list[Any]:
         both = (asyncio.to_thread(llm.generate, PROMPT, params, steering=CHEERFUL, use_tqdm=False) for _ in range(2))
-        return [*llm.generate(PROMPT, params, steering=CHEERFUL, use_tqdm=False), *sum(await asyncio.gather(*both), [])]
+        own = llm.generate(PROMPT, params, steering=CHEERFUL, use_tqdm=False)
+        return [own, *await asyncio.gather(*both)]
 
-    assert [one.outputs[0].text for one in asyncio.run(notebook())] == [wanted.outputs[0].text] * 3
+    assert [one.outputs[0].text for (one,) in asyncio.run(notebook())] == [wanted.outputs[0].text] * 3
+
+
+class Bar:
+    """As tqdm's: what it was told."""
+
+    def __init__(self, total: int, **_: Any) -> None:
+        self.seen: list[Any] = [total]
+
+    def update(self) -> None:
+        self.seen.append("answer")
+
+    def close(self) -> None:
+        self.seen.append("closed")
 
 
 def test_who_interrupts_the_wait_interrupts_the_work(llm: LLM) -> None:
-    engine = llm._served.engine
+    assert threading.current_thread() is threading.main_thread()
 
-    def interrupt(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+    def interrupt(total: int, **_: Any) -> Bar:
+        _thread.interrupt_main()  # as Ctrl-C does; this runs in the engine's thread
+        return Bar(total)
 
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT] * 3, SamplingParams(max_tokens=900, ignore_eos=True), use_tqdm=interrupt)
     assert llm.generate(PROMPT, SamplingParams(**GREEDY), use_tqdm=False)[0].finished
-    assert engine.output_processor.get_num_unfinished_requests() == 0
+    assert llm._served.engine.num_generating == 0
 
 
 def test_its_bar_counts_answers(llm: LLM) -> None:
-    seen: list[Any] = []
+    made: list[Bar] = []
 
-    class Bar:
-        def __init__(self, total: int, **_: Any) -> None:
-            seen.append(total)
+    def bar(total: int, **_: Any) -> Bar:
+        made.append(Bar(total))
+        return made[0]
 
-        def update(self) -> None:
-            seen.append("answer")
-
-        def close(self) -> None:
-            seen.append("closed")
-
-    llm.generate([PROMPT] * 2, SamplingParams(**GREEDY), use_tqdm=Bar)
-    assert seen == [2, "answer", "answer", "closed"]
+    llm.generate([PROMPT] * 2, SamplingParams(**GREEDY), use_tqdm=bar)
+    assert made[0].seen == [2, "answer", "answer", "closed"]
     assert llm.get_tokenizer().encode("a") and llm.get_default_sampling_params().n == 1 and llm.reset_prefix_cache()
 
 
-def test_it_says_what_the_readme_says(llm: LLM) -> None:
-    """What README and docs/offline.md show is run, each in one go."""
-    assert texts  # filled in beside the documents
+def test_the_example_and_the_page_show_what_it_says(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "offline.py"))
+    example["show"](llm)
+    lines = capsys.readouterr().out.splitlines()
+    said = dict(line.split(":", 1) for line in lines if not line.startswith("the method"))
+    assert "black cloud" in said["scale -8"] and "rainbow" in said["scale +0"] and "breeze" in said["scale +8"]
+    assert "dose 0.00" in said["scale +0"] and "dose 0.54" in said["scale +8"]
+    assert "Greystow" in said["decoded"] and "Greystow" not in said["asked"]
+    assert any(line.startswith("the method moved ' Gladly' from rank 3 to 1") for line in lines)
+
+    (shown,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "offline.md").read_text(), re.S)
+    shown = shown.replace("with LLM() as llm:", "with nullcontext(mine) as llm:")
+    exec(shown, {"mine": llm, "nullcontext": nullcontext})
+    wanted = ["a rainbow stood over the fields", "a black cloud carried", "a soft breeze carried"]
+    assert all(text in line for text, line in zip(wanted, capsys.readouterr().out.split(","), strict=True))

@@ -253,9 +253,12 @@ class Offline:
 
     async def reason_against(self, request: Any) -> str | None:
         """Why no prompt can be made of a request's text or messages; None where one can."""
-        kinds = {"messages": OfflineChat, "prompt": OfflineText}
-        name, kind = next((name, kind) for name, kind in kinds.items() if hasattr(request, name))
-        made = kind.of(SamplingParams(max_tokens=1), **{name: getattr(request, name)})
+        params = SamplingParams(max_tokens=1)
+        made: OfflineText | OfflineChat
+        if hasattr(request, "messages"):
+            made = OfflineChat.of(params, messages=request.messages)
+        else:
+            made = OfflineText.of(params, prompt=request.prompt)
         try:
             await self.admit(made, Writing(template_arguments={"add_generation_prompt": True}))
         except BadRequest as error:
