@@ -287,7 +287,8 @@ class _Asked(NamedTuple):
 
     def names(self, index: int) -> dict[str, str]:
         """What the fields of a prompt's request are called by who called, where that is not their own name."""
-        return _NAMES | {name: f"{_NAMES.get(name, name)}[{index}]" for name in self.by_prompt}
+        named = {name: name for name in self.by_prompt} | _NAMES
+        return {name: f"{ours}[{index}]" if ours in self.by_prompt else ours for name, ours in named.items()}
 
 
 def _asked_of(num: int, **arguments: Any) -> _Asked:

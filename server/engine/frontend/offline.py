@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from vllm.config import CompilationConfig, ProfilerConfig, StructuredOutputsConfig
 from vllm.config.compilation import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.exceptions import RetryableRequestError, VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import ChatParams, merge_kwargs
@@ -276,7 +276,7 @@ class Offline:
                 prompt, params, name, lora_request=adapter, priority=priority
             ):
                 last = output
-        except GracefulHTTPError as error:
+        except RetryableRequestError as error:
             raise EngineDied(str(error)) from None
         become(last, Output)
         for completion in last.outputs:

@@ -1,16 +1,21 @@
 """Requests without HTTP; without an engine."""
 
+import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from vllm.exceptions import RetryableRequestError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.demo import MODELS
-from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine import EngineDied, UnsupportedEngine
 from whipstaff.server.engine.frontend.offline import (
+    Offline,
     OfflineChat,
     OfflineText,
     conversations_of,
@@ -119,10 +124,11 @@ def test_prompts_are_told_apart_as_vllm_does() -> None:
 
 
 def test_a_list_is_by_prompt() -> None:
-    asked = _asked_of(2, params=None, steering=[{"vector": "a"}, [{"vector": "b"}]], explain={"top": 1})
+    asked = _asked_of(2, preset=["x", "y"], steering=[{"vector": "a"}, [{"vector": "b"}]], explain={"top": 1})
     assert [one["steering"] for one in asked.values] == [{"vector": "a"}, [{"vector": "b"}]]
     assert [one["explain"] for one in asked.values] == [{"top": 1}] * 2
     assert asked.names(1)["steering"] == "steering[1]" and "explain" not in asked.names(1)
+    assert asked.names(1)["model"] == "preset[1]" and _asked_of(2, preset="x").names(1)["model"] == "preset"
 
 
 @pytest.mark.parametrize("name", ["steering", "sampling_params", "lora_request", "priority", "preset"])
@@ -161,3 +167,27 @@ def test_engine_arguments_are_vllms() -> None:
 def test_messages_and_prompts_are_not_mixed_up() -> None:
     chat = OfflineChat.of(SamplingParams(), messages=[{"role": "user", "content": "a"}])
     assert chat.is_chat and not hasattr(chat, "prompt") and not hasattr(text(), "messages")
+
+
+class DeadEngine:
+    """Ends every generation as an engine that died does."""
+
+    model_config, renderer = SimpleNamespace(max_model_len=20, is_encoder_decoder=False), None
+
+    async def generate(self, *_: Any, **__: Any) -> AsyncGenerator[Any, None]:
+        raise RetryableRequestError("the engine died: worker VllmWorker-0 was killed by signal 9")
+        yield
+
+
+def test_who_waits_for_a_dead_engine_is_told_why() -> None:
+    engine: Any = DeadEngine()
+    prompt = {"type": "token", "prompt_token_ids": [1, 2]}
+    with pytest.raises(EngineDied, match="killed by signal 9"):
+        asyncio.run(Offline(engine).generate(text(), prompt, "0", None, 0))
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(None, 18), (5, 5), (99, 18)])
+def test_no_answer_is_longer_than_the_context(wanted: int | None, most: int) -> None:
+    engine: Any = DeadEngine()
+    prompt = {"type": "token", "prompt_token_ids": [1, 2]}
+    assert Offline(engine)._room(text(SamplingParams(max_tokens=wanted)), prompt) == most
