@@ -1,11 +1,11 @@
 """Without HTTP the demo says what its server says: one batch of everything, greedy, in float32."""
 
-import _thread
 import asyncio
 import json
 import os
 import re
 import runpy
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -198,9 +198,10 @@ class Bar:
 
 def test_who_interrupts_the_wait_interrupts_the_work(llm: LLM) -> None:
     assert threading.current_thread() is threading.main_thread()
+    waiting = threading.get_ident()
 
     def interrupt(total: int, **_: Any) -> Bar:
-        _thread.interrupt_main()  # as Ctrl-C does; this runs in the engine's thread
+        signal.pthread_kill(waiting, signal.SIGINT)  # as Ctrl-C does; this runs in the engine's thread
         return Bar(total)
 
     with pytest.raises(KeyboardInterrupt):
