@@ -274,7 +274,7 @@ async def extend(
     if openai.has_docs(app):
         serve_docs(app)
     openai.list_models(app, partial(_preset_names, registry))
-    await registry.check_presets_with(partial(check, app=app))
+    await registry.check_presets_with(partial(check, reason_against=partial(openai.reason_against, app=app)))
     app.add_exception_handler(WhipstaffError, generate.answer_refusal)
     app.add_exception_handler(HTTPException, generate.answer_http_error)
     audit = Audit(settings.audit_log)

@@ -198,9 +198,9 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
 
     async def finish(body: dict[str, Any]) -> None:
         """What is said at the end, in a response or the last event of a stream."""
-        made = await final_receipt(
-            compiled, request.placed, tally, openai.readings(raw), openai.captures(raw), request.n or 1
-        )
+        engine = raw.app.state.engine_client
+        told = openai.readings(engine), openai.captures(engine)
+        made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1)
         metrics.note_steering(made["steering"])
         body[RECEIPT_FIELD] = made
         if body.get("usage") and (searches := made.get("search")):

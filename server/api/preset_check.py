@@ -1,13 +1,12 @@
 """A preset is tried when it is added: it is compiled as a request that names it would be."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from whipstaff.server.admission.fields import fields_of
 from whipstaff.server.admission.prepare import compile_request
-from whipstaff.server.engine.frontend.openai import reason_against
 from whipstaff.server.engine.frontend.requests import ChatRequest, TextRequest, check_sampling, parse
 from whipstaff.server.errors import BadRequest, WhipstaffError
 from whipstaff.server.names import FIELDS, near
@@ -15,9 +14,10 @@ from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.presets import Part, Preset
 
 _WORD = "Hello"
+ReasonAgainst = Callable[[Any], Awaitable[str | None]]  # why the model would not take a request's prompt
 
 
-async def check(preset: Preset, caps: Capabilities, app: FastAPI) -> None:
+async def check(preset: Preset, caps: Capabilities, reason_against: ReasonAgainst) -> None:
     """What depends on a prompt, such as where its messages stand, is left to the requests.
 
     Raises: WhipstaffError naming the field of the preset that no request could use.
@@ -38,7 +38,7 @@ async def check(preset: Preset, caps: Capabilities, app: FastAPI) -> None:
         except WhipstaffError as error:
             raise type(error)(error.message, _path(error.param, preset)) from None
         if preset.stated.keys() & {"system", "examples", "prompt"}:
-            await _render(request, preset, app)
+            await _render(request, preset, reason_against)
 
 
 def _check_names(part: Part, path: str) -> None:
@@ -54,8 +54,8 @@ def _path(param: str | None, preset: Preset) -> str | None:
     return param and f"{'forced' if param.split('.')[0].split('[')[0] in forced else 'default'}.{param}"
 
 
-async def _render(request: Any, preset: Preset, app: FastAPI) -> None:
+async def _render(request: Any, preset: Preset, reason_against: ReasonAgainst) -> None:
     """The model's own template must take the preset's messages, and its context hold them."""
-    if (reason := await reason_against(request, app)) is not None:
+    if (reason := await reason_against(request)) is not None:
         name = next(name for name in ("system", "examples", "prompt") if name in preset.stated)
         raise BadRequest(reason, _path(name, preset))

@@ -32,12 +32,10 @@ USAGE = """usage: whipstaff serve  [MODEL] [--aux NAME=MODEL] [--vectors PATH] [
 Without MODEL the embedded demo model is served. `whipstaff serve --help` lists every flag.
 """
 
-# The demo is small: no need for vLLM's share of all memory, nor for the minute that compilation takes. And it is there
-# to be tried: it serves what other servers serve where a flag asks for it.
-DEMO_FLAGS = (
-    *("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024"),
-    *("--enforce-eager", "--kv-cache-memory-bytes", "256M"),
-    *("--lookahead", "--attention-rows", "--hidden-states", "8", "--steering-sites", "attention"),
+DEMO_FLAGS = tuple(
+    word
+    for name, value in (demo.ENGINE | demo.SETTINGS).items()
+    for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
 )
 
 

@@ -31,6 +31,11 @@ def asked() -> Iterator[None]:
             del os.environ[_KEY]
 
 
+def is_asked() -> bool:
+    """Whether somebody in this process has asked."""
+    return _KEY in os.environ
+
+
 def told() -> str:
     """What a process of the engine has told first; "" where none has, or where nobody asked."""
     path = os.environ.get(_KEY)

@@ -247,23 +247,20 @@ async def reason_against(request: OpenAIRequest, app: FastAPI) -> str | None:
     return None if refused is None else str(json.loads(bytes(refused.body))["error"]["message"])
 
 
-def readings(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+def readings(engine: Engine) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
     """Asks the first worker what a request's conditions read, by its `readings_id`."""
 
     async def of(readings_id: str) -> list[dict[str, Any]]:
-        found: list[list[dict[str, Any]]] = await raw.app.state.engine_client.collective_rpc(
-            "whipstaff_readings", args=(readings_id,)
-        )
+        found: list[list[dict[str, Any]]] = await engine.collective_rpc("whipstaff_readings", args=(readings_id,))
         return found[0]
 
     return of
 
 
-def captures(raw: Request) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
+def captures(engine: Engine) -> Callable[[str], Awaitable[list[dict[str, Any]]]]:
     """Asks every worker for the activations that a request wanted, by its `captures_id`."""
 
     async def of(captures_id: str) -> list[dict[str, Any]]:
-        engine = raw.app.state.engine_client
         found: list[dict[str, Any]] = await engine.collective_rpc("whipstaff_captures", args=(captures_id,))
         return found
 

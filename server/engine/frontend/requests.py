@@ -595,15 +595,23 @@ class Chats(NamedTuple):
 
 def chats_of(request: Any, conversation: list[Any], serving: Any) -> Chats | None:
     """How the messages of a prompt are found; None where something else than a Hugging Face template made it."""
-    renderer, tokenizer = serving.online_renderer, serving.renderer.tokenizer
-    if not isinstance(serving.renderer, HfRenderer) or renderer.use_harmony or not tokenizer.is_fast:
-        return None
+    renderer = serving.online_renderer
     tools = None
     if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
         tools = [tool.model_dump() for tool in request.tools]
     params = chat_params(request, renderer)
     defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
     settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
+    return chats_by(settings, conversation, serving, request.add_special_tokens)
+
+
+def chats_by(
+    settings: Mapping[str, Any], conversation: list[Any], serving: Any, adds_special_tokens: bool
+) -> Chats | None:
+    """The same of a conversation that its template writes by these settings."""
+    tokenizer = serving.renderer.tokenizer
+    if not isinstance(serving.renderer, HfRenderer) or serving.online_renderer.use_harmony or not tokenizer.is_fast:
+        return None
 
     def text_of(messages: Sequence[Any], is_prompt: bool) -> str:
         ends_here = {} if is_prompt else {"add_generation_prompt": False, "continue_final_message": False}
@@ -614,7 +622,7 @@ def chats_of(request: Any, conversation: list[Any], serving: Any) -> Chats | Non
     def locate(messages: Sequence[Any], ids: Sequence[int]) -> Chat:
         return Chat(tokenizer, messages, ids, text_of)
 
-    return Chats(conversation, text_of, locate, request.add_special_tokens)
+    return Chats(conversation, text_of, locate, adds_special_tokens)
 
 
 def _source(request: Extras, prompt: Any, serving: Any, chat: Chats | None) -> PromptSource | None:

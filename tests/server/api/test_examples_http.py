@@ -87,7 +87,7 @@ def run(server: Server, name: str, tmp_path: Path, *flags: str) -> list[str]:
 
 def test_every_example_is_told_of_and_run_here() -> None:
     told = (EXAMPLES / "README.md").read_text()
-    mine = Path(__file__).read_text()
+    mine = Path(__file__).read_text() + (ROOT / "tests" / "server" / "test_llm.py").read_text()
     for path in EXAMPLES.glob("*.py"):
         assert f"`{path.name}`" in told and f"examples/{path.name}" in told and f'"{path.name}"' in mine
 
