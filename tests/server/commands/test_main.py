@@ -222,14 +222,15 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def is_compiling() -> bool:
-    return os.environ["TORCH_COMPILE_DISABLE"] != "1" and not torch._dynamo.config.disable
+def is_off() -> tuple[bool, bool]:
+    """Whether torch.compile is, for processes that import torch anew and for those that are forked from this one."""
+    return os.environ["TORCH_COMPILE_DISABLE"] == "1", torch._dynamo.config.disable
 
 
 def test_where_there_is_a_compiler_it_is_used(monkeypatch: pytest.MonkeyPatch, no_compiler: Path) -> None:
     monkeypatch.setenv("CXX", "/usr/bin/g++")
     args, _ = cli.parse("serve", ["some/model"])
-    assert is_compiling() and not args.enforce_eager and args.whipstaff_uncompiled is None
+    assert is_off() == (False, False) and not args.enforce_eager and args.whipstaff_uncompiled is None
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_a_cpu_without_a_compiler_compiles_nothing(no_compiler: Path, program: s
         (no_compiler / "g++").write_text(f"#!/bin/sh\n{program}\n")
         (no_compiler / "g++").chmod(0o700)
     args, _ = cli.parse("serve", ["some/model"])
-    assert not is_compiling() and args.enforce_eager and why in args.whipstaff_uncompiled
+    assert is_off() == (True, True) and args.enforce_eager and why in args.whipstaff_uncompiled
 
 
 def test_who_wants_nothing_compiled_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, no_compiler: Path) -> None:
@@ -259,7 +260,7 @@ def test_a_compiler_that_was_named_has_to_be_there(
     monkeypatch.setenv("CXX", "clang++-99")
     last = told(capsys, "serve", "some/model")
     assert last.startswith("whipstaff: CXX: there is no C++ compiler 'clang++-99'; name another")
-    assert is_compiling()
+    assert is_off() == (False, False)
 
 
 # ---- in a process of its own
