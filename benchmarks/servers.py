@@ -157,7 +157,7 @@ def _request(prompt: list[int], extras: dict[str, Any], headers: str) -> bytes:
 async def load(
     port: int, variant: Variant, concurrency: int, num_requests: int, seed: int, vocabulary: int
 ) -> dict[str, float]:
-    """Requests per second, and milliseconds to the first token and between tokens."""
+    """Requests per second, and milliseconds to the first token, between tokens and to the end of an answer."""
     generator = np.random.default_rng(seed)
     prompts = generator.integers(2, vocabulary, (num_requests, PROMPT_LEN)).tolist()
     requests = iter([_request(prompt, variant.extras(index), variant.headers) for index, prompt in enumerate(prompts)])
@@ -169,6 +169,7 @@ async def load(
     await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), START_PATIENCE)
     seconds = time.perf_counter() - start
     firsts = [a[0] - sent for client in clients for sent, a in zip(client.sent, client.arrivals, strict=True)]
+    wholes = [a[-1] - sent for client in clients for sent, a in zip(client.sent, client.arrivals, strict=True)]
     gaps = np.concatenate([np.diff(a) for client in clients for a in client.arrivals]) * 1e3
     return {
         "requests_per_s": num_requests / seconds,
@@ -176,4 +177,6 @@ async def load(
         "first_token_ms_p50": statistics.median(firsts) * 1e3,
         "inter_token_ms_p50": float(np.percentile(gaps, 50)),
         "inter_token_ms_p99": float(np.percentile(gaps, 99)),
+        "answer_ms_p50": float(np.percentile(wholes, 50)) * 1e3,
+        "answer_ms_p99": float(np.percentile(wholes, 99)) * 1e3,
     }

@@ -191,6 +191,7 @@ def serve(into: Path, command: Sequence[str]) -> int:
     root = into / "final"
     quoted = shlex.quote(str(root))
     lines = [f"mount --bind {quoted} {quoted}", f"mount -t proc proc {quoted}/proc"]
+    lines += [f"mount --bind /sys {quoted}/sys", f"mount -o remount,ro,bind {quoted}/sys"]  # of the processors
     lines += [f"mount --bind {quoted}{path} {quoted}{path}" for path in image["volumes"]]
     lines += [f"mount -t tmpfs -o mode=755 tmpfs {quoted}/dev", f"mkdir {quoted}/dev/shm"]
     for device in ("null", "zero", "random", "urandom"):

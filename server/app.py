@@ -7,7 +7,7 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from whipstaff.server.api.bounds import Bounds, Protocol
 from whipstaff.server.api.greeting import Place, greeting
 from whipstaff.server.api.lifecycle import Gate
 from whipstaff.server.api.preset_check import check
-from whipstaff.server.engine import UnsupportedEngine, causes, vllm_version
+from whipstaff.server.engine import SelfTestFailed, causes, vllm_version
 from whipstaff.server.engine.frontend import guard, multi_api_server, openai
 from whipstaff.server.engine.frontend.batch import serve_batches
 from whipstaff.server.engine.frontend.counters import follow_counters
@@ -65,8 +65,8 @@ _NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 async def serve(args: Namespace, settings: Settings) -> int:
     """Run the server until it is told to stop; the exit status. Raises: EngineDied."""
-    _, sock = openai.listen(args)
-    return await _serve(args, settings, sock)
+    with closing(openai.listen(args)[1]) as sock:
+        return await _serve(args, settings, sock)
 
 
 def serve_several(args: Namespace, settings: Settings) -> int:
@@ -108,7 +108,6 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
             return await serve_until_told(app, args, sock, life, greet, loads and (loads, engine.index), Protocol)
     finally:
         engine.shutdown()
-        sock.close()
 
 
 async def _built(engine: Engine, args: Namespace) -> FastAPI:
@@ -125,7 +124,8 @@ def place_of(args: Namespace, engine: Engine) -> Place:
     scheme, host = "https" if args.ssl_certfile else "http", f"[{host}]" if ":" in host else host
     has_key = bool(args.api_key or os.environ.get("VLLM_API_KEY"))
     names = args.served_model_name or [engine.model_config.model]
-    return Place(f"{scheme}://{host}:{args.port}{args.root_path or ''}", names[0], has_key, args.api_server_count or 1)
+    url = f"{scheme}://{host}:{args.port}{args.root_path or ''}"
+    return Place(url, names[0], has_key, args.api_server_count or 1, args.whipstaff_uncompiled)
 
 
 def read_files(settings: Settings) -> tuple[dict[str, VectorFile], RegistryFolder | None]:
@@ -231,11 +231,11 @@ async def load(
 
 
 async def prove(engine: Engine, caps: Capabilities) -> list[Finding]:
-    """Run the self-test. Raises: UnsupportedEngine, naming what did not obey."""
+    """Run the self-test. Raises: SelfTestFailed, naming what did not obey."""
     findings = [finding async for finding in self_test(engine, list(caps.auxiliaries))]
     bad = [finding.what for finding in findings if not finding.is_good]
     if bad:
-        raise UnsupportedEngine(
+        raise SelfTestFailed(
             f"the self-test failed: {', '.join(bad)} did not obey an edit, or scale 0 was not off; `whipstaff doctor` "
             "shows each finding"
         )

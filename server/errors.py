@@ -1,4 +1,4 @@
-"""What can be wrong with a request, and the HTTP answer to each.
+"""What can be wrong with a request, and the HTTP answer to each; and what a server cannot be started with.
 
 WhipstaffError
  |- BadRequest      400  a value that no server would take
@@ -34,6 +34,10 @@ MESSAGES = "/v1/messages"  # Anthropic's, the one API among those served that is
 _NEAR = 0.75  # of difflib's ratio
 _OF_TYPE = ("_type", "_parsing", "literal_error")  # complaints that another alternative of a union was meant
 _OTHER_NAMES = {"scale": ("strength", "coefficient")}
+
+
+class WrongSetup(RuntimeError):
+    """What a server is started with is wrong: a flag, or a file that one names."""
 
 
 class WhipstaffError(Exception):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import serving_demo
 
 from whipstaff.server import __version__
 
@@ -133,3 +134,17 @@ def test_its_libraries_are_its_own(bare: Path) -> None:
     where = "import whipstaff.cuda_ext.libraries as it; print(it.__file__)"
     found = subprocess.check_output([bare, "-c", where], text=True, cwd=bare.parent)
     assert found.startswith(str(bare.parents[1]))  # and not the checkout's
+
+
+@pytest.mark.engine
+def test_it_serves_where_there_is_no_compiler(bare: Path, tmp_path: Path) -> None:
+    only = tmp_path / "bin"
+    only.mkdir()
+    (only / "lscpu").symlink_to(str(shutil.which("lscpu")))  # vLLM's CPU engine asks it
+    with serving_demo(tmp_path, python=bare, PATH=str(only)) as server, server.client() as http:
+        for more in ({"temperature": 0.8, "top_k": 5, "top_p": 0.9}, {"steering": {"vector": "cheerful", "scale": 2}}):
+            body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "logprobs": 2, "seed": 1, **more}
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"], answer.text
+        first, *_, last = (line for line in server.said().splitlines() if "no C++ compiler 'g++'" in line)
+        assert "torch.compile is off" in first and last.endswith("nothing is compiled, and tokens take longer")

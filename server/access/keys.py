@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from whipstaff.server.access.ledger import Ledger, Meter
 from whipstaff.server.access.policy import Policy, View
+from whipstaff.server.errors import WrongSetup
 from whipstaff.server.registry.folder import Stamp, stamp_of
 
 logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
@@ -28,7 +29,7 @@ PAUSE = 1.0  # seconds between two looks at the file
 Digest = Annotated[str, StringConstraints(pattern=re.compile(r"^[0-9a-f]{64}$"))]
 
 
-class BadKeys(RuntimeError):
+class BadKeys(WrongSetup):
     """A file of keys that is wrong."""
 
 

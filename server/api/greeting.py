@@ -22,6 +22,7 @@ class Place:
     model: str
     has_key: bool  # whether requests need the user's
     num_servers: int = 1
+    uncompiled: str | None = None  # why nothing is compiled, where nobody asked for that
 
 
 def greeting(place: Place, caps: Capabilities, has_chat: bool) -> list[str]:
@@ -30,7 +31,9 @@ def greeting(place: Place, caps: Capabilities, has_chat: bool) -> list[str]:
     available = [method for method in table if method["available"]]
     fitting = len(caps.registry.names)
     servers = "" if place.num_servers == 1 else f" ({place.num_servers} API servers)"
+    slow = f"whipstaff: {place.uncompiled}: nothing is compiled, and tokens take longer"
     return [
+        *([slow] if place.uncompiled else []),
         f"whipstaff: listening on {place.url}{servers}; model {place.model!r}",
         f"whipstaff: {len(available)} of {len(table)} methods available, {fitting} vectors, "
         f"{len(caps.presets)} presets; {place.url}/v1/steering/methods says what the others need",

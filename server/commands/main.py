@@ -40,8 +40,9 @@ DEMO_FLAGS = tuple(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exits with 2 for a wrong call, with 1 when the server cannot run, with 70 when its engine died, each
-    with the reason on stderr; with 128 and the signal's number when a second one ended it at once."""
+    """Entry point. Exits with 2 for a wrong call or a wrong file that it names, with 1 when the server cannot run, with
+    70 when its engine died, each with the reason on stderr; with 128 and the signal's number when a second one ended it
+    at once."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["vectors"]:
         flags = vectors_flags.parse(words[1:])  # help and wrong calls end here, before torch is imported
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(ENGINE_DIED)
         except (UnsupportedEngine, ValidationError, RuntimeError, ValueError, OSError) as error:
             _log_details(error)
-            sys.exit(f"whipstaff: {_sentence(error)}")
+            print(f"whipstaff: {_sentence(error)}", file=sys.stderr)
+            sys.exit(causes.status_of(error))
         except KeyboardInterrupt as error:
             sys.exit(error.args[0] if error.args else 130)
 

@@ -5,12 +5,18 @@
 
 from importlib import metadata
 
+from whipstaff.server.errors import WrongSetup
+
 ENGINE_DIED = 70  # the exit status of a server whose engine did; sysexits.h has it for what went wrong inside
 SUPPORTED = ("0.32", "0.33")  # minor versions, oldest first
 
 
-class UnsupportedEngine(RuntimeError):
+class UnsupportedEngine(WrongSetup):
     """The installed vLLM, or one of its settings, is not one that Whipstaff can steer."""
+
+
+class SelfTestFailed(RuntimeError):
+    """An edit did nothing, or scale 0 did something: this server would not do what requests ask for."""
 
 
 class EngineDied(RuntimeError):

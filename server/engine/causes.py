@@ -13,6 +13,9 @@ from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from threading import current_thread, main_thread
 
+from whipstaff.server.errors import WrongSetup
+
+CANNOT_RUN, WRONG_CALL = 1, 2  # exit statuses
 _KEY = "WHIPSTAFF_CAUSE_FILE"
 _REFERS = "root cause"  # what vLLM says where the cause is in the log
 _LOST_WORKER = "Worker proc %s died unexpectedly"  # how vLLM begins to say that one is gone
@@ -52,6 +55,11 @@ def forget() -> None:
     """The engine has started: what its processes stumbled on until now did not end it."""
     if path := os.environ.get(_KEY):
         os.truncate(path, 0)
+
+
+def status_of(error: Exception) -> int:
+    """To exit with: WRONG_CALL where whoever started the server is to change something, CANNOT_RUN for all else."""
+    return CANNOT_RUN if isinstance(error, RuntimeError) and not isinstance(error, WrongSetup) else WRONG_CALL
 
 
 def of(error: BaseException) -> str:

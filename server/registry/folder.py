@@ -20,13 +20,13 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from whipstaff.server.errors import StorageFull
+from whipstaff.server.errors import StorageFull, WrongSetup
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit of this process
 Stamp = tuple[int, ...]  # changes whenever what it was taken of does
 
 
-class BadStore(RuntimeError):
+class BadStore(WrongSetup):
     """A folder that is no registry, or one that was damaged."""
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from whipstaff.server import names
-from whipstaff.server.errors import BadRequest, WhipstaffError, bad_field
+from whipstaff.server.errors import BadRequest, WhipstaffError, WrongSetup, bad_field
 from whipstaff.server.names import ALIASES, FIELDS, TEXTS, thing
 from whipstaff.server.registry.folder import Stamp, stamp_of
 
@@ -23,7 +23,7 @@ PROMPT = "{prompt}"  # where a template has the request's own prompt
 _TEXT = ("system", "examples", "prompt")  # of a part, beside fields of requests
 
 
-class BadPreset(RuntimeError):
+class BadPreset(WrongSetup):
     """A file given at start-up that is not a sound preset; the server does not start with it."""
 
 

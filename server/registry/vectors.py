@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from whipstaff.server.errors import NotFound, VectorUnfit
+from whipstaff.server.errors import NotFound, VectorUnfit, WrongSetup
 from whipstaff.server.registry.folder import RegistryFolder
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.shape import ModelShape
@@ -18,7 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of what comes over HTT
 _MAX_LISTED, _MAX_NEAR = 20, 3  # names in a message: all of them, or the nearest
 
 
-class BadVectorFile(RuntimeError):
+class BadVectorFile(WrongSetup):
     """A file given at start-up that is not a sound vector; the server does not start with it."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from whipstaff.server import app
-from whipstaff.server.engine import UnsupportedEngine
+from whipstaff.server.engine import SelfTestFailed
 from whipstaff.server.engine.frontend.selftest import Finding
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.vectors import VectorSnapshot
@@ -34,5 +34,5 @@ def test_a_model_that_obeys_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [DEAF, LEAKY])
 def test_one_that_does_not_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, bad: Finding) -> None:
-    with pytest.raises(UnsupportedEngine, match=f"{bad.what} did not obey"):
+    with pytest.raises(SelfTestFailed, match=f"{bad.what} did not obey"):
         prove(monkeypatch, GOOD, bad)

@@ -200,15 +200,22 @@ def serving(folder: Path, *flags: str, has_key: bool = True) -> Iterator[Server]
 
 
 @contextmanager
-def serving_demo(folder: Path, *flags: str) -> Iterator[Server]:
-    """The same for the embedded demo and what is served with it, by anybody's key. This server starts as a user's."""
+def serving_demo(folder: Path, *flags: str, python: str | Path = sys.executable, **variables: str) -> Iterator[Server]:
+    """The same for the embedded demo and what is served with it, by anybody's key. This server starts as a user's.
+
+    `python` has the command line, `variables` are more of its environment.
+    """
     port = free_port()
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", "64M"]
     words += flags
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            whipstaff(*words), stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            [str(python), *whipstaff(*words)[1:]],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment() | variables,
+            start_new_session=True,
         )
     with _running(process, port, {}, log) as server:
         yield server

@@ -1,16 +1,24 @@
 """vLLM's own command-line flags."""
 
+import logging
 import os
 import shutil
+import subprocess
+import sysconfig
 from argparse import Namespace
 from typing import Any
 
+import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.compat import cli_env_setup, make_arg_parser, validate_parsed_serve_args
+
+logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
+_NO_COMPILING = "TORCH_COMPILE_DISABLE"  # torch's variable, which vLLM reads, too
+_PROBE = "#include <Python.h>\n#include <omp.h>\n"  # what the programs of torch.compile begin with
 
 
 def parser(program: str) -> Any:
@@ -30,19 +38,36 @@ def finish(args: Namespace) -> None:
         args.model = args.model_tag
     if args.api_server_count == 0 or args.headless or args.data_parallel_size > 1 or args.grpc:
         raise UnsupportedEngine("--headless, --grpc and data parallelism are not supported together with steering")
-    _check_compiler()
+    _do_without_a_compiler(args)
     validate_parsed_serve_args(args)
     args.enable_offline_docs = not args.disable_fastapi_docs  # else the page /docs would load from another host
 
 
-def _check_compiler() -> None:
-    """On a CPU a C++ compiler compiles what torch.compile writes, which vLLM's sampler calls even when run eagerly.
+def _do_without_a_compiler(args: Namespace) -> None:
+    """Where a CPU has no C++ compiler, nothing is compiled: neither the model nor vLLM's sampler, which torch.compile
+    compiles even where the model runs eagerly. `args.whipstaff_uncompiled` then says why.
 
-    Raises: UnsupportedEngine where there is none and torch.compile is on: else a model would be loaded in vain.
+    Raises: UnsupportedEngine where the compiler that is no good is one that CXX names.
     """
-    compiler, is_off = os.environ.get("CXX", "g++"), os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-    if current_platform.is_cpu() and not is_off and not shutil.which(compiler):
+    args.whipstaff_uncompiled = None
+    if not current_platform.is_cpu() or os.environ.get(_NO_COMPILING) == "1" or (why := _no_compiler()) is None:
+        return
+    if "CXX" in os.environ:
         raise UnsupportedEngine(
-            f"there is no C++ compiler {compiler!r}, which torch.compile wants on a CPU: install g++, name another in "
-            "CXX, or switch torch.compile off: TORCH_COMPILE_DISABLE=1 in the environment, with --enforce-eager"
+            f"CXX: {why}; name another, or leave it out: what is there is used, or nothing compiled"
         )
+    logger.warning("%s: torch.compile is off, and --enforce-eager on", why)
+    args.whipstaff_uncompiled, args.enforce_eager = why, True
+    os.environ[_NO_COMPILING] = "1"  # for processes that import torch anew
+    torch._dynamo.config.disable = True  # for those that are forked from this one
+
+
+def _no_compiler() -> str | None:
+    """Why torch.compile could compile nothing for a CPU, or None."""
+    name = os.environ.get("CXX", "g++")
+    if not shutil.which(name):
+        return f"there is no C++ compiler {name!r}"
+    command = [name, "-fopenmp", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+    done = subprocess.run(command, input=_PROBE, capture_output=True, text=True)
+    said = [line.strip() for line in done.stderr.splitlines() if "error" in line]
+    return f"{name!r} compiles nothing with Python and OpenMP: {said[:1]}" if done.returncode else None

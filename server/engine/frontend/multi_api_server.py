@@ -5,6 +5,7 @@ learn from the workers what it found. The parent passes on that it was told to e
 """
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -26,11 +27,12 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from whipstaff.server.engine import ENGINE_DIED, EngineDied, causes
+from whipstaff.server.engine import ENGINE_DIED, EngineDied, UnsupportedEngine, causes
 from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.server.engine.frontend.lifecycle import DIED, LONGEST_FAREWELL
 from whipstaff.steering.method import HookPoint
 
+logger = logging.getLogger("vllm.whipstaff")  # below vLLM's logger, so that its format and level apply
 Serve = Callable[[Any, Namespace, dict[str, Any]], int]
 # What an API server listens to: a terminal sends its Ctrl-C to all, and the parent passes it on.
 SIGNALS = (signal.SIGTERM,)
@@ -77,7 +79,8 @@ def run(args: Namespace, configure: Callable[[VllmConfig], object], serve: Serve
 
     Raises:
         EngineDied: when the engine does.
-        RuntimeError: when an API server does.
+        UnsupportedEngine: when an API server finds that it was started with something wrong.
+        RuntimeError: when an API server ends otherwise.
     """
     count = args.api_server_count
     setup_multiprocess_prometheus()
@@ -114,10 +117,13 @@ def run(args: Namespace, configure: Callable[[VllmConfig], object], serve: Serve
 
 
 def _bury(engine: Any, servers: Sequence[Any], error: RuntimeError) -> NoReturn:
-    """Raises: EngineDied, once the API servers know and have told their clients; `error` where it is one of them that
-    died."""
-    if engine.failed_proc_name is None and all(server.exitcode != ENGINE_DIED for server in servers):
-        raise error
+    """Raises: EngineDied, once the API servers know and have told their clients; where it is one of them that ended,
+    UnsupportedEngine or RuntimeError with what it said, or `error` where it could say nothing."""
+    statuses = {server.exitcode for server in servers}
+    if engine.failed_proc_name is None and ENGINE_DIED not in statuses:
+        if causes.WRONG_CALL in statuses:
+            raise UnsupportedEngine(causes.told() or str(error))
+        raise RuntimeError(causes.told() or str(error)) if causes.CANNOT_RUN in statuses else error
     ended = (causes.ending(name, status) for name, status in engine.finished_procs().items() if status)
     cause = causes.told() or next(ended, str(error))
     causes.note(cause)  # the engine is nobody's child but this process's
@@ -137,12 +143,16 @@ def _child(serve: Serve, address: str, sock: Any, args: Namespace, client: dict[
 
 
 def run_one(serving: Coroutine[Any, Any, int]) -> int:
-    """Run one API server; its exit status. Its process ends with the reason where it cannot."""
+    """Run one API server; its exit status. Where it cannot, the parent is told why."""
     try:
         return uvloop.run(serving)
     except EngineDied:
-        return ENGINE_DIED  # the parent says why
-    except (RuntimeError, KeyboardInterrupt) as error:
+        return ENGINE_DIED  # the parent knows why
+    except (RuntimeError, ValueError, OSError) as error:
+        causes.note(causes.of(error))
+        logger.error("this API server cannot run", exc_info=error)
+        return causes.status_of(error)
+    except KeyboardInterrupt as error:
         sys.exit(f"whipstaff: {error}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 
 import httpx
@@ -34,6 +35,8 @@ def test_it_proposes_what_the_server_has(caps: Capabilities, nothing: Capabiliti
     url, headers, body = proposed(request)
     assert url.endswith("/v1/completions") and headers.keys() == {"Content-Type"}
     assert " 0 vectors" in what and "prompt" in body and "steering" not in body
+    slow, *others = greeting(replace(PLACE, uncompiled="there is no compiler"), caps, has_chat=True)
+    assert slow.startswith("whipstaff: there is no compiler: ") and others == greeting(PLACE, caps, has_chat=True)
 
 
 @pytest.mark.engine

@@ -125,12 +125,13 @@ def test_methods_stand_beside_plain_requests() -> None:
     ],
 )
 def test_what_would_fail_after_the_load_fails_before(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["bench", "--base-url", "http://127.0.0.1:1", *words])
-    assert str(exit_.value.code).startswith("whipstaff: ") and said in str(exit_.value.code)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and last.startswith("whipstaff: ") and said in last
 
 
 def test_flags_that_follow_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

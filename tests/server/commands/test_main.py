@@ -1,7 +1,9 @@
 """The command line: a wrong call is told what is wrong, a server that cannot run says why, doctor shows findings."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import goldens
 import pytest
+import torch
 import warm
 from serving import LAYERS, environment, make_tokenizer, save_llama, save_models, save_vectors, whipstaff
 
@@ -155,23 +158,109 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
 def test_bad_flags_end_the_start_with_one_line_that_names_them(
     words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    last = told(capsys, "serve", "some/model", "--port", "0", *words)  # a port that nobody has
+    assert last.startswith("whipstaff: ") and reason in last
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The last line of a call that is wrong."""
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["serve", "some/model", "--port", "0", *words])  # a port that nobody has
-    assert str(exit_.value.code).startswith("whipstaff: ") and reason in str(exit_.value.code)
-    assert "\n" not in str(exit_.value.code)  # no traceback; Python prints it to stderr and exits with 1
+        cli.main([*words])
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_cpu_without_a_compiler_is_told_before_a_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_flag_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: --steering-slotz=3" in told(capsys, "serve", "some/model", "--steering-slotz=3")
+
+
+@pytest.mark.parametrize(
+    ("flag", "file", "data", "reason"),
+    [
+        ("--vectors", "happy.gguf", b"no such thing", "happy.gguf"),
+        ("--vectors", "happy.safetensors", b"no such thing", "happy.safetensors"),
+        ("--presets", "terse.json", b'{"defalt": {}}', "defalt"),
+        ("--keys", "keys.json", b'{"keys": [{"id": "a", "sha256": ["ab"]}]}', "keys.json"),
+        (
+            "--keys",
+            "keys.json",
+            b'{"keys": [{"id": "a", "sha256": ["%s"]}], "policies": {"free": {"max_doze": 1}}}' % (b"ab" * 32),
+            "policies.free.max_doze",
+        ),
+        ("--registry", "manifest.json", b"{", "given"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named_before_a_model_is_loaded(
+    flag: str, file: str, data: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = tmp_path / "given" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    path.chmod(0o600)
+    given = path if flag in ("--keys", "--vectors", "--presets") else tmp_path / "given"
+    last = told(capsys, "serve", "some/model", "--port", "0", flag, str(given))
+    assert last.startswith("whipstaff: ") and reason in last
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        last = told(capsys, "serve", "some/model", "--host", "127.0.0.1", "--port", port)
+    assert last.startswith("whipstaff: ") and "Address already in use" in last
+
+
+# ---- without a compiler
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The only folder of PATH. What going without a compiler sets is set back afterwards."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["serve", "some/model", "--enforce-eager"])
-    assert str(exit_.value.code).startswith("whipstaff: there is no C++ compiler 'g++', which torch.compile wants")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    return tmp_path
+
+
+def is_off() -> tuple[bool, bool]:
+    """Whether torch.compile is, for processes that import torch anew and for those that are forked from this one."""
+    return os.environ["TORCH_COMPILE_DISABLE"] == "1", torch._dynamo.config.disable
+
+
+def test_where_there_is_a_compiler_it_is_used(monkeypatch: pytest.MonkeyPatch, no_compiler: Path) -> None:
+    monkeypatch.setenv("CXX", "/usr/bin/g++")
+    args, _ = cli.parse("serve", ["some/model"])
+    assert is_off() == (False, False) and not args.enforce_eager and args.whipstaff_uncompiled is None
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (None, "there is no C++ compiler 'g++'"),
+        ("echo 'x: fatal error: Python.h: No such file' >&2; exit 1", "Python.h: No such file"),
+    ],
+)
+def test_a_cpu_without_a_compiler_compiles_nothing(no_compiler: Path, program: str | None, why: str) -> None:
+    if program is not None:
+        (no_compiler / "g++").write_text(f"#!/bin/sh\n{program}\n")
+        (no_compiler / "g++").chmod(0o700)
+    args, _ = cli.parse("serve", ["some/model"])
+    assert is_off() == (True, True) and args.enforce_eager and why in args.whipstaff_uncompiled
+
+
+def test_who_wants_nothing_compiled_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, no_compiler: Path) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    assert cli.parse("serve", ["some/model", "--enforce-eager"])[0].enforce_eager
+    args, _ = cli.parse("serve", ["some/model"])
+    assert args.whipstaff_uncompiled is None and not args.enforce_eager  # as they said
+
+
+def test_a_compiler_that_was_named_has_to_be_there(
+    monkeypatch: pytest.MonkeyPatch, no_compiler: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "clang++-99")
+    last = told(capsys, "serve", "some/model")
+    assert last.startswith("whipstaff: CXX: there is no C++ compiler 'clang++-99'; name another")
+    assert is_off() == (False, False)
 
 
 # ---- in a process of its own
@@ -182,9 +271,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
-def assert_stopped(answer: "subprocess.CompletedProcess[str]", *reasons: str) -> None:
+def assert_stopped(answer: "subprocess.CompletedProcess[str]", *reasons: str, status: int = 2) -> None:
     last = answer.stderr.strip().splitlines()[-1]
-    assert answer.returncode == 1, answer.stderr[-2000:]
+    assert answer.returncode == status, answer.stderr[-2000:]
     assert last.startswith("whipstaff: ") and all(reason in last for reason in reasons), answer.stderr[-2000:]
 
 
@@ -221,7 +310,7 @@ def write_config(folder: Path, **changes: Any) -> None:
 def test_what_ends_the_engines_process_is_said_last(tmp_path: Path) -> None:
     write_config(tmp_path / "model")
     answer = run("doctor", str(tmp_path / "model"), *FLAGS, "--skip-tokenizer-init")
-    assert_stopped(answer, str(tmp_path / "model"))
+    assert_stopped(answer, str(tmp_path / "model"), status=1)
     assert "root cause" not in answer.stderr.strip().splitlines()[-1]
 
 

@@ -3,10 +3,12 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from whipstaff.server.engine import causes
+from whipstaff.server.engine import UnsupportedEngine, causes
+from whipstaff.server.engine.frontend import multi_api_server
 
 LOST = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}")
 CHILD = """
@@ -55,3 +57,34 @@ def test_nothing_is_told_where_nobody_asked() -> None:
 def test_errors_without_words_say_their_class() -> None:
     assert causes.sentence(AssertionError()) == "AssertionError"
     assert causes.sentence(ValueError("x")) == "x"
+
+
+# ---- what one API server of several ends with
+
+
+async def failing(error: Exception) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UnsupportedEngine("no such flag"), UnsupportedEngine),
+        (OSError(28, "no room"), UnsupportedEngine),
+        (RuntimeError("out of memory"), RuntimeError),
+    ],
+)
+def test_why_an_api_server_ends_is_said_by_its_parent(error: Exception, kind: type[Exception]) -> None:
+    with causes.asked():
+        status = multi_api_server.run_one(failing(error))
+        engine, server = SimpleNamespace(failed_proc_name=None), SimpleNamespace(exitcode=status)
+        with pytest.raises(kind) as raised:
+            multi_api_server._bury(engine, [server], RuntimeError("Process ApiServer_0 died"))
+    assert str(raised.value) == causes.sentence(error)
+    assert causes.status_of(raised.value) == causes.status_of(error) == status
+
+
+def test_one_that_was_killed_could_not_say_why() -> None:
+    with causes.asked(), pytest.raises(RuntimeError, match="Process ApiServer_0 died"):
+        engine, server = SimpleNamespace(failed_proc_name=None), SimpleNamespace(exitcode=-9)
+        multi_api_server._bury(engine, [server], RuntimeError("Process ApiServer_0 died"))
