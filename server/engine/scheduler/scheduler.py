@@ -138,6 +138,7 @@ class SteeredScheduling(SearchScheduling):
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
         self._stops = NOBODY  # who ends by what was read of the tokens that are being taken in
         self._asking: set[str] = set()  # requests that ask for anything of ours
+        self._undrafted: set[str] = set()  # of those, who take no drafts
         self._was_idle = False  # whether nobody in the last step, or waiting, needed room
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
@@ -147,6 +148,8 @@ class SteeredScheduling(SearchScheduling):
             super().add_request(request)
             return
         self._asking.add(request.request_id)
+        if self.num_spec_tokens and plan.undrafted_by is not None:
+            self._undrafted.add(request.request_id)
         unit = unit_of(request, plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
@@ -188,6 +191,8 @@ class SteeredScheduling(SearchScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
+        if output.scheduled_spec_decode_tokens:
+            self._take_padding(output)
         if output.scheduled_new_reqs:
             _note_cache_use(self, output.scheduled_new_reqs)
         is_idle = not (self._groups or self._placed or self._held or self._waits)
@@ -212,6 +217,24 @@ class SteeredScheduling(SearchScheduling):
             self.search_use(),
         )
 
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        for name in filter(self._is_undrafted, draft_token_ids.req_ids):
+            if name in self.requests:
+                self.requests[name].spec_token_ids = []
+
+    def _take_padding(self, output: Any) -> None:
+        """vLLM pads the single token of who comes in with drafts that are none; those who take none do without."""
+        drafts = output.scheduled_spec_decode_tokens
+        for name in list(filter(self._is_undrafted, drafts)):
+            num = len(drafts.pop(name))
+            output.num_scheduled_tokens[name] -= num
+            output.total_num_scheduled_tokens -= num
+            self.requests[name].num_computed_tokens -= num
+
+    def _is_undrafted(self, name: str) -> bool:
+        return name in self._undrafted or name in self._group_of
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._stops = getattr(model_runner_output, "whipstaff_stops", NOBODY)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -227,6 +250,7 @@ class SteeredScheduling(SearchScheduling):
             self._held.remove(unit)
             self._held_since.pop(unit.primary.request_id, None)
             self._asking.discard(unit.primary.request_id)
+            self._undrafted.discard(unit.primary.request_id)
             for sequence in unit.sequences:
                 self._placed.pop(sequence.request_id, None)
             unit.primary.status = finished_status
@@ -251,6 +275,7 @@ class SteeredScheduling(SearchScheduling):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
         self._asking.discard(request.request_id)
+        self._undrafted.discard(request.request_id)
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
             self._slots.free(placed)
