@@ -224,6 +224,7 @@ class Traffic:
         params = SamplingParams(
             max_tokens=max_tokens or self.chance.randint(1, 30),
             extra_args=self.plan(members),
+            temperature=sampling.pop("temperature", 0),
             stop_token_ids=[STOP],
             **sampling,
         )
