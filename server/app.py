@@ -223,6 +223,7 @@ async def load(
         num_hidden_states=engine.layout.num_hidden_states,
         capture_layers=frozenset(engine.layout.capture_layers),
         max_capture_bytes=engine.layout.max_capture_bytes,
+        num_drafts=engine.layout.num_drafts,
         routing=abilities.routing,
     )
     registry = LiveRegistry(VectorLeases(engine), caps, files, store, settings.presets)

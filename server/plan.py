@@ -59,6 +59,22 @@ class RequestPlan:
         """What is to be said of every token."""
         return self.decoding.explain if self.decoding else None
 
+    @property
+    def undrafted_by(self) -> str | None:
+        """What keeps the request from having tokens drafted for it, by the field that says it; None where they may be.
+        Edits follow positions, so they hold at a draft as they do at a token that a preemption lets compute again; what
+        follows from the draw of the token before, or decides about it, has not happened yet where a draft stands."""
+        steering = self.steering
+        if self.decoding is not None:
+            return "decoding"
+        if self.companions or self.models:
+            return "sequences"
+        if steering is not None and steering.stop is not None:
+            return "stop_when"
+        if steering is not None and steering.entropy_column >= 0:
+            return "steering.schedule"
+        return "metering" if steering is not None and steering.is_metered else None
+
     def explaining(self, explain: Explain) -> "RequestPlan":
         """The same, saying other things of tokens."""
         assert self.decoding is not None

@@ -79,7 +79,8 @@ def receipt(
         fed: its finished sequences.
         searches: what its searches came to.
     """
-    plan = (placed[-1].plan if placed else compiled.plan).steering or SteeringPlan(())
+    whole = placed[-1].plan if placed else compiled.plan
+    plan = whole.steering or SteeringPlan(())
     preset, companions = compiled.preset, [one for each in placed for one in each.companions]
     return {
         **({} if preset is None else {"preset": {"id": preset.name, "digest": preset.digest}}),
@@ -89,8 +90,14 @@ def receipt(
         **({"sequences": companions} if companions else {}),
         **({"capture": [entry.to_json() for entry in compiled.captures]} if compiled.captures else {}),
         **({"search": [told(record, compiled.num_sequences) for record in searches]} if searches else {}),
+        **({"drafts": _drafts(whole.undrafted_by)} if compiled.caps.num_drafts else {}),
         "warnings": warnings_of(compiled, placed),
     }
+
+
+def _drafts(undrafted_by: str | None) -> dict[str, Any]:
+    """Whether the engine drafts tokens for the request, and if not, what of it stands against that."""
+    return {"taken": True} if undrafted_by is None else {"taken": False, "because_of": undrafted_by}
 
 
 def warnings_of(compiled: CompiledRequest, placed: Sequence[PlacedRequest]) -> list[str]:

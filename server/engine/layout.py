@@ -45,6 +45,7 @@ class Layout(BaseModel):
     capture_layers: tuple[int, ...] = ()  # whose activations can be captured, at all sites
     max_capture_bytes: int = 0  # of activations that are captured at once, counted as float32
     has_plain_form: bool = True  # whether steps without edits run the model without sites; see `forms`
+    num_drafts: int = 0  # tokens that may be drafted at once for each sequence; see `RequestPlan.undrafted_by`
     max_search_seqs: int = 0  # sequences that requests which search may hold at once, all together
 
     @property

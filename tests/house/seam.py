@@ -103,14 +103,14 @@ def _of(owner: str, names: str) -> tuple[str, ...]:
 # Members that are called or read on vLLM's objects; which of our files do so is found by name.
 REACHED: tuple[str, ...] = (
     *_of(V1, "input_batch query_start_loc discard_request_mask sampler lora_config kv_cache_config attn_groups"),
-    *_of(V1, "_set_active_loras"),
+    *_of(V1, "_set_active_loras num_spec_tokens"),
     *_of(
         "vllm.entrypoints.anthropic.serving.AnthropicServingMessages",
         "_merge_inline_system _get_disabled_thinking_effort",
     ),
     *_of(
         "vllm.v1.worker.gpu_input_batch.InputBatch",
-        "req_ids num_reqs num_computed_tokens_cpu generators block_table",
+        "req_ids num_reqs num_computed_tokens_cpu generators block_table spec_token_ids",
     ),
     *_of("vllm.v1.worker.block_table.MultiGroupBlockTable", "block_tables"),
     *_of("vllm.v1.worker.block_table.BlockTable", "get_device_tensor block_size"),
@@ -128,15 +128,15 @@ REACHED: tuple[str, ...] = (
         "requests running kv_cache_manager policy hash_block_size block_size num_lookahead_tokens use_v2_model_runner "
         "max_num_active_reqs max_num_scheduled_tokens max_num_encoder_input_tokens max_model_len parallel_config "
         "scheduler_config need_mamba_block_aligned_split grammar_compile_error_reqs num_waiting_for_streaming_input "
-        "deferred_waiting reset_preempted_req_ids _pause_state _inflight_prefill_reserved_blocks",
+        "deferred_waiting reset_preempted_req_ids _pause_state _inflight_prefill_reserved_blocks num_spec_tokens",
     ),
     *_of(
         REQUEST,
         "_all_token_ids _block_hasher _output_token_ids append_output_token_ids arrival_time block_hashes cache_salt "
         "client_index drop_stale_output is_prefill_chunk lora_request max_tokens num_computed_tokens "
         "num_output_placeholders num_output_tokens num_preemptions num_prompt_tokens "
-        "num_stale_output_tokens num_tokens priority request_id sampling_params "
-        "skip_reading_prefix_cache status stop_reason take_prefill_stats update_block_hashes",
+        "num_stale_output_tokens num_tokens num_tokens_with_spec priority request_id sampling_params "
+        "skip_reading_prefix_cache spec_token_ids status stop_reason take_prefill_stats update_block_hashes",
     ),
     *_of(KV_MANAGER, "block_pool coordinator empty_kv_cache_blocks get_blocks truncate_computed_blocks"),
     *_of(KV_MANAGER, "watermark_blocks"),
@@ -151,7 +151,12 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.core.sched.output.NewRequestData", "from_request num_computed_tokens prompt_token_ids"),
     *_of("vllm.v1.core.sched.output.NewRequestData", "sampling_params"),
     *_of("vllm.v1.core.sched.output.SchedulerOutput", "finished_req_ids num_scheduled_tokens scheduled_cached_reqs"),
-    *_of("vllm.v1.core.sched.output.SchedulerOutput", "scheduled_new_reqs"),
+    *_of(
+        "vllm.v1.core.sched.output.SchedulerOutput",
+        "scheduled_new_reqs scheduled_spec_decode_tokens total_num_scheduled_tokens",
+    ),
+    *_of("vllm.v1.outputs.DraftTokenIds", "req_ids"),
+    *_of("vllm.v1.outputs.ModelRunnerOutput", "req_id_to_index sampled_token_ids"),
     *_of("vllm.v1.engine.EngineCoreOutput", "kv_transfer_params new_logprobs new_token_ids request_id"),
     *_of("vllm.v1.engine.logprobs.LogprobsProcessor", "from_new_request update_from_output"),
     *_of("vllm.v1.engine.EngineCoreOutputs", "outputs scheduler_stats"),

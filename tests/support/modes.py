@@ -15,6 +15,16 @@ MODES: dict[str, dict[str, Any]] = {
     "v2-eager-async": {"enforce_eager": True, "async_scheduling": True},
     "v2-eager-sync": {"enforce_eager": True, "async_scheduling": False},
     "v1-eager-two-ranks": {"enforce_eager": True, "async_scheduling": False, "tensor_parallel_size": 2},
+    "v1-eager-drafts": {
+        "enforce_eager": True,
+        "async_scheduling": False,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    },
     "v1-compiled-async": {"async_scheduling": True},
     "v1-traced-sync": {"async_scheduling": False},
     "v1-traced-async": {"async_scheduling": True},

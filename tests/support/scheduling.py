@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -43,6 +44,7 @@ class Case:
     num_slots: int = 2
     caches: bool = True
     looks_ahead: bool = False
+    num_drafts: int = 0
 
 
 CASES = {
@@ -55,6 +57,8 @@ CASES = {
     "starved_async": Case(is_async=True, num_blocks=12, max_num_seqs=5, budget=8, caches=False),
     "thresholds": Case(is_async=True, threshold=5, budget=64, max_num_seqs=12),
     "ahead": Case(is_async=True, num_blocks=14, looks_ahead=True),
+    "drafts": Case(num_blocks=14, num_drafts=3),
+    "starved_drafts": Case(num_blocks=12, max_num_seqs=4, budget=8, num_drafts=5),
     "starved_ahead": Case(num_blocks=12, max_num_seqs=4, budget=8, looks_ahead=True),
 }
 
@@ -71,6 +75,7 @@ def scheduler(model: str, case: Case) -> Any:
         scheduling_policy=case.policy,
         enable_prefix_caching=case.caches,
         enforce_eager=True,
+        speculative_config={"method": "ngram", "num_speculative_tokens": case.num_drafts} if case.num_drafts else None,
     )
     with async_on_cpu():
         config = args.create_engine_config()
@@ -122,15 +127,17 @@ class Worker:
         together = {name for primary, others in steps.items() for name in (primary, *others) if name}
         for name in names:
             end = computed[name] + output.num_scheduled_tokens[name]
-            assert end <= self.known[name], f"{name} computes {end} of {self.known[name]}"
-            samples = end == self.known[name]
+            assert end <= self.known[name] + len(output.scheduled_spec_decode_tokens.get(name, ()))
+            drafts = output.scheduled_spec_decode_tokens.get(name, [])
+            samples = end - len(drafts) == self.known[name]
             (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
             assert len(blocks) * BLOCK >= end + self.scheduler.num_lookahead_tokens, f"{name} has nowhere to try tokens"
             is_member = "/" in name or self.scheduler.requests[name].sampling_params.extra_args
             if is_member and name in self.scheduler._group_of:
                 assert samples == (name in together), f"{name} samples alone"
-            sampled.append([token(name, self.known[name] - self.prompt_len(name))] if samples else [])
-            self.known[name] += samples
+                assert not drafts, f"{name} takes drafts"
+            sampled.append(list(self.verified(name, drafts)) if samples else [])
+            self.known[name] += len(sampled[-1])
         return ModelRunnerOutput(
             names,
             {name: row for row, name in enumerate(names)},
@@ -138,6 +145,24 @@ class Worker:
             prompt_logprobs_dict={},
             prompt_token_id_logprobs_dict={},
         )
+
+    def verified(self, name: str, drafts: list[int]) -> Iterator[int]:
+        """The tokens that come next: as many as were drafted right, and one."""
+        num = self.known[name] - self.prompt_len(name)
+        for index, draft in enumerate([*drafts, None]):
+            yield (right := token(name, num + index))
+            if draft != right:
+                return
+
+    def drafts(self, sampled: ModelRunnerOutput, chance: random.Random, most: int) -> DraftTokenIds:
+        """For everybody who has sampled, some of them right."""
+        known = [name for name, tokens in zip(sampled.req_ids, sampled.sampled_token_ids, strict=True) if tokens]
+        known = [name for name in known if name in self.scheduler.requests]
+        found = []
+        for name in known:
+            next_ones = range(self.known[name] - self.prompt_len(name), 1 << 20)[: chance.randint(0, most)]
+            found.append([token(name, index) if chance.random() < 0.7 else 301 for index in next_ones])
+        return DraftTokenIds(known, found)
 
     def prompt_len(self, name: str) -> int:
         return int(self.scheduler.requests[name].num_prompt_tokens)
@@ -165,7 +190,7 @@ class Traffic:
         self.asked: dict[str, Asked] = {}
         self.names = map(str, count())
         self.in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
-        self.num_together = 0
+        self.num_together = self.num_drafted = 0
         init_none_hash(get_hash_fn_by_name("sha256"))
         self.hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256")) if case.caches else None
         self.stem = self.chance.choices(range(300), k=BLOCK * 3 + 1)
@@ -199,6 +224,7 @@ class Traffic:
         params = SamplingParams(
             max_tokens=max_tokens or self.chance.randint(1, 30),
             extra_args=self.plan(members),
+            temperature=sampling.pop("temperature", 0),
             stop_token_ids=[STOP],
             **sampling,
         )
@@ -228,7 +254,13 @@ class Traffic:
             self.update()
 
     def update(self) -> None:
-        for client, outputs in self.scheduler.update_from_output(*self.in_flight.popleft()).items():
+        step = self.in_flight.popleft()
+        told = self.scheduler.update_from_output(*step)
+        if self.case.num_drafts:
+            drafted = self.worker.drafts(step[1], self.chance, self.case.num_drafts)
+            self.num_drafted += sum(map(len, drafted.draft_token_ids))
+            self.scheduler.update_draft_token_ids(drafted)
+        for client, outputs in told.items():
             assert client == 0
             for one in outputs.outputs:
                 assert "/" not in one.request_id

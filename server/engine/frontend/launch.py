@@ -302,6 +302,7 @@ def start(args: Namespace | AsyncEngineArgs, setup: Setup = Setup(), client: Map
 def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
     """Put our worker, our scheduler and our layout into a resolved engine config. Raises: UnsupportedEngine."""
     _refuse_unsupported(config)
+    _refuse_drafts(config, setup)
     if setup.lookahead:
         _refuse_lookahead(config)
     if setup.attention_rows:
@@ -335,6 +336,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         num_hidden_states=setup.hidden_states,
         max_capture_bytes=setup.max_capture_bytes,
         has_plain_form=not setup.one_form,
+        num_drafts=config.num_speculative_tokens,
     )
     layout = layout.model_copy(update={"capture_layers": _capture_layers(setup.capture_layers, config, layout)})
     if layout.edits_attention:
@@ -415,7 +417,6 @@ def _refuse_unsupported(config: VllmConfig) -> None:
             f"no steered worker for {config.parallel_config.worker_cls}; CPU and CUDA are supported"
         )
     refused = {
-        "--speculative-config": config.speculative_config is not None,
         "--runner pooling": config.model_config.runner_type != "generate",
         "--pipeline-parallel-size > 1": config.parallel_config.pipeline_parallel_size > 1,
         "--enable-batch-sharded-sampling": config.parallel_config.enable_batch_sharded_sampling,
@@ -426,6 +427,28 @@ def _refuse_unsupported(config: VllmConfig) -> None:
     for setting, is_on in refused.items():
         if is_on:
             raise UnsupportedEngine(f"{setting} is not supported together with per-request steering")
+
+
+def _refuse_drafts(config: VllmConfig, setup: Setup) -> None:
+    """Of vLLM's ways to speculate, all but those under which edits and methods are known to hold."""
+    speculative = config.speculative_config
+    if speculative is None:
+        return
+    refused = {
+        f"--speculative-config with the method {speculative.method}; ngram": speculative.method != "ngram",
+        "--speculative-config that accepts drafts at made-up rates (synthetic); one that verifies them": (
+            speculative.rejection_sample_method != "standard"
+        ),
+        "--speculative-config on Model Runner V2; VLLM_USE_V2_MODEL_RUNNER=0 chooses V1, which": (
+            config.use_v2_model_runner
+        ),
+    }
+    for setting, is_on in refused.items():
+        if is_on:
+            refused_one, _, instead = setting.partition("; ")
+            raise UnsupportedEngine(f"{refused_one} is not supported together with per-request steering; {instead} is")
+    if setup.lookahead:
+        _refuse("--lookahead", {"--speculative-config": True})
 
 
 def _refuse_lookahead(config: VllmConfig) -> None:

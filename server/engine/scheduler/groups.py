@@ -362,8 +362,8 @@ class GroupedScheduling(Scheduler):
 
 
 def _num_known(request: Request) -> int:
-    """Tokens of a sequence, those that are still being sampled included."""
-    return int(request.num_tokens + request.num_output_placeholders)
+    """Tokens of a sequence, those that are still being sampled and those that were drafted included."""
+    return int(request.num_tokens_with_spec + request.num_output_placeholders)
 
 
 def _is_ending(request: Request) -> bool:

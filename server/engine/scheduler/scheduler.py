@@ -8,7 +8,8 @@ While nobody asks for anything of ours the scheduler is of another class, which 
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -97,6 +98,10 @@ class IdleScheduling(Scheduler):
     _notes: StepNotes  # of the last step in which it was that
     _cache_use: CacheUse
 
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        _drop_drafts(self, filter(partial(_is_sampled, self), draft_token_ids.req_ids))
+
     def add_request(self, request: Request) -> None:
         if plan_of(request) is None:
             super().add_request(request)
@@ -106,6 +111,8 @@ class IdleScheduling(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
+        if output.scheduled_spec_decode_tokens:
+            _take_padding(self, output, partial(_is_sampled, self))
         if output.scheduled_new_reqs:  # else there is no news
             _note_cache_use(self, output.scheduled_new_reqs)
             output.whipstaff_notes = self._notes
@@ -138,6 +145,7 @@ class SteeredScheduling(SearchScheduling):
         self._waits: list[float] = []  # seconds, of those that have slots since the last step
         self._stops = NOBODY  # who ends by what was read of the tokens that are being taken in
         self._asking: set[str] = set()  # requests that ask for anything of ours
+        self._undrafted: set[str] = set()  # of those, who take no drafts
         self._was_idle = False  # whether nobody in the last step, or waiting, needed room
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
 
@@ -147,6 +155,8 @@ class SteeredScheduling(SearchScheduling):
             super().add_request(request)
             return
         self._asking.add(request.request_id)
+        if self.num_spec_tokens and plan.undrafted_by is not None:
+            self._undrafted.add(request.request_id)
         unit = unit_of(request, plan)
         if any([self._place(sequence) for sequence in unit.sequences]):
             self._held.append(unit)
@@ -188,6 +198,8 @@ class SteeredScheduling(SearchScheduling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)
+        if output.scheduled_spec_decode_tokens:
+            _take_padding(self, output, self._is_undrafted)
         if output.scheduled_new_reqs:
             _note_cache_use(self, output.scheduled_new_reqs)
         is_idle = not (self._groups or self._placed or self._held or self._waits)
@@ -212,6 +224,13 @@ class SteeredScheduling(SearchScheduling):
             self.search_use(),
         )
 
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        _drop_drafts(self, filter(self._is_undrafted, draft_token_ids.req_ids))
+
+    def _is_undrafted(self, name: str) -> bool:
+        return name in self._undrafted or name in self._group_of or _is_sampled(self, name)
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._stops = getattr(model_runner_output, "whipstaff_stops", NOBODY)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -227,6 +246,7 @@ class SteeredScheduling(SearchScheduling):
             self._held.remove(unit)
             self._held_since.pop(unit.primary.request_id, None)
             self._asking.discard(unit.primary.request_id)
+            self._undrafted.discard(unit.primary.request_id)
             for sequence in unit.sequences:
                 self._placed.pop(sequence.request_id, None)
             unit.primary.status = finished_status
@@ -251,6 +271,7 @@ class SteeredScheduling(SearchScheduling):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
         self._asking.discard(request.request_id)
+        self._undrafted.discard(request.request_id)
         placed = self._placed.pop(request.request_id, None)
         if placed is not None:
             self._slots.free(placed)
@@ -267,6 +288,28 @@ class SteeredScheduling(SearchScheduling):
             if (since := self._held_since.pop(unit.primary.request_id, None)) is not None:
                 self._waits.append(time.monotonic() - since)
             self._start(unit)
+
+
+def _is_sampled(scheduler: Any, name: str) -> bool:
+    """Whether a request draws at random: beside drafts such answers were found to be distributed otherwise."""
+    request = scheduler.requests.get(name)
+    return request is not None and request.sampling_params is not None and request.sampling_params.temperature > 0
+
+
+def _drop_drafts(scheduler: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if name in scheduler.requests:
+            scheduler.requests[name].spec_token_ids = []
+
+
+def _take_padding(scheduler: Any, output: Any, is_undrafted: Callable[[str], bool]) -> None:
+    """vLLM pads the single token of who comes in with drafts that are none; those who take none do without."""
+    drafts = output.scheduled_spec_decode_tokens
+    for name in list(filter(is_undrafted, drafts)):
+        num = len(drafts.pop(name))
+        output.num_scheduled_tokens[name] -= num
+        output.total_num_scheduled_tokens -= num
+        scheduler.requests[name].num_computed_tokens -= num
 
 
 def _note_cache_use(scheduler: Any, new: Iterable[Any]) -> None:

@@ -40,6 +40,7 @@ class BatchView:
         default_factory=dict
     )  # row that is drawn for -> its companions' rows
     companion_rows: Sequence[tuple[int, int]] = ()  # (a companion's row, the row whose token it is given)
+    num_drafts: Ints | None = None  # (B,) how many of each row's tokens, its last, are drafts; None: nobody's are
 
     def in_groups(self, groups: Mapping[str, Sequence[str | None]]) -> "BatchView":
         """With the rows of coupled sequences.
@@ -71,6 +72,12 @@ class BatchView:
         if ABSENT in taking:
             raise RuntimeError(f"{self.requests[row]} would get token {num_generated} without all of its sequences")
         return tuple(ABSENT if other is None else other for other in taking)
+
+    @property
+    def drawn_logits(self) -> Ints | None:
+        """(B,) which of the step's logits come after each row's last token: before them stand those that verify its
+        drafts. None where there are no others."""
+        return None if self.num_drafts is None else np.cumsum(self.num_drafts + 1) - 1
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,8 @@
     sample     runner's sampler              before_draw             stages penalty, temperature and truncation
                runner's sampler              after_draw              searches decide; methods learn what was drawn
                runner adapter                give_to_companions_     the primary's token becomes theirs
-    tell       worker.sample_tokens          tell                    explanations and verdicts go with the output
+    tell       worker.sample_tokens          tell                    explanations and verdicts go with the output;
+                                                                     of rejected drafts nothing stays
 
 `pipeline` (logits/pipeline.py) does what concerns logits, `edits` (edits/step_edits.py) what concerns activations. Both
 read one map of the requests.
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from whipstaff.server.engine.explanations import attach
 from whipstaff.server.engine.patch import carry
 from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
-from whipstaff.server.engine.worker.batch import NOBODY, BatchView
+from whipstaff.server.engine.worker.batch import NOBODY, BatchView, Ints
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
 from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.requests import Arrival, Requests, arrival
@@ -56,6 +58,11 @@ class WorkerStep:
     def groups(self) -> Mapping[str, Sequence[str | None]]:
         """That take this step together: see `BatchView.in_groups`."""
         return self.notes.groups
+
+    @property
+    def drawn_logits(self) -> Ints | None:
+        """Of this step: see `BatchView.drawn_logits`."""
+        return self._view.drawn_logits
 
     def note_schedule(self, scheduler_output: Any) -> None:
         """Learn who came and went, and what else vLLM's scheduler output carries of ours."""
@@ -126,6 +133,8 @@ class WorkerStep:
         """The step's output, with its explanations and verdicts."""
         if self.is_plain:
             return output
+        if self._view.num_drafts is not None:
+            self._forget_rejected(self._view.num_drafts, output)
         if self.notes.searches:
             verdicts, copies = self.pipeline.searches.take()
             self._copy(copies)
@@ -134,6 +143,19 @@ class WorkerStep:
             output = carry(output, "whipstaff_stops", self.edits.histories.stops().on_host)
         explanations = self.pipeline.take_explanations()
         return output if output is None or explanations is None else attach(output, explanations)
+
+    def _forget_rejected(self, num_drafts: Ints, output: Any) -> None:
+        """What was read or captured of drafts that are no tokens of their requests. Where these go on, the tokens that
+        take their places are computed at the same positions."""
+        for row in np.flatnonzero(num_drafts):
+            request = self.requests.get(self._view.requests[row])
+            if request is None or not (request.histories or request.captured):
+                continue
+            index = output.req_id_to_index[request.request_id]
+            num = int(self._view.positions[row]) + len(output.sampled_token_ids[index])
+            request.num_read = min(request.num_read, num)
+            if request.captured:
+                self.edits.captures.forget(request, num)
 
     def _copy(self, copies: Copies) -> None:
         """Sequences of searches go on in other seats, with what is kept of them."""

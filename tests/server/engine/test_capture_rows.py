@@ -21,7 +21,7 @@ from whipstaff.steering.plan import Capture, PlannedCapture, SteeringPlan
 from whipstaff.steering.tables import SiteSpec
 from whipstaff.steering.where import Where
 
-CPU, ROOM = torch.device("cpu"), 16  # tokens of a step
+CPU, ROOM = torch.device("cpu"), 32  # tokens of a step
 STREAMS = tuple(HookPoint("resid_post", layer) for layer in range(3))
 HEADS = tuple(HookPoint("attn_head", layer) for layer in range(3))
 WIDTHS = dict.fromkeys(STREAMS, 4) | dict.fromkeys(HEADS, 6)
@@ -101,7 +101,8 @@ def chunks(num: int, sizes: Iterator[int]) -> Iterator[tuple[int, int]]:
 @settings(max_examples=tries(60), deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_rows_go_where_their_positions_are(seed: int) -> None:
-    """Of requests that come in chunks of any size, are preempted and computed again, and end in the middle."""
+    """Of requests that come in chunks of any size, some with rejected drafts, are preempted and computed again,
+    and end in the middle."""
     bench, random = Bench(), Random(seed)
     going, num_fed, placed = dict[str, list[tuple[int, int]]](), dict[str, int](), dict[str, Any]()
     for number in range(random.randint(1, 4)):
@@ -116,7 +117,11 @@ def test_rows_go_where_their_positions_are(seed: int) -> None:
         placed[name] = bench.requests.plan_of(name)
     while any(going.values()):
         here = [name for name, steps in going.items() if steps and random.random() < 0.5]
-        bench.step(*((name, *going[name].pop(0)) for name in here))
+        fed = [(name, *going[name].pop(0), random.choice((0, 0, 1, 3))) for name in here]
+        bench.step(*((name, position, num + num_rejected) for name, position, num, num_rejected in fed))
+        for name, position, num, num_rejected in fed:
+            if num_rejected and placed[name].captures:
+                bench.captures.forget(bench.requests[name], position + num)
     for name, num in num_fed.items():
         is_known = random.random() < 0.5  # whether the worker has heard of its end
         if is_known:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engines import Ask, edit
+from modes import THREE
 from torch import Tensor
 from vllm.sampling_params import RequestOutputKind
 
@@ -18,7 +19,7 @@ from whipstaff.steering.where import Where
 
 from .conftest import Shared
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.parametrize("shared", [*THREE, "v1-eager-drafts"], indirect=True)]
 
 LAYERS, WIDTH, EDITED = 4, 96, 1  # the layer whose stream is pushed
 BLOCK, TOLERANCE = 32, 2e-4

@@ -28,8 +28,10 @@ from whipstaff.steering.vector_file import Header, Vector
 
 from .conftest import Shared
 
-pytestmark = pytest.mark.engine
+DRAFTS = "v1-eager-drafts"
 ON_V1 = pytest.mark.parametrize("shared", modes.ON_V1, indirect=True)
+EVERYWHERE = pytest.mark.parametrize("shared", [*modes.THREE, DRAFTS], indirect=True)
+pytestmark = pytest.mark.engine
 
 NUM_TOKENS = 18
 MARGIN = 1e-3  # of readings and logits, both of order 1
@@ -269,6 +271,7 @@ def _assert_readings(bench: Bench, case: Case) -> int:
     return num_compared
 
 
+@EVERYWHERE
 def test_conditions_and_schedules(bench: Bench, nobody_left: None) -> None:
     """Every kind of condition and schedule at once, in chunks, with preemptions, twice: the second time prefixes are
     cached. Plain requests among them are as they would be alone."""
@@ -311,6 +314,7 @@ def _stopping(bench: Bench, index: int) -> tuple[Case, list[int]]:
     return case, trace.tokens[: last + 1]
 
 
+@EVERYWHERE
 def test_a_generation_ends_at_the_first_token_where_a_probe_says_so(bench: Bench, nobody_left: None) -> None:
     """Beside others, in chunks and preempted; a prompt's tokens end nothing, and `min_tokens` come first."""
     found = [_stopping(bench, index) for index in range(4 if _is_slow(bench) else 24)]

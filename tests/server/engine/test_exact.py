@@ -25,7 +25,7 @@ from .conftest import Shared
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.parametrize("shared", [*THREE, "v1-eager-two-ranks"], indirect=True),
+    pytest.mark.parametrize("shared", [*THREE, "v1-eager-two-ranks", "v1-eager-drafts"], indirect=True),
 ]
 
 NUM_TOKENS = 14

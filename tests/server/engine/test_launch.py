@@ -17,6 +17,9 @@ def config_of(model: str, **flags: Any) -> Any:
     return args.create_engine_config()
 
 
+NGRAM: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": 2}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.save("llama", Path(tmp_path_factory.mktemp("base")))
@@ -43,7 +46,17 @@ def test_the_scheduler_follows_the_engines_choice(model: str, is_async: bool) ->
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            "the method ngram_gpu .*; ngram is",
+        ),
+        (
+            {
+                "speculative_config": NGRAM
+                | {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.5, 0.2]}
+            },
+            "synthetic",
+        ),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size"),
     ],
 )
@@ -78,6 +91,19 @@ def test_the_embeddings_are_a_site_only_where_they_may_be_kept(model: str) -> No
 def test_a_layer_that_is_not_there_cannot_be_kept(model: str) -> None:
     with pytest.raises(UnsupportedEngine, match="--early-layers 3: the served model has 3 blocks"):
         configure(config_of(model), Setup(early_layers=[0, 3]))
+
+
+def test_drafts_are_in_the_layout_and_not_on_model_runner_v2_nor_beside_lookahead(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configure(config_of(model)).num_drafts == 0
+    assert configure(config_of(model, speculative_config=NGRAM)).num_drafts == 2
+    with pytest.raises(UnsupportedEngine, match="--lookahead is not supported together with --speculative-config"):
+        configure(config_of(model, speculative_config=NGRAM), Setup(lookahead=True))
+    config = config_of(model, speculative_config=NGRAM)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(UnsupportedEngine, match=r"on Model Runner V2 .*; VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"):
+        configure(config)
 
 
 def test_lookahead_is_in_the_layout(model: str) -> None:

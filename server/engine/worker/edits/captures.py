@@ -129,6 +129,15 @@ class Captures:
             if asked:
                 self._gather(arena, asked)
 
+    def forget(self, request: PlannedRequest, position: int) -> None:
+        """What stands from that position on, where drafts stood that were rejected. Waits for the device."""
+        self._settle(most=0)
+        for (_, intervals), into in zip(request.placed.captures, request.captured, strict=True):
+            before = 0
+            for start, end in intervals:
+                into.seen[before + min(max(position, start), end) - start : before + end - start] = False
+                before += end - start
+
     def take(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
         """What the sequences of that `captures_id` have, see `worker.whipstaff_captures`; once. Waits for the
         device."""

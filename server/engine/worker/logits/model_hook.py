@@ -6,7 +6,7 @@ asks logits for carry what decoding needs. The logits asked for first after a fo
 row for each of the batch's; they need no names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
+from whipstaff.server.engine.worker.logits.metadata import sent
+from whipstaff.server.engine.worker.logits.pipeline import LogitsPipeline
 from whipstaff.server.engine.worker.step import WorkerStep
 
 _TAG_BASE = 256  # token = 256 * high + low: both columns are exact even in bfloat16 (256 is its last exact step)
@@ -92,12 +94,14 @@ def composite(cls: Any) -> type:
             streams = {name: self.whipstaff_auxiliaries[name].compute_logits(part) for name, part in others.items()}
             if logits is None:  # tensor parallel: another rank samples
                 return None
+            drawn = step.drawn_logits
+            rows = None if drawn is None else sent(drawn, logits.device)
             if step.pipeline.awaits_logits:
-                logits = step.pipeline.decode(logits, streams, own)
+                logits = _decoded(step.pipeline, logits, streams, own, rows)
             elif tags is not None:
                 logits = step.pipeline.decode_prompt(logits, streams, own, _tokens(tags))
             if step.edits.histories.awaited is not None:
-                step.edits.histories.note_logits(logits)
+                step.edits.histories.note_logits(logits if rows is None else logits[rows])
             return logits
 
         def _whipstaff_parts(self, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
@@ -113,6 +117,18 @@ def composite(cls: Any) -> type:
             return own.contiguous(), parts, tags
 
     return Composite
+
+
+def _decoded(
+    pipeline: LogitsPipeline, logits: Tensor, streams: Mapping[str, Tensor], own: Tensor, rows: Tensor | None
+) -> Tensor:
+    """The logits, with `rows` as the pipeline makes them: (B,) one for each of the batch's; None: there are no others.
+    Those verify drafts of requests that ask for no decoding."""
+    if rows is None:
+        return pipeline.decode(logits, streams, own)
+    drawn = logits[rows]
+    decoded = pipeline.decode(drawn, {name: part[rows] for name, part in streams.items()}, own[rows])
+    return logits if decoded is drawn else logits.to(decoded.dtype).index_copy_(0, rows, decoded)
 
 
 def _ids(input_ids: Tensor | None) -> Tensor:
