@@ -1,6 +1,6 @@
 """Whipstaff's own settings: flags before environment (WHIPSTAFF_*) before defaults. vLLM's flags are vLLM's."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,17 +207,10 @@ class Settings(BaseSettings):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
             group.add_argument(flag, dest=f"whipstaff_{name}", action=action, metavar=metavar, help=help_text)
-        for name in ("lookahead", "attention_rows", "one_form", "open_metrics"):
+        for name in ("lookahead", "attention_rows", "one_form", "open_metrics", "playground"):
             flag = "--" + name.replace("_", "-")
             help_text = Settings.model_fields[name].description
-            group.add_argument(flag, dest=f"whipstaff_{name}", action="store_const", const=True, help=help_text)
-        group.add_argument(
-            "--no-playground",
-            dest="whipstaff_playground",
-            action="store_const",
-            const=False,
-            help="do not " + (Settings.model_fields["playground"].description or ""),
-        )
+            group.add_argument(flag, dest=f"whipstaff_{name}", action=BooleanOptionalAction, help=help_text)
 
     @staticmethod
     def from_args(args: Namespace) -> "Settings":

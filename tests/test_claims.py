@@ -15,7 +15,7 @@ from whipstaff.decoding.method import STAGES
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.decoding.methods import dry
 from whipstaff.decoding.search.search import SearchParams
-from whipstaff.server.api import admin
+from whipstaff.server.api import admin, fits
 from whipstaff.server.api import generate as routes
 from whipstaff.server.settings import Settings
 from whipstaff.server.suite.methods import GRIDS, VARIANTS
@@ -159,19 +159,21 @@ def _value(text: str) -> object:
 def test_flags() -> None:
     parser = ArgumentParser()
     Settings.add_flags(parser)
-    ours = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
-    assert set(re.findall(r"^    (--[\w-]+) ", text("docs/operating.md"), re.M)) == ours
+    ours = [set(action.option_strings) for action in parser._actions if "--help" not in action.option_strings]
+    told = set(re.findall(r"^    (--[\w-]+) ", text("docs/operating.md"), re.M))
+    assert told <= set().union(*ours)
+    assert [names for names in ours if len(names & told) != 1] == []  # --x or --no-x, whichever is not the default
 
 
 def test_endpoints() -> None:
     ours = {
         (method, route.path)
-        for router in (routes.router, admin.router)
+        for router in (routes.router, admin.router, fits.router)
         for route in router.routes
         if isinstance(route, APIRoute) and route.path.startswith("/v1/steering")
         for method in route.methods
     }
-    assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets"}
+    assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets", "fits"}
     for method, path in ours:
         tail = path.removeprefix("/v1/steering/").split("/")[0]
         assert re.search(rf"`?{method} (?:/v1/steering|\.\.\.)/(?:{tail}|\{{name\}})", words("docs/requests.md")), (

@@ -105,6 +105,8 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
         assert cli.parse("serve", ["some/model", "--early-layers", said])[1].early_layers == layers
     assert own.early_layers is None and not own.lookahead
     assert cli.parse("serve", ["some/model", "--lookahead"])[1].lookahead
+    assert not cli.parse("serve", ["some/model", "--lookahead", "--no-lookahead"])[1].lookahead
+    assert not cli.parse("serve", ["some/model", "--no-playground"])[1].playground
     monkeypatch.setenv("WHIPSTAFF_LOOKAHEAD", "1")
     assert cli.parse("doctor", ["some/model"])[1].lookahead
     assert not own.attention_rows and own.hidden_states == 0
