@@ -96,8 +96,9 @@ def receipt(
 
 
 def _drafts(undrafted_by: str | None) -> dict[str, Any]:
-    """Whether the engine drafts tokens for the request, and if not, what of it stands against that."""
-    return {"taken": True} if undrafted_by is None else {"taken": False, "because_of": undrafted_by}
+    """Whether the engine may draft tokens for the request's greedy answers, and if not, what of it stands against
+    that."""
+    return {"allowed": True} if undrafted_by is None else {"allowed": False, "because_of": undrafted_by}
 
 
 def warnings_of(compiled: CompiledRequest, placed: Sequence[PlacedRequest]) -> list[str]:

@@ -19,6 +19,12 @@ if minor_version() == SUPPORTED[0]:
         """What a chat request says about its template, beside the server's defaults."""
         return request.build_chat_params(renderer.chat_template, renderer.chat_template_content_format)
 
+    async def effort_of(serving: Any, request: Any) -> Any:
+        """The reasoning effort of a chat that stands for a message request."""
+        if request.thinking is None or request.thinking.type != "disabled":
+            return "none"
+        return await serving._get_disabled_thinking_effort()
+
 else:
     from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.common.startup import cli_env_setup
@@ -34,5 +40,16 @@ else:
             renderer.chat_template, renderer.chat_template_content_format, renderer.reasoning_effort_map
         )
 
+    async def effort_of(serving: Any, request: Any) -> Any:
+        """The reasoning effort of a chat that stands for a message request."""
+        return await serving.disabled_thinking_effort_resolver.resolve_for(request)
 
-__all__ = ["chat_params", "cli_env_setup", "fail_request", "make_arg_parser", "validate_parsed_serve_args"]
+
+__all__ = [
+    "chat_params",
+    "cli_env_setup",
+    "effort_of",
+    "fail_request",
+    "make_arg_parser",
+    "validate_parsed_serve_args",
+]

@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMClientError
 
+from whipstaff.server.engine.compat import effort_of
 from whipstaff.server.engine.frontend import openai
 from whipstaff.server.engine.frontend.requests import ChatRequest
 from whipstaff.server.engine.patch import swap
@@ -91,10 +92,8 @@ def serve_messages(app: FastAPI) -> None:
 
 async def as_chat(request: MessageRequest, app: FastAPI) -> MessageChat:
     """Raises: BadRequest."""
-    serving, effort = app.state.anthropic_serving_messages, "none"
-    if request.thinking is not None and request.thinking.type == "disabled":
-        effort = await serving._get_disabled_thinking_effort()
-    merges = serving._merge_inline_system
+    serving = app.state.anthropic_serving_messages
+    effort, merges = await effort_of(serving, request), serving._merge_inline_system
     chat: MessageChat = serving.to_chat_completion_request(
         request, merge_inline_system=merges, disabled_thinking_effort=effort
     )

@@ -291,7 +291,7 @@ class SteeredScheduling(SearchScheduling):
 
 
 def _is_sampled(scheduler: Any, name: str) -> bool:
-    """Whether a request draws at random: beside drafts such answers were found to be distributed otherwise."""
+    """Whether a request draws at random: beside drafts stock vLLM 0.32 on a CPU draws from another distribution."""
     request = scheduler.requests.get(name)
     return request is not None and request.sampling_params is not None and request.sampling_params.temperature > 0
 

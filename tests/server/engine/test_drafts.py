@@ -50,7 +50,7 @@ UNDRAFTED: list[tuple[RequestPlan, str]] = [
 def test_the_receipt_says_who_takes_drafts(asked: RequestPlan, field: str | None) -> None:
     assert asked.undrafted_by == field
     caps = Mock(spec=Capabilities, num_drafts=4)
-    said = {"taken": True} if field is None else {"taken": False, "because_of": field}
+    said = {"allowed": True} if field is None else {"allowed": False, "because_of": field}
     assert receipt(CompiledRequest(caps, asked))["drafts"] == said
     caps.num_drafts = 0
     assert "drafts" not in receipt(CompiledRequest(caps, asked))
