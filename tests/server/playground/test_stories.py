@@ -333,15 +333,16 @@ def test_a_stopped_pane_keeps_its_text_and_the_others_go_on(compare: Compare, de
     before = aborted(demo_server)
     compare.visit.make_endless()
     page.get_by_label("at most").fill("900")
-    compare.run()
-    expect(compare.tokens("Steered").nth(3)).to_be_visible()
-    page.get_by_role("button", name="stop Steered").click()
-    expect(compare.pane("Steered").locator(".figures")).to_contain_text("stopped after")
-    kept = compare.text("Steered")
-    assert len(kept.split()) > 2
-    expect(compare.pane("Plain").locator(".figures .state")).to_have_class(re.compile("streaming"))
-    page.keyboard.press("Escape")
-    expect(compare.pane("Plain").locator(".figures")).to_contain_text("stopped after")
+    with demo_server.slowed():
+        compare.run()
+        expect(compare.tokens("Steered").nth(3)).to_be_visible()
+        page.get_by_role("button", name="stop Steered").click()
+        expect(compare.pane("Steered").locator(".figures")).to_contain_text("stopped after")
+        kept = compare.text("Steered")
+        assert len(kept.split()) > 2
+        expect(compare.pane("Plain").locator(".figures .state")).to_have_class(re.compile("streaming"))
+        page.keyboard.press("Escape")
+        expect(compare.pane("Plain").locator(".figures")).to_contain_text("stopped after")
     deadline = time.monotonic() + 120
     while aborted(demo_server) < before + 3 and time.monotonic() < deadline:
         time.sleep(0.2)
