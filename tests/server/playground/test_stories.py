@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,16 @@ class Compare:
     def tokens(self, name: str) -> Locator:
         return self.pane(name).locator(".text [data-cell]")
 
-    def run(self) -> None:
-        """Returns once the answers that were there are gone, so that nobody takes their end for the new ones'."""
+    @contextmanager
+    def asking_anew(self) -> Iterator[None]:
+        """Leaves once the answers that were there are gone, so that nobody takes their end for the new ones'."""
         self.page.evaluate("document.querySelectorAll('.figures').forEach(one => one.classList.add('before'))")
-        self.page.get_by_role("button", name="Run").click()
+        yield
         expect(self.page.locator(".figures.before")).to_have_count(0)
+
+    def run(self) -> None:
+        with self.asking_anew():
+            self.page.get_by_role("button", name="Run").click()
 
     def example(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
@@ -152,7 +159,8 @@ def test_the_keyboard_alone_is_enough(compare: Compare) -> None:
     compare.pane("Steered").get_by_role("spinbutton", name="cheerful: scale, exactly").focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("4")
-    page.keyboard.press("Control+Enter")
+    with compare.asking_anew():
+        page.keyboard.press("Control+Enter")
     compare.wait_until_done("Plain", "Steered", "Decoded")
     assert compare.request("Steered")["steering"] == [{"vector": "cheerful", "scale": 4}]
     compare.pane("Plain").get_by_role("log").focus()
