@@ -106,7 +106,7 @@ REACHED: tuple[str, ...] = (
     *_of(V1, "_set_active_loras num_spec_tokens"),
     *_of(
         "vllm.entrypoints.anthropic.serving.AnthropicServingMessages",
-        "_merge_inline_system",
+        "_merge_inline_system _get_disabled_thinking_effort disabled_thinking_effort_resolver",
     ),
     *_of(
         "vllm.v1.worker.gpu_input_batch.InputBatch",

@@ -72,16 +72,18 @@ def test_what_runs_comes_to_its_end_and_nothing_new_is_taken(tmp_path: Path) -> 
     with serving(tmp_path) as server, server.client() as other, ExitStack() as stack:
         assert other.get("/ready").json() == {"ready": True, "reason": None}
         running = [stack.enter_context(streaming(server, body)) for body in (PLAIN, STEERED)]
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: other.get("/ready").status_code == 503)
-        told = time.monotonic()
-        assert other.get("/ready").json() == {"ready": False, "reason": "the server is shutting down"}
-        assert other.get("/health").status_code == 200  # it lives: nobody should kill it
-        refused = other.post("/v1/completions", json=LONG)
-        assert refused.status_code == 503 and refused.json()["error"]["message"] == "the server is shutting down"
-        assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
-        now = metrics(other)
-        assert now["whipstaff_refusals_total", (("reason", "draining"),)] == 1 and now["whipstaff_draining", ()] == 1
+        with server.held():  # so that both run until all of this is asked
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: other.get("/ready").status_code == 503)
+            told = time.monotonic()
+            assert other.get("/ready").json() == {"ready": False, "reason": "the server is shutting down"}
+            assert other.get("/health").status_code == 200  # it lives: nobody should kill it
+            refused = other.post("/v1/completions", json=LONG)
+            assert refused.status_code == 503 and refused.json()["error"]["message"] == "the server is shutting down"
+            assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
+            now = metrics(other)
+            assert now["whipstaff_refusals_total", (("reason", "draining"),)] == 1
+            assert now["whipstaff_draining", ()] == 1
         for events in running:
             *_, last, done = list(events)
             assert done == "[DONE]" and json.loads(last)["choices"][0]["finish_reason"] == "length"

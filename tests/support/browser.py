@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,14 @@ class Visit:
         if not url.startswith((self.url, "data:", "blob:")):
             self.wrong.append(f"asked another host: {url}")
 
-    def until(self, expression: str, seconds: float = SLOW / 1000) -> None:
+    def until(
+        self, expression: str, seconds: float = SLOW / 1000, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait until it holds on the page: asked from here, since the page's policy lets no script evaluate texts."""
         deadline = time.monotonic() + seconds
         while not self.page.evaluate(expression):
             assert time.monotonic() < deadline, expression
+            meanwhile()
             self.page.wait_for_timeout(100)
 
     def make_endless(self) -> None:

@@ -6,9 +6,8 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,30 +169,26 @@ class Server:
         self.process.wait(STOP_PATIENCE)
 
     @contextmanager
-    def slowed(self) -> Iterator[None]:
-        """The engine gets a tenth of the time: whoever looks on may be slow, and long answers are in their midst."""
+    def held(self) -> Iterator[Callable[[], None]]:
+        """The engine stands still, but for a moment whenever what this gives is called: however slow whoever looks on
+        is, answers stay in their midst."""
         engine = psutil.Process(self.process.pid).children(recursive=True)  # of a server with one API server
-        is_over = threading.Event()
 
         def send(number: int) -> None:
             for one in engine:
                 with suppress(psutil.NoSuchProcess):
                     one.send_signal(number)
 
-        def alternate() -> None:
-            while not is_over.is_set():
-                send(signal.SIGSTOP)
-                is_over.wait(0.09)
-                send(signal.SIGCONT)
-                is_over.wait(0.01)
+        def go_on() -> None:
+            send(signal.SIGCONT)
+            time.sleep(0.02)
+            send(signal.SIGSTOP)
 
-        thread = threading.Thread(target=alternate)
-        thread.start()
+        send(signal.SIGSTOP)
         try:
-            yield
+            yield go_on
         finally:
-            is_over.set()
-            thread.join()
+            send(signal.SIGCONT)
 
 
 @contextmanager

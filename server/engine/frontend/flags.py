@@ -8,7 +8,7 @@ import sysconfig
 from argparse import Namespace
 from typing import Any
 
-import torch
+from torch._dynamo import config as dynamo
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -59,7 +59,7 @@ def _do_without_a_compiler(args: Namespace) -> None:
     logger.warning("%s: torch.compile is off, and --enforce-eager on", why)
     args.whipstaff_uncompiled, args.enforce_eager = why, True
     os.environ[_NO_COMPILING] = "1"  # for processes that import torch anew
-    torch._dynamo.config.disable = True  # for those that are forked from this one
+    dynamo.disable = True  # for those that are forked from this one
 
 
 def _no_compiler() -> str | None:

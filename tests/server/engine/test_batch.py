@@ -78,6 +78,7 @@ def test_both_adapters_give_the_same_view() -> None:
         input_batch=SimpleNamespace(req_ids=list(plans), num_reqs=3, num_computed_tokens_cpu=positions),
         query_start_loc=SimpleNamespace(np=starts),
         discard_request_mask=SimpleNamespace(np=np.array([False, False, True, True])),
+        num_spec_tokens=0,
     )
     v2 = SimpleNamespace(
         req_ids=list(plans),

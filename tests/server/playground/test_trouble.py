@@ -198,17 +198,26 @@ def test_thousands_of_tokens_stream_smoothly(visit: Visit) -> None:
         told = cdp.send("Performance.getMetrics")["metrics"]
         return float(next(one["value"] for one in told if one["name"] == "TaskDuration"))
 
+    def streamed() -> list[tuple[int, float]]:
+        """(cells, what the page's thread has spent), as they come."""
+        marks = [(0, spent())]
+        page.evaluate("document.querySelectorAll('.figures').forEach(one => one.classList.add('before'))")
+        page.get_by_role("button", name="Run").click()
+        expect(page.locator(".figures.before")).to_have_count(0)
+        for share in (0.2, 0.5):  # of cells: one may hold several tokens, those of a character of many bytes
+            visit.until(f"document.querySelectorAll('[data-cell]').length >= {share * 3 * TOKENS}", STREAMING)
+            marks.append((page.locator("[data-cell]").count(), spent()))
+            page.get_by_role("textbox", name="prompt", exact=True).press_sequentially(".")
+        done = page.locator(".figures .state").filter(has_text=f"done, {TOKENS} tokens")
+        expect(done).to_have_count(3, timeout=1000 * STREAMING)
+        return [*marks, (page.locator("[data-cell]").count(), spent())]
+
     visit.make_endless()
     page.get_by_label("at most").fill(str(TOKENS))
-    page.get_by_role("button", name="Run").click()
-    marks = [(0, spent())]
-    for share in (0.3, 0.6):  # of cells: one may hold several tokens, those of a character of many bytes
-        visit.until(f"document.querySelectorAll('[data-cell]').length >= {share * 3 * TOKENS}", STREAMING)
-        marks.append((page.locator("[data-cell]").count(), spent()))
-        page.get_by_role("textbox", name="prompt", exact=True).press_sequentially(".")
-    done = page.locator(".figures .state").filter(has_text=f"done, {TOKENS} tokens")
-    expect(done).to_have_count(3, timeout=1000 * STREAMING)
-    marks.append((page.locator("[data-cell]").count(), spent()))
+    for _ in range(5):  # on a busy machine the page may see most of them at once
+        marks = streamed()
+        if all(after[0] > before[0] for before, after in pairwise(marks)):
+            break
     costs = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks)]
     assert costs[-1] < MOST_GROWTH * costs[0], costs
 
@@ -219,10 +228,10 @@ def test_a_server_that_dies_in_mid_stream(visit: Visit, guarded: Server) -> None
     expect(page.locator(".state.done")).to_have_count(3)
     visit.make_endless()
     page.get_by_label("at most").fill(str(TOKENS))
-    with guarded.slowed():
+    with guarded.held() as go_on:
         page.get_by_role("button", name="Run").click()
-        for pane in range(3):
-            expect(page.locator(".pane").nth(pane).locator("[data-cell]").nth(8)).to_be_visible()
+        panes = "[...document.querySelectorAll('.pane')].slice(0, 3)"
+        visit.until(f"{panes}.every(one => one.querySelectorAll('[data-cell]').length > 8)", meanwhile=go_on)
         texts = [one.inner_text() for one in page.locator(".text").all()]
         asked = sum(url.endswith("completions") for url in visit.urls)
         guarded.kill()
