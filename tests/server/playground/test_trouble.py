@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -27,7 +26,7 @@ ADMIN = "admin-secret"
 TOKENS = 900  # in each of three panes; the model's rotations end at 1,024
 FITTING = 300  # seconds that a loaded machine may take for a fit
 STREAMING = 600  # seconds that a loaded machine may take for a third of them
-MOST_GROWTH = 4.0  # of the main thread's time per token, from the first third to the last; drawing all anew: 5
+MOST_GROWTH = 0.8  # of the growth of the main thread's time per token if all were drawn anew with each
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 expect.set_options(timeout=SLOW)
 
@@ -186,7 +185,7 @@ def test_what_a_foreign_file_leaves_unsaid_is_asked(visit: Visit, tmp_path: Path
     expect(direction).to_contain_text("layers 3 of resid_post")
 
 
-def test_thousands_of_tokens_stream_smoothly(visit: Visit) -> None:
+def test_thousands_of_tokens_stream_smoothly(visit: Visit, guarded: Server) -> None:
     """In three panes at once, each with its records: a token late in the text costs the page what an early one does,
     and typing is answered meanwhile."""
     page = visit.page
@@ -199,13 +198,14 @@ def test_thousands_of_tokens_stream_smoothly(visit: Visit) -> None:
         return float(next(one["value"] for one in told if one["name"] == "TaskDuration"))
 
     def streamed() -> list[tuple[int, float]]:
-        """(cells, what the page's thread has spent), as they come."""
-        marks = [(0, spent())]
+        """(cells, what the page's thread has spent): at first, in the midst, and at the end."""
         page.evaluate("document.querySelectorAll('.figures').forEach(one => one.classList.add('before'))")
-        page.get_by_role("button", name="Run").click()
-        expect(page.locator(".figures.before")).to_have_count(0)
-        for share in (0.2, 0.5):  # of cells: one may hold several tokens, those of a character of many bytes
-            visit.until(f"document.querySelectorAll('[data-cell]').length >= {share * 3 * TOKENS}", STREAMING)
+        marks = [(0, spent())]
+        with guarded.held() as go_on:
+            page.get_by_role("button", name="Run").click()
+            expect(page.locator(".figures.before")).to_have_count(0)
+            some = f"document.querySelectorAll('[data-cell]').length >= {TOKENS // 2}"
+            visit.until(some, STREAMING, meanwhile=go_on)
             marks.append((page.locator("[data-cell]").count(), spent()))
             page.get_by_role("textbox", name="prompt", exact=True).press_sequentially(".")
         done = page.locator(".figures .state").filter(has_text=f"done, {TOKENS} tokens")
@@ -214,12 +214,13 @@ def test_thousands_of_tokens_stream_smoothly(visit: Visit) -> None:
 
     visit.make_endless()
     page.get_by_label("at most").fill(str(TOKENS))
-    for _ in range(5):  # on a busy machine the page may see most of them at once
-        marks = streamed()
-        if all(after[0] > before[0] for before, after in pairwise(marks)):
-            break
-    costs = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks)]
-    assert costs[-1] < MOST_GROWTH * costs[0], costs
+    for _ in range(6):
+        (_, start), (few, then), (every, end) = streamed()
+        if few <= every / 2:
+            anew = (every + few) / few  # growth of the time per token where every token has all of them drawn
+            assert (end - then) / (every - few) < MOST_GROWTH * anew * (then - start) / few
+            return
+    pytest.skip("this machine gave the page most of the tokens at once, again and again")
 
 
 def test_a_server_that_dies_in_mid_stream(visit: Visit, guarded: Server) -> None:
