@@ -6,7 +6,6 @@ defer_head                            where another model should say the next to
                                       arXiv:2403.03870)
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from whipstaff.steering.fit.directions import Floats, Ints, classifier, logistic
 from whipstaff.steering.fit.job import Fitted, Job
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.render import Rendered
-from whipstaff.steering.fit.training import descend, local
+from whipstaff.steering.fit.training import descend, examples, local
 
 RIGHT_WHERE_WRONG = 8.0  # weight of tokens that the assistant has right and the model wrong, where learning begins
 
@@ -239,32 +238,13 @@ def _begun(some: Choices, states: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def choices(job: Job, split: Split, model: LocalModel, helper: LocalModel) -> Choices:
     """Raises: SteeringError."""
-    texts = list(_responses(job, split))
-    ids = [shown.ids for shown in texts]
+    texts = examples(job, split)
+    ids = [text.ids for text in texts]
     found: list[tuple[Tensor, ...]] = []
-    for number, (shown, own, its) in enumerate(zip(texts, model.score(ids), helper.score(ids), strict=True)):
+    for number, (text, own, its) in enumerate(zip(texts, model.score(ids), helper.score(ids), strict=True)):
         job.progress(f"reading {split}", number + 1, len(texts))
-        said = slice(shown.num_prompt - 1, len(shown.ids) - 1)
+        said = slice(text.num_prompt - 1, len(text.ids) - 1)
         found.append((own.states[said], own.log_p[said], its.log_p[said], own.is_best[said], its.is_best[said]))
     if not found:
         raise SteeringError(f"{', '.join(job.data.names)}: nothing in the split {split}")
     return Choices(*(torch.cat(list(each)) for each in zip(*found, strict=True)))
-
-
-def _responses(job: Job, split: Split) -> Iterator[Rendered]:
-    for item in job.splits[split]:
-        for shown, _ in response_example(job, item):
-            yield shown
-
-
-def response_example(job: Job, item: Item) -> list[tuple[Rendered, str]]:
-    """Raises: SteeringError naming the row."""
-    row = item.row
-    prompt, response = (row.input, row.output) if job.data.kind == "demos" else (row.prompt, row.response)
-    try:
-        shown = job.template.render(prompt, response)
-    except SteeringError as error:
-        raise BadData(str(error), item.place, param=error.param) from error
-    if not shown.response or shown.num_prompt < 1:
-        raise BadData("no token of a response that follows a prompt", item.place)
-    return [(shown, "response-mean")]

@@ -145,7 +145,7 @@ RECIPES: dict[str, Recipe] = {
             "where an assistant should say the next token, for `co_llm`",
             ("responses", "demos"),
             learned_heads.defer_head,
-            learned_heads.response_example,
+            learned.example,
             takes=frozenset({"assistant", "steps", "lr"}),
             without=_OF_LAYERS,
             needs="weights",
