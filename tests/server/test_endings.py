@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from asking import PUSH, metrics
+from asking import PUSH, Samples, metrics, poll
 from serving import MAX_LEN, MODEL, STOP_PATIENCE, Server, serving
 
 from whipstaff.server.engine import ENGINE_DIED
@@ -97,12 +97,13 @@ def test_a_second_signal_cuts_what_runs_and_no_answer_looks_whole(tmp_path: Path
             stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS, ENDLESS | {"n": 2})
         ]
         with ThreadPoolExecutor() as pool:
-            bodies = (ENDLESS | {"stream": False}, STEERED_ENDLESS | {"stream": False})
-            whole = [pool.submit(other.post, "/v1/completions", json=body) for body in bodies]
-            until(lambda: metrics(other)["vllm:num_requests_running", SERVED] >= 6)
-            server.process.send_signal(signal.SIGTERM)
-            until(lambda: other.get("/ready").status_code == 503)
-            server.process.send_signal(signal.SIGTERM)
+            with server.held():  # so that nothing ends before it is ended
+                before, body = admitted(metrics(other)), STEERED_ENDLESS | {"stream": False}
+                whole = [pool.submit(other.post, "/v1/completions", json=body) for _ in range(2)]
+                poll(other, lambda now: admitted(now) == before + len(whole))
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: other.get("/ready").status_code == 503)
+                server.process.send_signal(signal.SIGTERM)
             for events in running:
                 assert_broken_off(events, "the server is shutting down")
             for answer in whole:
@@ -110,7 +111,9 @@ def test_a_second_signal_cuts_what_runs_and_no_answer_looks_whole(tmp_path: Path
         assert ended(server)[0] == 128 + signal.SIGTERM
 
 
-SERVED = (("engine", "0"), ("model_name", MODEL))
+def admitted(now: Samples) -> float:
+    """Requests with extra fields that were taken."""
+    return sum(value for (name, _), value in now.items() if name == "whipstaff_admission_seconds_count")
 
 
 def test_two_api_servers_end_together_when_their_patience_does(tmp_path: Path) -> None:
