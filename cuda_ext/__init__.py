@@ -13,6 +13,7 @@ from whipstaff.cuda_ext.instructions import MAX_GROUP, Opcode, Phi, described
 from whipstaff.cuda_ext.libraries import load
 
 __all__ = [
+    "BOUND_WORDS",
     "IMPLEMENTATION",
     "MAX_GROUP",
     "Explanation",
@@ -20,20 +21,27 @@ __all__ = [
     "Phi",
     "apply_temperature_",
     "attention_rows",
+    "bind_edits_",
     "cut_rows_",
     "divergences",
     "explain_rows",
     "mix_logits_",
     "put_rows_",
+    "run_bound_edits_",
     "run_edits_",
     "typical_rows_",
 ]
+
+BOUND_WORDS = 40
+"""The width of a table of `bind_edits_`."""
 
 IMPLEMENTATION = load()
 """Which code runs: "cpu", "cpu+cuda" or "reference"; for the start-up log."""
 
 _put_rows_ = torch.ops.whipstaff.put_rows_.default
 _run_edits_ = torch.ops.whipstaff.run_edits_.default
+_bind_edits_ = torch.ops.whipstaff.bind_edits_.default
+_run_bound_edits_ = torch.ops.whipstaff.run_bound_edits_.default
 _mix_logits_ = torch.ops.whipstaff.mix_logits_.default
 _apply_temperature_ = torch.ops.whipstaff.apply_temperature_.default
 _explain_rows = torch.ops.whipstaff.explain_rows.default
@@ -94,6 +102,40 @@ def run_edits_(
 
 
 run_edits_.__doc__ = (run_edits_.__doc__ or "").replace("    {instructions}", described(indent=4))
+
+
+def bind_edits_(
+    bound: Tensor,
+    site: int,
+    lines: Tensor,
+    code: Tensor,
+    args: Tensor,
+    tokens: Tensor,
+    gains: Tensor,
+    history: Tensor,
+    meter: Tensor | None = None,
+    encoder: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """bound[site] <- where all that is that `run_edits_` takes beside the activations, so that `run_bound_edits_` asks
+    nothing about it any more.
+
+    bound   (S, BOUND_WORDS) int64 in the host's memory, changed in place. It holds addresses: whoever keeps it keeps
+            the tensors
+    """
+    _bind_edits_(bound, site, lines, code, args, tokens, gains, history, meter, encoder, encoder_bias, kept)
+
+
+def run_bound_edits_(x: Tensor, residual: Tensor | None, bound: Tensor, site: int) -> None:
+    """`run_edits_` with what was bound for a site, a fraction of its cost where there is little to do.
+
+    That `history`, `meter` and `kept` change is not said: in one graph nobody else may read them.
+
+    x, residual   as there, changed in place
+    bound         (S, BOUND_WORDS) int64 in the host's memory, of `bind_edits_`
+    """
+    _run_bound_edits_(x, residual, bound, site)
 
 
 def mix_logits_(

@@ -78,6 +78,21 @@ def run_edits_(
                 residual[token] = 0
 
 
+_BOUND: list[tuple[Tensor | None, ...]] = []  # what `bind_edits_` was given: the reference needs tensors, not addresses
+
+
+def bind_edits_(bound: Tensor, site: int, *tables: Tensor | None) -> None:
+    bound[site, 0] = len(_BOUND)
+    _BOUND.append(tables)
+
+
+def run_bound_edits_(x: Tensor, residual: Tensor | None, bound: Tensor, site: int) -> None:
+    lines, code, args, tokens, gains, history, *others = _BOUND[int(bound[site, 0])]
+    assert lines is not None and code is not None and args is not None
+    assert tokens is not None and gains is not None and history is not None
+    run_edits_(x, lines, code, args, tokens, gains, history, residual, *others)
+
+
 @dataclass
 class Machine:
     """One token's registers, and a step for every instruction."""

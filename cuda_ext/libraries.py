@@ -25,6 +25,14 @@ def _changes_in_place(x: Tensor, *others: object) -> None:
             raise RuntimeError(f"a tensor is on {other.device}, x on {x.device}")
 
 
+def _binds(bound: Tensor, site: int, *tables: Tensor | None, **more: Tensor | None) -> None:
+    """The fake kernel of what writes addresses, which fake tensors do not have."""
+
+
+def _runs_bound(x: Tensor, residual: Tensor | None, bound: Tensor, site: int) -> None:
+    _changes_in_place(x, residual)
+
+
 def _explanation(final: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
     per_row = (len(final),)
     return final.new_empty(per_row, dtype=torch.float32), final.new_empty(per_row, dtype=torch.float32)
@@ -61,6 +69,19 @@ OPERATORS = [
         "Tensor(e!)? kept=None) -> ()",
         interpreter.run_edits_,
         _changes_in_place,
+    ),
+    Operator(
+        "whipstaff::bind_edits_",
+        "(Tensor(a!) bound, int site, Tensor lines, Tensor code, Tensor args, Tensor tokens, Tensor gains, "
+        "Tensor history, Tensor? meter=None, Tensor? encoder=None, Tensor? encoder_bias=None, Tensor? kept=None) -> ()",
+        interpreter.bind_edits_,
+        _binds,
+    ),
+    Operator(
+        "whipstaff::run_bound_edits_",
+        "(Tensor(a!) x, Tensor(b!)? residual, Tensor bound, int site) -> ()",
+        interpreter.run_bound_edits_,
+        _runs_bound,
     ),
     Operator(
         "whipstaff::mix_logits_",

@@ -271,11 +271,11 @@ struct Machine : Registers {
   }
 };
 
-// The first token that a program edits, or num_tokens: one look at each.
+// The first token that a program edits, or num_tokens: a look or two at each.
 int64_t first_edited(const RunEdits& edits) {
   if (is_checked_mode()) check_programs(edits);
   int64_t token = 0;
-  while (token < edits.num_tokens && edits.begin(token) < 0) ++token;
+  while (token < edits.num_tokens && !edits.has_program(token)) ++token;
   return token;
 }
 
@@ -292,14 +292,10 @@ int64_t num_passes(const RunEdits& edits, int64_t pc) {
   return std::max<int64_t>(passes, 1);
 }
 
-void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
-                   const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
-                   const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
-  const RunEdits edits =
-      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept);
+void run_on_cpu(const RunEdits& edits, ScalarType type) {
   const int64_t first = first_edited(edits);
   if (first == edits.num_tokens) return;
-  with_float_type(x.scalar_type(), [&]<class X>(X) {
+  with_float_type(type, [&]<class X>(X) {
     for_rows(edits.num_tokens, edits.width * num_passes(edits, edits.begin(first)), [&](int64_t begin, int64_t end) {
       float* h = row_buffer<0>(edits.width);
       for (int64_t token = std::max(begin, first); token < end; ++token) {
@@ -310,7 +306,30 @@ void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, con
   });
 }
 
+void run_edits_cpu(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
+                   const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
+                   const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
+  const BoundEdits bound =
+      bind_edits(lines, code, args, tokens, gains, history, meter, encoder, encoder_bias, kept);
+  run_on_cpu(bound.on(x, residual), x.scalar_type());
+}
+
+void run_bound_edits_cpu(const Tensor& x, const MaybeTensor& residual, const Tensor& bound, int64_t site) {
+  run_on_cpu(BoundEdits::at(bound, site).on(x, residual), x.scalar_type());
+}
+
+void bind_edits_cpu(const Tensor& bound, int64_t site, const Tensor& lines, const Tensor& code, const Tensor& args,
+                    const Tensor& tokens, const Tensor& gains, const Tensor& history, const MaybeTensor& meter,
+                    const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
+  BoundEdits::room(bound, site) =
+      bind_edits(lines, code, args, tokens, gains, history, meter, encoder, encoder_bias, kept);
+}
+
 }  // namespace
 }  // namespace whipstaff
 
-STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) { library.impl("run_edits_", TORCH_BOX(&whipstaff::run_edits_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(whipstaff, CPU, library) {
+  library.impl("run_edits_", TORCH_BOX(&whipstaff::run_edits_cpu));
+  library.impl("bind_edits_", TORCH_BOX(&whipstaff::bind_edits_cpu));
+  library.impl("run_bound_edits_", TORCH_BOX(&whipstaff::run_bound_edits_cpu));
+}

@@ -51,15 +51,11 @@ void check_programs_on_device(RunEdits edits, const Device& device) {
   check_programs(edits);
 }
 
-void run_edits_cuda(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
-                    const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
-                    const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
-  const RunEdits edits =
-      run_edits(x, lines, code, args, tokens, gains, history, residual, meter, encoder, encoder_bias, kept);
+void run_on_cuda(const Tensor& x, const RunEdits& edits) {
   if (edits.num_tokens == 0 || edits.width == 0) return;
   const Device device(x);
   check_programs_on_device(edits, device);
-  const int64_t num_blocks = std::min(edits.num_tokens, encoder ? MAX_READERS : MAX_BLOCKS);
+  const int64_t num_blocks = std::min(edits.num_tokens, edits.encoder ? MAX_READERS : MAX_BLOCKS);
   const int64_t per_block = edits.width + edits.num_features;
   const Tensor scratch = torch::stable::new_empty(x, {num_blocks, per_block}, ScalarType::Float);
   with_float_type(x.scalar_type(), [&](auto type) {
@@ -70,9 +66,30 @@ void run_edits_cuda(const Tensor& x, const Tensor& lines, const Tensor& code, co
   });
 }
 
+void run_edits_cuda(const Tensor& x, const Tensor& lines, const Tensor& code, const Tensor& args, const Tensor& tokens,
+                    const Tensor& gains, const Tensor& history, const MaybeTensor& residual, const MaybeTensor& meter,
+                    const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
+  const BoundEdits bound =
+      bind_edits(lines, code, args, tokens, gains, history, meter, encoder, encoder_bias, kept);
+  run_on_cuda(x, bound.on(x, residual));
+}
+
+void run_bound_edits_cuda(const Tensor& x, const MaybeTensor& residual, const Tensor& bound, int64_t site) {
+  run_on_cuda(x, BoundEdits::at(bound, site).on(x, residual));
+}
+
+void bind_edits_cuda(const Tensor& bound, int64_t site, const Tensor& lines, const Tensor& code, const Tensor& args,
+                     const Tensor& tokens, const Tensor& gains, const Tensor& history, const MaybeTensor& meter,
+                     const MaybeTensor& encoder, const MaybeTensor& encoder_bias, const MaybeTensor& kept) {
+  BoundEdits::room(bound, site) =
+      bind_edits(lines, code, args, tokens, gains, history, meter, encoder, encoder_bias, kept);
+}
+
 }  // namespace
 }  // namespace whipstaff
 
 STABLE_TORCH_LIBRARY_IMPL(whipstaff, CUDA, library) {
   library.impl("run_edits_", TORCH_BOX(&whipstaff::run_edits_cuda));
+  library.impl("bind_edits_", TORCH_BOX(&whipstaff::bind_edits_cuda));
+  library.impl("run_bound_edits_", TORCH_BOX(&whipstaff::run_bound_edits_cuda));
 }

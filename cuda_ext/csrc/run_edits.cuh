@@ -46,6 +46,12 @@ struct RunEdits {
     return pc < num_instructions ? pc : -1;
   }
 
+  // Whether a program begins there that does something.
+  WHIPSTAFF_HOST_DEVICE bool has_program(int64_t token) const {
+    const int64_t pc = begin(token);
+    return pc >= 0 && code[pc].op != Opcode::End;
+  }
+
   WHIPSTAFF_HOST_DEVICE int64_t position(int64_t token) const { return tokens[token * token_stride + 1]; }
 
   WHIPSTAFF_HOST_DEVICE const float* line(int32_t i) const { return i < 0 ? nullptr : lines + i * line_stride; }

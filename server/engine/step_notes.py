@@ -46,7 +46,7 @@ class SearchUse(NamedTuple):
 
 
 class StepNotes(NamedTuple):
-    """Of one step."""
+    """Of one step, and of those that follow until there are others."""
 
     groups: Mapping[str, Sequence[str | None]]
     """By the primary's id, the companions of each group that takes a common step, in order; None: was dropped."""

@@ -71,9 +71,13 @@ def direction(
 
 def check_against_reference(edits: Edits) -> None:
     """Runs both on copies: what changes within tolerance, rows left alone equal bit for bit."""
-    want, got = edits.copies(torch.float64), edits.copies()
+    want, got, again = edits.copies(torch.float64), edits.copies(), edits.copies()
     interpreter.run_edits_(*want)
     cuda_ext.run_edits_(*got)
+    run_bound(again)
+    for one, other in zip(got, again, strict=True):
+        rounding = 1e-5 if one is got.meter else 0  # sums over tokens, in whatever order they come
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding, equal_nan=True)
     tolerance = TOLERANCE[edits.x.dtype]
     torch.testing.assert_close(got.x.double(), want.x, **tolerance)
     torch.testing.assert_close(got.history.double(), want.history, equal_nan=True, **TOLERANCE[torch.float32])
@@ -94,6 +98,17 @@ def check_against_reference(edits: Edits) -> None:
     if edits.meter is not None:
         assert want.meter is not None and got.meter is not None
         torch.testing.assert_close(got.meter.double(), want.meter, rtol=1e-5, atol=1e-5)
+
+
+def bind(edits: Edits) -> Tensor:
+    """A table in which it is bound for the second site of three."""
+    bound = torch.zeros(3, cuda_ext.BOUND_WORDS, dtype=torch.int64)
+    cuda_ext.bind_edits_(bound, 1, *edits[1:7], *edits[8:])
+    return bound
+
+
+def run_bound(edits: Edits) -> None:
+    cuda_ext.run_bound_edits_(edits.x, edits.residual, bind(edits), 1)
 
 
 NUM_LINES, NUM_FEATURES, NUM_CONDITIONS, NUM_GAINS, NUM_POSITIONS = 4, 6, 3, 2, 5
@@ -641,7 +656,36 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("run", [lambda edits: cuda_ext.run_edits_(*edits), run_bound])
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_tensor(message: str) -> None:
+def test_a_refusal_names_the_tensor(message: str, run: Callable[[Edits], None]) -> None:
     with pytest.raises(RuntimeError, match=message):
-        cuda_ext.run_edits_(*FINE._replace(**REFUSED[message]))
+        run(FINE._replace(**REFUSED[message]))
+
+
+@pytest.mark.parametrize(
+    ("table", "site", "message"),
+    [
+        (bind(FINE), 3, r"site 3 is outside \[0, 3\)"),
+        (bind(FINE), -1, r"site -1 is outside \[0, 3\)"),
+        (bind(FINE), 0, "nothing was bound for site 0"),
+        (bind(FINE)[:, 1:], 1, "bound must have rows of 40 Long on the CPU"),
+        (bind(FINE).double(), 1, "bound must have rows of 40 Long on the CPU"),
+    ],
+)
+def test_what_was_not_bound_is_refused(table: Tensor, site: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        cuda_ext.run_bound_edits_(FINE.x, None, table, site)
+
+
+def test_what_is_bound_is_read_when_it_runs() -> None:
+    """Programs, lines and tokens come and go in the same places."""
+    tokens = torch.full((4, 2), -1, dtype=torch.int32)
+    code, args = tables([(Opcode.DIAG, -1, 0)])
+    edits = Edits(torch.ones(4, 8), torch.zeros(1, 8), code, args, tokens, torch.ones(4, 0), torch.ones(0, 0))
+    bound = bind(edits)
+    cuda_ext.run_bound_edits_(edits.x, None, bound, 1)
+    assert edits.x.sum() == 32
+    tokens[2, 0], edits.lines[0] = 0, 3.0
+    cuda_ext.run_bound_edits_(edits.x[:3], None, bound, 1)
+    assert edits.x.sum(1).tolist() == [8.0, 8.0, 8.0 + 24.0, 8.0]

@@ -12,7 +12,7 @@ from whipstaff.cuda_ext.libraries import OPERATORS
 
 from .test_attention_rows import paged
 from .test_mix_logits import identity_rows
-from .test_run_edits import batch
+from .test_run_edits import Edits, batch, bind
 
 
 def put_rows_arguments() -> tuple[Any, ...]:
@@ -25,6 +25,20 @@ def run_edits_arguments() -> tuple[Any, ...]:
     )
     edits = edits._replace(x=torch.randn(6, 32), residual=torch.randn(6, 32), history=torch.zeros(11, 7))
     return tuple(edits._replace(kept=torch.randn(8, 32)))
+
+
+def bind_edits_arguments() -> tuple[Any, ...]:
+    edits = Edits(*run_edits_arguments())
+    return torch.zeros(2, cuda_ext.BOUND_WORDS, dtype=torch.int64), 1, *edits[1:7], *edits[8:]
+
+
+def run_bound_arguments() -> tuple[Any, ...]:
+    edits = Edits(*run_edits_arguments())
+    BOUND_BY_TESTS.append(edits)
+    return edits.x, edits.residual, bind(edits), 1
+
+
+BOUND_BY_TESTS: list[Edits] = []  # whoever keeps addresses keeps the tensors
 
 
 def mix_logits_arguments() -> tuple[Any, ...]:
@@ -40,6 +54,8 @@ def attention_rows_arguments() -> tuple[Any, ...]:
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "put_rows_": put_rows_arguments,
     "run_edits_": run_edits_arguments,
+    "bind_edits_": bind_edits_arguments,
+    "run_bound_edits_": run_bound_arguments,
     "mix_logits_": mix_logits_arguments,
     "apply_temperature_": lambda: (torch.randn(3, 40), torch.tensor([0.0, 1.0, 2.0])),
     "explain_rows": lambda: (torch.randn(3, 40), torch.randn(3, 41)),
@@ -87,11 +103,19 @@ def edit_step(x: Tensor, *others: Any) -> Tensor:
     return x + 1
 
 
-def test_run_edits_under_torch_compile() -> None:
-    edits = batch("all_different", 6, 32, torch.float32)
+def bound_step(x: Tensor, bound: Tensor) -> Tensor:
+    x = x * 2
+    cuda_ext.run_bound_edits_(x, None, bound, 1)
+    return x + 1
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_run_edits_under_torch_compile(is_bound: bool) -> None:
+    edits = batch("all_different", 6, 32, torch.float32)._replace(residual=None)
     copy = edits.copies()
-    compiled: Callable[..., Tensor] = torch.compile(edit_step, fullgraph=True)
-    torch.testing.assert_close(compiled(*edits), edit_step(*copy))
+    compiled: Callable[..., Tensor] = torch.compile(bound_step if is_bound else edit_step, fullgraph=True)
+    arguments = (edits.x, bind(edits)) if is_bound else edits
+    torch.testing.assert_close(compiled(*arguments), edit_step(*copy))
     torch.testing.assert_close(edits.history, copy.history, equal_nan=True)
     assert edits.kept is not None and copy.kept is not None and torch.equal(edits.kept, copy.kept)
 

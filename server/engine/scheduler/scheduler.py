@@ -24,7 +24,7 @@ from whipstaff.server.engine.scheduler.bans import without_banned
 from whipstaff.server.engine.scheduler.block_keys import key_blocks
 from whipstaff.server.engine.scheduler.group import Group, SearchGroup, companions, search_rows
 from whipstaff.server.engine.scheduler.search_scheduling import SearchScheduling
-from whipstaff.server.engine.step_notes import CacheUse, SlotUse, StepNotes
+from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
 from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan, plan_of
 from whipstaff.steering.plan import EditSet, num_slots
 
@@ -95,7 +95,7 @@ class IdleScheduling(Scheduler):
     """Mixed into vLLM's schedulers while nobody asks for anything of ours."""
 
     _awake: type["SteeredScheduling"]  # what it is otherwise
-    _notes: StepNotes  # of the last step in which it was that
+    _notes: StepNotes  # as the worker was told last
     _cache_use: CacheUse
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
@@ -146,8 +146,9 @@ class SteeredScheduling(SearchScheduling):
         self._stops = NOBODY  # who ends by what was read of the tokens that are being taken in
         self._asking: set[str] = set()  # requests that ask for anything of ours
         self._undrafted: set[str] = set()  # of those, who take no drafts
-        self._was_idle = False  # whether nobody in the last step, or waiting, needed room
+        self._had_news = False
         self._cache_use = CacheUse(*(dict.fromkeys((PLAIN, STEERED, GUIDED), 0) for _ in range(2)))
+        self._notes = StepNotes({}, SlotUse(), GroupUse(), self._cache_use)  # as the worker was told last
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request)
@@ -202,15 +203,20 @@ class SteeredScheduling(SearchScheduling):
             _take_padding(self, output, self._is_undrafted)
         if output.scheduled_new_reqs:
             _note_cache_use(self, output.scheduled_new_reqs)
-        is_idle = not (self._groups or self._placed or self._held or self._waits)
-        if not (is_idle and self._was_idle):
-            self._notes = self._notes_now()
-        elif not self._asking:
+        has_news = self._has_news(output)
+        if has_news or self._had_news:  # once more: what was is over
+            self._notes = output.whipstaff_notes = self._notes_now()
+        elif not (self._placed or self._asking):
             self._awake = type(self)
             become(self, self._idle)
-        self._was_idle = is_idle
-        output.whipstaff_notes = self._notes
+        self._had_news = has_news
         return output
+
+    def _has_news(self, output: Any) -> bool:
+        """Whether the worker has to hear anything that it was not told with the step before."""
+        if self._groups or self._held or self._waits or output.scheduled_new_reqs:
+            return True
+        return self._slots.num_used != self._notes.slot_use.num_used
 
     def _notes_now(self) -> StepNotes:
         slot_use, self._waits = SlotUse(self._slots.num_used, len(self._held), self._waits), []

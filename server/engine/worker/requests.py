@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,9 +59,35 @@ class PlannedRequest:
 class Requests(dict[str, PlannedRequest]):
     """By id."""
 
-    def plan_of(self, request_id: str) -> PositionedPlan | None:
-        request = self.get(request_id)
-        return None if request is None else request.placed
+    def __init__(self, found: Mapping[str, PlannedRequest] = MappingProxyType({})) -> None:
+        super().__init__(found)
+        self._of_batch: tuple[list[str], list[PositionedPlan | None]] = [], []  # as `plans_of` said last
+
+    def plans_of(self, request_ids: Sequence[str]) -> Sequence[PositionedPlan | None]:
+        """What each of a batch's rows asks for; None: nothing. The same object as long as the rows and what is known of
+        them are the same."""
+        names, plans = self._of_batch
+        if names != request_ids:
+            names = list(request_ids)
+            plans = [None if (request := self.get(name)) is None else request.placed for name in names]
+            self._of_batch = names, plans
+        return plans
+
+    @cached_property
+    def have_companions(self) -> bool:
+        """Whether any of them is drawn for together with others."""
+        return any(request.placed.plan.companions for request in self.values())
+
+    @cached_property
+    def need_auxiliaries(self) -> bool:
+        """Whether auxiliary models run on any of them."""
+        return any(request.placed.auxiliaries for request in self.values())
+
+    def _forget(self) -> None:
+        """What was found out about all of them, since they are others now."""
+        self._of_batch = [], []
+        for name in ("have_companions", "need_auxiliaries"):
+            self.__dict__.pop(name, None)
 
     def decoding_of(self, request_id: str) -> RequestState | None:
         """What the logits pipeline keeps of it, if it keeps anything."""
@@ -71,12 +99,14 @@ class Requests(dict[str, PlannedRequest]):
         found = self.get(source)
         if found is None:
             return None
+        self._forget()
         return found, self.setdefault(target, PlannedRequest(target, found.placed))
 
     def finish(self, request_ids: Iterable[str]) -> Iterator[PlannedRequest]:
         """Forget requests, and say who they were. Before `take`: an id may finish and come back in one step."""
         for request_id in request_ids:
             if (request := self.pop(request_id, None)) is not None:
+                self._forget()
                 yield request
 
     def take(self, arrivals: Iterable[Arrival]) -> Iterator[tuple[PlannedRequest, Arrival]]:
@@ -84,6 +114,7 @@ class Requests(dict[str, PlannedRequest]):
         request that was preempted, and prompts of one token come twice (see `groups`), the second time shorter."""
         for arrival in arrivals:
             if arrival.placed is not None:
+                self._forget()
                 request = self.setdefault(arrival.request_id, PlannedRequest(arrival.request_id, arrival.placed))
                 request.placed = arrival.placed
                 yield request, arrival

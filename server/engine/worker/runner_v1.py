@@ -110,14 +110,15 @@ def view(runner: Any, step: WorkerStep) -> BatchView:
         return NOBODY
     batch = runner.input_batch
     drafts = [len(tokens) for tokens in batch.spec_token_ids[: batch.num_reqs]] if runner.num_spec_tokens else ()
-    return BatchView(
-        plans=[step.requests.plan_of(request_id) for request_id in batch.req_ids],
+    found = BatchView(
+        plans=step.requests.plans_of(batch.req_ids),
         starts=runner.query_start_loc.np[: batch.num_reqs + 1],
         positions=batch.num_computed_tokens_cpu[: batch.num_reqs],
         requests=batch.req_ids,
         draws=~runner.discard_request_mask.np[: batch.num_reqs],
         num_drafts=np.array(drafts, np.int64) if any(drafts) else None,
-    ).in_groups(step.groups)
+    )
+    return found.in_groups(step.groups) if step.requests.have_companions else found
 
 
 def place_seats(known: dict[str, Any], seats: Mapping[str, str], tokens: Mapping[str, Sequence[int]]) -> None:

@@ -118,13 +118,14 @@ def view(input_batch: Any, step: WorkerStep) -> BatchView:
         return NOBODY
     num, starts = input_batch.num_reqs, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
     positions = input_batch.num_computed_tokens_np[:num]
-    return BatchView(
-        plans=[step.requests.plan_of(request_id) for request_id in input_batch.req_ids],
+    found = BatchView(
+        plans=step.requests.plans_of(input_batch.req_ids),
         starts=starts,
         positions=positions,
         requests=input_batch.req_ids,
         draws=positions + np.diff(starts) >= input_batch.prefill_len_np[:num],
-    ).in_groups(step.groups)
+    )
+    return found.in_groups(step.groups) if step.requests.have_companions else found
 
 
 def block_tables(runner: Any) -> list[tuple[Tensor, int]]:

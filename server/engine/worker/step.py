@@ -2,7 +2,7 @@
 
     schedule   worker.execute_model          note_schedule           who came and went, which groups step together
     run        runner adapter                begin                   what happens to this step's tokens
-               model (edits/sites.py)        run_edits_              edits activations by the token table
+               model (edits/sites.py)        run_bound_edits_        edits activations by the token table
                model (logits/model_hook.py)  needed_auxiliaries      which auxiliary models run beside it
                runner adapter                end_forward             what follows is no real step, or its draw
     logits     model (logits/model_hook.py)  decode, decode_prompt   stages mix and rule; `lookahead` tries tokens
@@ -19,6 +19,7 @@ read one map of the requests.
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class WorkerStep:
         self.slot_waits: deque[float] = deque(maxlen=MAX_WAITS)  # seconds, the last of them
         self.is_in_forward = False  # whether a real forward pass is under way: not profiling, warm-up or capture
         self.is_plain = False  # whether nobody in this step, or in the one before, asks for anything
-        self._view = NOBODY
+        self._view = replace(NOBODY)  # so that the first step tells all parts that nobody asks for anything
         self._copied: Sequence[tuple[int, int]] = ()  # what `_rows` holds: (a companion's row, its primary's)
         self._rows = torch.empty(2, 0, dtype=torch.int64)  # on the device: who decodes keeps its rows
 
@@ -73,10 +74,7 @@ class WorkerStep:
         if arrivals or self.requests:
             self.note_requests(scheduler_output.finished_req_ids, arrivals)
         notes: StepNotes | None = getattr(scheduler_output, "whipstaff_notes", None)
-        if notes is None:  # nobody asks for anything, or this is warm-up
-            if self.notes.groups or self.notes.searches or self.notes.seats:
-                self.notes = self.notes._replace(groups={}, searches={}, seats={})
-                self.pipeline.searches.expected = self.notes.searches
+        if notes is None:  # it is as it was, or this is warm-up
             return
         self.notes = notes
         self.pipeline.searches.expected = notes.searches

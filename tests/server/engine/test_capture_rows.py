@@ -65,7 +65,7 @@ class Bench:
                     for offset in range(num):
                         rows[first + offset] = value(name, position + offset, point)
         names = [name for name, _, _ in fed]
-        plans = [self.requests.plan_of(name) for name in names]
+        plans = [self.requests[name].placed for name in names]
         positions = np.array([position for _, position, _ in fed])
         self.captures.note(BatchView(plans, starts.astype(np.int32), positions, names))
 
@@ -114,7 +114,7 @@ def test_rows_go_where_their_positions_are(seed: int) -> None:
         steps = list(chunks(num_fed[name], sizes))
         lost = random.randint(0, len(steps))
         going[name] = steps[:lost] + list(chunks(num_fed[name], sizes)) if lost else steps
-        placed[name] = bench.requests.plan_of(name)
+        placed[name] = bench.requests[name].placed
     while any(going.values()):
         here = [name for name, steps in going.items() if steps and random.random() < 0.5]
         fed = [(name, *going[name].pop(0), random.choice((0, 0, 1, 3))) for name in here]
@@ -151,7 +151,7 @@ def test_a_prompt_that_becomes_shorter_gets_other_room() -> None:
     bench.arrive("1", READS[0], 1, 3)
     for position in range(3):
         bench.step(("1", position, 1))
-    placed = bench.requests.plan_of("1")
+    placed = bench.requests["1"].placed
     assert placed is not None
     bench.told("1", placed, 3)
     bench.finish("1")

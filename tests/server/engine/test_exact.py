@@ -210,7 +210,7 @@ def test_a_step_without_edits_executes_none_of_our_operators(bench: Bench, nobod
     steered = Ask(prompt, plan(SteeringPlan((edit(bench.vectors[0], 1.0, Where.of("all")),))), 6)
     bench.engine.generate(*plain)  # so that what was before is gone
     assert operators(*plain) == {}
-    assert operators(steered)["run_edits_"] == 6 * len(bench.engine.facts["sites"])
+    assert operators(steered)["run_bound_edits_"] == 6 * len(bench.engine.facts["sites"])
     bench.engine.generate(*plain)
     assert operators(Ask(prompt, plan(None, {"expert": 1.0}), 6)).keys() == {"mix_logits_"}
 

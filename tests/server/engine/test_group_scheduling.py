@@ -162,6 +162,22 @@ def test_while_nobody_asks_the_scheduler_is_vllms(model: str, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["sync", "async", "v2"])
+def test_a_worker_is_told_only_what_is_new(model: str, name: str) -> None:
+    """What a step carries is sent to every worker: tokens that follow tokens carry nothing of ours."""
+    traffic = Traffic(model, CASES[name], seed=0)
+    told: list[Any] = []
+    run = traffic.worker.run
+    traffic.worker.run = lambda output: told.append(output) or run(output)  # type: ignore[method-assign, func-returns-value]
+    steered = RequestPlan(SteeringPlan((PlannedEdit(Edit("v", "0", None), Where.of("all")),)))
+    traffic.plan = Mock(return_value={PLAN_KEY: steered.to_wire()})  # type: ignore[method-assign]
+    traffic.add(members=0, max_tokens=9)
+    traffic.drain()
+    used = [notes.slot_use.num_used if (notes := getattr(one, "whipstaff_notes", None)) else None for one in told]
+    num = used.index(0)
+    assert num >= 9 and used[:num] == [1, 1] + [None] * (num - 2)
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "v2"])
 @pytest.mark.parametrize("members", [0, 2])
 def test_a_banned_token_was_drawn_since_no_other_was_left(model: str, name: str, members: int) -> None:
     """It is not told, and the request ends."""

@@ -120,7 +120,7 @@ def test_a_hook_that_does_not_fire_sees_everything_alike(monkeypatch: pytest.Mon
     """Which is how the self-test notices it; what an earlier step left cannot be taken for this one's."""
     bench = Bench(monkeypatch)
     bench.layer.impl.forward(bench.layer, bench.queries, None, None, None, None)
-    bench.attention.forget(2)
+    bench.attention.begin_step(2, is_asked=True)
     view = BatchView([None], np.array([0, 1]), np.array([40]), ["a"])
     torch.testing.assert_close(bench.attention.rows(view, [0]), torch.full((1, 41), 1 / 41))
 

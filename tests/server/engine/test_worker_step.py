@@ -1,7 +1,7 @@
 """What a step keeps of the requests: one map, entropies that schedules follow, and nothing of tokens only tried."""
 
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from steps import step_edits
 
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
+from whipstaff.server.engine.worker.edits.token_table import TokenTable
 from whipstaff.server.engine.worker.requests import Arrival, PlannedRequest, Requests
 from whipstaff.server.engine.worker.step import WorkerStep
 from whipstaff.server.plan import PositionedPlan, RequestPlan
@@ -92,7 +93,7 @@ def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared()
 
     everything = ["begin_step", "end_step", "captures.note", "begin_step", "end_forward", "take_explanations"]
     assert [calls_of(view) for view in (NOBODY, NOBODY, rows(PROMPT, 1, "a"), NOBODY, NOBODY)] == [
-        *([], []),
+        *(everything, []),  # in the first step every part learns that nobody asks
         *(everything, everything),
         [],
     ]
@@ -131,6 +132,37 @@ def test_a_step_runs_the_form_of_the_model_that_it_needs() -> None:
     assert edits.forms.runs_plain
 
 
+def test_what_a_step_was_told_is_told_again_only_where_it_is_other() -> None:
+    """Rows that go on token by token get what they got, up to where their edits end or others begin."""
+    constant = PlannedEdit(Edit("v", "{}", None), Where(generation=[[1, 4]]))
+    placed = PositionedPlan(RequestPlan(SteeringPlan((constant,))), PROMPT)
+    requests = Requests()
+    edits = step_edits(requests, FakeTables())
+    list(requests.take([Arrival("a", placed), Arrival("b", placed)]))
+    table = edits.token_table
+    written = Mock(wraps=table.write)
+
+    def step(*positions: int) -> tuple[int, list[int]]:
+        """How often the table was written, and what it says."""
+        written.reset_mock()
+        plans = requests.plans_of(["a", "b"])
+        view = BatchView(plans, np.arange(3, dtype=np.int32), np.array(positions), ["a", "b"])
+        with patch.object(TokenTable, "write", written):
+            edits.begin_step(view, None)
+        return written.call_count, table.tokens[:2, 0].ge(0).int().tolist()
+
+    assert step(PROMPT, PROMPT + 1) == (1, [0, 1])
+    assert step(PROMPT + 1, PROMPT + 2) == (1, [1, 1])
+    assert step(PROMPT + 2, PROMPT + 3) == (0, [1, 1])
+    with edits.trying(BatchView([placed], np.array([0, 1]), np.array([PROMPT]), ["a"]), torch.tensor([5])):
+        assert table.tokens[:1, 0].tolist() == [-1]
+    assert step(PROMPT + 2, PROMPT + 3) == (1, [1, 1])
+    assert step(PROMPT + 3, PROMPT + 4) == (1, [1, 0])
+    assert step(PROMPT + 1, PROMPT) == (1, [1, 0])  # as after a preemption
+    list(requests.finish(["b"]))
+    assert step(PROMPT + 2, PROMPT + 2) == (1, [1, 0])
+
+
 @pytest.mark.parametrize("part", ASKS)
 def test_what_a_part_was_told_goes_in_the_step_after(part: str) -> None:
     """Though nobody asks anything of it then: what stays would edit somebody else's token. Later it is left alone."""
@@ -154,8 +186,8 @@ def test_a_request_that_comes_again_keeps_what_was_made_for_it() -> None:
     ((first, _),) = requests.take([Arrival("a", PLACED), Arrival("plain", None)])
     again = PositionedPlan(PLACED.plan, PROMPT - 1)
     ((second, _),) = requests.take([Arrival("a", again)])
-    assert second is first and requests.plan_of("a") is again
-    assert (len(requests), requests.plan_of("plain"), requests.decoding_of("a")) == (1, None, None)
+    assert second is first and requests["a"].placed is again
+    assert (list(requests), requests.decoding_of("a")) == (["a"], None)
 
 
 def test_an_id_may_finish_and_come_back_in_one_step() -> None:

@@ -3,7 +3,8 @@ through them.
 
 A module is changed by giving the instance a subclass of its own class under the same name, so that vLLM's interface
 checks, its weight loading and torch.compile see the module they expect. The edit itself is one opaque operator that
-reads persistent buffers; it is traced into compiled graphs and captured into CUDA graphs.
+reads persistent buffers; it is traced into compiled graphs and captured into CUDA graphs. Where the buffers are is
+bound once for each hook point: a graph takes one table of addresses in, and a call two or three tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from whipstaff.cuda_ext import put_rows_, run_edits_
+from whipstaff.cuda_ext import BOUND_WORDS, bind_edits_, put_rows_, run_bound_edits_
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.patch import swap
@@ -92,8 +93,10 @@ def install_sites(
         kept,
     )
     meters = torch.zeros(len(hooks), 2, device=device)
-    for meter, (point, (_, module, editing)) in zip(meters, hooks.items(), strict=True):
-        _adopt(module, editing, point, _buffers(tables.at(point), token_table, history, meter))
+    bound = torch.zeros(len(hooks), BOUND_WORDS, dtype=torch.int64)  # all of whose addresses are those of `Sites`
+    for index, (point, (_, module, editing)) in enumerate(hooks.items()):
+        _bind(bound, index, tables.at(point), token_table, history, meters[index])
+        swap(module, editing(type(module), index), whipstaff_bound=bound)
     return Sites(tables, meters, arenas)
 
 
@@ -149,25 +152,28 @@ def _is_whole(module: nn.Module) -> bool:
     return bool(getattr(bare, "reduce_results", True))
 
 
-def _buffers(tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor) -> dict[str, Tensor]:
-    """The persistent tensors that one hook point reads: what `run_edits_` takes beside the activations."""
-    buffers = {
-        "lines": tables.lines,
-        "code": tables.code,
-        "args": tables.args,
-        "tokens": token_table.tokens,
-        "gains": token_table.gains,
-        "history": history,
-        "meter": meter,
-    }
-    if tables.encoders is not None:
-        buffers |= {"encoder": tables.encoders.weight, "encoder_bias": tables.encoders.bias}
-    if tables.kept is not None:
-        buffers["kept"] = tables.kept
-    return buffers
+def _bind(
+    bound: Tensor, index: int, tables: SiteTables, token_table: TokenTable, history: Tensor, meter: Tensor
+) -> None:
+    """Say what one hook point reads, for good."""
+    encoders = tables.encoders
+    bind_edits_(
+        bound,
+        index,
+        tables.lines,
+        tables.code,
+        tables.args,
+        token_table.tokens,
+        token_table.gains,
+        history,
+        meter,
+        encoders.weight if encoders else None,
+        encoders.bias if encoders else None,
+        tables.kept,
+    )
 
 
-Editing = Callable[[Any, HookPoint], type]
+Editing = Callable[[Any, int], type]  # the class of a module, and the number of its hook point
 
 
 def _hook_points_of(layer: DecoderLayer, shape: ModelShape) -> dict[Site, tuple[SiteSpec, nn.Module, Editing]]:
@@ -212,94 +218,60 @@ def _bare(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _adopt(module: nn.Module, editing: Editing, point: HookPoint, buffers: dict[str, Tensor]) -> None:
-    for name, buffer in buffers.items():
-        module.register_buffer(f"whipstaff_{point.site}_{name}", buffer, persistent=False)
-    swap(module, editing(type(module), point))
-
-
-def _run(module: Any, site: str, x: Tensor, residual: Tensor | None = None) -> None:
-    """Edit rows of activations in place by the buffers that the module has for a site."""
-
-    def own(name: str) -> Any:
-        return getattr(module, f"whipstaff_{site}_{name}", None)
-
-    run_edits_(
-        _rows(x),
-        own("lines"),
-        own("code"),
-        own("args"),
-        own("tokens"),
-        own("gains"),
-        own("history"),
-        residual if residual is None else _rows(residual),
-        own("meter"),
-        own("encoder"),
-        own("encoder_bias"),
-        own("kept"),
-    )
-
-
-def _edit_stream(cls: Any, point: HookPoint) -> type:
+def _edit_stream(cls: Any, site: int) -> type:
     """A decoder block whose output, the residual stream, is edited.
 
     vLLM's blocks return either the stream itself or (hidden, residual), whose sum is the stream.
     """
-    site = point.site
 
     class EditedBlock(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = cls.forward(self, *args, **kwargs)
-            if isinstance(output, torch.Tensor):
-                _run(self, site, output)
-            else:
-                _run(self, site, output[0], output[1])
+            x, residual = (output, None) if isinstance(output, torch.Tensor) else output[:2]
+            run_bound_edits_(_rows(x), residual if residual is None else _rows(residual), self.whipstaff_bound, site)
             return output
 
     return EditedBlock
 
 
-def _edit_heads(cls: Any, point: HookPoint) -> type:
+def _edit_heads(cls: Any, site: int) -> type:
     """An attention output projection whose input, the concatenated head outputs, is edited."""
-    site = point.site
 
     class EditedProjection(cls):
         def forward(self, heads: Tensor, *args: Any, **kwargs: Any) -> Any:
-            _run(self, site, heads)
+            run_bound_edits_(_rows(heads), None, self.whipstaff_bound, site)
             return cls.forward(self, heads, *args, **kwargs)
 
     return EditedProjection
 
 
-def _edit_input(cls: Any, point: HookPoint) -> type:
+def _edit_input(cls: Any, site: int) -> type:
     """A module whose hidden states are edited before it sees them; a copy, since others may read them too."""
-    site = point.site
 
     class EditedInput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if "hidden_states" in kwargs:
-                kwargs["hidden_states"] = kwargs["hidden_states"].clone()
-                _run(self, site, kwargs["hidden_states"])
+                hidden = kwargs["hidden_states"] = kwargs["hidden_states"].clone()
             else:
                 index = next(
                     i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.is_floating_point()
                 )
                 hidden = args[index].clone()
-                _run(self, site, hidden)
                 args = (*args[:index], hidden, *args[index + 1 :])
+            run_bound_edits_(_rows(hidden), None, self.whipstaff_bound, site)
             return cls.forward(self, *args, **kwargs)
 
     return EditedInput
 
 
-def _edit_output(cls: Any, point: HookPoint) -> type:
+def _edit_output(cls: Any, site: int) -> type:
     """A module whose output, or the first of its outputs, is edited."""
-    site = point.site
 
     class EditedOutput(cls):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = cls.forward(self, *args, **kwargs)
-            _run(self, site, output if isinstance(output, torch.Tensor) else output[0])
+            x = output if isinstance(output, torch.Tensor) else output[0]
+            run_bound_edits_(_rows(x), None, self.whipstaff_bound, site)
             return output
 
     return EditedOutput

@@ -36,12 +36,13 @@ class KeptQueries:
         self.of_step = of_step  # (max_tokens, heads, D)
         self.of_tried: Tensor | None = None  # (R, heads, D), while tokens are tried
         self.is_trying = False
+        self.is_asked = True  # whether anybody will read those of the pass that comes; captured graphs always keep them
 
     def keep(self, query: Tensor) -> None:
         """(T, heads, D), after rotary embedding."""
         if self.is_trying:
             self.of_tried = query.clone()
-        else:
+        elif self.is_asked:
             self.of_step[: len(query)].copy_(query)
 
 
@@ -92,10 +93,12 @@ class LastAttention:
         finally:
             self._queries.is_trying = False
 
-    def forget(self, num_tokens: int) -> None:
+    def begin_step(self, num_tokens: int, is_asked: bool) -> None:
         """Before a step's forward pass: what is read after it is the step's own, or nothing that could be taken for
         it."""
-        self._queries.of_step[:num_tokens].zero_()
+        self._queries.is_asked = is_asked
+        if is_asked:
+            self._queries.of_step[:num_tokens].zero_()
 
     def rows(self, view: BatchView, rows: Sequence[int]) -> Tensor:
         """(R, C) float32: how much the last token of each of a step's rows looked at every position up to its own, the

@@ -69,8 +69,9 @@ def composite(cls: Any) -> type:
             step, auxiliaries = self.whipstaff_step, self.whipstaff_auxiliaries
             if step.is_in_forward and step.is_plain:
                 return hidden
-            if step.pipeline.histories is not None:
-                step.pipeline.histories.keep(hidden)
+            histories = step.pipeline.histories
+            if histories is not None and (histories.num_held or not step.is_in_forward):  # captured graphs always do
+                histories.keep(hidden)
             names = step.pipeline.needed_auxiliaries() if step.is_in_forward else list(auxiliaries)
             is_tagged = step.is_in_forward and step.pipeline.scores_prompts
             if not names and not is_tagged:

@@ -181,11 +181,14 @@ class LogitsPipeline:
         self._snapshot = self._explanations = self._undecoded = None
         self._is_decoded = self._is_drawn = not self._num_decoding
         if self._is_decoded:
+            if self.attention is not None:
+                self.attention.begin_step(view.num_tokens, is_asked=False)
             return
         here = list(self._decoding_rows())
         self._active = [one for one in here if view.draws[one.row]]
-        if self.attention is not None and any(request.reads_attention for _, request in self._active):
-            self.attention.forget(view.num_tokens)
+        if self.attention is not None:
+            is_asked = any(request.reads_attention for _, request in self._active)
+            self.attention.begin_step(view.num_tokens, is_asked)
         slots = [(row, request.slot) for row, request in here if request.slot >= 0]
         if slots and input_ids is not None:
             self._tables.note_tokens(view, slots, input_ids)
@@ -204,6 +207,8 @@ class LogitsPipeline:
 
     def needed_auxiliaries(self) -> list[str]:
         """The auxiliary models this step must run."""
+        if not self._requests.need_auxiliaries:
+            return []
         wanted = {name for _, placed in self._view.planned() for name in placed.auxiliaries}
         needed = [name for name in self._auxiliaries if name in wanted]
         self.auxiliary_steps.update(needed)
