@@ -322,6 +322,10 @@ class LogitsRewriter(Method[P]):
         """The early layers whose logits it reads, in the order of `Rows.early_exit`. Raises: DecodingError."""
         return ()
 
+    def num_tried(self, params: P) -> int:
+        """Tokens that it tries for each token of an answer, where it looks ahead."""
+        return 0
+
     def takes_norm(self, params: P) -> bool:
         """Whether early layers pass the model's final norm before its head."""
         return False

@@ -343,7 +343,9 @@ class Extras(BaseModel):
         if self._compiled.searches:
             retract = None if self._notes.retract is None else partial(self._notes.retract, index * num)
             return SearchAnswers(num, params, note, retract)
-        return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
+        if not self._compiled.num_candidates:
+            return None
+        return RankedAnswers(num, self._compiled.score, note, told, self._placed[index].plan.computed)
 
     def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
         """With candidates of which the best are answers. Which ones is known once all are there."""
