@@ -450,6 +450,14 @@ TAKEN: dict[str, tuple[dict[str, Any], str, int, int]] = {  # fields, label, fed
 }
 
 
+def has_grown(series: Any, most: float, now: Any) -> bool:
+    return bool(now.get(series, 0) >= most)
+
+
+def generates(before: Any, now: Any) -> bool:
+    return vllm(now, "generation_tokens_total") > vllm(before, "generation_tokens_total")
+
+
 @pytest.mark.parametrize("name", TAKEN)
 def test_usage_and_metrics_say_what_answers_take(http: httpx.Client, complete: Post, name: str) -> None:
     """Candidates that nobody gets, further prompts, and tokens that are tried among it; streamed and not."""
@@ -463,7 +471,7 @@ def test_usage_and_metrics_say_what_answers_take(http: httpx.Client, complete: P
         assert usage["completion_tokens"] == NUM_TOKENS
         assert usage["completion_tokens_details"]["computed_tokens"] == fed + tried
         assert [(one["tokens_computed"], one["tried"]) for one in searches] == [(fed, tried)] * len(searches)
-        poll(http, lambda now, before=before: now.get(own, 0) - before >= fed + tried)
+        poll(http, partial(has_grown, own, before + fed + tried))
         assert metrics(http)[own] - before == fed + tried
     assert not ok(complete())["usage"].get("completion_tokens_details")
 
@@ -471,11 +479,10 @@ def test_usage_and_metrics_say_what_answers_take(http: httpx.Client, complete: P
 def test_what_was_computed_for_who_went_away_is_counted(server: Server, http: httpx.Client, complete: Post) -> None:
     """Of candidates nothing is heard before all are there."""
     own = "whipstaff_computed_tokens_total", (("method", "several"),)
-    generated = partial(vllm, name="generation_tokens_total")
     for _ in range(8):  # on a busy machine the answer may be there before its client has gone away
         before = metrics(http)
         with left_alone(server, best_of=4, decoding=GUIDED, temperature=1.0):
-            poll(http, lambda now, before=before: generated(now) > generated(before))
+            poll(http, partial(generates, before))
         poll(http, is_free)
         now = metrics(http)
         if requests(now, "several", "aborted") > requests(before, "several", "aborted"):
