@@ -197,6 +197,10 @@ class PromptFacts(Protocol):
         """[start, end) of the contents of the messages that match, at least one. Raises: DecodingError naming
         `param`."""
 
+    def images_at(self, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """[start, end) of the tokens that stand for an image, or for all of them; an image may have several. Raises:
+        DecodingError naming `param`."""
+
 
 P = TypeVar("P", bound=Params)
 

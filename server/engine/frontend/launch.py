@@ -468,7 +468,7 @@ def _refuse_lookahead(config: VllmConfig) -> None:
     refused = {
         "a model with recurrent state": model.is_hybrid or model.has_inner_state or model.is_attention_free,
         "a model with an encoder": model.is_encoder_decoder,
-        "a model that takes embeddings": model.is_multimodal_model or model.enable_prompt_embeds,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
         "positions of several dimensions": model.uses_mrope,
         "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "--enable-eplb": config.parallel_config.enable_eplb,

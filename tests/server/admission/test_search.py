@@ -233,6 +233,17 @@ def test_spans_become_positions(able: Capabilities) -> None:
     assert placed(compiled(able, decoding={"method": "trust", "span": [[-3, -1], [0, 2]]})) == [[0, 2], [6, 8]]
 
 
+def test_images_become_positions(able: Capabilities) -> None:
+    prompt = Prompt(9, None, 64, None, images=[[(1, 3)], [(4, 5), (6, 8)]])
+    for image, wanted in (("all", [[1, 3], [4, 5], [6, 8]]), (0, [[1, 3]]), (-1, [[4, 5], [6, 8]])):
+        assert placed(compiled(able, decoding={"method": "trust", "span": {"image": image}}), prompt) == wanted
+    for image in (2, -3):
+        made = compiled(able, decoding={"method": "trust", "span": {"image": image}})
+        with pytest.raises(BadRequest, match="the prompt has 2 images") as caught:
+            at_prompt(made, prompt)
+        assert caught.value.param == "decoding.span"
+
+
 class Lettered(Prompt):
     """A prompt of letters, each a token."""
 
@@ -252,7 +263,7 @@ def test_texts_move_with_rows_that_are_put_before_them(able: Capabilities) -> No
 
 
 @pytest.mark.parametrize("method", ["trust", "opera", "opera_lite"])
-@pytest.mark.parametrize("span", [[[0, 10]], "nowhere", {"role": "user"}])
+@pytest.mark.parametrize("span", [[[0, 10]], "nowhere", {"role": "user"}, {"image": "all"}])
 def test_spans_outside_the_prompt(able: Capabilities, method: str, span: Any) -> None:
     made = compiled(able, decoding=[{"method": method, "span": span}])
     with pytest.raises(BadRequest) as caught:
