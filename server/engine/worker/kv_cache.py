@@ -89,7 +89,7 @@ def copy_blocks(caches: Iterable[Tensor], num_blocks: int, pairs: Sequence[tuple
         if cache.data_ptr() in seen:  # layers may share theirs
             continue
         seen.add(cache.data_ptr())
-        blocks = cache.unflatten(0, (num_blocks, -1))
+        blocks = cache.view(num_blocks, -1, *cache.shape[1:])
         for source, target in pairs:
             blocks[target].copy_(blocks[source])
 
