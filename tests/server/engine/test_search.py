@@ -556,6 +556,8 @@ def test_an_answer_that_is_another_one_is_not_taken_for_as_likely(bench: Bench) 
 
 def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
     num = 2000 if SOAK else 14 if bench.mode.startswith("v2") else 70
+    for plain in (Case(prompt(20, 41), max_tokens=3), Case(prompt(20, 41), max_tokens=3, scale=1.5)):
+        bench.check(plain, *bench.answers(plain)[0])
     traffic, wave, before = Traffic(15), min(num, 100), bench.engine.counters()
     kinds, num_cut, ties = Counter[str](), Counter[str](), 0
     for first in range(0, num, wave):
