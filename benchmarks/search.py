@@ -1,12 +1,13 @@
 """What searches cost: against transformers, against the plain sequences that they are made of, and beside neighbours.
 
-    python benchmarks/search.py [--model PATH | --hidden N --layers N] [--requests N] [--rounds N] [--compiled]
+    python benchmarks/search.py [--model PATH | --hidden N --layers N] [--requests N] [--rounds N] [--minutes N]
+        [--compiled]
 
 In every round ways take turns on one engine, what is measured between two measurements of what it is compared with
 (A B A), and then transformers; ratios are formed within a round, of seconds and of CPU time (of all processes; what
 waits by spinning counts). At last a second engine starts, without what searches need, and both are asked for plain
-requests alone ("idle"). All requests of a wave are there at once. Prompts have 32 tokens, answers 48, and prefix
-caching is off, so that every sequence is computed.
+requests alone ("idle"). There are fewer rounds than asked for where they would take too long. All requests of a wave
+are there at once. Prompts have 32 tokens, answers 48, and prefix caching is off, so that every sequence is computed.
 
 On transformers one request runs after the other. Beam search is its own `generate`. OPERA is the authors' loop with a
 cache of keys and values: a pass for the beams and one per candidate, all with attention written out (eager), beams
@@ -59,6 +60,7 @@ PLANS = {
 }
 COSTS = {"beam search": (BEAMS, 1.15), "opera": (WIDTH, 1.5), "opera_lite": (1, 1.3)}  # plain sequences, and the bar
 MIN_GAIN, MIN_NEIGHBOURS, MIN_IDLE = 5.0, 0.95, 0.97  # bars
+ROUNDS_SHARE = 0.8  # of the time that is left once the first engine is warm; then a second one starts
 
 
 class Loop:
@@ -237,6 +239,7 @@ class Loops:
 
 async def measure(options: argparse.Namespace) -> dict[str, list[Spent]]:
     """By what is compared, the ratios of every round."""
+    deadline = time.monotonic() + 60 * options.minutes
     loops = Loops(options)
     seats = options.requests * max(OPERA.beams, BEAMS)
     searching = Setup(lookahead=True, attention_rows=True, max_search_seqs=seats)
@@ -247,16 +250,28 @@ async def measure(options: argparse.Namespace) -> dict[str, list[Spent]]:
         await bench.run(bench.plain(WIDTH))
         for name in loops.loops:
             loops.per_request(name, 1)
-        for _ in range(options.rounds):
+        for _ in within(options.rounds, ROUNDS_SHARE * (deadline - time.monotonic())):
             for name, taken in (await bench.round()).items():
                 if name in loops.loops:
                     own = Spent(taken.seconds / bench.num, taken.cpu / bench.num)
                     bench.note(f"{name}: of transformers", loops.per_request(name, options.loops).of(own))
         with running(options, Setup()) as other:
             await bench.run(bench.plain(4), other)
-            for _ in range(options.rounds):
+            for _ in within(options.rounds, deadline - time.monotonic()):
                 await bench.idle(other)
         return bench.ratios
+
+
+def within(num: int, seconds: float) -> Iterator[int]:
+    """Rounds, at least one: no more than `num`, and none that would not end in time if it took as long as the longest
+    before."""
+    started, longest = time.monotonic(), 0.0
+    for index in range(num):
+        began = time.monotonic()
+        if index and began + longest > started + seconds:
+            return
+        yield index
+        longest = max(longest, time.monotonic() - began)
 
 
 def bars() -> dict[str, tuple[float, bool]]:
@@ -274,7 +289,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--requests", type=int, default=4, help="at once")
     parser.add_argument("--loops", type=int, default=2, help="requests of each of transformers' turns")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="at most")
+    parser.add_argument("--minutes", type=float, default=12, help="no round begins that would end later")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

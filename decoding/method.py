@@ -197,6 +197,10 @@ class PromptFacts(Protocol):
         """[start, end) of the contents of the messages that match, at least one. Raises: DecodingError naming
         `param`."""
 
+    def images_at(self, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """[start, end) of the tokens that stand for an image, or for all of them; an image may have several. Raises:
+        DecodingError naming `param`."""
+
 
 P = TypeVar("P", bound=Params)
 
@@ -321,6 +325,10 @@ class LogitsRewriter(Method[P]):
     def early_layers(self, params: P, depth: Depth) -> Sequence[int]:
         """The early layers whose logits it reads, in the order of `Rows.early_exit`. Raises: DecodingError."""
         return ()
+
+    def num_tried(self, params: P) -> int:
+        """Tokens that it tries for each token of an answer, where it looks ahead."""
+        return 0
 
     def takes_norm(self, params: P) -> bool:
         """Whether early layers pass the model's final norm before its head."""

@@ -15,6 +15,7 @@ class Rewrite(NamedTuple):
     streams: tuple[str, ...] = ()  # auxiliary models, in the order of the method's stream fields
     heads: tuple[str, ...] = ()  # digests, in the order of the method's head fields
     early: tuple[int, ...] = ()  # early layers
+    num_tried: int = 0  # tokens that are tried for each token of an answer
 
 
 class SearchPlan(NamedTuple):
@@ -79,6 +80,11 @@ class DecodingPlan:
         """The early layers whose streams must be kept, in order."""
         return tuple(sorted({layer for rewrite in self.rewrites for layer in rewrite.early}))
 
+    @property
+    def num_tried(self) -> int:
+        """Tokens that are tried for each token of a sequence, those aside that a search tries."""
+        return sum(rewrite.num_tried for rewrite in self.rewrites)
+
     def to_wire(self) -> dict[str, Any]:
         return {
             "mix": self.mix.to_wire() if self.mix else None,
@@ -96,8 +102,8 @@ class DecodingPlan:
         return DecodingPlan(
             Mix.from_wire(wire["mix"]) if wire["mix"] else None,
             tuple(
-                Rewrite(method, setting, tuple(streams), tuple(heads), tuple(early))
-                for method, setting, streams, heads, early in wire["rewrites"]
+                Rewrite(method, setting, tuple(streams), tuple(heads), tuple(early), num_tried)
+                for method, setting, streams, heads, early, num_tried in wire["rewrites"]
             ),
             SamplerSettings(*wire["draw"]) if wire["draw"] else None,
             wire["seed"],

@@ -1,11 +1,12 @@
 """Spans of a prompt: what a method's parameter says of them, and the positions that it means.
 
-A text that stands in the prompt, messages of a chat, or half-open windows that count from the prompt's start, or from
-its end when negative. What is not there is refused: a method that trusts a part of the prompt would else trust another.
+A text that stands in the prompt, messages of a chat, images, or half-open windows that count from the prompt's start,
+or from its end when negative. What is not there is refused: a method that trusts a part of the prompt would else trust
+another.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,8 +25,17 @@ class SpanMessages(BaseModel):
     index: Position | None = None  # among those with that role; negative: from the last one
 
 
+class SpanImages(BaseModel):
+    """The tokens that stand for images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: Position | Literal["all"]  # the number of one, in the order of the prompt; negative: from the last one
+
+
 Span = (
     Annotated[str, Field(min_length=1, max_length=1 << 20)]
+    | SpanImages
     | SpanMessages
     | Annotated[list[Window], Field(min_length=1, max_length=64)]
 )
@@ -41,6 +51,8 @@ def span_at(span: Span, prompt: PromptFacts, param: str = "span") -> tuple[tuple
         found = [prompt.text_at(span, param)]
     elif isinstance(span, SpanMessages):
         found = list(prompt.messages_at(span.role, span.index, param))
+    elif isinstance(span, SpanImages):
+        found = list(prompt.images_at(None if span.image == "all" else span.image, param))
     else:
         found = [_resolved(*window, prompt.num_tokens, f"{param}[{index}]") for index, window in enumerate(span)]
     return _merged(found)

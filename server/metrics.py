@@ -59,8 +59,9 @@ class Watched(Protocol):
     label: str  # its methods
     note: Callable[[Any], None] | None  # called with each output
 
-    def num_computed(self, num_tokens: int) -> int:
-        """How many tokens its sequences compute for so many that are generated."""
+    @property
+    def num_computed(self) -> int:
+        """Tokens that its sequences have computed so far."""
 
 
 def _gauge(name: str, what: str, labels: Iterable[str] = ()) -> Gauge:
@@ -84,7 +85,8 @@ END_TO_END = Histogram(
 )  # fmt: skip
 GENERATED = Counter("whipstaff_generated_tokens", "Tokens of answers by method", ["method"])
 COMPUTED = Counter(
-    "whipstaff_computed_tokens", "Tokens that were computed for those of answers, further sequences' included",
+    "whipstaff_computed_tokens",
+    "Tokens that were computed for those of answers, further sequences' and those that were tried included",
     ["method"],
 )  # fmt: skip
 PRESETS = Counter("whipstaff_preset_requests", "Requests that named a preset", ["preset"])
@@ -290,10 +292,10 @@ class PresetTime:
 class _Generation:
     """One generation, as its outputs pass by."""
 
-    def __init__(self, method: str, num_computed: Callable[[int], int]) -> None:
+    def __init__(self, method: str, plan: Watched | None = None) -> None:
         self.outcome = ABORTED
         self._started = time.perf_counter()
-        self._method, self._num_computed = method, num_computed
+        self._method, self._plan = method, plan
         self._first, self._next = FIRST_TOKEN.labels(method), NEXT_TOKEN.labels(method)
         self._generated, self._computed = GENERATED.labels(method), COMPUTED.labels(method)
         self._last: dict[int, float] = {}  # by sequence, when its last token came
@@ -332,7 +334,8 @@ class _Generation:
 
     def _tell(self, now: float) -> None:
         """Count the tokens that came since the last time: one by one they would cost more than to be timed."""
-        generated, computed = sum(self._num.values()), sum(map(self._num_computed, self._num.values()))
+        generated = sum(self._num.values())
+        computed = generated if self._plan is None else self._plan.num_computed
         self._generated.inc(generated - self._told[0])
         self._computed.inc(computed - self._told[1])
         self._told, self._told_at = (generated, computed), now
@@ -349,7 +352,7 @@ async def watch(
 ) -> AsyncGenerator[Any, None]:
     """Pass a generation's outputs on, timing them; `plan`, unless it is plain, notes each. Closing this closes
     `outputs`. What ends with one of `refusals` never began."""
-    generation = _Generation(plan.label, plan.num_computed) if plan else _Generation(PLAIN, int)
+    generation = _Generation(plan.label if plan else PLAIN, plan)
     note, is_refused = plan.note if plan else None, False
     try:
         async with aclosing(outputs):

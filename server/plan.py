@@ -15,6 +15,28 @@ PLAN_KEY = "whipstaff"
 STEPS_AHEAD = 2  # a companion that is not needed any more may have been given as many tokens more
 
 
+class Computed(NamedTuple):
+    """Tokens that were computed after a request's prompts, for those of its answers."""
+
+    num_fed: int = 0  # by all of its sequences
+    num_tried: int = 0  # that were fed to see what they lead to
+
+    @staticmethod
+    def of(num_tokens: int, untils: Sequence[int | None], num_tried: int) -> "Computed":
+        """Of an answer of so many.
+
+        Args:
+            untils: of each companion, the tokens after which it is not needed any more.
+            num_tried: for each of its tokens.
+        """
+        further = sum(num_tokens if until is None else min(num_tokens, until) for until in untils)
+        return Computed(num_tokens + further, num_tokens * num_tried)
+
+    @property
+    def num(self) -> int:
+        return self.num_fed + self.num_tried
+
+
 @dataclass(frozen=True)
 class CompanionPlan:
     """A further sequence of a request: it emits the tokens which the request emits; see `groups`."""
@@ -74,6 +96,12 @@ class RequestPlan:
         if steering is not None and steering.entropy_column >= 0:
             return "steering.schedule"
         return "metering" if steering is not None and steering.is_metered else None
+
+    def computed(self, num_tokens: int) -> Computed:
+        """What an answer of so many tokens takes. What a search takes only the engine can count, and does: nothing."""
+        if self.decoding is not None and self.decoding.search is not None:
+            return Computed()
+        return Computed.of(num_tokens, self.untils, self.decoding.num_tried if self.decoding else 0)
 
     def explaining(self, explain: Explain) -> "RequestPlan":
         """The same, saying other things of tokens."""

@@ -45,6 +45,9 @@ class ContrastiveSearch(LogitsRewriter[ContrastiveSearchParams]):
     def is_off(self, params: ContrastiveSearchParams) -> bool:
         return params.penalty_alpha == 0
 
+    def num_tried(self, params: ContrastiveSearchParams) -> int:
+        return params.k
+
     def read(self, field: str, value: Any) -> Any:
         is_off = field == "top_k" and isinstance(value, int) and value <= 0  # as vLLM says that nothing is cut
         return None if is_off else value

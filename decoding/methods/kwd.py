@@ -44,6 +44,9 @@ class Kwd(LogitsRewriter[KwdParams]):
     def off(self, streams: Sequence[str], heads: Sequence[str]) -> None:
         return None  # the classifier decides
 
+    def num_tried(self, params: KwdParams) -> int:
+        return params.k
+
     def rewrite(self, rows: Rows, settings: Sequence[Any]) -> Tensor:
         head, vocab = rows.heads["classifier"], rows.logits.shape[1]
         most = min(max((params.k for params in settings), default=1), vocab)

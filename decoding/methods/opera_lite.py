@@ -42,7 +42,8 @@ class OperaLiteParams(Params):
     switch_length: int = Field(10, ge=0, le=1 << 20, description="first tokens that get the reward instead")
     history: int = Field(_COLUMNS, ge=1, le=_COLUMNS, description="tokens back that a column may stand")
     span: Span | None = Field(
-        None, description="what of the prompt is trusted: text, messages or windows; default: all but its first token"
+        None,
+        description="what of the prompt is trusted: text, messages, images, windows; default: all but its first token",
     )
 
 

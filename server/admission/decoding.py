@@ -99,6 +99,11 @@ class DecodingEntry:
         """Whether, however hot the request's own temperature, not every token becomes about as likely."""
         return self.method.stage == "truncation" or self.chooses_temperature
 
+    @property
+    def num_tried(self) -> int:
+        """Tokens that a method which rewrites rows tries for each token of an answer."""
+        return self.method.num_tried(self.params) if self.ahead and isinstance(self.method, LogitsRewriter) else 0
+
     def at_prompt(self, prompt: PromptFacts, index: int = 0, num: int = 1) -> "DecodingEntry":
         """The entry in prompt `index` of a request's `num`. Raises: BadRequest."""
         try:
@@ -333,7 +338,7 @@ def plan_of(entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
     mix = mixes[0].mix if len(mixes) == 1 else added([entry.mix for entry in mixes if entry.mix is not None])
     rewriting = sorted(filter(_rewrites, entries), key=lambda e: _ORDER[e.method.name])
     rewrites = tuple(
-        Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early) for e in rewriting
+        Rewrite(e.method.name, e.setting.model_dump_json(), e.streams, e.heads, e.early, e.num_tried) for e in rewriting
     )
     search, keeps_hidden = search_of(entries), any("history" in reads(e.method) for e in rewriting)
     plan = DecodingPlan(mix, rewrites, keeps_hidden=keeps_hidden, search=_search_plan(search) if search else None)

@@ -6,9 +6,9 @@ from typing import Any
 
 from whipstaff.server.admission.captures import NamedSequence, Told, captured
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.admission.search import told
+from whipstaff.server.admission.search import computed, told
 from whipstaff.server.admission.steering import STOP_FIELD
-from whipstaff.server.plan import PlacedRequest, PositionedPlan
+from whipstaff.server.plan import PlacedRequest, PositionedPlan, RequestPlan
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
 
@@ -54,6 +54,18 @@ class Tally:
     def searches(self) -> list[dict[str, Any]]:
         """In the order of the prompts."""
         return [record for _, record in sorted(self._searches.items())]
+
+    def num_computed(self, plans: Sequence[RequestPlan]) -> int | None:
+        """Tokens that were computed for those of answers, with those that were tried; None where they are the same.
+
+        Args:
+            plans: of every prompt.
+        """
+        found, num_answered = sum(computed(record).num for record in self._searches.values()), 0
+        for (prompt, _), generated in self._generated.items():
+            num_answered += len(generated)
+            found += 0 if prompt in self._searches else plans[prompt].computed(len(generated)).num
+        return found if self._searches or found != num_answered else None
 
     def fed(self) -> list[Fed]:
         """Every sequence."""

@@ -5,7 +5,7 @@ told. What it cannot do is refused by the field that asks for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from whipstaff.decoding.plan import Explain
@@ -13,6 +13,7 @@ from whipstaff.decoding.search.search import SearchMethod, SearchParams
 from whipstaff.server.admission.decoding import DecodingEntry, GivenEntry
 from whipstaff.server.admission.fields import AskedRequest
 from whipstaff.server.errors import BadRequest, Unavailable
+from whipstaff.server.plan import Computed
 from whipstaff.server.registry.capabilities import Capabilities
 
 COUNTS = ("tokens_computed", "tried", "forks", "rollbacks")  # of a search, as its receipt says them
@@ -26,13 +27,14 @@ def vllm_beam_search(num_beams: int, length_penalty: float) -> GivenEntry:
     return GivenEntry("", {"method": "beam_search", **params}, names, ("use_beam_search",))
 
 
-def effort(entry: DecodingEntry) -> tuple[int, int, float]:
-    """Tokens that a search computes and that it tries for each token of an answer, while it takes nothing back; and how
-    many it may come to after each prompt."""
+def effort(entry: DecodingEntry, num_tried: int) -> tuple[int, int, float]:
+    """Tokens that a search computes and that are tried for each token of an answer, while it takes nothing back; and
+    how many it may come to after each prompt. `num_tried` are tried by other methods for each that it computes."""
     method, params = _method(entry), entry.params
     assert isinstance(params, SearchParams)
     most = math.inf if params.max_computed_tokens is None else params.max_computed_tokens
-    return method.num_computed(params), method.num_tried(params), most
+    num_computed = method.num_computed(params)
+    return num_computed, method.num_tried(params) + num_computed * num_tried, most
 
 
 def check_room(entry: DecodingEntry, num_companions: int, caps: Capabilities) -> None:
@@ -107,12 +109,10 @@ def told(record: Mapping[str, Any], num_sequences: int) -> dict[str, Any]:
     return said | ({"ended_by": record["ended_by"]} if "ended_by" in record else {})
 
 
-def add_computed(usage: dict[str, Any], searches: Sequence[Mapping[str, Any]]) -> None:
-    """Let `usage` say, beside the tokens of answers, how many were computed for them: what the receipt says of each
-    prompt's search, with what was tried."""
-    computed = sum(one["tokens_computed"] + one["tried"] for one in searches)
-    details = "output_tokens_details" if "output_tokens" in usage else "completion_tokens_details"
-    usage[details] = (usage.get(details) or {}) | {"computed_tokens": computed}
+def computed(record: Mapping[str, Any]) -> Computed:
+    """What a search, or candidates that were ranked, took so far, as the engine says it."""
+    counts = record.get("counts", {})
+    return Computed(int(counts.get("tokens_computed", 0)), int(counts.get("tried", 0)))
 
 
 def _method(entry: DecodingEntry) -> SearchMethod[Any]:

@@ -23,7 +23,7 @@ from whipstaff.server.admission.fields import check_characters, ours_in, unpacke
 from whipstaff.server.admission.prepare import compile_extras, prepare, unknown_warnings
 from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_receipt, receipt, warnings_of
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.admission.search import add_computed, effort
+from whipstaff.server.admission.search import effort
 from whipstaff.server.api.access import headers_of
 from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
@@ -203,8 +203,9 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1)
         metrics.note_steering(made["steering"])
         body[RECEIPT_FIELD] = made
-        if body.get("usage") and (searches := made.get("search")):
-            add_computed(body["usage"], searches)
+        num_computed = tally.num_computed([one.plan for one in request.placed])
+        if body.get("usage") and num_computed is not None:
+            _add_computed(body["usage"], num_computed)
 
     if isinstance(result, Response):
         return result
@@ -222,16 +223,23 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
     return _response(body, raw, headers, at_end)
 
 
+def _add_computed(usage: dict[str, Any], num_tokens: int) -> None:
+    """Let `usage` say, beside the tokens of answers, how many were computed for them."""
+    details = "output_tokens_details" if "output_tokens" in usage else "completion_tokens_details"
+    usage[details] = (usage.get(details) or {}) | {"computed_tokens": num_tokens}
+
+
 def _spending(request: AnyRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:
     """What a request may come to, of its key's."""
     num = request.num_answers
     if compiled is None:
         return Spending(holder.meter, num, num, 1)
-    num_models = 1 + len(compiled.limits)
+    num_models, num_tried = 1 + len(compiled.limits), sum(entry.num_tried for entry in compiled.decoding)
     if compiled.search is not None:
-        computed, tried, most = effort(compiled.search)
+        computed, tried, most = effort(compiled.search, num_tried)
         return Spending(holder.meter, num, computed, num_models, tried, most)
-    return Spending(holder.meter, num, compiled.num_candidates or num, num_models)
+    num_drawn = compiled.num_candidates or num
+    return Spending(holder.meter, num, num_drawn, num_models, num_drawn * num_tried)
 
 
 def _response(result: Any, raw: Request, headers: Mapping[str, str], at_end: AsyncExitStack) -> Response:

@@ -157,6 +157,7 @@ class Prompt:
     index: int = 0  # among the request's prompts
     num: int = 1  # of those
     scores: dict[str, list[float]] = field(default_factory=dict)  # by method, of the text that it wanted scored
+    images: Sequence[Sequence[Span]] = ()  # of each, the tokens that stand for it
 
     def spans(self, chosen: Messages) -> list[Span]:
         """As `Chat.spans`."""
@@ -208,6 +209,15 @@ class Prompt:
             raise DecodingError("no message matches", param)
         return found
 
+    def images_at(self, index: int | None, param: str) -> list[Span]:
+        """The tokens of an image, or of all. Raises: DecodingError naming `param`."""
+        num = len(self.images)
+        if not -num <= (index or 0) < num:
+            said = f"{num} image{'s' if num > 1 else ''}" if num else "no image"
+            raise DecodingError(f"the prompt has {said}", param)
+        chosen = self.images if index is None else [self.images[index]]
+        return [span for image in chosen for span in image]
+
     def _asked(self) -> Chat:
         if self.chat is None:
             raise SteeringError(
@@ -237,6 +247,10 @@ class ExpandedPrompt:
     def messages_at(self, role: str | None, index: int | None, param: str) -> list[Span]:
         """As `Prompt.messages_at`."""
         return list(map(self.shift, self.prompt.messages_at(role, index, param)))
+
+    def images_at(self, index: int | None, param: str) -> list[Span]:
+        """As `Prompt.images_at`."""
+        return list(map(self.shift, self.prompt.images_at(index, param)))
 
 
 def id_of(tokenizer: Any, text: str) -> int:

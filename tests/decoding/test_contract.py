@@ -4,8 +4,20 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from decodings import AUXILIARIES, MEMBERS, Batch, StubPrompt, StubSource, StubVocabulary, random_batch, run
+from decodings import (
+    AUXILIARIES,
+    HIDDEN,
+    MEMBERS,
+    VOCAB,
+    Batch,
+    StubPrompt,
+    StubSource,
+    StubVocabulary,
+    random_batch,
+    run,
+)
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from whipstaff.decoding.method import STAGES, DecodingError, LogitsRewriter, Method, Params, StreamMixer, setting_type
 from whipstaff.decoding.methods import METHODS
@@ -271,6 +283,28 @@ def test_it_reads_what_it_says(name: str) -> None:
             setattr(batch.rows, need, None)
             with pytest.raises(AssertionError):
                 run(method, batch)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if "lookahead" in getattr(method, "needs", ())]
+)
+def test_it_tries_as_many_tokens_as_it_says(name: str) -> None:
+    """For a row that is alone."""
+    method = METHODS[name]
+    assert isinstance(method, LogitsRewriter)
+    for params in varied(name):
+        batch, num = random_batch(method, [params]), 0
+        if method.ahead_fields:
+            batch.rows.heads = {"classifier": {"weight": torch.randn(2, HIDDEN)}}
+
+        def look(tokens: Tensor) -> Tensor:
+            nonlocal num
+            num += 1
+            return torch.randn(len(tokens), HIDDEN)
+
+        batch.rows.lookahead = look
+        run(method, batch)
+        assert num == min(method.num_tried(params), VOCAB) > 0
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "tokens" in getattr(method, "needs", ())])

@@ -19,6 +19,9 @@ SPAN: TypeAdapter[Any] = TypeAdapter(Span)
         ({"role": "user"}, ((2, 4),)),
         ({}, ((0, 1), (2, 4))),
         ({"index": -1}, ((2, 4),)),
+        ({"image": "all"}, ((1, 3), (4, 5))),
+        ({"image": 0}, ((1, 2),)),
+        ({"image": -1}, ((2, 3), (4, 5))),
         ([[1, None]], ((1, 5),)),
         ([[-2, -1], [0, 2]], ((0, 2), (3, 4))),
         ([[0, 2], [1, 4], [4, 5]], ((0, 5),)),
@@ -33,6 +36,7 @@ def test_what_a_span_means(said: Any, wanted: Any) -> None:
     [
         ("xyz", "span"),
         ({"role": "tool"}, "span"),
+        ({"image": 2}, "span"),
         ([[0, 1], [3, 6]], "span[1]"),
         ([[-6, None]], "span[0]"),
         ([[5, None]], "span[0]"),
@@ -46,7 +50,10 @@ def test_spans_outside_the_prompt_are_refused(said: Any, param: str) -> None:
     assert caught.value.param == param and str(caught.value)
 
 
-@pytest.mark.parametrize("said", ["", [], 3, {"who": "user"}, [[0, 1, 2]], [[0.5, 1]], None])
+@pytest.mark.parametrize(
+    "said",
+    ["", [], 3, {"who": "user"}, {"image": "first"}, {"image": 0, "role": "user"}, [[0, 1, 2]], [[0.5, 1]], None],
+)
 def test_what_is_no_span(said: Any) -> None:
     with pytest.raises(ValidationError):
         SPAN.validate_python(said)

@@ -103,7 +103,9 @@ def _of(owner: str, names: str) -> tuple[str, ...]:
 # Members that are called or read on vLLM's objects; which of our files do so is found by name.
 REACHED: tuple[str, ...] = (
     *_of(V1, "input_batch query_start_loc discard_request_mask sampler lora_config kv_cache_config attn_groups"),
-    *_of(V1, "_set_active_loras num_spec_tokens"),
+    *_of(V1, "_set_active_loras num_spec_tokens supports_mm_inputs kv_caches"),
+    *_of("vllm.model_executor.models.interfaces.SupportsMultiModal", "embed_input_ids requires_raw_input_tokens"),
+    *_of("vllm.multimodal.inputs.PlaceholderRange", "extract_embeds_range"),
     *_of(
         "vllm.entrypoints.anthropic.serving.AnthropicServingMessages",
         "_merge_inline_system _get_disabled_thinking_effort disabled_thinking_effort_resolver",
@@ -114,7 +116,7 @@ REACHED: tuple[str, ...] = (
     ),
     *_of("vllm.v1.worker.block_table.MultiGroupBlockTable", "block_tables"),
     *_of("vllm.v1.worker.block_table.BlockTable", "get_device_tensor block_size"),
-    *_of(V2, "sampler prompt_logprobs_worker block_tables"),
+    *_of(V2, "sampler prompt_logprobs_worker block_tables supports_mm_inputs"),
     *_of(
         "vllm.v1.worker.gpu.input_batch.InputBatch",
         "req_ids num_reqs query_start_loc_np num_computed_tokens_np prefill_len_np input_ids",
@@ -153,7 +155,8 @@ REACHED: tuple[str, ...] = (
     *_of("vllm.v1.core.sched.output.SchedulerOutput", "finished_req_ids num_scheduled_tokens scheduled_cached_reqs"),
     *_of(
         "vllm.v1.core.sched.output.SchedulerOutput",
-        "scheduled_new_reqs scheduled_spec_decode_tokens total_num_scheduled_tokens",
+        "scheduled_new_reqs scheduled_spec_decode_tokens total_num_scheduled_tokens kv_cache_block_copies "
+        "new_block_ids_to_zero",
     ),
     *_of("vllm.v1.outputs.DraftTokenIds", "req_ids"),
     *_of("vllm.v1.outputs.ModelRunnerOutput", "req_id_to_index sampled_token_ids"),

@@ -63,16 +63,19 @@ def run(
 ) -> None:
     """A generation whose outputs come STEP after one another. After `most` the client leaves."""
 
+    own = {"label": method, "decoding": None}
+    plan = PlanDict({"companions": [{"until": until} for until in companions]} | own)
+
     async def generate() -> AsyncGenerator[Any, None]:
         for one in outputs:
             clock.now += STEP
             if isinstance(one, BaseException):
                 raise one
+            for sequence in one.outputs:
+                plan.note_tokens(sequence.index, len(sequence.token_ids))
             yield one
 
     async def follow() -> None:
-        own = {"label": method, "decoding": None}
-        plan = PlanDict({"companions": [{"until": until} for until in companions]} | own)
         async with aclosing(watch(plan, generate(), (ValueError,))) as watched:
             num = 0
             async for _ in watched:
@@ -306,7 +309,7 @@ def test_refusals_are_counted_by_reason(status: int) -> None:
 
 
 def test_tokens_of_a_long_answer_are_counted_while_it_runs(clock: SimpleNamespace, method: str, grown: Any) -> None:
-    generation = metrics._Generation(method, int)
+    generation = metrics._Generation(method)
     for _ in range(6):
         clock.now += STEP
         generation.note(output((0, 1, None)))

@@ -97,6 +97,13 @@ class StubPrompt:
             raise DecodingError("no message matches", param)
         return chosen
 
+    def images_at(self, index: int | None, param: str) -> Sequence[tuple[int, int]]:
+        """Of two: the second has a token in its midst that is none of its own."""
+        images = [[(1, 2)], [(2, 3), (4, 5)]]
+        if index is not None and not -2 <= index < 2:
+            raise DecodingError("the prompt has 2 images", param)
+        return [span for image in (images if index is None else [images[index]]) for span in image]
+
 
 @dataclass
 class Batch:

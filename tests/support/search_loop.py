@@ -33,6 +33,22 @@ class Seen(NamedTuple):
     attention: Tensor  # (S, C); as in `Living`
 
 
+class Noise:
+    """What makes of what a model computes what another implementation might compute."""
+
+    def __init__(self, scale: float = 0.0, seed: int = 0) -> None:
+        """`scale` is relative to numbers of size 1; attention is off by a share of itself."""
+        self._scale, self._random = scale, torch.Generator().manual_seed(seed)
+
+    def on(self, logits: Tensor, hidden: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._scale:
+            return logits, hidden, attention
+        return logits + self._of(logits), hidden + self._of(hidden), attention * (1 + self._of(attention))
+
+    def _of(self, numbers: Tensor) -> Tensor:
+        return self._scale * torch.randn(numbers.shape, generator=self._random)
+
+
 @dataclass
 class Ran:
     """A whole search."""
@@ -64,8 +80,15 @@ class Asked(NamedTuple):
 class Loop:
     """A model that runs searches. With `reads_attention` it must be loaded with eager attention."""
 
-    def __init__(self, model: Any, reads_attention: bool = False, rewrite: Rewrite | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reads_attention: bool = False,
+        rewrite: Rewrite | None = None,
+        noise: Noise | None = None,
+    ) -> None:
         self.model, self.reads_attention, self.rewrite = model, reads_attention, rewrite
+        self.noise = noise or Noise()
 
     def run(self, method: SearchMethod[Any], *asked: Any, **more: Any) -> Ran:
         """One request, as `Asked` has it."""
@@ -161,7 +184,7 @@ class Loop:
             found = out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), attention
             rows |= {row: (found[0][at], found[1][at], found[2][at]) for at, row in enumerate(index)}
         logits, hidden, looked = (torch.stack([rows[row][part] for row in range(len(texts))]) for part in range(3))
-        return Seen(self.rewrite(texts, logits) if self.rewrite else logits, hidden, looked)
+        return Seen(*self.noise.on(self.rewrite(texts, logits) if self.rewrite else logits, hidden, looked))
 
 
 class JudgedLoop(Loop):

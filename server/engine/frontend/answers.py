@@ -16,6 +16,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from whipstaff.decoding.method import Candidate
 from whipstaff.decoding.search.beams import num_shared
 from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY, as_lists, stop_token
+from whipstaff.server.plan import Computed
 
 WORST = -1e9  # JSON has no infinities
 Outputs = AsyncGenerator[Any, None]
@@ -148,6 +149,7 @@ class RankedAnswers:
         score: Callable[[Candidate], float],
         note: Callable[[dict[str, Any]], None],
         explain: Callable[[int, dict[str, Any]], None] | None,
+        computed: Callable[[int], Computed] = Computed,
     ) -> None:
         """
         Args:
@@ -155,8 +157,10 @@ class RankedAnswers:
             score: of a candidate; the higher the better.
             note: called with what the ranking came to.
             explain: called with the number of an answer and what is said of its next token; None: nobody asked.
+            computed: what a candidate of so many tokens takes.
         """
         self._num, self._score, self._note, self._explain = num, score, note, explain
+        self._computed = computed
         self._explained: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by candidate
 
     def explained(self, sequence: int, told: dict[str, Any]) -> None:
@@ -173,8 +177,9 @@ class RankedAnswers:
         """The best of all candidates, of equal ones the first; numbered anew."""
         scored = [(self._scored(one), one) for one in candidates]
         scored.sort(key=lambda one: -one[0])
-        num_tokens = sum(len(one.token_ids) for one in candidates)
-        self._note({"hypotheses": [{"score": score} for score, _ in scored], "counts": {"tokens_computed": num_tokens}})
+        fed, tried = map(sum, zip(*(self._computed(len(one.token_ids)) for one in candidates), strict=True))
+        counts = {"tokens_computed": fed, "tried": tried}
+        self._note({"hypotheses": [{"score": score} for score, _ in scored], "counts": counts})
         found = []
         for index, (_, one) in enumerate(scored[: self._num]):
             if self._explain is not None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from whipstaff.decoding.plan import Rewrite
 from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine, causes
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
@@ -31,6 +33,7 @@ from whipstaff.server.engine.layout import AuxiliarySpec, Layout
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.searches import DRAFT_KEY
 from whipstaff.server.leases import NOTHING, Lease
+from whipstaff.server.plan import Computed
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook, Needs
 from whipstaff.steering.shape import SITES, ModelShape, config_shape
@@ -53,7 +56,7 @@ CAPTURE_BYTES = 1 << 28  # of activations that requests read at once, by default
 class PlanDict(dict[str, Any]):
     """A plan in wire form that our own front end made. A client can put JSON into `vllm_xargs`, but never one of these.
 
-    `note` is called with each of the request's outputs, `explained` with the
+    It counts its tokens. `note` is called with each of the request's outputs, `explained` with the
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
     that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
@@ -72,16 +75,23 @@ class PlanDict(dict[str, Any]):
     ) -> None:
         super().__init__(wire)
         self.label, self.named = str(wire["label"]), named
+        self._generated: Counter[int] = Counter()  # tokens, by the number of the sequence
         self.note, self.explained, self.lease, self.answers = note, explained, lease, answers
         self.asked = asked or {}
 
-    def num_computed(self, num_tokens: int) -> int:
-        """How many tokens its sequences compute for so many that are generated. What a search computes only the engine
-        can count, and does."""
-        if self["decoding"] and self["decoding"]["search"]:
+    def note_tokens(self, sequence: int, num: int) -> None:
+        """The engine generated so many more, whoever gets them."""
+        self._generated[sequence] += num
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that its sequences have computed and tried so far; what a search has, only the engine counts."""
+        decoding = self["decoding"]
+        if decoding and decoding["search"]:
             return 0
+        num_tried = sum(Rewrite(*one).num_tried for one in decoding["rewrites"]) if decoding else 0
         untils = [companion["until"] for companion in self["companions"]]
-        return num_tokens + sum(num_tokens if until is None else min(num_tokens, until) for until in untils)
+        return sum(Computed.of(num, untils, num_tried).num for num in self._generated.values())
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PlanDict":
         return self  # a copy of a request's parameters is still that request's
@@ -199,32 +209,33 @@ class Listening(Swapped):
     knows of a sequence that is not finished; and so for what a request's span says, and for who pays. An answer that is
     not streamed is not told of before its end, and one that is cut off never: its tokens are counted here."""
 
-    whipstaff_bills = False  # whether anybody ever paid
+    whipstaff_counts = False  # whether anybody ever counted
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
     ) -> None:
         super().add_request(request, prompt, parent_req, request_index, *args, **kwargs)
-        if (bill := _BILL.get()) is not None:
-            self.whipstaff_bills = True
-            self.request_states[request.request_id].whipstaff_bill = bill
         plan = (request.sampling_params.extra_args or {}).get(plans.PLAN_KEY) if request.sampling_params else None
+        state, bill = self.request_states[request.request_id], _BILL.get()
+        counts: list[Callable[[int], None]] = [] if bill is None else [bill.note]
+        if isinstance(plan, PlanDict):
+            counts.append(partial(plan.note_tokens, request_index))
+        if counts:
+            self.whipstaff_counts, state.whipstaff_counts = True, counts
         if not isinstance(plan, PlanDict):
             return
         if plan.named is not None:
             plan.named(request_index, request.request_id)
-        state = self.request_states[request.request_id]
         if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
         if self.tracing_enabled:
             state.whipstaff_plan = plan
 
     def process_outputs(self, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.whipstaff_bills:
+        if self.whipstaff_counts:
             for output in engine_core_outputs:
-                state = self.request_states.get(output.request_id)
-                if (bill := getattr(state, "whipstaff_bill", None)) is not None:
-                    bill.note(len(output.new_token_ids))
+                for note in getattr(self.request_states.get(output.request_id), "whipstaff_counts", ()):
+                    note(len(output.new_token_ids))
         heard = set[int]()  # outputs that say nothing to vLLM
         for index, output in enumerate(engine_core_outputs):
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
@@ -457,7 +468,7 @@ def _refuse_lookahead(config: VllmConfig) -> None:
     refused = {
         "a model with recurrent state": model.is_hybrid or model.has_inner_state or model.is_attention_free,
         "a model with an encoder": model.is_encoder_decoder,
-        "a model that takes embeddings": model.is_multimodal_model or model.enable_prompt_embeds,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
         "positions of several dimensions": model.uses_mrope,
         "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "--enable-eplb": config.parallel_config.enable_eplb,

@@ -260,7 +260,9 @@ class Extras(BaseModel):
             num_tokens, tokenizer = serving._extract_prompt_len(one), serving.renderer.tokenizer
             own = adapters.get(self._vllm.model or "")
             where = index, len(inputs)
-            found.append(Prompt(num_tokens, ids, room, tokenizer, its_chat, source, adapters, own, *where))
+            images = [] if one["type"] != "multimodal" else _images(one)
+            told = its_chat, source, adapters, own, *where
+            found.append(Prompt(num_tokens, ids, room, tokenizer, *told, images=images))
         return found
 
     async def score(self, prompts: list[Prompt], serving: Any) -> None:
@@ -343,7 +345,9 @@ class Extras(BaseModel):
         if self._compiled.searches:
             retract = None if self._notes.retract is None else partial(self._notes.retract, index * num)
             return SearchAnswers(num, params, note, retract)
-        return RankedAnswers(num, self._compiled.score, note, told) if self._compiled.num_candidates else None
+        if not self._compiled.num_candidates:
+            return None
+        return RankedAnswers(num, self._compiled.score, note, told, self._placed[index].plan.computed)
 
     def _ranked(self, make: Callable[[], SamplingParams], num_candidates: int) -> SamplingParams:
         """With candidates of which the best are answers. Which ones is known once all are there."""
@@ -382,6 +386,12 @@ class Extras(BaseModel):
         finally:
             for name, value in own.items():
                 setattr(asked, name, value)
+
+
+def _images(prompt: Any) -> list[list[tuple[int, int]]]:
+    """[start, end) of the tokens of each image of one of vLLM's prompts."""
+    places = prompt["mm_placeholders"].get("image", ())
+    return [[(first, last + 1) for first, last in place.extract_embeds_range()] for place in places]
 
 
 def blaming(body: Any, handler: Callable[[Any], Any]) -> Any:

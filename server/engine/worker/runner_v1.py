@@ -11,6 +11,7 @@ from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from whipstaff.server.engine.patch import Swapped, swap
 from whipstaff.server.engine.worker.batch import NOBODY, BatchView
 from whipstaff.server.engine.worker.edits.forms import Forms
+from whipstaff.server.engine.worker.kv_cache import copy_blocks
 from whipstaff.server.engine.worker.step import WorkerStep
 
 
@@ -54,7 +55,15 @@ class SteeredRunner(Swapped):
     def _update_states(self, scheduler_output: Any) -> Any:
         if seats := self.whipstaff_step.notes.seats:
             place_seats(self.requests, seats, scheduler_output.scheduled_cached_reqs.all_token_ids)
-        return super()._update_states(scheduler_output)
+        copies = scheduler_output.kv_cache_block_copies
+        if not copies or self.device.type != "cpu" or scheduler_output.new_block_ids_to_zero:
+            return super()._update_states(scheduler_output)
+        copy_blocks(self.kv_caches, self.kv_cache_config.num_blocks, copies)
+        scheduler_output.kv_cache_block_copies = None
+        try:
+            return super()._update_states(scheduler_output)
+        finally:
+            scheduler_output.kv_cache_block_copies = copies
 
     def _get_prompt_logprobs_dict(self, *args: Any, **kwargs: Any) -> Any:
         told, step = super()._get_prompt_logprobs_dict(*args, **kwargs), self.whipstaff_step

@@ -164,6 +164,17 @@ def test_a_classifier_of_either_kind(ahead: Capabilities) -> None:
     compiled(ahead, decoding=KWD, logprobs_source="base").check_logprobs(scores_prompt=True)
 
 
+def test_the_plan_says_how_many_tokens_are_tried(ahead: Capabilities) -> None:
+    """For each of an answer's: by a classifier that looks ahead alone."""
+    found = {name: compiled(ahead, decoding=KWD | {"classifier": name, "k": 7}) for name in ("prefix", "token")}
+    plans = [one.plan.decoding for one in found.values()]
+    assert [plan and plan.num_tried for plan in plans] == [7, 0]
+    able = replace(ahead, num_hidden_states=1)
+    both = compiled(able, decoding=[KWD, {"method": "contrastive_search", "k": 3}]).plan.decoding
+    assert both is not None and both.num_tried == 50 + 3
+    assert both == DecodingPlan.from_wire(both.to_wire())
+
+
 def test_a_token_that_is_tried_has_no_entropy_yet(ahead: Capabilities) -> None:
     calm = {"vector": "calm", "schedule": {"shape": "entropy", "low": 1, "high": 2}}
     error = refusal(ahead, steering=[calm], decoding=[KWD])

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -12,16 +13,16 @@ from pydantic import Field
 
 from whipstaff.decoding.method import PromptFacts
 from whipstaff.decoding.methods import METHODS
-from whipstaff.decoding.plan import Explain, SearchPlan
+from whipstaff.decoding.plan import DecodingPlan, Explain, Rewrite, SearchPlan
 from whipstaff.decoding.search.search import Search, SearchFacts, SearchMethod, SearchParams
 from whipstaff.decoding.spans import Span, SpanMessages, span_at
 from whipstaff.server.admission.prepare import prepare
 from whipstaff.server.admission.receipt import Tally, receipt
 from whipstaff.server.admission.request import CompiledRequest
-from whipstaff.server.admission.search import add_computed
+from whipstaff.server.admission.search import effort
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, TextRequest
 from whipstaff.server.errors import BadRequest, WhipstaffError
-from whipstaff.server.plan import PLAN_KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.prompt.vocabulary import Vocabulary
 from whipstaff.server.registry.capabilities import Capabilities
@@ -232,6 +233,17 @@ def test_spans_become_positions(able: Capabilities) -> None:
     assert placed(compiled(able, decoding={"method": "trust", "span": [[-3, -1], [0, 2]]})) == [[0, 2], [6, 8]]
 
 
+def test_images_become_positions(able: Capabilities) -> None:
+    prompt = Prompt(9, None, 64, None, images=[[(1, 3)], [(4, 5), (6, 8)]])
+    for image, wanted in (("all", [[1, 3], [4, 5], [6, 8]]), (0, [[1, 3]]), (-1, [[4, 5], [6, 8]])):
+        assert placed(compiled(able, decoding={"method": "trust", "span": {"image": image}}), prompt) == wanted
+    for image in (2, -3):
+        made = compiled(able, decoding={"method": "trust", "span": {"image": image}})
+        with pytest.raises(BadRequest, match="the prompt has 2 images") as caught:
+            at_prompt(made, prompt)
+        assert caught.value.param == "decoding.span"
+
+
 class Lettered(Prompt):
     """A prompt of letters, each a token."""
 
@@ -251,7 +263,7 @@ def test_texts_move_with_rows_that_are_put_before_them(able: Capabilities) -> No
 
 
 @pytest.mark.parametrize("method", ["trust", "opera", "opera_lite"])
-@pytest.mark.parametrize("span", [[[0, 10]], "nowhere", {"role": "user"}])
+@pytest.mark.parametrize("span", [[[0, 10]], "nowhere", {"role": "user"}, {"image": "all"}])
 def test_spans_outside_the_prompt(able: Capabilities, method: str, span: Any) -> None:
     made = compiled(able, decoding=[{"method": method, "span": span}])
     with pytest.raises(BadRequest) as caught:
@@ -393,9 +405,34 @@ def test_the_receipt_says_what_was_computed(able: Capabilities) -> None:
         {"sequences": 4, "tokens_computed": 0, "tried": 0, "forks": 0, "rollbacks": 0, "scores": [-1.0]},
     ]
     assert "search" not in receipt(made)
-    usage: dict[str, Any] = {"completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 1}}
-    add_computed(usage, [said[0] | {"tried": 4}, said[1] | {"tokens_computed": 2}])
-    assert usage["completion_tokens_details"] == {"reasoning_tokens": 1, "computed_tokens": 9 + 4 + 2}
+
+
+def test_what_was_computed_is_told_of_all_answers_together() -> None:
+    """Of a search by what the engine says, and else by what was generated; nothing where these are all."""
+    plain, guided = RequestPlan(), RequestPlan(companions=(CompanionPlan((1,), until=2),))
+    trying = RequestPlan(decoding=DecodingPlan(rewrites=(Rewrite("kwd", "{}", num_tried=4),)))
+    tally = Tally()
+    tally.note(0, output([1], [2, 3]))
+    assert tally.num_computed([plain]) is None
+    assert tally.num_computed([guided]) == (1 + 1) + (2 + 2) and tally.num_computed([trying]) == 3 * 5
+    tally.note(0, output([4, 5]))
+    assert tally.num_computed([guided]) == (3 + 2) + (2 + 2)
+    tally.note(1, output([1]))
+    tally.note_search(1, {"counts": {"tokens_computed": 7, "tried": 5}})
+    assert tally.num_computed([plain, plain]) == 5 + 12 and tally.num_computed([trying, plain]) == 5 * 5 + 12
+
+
+def test_what_a_search_may_take_is_known_before(able: Capabilities) -> None:
+    """With what other methods try for each of its sequences."""
+    search = of_text(able, decoding=BEAMS).search
+    assert search is not None
+    assert effort(search, 0)[:2] == (4, 0) and effort(search, 3)[:2] == (4, 12)
+
+
+def output(*tokens: list[int]) -> Any:
+    """One of vLLM's, of so many sequences."""
+    outputs = [SimpleNamespace(index=index, token_ids=own) for index, own in enumerate(tokens)]
+    return SimpleNamespace(prompt_token_ids=[3], outputs=outputs)
 
 
 # ---- what may be taken back, and what is told of tokens

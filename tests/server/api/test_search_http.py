@@ -20,7 +20,7 @@ from whipstaff.decoding.search.beam_search import BeamSearchParams
 from whipstaff.decoding.search.opera import Opera, OperaSetting
 from whipstaff.steering import vector_file
 
-from .test_http import left_alone
+from .test_http import is_free, left_alone, requests, vllm
 
 pytestmark = pytest.mark.engine
 
@@ -433,6 +433,63 @@ def test_metrics_count_what_a_search_computed(http: httpx.Client, complete: Post
     assert answer["usage"]["completion_tokens_details"]["computed_tokens"] == wanted > 24 * 2
     poll(http, lambda now: now.get(own, 0) - before >= wanted)
     assert metrics(http)[own] - before == wanted
+
+
+GUIDED = {"method": "cfg", "guidance_scale": 2.0, "negative_prompt": "import"}
+TRYING = {"method": "kwd", "classifier": "wary", "k": 3}
+SAMPLED = {"temperature": 1.0, "seed": 5}
+ROWS = 1 + 2 * (NUM_TOKENS - 1)  # that a search of two beams decides over
+TAKEN: dict[str, tuple[dict[str, Any], str, int, int]] = {  # fields, label, fed and tried for NUM_TOKENS tokens
+    "ranked": (SAMPLED | {"best_of": 4}, "best_of", 4 * NUM_TOKENS, 0),
+    "ranked of two prompts": (SAMPLED | {"best_of": 4, "decoding": GUIDED}, "several", 4 * 2 * NUM_TOKENS, 0),
+    "ranked that try": (SAMPLED | {"best_of": 2, "decoding": TRYING}, "several", 2 * NUM_TOKENS, 2 * 3 * NUM_TOKENS),
+    "two prompts": ({"decoding": GUIDED}, "cfg", 2 * NUM_TOKENS, 0),
+    "tries": ({"decoding": TRYING, "temperature": 0}, "kwd", NUM_TOKENS, 3 * NUM_TOKENS),
+    "unlike": ({"penalty_alpha": 0.6, "top_k": 4, "temperature": 0}, "contrastive_search", NUM_TOKENS, 4 * NUM_TOKENS),
+    "beams that try": ({"num_beams": 2, "decoding": TRYING}, "several", ROWS - 1, 3 * ROWS),
+}
+
+
+def has_grown(series: Any, most: float, now: Any) -> bool:
+    return bool(now.get(series, 0) >= most)
+
+
+def generates(before: Any, now: Any) -> bool:
+    return vllm(now, "generation_tokens_total") > vllm(before, "generation_tokens_total")
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_usage_and_metrics_say_what_answers_take(http: httpx.Client, complete: Post, name: str) -> None:
+    """Candidates that nobody gets, further prompts, and tokens that are tried among it; streamed and not."""
+    fields, label, fed, tried = TAKEN[name]
+    own = "whipstaff_computed_tokens_total", (("method", label),)
+    for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+        before = metrics(http).get(own, 0)
+        answer = complete(ignore_eos=True, **fields, **more)
+        told = json.loads(data_events(answer)[-2]) if more else ok(answer)
+        usage, searches = told["usage"], told["whipstaff"].get("search", [])
+        assert usage["completion_tokens"] == NUM_TOKENS
+        assert usage["completion_tokens_details"]["computed_tokens"] == fed + tried
+        assert [(one["tokens_computed"], one["tried"]) for one in searches] == [(fed, tried)] * len(searches)
+        poll(http, partial(has_grown, own, before + fed + tried))
+        assert metrics(http)[own] - before == fed + tried
+    assert not ok(complete())["usage"].get("completion_tokens_details")
+
+
+def test_what_was_computed_for_who_went_away_is_counted(server: Server, http: httpx.Client, complete: Post) -> None:
+    """Of candidates nothing is heard before all are there."""
+    own = "whipstaff_computed_tokens_total", (("method", "several"),)
+    for _ in range(8):  # on a busy machine the answer may be there before its client has gone away
+        before = metrics(http)
+        with left_alone(server, best_of=4, decoding=GUIDED, temperature=1.0):
+            poll(http, partial(generates, before))
+        poll(http, is_free)
+        now = metrics(http)
+        if requests(now, "several", "aborted") > requests(before, "several", "aborted"):
+            break
+    else:
+        raise AssertionError("no client ever went away in time")
+    poll(http, lambda now: now.get(own, 0) > before.get(own, 0))
 
 
 def test_nothing_is_left_of_searches_whose_clients_went_away(

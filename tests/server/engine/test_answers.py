@@ -9,7 +9,9 @@ from serving import make_tokenizer
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from whipstaff.decoding.plan import DecodingPlan, Rewrite
 from whipstaff.server.engine.frontend.answers import RankedAnswers, SearchAnswers
+from whipstaff.server.plan import CompanionPlan, RequestPlan
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +166,19 @@ def test_the_best_candidates_are_answered() -> None:
     def explain(choice: int, told: dict[str, Any]) -> None:
         explained.append((choice, told["id"]))
 
-    answers = RankedAnswers(2, lambda one: one.log_probability / one.num_tokens, noted.append, explain)
+    trying = Rewrite("kwd", "{}", num_tried=5), Rewrite("contrastive_search", "{}", num_tried=2)
+    further = CompanionPlan((3,)), CompanionPlan((3,), until=1)
+    plan = RequestPlan(decoding=DecodingPlan(rewrites=trying), companions=further)
+    own = explain, plan.computed
+    answers = RankedAnswers(2, lambda one: one.log_probability / one.num_tokens, noted.append, *own)
     for candidate, tokens in enumerate(([1, 2], [3], [4, 5, 6])):
         for token in tokens:
             answers.explained(candidate, {"id": token})
     found = ranked(answers, candidates(([1, 2], -4.0), ([3], -1.0), ([4, 5, 6], -1.5)))
     assert [(one.index, one.text) for one in found] == [(0, "t2"), (1, "t1")]
     assert explained == [(0, 4), (0, 5), (0, 6), (1, 3)]
-    assert noted == [
-        {"hypotheses": [{"score": -0.5}, {"score": -1.0}, {"score": -2.0}], "counts": {"tokens_computed": 6}}
-    ]
+    counts = {"tokens_computed": 6 + 6 + 3, "tried": 6 * 7}  # one of the further sequences stays for a token only
+    assert noted == [{"hypotheses": [{"score": -0.5}, {"score": -1.0}, {"score": -2.0}], "counts": counts}]
 
 
 def test_of_equal_candidates_the_first_is_best_and_empty_ones_are_last() -> None:

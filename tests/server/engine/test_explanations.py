@@ -7,11 +7,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
 from whipstaff.server.engine.explanations import EXPLAIN_KEY, relay
 from whipstaff.server.engine.frontend.launch import Listening, PlanDict
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY
-from whipstaff.server.plan import PLAN_KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, CompanionPlan, RequestPlan
 
 
 def request(name: str, plan: PlanDict | None) -> EngineCoreRequest:
@@ -68,6 +69,26 @@ def test_what_a_search_has_computed_is_heard_and_is_no_output() -> None:
     made.process_outputs(outputs)
     assert told == records
     assert [queue.output is not None for queue in queues.values()] == [False, True, True]
+
+
+def test_tokens_are_counted_as_the_engine_generates_them() -> None:
+    """Of each sequence, and also where the client hears of no token, or leaves."""
+    made: Any = OutputProcessor(None, log_stats=False)
+    swap(made, Listening)
+    trying = DecodingPlan(rewrites=(Rewrite("kwd", "{}", num_tried=3),))
+    further = CompanionPlan((7,)), CompanionPlan((7,), until=1)
+    own = PlanDict(RequestPlan(decoding=trying, companions=further).to_wire())
+    search = DecodingPlan(search=SearchPlan("beam_search", "{}", 2))
+    searching = PlanDict(RequestPlan(decoding=search).to_wire())
+    for name, plan, index in (("a", own, 0), ("b", own, 1), ("search", searching, 0), ("plain", None, 0)):
+        queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, name)
+        made.add_request(request(name, plan), None, None, index, queue)
+    made.process_outputs([output(name, 5) for name in ("a", "b", "search", "plain")])
+    made.process_outputs([output("a", 6)])
+    made.abort_requests(["b"], internal=True)
+    made.process_outputs([output("b", 6), output("a", 7)])  # the first was on its way when it was over
+    assert own.num_computed == (3 + 3 + 1 + 3 * 3) + (1 + 1 + 1 + 3)
+    assert searching.num_computed == 0  # the engine counts
 
 
 class _Outputs:

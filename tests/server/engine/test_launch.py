@@ -114,7 +114,7 @@ def test_lookahead_is_in_the_layout(model: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"enable_prompt_embeds": True}, "a model that takes embeddings"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
 )

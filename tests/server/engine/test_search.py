@@ -10,6 +10,7 @@ WHIPSTAFF_SOAK=1 runs 2000 random requests in every mode, and says how many of w
 """
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from decodings import StubPrompt
 from engines import Ask, EngineUnderTest, edit, running
 from modes import WITH_RANKS
 from reference import contrastive_search, opera_lite, seeded, steered
-from search_loop import Loop, Ran
+from search_loop import Loop, Noise, Ran
 from soak import SOAK, tries
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -55,6 +56,8 @@ NEAR = 1e-4  # of scores: two answers that near may change places between float3
 LEANING = OperaLiteParams(scale_factor=150.0, switch_length=3, penalty_cap=6.0)  # a random model looks nowhere for long
 UNLIKE = ContrastiveSearchParams(penalty_alpha=0.6, k=3)
 HOT, SEED = 0.9, 40  # of answers that are drawn
+SCALES, TRIES = (0.0, 1e-6, 1e-5, NEAR), 12  # of noise, relative to numbers of size 1; how often each is drawn
+NO_NOISE = Noise()
 NUM_HIDDEN = 2  # requests at once whose hidden states are kept
 
 
@@ -115,12 +118,15 @@ class Case:
 
 @dataclass
 class Bench:
+    """An engine, and the reference that answers are held against."""
+
     mode: str
     engine: EngineUnderTest
     head: Vector
     vector: Vector
     base: Any
     other: Any
+    noise: Noise = NO_NOISE  # on what the reference's model computes
 
     def plan(self, case: Case) -> RequestPlan:
         mix = Mix.of({"other": case.weight}) if case.weight else None
@@ -218,7 +224,8 @@ class Bench:
         """(V,) logits after a text, (T, H) its last hidden states, (T, T) how much each token looks at each."""
         with steered.edited(self.base, len(case.prompt), self.edits(case)):
             out = self.base(torch.tensor([ids]), output_hidden_states=True, output_attentions=True, use_cache=False)
-        return out.logits[0, -1].float(), out.hidden_states[-1][0], out.attentions[-1][0].amax(0)
+        attention = out.attentions[-1][0].amax(0)
+        return self.noise.on(out.logits[0, -1].float(), out.hidden_states[-1][0], attention)
 
     def scores(self, case: Case, ids: Sequence[int]) -> Tensor:
         """(V,) what the next token is drawn from; where a search tries tokens, its scores of these."""
@@ -274,7 +281,7 @@ class Bench:
 
         assert not (case.scale and case.negative)
         heads = {"classifier": dict(self.head.shared_parts)} if case.simulations else {}
-        loop = Loop(self.base, reads_attention=bool(case.opera), rewrite=rewritten)
+        loop = Loop(self.base, bool(case.opera), rewritten, self.noise)
         with steered.edited(self.base, len(case.prompt), self.edits(case)):
             return loop.run(case.method, case.setting, case.prompt, case.max_tokens, case.ends, heads)
 
@@ -298,12 +305,21 @@ class Bench:
         scores = [one["score"] for one in told["hypotheses"]]
         assert scores == pytest.approx([one.score for one in ran.hypotheses], abs=1e-3)
 
-    def is_exact(self, case: Case, tokens: list[int], told: dict[str, Any]) -> bool:
-        try:
-            self.check(case, tokens, told)
-        except AssertionError:
-            return False
-        return True
+    def distance(self, case: Case, tokens: list[int], told: dict[str, Any]) -> float:
+        """How much noise on what the reference's model computes makes it answer the same: none at 0. Where it is no
+        more than what two float32 implementations differ by anyway, something was as good as equally likely. Infinite
+        where the answer is another one."""
+        for scale in SCALES:
+            for seed in range(TRIES if scale else 1):
+                self.noise = Noise(scale, seed)
+                try:
+                    self.check(case, tokens, told)
+                    return scale
+                except AssertionError:
+                    continue
+                finally:
+                    self.noise = NO_NOISE
+        return math.inf
 
     def idle(self) -> None:
         """Nothing is left behind."""
@@ -526,37 +542,56 @@ class Traffic:
             case.abort_after = self.chance.uniform(0.0, 0.6)
 
 
+def test_an_answer_that_is_another_one_is_not_taken_for_as_likely(bench: Bench) -> None:
+    """What judges random traffic: an answer with a token that is but the tenth likeliest is near to no other."""
+    ways: list[dict[str, Any]] = [{}, {"beams": 3}, {"opera": 2}, {"simulations": 4}]
+    ways += [{"leans": True}, {"unlike": True}, {"candidates": 2}]
+    cases = [Case(prompt(20, 44), max_tokens=3, **own) for own in ways]
+    for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
+        assert bench.distance(case, tokens, told) <= NEAR
+        row = bench.scores(Case(case.prompt), [*case.prompt, *tokens[:-1]])
+        other = int(row.argsort(descending=True)[9])
+        assert other != tokens[-1] and bench.distance(case, [*tokens[:-1], other], told) == math.inf
+
+
 def test_random_traffic_leaves_nothing_behind(bench: Bench) -> None:
     num = 2000 if SOAK else 14 if bench.mode.startswith("v2") else 70
+    for plain in (Case(prompt(20, 41), max_tokens=3), Case(prompt(20, 41), max_tokens=3, scale=1.5)):
+        bench.check(plain, *bench.answers(plain)[0])
     traffic, wave, before = Traffic(15), min(num, 100), bench.engine.counters()
-    kinds, num_cut, wrong = Counter[str](), Counter[str](), list[Case]()
-    for _ in range(num // wave):
+    kinds, num_cut, ties = Counter[str](), Counter[str](), 0
+    for first in range(0, num, wave):
         cases = [traffic.case(wave / 50) for _ in range(wave)]
         answers = list(zip(cases, bench.answers(*cases), strict=True))
         staying = [(case, found) for case, found in answers if "left" not in found[1]]
         kinds.update(case.kind for case in cases)
         num_cut.update(case.kind for case, (_, told) in answers if "left" in told)
-        wrong += [case for case, found in staying if not bench.is_exact(case, *found)]
-        assert len(wrong) <= 0.03 * kinds.total() + 1, wrong
+        for index, (case, found) in enumerate(answers, first):
+            distance = 0.0 if "left" in found[1] else bench.distance(case, *found)
+            if distance:
+                print(f"{bench.mode}, request {index}: noise of {distance} makes it of {case}: {found}")
+            assert distance <= NEAR, (index, case, found)
+            ties += distance > 0
+        assert ties <= 0.01 * kinds.total() + 1
         assert len(staying) > 0.6 * wave
         bench.idle()
         after = bench.engine.counters()
         happened = {name: after[name] - before[name] for name in HAPPENS}
         if SOAK:
             print(f"{bench.mode}: {kinds.total()} requests, {dict(kinds)}; cut: {dict(num_cut)}; {happened}")
-            print(f"{len(wrong)} answers differ")
+            print(f"{ties} answers were as good as equally likely as another")
     if num >= 70:
         assert happened["search_rollbacks"] > 0 < num_cut["opera"] + num_cut["kcts"], (happened, num_cut)
     assert not SOAK or all(happened.values())
 
 
 def test_beams_are_those_of_hugging_face(bench: Bench) -> None:
-    """50 prompts at once through an engine, 200 at night. Where answers are as good as equally likely, either may come
-    first."""
+    """50 prompts at once through an engine, 200 at night. Where answers differ, a little noise on what the model
+    computes makes the one and the other: some were as good as equally likely."""
     num, ends = (tries(200) if bench.mode == "v1-traced-async" else 8), tuple(range(3, 19))
     cases = [Case(prompt(5 + 4 * (n % 3), 500 + n), beams=4, ends=ends, max_tokens=8) for n in range(num)]
-    alike, reasons = 0, set()
-    for case, (_, told) in zip(cases, bench.answers(*cases), strict=True):
+    reasons, ties = set(), 0
+    for case, (tokens, told) in zip(cases, bench.answers(*cases), strict=True):
         out = bench.base.generate(
             torch.tensor([case.prompt]),
             attention_mask=torch.ones(1, len(case.prompt), dtype=torch.int64),
@@ -568,10 +603,21 @@ def test_beams_are_those_of_hugging_face(bench: Bench) -> None:
             return_dict_in_generate=True,
             output_scores=True,
         )
-        answers = told["hypotheses"]
-        assert [one["score"] for one in answers] == pytest.approx(out.sequences_scores.tolist(), abs=NEAR), case
-        wanted = zip(answers, out.sequences[:, len(case.prompt) :].tolist(), strict=True)
-        alike += all(one["tokens"] == row[: len(one["tokens"])] for one, row in wanted)
-        reasons |= {one["finish_reason"] for one in answers}
-    assert alike >= 0.98 * num and reasons == {"stop", "length"}
+        rows, scores = out.sequences[:, len(case.prompt) :].tolist(), out.sequences_scores.tolist()
+        theirs = [_ended(row, score, ends) for row, score in zip(rows, scores, strict=True)]
+        assert [one["score"] for one in told["hypotheses"]] == pytest.approx(scores, abs=NEAR), case
+        reasons |= {one["finish_reason"] for one in told["hypotheses"]}
+        if [one["tokens"] for one in told["hypotheses"]] != [one["tokens"] for one in theirs]:
+            ties += 1
+            found = bench.distance(case, tokens, told)
+            wanted = bench.distance(case, theirs[0]["tokens"], {"hypotheses": theirs})
+            assert max(found, wanted) <= NEAR, (case, told, theirs)
+    assert ties <= 0.02 * num and reasons == {"stop", "length"}
     bench.idle()
+
+
+def _ended(row: list[int], score: float, ends: Sequence[int]) -> dict[str, Any]:
+    """An answer of transformers' without what pads it."""
+    last = next((at for at, token in enumerate(row) if token in ends), None)
+    reason = "length" if last is None else "stop"
+    return {"tokens": row if last is None else row[: last + 1], "score": score, "finish_reason": reason}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.plan import DecodingPlan, SearchPlan
@@ -25,6 +26,7 @@ from whipstaff.decoding.search.search import (
 )
 from whipstaff.server.engine.searches import SearchStep, Verdict, attach_verdicts, verdicts_of
 from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.engine.worker.kv_cache import copy_blocks
 from whipstaff.server.engine.worker.logits.metadata import RequestState
 from whipstaff.server.engine.worker.logits.request_tables import RequestTables
 from whipstaff.server.engine.worker.requests import Arrival, Requests
@@ -40,6 +42,22 @@ STEP = SearchStep(("p", "p/seat1"), ("p", "p/seat1", "p/seat2"), 10, 20)
 
 def grow(source: int, length: int, token: int = 5) -> Continuation:
     return Continuation(source, length, (token,))
+
+
+def test_blocks_are_copied_as_vllm_copies_them() -> None:
+    """Where a cache has its memory to itself, where several share it, and where one is another's."""
+    num, pairs = 6, [(1, 3), (1, 4), (5, 0)]
+
+    def made() -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        whole, both = (torch.randn(2 * num, *size, generator=random) for size in ((3, 4), (2, 3, 4)))
+        return [whole, both[:, 0], both[:, 1], whole]
+
+    ours, theirs, before = made(), made(), made()
+    copy_blocks(ours, num, pairs)
+    copy_kv_cache_blocks_inplace(theirs, num, pairs)
+    for own, other, old in zip(ours, theirs, before, strict=True):
+        assert torch.equal(own, other) and not torch.equal(own, old)
 
 
 def test_who_grows_stays_in_its_seat() -> None:

@@ -58,6 +58,8 @@ class Lookahead:
         """
         self._runner, self._base, self._edits, self._block_tables = runner, base, edits, block_tables
         self._adapters, self._attention = adapters, attention
+        self._model = runner.get_model()
+        self._takes_embeddings = bool(runner.supports_mm_inputs)  # as vLLM feeds all tokens to who can see images
         self.num_passes = 0  # since the start
         self._max_len = int(runner.vllm_config.model_config.max_model_len)
 
@@ -92,10 +94,17 @@ class Lookahead:
                     slot_mapping=slots,
                 ),
             ):
-                hidden = self._base(ids, at, None, None)
+                hidden = self._pass(ids, at)
             return Tried(hidden, attention.of_tried(rows, positions + 1) if attention else None)
 
         return try_
+
+    def _pass(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """(R, H) of (R,) tokens."""
+        if not self._takes_embeddings:
+            return self._base(ids, positions, None, None)
+        embedded = self._model.embed_input_ids(ids)
+        return self._base(ids if self._model.requires_raw_input_tokens else None, positions, None, embedded)
 
     def _prepared(
         self, view: BatchView, rows: Sequence[int], positions: Ints

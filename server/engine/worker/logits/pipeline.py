@@ -152,12 +152,12 @@ class LogitsPipeline:
 
     def _state_of(self, plan: DecodingPlan, num_prompt: int, arrival: Arrival) -> RequestState:
         bound, state_size = [], 0
-        for name, setting, streams, heads, early in plan.rewrites:
-            method = METHODS[name]
+        for one in plan.rewrites:
+            method = METHODS[one.method]
             assert isinstance(method, LogitsRewriter)
             own = slice(state_size, state_size := state_size + method.state_size)
-            settled = setting_type(method).model_validate_json(setting)
-            bound.append(BoundMethod(method, settled, streams, heads, early, own))
+            settled = setting_type(method).model_validate_json(one.setting)
+            bound.append(BoundMethod(method, settled, one.streams, one.heads, one.early, own))
         seed = next(
             (seed for seed in (plan.seed, arrival.seed) if seed is not None), zlib.crc32(arrival.request_id.encode())
         )

@@ -41,6 +41,7 @@ class Running:
     hidden_of: int  # the companion whose hidden states it reads; 0: none, but its own
     tells_facts: bool
     label: str  # of the request, for metrics
+    num_tried: int  # tokens that other methods of the request try for each that is computed
     log_probs: LogProbs | None = None  # None: nobody asked
     generated: list[tuple[int, ...]] = field(default_factory=lambda: [()])  # by each living sequence
     counts: Counter[str] = field(default_factory=Counter)
@@ -132,6 +133,7 @@ class Searches:
         running = self.running.get(name)
         if running is None:
             running = self.running[name] = self._start(self._requests[name], step)
+        self._count_tried(running, len(rows) * running.num_tried)
         needs, here = running.method.needs, sent(rows, self._device)
         read = rows
         if running.hidden_of:
@@ -145,6 +147,11 @@ class Searches:
         )
         steps = _last_step(running.search, living) if step.is_last else running.search.step(living)
         return Turn(running, step, rows, living.logits, steps)
+
+    def _count_tried(self, running: Running, num: int) -> None:
+        if num:
+            running.counts["tried"] += num
+            self._tried_by[running.label] += num
 
     def _last_attention(self, view: BatchView, rows: Sequence[int]) -> Tensor:
         assert self._attention is not None, "a search reads attention, and this worker keeps none"
@@ -162,7 +169,8 @@ class Searches:
         tells_facts = plan.decoding.explain is not None
         log_probs = None if asked.logprobs is None else LogProbs(asked.logprobs, state.ends)
         search, num = method.start(setting, facts), len(plan.companions)
-        return Running(method, search, random, num, asked.hidden_of, tells_facts, plan.label, log_probs)
+        own = tells_facts, plan.label, plan.decoding.num_tried, log_probs
+        return Running(method, search, random, num, asked.hidden_of, *own)
 
     def _decisions(self, turns: Mapping[str, Turn], view: BatchView) -> dict[str, Decision]:
         """Run the searches' steps to their ends, trying what they want tried in common passes."""
@@ -200,8 +208,7 @@ class Searches:
         for name in names:
             num = len(turns[name].rows)
             own = slice(first, first := first + num)
-            turns[name].running.counts["tried"] += num
-            self._tried_by[turns[name].running.label] += num
+            self._count_tried(turns[name].running, num)
             attention = found.attention
             if attention is not None:
                 attention = attention[own, : int(ends[own].max()) + 2] if reads[name] else None
