@@ -153,10 +153,12 @@ def _top(path: str) -> str:
 
 @contextmanager
 def calling(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors call fields what another API calls them: `names` has its name by ours."""
+    """Let errors call fields what another API calls them: `names` has its name by ours, or by a whole path."""
     try:
         yield
     except WhipstaffError as error:
+        if error.param in names:
+            raise type(error)(error.message, names[error.param]) from None
         top = _top(error.param or "")
         if top not in names:
             raise

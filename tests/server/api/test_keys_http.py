@@ -126,7 +126,19 @@ def test_a_policy_is_all_that_its_key_sees(server: Server) -> None:
         assert refused.status_code == 403 and refused.json()["error"]["message"].startswith("max_tokens: ")
         said = ok(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": None, "ignore_eos": True}))
         assert said["usage"]["completion_tokens"] == 20  # who does not say gets what is allowed
-        for path, method in (("/invocations", "POST"), ("/v1/responses", "POST"), ("/v1/steering/vectors/x", "DELETE")):
+        asked = {"model": MODEL, "input": "Why?", "ignore_eos": True}
+        assert ok(http.post("/v1/responses", json=asked))["usage"]["output_tokens"] == 20
+        for field, status, fields in (
+            ("max_output_tokens", 403, {"max_output_tokens": 21}),
+            ("steering.vector", 404, {"steering": {"vector": "iti"}}),
+            ("previous_response_id", 404, {"previous_response_id": "resp_1"}),
+        ):
+            assert_refused(http.post("/v1/responses", json=asked | fields), status, field)
+        for path, method in (
+            ("/invocations", "POST"),
+            ("/v1/responses/resp_1/cancel", "POST"),
+            ("/v1/steering/vectors/x", "DELETE"),
+        ):
             assert_refused(http.request(method, path), 403, None)
     with as_(server, "mild-key") as http:
         assert_refused(complete(http, steering=PUSH), 400, "steering.scale")
