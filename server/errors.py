@@ -157,12 +157,13 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except WhipstaffError as error:
-        if error.param in names:
-            raise type(error)(error.message, names[error.param]) from None
-        top = _top(error.param or "")
+        param = error.param or ""
+        if param in names:
+            raise type(error)(error.message, names[param]) from None
+        top = _top(param)
         if top not in names:
             raise
-        raise type(error)(error.message, names[top] + (error.param or "")[len(top) :]) from None
+        raise type(error)(error.message, names[top] + param[len(top) :]) from None
 
 
 @contextmanager

@@ -553,7 +553,7 @@ def _known_names(model: type[Extras]) -> frozenset[str]:
 def parse(model: type[Request], body: dict[str, Any]) -> Request:
     """A request from its JSON. Raises: what a route with this request model would."""
     try:
-        return cast(Request, model.model_validate(body))
+        return model.model_validate(body)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
 

@@ -64,8 +64,9 @@ class ResponseRequest(ResponsesRequest, Extras):
 
     @property
     def names(self) -> dict[str, str]:
-        """What it calls what a chat calls otherwise, by the chat's name or path."""
-        return NAMES | ({_INSTRUCTIONS: "instructions"} if self.instructions else {})
+        """What it calls what a chat calls otherwise, by the chat's name or path; not where it says that itself."""
+        ours = NAMES | ({_INSTRUCTIONS: "instructions"} if self.instructions else {})
+        return {name: theirs for name, theirs in ours.items() if name not in (self.model_extra or {})}
 
     # ---- as a chat: presets speak before the user does, and say how many tokens follow
 

@@ -64,6 +64,7 @@ def test_fields_that_it_has_not_are_told_of(nothing: Capabilities) -> None:
     compiled = prepare(request, nothing)
     assert compiled is not None and "did you mean max_output_tokens?" in compiled.warnings[0]
     assert request.explicit_max_tokens is None and not request.use_beam_search
+    assert request.names == {} and request_of().names["max_tokens"] == "max_output_tokens"
 
 
 @pytest.mark.parametrize(
