@@ -5,7 +5,7 @@ ARGS ?=
 # tests/conftest.py makes the groups; ARGS='-n 4' takes more cores, ARGS='-n 0' one process
 ON_TWO_CORES := -n 2 --dist loadgroup
 
-.PHONY: serve test test-fast test-next check bench docs vendor doctor wheel clean
+.PHONY: serve test test-fast test-next check bench docs support vendor doctor wheel clean
 
 serve: .venv/.runtime      ## serve the embedded demo model, or: make serve ARGS='MODEL --port 8100 ...'
 	$(BIN)/whipstaff serve $(ARGS)
@@ -31,6 +31,9 @@ check: .venv/.dev          ## lint, formatting and types
 docs: .venv/.dev           ## what is generated in docs/: the picture of the rooms, the HTTP reference, the errors
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/reference.py
+
+support: .venv/.dev        ## docs/models.md: which sites each architecture of the installed vLLM shows; ARGS=NAME tries one anew
+	$(BIN)/python docs/support.py $(ARGS)
 
 vendor: .venv/.runtime     ## the libraries of the playground's page, anew from npm by server/playground/package-lock.json
 	$(BIN)/python -m whipstaff.server.playground.vendor

@@ -25,7 +25,7 @@ from pydantic import BaseModel, SecretStr
 
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server import demo, errors, metrics
-from whipstaff.server.api import admin, batch, fits, messages
+from whipstaff.server.api import admin, batch, fits, messages, responses
 from whipstaff.server.api import generate as routes
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.errors import WhipstaffError
@@ -37,7 +37,7 @@ from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
 
 FOLDER = Path(__file__).parent
-ROUTERS = (routes.router, batch.router, messages.router, admin.router, fits.router)
+ROUTERS = (routes.router, batch.router, messages.router, responses.router, admin.router, fits.router)
 BEGIN, END = "<!-- written by docs/reference.py -->", "<!-- end of what is written -->"
 KEY = "secret"  # of the example's administrator
 MOST = 1000  # bytes that it takes
@@ -80,8 +80,9 @@ def http_api() -> Iterator[str]:
     yield ""
     yield "## Fields of requests"
     yield ""
-    yield "`POST /v1/chat/completions`, `POST /v1/completions` and `POST /v1/chat/completions/batch` take these beside"
-    yield "OpenAI's and vLLM's fields, and `POST /v1/messages` beside Anthropic's:"
+    yield "`POST /v1/chat/completions`, `POST /v1/completions`, `POST /v1/responses` and"
+    yield "`POST /v1/chat/completions/batch` take these beside OpenAI's and vLLM's fields, and `POST /v1/messages`"
+    yield "beside Anthropic's:"
     yield ""
     yield from _table(("field", "what"), *((f"`{name}`", what) for name, what in added_fields().items()))
     yield ""

@@ -22,7 +22,7 @@ from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
 from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
 from whipstaff.server.access.ledger import Ledger
-from whipstaff.server.api import admin, batch, fits, generate, lifecycle, messages
+from whipstaff.server.api import admin, batch, fits, generate, lifecycle, messages, responses
 from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.bounds import Bounds, Protocol
@@ -39,6 +39,7 @@ from whipstaff.server.engine.frontend.lifecycle import serve as serve_until_told
 from whipstaff.server.engine.frontend.messages import serve_messages
 from whipstaff.server.engine.frontend.multi_api_server import SIGNALS as FORWARDED
 from whipstaff.server.engine.frontend.multi_api_server import note_proven, proven
+from whipstaff.server.engine.frontend.responses import serve_responses
 from whipstaff.server.engine.frontend.selftest import Finding, calibrate, describe, self_test
 from whipstaff.server.engine.frontend.vector_leases import VectorLeases
 from whipstaff.server.errors import WhipstaffError
@@ -115,6 +116,7 @@ async def _built(engine: Engine, args: Namespace) -> FastAPI:
     app = await openai.build(engine, args)
     serve_messages(app)
     serve_batches(app)
+    serve_responses(app)
     return app
 
 
@@ -257,7 +259,7 @@ async def extend(
     app.state.whipstaff, app.state.whipstaff_life = registry, life
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = metrics.watch
-    routers = (generate.router, batch.router, messages.router)
+    routers = (generate.router, batch.router, messages.router, responses.router)
     ours = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in ours]
     for route in app.router.routes:

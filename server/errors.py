@@ -153,14 +153,17 @@ def _top(path: str) -> str:
 
 @contextmanager
 def calling(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors call fields what another API calls them: `names` has its name by ours."""
+    """Let errors call fields what another API calls them: `names` has its name by ours, or by a whole path."""
     try:
         yield
     except WhipstaffError as error:
-        top = _top(error.param or "")
+        param = error.param or ""
+        if param in names:
+            raise type(error)(error.message, names[param]) from None
+        top = _top(param)
         if top not in names:
             raise
-        raise type(error)(error.message, names[top] + (error.param or "")[len(top) :]) from None
+        raise type(error)(error.message, names[top] + param[len(top) :]) from None
 
 
 @contextmanager

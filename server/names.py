@@ -36,6 +36,12 @@ FIELDS = (
 ALIASES = {"repeat_penalty": "repetition_penalty", "num_return_sequences": "n"}
 _MAX_NAMES, _MAX_NAME = 32, 64  # that nobody knows, and their characters
 _SAME = {**ALIASES, "max_completion_tokens": "max_tokens"}
+_OF_OTHER_APIS = {  # fields of chats, by the name that responses have for the same
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text",
+}
 _STRENGTHS = ("scale", "strength", "coefficient")
 
 
@@ -143,8 +149,9 @@ def near(name: str, known: Collection[str]) -> str:
     """The nearest name that exists, as the end of a sentence; "" where none is near."""
     if name.startswith("guided_"):  # vLLM's own, which it has no more
         return "; did you mean structured_outputs?"
-    if (same := _SAME.get(name)) in known:
-        return f"; did you mean {same}?"
+    for same in (_SAME.get(name), _OF_OTHER_APIS.get(name)):
+        if same in known:
+            return f"; did you mean {same}?"
     return did_you_mean(name, known)
 
 

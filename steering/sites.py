@@ -6,7 +6,7 @@ block's output; the head outputs are what the attention's output projection rece
 structure shows: nothing but a list of blocks is required of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,7 +27,7 @@ class DecoderLayer:
 
     index: int
     block: nn.Module
-    attention: nn.Module | None
+    attention: nn.Module | None  # receives the attention's input
     output_projection: nn.Module | None  # of the attention
     mlp_input: nn.Module | None  # receives the MLP's input
     mlp_output: nn.Module | None  # returns the MLP's output; the same module unless the block has no MLP module
@@ -82,21 +82,39 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _layer(block: nn.Module, index: int, kinds: Kinds) -> DecoderLayer:
     attentions = [child for child in block.children() if any(map(kinds.is_attention, child.modules()))]
-    attention = attentions[0] if len(attentions) == 1 else None
+    operators = [module for module in block.modules() if kinds.is_attention(module)]
+    attention = attentions[0] if len(operators) == 1 and not _is_list(attentions[0]) else None
     projection = attention and _output_projection(block, kinds.is_attention, kinds.is_projection)
-    return DecoderLayer(index, block, attention, projection, *_mlp(block, kinds))
+    if attention is None or not kinds.is_attention(attention):
+        return DecoderLayer(index, block, attention, projection, *_mlp(block, kinds))
+    # The block itself is the attention: its operator receives queries, and the linear layers beside it are its own.
+    own = [child for child in block.children() if kinds.is_linear(child)]
+    receivers = [layer for layer in own if layer is not projection]
+    attention = receivers[0] if len(receivers) == 1 else None
+    return DecoderLayer(index, block, attention, projection, *_mlp(block, kinds, own))
 
 
-def _mlp(block: nn.Module, kinds: Kinds) -> tuple[nn.Module | None, nn.Module | None]:
-    """What holds linear layers beside what mixes tokens: one module, or the two layers of a bare MLP."""
+def _mlp(
+    block: nn.Module, kinds: Kinds, others: Collection[nn.Module] = ()
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """What holds linear layers beside what mixes tokens, and beside `others`: one module, or the two layers of a bare
+    MLP."""
     beside = [
         child
         for child in block.children()
         if any(map(kinds.is_linear, child.modules())) and not any(map(kinds.is_mixer, child.modules()))
+        if child not in others
     ]
+    if any(map(_is_list, beside)):
+        return None, None
     if len(beside) == 1 or (len(beside) == 2 and all(map(kinds.is_linear, beside))):
         return beside[0], beside[-1]
     return None, None
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether it only holds modules, which are called without it."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _block_list(model: nn.Module, is_mixer: Callable[[nn.Module], bool]) -> nn.ModuleList:

@@ -16,7 +16,7 @@ from whipstaff.server.errors import MESSAGES, Forbidden, RateLimited, Unauthoriz
 OPEN = ("/health", "/ready", "/ping", "/")  # to everybody; the page at / asks for a key
 PAGE = "/playground/"  # its files
 METRICS = "/metrics"
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/chat/completions/batch", MESSAGES)
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/chat/completions/batch", MESSAGES, "/v1/responses")
 # What a user's key opens, beside looking at what is below /v1. Whatever else there is, now and in a later vLLM, is an
 # administrator's: it may generate past the policy, or change the server.
 POSTS = (*GENERATING, "/v1/steering/validate", "/tokenize", "/detokenize")

@@ -136,6 +136,19 @@ class Message(Described):
     whipstaff: Plan | None = None
 
 
+class ResponseAnswer(Described):
+    """The Responses API's, with the same."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+    whipstaff: Plan | None = None
+
+
 class Valid(BaseModel):
     valid: Literal[True]
     plan: Plan

@@ -10,7 +10,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -29,10 +29,20 @@ from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, V
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, with_extras
-from whipstaff.server.engine.frontend import openai
+from whipstaff.server.engine.frontend import openai, responses
 from whipstaff.server.engine.frontend.batch import BatchRequest
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, OpenAIRequest, TextRequest, parse
-from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
+from whipstaff.server.engine.frontend.responses import ResponseRequest
+from whipstaff.server.errors import (
+    BadRequest,
+    FieldOrigins,
+    Forbidden,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    WhipstaffError,
+    calling,
+)
 from whipstaff.server.names import FIELDS, that_change
 from whipstaff.server.plan import PLAN_KEY
 from whipstaff.server.registry.capabilities import Capabilities
@@ -41,11 +51,17 @@ from whipstaff.server.registry.presets import Preset
 from whipstaff.server.registry.vectors import Entry
 from whipstaff.steering.algebra import cosine
 
-AnyRequest = OpenAIRequest | BatchRequest
+AnyRequest = OpenAIRequest | BatchRequest | ResponseRequest
 router = APIRouter()
 NOTHING: Mapping[str, Any] = {"steering": [], "decoding": [], "warnings": []}  # the receipt of a plain request
-OURS = "/v1/chat/completions, its batches, /v1/completions and /v1/messages"  # the routes that take presets and extras
+# the routes that take presets and extras
+OURS = "/v1/chat/completions, its batches, /v1/completions, /v1/messages and /v1/responses"
 MAX_ANSWERS, MAX_PROMPTS = 128, 1024  # of one request; how many run at once is --max-num-seqs's to say
+_WHOLE: Mapping[str, type[OpenAIRequest | ResponseRequest]] = {  # by the field of a body that makes it a whole request
+    "messages": ChatRequest,
+    "prompt": TextRequest,
+    "input": ResponseRequest,
+}
 WARNINGS = "X-Whipstaff-Warnings"  # a header of responses
 
 
@@ -93,7 +109,7 @@ async def compiled_of(request: AnyRequest, raw: Request) -> CompiledRequest | No
     holder = HOLDER.get()
     if holder is not None:
         name = _bounded(request, name, holder.policy)
-    if name is None and not request.may_have_extras and not request.unknown_names:
+    if name is None and not (request.may_have_extras or request.unknown_names or request.remarks):
         return None
     body = {} if name is None else request.sent(await raw.json())
     caps = await capabilities(raw)  # as it is now: nothing may be awaited until what it names is held
@@ -102,6 +118,9 @@ async def compiled_of(request: AnyRequest, raw: Request) -> CompiledRequest | No
         request.model = base
         caps = caps if holder is None else holder.view.with_preset(await _everything(raw), preset)
     compiled = prepare(request, caps, preset, body)
+    if request.remarks:
+        compiled = compiled or CompiledRequest(caps)
+        compiled = replace(compiled, warnings=(*request.remarks, *compiled.warnings))
     if holder is not None and compiled is not None:
         with compiled.origins.named():
             holder.policy.check_methods(compiled.asked_for)
@@ -294,23 +313,30 @@ async def vector(name: str, caps: Capabilities = Depends(capabilities)) -> dict[
 async def validate(raw: Request, body: dict[str, Any] = Body(...)) -> Response:
     """Compile a request without running it: its plan, or the error that the request would get.
 
-    With `messages` or `prompt` the body is a whole request, and what depends on the prompt is checked too.
+    With `messages`, `prompt` or `input` the body is a whole request, and what depends on the prompt is checked too.
     """
     started = time.perf_counter()
-    request: OpenAIRequest | None = None
-    if "messages" in body or "prompt" in body:
-        request = parse(ChatRequest if "messages" in body else TextRequest, body)
-        compiled = await compiled_of(request, raw)
-        if compiled is not None and not compiled.is_plain:
-            request.attach(compiled.dry())
-        if (refused := await openai.render(request, raw.app)) is not None:
-            return refused
+    request: OpenAIRequest | ResponseRequest | None = None
+    if model := next((model for field, model in _WHOLE.items() if field in body), None):
+        request = parse(model, body)
+        with calling(request.names):
+            compiled = await compiled_of(request, raw)
+            if compiled is not None and not compiled.is_plain:
+                request.attach(compiled.dry())
+            if (refused := await _render(request, raw.app)) is not None:
+                return refused
     else:
         compiled = await _compiled_without_prompt(body, raw)
     placed = () if request is None else request.placed
     plan = NOTHING if compiled is None else receipt(compiled, placed)
     took = (time.perf_counter() - started) * 1e3
     return JSONResponse({"valid": True, "plan": plan, "milliseconds": took})
+
+
+async def _render(request: OpenAIRequest | ResponseRequest, app: FastAPI) -> Response | None:
+    if isinstance(request, ResponseRequest):
+        return await responses.render(request, app)
+    return await openai.render(request, app)
 
 
 async def _compiled_without_prompt(body: dict[str, Any], raw: Request) -> CompiledRequest | None:

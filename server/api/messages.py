@@ -1,6 +1,5 @@
 """Anthropic's API: the route, and where its answers have what ours say."""
 
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
@@ -11,7 +10,7 @@ from fastapi.responses import Response
 from whipstaff.server.admission.explanations import EXPLAIN_FIELD, ChoiceExplanations
 from whipstaff.server.api.descriptions import Message, answers
 from whipstaff.server.api.generate import JSON, Form, exchange, generate
-from whipstaff.server.api.sse import to_json
+from whipstaff.server.api.sse import event_of, read_event
 from whipstaff.server.engine.frontend import messages, openai
 from whipstaff.server.engine.frontend.messages import NAMES, MessageRequest
 from whipstaff.server.errors import MESSAGES, calling
@@ -47,15 +46,14 @@ async def with_extras(
     closes `events`."""
     async with aclosing(events):
         async for event in events:
-            head, _, data = event.partition("\ndata: ")
-            name = head.removeprefix("event: ")
+            name, read = read_event(event)
             if name == _END or (name == _TEXT and explained is not None):
-                body = json.loads(data)
+                body = read()
                 if name == _END:
                     await finish(body)
                 if explained is not None:
                     add_records(body, explained)
-                event = f"{head}\ndata: {to_json(body)}\n\n"
+                event = event_of(name, body)
             yield event
 
 

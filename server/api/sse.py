@@ -79,6 +79,16 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {to_json(body)}\n\n"
 
 
+def read_event(event: str) -> tuple[str, Callable[[], dict[str, Any]]]:
+    """The name of an event that has one, and what reads its data."""
+    head, _, data = event.partition("\ndata: ")
+    return head.removeprefix("event: "), partial(json.loads, data)
+
+
+def event_of(name: str, body: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {to_json(body)}\n\n"
+
+
 def to_json(body: Any) -> str:
     """JSON has neither NaN nor infinities: null stands for those, as in vLLM's own chunks. They come of a model that
     computes them, and of divergences from what gives a token no chance. Halves of characters are escaped."""

@@ -54,7 +54,7 @@ REFUSED: list[tuple[int, str, str, dict[str, Any]]] = [
     (404, "POST", "/v1/completions", {"json": ASK | {"steering": {"vector": "absent"}}}),
     (409, "DELETE", "/v1/steering/vectors/cheerful", {"headers": ADMIN}),
     (413, "POST", "/v1/steering/vectors?name=large", {"headers": ADMIN, "content": b"\0" * 2_000_000}),
-    (422, "POST", "/v1/responses", {"json": {"model": "demo", "input": "x", "steering": CHEERFUL}}),
+    (422, "POST", "/invocations", {"json": {"model": "demo", "prompt": "x", "steering": CHEERFUL}}),
 ]
 
 

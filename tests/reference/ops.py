@@ -162,10 +162,12 @@ def _module(model: Any, site: str, layer: int) -> nn.Module:
         block = model.gpt_neox.layers[layer]
         attention, projection, mlp = block.attention, block.attention.dense, block.mlp
     else:
-        block = model.model.layers[layer]
-        attention, projection, mlp = block.self_attn, block.self_attn.o_proj, block.mlp
+        block = (model.backbone if hasattr(model, "backbone") else model.model).layers[layer]
+        attention = getattr(block, "self_attn", None)
+        projection = getattr(attention, "o_proj", None) or getattr(attention, "out_proj", None)
+        mlp = getattr(block, "mlp", None) or getattr(block, "feed_forward", None)
     if site == "router":
-        found: nn.Module = mlp.gate
+        found: Any = mlp.gate
     else:
         found = {
             "resid_pre": block,
@@ -176,4 +178,5 @@ def _module(model: Any, site: str, layer: int) -> nn.Module:
             "mlp_in": mlp,
             "mlp_out": mlp,
         }[site]
+    assert isinstance(found, nn.Module), site
     return found

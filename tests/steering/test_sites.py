@@ -68,6 +68,43 @@ def test_blocks_without_attention_show_what_they_have() -> None:
     assert mlp.mlp_input is mlp.mlp_output is blocks[2].mixer
 
 
+class DoubleBlock(nn.Module):
+    """As LongCat's: two of each, in lists that nobody calls."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Attention() for _ in range(num))
+        self.mlps = nn.ModuleList(nn.Linear(4, 4) for _ in range(num))
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_what_a_block_has_twice_or_only_holds_is_no_site(num: int) -> None:
+    (layer,) = find_layers(model(DoubleBlock(num)), KINDS)
+    assert layer.attention is layer.output_projection is layer.mlp_input is layer.mlp_output is None
+
+
+class BareBlock(nn.Module):
+    """As Jamba's with attention: its parts are the block's own."""
+
+    def __init__(self, num_inputs: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        if num_inputs == 2:
+            self.gate = nn.Linear(4, 4)
+        self.out, self.operator = Projection(4, 4), Operator()
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+
+def test_a_block_that_is_the_attention_itself() -> None:
+    """What the operator receives are queries, not what the attention does."""
+    block = BareBlock(1)
+    (layer,) = find_layers(model(block), KINDS)
+    assert (layer.attention, layer.output_projection) == (block.qkv, block.out)
+    assert layer.mlp_input is layer.mlp_output is block.mlp
+    (layer,) = find_layers(model(BareBlock(2)), KINDS)
+    assert layer.attention is None and layer.output_projection is not None and layer.mlp_input is not None
+
+
 @pytest.mark.parametrize("num_projections", [0, 2])
 def test_an_output_projection_is_the_only_one_that_could_be_it(num_projections: int) -> None:
     (layer,) = find_layers(model(Block(Attention(num_projections))), KINDS)

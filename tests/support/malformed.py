@@ -12,7 +12,9 @@ from asking import MOOD, PROMPT, PUSH
 from serving import MODEL
 
 TEXT, CHAT, VALIDATE = "/v1/completions", "/v1/chat/completions", "/v1/steering/validate"
+RESPONSES = "/v1/responses"
 MOST = 8  # tokens of an answer, so that requests that turn out to be right cost little
+_LENGTH = {"max_tokens": "max_output_tokens"}  # of responses
 _ASKED: dict[str, Any] = {"model": MODEL, "max_tokens": MOST, "temperature": 0.5, "seed": 1}
 _MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 _WHEN = {"probe": "probe", "above": 0.5, "decide": "step"}
@@ -62,6 +64,33 @@ _PLAIN: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     "chat_template_kwargs": {"a": 1},
 }
+_INPUTS: list[Any] = [  # of responses
+    "Why?",
+    _MESSAGES,
+    [{"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}],
+    [
+        {"role": "assistant", "type": "message", "content": [{"type": "output_text", "text": "No."}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"role": "user", "content": "Why?"},
+    ],
+    [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+    ],
+]
+_OF_RESPONSES: dict[str, Any] = {
+    "instructions": "Be brief.",
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 2,
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+    "store": True,
+    "truncation": "auto",
+    "previous_response_id": "resp_1",
+    "reasoning": {"effort": "low"},
+    "metadata": {"a": "b"},
+    "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}],
+    "tool_choice": {"type": "function", "name": "f"},
+}
 _ODD: list[Any] = [
     *(None, True, False, -1, 0, 0.5, 1e308, -1e308, 5e-324, 1 << 31, 1 << 63, -(1 << 63) - 1, 1 << 70, 10**40),
     *(
@@ -105,16 +134,19 @@ class Sent:
 
 def valid(chooser: random.Random) -> tuple[str, dict[str, Any]]:
     """A path and a request that it takes, or would take but for one thing that does not go with another."""
-    path = chooser.choice([TEXT, CHAT, VALIDATE])
-    is_chat = path == CHAT or (path == VALIDATE and chooser.random() < 0.5)
+    path = chooser.choice([TEXT, CHAT, VALIDATE, RESPONSES])
+    is_chat, may = path == CHAT or (path == VALIDATE and chooser.random() < 0.5), _PLAIN
     body = dict(_ASKED) | ({"messages": _MESSAGES} if is_chat else {"prompt": PROMPT})
+    if path == RESPONSES:
+        body = {_LENGTH.get(name, name): value for name, value in _ASKED.items()} | {"input": chooser.choice(_INPUTS)}
+        may = _PLAIN | _OF_RESPONSES
     if chooser.random() < 0.7:
         body["steering"] = chooser.choice(_STEERING)
     if chooser.random() < 0.5:
         body["decoding"] = chooser.choice(_DECODING)
     body |= {"logprobs": True, "top_logprobs": 2} if is_chat and chooser.random() < 0.2 else {}
-    for name in chooser.sample(sorted(_PLAIN), chooser.choice([0, 1, 1, 2, 4])):
-        body[name] = _PLAIN[name]
+    for name in chooser.sample(sorted(may), chooser.choice([0, 1, 1, 2, 4])):
+        body[name] = may[name]
     return path, copy.deepcopy(body)
 
 
@@ -124,21 +156,21 @@ def malformed(number: int) -> Sent:
     path, body = valid(chooser)
     for _ in range(chooser.choice([0, 1, 1, 1, 2, 3])):
         _spoil(body, chooser)
-    _keep_short(body)
+    _keep_short(body, _LENGTH["max_tokens"] if path == RESPONSES else "max_tokens")
     data = json.dumps(body, ensure_ascii=chooser.random() < 0.7).encode(errors="surrogatepass")
     if chooser.random() < 0.5:
         return Sent(path, data)
     return chooser.choice([_cut, _byte, _number, _twice, _nested, _encoded, _typed])(path, data, chooser)
 
 
-def _keep_short(body: dict[str, Any]) -> None:
+def _keep_short(body: dict[str, Any], length: str) -> None:
     """Whatever was made of it, an answer takes no minutes."""
-    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
         value = body.get(name)
         if isinstance(value, int | float) and MOST < value < 1 << 20:
             body[name] = MOST
-    if body.get("max_tokens") is None:
-        body["max_tokens"] = MOST
+    if body.get(length) is None:
+        body[length] = MOST
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

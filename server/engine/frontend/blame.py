@@ -40,6 +40,6 @@ def field_meant(message: str, request: BaseModel) -> str | None:
         return "prompt" if "prompt" in said else None
     words = message.lower().replace("_", " ")
     if "grammar" in words or "structured outputs" in words:
-        said = [name for name in ("structured_outputs", "response_format") if name in said]
+        said = [name for name in ("structured_outputs", "response_format", "text") if name in said]
         return said[0] if said else None
     return next((name for name in said if "_" in name and name.replace("_", " ") in words), None)

@@ -8,7 +8,7 @@ parameters that vLLM then asks for carry the plan.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
@@ -110,6 +110,7 @@ class Extras(BaseModel):
     _lease: Lease = PrivateAttr(leases.NOTHING)
     _expect: Expect | None = PrivateAttr(None)
     _bill: Callable[[], Bill] | None = PrivateAttr(None)
+    _remarks: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,7 +121,7 @@ class Extras(BaseModel):
         """Give the request what its extras came to; from here on it is not plain. `lease` is of the vectors that it
         names."""
         self._compiled, self._notes, self._lease = compiled, notes, lease
-        if compiled.searches:
+        if compiled.searches and self._vllm.use_beam_search:
             self._vllm.use_beam_search = False  # it is a search of ours, and vLLM has one of its own
 
     def pay(self, expect: Expect, bill: Callable[[], Bill]) -> None:
@@ -131,6 +132,19 @@ class Extras(BaseModel):
     def sent(self, body: dict[str, Any]) -> dict[str, Any]:
         """What its client sent, by the names of our fields."""
         return body
+
+    def remark(self, warning: str) -> None:
+        """Say of the request what its client should know, before it is compiled."""
+        self._remarks.append(warning)
+
+    @property
+    def remarks(self) -> list[str]:
+        return self._remarks
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What its API calls fields of chats and texts otherwise, by their name or path."""
+        return {}
 
     @property
     def num_answers(self) -> int:
@@ -521,6 +535,7 @@ class TextRequest(CompletionRequest, Extras):
 
 
 OpenAIRequest = ChatRequest | TextRequest
+Request = TypeVar("Request", bound=Extras)
 
 
 def renamed(body: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -545,7 +560,7 @@ def _known_names(model: type[Extras]) -> frozenset[str]:
     return (OPENAI - of_others).union(model.model_fields, aliases, ALIASES, FIELDS)
 
 
-def parse(model: type[ChatRequest] | type[TextRequest], body: dict[str, Any]) -> OpenAIRequest:
+def parse(model: type[Request], body: dict[str, Any]) -> Request:
     """A request from its JSON. Raises: what a route with this request model would."""
     try:
         return model.model_validate(body)
@@ -609,10 +624,17 @@ def chats_of(request: Any, conversation: list[Any], serving: Any) -> Chats | Non
     tools = None
     if request.tools and not (request.tool_choice == "none" and renderer.exclude_tools_when_tool_choice_none):
         tools = [tool.model_dump() for tool in request.tools]
-    params = chat_params(request, renderer)
+    return chats_with(tools, request, conversation, serving, request.add_special_tokens)
+
+
+def chats_with(
+    tools: list[Any] | None, request: Any, conversation: list[Any], serving: Any, adds_special_tokens: bool
+) -> Chats | None:
+    """The same of a conversation whose template is shown these tools."""
+    renderer = serving.online_renderer
     defaults = {**renderer.default_chat_template_kwargs, "tools": tools, "tokenize": False}
-    settings = params.with_defaults(defaults).get_apply_chat_template_kwargs()
-    return chats_by(settings, conversation, serving, request.add_special_tokens)
+    settings = chat_params(request, renderer).with_defaults(defaults).get_apply_chat_template_kwargs()
+    return chats_by(settings, conversation, serving, adds_special_tokens)
 
 
 def chats_by(

@@ -606,7 +606,7 @@ def test_the_loudest_edits_that_are_taken_leave_nothing_that_harms_others(comple
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/responses", "/inference/v1/generate", "/invocations",
+    ["/inference/v1/generate", "/invocations",
      "/generative_scoring", "/v1/systemone", "/v1/completions/render"],
 )  # fmt: skip
 @pytest.mark.parametrize(

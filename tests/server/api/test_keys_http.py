@@ -35,6 +35,8 @@ GONE: dict[str, dict[str, Any]] = {
     "plain": {},
     "ranked": {"best_of": 4, "temperature": 1},
     "beams": {"num_beams": 4, "temperature": None},
+    "response": {"input": "Why?", "max_output_tokens": 400},
+    "stream": {"input": "Why?", "max_output_tokens": 400, "stream": True},
 }
 POLICIES: dict[str, Any] = {
     "narrow": {"methods": ["caa", "typical_p"], "vectors": ["push"], "presets": ["quiet"], "max_tokens": 20, "n": 2},
@@ -126,7 +128,19 @@ def test_a_policy_is_all_that_its_key_sees(server: Server) -> None:
         assert refused.status_code == 403 and refused.json()["error"]["message"].startswith("max_tokens: ")
         said = ok(http.post("/v1/chat/completions", json=CHAT | {"max_tokens": None, "ignore_eos": True}))
         assert said["usage"]["completion_tokens"] == 20  # who does not say gets what is allowed
-        for path, method in (("/invocations", "POST"), ("/v1/responses", "POST"), ("/v1/steering/vectors/x", "DELETE")):
+        asked = {"model": MODEL, "input": "Why?", "ignore_eos": True}
+        assert ok(http.post("/v1/responses", json=asked))["usage"]["output_tokens"] == 20
+        for field, status, fields in (
+            ("max_output_tokens", 403, {"max_output_tokens": 21}),
+            ("steering.vector", 404, {"steering": {"vector": "iti"}}),
+            ("previous_response_id", 404, {"previous_response_id": "resp_1"}),
+        ):
+            assert_refused(http.post("/v1/responses", json=asked | fields), status, field)
+        for path, method in (
+            ("/invocations", "POST"),
+            ("/v1/responses/resp_1/cancel", "POST"),
+            ("/v1/steering/vectors/x", "DELETE"),
+        ):
             assert_refused(http.request(method, path), 403, None)
     with as_(server, "mild-key") as http:
         assert_refused(complete(http, steering=PUSH), 400, "steering.scale")
@@ -205,8 +219,10 @@ def test_a_key_is_charged_what_the_engine_counted(server: Server, name: str, str
 def test_who_goes_away_is_charged_what_was_generated(server: Server, name: str) -> None:
     """An answer that is not streamed says nothing before its end."""
     fields, key = GONE[name], f"gone-{name}-key"
-    body = json.dumps(ASK | {"max_tokens": 400, "ignore_eos": True} | fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    own: dict[str, Any] = {} if "input" in fields else {"prompt": "def main(", "max_tokens": 400}
+    path = "/v1/completions" if own else "/v1/responses"
+    body = json.dumps({"model": MODEL, "temperature": 0, "ignore_eos": True} | own | fields).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     url, width = httpx.URL(server.url), fields.get("best_of", fields.get("num_beams", 1))
     series = "vllm:generation_tokens_total", (("engine", "0"), ("model_name", MODEL))

@@ -160,13 +160,14 @@ def test_a_preset_is_its_model_where_nothing_is_generated(http: httpx.Client) ->
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/responses", {"input": "hi"}),
+        ("/invocations", {"prompt": "hi"}),
     ],
 )
 def test_other_routes_say_where_presets_work(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
     refused = http.post(path, json=body | {"model": "demo@gloomy"})
     assert_refused(refused, 422, "model")
-    assert "presets work on /v1/chat/completions, its batches, /v1/completions and /v1/messages" in refused.text
+    routes = "/v1/chat/completions, its batches, /v1/completions, /v1/messages and /v1/responses"
+    assert f"presets work on {routes}" in refused.text
 
 
 def test_one_model_is_shown_as_the_list_shows_it(client: openai.OpenAI) -> None:

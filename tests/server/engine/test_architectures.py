@@ -9,9 +9,9 @@ import goldens
 import pytest
 import tiny
 import torch
-from engines import Ask, EngineUnderTest, edit, plan
+from engines import Ask, EngineUnderTest, plan
+from obeying import assert_every_site_obeys
 from reference import dola
-from reference import ops as reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +23,9 @@ from whipstaff.steering import vector_file
 from whipstaff.steering.inserts import Wanted, place_inserts
 from whipstaff.steering.method import HookPoint
 from whipstaff.steering.needs import Hook
-from whipstaff.steering.ops import Diagonal
 from whipstaff.steering.plan import SteeringPlan
 from whipstaff.steering.planner import Planner, SteeringParams
 from whipstaff.steering.shape import SITES
-from whipstaff.steering.vector_file import Vector
-from whipstaff.steering.where import Where
 
 TOLERANCE = 2e-4  # log-probabilities, float32 engine against float64 or float32 references (goldens' README)
 GOLDEN = ("llama_a", "gpt2_a", "gemma2_a", "qwen2_a", "mixtral_a")
@@ -42,13 +39,6 @@ class Served:
     name: str
     path: str
     engine: EngineUnderTest
-
-    def add(self, tensors: dict[str, Tensor]) -> Vector:
-        """Give the engine a vector; head-level tensors may come flat."""
-        heads = (self.engine.shape.num_heads, self.engine.shape.head_dim)
-        return self.engine.add_vector(
-            {name: value.reshape(heads) if name.startswith("attn_head") else value for name, value in tensors.items()}
-        )
 
     def ask(self, case: goldens.Case, wild: goldens.Wild | None = None) -> Ask:
         """A golden case as a request, by the way that requests take; with its vector out of its community's file."""
@@ -116,20 +106,7 @@ def test_every_site_obeys_as_a_hook_does(served: Served) -> None:
     assert {(site, layer) for site, layer in engine.facts["sites"]} == {
         (site, layer) for site in everywhere for layer in range(shape.num_layers) if site != "resid_pre" or layer == 0
     }
-    generator = torch.Generator().manual_seed(3)
-    prompt = torch.randint(3, tiny.VOCABULARY, (11,), generator=generator).tolist()
-    where = Where(prompt=[(2, None)], generation="all")
-    asks, expected = [], []
-    for site, layer in engine.facts["sites"]:
-        width = shape.width(site)
-        gain, add = (0.5 * torch.randn(width, generator=generator) for _ in range(2))
-        vector = served.add({f"{site}.{layer}.gain": gain, f"{site}.{layer}.add": add})
-        asks.append(Ask(prompt, plan(SteeringPlan((edit(vector, 1.5, where),))), max_tokens=6))
-        by_hand = reference.Edit(site, layer, [Diagonal(1 + 1.5 * gain, 1.5 * add)], lambda position, _: position >= 2)
-        expected.append(reference.greedy(model, prompt, 6, [by_hand])[0])
-    plain = reference.greedy(model, prompt, 6, [])[0]
-    assert engine.tokens(*asks, Ask(prompt, max_tokens=6)) == [*expected, plain]
-    assert any(tokens != plain for tokens in expected)
+    assert_every_site_obeys(engine, model)
 
 
 def test_early_layers_are_read_by_the_models_own_head(served: Served) -> None:

@@ -10,6 +10,7 @@ from whipstaff.server.engine.frontend.batch import BatchRequest
 from whipstaff.server.engine.frontend.messages import MessageChat
 from whipstaff.server.engine.frontend.offline import OfflineChat, OfflineText
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, TextRequest
+from whipstaff.server.engine.frontend.responses import ResponseRequest
 from whipstaff.server.errors import BadRequest
 from whipstaff.server.plan import PLAN_KEY
 from whipstaff.server.prompt.message_spans import Prompt
@@ -23,11 +24,14 @@ def batch(**fields: Any) -> BatchRequest:
     return BatchRequest.model_validate({"model": "base", "messages": ASKED} | fields)
 
 
-@pytest.mark.parametrize("api", [TextRequest, ChatRequest, MessageChat, BatchRequest, OfflineText, OfflineChat])
+APIS = [TextRequest, ChatRequest, MessageChat, BatchRequest, ResponseRequest, OfflineText, OfflineChat]
+
+
+@pytest.mark.parametrize("api", APIS)
 def test_every_api_says_what_admission_asks(api: Any) -> None:
     """vLLM's classes are beyond what types are checked of, so a field that one of them lacks shows here."""
     is_text = issubclass(api, TextRequest | OfflineText)
-    body = {"prompt": "Why?"} if is_text else {"messages": ASKED if api is BatchRequest else ASKED[0]}
+    body = {"prompt": "Why?"} if is_text else {"messages": ASKED if api is BatchRequest else ASKED[0], "input": "Why?"}
     assert isinstance(api.model_validate({"model": "base", **body}), AskedRequest)
 
 

@@ -100,6 +100,15 @@ def install_sites(
     return Sites(tables, meters, arenas)
 
 
+def sites_shown(model: nn.Module, shape: ModelShape) -> dict[Site, list[int]]:
+    """The layers in which each site is, of those that have any. Raises: SitesNotFound."""
+    shown: dict[Site, list[int]] = {}
+    for layer in find_layers(model, KINDS):
+        for site in _hook_points_of(layer, shape):
+            shown.setdefault(site, []).append(layer.index)
+    return shown
+
+
 def install_soft_rows(
     model: nn.Module, config: Any, max_tokens: int, device: torch.device, vector_of: Callable[[str], Vector]
 ) -> SoftRows | NoSoftRows:
