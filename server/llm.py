@@ -232,7 +232,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     if isinstance(aux := given.get("aux"), Mapping):
         given["aux"] = {name: str(path) for name, path in aux.items()}
     own: dict[str, Any] = {name: _listed(value) if name in _LISTS else value for name, value in given.items()}
-    return _Arguments(**own)
+    return _Arguments(**own, max_downloads=0)  # what was read is given at once, and never fetched
 
 
 def _listed(value: Any) -> list[Any]:

@@ -26,8 +26,10 @@ from whipstaff.steering.plan import Capture, Insert, PlannedCapture
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.where import Clause, Where
 
-FIELD = "capture"
+FIELD, FORMAT_FIELD = "capture", "capture_format"
+Format = Literal["base64", "download"]
 MAX_CAPTURES = 16  # entries of a request
+_HEADER = 256  # bytes that a file says of a tensor, and of its positions, at most
 Ints = NDArray[np.int64]
 Layer = Annotated[int, Field(strict=True, ge=0)]
 Told = Mapping[str, Sequence[Mapping[str, Any]]]  # what a rank says: see `worker.whipstaff_captures`
@@ -185,21 +187,55 @@ def check_captures(
         )
 
 
-def captured(
+def check_format(wanted: Format, captures: Sequence[CaptureEntry], caps: Capabilities) -> None:
+    """Raises: BadRequest, Unavailable."""
+    if wanted == "base64":
+        return
+    if not captures:
+        raise BadRequest("nothing is read: say what in `capture`", FORMAT_FIELD)
+    if not caps.keeps_captures:
+        raise Unavailable(
+            "this server keeps no files to fetch; start it with --max-downloads N and --max-download-bytes N",
+            FORMAT_FIELD,
+        )
+
+
+def most_file_bytes(placed: PositionedPlan, shape: ModelShape) -> int:
+    """How large a file can become with what was read of one choice."""
+    return sum(
+        (8 + 4 * shape.width(point.site)) * max(one.num_positions, 1) + _HEADER
+        for one in placed.captures
+        for point in one.points
+    )
+
+
+def captured(choice: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """What was read of one choice, as the receipt tells of it; see `tensors_of`."""
+    if tensors is None:
+        return {"choice": choice, "problem": "others needed the room before they could be told"}
+    return {"choice": choice, "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}
+
+
+def in_base64(tensors: Mapping[str, Tensor]) -> str:
+    """A safetensors file."""
+    return base64.b64encode(save(dict(tensors), {"format": "pt"})).decode()
+
+
+def tensors_of(
     sequence: NamedSequence,
     placed: PositionedPlan,
     entries: Sequence[CaptureEntry],
     shape: ModelShape,
     ranks: Sequence[Told],
-) -> dict[str, Any]:
-    """What was read of one choice, as the receipt tells it: a file with the positions that each entry read and, for
-    each of its layers, (positions, width) of them, or (width,) of what they were reduced to.
+) -> dict[str, Tensor] | None:
+    """What was read of one choice: the positions that each entry read and, for each of its layers, (positions, width)
+    of them, or (width,) of what they were reduced to. None where others needed the room.
 
     Args:
         ranks: what each rank says.
     """
     if any(sequence.name not in told for told in ranks):
-        return {"choice": sequence.choice, "problem": "others needed the room before they could be told"}
+        return None
     tensors: dict[str, Tensor] = {}
     for number, (entry, read) in enumerate(zip(entries, rows_read(sequence, placed, ranks), strict=True)):
         tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
@@ -208,11 +244,7 @@ def captured(
             if entry.params.site == "attn_head":
                 made = made.view(*made.shape[:-1], shape.num_heads, shape.head_dim)
             tensors[f"{number}.{entry.params.site}.{layer}"] = made.contiguous()
-    return {
-        "choice": sequence.choice,
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "safetensors": base64.b64encode(save(tensors, {"format": "pt"})).decode(),
-    }
+    return tensors
 
 
 class Rows(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from whipstaff.decoding.search.search import SearchMethod
-from whipstaff.server.admission.captures import captures_of, check_beside
+from whipstaff.server.admission.captures import FORMAT_FIELD, Format, captures_of, check_beside, check_format
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     NOTHING,
@@ -157,6 +157,7 @@ def compile_extras(
         if options.explain is not None:
             check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
     captures = () if fields.get("capture") is None else captures_of(fields, caps)
+    check_format(options.capture_format, captures, caps)
     if captures:
         check_beside(captures, decoding, entries)
     models = decoding.models if decoding else []
@@ -211,7 +212,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
     if explain is not None or source == "both":
         told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
     streams_retractions = flag(fields, "stream_retractions")
-    return Options(is_temperature_last, False, told, source, streams_retractions)
+    capture_format = one_of(Format, fields, FORMAT_FIELD, "base64")
+    return Options(is_temperature_last, False, told, source, streams_retractions, capture_format=capture_format)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:

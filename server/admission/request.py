@@ -11,7 +11,13 @@ from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan, Explain
-from whipstaff.server.admission.captures import CaptureEntry, captures_at_prompt, check_captures
+from whipstaff.server.admission.captures import (
+    CaptureEntry,
+    Format,
+    captures_at_prompt,
+    check_captures,
+    most_file_bytes,
+)
 from whipstaff.server.admission.companions import (
     PlacedCompanion,
     check_number,
@@ -50,6 +56,7 @@ class Options:
     logprobs_source: LogprobsSource = "final"
     streams_retractions: bool = False  # whether a search may tell what it may take back
     is_dry: bool = False  # whether it is only looked at
+    capture_format: Format = "base64"  # how the client gets what was read
 
     def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
         """The entries as one plan; None if decoding is vLLM's. Raises: BadRequest."""
@@ -117,6 +124,16 @@ class CompiledRequest:
     def tells_sequences(self) -> bool:
         """Whether its receipt says of each answer what was read for it."""
         return bool(self.captures) or (bool(self.plan.readings_id) and not self.num_candidates)
+
+    @property
+    def downloads(self) -> bool:
+        """Whether its client fetches what was read."""
+        return self.options.capture_format == "download"
+
+    def most_file_bytes(self, placed: Sequence[PlacedRequest], num_answers: int) -> int:
+        """How large the file with it can become, of so many answers to each prompt."""
+        plans = [PositionedPlan(one.plan, one.num_tokens) for one in placed]
+        return num_answers * sum(most_file_bytes(plan, self.caps.model) for plan in plans)
 
     @property
     def reads_prompt(self) -> bool:

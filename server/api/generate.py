@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from http import HTTPStatus
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from whipstaff.server import metrics
+from whipstaff.server.access.capture_files import Download
 from whipstaff.server.access.keys import HOLDER, Holder
 from whipstaff.server.access.ledger import Spending
 from whipstaff.server.access.policy import Policy
@@ -34,7 +35,7 @@ from whipstaff.server.engine.frontend.batch import BatchRequest
 from whipstaff.server.engine.frontend.requests import ChatRequest, Notes, OpenAIRequest, TextRequest, parse
 from whipstaff.server.errors import BadRequest, FieldOrigins, Forbidden, NotFound, TooLarge, Unavailable, WhipstaffError
 from whipstaff.server.names import FIELDS, that_change
-from whipstaff.server.plan import PLAN_KEY
+from whipstaff.server.plan import PLAN_KEY, PlacedRequest
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset
@@ -179,6 +180,10 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
         explained = ChoiceExplanations(compiled.caps.words) if explains else None
+        download = None
+        if compiled.downloads:
+            download = Download(raw.app.state.whipstaff_captures)
+            at_end.callback(download.end)
         if not compiled.is_plain:
 
             def note_search(prompt: int, record: dict[str, Any]) -> None:
@@ -186,12 +191,18 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
                 if spending is not None and compiled.searches:
                     spending.note_search(prompt, record["counts"])
 
+            def reserve(placed: Sequence[PlacedRequest]) -> None:
+                assert download is not None
+                with compiled.origins.named():
+                    download.reserve(compiled.most_file_bytes(placed, request.num_answers))
+
             notes = Notes(
                 output=tally.note,
                 token=explained.note if explained else None,
                 search=note_search,
                 retract=retractions.note if compiled.retracts else None,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
+                placed=None if download is None else reserve,
             )
             request.attach(compiled, notes, lease)
         result = await form.answer(request, raw)
@@ -200,7 +211,8 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         """What is said at the end, in a response or the last event of a stream."""
         engine = raw.app.state.engine_client
         told = openai.readings(engine), openai.captures(engine)
-        made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1)
+        keep = None if download is None else download.fill
+        made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1, keep)
         metrics.note_steering(made["steering"])
         body[RECEIPT_FIELD] = made
         if body.get("usage") and (searches := made.get("search")):

@@ -51,6 +51,8 @@ class Notes(NamedTuple):
     retract: Callable[[int, int], None] | None = None
     """The number of a choice, how many of its last characters are taken back, before anything more is streamed."""
     sequence: Callable[[int, str], None] | None = None  # the number of a choice, the engine's name for its sequence
+    placed: Callable[[Sequence[PlacedRequest]], None] | None = None
+    """The request in its prompts, before anything is scheduled; may raise an exception that answers the client."""
 
 
 UNHEARD = Notes()
@@ -94,6 +96,9 @@ class Extras(BaseModel):
     )
     capture: Any = Field(
         None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+    )
+    capture_format: Any = Field(
+        None, description='"base64" (default): what was read stands in the answer, or "download": in a file to fetch'
     )
     stop_when: Any = Field(
         None, description='{"probe": name, "above": x} or "below": end at the first token where the probe reads that'
@@ -282,6 +287,8 @@ class Extras(BaseModel):
             if placed.ids is not None:
                 one["prompt_token_ids"] = placed.ids
             self._placed.append(placed)
+        if self._notes.placed is not None:
+            self._notes.placed(self._placed)
         is_capped = any(placed.max_tokens < most_tokens(placed.num_tokens) for placed in self._placed)
         return min(placed.max_tokens for placed in self._placed) if is_capped else None
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from whipstaff.server.admission.captures import CaptureEntry, NamedSequence, captured, captures_of
+from whipstaff.server.admission.captures import (
+    CaptureEntry,
+    NamedSequence,
+    captures_of,
+    in_base64,
+    most_file_bytes,
+    tensors_of,
+)
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.errors import WhipstaffError
@@ -107,18 +114,19 @@ def test_a_file_is_made_of_all_ranks_parts(reading: Capabilities) -> None:
     ranks = [
         {"a": [told(stream.bfloat16(), [True] * 5), told(part, [True] * 3), *own]} for part in heads.chunk(2, dim=-1)
     ]
-    found = captured(NamedSequence(1, "a", 12), PositionedPlan(plan, NUM_PROMPT), entries, shape, ranks)
-    assert found["choice"] == 1
-    tensors = load(base64.b64decode(found["safetensors"]))
-    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == found["tensors"]
+    placed = PositionedPlan(plan, NUM_PROMPT)
+    found = tensors_of(NamedSequence(1, "a", 12), placed, entries, shape, ranks)
+    assert found is not None
+    data = base64.b64decode(in_base64(found))
+    tensors = load(data)
+    assert len(data) <= most_file_bytes(placed, shape)
     assert tensors["0.positions"].tolist() == [8, 9, 10, 11]
     assert torch.equal(tensors["0.resid_post.1"], stream[0, :4].bfloat16())
     assert torch.equal(tensors["0.resid_post.0"], stream[1, :4].bfloat16())
     assert torch.equal(tensors["1.attn_head.2"], heads[0, :2].unflatten(1, (shape.num_heads, shape.head_dim)))
     assert torch.equal(tensors["2.resid_post.0"], stream[1, 2:4].mean(0))
     assert torch.equal(tensors["3.resid_post.0"], stream[1, 3]) and tensors["3.positions"].tolist() == [10, 11]
-    gone = captured(NamedSequence(0, "b", 12), PositionedPlan(plan, NUM_PROMPT), entries, shape, ranks)
-    assert gone.keys() == {"choice", "problem"}
+    assert tensors_of(NamedSequence(0, "b", 12), placed, entries, shape, ranks) is None
 
 
 def test_nothing_generated_is_nothing_read(reading: Capabilities) -> None:
@@ -126,7 +134,28 @@ def test_nothing_generated_is_nothing_read(reading: Capabilities) -> None:
     plan = place(compiled(reading, capture=[entry.params.model_dump() for entry in entries])).plan
     width = reading.model.hidden_size
     ranks = [{"a": [told(torch.empty(1, 0, width), []), told(torch.ones(1, 10, width), [True] * 10)]}]
-    found = captured(NamedSequence(0, "a", 10), PositionedPlan(plan, NUM_PROMPT), entries, reading.model, ranks)
-    tensors = load(base64.b64decode(found["safetensors"]))
+    placed = PositionedPlan(plan, NUM_PROMPT)
+    tensors = tensors_of(NamedSequence(0, "a", 10), placed, entries, reading.model, ranks)
+    assert tensors is not None
+    assert len(in_base64(tensors)) * 3 / 4 <= most_file_bytes(placed, reading.model)
     assert tensors["0.resid_post.0"].shape == (0, width) and tensors["0.positions"].tolist() == []
     assert torch.equal(tensors["1.resid_post.0"], torch.ones(width))
+
+
+def test_a_file_is_for_servers_that_keep_files(reading: Capabilities) -> None:
+    read: dict[str, Any] = {"capture": {"layers": [1]}, "capture_format": "download"}
+    able = replace(reading, keeps_captures=True)
+    made = compiled(able, **read)
+    assert made.downloads and not compiled(able, capture={"layers": [1]}).downloads
+    assert made.most_file_bytes([place(made)] * 2, 3) == 6 * most_file_bytes(
+        PositionedPlan(place(made).plan, NUM_PROMPT), reading.model
+    )
+    for caps, fields, status in (
+        (reading, read, 422),
+        (able, {"capture_format": "download"}, 400),
+        (able, {"capture_format": "download", "capture": []}, 400),
+        (able, {**read, "capture_format": "file"}, 400),
+    ):
+        with pytest.raises(WhipstaffError) as refused:
+            compiled(caps, **fields)
+        assert (refused.value.status, refused.value.param) == (status, "capture_format")

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from asking import PROMPT, Post, assert_refused, data_events, ok, tokens
 from safetensors.torch import load
-from serving import Server
+from serving import MODEL, Server
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -115,6 +116,46 @@ def test_a_stream_ends_with_the_same_file(complete: Post) -> None:
         torch.testing.assert_close(streamed[name], values, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def fetched(http: httpx.Client, answer: Any) -> dict[str, Tensor]:
+    """The file of an answer, by its own word for it."""
+    said = answer["whipstaff"]["download"]
+    response = http.get(said["url"])
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert int(response.headers["content-length"]) == len(response.content) == said["bytes"]
+    return load(response.content)
+
+
+def test_a_file_is_fetched_that_has_what_the_answer_would_have(complete: Post, chat: Post, http: httpx.Client) -> None:
+    """One of all choices; whole and streamed."""
+    capture = [{"layers": [2, 0]}, {"site": "attn_head", "layers": [1], "where": "generation", "reduce": "mean"}]
+    fields: dict[str, Any] = {"capture": capture, "n": 2, "temperature": 1.0, "seed": 4, "ignore_eos": True}
+    for post in (complete, chat):
+        inline = ok(post(**fields))
+        streamed = json.loads(data_events(post(stream=True, capture_format="download", **fields))[-2])
+        for answer in (ok(post(capture_format="download", **fields)), streamed):
+            told = answer["whipstaff"]["captured"]
+            assert [one["choice"] for one in told] == [0, 1] and not any("safetensors" in one for one in told)
+            found, wanted = fetched(http, answer), files(inline)
+            assert found.keys() == {f"{choice}.{name}" for choice in (0, 1) for name in wanted[choice]}
+            for choice, tensors in enumerate(wanted):
+                assert {name: list(tensor.shape) for name, tensor in tensors.items()} == told[choice]["tensors"]
+                for name, tensor in tensors.items():
+                    torch.testing.assert_close(found[f"{choice}.{name}"], tensor, atol=TOLERANCE, rtol=TOLERANCE)
+            url = answer["whipstaff"]["download"]["url"]
+            assert ok(http.delete(url))["deleted"] is True
+            for method in ("GET", "DELETE"):
+                assert_refused(http.request(method, url), 404, "id")
+    assert_refused(http.get("/v1/steering/captures/no-such"), 404, "id")
+    assert httpx.get(f"{http.base_url}{url}").status_code == 401
+
+
+def test_validating_takes_no_room(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "capture": {"layers": [1]}, "capture_format": "download"}
+    for _ in range(70):  # more than are kept at once
+        assert "download" not in ok(http.post("/v1/steering/validate", json=body))["plan"]
+
+
 def test_messages_and_stop_strings(chat: Post, complete: Post, reference: Reference) -> None:
     answer = ok(chat("Why so?", capture={"layers": [0], "where": {"messages": [{"role": "user"}]}}, max_tokens=2))
     (found,) = files(answer)
@@ -163,6 +204,13 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too many": ({"capture": [{"layers": [1]}] * 17}, 400, "capture"),
     "a search": ({"capture": [{"layers": [1]}], "decoding": BEAMS}, 400, "capture"),
     "the best of": ({"capture": [{"layers": [1]}], "best_of": 3, "temperature": 1}, 400, "capture"),
+    "no format": ({"capture": [{"layers": [1]}], "capture_format": "file"}, 400, "capture_format"),
+    "a file of nothing": ({"capture_format": "download"}, 400, "capture_format"),
+    "a file too large": (
+        {"capture": [{"layers": "all"}] * 16, "capture_format": "download", "n": 128, "temperature": 1.0},
+        422,
+        "capture_format",
+    ),
     "not hooked": ({"capture": [{"site": "router", "layers": [1]}]}, 422, "capture[0].site"),
 }
 
