@@ -71,6 +71,8 @@ class RequestPlan:
             return "sequences"
         if steering is not None and steering.stop is not None:
             return "stop_when"
+        if steering is not None and steering.told:
+            return "capture"
         if steering is not None and steering.entropy_column >= 0:
             return "steering.schedule"
         return "metering" if steering is not None and steering.is_metered else None
@@ -214,8 +216,10 @@ class PositionedPlan:
 
     @property
     def first_captured(self) -> int | None:
-        """The first position whose activations the client is told, and which must be computed; None when none is."""
-        return min((start for one in self.captures for start, _ in one.intervals), default=None)
+        """The first position of which the client is told what was computed, which must be; None when none is."""
+        told = self.plan.steering.told_intervals(self.prompt_len) if self.plan.steering else ()
+        starts = [start for one in self.captures for start, _ in one.intervals] + [start for start, _ in told]
+        return min(starts, default=None)
 
     def capture_bytes(self, shape: ModelShape) -> int:
         """What the client is told at most, as float32."""

@@ -147,6 +147,7 @@ class SteeringPlan:
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
     captures: tuple[PlannedCapture, ...] = ()  # activations that the client is told
     stop: Stop | None = None
+    told: tuple[int, ...] = ()  # conditions whose readings the client is told, as they come
 
     @property
     def num_columns(self) -> int:
@@ -169,6 +170,12 @@ class SteeringPlan:
         return any(
             planned.edit.gate.on != planned.edit.gate.off and not planned.where.is_late for planned in self.edits
         )
+
+    def told_intervals(self, prompt_len: int) -> Iterator[Interval]:
+        """Positions whose readings the client is told."""
+        for one in self.probes:
+            if one.probe.condition_index in self.told:
+                yield from one.where.intervals(prompt_len)
 
     def segments(self, prompt_len: int) -> list[Segment]:
         """Disjoint stretches of positions, in order, each with what is active on it."""
@@ -211,6 +218,7 @@ class SteeringPlan:
                 for p in self.captures
             ],
             "stop": None if self.stop is None else list(self.stop),
+            "told": list(self.told),
         }
 
     @staticmethod
@@ -229,6 +237,7 @@ class SteeringPlan:
                 for points, is_edited, where in wire["captures"]
             ),
             None if wire["stop"] is None else Stop(*wire["stop"]),
+            tuple(wire["told"]),
         )
 
 

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +20,13 @@ from whipstaff.server.errors import BadRequest, Unavailable, parsed
 from whipstaff.server.plan import CapturedAt, PositionedPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
+from whipstaff.steering.conditions import Readings
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Capture, Insert, PlannedCapture
+from whipstaff.steering.plan import Capture, PlannedCapture, PlannedProbe, SteeringPlan
+from whipstaff.steering.planner import reading_along
 from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Clause, Where
 
 FIELD, FORMAT_FIELD = "capture", "capture_format"
@@ -78,6 +81,47 @@ class CaptureEntry:
         return {**said, "layers": list(self.layers), "where": self.where.model_dump(exclude_none=True)}
 
 
+class ProbeParams(BaseModel):
+    """One entry of `capture`: what a probe reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probe: str = Field(min_length=1, max_length=256, description="name of a loaded vector whose method is probe")
+    layer: Layer | None = Field(None, description="which of the probe's layers; needed where it has several")
+    where: Clause = Field("all", description="at which tokens", validate_default=True)
+    reduce: Literal["none", "mean", "last"] = Field("none", description="every token's, their mean, or the last one's")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class ProbeEntry:
+    """One entry of a request's `capture` that names a probe, checked."""
+
+    path: str
+    params: ProbeParams
+    probe: Vector
+    layer: int
+    column: int  # which of the request's conditions it is
+
+    @property
+    def where(self) -> Where:
+        return Where.of(self.params.where)
+
+    @property
+    def name(self) -> str:
+        """Of its tensor, after its number."""
+        return f"probe.{self.layer}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        said = self.params.model_dump(exclude={"where", "layer"})
+        where = self.where.model_dump(exclude_none=True)
+        return {**said, "digest": self.probe.digest, "layer": self.layer, "where": where}
+
+
+AnyEntry = CaptureEntry | ProbeEntry
+
+
 class NamedSequence(NamedTuple):
     """A finished sequence."""
 
@@ -86,11 +130,57 @@ class NamedSequence(NamedTuple):
     num_fed: int  # tokens that the model was given
 
 
-def captures_of(fields: Mapping[str, Any], caps: Capabilities) -> tuple[CaptureEntry, ...]:
-    """The entries of a request's `capture`. Raises: BadRequest, Unavailable."""
-    found = [_entry(entry, path, caps) for path, entry in entries_in(fields.get(FIELD), FIELD, MAX_CAPTURES)]
+class Admitted(NamedTuple):
+    """The entries of a request's `capture`, and its plan with what they read."""
+
+    entries: tuple[AnyEntry, ...] = ()
+    plan: SteeringPlan | None = None
+
+
+def admit_captures(fields: Mapping[str, Any], plan: SteeringPlan | None, caps: Capabilities) -> Admitted:
+    """Raises: WhipstaffError naming the field."""
+    found: list[AnyEntry] = []
+    for path, entry in entries_in(fields.get(FIELD), FIELD, MAX_CAPTURES):
+        if isinstance(entry, dict) and "probe" in entry:
+            probing, plan = _probing(entry, path, plan or SteeringPlan(()), caps)
+            found.append(probing)
+        else:
+            found.append(_entry(entry, path, caps))
+    capturing = captures_among(found)
+    _check_one_way(capturing)
+    if capturing:
+        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in capturing))
+    return Admitted(tuple(found), plan)
+
+
+def captures_among(entries: Sequence[AnyEntry]) -> list[CaptureEntry]:
+    """Those that read activations."""
+    return [entry for entry in entries if isinstance(entry, CaptureEntry)]
+
+
+def probes_among(entries: Sequence[AnyEntry]) -> list[ProbeEntry]:
+    return [entry for entry in entries if isinstance(entry, ProbeEntry)]
+
+
+def _probing(entry: Any, path: str, plan: SteeringPlan, caps: Capabilities) -> tuple[ProbeEntry, SteeringPlan]:
+    params = parsed(ProbeParams, entry, path)
+    probe = caps.registry.usable(params.probe, f"{path}.probe")
+    where = Where.of(params.where)
+    try:
+        plan, column = reading_along(plan, probe, params.layer, where)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{path}.{error.param}") from None
+    layer = probe.layers[0] if params.layer is None else params.layer
+    if (reason := probe.method.kind.lacking(probe, [layer], caps)) is not None:
+        raise Unavailable(reason, f"{path}.probe")
+    _check_no_tokens(where, path)
+    return ProbeEntry(path, params, probe, layer, column), plan
+
+
+def _check_one_way(entries: Sequence[CaptureEntry]) -> None:
+    """Raises: BadRequest."""
     seen: dict[HookPoint, CaptureEntry] = {}
-    for entry in found:
+    for entry in entries:
         for point in entry.points:
             if (other := seen.setdefault(point, entry)).params.edited != entry.params.edited:
                 raise BadRequest(
@@ -98,7 +188,6 @@ def captures_of(fields: Mapping[str, Any], caps: Capabilities) -> tuple[CaptureE
                     f"and this {_when(entry)} them; a request reads a place in one way",
                     f"{entry.path}.edited",
                 )
-    return tuple(found)
 
 
 def _when(entry: CaptureEntry) -> str:
@@ -128,18 +217,21 @@ def _entry(entry: Any, path: str, caps: Capabilities) -> CaptureEntry:
                 f"{flag}",
                 field,
             )
-    for name, region in (("tokens", found.where), ("exclude.tokens", found.where.exclude)):
+    _check_no_tokens(found.where, path)
+    return found
+
+
+def _check_no_tokens(where: Where, path: str) -> None:
+    """Raises: BadRequest."""
+    for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
         if region is not None and region.tokens:
             raise BadRequest(
                 "activations are read by position; say windows or messages, and choose tokens among what is told",
                 f"{path}.where.{name}",
             )
-    return found
 
 
-def check_beside(
-    captures: Sequence[CaptureEntry], decoding: DecodingPlan | None, entries: Sequence[DecodingEntry]
-) -> None:
+def check_beside(captures: Sequence[AnyEntry], decoding: DecodingPlan | None, entries: Sequence[DecodingEntry]) -> None:
     """Whether they go with what else the request says. Raises: BadRequest."""
     for entry in (search_of(entries), ranking_of(entries)):
         if entry is not None:
@@ -149,7 +241,7 @@ def check_beside(
                 FIELD,
             )
     early = {HookPoint.entering(layer) for layer in (decoding.early_layers if decoding else ())}
-    for one in captures:
+    for one in captures_among(captures):
         if not one.params.edited and early.intersection(one.points):
             raise BadRequest(
                 "a decoding method reads that stream after the request's edits, so it can be captured after them only",
@@ -157,25 +249,37 @@ def check_beside(
             )
 
 
-def captures_at_prompt(
-    captures: Sequence[CaptureEntry], prompt: Prompt, inserts: Sequence[Insert]
-) -> tuple[PlannedCapture, ...]:
-    """Captures with clauses in windows only. Raises: BadRequest."""
-    return tuple(
-        PlannedCapture(entry.planned.capture, where_at_prompt(entry.where, entry.path, prompt, inserts))
-        for entry in captures
-    )
+def reading_at_prompt(
+    captures: Sequence[AnyEntry], steering: SteeringPlan, whole: SteeringPlan, prompt: Prompt
+) -> SteeringPlan:
+    """A plan in a prompt with what the client is told, whose clauses are then in windows only.
+
+    Args:
+        steering: without that.
+        whole: with it, before any prompt is known.
+
+    Raises: BadRequest.
+    """
+    places = [(entry, where_at_prompt(entry.where, entry.path, prompt, steering.inserts)) for entry in captures]
+    planned = [PlannedCapture(one.planned.capture, where) for one, where in places if isinstance(one, CaptureEntry)]
+    at_column = {one.column: where for one, where in places if isinstance(one, ProbeEntry)}
+    more = [
+        PlannedProbe(one.probe, at_column[one.probe.condition_index]) for one in whole.probes[len(steering.probes) :]
+    ]
+    return replace(steering, probes=(*steering.probes, *more), captures=tuple(planned), told=whole.told)
 
 
-def check_captures(
-    captures: Sequence[CaptureEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities
-) -> None:
+def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities) -> None:
     """Checks that need the prompt. Raises: BadRequest where a clause selects nothing, Unavailable where it is too
     much."""
     assert placed.plan.steering is not None
-    for entry, planned in zip(captures, placed.plan.steering.captures, strict=True):
+    steering = placed.plan.steering
+    clauses = [one.where for one in steering.captures]
+    at_column = {one.probe.condition_index: one.where for one in steering.probes}
+    for entry in captures:
+        where = at_column[entry.column] if isinstance(entry, ProbeEntry) else clauses.pop(0)
         try:
-            planned.where.check(placed.prompt_len, max_tokens)
+            where.check(placed.prompt_len, max_tokens)
         except SteeringError as error:
             raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
     if (num := placed.capture_bytes(caps.model)) > caps.max_capture_bytes:
@@ -187,7 +291,7 @@ def check_captures(
         )
 
 
-def check_format(wanted: Format, captures: Sequence[CaptureEntry], caps: Capabilities) -> None:
+def check_format(wanted: Format, captures: Sequence[AnyEntry], caps: Capabilities) -> None:
     """Raises: BadRequest, Unavailable."""
     if wanted == "base64":
         return
@@ -202,11 +306,12 @@ def check_format(wanted: Format, captures: Sequence[CaptureEntry], caps: Capabil
 
 def most_file_bytes(placed: PositionedPlan, shape: ModelShape) -> int:
     """How large a file can become with what was read of one choice."""
-    return sum(
+    read = sum(
         (8 + 4 * shape.width(point.site)) * max(one.num_positions, 1) + _HEADER
         for one in placed.captures
         for point in one.points
     )
+    return read + MAX_CAPTURES * ((8 + 4) * placed.plan.max_fed + _HEADER)  # whatever probes there are
 
 
 def captured(choice: int, tensors: Mapping[str, Tensor] | None) -> dict[str, Any]:
@@ -224,20 +329,31 @@ def in_base64(tensors: Mapping[str, Tensor]) -> str:
 def tensors_of(
     sequence: NamedSequence,
     placed: PositionedPlan,
-    entries: Sequence[CaptureEntry],
+    entries: Sequence[AnyEntry],
     shape: ModelShape,
     ranks: Sequence[Told],
+    columns: Sequence[Readings] = (),
 ) -> dict[str, Tensor] | None:
     """What was read of one choice: the positions that each entry read and, for each of its layers, (positions, width)
-    of them, or (width,) of what they were reduced to. None where others needed the room.
+    of them, or (width,) of what they were reduced to; of a probe (positions,) or one number. None where others needed
+    the room.
 
     Args:
         ranks: what each rank says.
+        columns: what the sequence's conditions read.
     """
-    if any(sequence.name not in told for told in ranks):
+    if any(sequence.name not in told for told in ranks) or (probes_among(entries) and not columns):
         return None
     tensors: dict[str, Tensor] = {}
-    for number, (entry, read) in enumerate(zip(entries, rows_read(sequence, placed, ranks), strict=True)):
+    rows = rows_read(sequence, placed, ranks)
+    for number, entry in enumerate(entries):
+        if isinstance(entry, ProbeEntry):
+            positions, values = _readings(columns[entry.column][: sequence.num_fed])
+            tensors[f"{number}.positions"] = positions
+            made = _reduced(values, entry.params.reduce).to(getattr(torch, entry.params.dtype))
+            tensors[f"{number}.{entry.name}"] = made.contiguous()
+            continue
+        read = next(rows)
         tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
         for layer, values in zip(entry.layers, read.rows, strict=True):
             made = _reduced(values.float(), entry.params.reduce).to(getattr(torch, entry.params.dtype))
@@ -245,6 +361,13 @@ def tensors_of(
                 made = made.view(*made.shape[:-1], shape.num_heads, shape.head_dim)
             tensors[f"{number}.{entry.params.site}.{layer}"] = made.contiguous()
     return tensors
+
+
+def _readings(column: Readings) -> tuple[Tensor, Tensor]:
+    """(positions,) where something was read, and (positions,) float32 of it."""
+    found = [(position, value) for position, value in enumerate(column) if value is not None]
+    positions = torch.tensor([position for position, _ in found], dtype=torch.int64)
+    return positions, torch.tensor([value for _, value in found], dtype=torch.float32)
 
 
 class Rows(NamedTuple):

@@ -15,7 +15,14 @@ from typing import Any
 from uuid import uuid4
 
 from whipstaff.decoding.search.search import SearchMethod
-from whipstaff.server.admission.captures import FORMAT_FIELD, Format, captures_of, check_beside, check_format
+from whipstaff.server.admission.captures import (
+    FORMAT_FIELD,
+    Admitted,
+    Format,
+    admit_captures,
+    check_beside,
+    check_format,
+)
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     NOTHING,
@@ -156,10 +163,6 @@ def compile_extras(
             raise BadRequest(f"{search.method.name} has several sequences at once, and ends them itself", STOP_FIELD)
         if options.explain is not None:
             check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
-    captures = () if fields.get("capture") is None else captures_of(fields, caps)
-    check_format(options.capture_format, captures, caps)
-    if captures:
-        check_beside(captures, decoding, entries)
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
@@ -167,15 +170,17 @@ def compile_extras(
     plan = steering.plan if steering.entries or steering.stop else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
+    captures, plan = Admitted((), plan) if fields.get("capture") is None else admit_captures(fields, plan, caps)
+    check_format(options.capture_format, captures, caps)
     if captures:
-        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in captures))
+        check_beside(captures, decoding, entries)
     return CompiledRequest(
         caps,
         RequestPlan(
             plan,
             decoding,
             uuid4().hex if plan and plan.num_columns else "",
-            captures_id=uuid4().hex if captures else "",
+            captures_id=uuid4().hex if plan and plan.captures else "",
         ),
         steering,
         captures,

@@ -11,11 +11,12 @@ from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import told
 from whipstaff.server.admission.steering import STOP_FIELD
 from whipstaff.server.plan import PlacedRequest, PositionedPlan
+from whipstaff.steering.conditions import Readings
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
 
 RECEIPT_FIELD = "whipstaff"  # of a response
-Readings = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
+ReadBy = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
 Captures = Callable[[str], Awaitable[Sequence[Told]]]  # what each rank says of a request's activations, by captures_id
 Keep = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # activations as a file to fetch; says what is told of it
 
@@ -113,7 +114,7 @@ async def final_receipt(
     compiled: CompiledRequest,
     placed: Sequence[PlacedRequest],
     tally: Tally,
-    readings: Readings,
+    readings: ReadBy,
     captures: Captures,
     num_answers: int,
     keep: Keep | None = None,
@@ -129,10 +130,11 @@ async def final_receipt(
         names = tally.names(num_answers)
         fed = [one._replace(columns=_taken(found, one, name)) for one, name in zip(fed, names, strict=True)]
     made = receipt(compiled, placed, fed, tally.searches)
-    if captures_id := compiled.plan.captures_id:
-        ranks = await captures(captures_id)
-        sequences = tally.sequences(num_answers)
-        made |= await asyncio.to_thread(_read, compiled, placed, sequences, ranks, num_answers, keep)  # may be large
+    if compiled.captures:
+        ranks = await captures(compiled.plan.captures_id) if compiled.plan.captures_id else ()
+        columns = dict(zip(tally.names(num_answers), (one.columns for one in fed), strict=True))
+        told = tally.sequences(num_answers), ranks, columns
+        made |= await asyncio.to_thread(_read, compiled, placed, *told, num_answers, keep)  # may be large
     return made
 
 
@@ -141,6 +143,7 @@ def _read(
     placed: Sequence[PlacedRequest],
     sequences: Sequence[NamedSequence],
     ranks: Sequence[Told],
+    columns: Mapping[str, Sequence[Readings]],
     num_answers: int,
     keep: Keep | None,
 ) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def _read(
     said, whole = list[dict[str, Any]](), dict[str, Tensor]()
     for one in sequences:
         plan = plans[one.choice // num_answers]
-        tensors = tensors_of(one, plan, compiled.captures, compiled.caps.model, ranks)
+        tensors = tensors_of(one, plan, compiled.captures, compiled.caps.model, ranks, columns[one.name])
         said.append(captured(one.choice, tensors))
         if tensors is not None and keep is None:
             said[-1]["safetensors"] = in_base64(tensors)

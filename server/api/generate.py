@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -179,7 +180,7 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
-        explained = ChoiceExplanations(compiled.caps.words) if explains else None
+        explained = ChoiceExplanations(compiled.caps.words) if explains or compiled.reads_along else None
         download = None
         if compiled.downloads:
             download = Download(raw.app.state.whipstaff_captures)
@@ -198,10 +199,11 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
 
             notes = Notes(
                 output=tally.note,
-                token=explained.note if explained else None,
+                token=explained.note if explained and explains else None,
                 search=note_search,
                 retract=retractions.note if compiled.retracts else None,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
+                reading=partial(_note_reading, compiled, explained) if explained and compiled.reads_along else None,
                 placed=None if download is None else reserve,
             )
             request.attach(compiled, notes, lease)
@@ -232,6 +234,12 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
     if timed is not None:
         timed.end()
     return _response(body, raw, headers, at_end)
+
+
+def _note_reading(
+    compiled: CompiledRequest, explained: ChoiceExplanations, choice: int, told: Mapping[str, Any]
+) -> None:
+    explained.note_reading(choice, told["position"], compiled.readings_by_entry(told["values"]))
 
 
 def _spending(request: AnyRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:

@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine, causes
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
-from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.explanations import EXPLAIN_KEY, READINGS
 from whipstaff.server.engine.frontend import tracing
 from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
@@ -57,7 +57,8 @@ class PlanDict(dict[str, Any]):
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
     that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
-    sequences and the engine's name for it.
+    sequences and the engine's name for it; `read` with the number of a sequence and what probes read of its last token,
+    as it comes, where the plan asks for that.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class PlanDict(dict[str, Any]):
         answers: Answers | None = None,
         asked: Mapping[str, Any] | None = None,
         named: Callable[[int, str], None] | None = None,
+        read: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.named = str(wire["label"]), named
+        self.label, self.named, self.read = str(wire["label"]), named, read
         self.note, self.explained, self.lease, self.answers = note, explained, lease, answers
         self.asked = asked or {}
 
@@ -216,6 +218,8 @@ class Listening(Swapped):
         state = self.request_states[request.request_id]
         if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
+        if plan.read is not None:
+            state.whipstaff_read = partial(plan.read, request_index)
         if self.tracing_enabled:
             state.whipstaff_plan = plan
 
@@ -230,7 +234,10 @@ class Listening(Swapped):
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
                 output.kv_transfer_params = None
                 state = self.request_states.get(output.request_id)  # None: it was aborted just now
-                if (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
+                read = told.pop(READINGS, None)
+                if read is not None and (note := getattr(state, "whipstaff_read", None)) is not None:
+                    note(read)
+                if told and (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
                     hear(told)
                 if not (output.new_token_ids or output.finished or DRAFT_KEY in told):
                     heard.add(index)

@@ -8,7 +8,7 @@ parameters that vLLM then asks for carry the plan.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ from whipstaff.server.plan import PlacedRequest, Scoring
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
+T = TypeVar("T")
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteToken = Callable[[int, dict[str, Any]], None]
 Expect = Callable[[list[tuple[int, list[int], int]]], None]
@@ -51,6 +52,7 @@ class Notes(NamedTuple):
     retract: Callable[[int, int], None] | None = None
     """The number of a choice, how many of its last characters are taken back, before anything more is streamed."""
     sequence: Callable[[int, str], None] | None = None  # the number of a choice, the engine's name for its sequence
+    reading: NoteToken | None = None  # the number of a choice, what probes read of its last token
     placed: Callable[[Sequence[PlacedRequest]], None] | None = None
     """The request in its prompts, before anything is scheduled; may raise an exception that answers the client."""
 
@@ -332,16 +334,17 @@ class Extras(BaseModel):
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
-        def named(choice: int, name: str) -> None:
-            assert self._notes.sequence is not None
-            self._notes.sequence(first + choice, name)
-
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
         compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
         own = note, watching, self._lease, answers, compiled.asked
-        return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
+        return PlanDict(
+            placed.to_wire(params),
+            *own,
+            _at_choice(self._notes.sequence, first),
+            _at_choice(self._notes.reading, first),
+        )
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
@@ -389,6 +392,11 @@ class Extras(BaseModel):
         finally:
             for name, value in own.items():
                 setattr(asked, name, value)
+
+
+def _at_choice(note: Callable[[int, T], None] | None, first: int) -> Callable[[int, T], None] | None:
+    """Takes the number of a prompt's answer, for what takes that of a choice."""
+    return None if note is None else lambda answer, said: note(first + answer, said)
 
 
 def blaming(body: Any, handler: Callable[[Any], Any]) -> Any:

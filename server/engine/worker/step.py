@@ -141,8 +141,10 @@ class WorkerStep:
             output = attach_verdicts(output, verdicts)
         if output is not None and self.edits.histories.watched:
             output = carry(output, "whipstaff_stops", self.edits.histories.stops().on_host)
-        explanations = self.pipeline.take_explanations()
-        return output if output is None or explanations is None else attach(output, explanations)
+        told = [found for found in (self.pipeline.take_explanations(),) if found is not None]
+        if self.edits.histories.telling:
+            told.append(self.edits.histories.take_told())
+        return output if output is None or not told else attach(output, told)
 
     def _forget_rejected(self, num_drafts: Ints, output: Any) -> None:
         """What was read or captured of drafts that are no tokens of their requests. Where these go on, the tokens that

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load
 
 from whipstaff.server.admission.captures import (
-    CaptureEntry,
+    AnyEntry,
     NamedSequence,
-    captures_of,
+    admit_captures,
     in_base64,
     most_file_bytes,
     tensors_of,
@@ -94,8 +94,8 @@ def told(rows: torch.Tensor, seen: list[bool]) -> dict[str, Any]:
     return {"data": data, "shape": list(rows.shape), "dtype": kind, "seen": np.array(seen).tobytes()}
 
 
-def entries_of(caps: Capabilities, *said: dict[str, Any]) -> tuple[CaptureEntry, ...]:
-    return captures_of({"capture": list(said)}, caps)
+def entries_of(caps: Capabilities, *said: dict[str, Any]) -> tuple[AnyEntry, ...]:
+    return admit_captures({"capture": list(said)}, None, caps).entries
 
 
 def test_a_file_is_made_of_all_ranks_parts(reading: Capabilities) -> None:
@@ -159,3 +159,52 @@ def test_a_file_is_for_servers_that_keep_files(reading: Capabilities) -> None:
         with pytest.raises(WhipstaffError) as refused:
             compiled(caps, **fields)
         assert (refused.value.status, refused.value.param) == (status, "capture_format")
+
+
+def test_probes_are_read_along(reading: Capabilities) -> None:
+    """One that ends the answer at the same tokens is read once; windows are those of the prompt."""
+    stop: dict[str, Any] = {"stop_when": {"probe": "probes", "above": 1.0, "layer": 1}}
+    entries: list[dict[str, Any]] = [
+        {"probe": "probes", "layer": 1, "where": "each_last"},
+        {"layers": [0]},
+        {"probe": "probes", "layer": 1, "where": {"prompt": [[2, 4]], "generation": "all"}, "dtype": "float16"},
+        {"probe": "probes", "layer": 1, "where": "each_last", "reduce": "mean"},
+    ]
+    made = compiled(reading, capture=entries, **stop)
+    plan = RequestPlan.from_wire({PLAN_KEY: place(made).plan.to_wire()})
+    assert plan is not None and plan.steering is not None
+    assert (plan.steering.num_columns, plan.steering.told, plan.undrafted_by) == (2, (0, 1), "stop_when")
+    assert [one.probe.condition_index for one in plan.steering.probes] == [0, 1]
+    placed = PositionedPlan(plan, NUM_PROMPT)
+    assert placed.first_captured == 0
+    assert PositionedPlan(place(compiled(reading, capture=entries[2])).plan, NUM_PROMPT).first_captured == 2
+    assert made.readings_by_entry([0.5, None]) == {"0": 0.5, "3": 0.5}
+    stream = torch.randn(1, 14, reading.model.hidden_size)
+    columns = [[None] * 9 + [1.0, 2.0, 6.0, 9.0], [None, None, 3.0, 4.0, *[None] * 6, 5.0, 6.0, 7.0]]
+    sequence, ranks = NamedSequence(0, "a", 12), [{"a": [told(stream, [True] * 14)]}]
+    tensors = tensors_of(sequence, placed, made.captures, reading.model, ranks, columns)
+    assert tensors is not None
+    assert tensors["0.probe.1"].tolist() == [1.0, 2.0, 6.0] and tensors["0.positions"].tolist() == [9, 10, 11]
+    assert torch.equal(tensors["1.resid_post.0"], stream[0, :12])
+    assert tensors["2.probe.1"].dtype == torch.float16 and tensors["2.positions"].tolist() == [2, 3, 10, 11]
+    assert tensors["3.probe.1"].item() == 3.0
+    assert tensors_of(sequence, placed, made.captures, reading.model, ranks) is None
+    assert [one.get("digest") for one in (entry.to_json() for entry in made.captures)].count(None) == 1
+
+
+def test_probes_that_cannot_be_read_are_refused(reading: Capabilities) -> None:
+    many = [{"probe": "probes", "layer": 1, "where": {"prompt": [[index, None]]}} for index in range(5)]
+    for entries, status, param in (
+        ([{"probe": "no-such", "layer": 1}], 404, "capture[0].probe"),
+        ([{"probe": "probes", "layer": 99}], 400, "capture[0].layer"),
+        ([{"probe": "probes", "layer": 1, "edited": False}], 400, "capture[0].edited"),
+        ([{"probe": "probes", "layer": 1, "where": {"tokens": [5]}}], 400, "capture[0].where.tokens"),
+        (many, 400, "capture[4].probe"),
+    ):
+        with pytest.raises(WhipstaffError) as refused:
+            compiled(reading, capture=entries)
+        assert (refused.value.status, refused.value.param) == (status, param)
+    nothing = compiled(reading, capture=[{"probe": "probes", "layer": 1, "where": {"generation": [[50, 60]]}}])
+    with pytest.raises(WhipstaffError) as refused:
+        place(nothing)
+    assert refused.value.param == "capture[0].where"

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.engine
 
 PUSH: dict[str, Any] = {"vector": "push", "scale": 2.0, "where": "all"}
 TOLERANCE = 1e-3
+FETCHED = {"capture_format": "download"}
 BEAMS = {"method": "beam_search", "num_beams": 2}
 
 
@@ -29,7 +30,8 @@ class Reference:
 
     def __init__(self, server: Server) -> None:
         self.model = LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
-        self.push = vector_file.read(Path(server.models["base"]).parent / "vectors" / "push.safetensors")
+        self.vectors = Path(server.models["base"]).parent / "vectors"
+        self.push = vector_file.read(self.vectors / "push.safetensors")
 
     @torch.inference_mode()
     def streams(self, ids: list[int], scale: float = 0.0) -> dict[str, Tensor]:
@@ -150,6 +152,61 @@ def test_a_file_is_fetched_that_has_what_the_answer_would_have(complete: Post, c
     assert httpx.get(f"{http.base_url}{url}").status_code == 401
 
 
+@pytest.mark.parametrize("steering", [[], [PUSH]])
+def test_what_probes_read_comes_with_the_tokens(
+    complete: Post, chat: Post, reference: Reference, tokenizer: PreTrainedTokenizerFast, steering: list[Any]
+) -> None:
+    """Of prompts that come in chunks, and once more from the cache; before the edits at that place."""
+    probe = vector_file.read(reference.vectors / "probe.safetensors").tensors[HookPoint("resid_post", 0)]["direction"]
+    prompt = "import os\n\n" * 40
+    captures = [
+        {"probe": "probe"},
+        {"layers": [0], "edited": False},
+        {"probe": "probe", "where": {"prompt": [[3, 9]], "generation": [[1, 3]]}, "reduce": "mean"},
+    ]
+    fields: dict[str, Any] = {"steering": steering, "capture": captures, "ignore_eos": True, "max_tokens": 6}
+    fields |= {"n": 2, "temperature": 1.0, "seed": 4}
+    for _ in range(2):
+        answer = ok(complete(prompt, **fields))
+        chunks = [json.loads(event) for event in data_events(complete(prompt, stream=True, **fields))[:-1]]
+        for choice, found in enumerate(files(answer)):
+            start = len(tokenizer.encode(prompt))
+            ids = [*tokenizer.encode(prompt), *tokens(answer, choice)[:-1]]
+            expected = reference.streams(ids, PUSH["scale"] if steering else 0.0)["before.0"] @ probe
+            assert found["0.positions"].tolist() == list(range(len(ids)))
+            torch.testing.assert_close(found["0.probe.0"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(found["1.resid_post.0"] @ probe, expected, atol=TOLERANCE, rtol=TOLERANCE)
+            some = [*range(3, 9), start + 1, start + 2]
+            assert found["2.positions"].tolist() == some
+            torch.testing.assert_close(found["2.probe.0"], expected[some].mean(), atol=TOLERANCE, rtol=TOLERANCE)
+            streamed = [one for chunk in chunks for one in chunk["choices"] if one["index"] == choice]
+            assert all(
+                len(one.get("readings", ())) == len(one["token_ids"]) for one in streamed if one.get("token_ids")
+            )
+            read = [record for one in streamed for record in one.get("readings", ())]
+            assert read == answer["choices"][choice]["readings"]
+            assert [one["position"] for one in read] == list(range(start - 1, len(ids)))
+            for one in read:
+                at = one["position"]
+                assert one["values"]["0"] == pytest.approx(expected[at].item(), abs=TOLERANCE, rel=TOLERANCE)
+                assert ("2" in one["values"]) == (at in some)
+    plain = ok(complete(prompt, stop_when={"probe": "probe", "above": 1e6}, max_tokens=3))
+    assert "readings" not in plain["choices"][0] and "captured" not in plain["whipstaff"]
+    said = json.loads(data_events(chat(stream=True, capture={"probe": "probe"}, explain={"top": 1}, max_tokens=4))[3])
+    assert len(said["choices"][0]["explain"]) == len(said["choices"][0]["readings"]) == 1
+
+
+def test_an_answer_ends_with_the_reading_that_ends_it(complete: Post) -> None:
+    fields: dict[str, Any] = {"capture": {"probe": "probe", "where": "each_last"}, "ignore_eos": True, "max_tokens": 8}
+    (found,) = files(ok(complete(**fields)))
+    values = found["0.probe.0"][1:].tolist()
+    limit = sorted(values)[len(values) // 2]
+    stop = {"probe": "probe", "above": limit}
+    chunks = [json.loads(event) for event in data_events(complete(stream=True, stop_when=stop, **fields))[:-1]]
+    read = [one for chunk in chunks for c in chunk["choices"] for one in c.get("readings", ())]
+    assert read[-1]["values"]["0"] > limit >= max(one["values"]["0"] for one in read[1:-1])
+
+
 def test_validating_takes_no_room(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "capture": {"layers": [1]}, "capture_format": "download"}
     for _ in range(70):  # more than are kept at once
@@ -204,10 +261,12 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too many": ({"capture": [{"layers": [1]}] * 17}, 400, "capture"),
     "a search": ({"capture": [{"layers": [1]}], "decoding": BEAMS}, 400, "capture"),
     "the best of": ({"capture": [{"layers": [1]}], "best_of": 3, "temperature": 1}, 400, "capture"),
+    "no probe": ({"capture": [{"probe": "no-such"}]}, 404, "capture[0].probe"),
+    "no probe of that layer": ({"capture": {"probe": "probe", "layer": 2}}, 400, "capture.layer"),
     "no format": ({"capture": [{"layers": [1]}], "capture_format": "file"}, 400, "capture_format"),
     "a file of nothing": ({"capture_format": "download"}, 400, "capture_format"),
     "a file too large": (
-        {"capture": [{"layers": "all"}] * 16, "capture_format": "download", "n": 128, "temperature": 1.0},
+        {"capture": [{"layers": "all"}] * 16, **FETCHED, "n": 128, "temperature": 1.0, "max_tokens": 400},
         422,
         "capture_format",
     ),

@@ -162,7 +162,7 @@ def test_who_goes_away_leaves_no_room_taken(server: Server, stream: bool) -> Non
         for _ in range(NUM_FILES + 1):
             with server.held(), pytest.raises(httpx.ReadTimeout):
                 body = ASK | DOWNLOAD | {"stream": stream, "max_tokens": 400, "ignore_eos": True}
-                with http.stream("POST", "/v1/completions", json=body, timeout=5) as answer:
+                with http.stream("POST", "/v1/completions", json=body, timeout=2) as answer:
                     answer.read()
         deadline = time.monotonic() + PATIENCE
         while (answer := complete(http, **DOWNLOAD)).status_code == 429:
