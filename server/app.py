@@ -164,6 +164,7 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.hidden_states,
         settings.capture_layers,
         settings.max_capture_bytes,
+        settings.attention_layers,
         settings.one_form,
     )
 
@@ -229,6 +230,7 @@ async def load(
         num_hidden_states=engine.layout.num_hidden_states,
         capture_layers=frozenset(engine.layout.capture_layers),
         max_capture_bytes=engine.layout.max_capture_bytes,
+        attention_layers=frozenset(engine.layout.attention_layers),
         keeps_captures=_keeps_captures(settings),
         num_drafts=engine.layout.num_drafts,
         routing=abilities.routing,

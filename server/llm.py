@@ -41,7 +41,7 @@ Request = OfflineText | OfflineChat
 SETTINGS = (
     *("aux", "vectors", "presets", "registry", "steering_slots", "steering_sites", "max_dose", "dose_policy"),
     *("early_layers", "lookahead", "attention_rows", "capture_layers", "max_capture_bytes", "hidden_states"),
-    *("one_form", "max_search_seqs"),
+    *("attention_layers", "one_form", "max_search_seqs"),
 )
 _LISTS = ("vectors", "presets", "steering_sites")  # of those
 _PATIENCE = 30.0  # seconds for the engine's processes to end: vLLM takes ten, and kills what takes longer

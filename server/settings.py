@@ -99,6 +99,11 @@ class Settings(BaseSettings):
         ge=0,
         description=f"activations that requests read at once, all together, as float32; more wait ({1 << 28})",
     )
+    attention_layers: Annotated[list[int] | Literal["all"], NoDecode] = Field(
+        [],
+        description="layers of which `capture` may tell what their heads look at: comma-separated, or all, or none "
+        "(none)",
+    )
     max_downloads: int = Field(
         64,
         ge=0,
@@ -128,7 +133,7 @@ class Settings(BaseSettings):
         "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
-    @field_validator("early_layers", "capture_layers", mode="before")
+    @field_validator("early_layers", "capture_layers", "attention_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if not isinstance(value, str) or value in ("all", "none"):
@@ -213,6 +218,7 @@ class Settings(BaseSettings):
             ("early_layers", "store", "LAYERS"),
             ("capture_layers", "store", "LAYERS"),
             ("max_capture_bytes", "store", "N"),
+            ("attention_layers", "store", "LAYERS"),
             ("max_downloads", "store", "N"),
             ("max_download_bytes", "store", "N"),
             ("download_seconds", "store", "SECONDS"),

@@ -133,6 +133,14 @@ class PlannedCapture:
     where: Where
 
 
+class PlannedAttention(NamedTuple):
+    """How much some heads of a layer look at what is before each token, for the client to be told."""
+
+    layer: int
+    heads: tuple[int, ...]  # in the client's order
+    where: Where
+
+
 @dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
@@ -148,6 +156,7 @@ class SteeringPlan:
     captures: tuple[PlannedCapture, ...] = ()  # activations that the client is told
     stop: Stop | None = None
     told: tuple[int, ...] = ()  # conditions whose readings the client is told, as they come
+    attention: tuple[PlannedAttention, ...] = ()  # what heads look at, which the client is told
 
     @property
     def num_columns(self) -> int:
@@ -219,6 +228,7 @@ class SteeringPlan:
             ],
             "stop": None if self.stop is None else list(self.stop),
             "told": list(self.told),
+            "attention": [[one.layer, list(one.heads), _where(one.where)] for one in self.attention],
         }
 
     @staticmethod
@@ -238,6 +248,10 @@ class SteeringPlan:
             ),
             None if wire["stop"] is None else Stop(*wire["stop"]),
             tuple(wire["told"]),
+            tuple(
+                PlannedAttention(layer, tuple(heads), Where.model_validate(where))
+                for layer, heads, where in wire["attention"]
+            ),
         )
 
 

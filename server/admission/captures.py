@@ -17,13 +17,13 @@ from whipstaff.server.admission.decoding import DecodingEntry, ranking_of, searc
 from whipstaff.server.admission.fields import entries_in
 from whipstaff.server.admission.positions import where_at_prompt
 from whipstaff.server.errors import BadRequest, Unavailable, parsed
-from whipstaff.server.plan import CapturedAt, PositionedPlan
+from whipstaff.server.plan import AttendedAt, CapturedAt, PositionedPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.conditions import Readings
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Capture, PlannedCapture, PlannedProbe, SteeringPlan
+from whipstaff.steering.plan import Capture, PlannedAttention, PlannedCapture, PlannedProbe, SteeringPlan
 from whipstaff.steering.planner import reading_along
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.vector_file import Vector
@@ -119,7 +119,42 @@ class ProbeEntry:
         return {**said, "digest": self.probe.digest, "layer": self.layer, "where": where}
 
 
-AnyEntry = CaptureEntry | ProbeEntry
+class AttentionParams(BaseModel):
+    """One entry of `capture`: how much heads look at what is before each token."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention: dict[Annotated[int, Field(ge=0)], Literal["all"] | Annotated[list[Layer], Field(min_length=1)]] = Field(
+        min_length=1, description="heads by 0-based block, or all of a block's"
+    )
+    where: Clause = Field("generation", description="of which tokens", validate_default=True)
+    reduce: Literal["none", "mean", "max"] = Field("none", description="every head's, or over the heads that are named")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """One entry of a request's `capture` that names heads, checked."""
+
+    path: str
+    params: AttentionParams
+    heads: Mapping[int, tuple[int, ...]]  # by layer
+
+    @property
+    def where(self) -> Where:
+        return Where.of(self.params.where)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        said = self.params.model_dump(exclude={"where", "attention"})
+        heads = {str(layer): list(some) for layer, some in self.heads.items()}
+        return {**said, "attention": heads, "where": self.where.model_dump(exclude_none=True)}
+
+    def planned(self, where: Where) -> list[PlannedAttention]:
+        return [PlannedAttention(layer, heads, where) for layer, heads in self.heads.items()]
+
+
+AnyEntry = CaptureEntry | ProbeEntry | AttentionEntry
 
 
 class NamedSequence(NamedTuple):
@@ -144,12 +179,16 @@ def admit_captures(fields: Mapping[str, Any], plan: SteeringPlan | None, caps: C
         if isinstance(entry, dict) and "probe" in entry:
             probing, plan = _probing(entry, path, plan or SteeringPlan(()), caps)
             found.append(probing)
+        elif isinstance(entry, dict) and "attention" in entry:
+            found.append(_looking(entry, path, caps))
         else:
             found.append(_entry(entry, path, caps))
     capturing = captures_among(found)
     _check_one_way(capturing)
     if capturing:
         plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in capturing))
+    if looking := tuple(one for entry in attention_among(found) for one in entry.planned(entry.where)):
+        plan = replace(plan or SteeringPlan(()), attention=looking)
     return Admitted(tuple(found), plan)
 
 
@@ -160,6 +199,49 @@ def captures_among(entries: Sequence[AnyEntry]) -> list[CaptureEntry]:
 
 def probes_among(entries: Sequence[AnyEntry]) -> list[ProbeEntry]:
     return [entry for entry in entries if isinstance(entry, ProbeEntry)]
+
+
+def attention_among(entries: Sequence[AnyEntry]) -> list[AttentionEntry]:
+    return [entry for entry in entries if isinstance(entry, AttentionEntry)]
+
+
+def _looking(entry: Any, path: str, caps: Capabilities) -> AttentionEntry:
+    params = parsed(AttentionParams, entry, path)
+    num, heads = caps.model.num_heads, dict[int, tuple[int, ...]]()
+    for layer, wanted in params.attention.items():
+        field = f"{path}.attention.{layer}"
+        if layer >= caps.num_layers:
+            raise BadRequest(f"the served model has layers 0 to {caps.num_layers - 1}", field)
+        if layer not in caps.attention_layers:
+            flag = ",".join(map(str, sorted({*caps.attention_layers, *params.attention})))
+            raise Unavailable(
+                f"what heads of layer {layer} look at is not known here; start the server with --attention-layers "
+                f"{flag}",
+                field,
+            )
+        heads[layer] = tuple(range(num)) if wanted == "all" else tuple(wanted)
+        for index, head in enumerate(heads[layer]):
+            if head >= num:
+                raise BadRequest(f"layer {layer} has heads 0 to {num - 1}", f"{field}[{index}]")
+            if head in heads[layer][:index]:
+                raise BadRequest(f"head {head} is named twice", f"{field}[{index}]")
+    found = AttentionEntry(path, params, heads)
+    _check_no_tokens(found.where, path)
+    return found
+
+
+def check_attention(entries: Sequence[AnyEntry], redirected: Mapping[int, str]) -> None:
+    """What a head looks at is computed from the model's own scores. Raises: BadRequest.
+
+    Args:
+        redirected: layers in which the request itself changes those, each with the field that does.
+    """
+    for entry in attention_among(entries):
+        for layer in entry.heads:
+            if (param := redirected.get(layer)) is not None:
+                raise BadRequest(
+                    f"{entry.path} reads what heads of layer {layer} look at, which this changes; leave one out", param
+                )
 
 
 def _probing(entry: Any, path: str, plan: SteeringPlan, caps: Capabilities) -> tuple[ProbeEntry, SteeringPlan]:
@@ -263,10 +345,12 @@ def reading_at_prompt(
     places = [(entry, where_at_prompt(entry.where, entry.path, prompt, steering.inserts)) for entry in captures]
     planned = [PlannedCapture(one.planned.capture, where) for one, where in places if isinstance(one, CaptureEntry)]
     at_column = {one.column: where for one, where in places if isinstance(one, ProbeEntry)}
+    looking = [each for one, where in places if isinstance(one, AttentionEntry) for each in one.planned(where)]
     more = [
         PlannedProbe(one.probe, at_column[one.probe.condition_index]) for one in whole.probes[len(steering.probes) :]
     ]
-    return replace(steering, probes=(*steering.probes, *more), captures=tuple(planned), told=whole.told)
+    read = {"captures": tuple(planned), "attention": tuple(looking), "told": whole.told}
+    return replace(steering, probes=(*steering.probes, *more), **read)
 
 
 def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities) -> None:
@@ -274,12 +358,17 @@ def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tok
     much."""
     assert placed.plan.steering is not None
     steering = placed.plan.steering
-    clauses = [one.where for one in steering.captures]
+    captured, looked = iter(steering.captures), iter(steering.attention)
     at_column = {one.probe.condition_index: one.where for one in steering.probes}
     for entry in captures:
-        where = at_column[entry.column] if isinstance(entry, ProbeEntry) else clauses.pop(0)
+        if isinstance(entry, ProbeEntry):
+            clauses = [at_column[entry.column]]
+        elif isinstance(entry, AttentionEntry):
+            clauses = [next(looked).where for _ in entry.heads]
+        else:
+            clauses = [next(captured).where]
         try:
-            where.check(placed.prompt_len, max_tokens)
+            clauses[0].check(placed.prompt_len, max_tokens)
         except SteeringError as error:
             raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
     if (num := placed.capture_bytes(caps.model)) > caps.max_capture_bytes:
@@ -311,6 +400,7 @@ def most_file_bytes(placed: PositionedPlan, shape: ModelShape) -> int:
         for one in placed.captures
         for point in one.points
     )
+    read += sum((8 + 4 * len(one.heads) * one.size) * one.num_positions + _HEADER for one in placed.attended)
     return read + MAX_CAPTURES * ((8 + 4) * placed.plan.max_fed + _HEADER)  # whatever probes there are
 
 
@@ -345,13 +435,20 @@ def tensors_of(
     if any(sequence.name not in told for told in ranks) or (probes_among(entries) and not columns):
         return None
     tensors: dict[str, Tensor] = {}
-    rows = rows_read(sequence, placed, ranks)
+    rows, looked = rows_read(sequence, placed, ranks), attention_read(sequence, placed, ranks)
     for number, entry in enumerate(entries):
         if isinstance(entry, ProbeEntry):
             positions, values = _readings(columns[entry.column][: sequence.num_fed])
             tensors[f"{number}.positions"] = positions
             made = _reduced(values, entry.params.reduce).to(getattr(torch, entry.params.dtype))
             tensors[f"{number}.{entry.name}"] = made.contiguous()
+            continue
+        if isinstance(entry, AttentionEntry):
+            for layer in entry.heads:
+                read = next(looked)
+                tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
+                made = _over_heads(read.rows, entry.params.reduce).to(getattr(torch, entry.params.dtype))
+                tensors[f"{number}.attention.{layer}"] = made.contiguous()
             continue
         read = next(rows)
         tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
@@ -387,6 +484,26 @@ def rows_read(sequence: NamedSequence, placed: PositionedPlan, ranks: Sequence[T
         yield Rows(positions[chosen], rows[:, torch.from_numpy(chosen)])
 
 
+def attention_read(sequence: NamedSequence, placed: PositionedPlan, ranks: Sequence[Told]) -> Iterator[Rows]:
+    """For each layer that a plan tells of, with (positions, heads, tokens of the sequence) float32; heads are in the
+    plan's order."""
+    for number, at in enumerate(placed.attended, len(placed.captures)):
+        parts = [told[sequence.name][number] for told in ranks]
+        seen = np.frombuffer(parts[0]["seen"], np.bool_)
+        rows = torch.cat([_tensor(part)[0].view(len(seen), -1, at.size) for part in parts], 1)
+        positions = _positions(at)[: len(seen)]
+        chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
+        order = torch.tensor([sorted(at.heads).index(head) for head in at.heads])
+        yield Rows(positions[chosen], rows[torch.from_numpy(chosen)][:, order, : sequence.num_fed])
+
+
+def _over_heads(rows: Tensor, how: Literal["none", "mean", "max"]) -> Tensor:
+    """(positions, heads, tokens), or (positions, tokens) of them."""
+    if how == "none":
+        return rows
+    return rows.mean(1) if how == "mean" else rows.amax(1)
+
+
 def _rows(parts: Sequence[Mapping[str, Any]], site: Site) -> Tensor:
     """(layers, positions, width) of all ranks; at attn_head each has its own heads, elsewhere all have all."""
     mine = parts if site == "attn_head" else parts[:1]
@@ -399,7 +516,7 @@ def _tensor(part: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-def _positions(at: CapturedAt) -> Ints:
+def _positions(at: CapturedAt | AttendedAt) -> Ints:
     return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
 
 

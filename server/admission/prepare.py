@@ -20,6 +20,7 @@ from whipstaff.server.admission.captures import (
     Admitted,
     Format,
     admit_captures,
+    check_attention,
     check_beside,
     check_format,
 )
@@ -174,13 +175,14 @@ def compile_extras(
     check_format(options.capture_format, captures, caps)
     if captures:
         check_beside(captures, decoding, entries)
+        check_attention(captures, _redirected(steering))
     return CompiledRequest(
         caps,
         RequestPlan(
             plan,
             decoding,
             uuid4().hex if plan and plan.num_columns else "",
-            captures_id=uuid4().hex if plan and plan.captures else "",
+            captures_id=uuid4().hex if plan and (plan.captures or plan.attention) else "",
         ),
         steering,
         captures,
@@ -289,13 +291,19 @@ def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[Decod
             )
 
 
+def _redirected(steering: SequenceSteering) -> dict[int, str]:
+    """Layers in which heads look elsewhere than the model's own scores say, each with the path of the field."""
+    return {
+        layer: f"{entry.path}.{param.partition('.')[0]}"
+        for entry in steering.entries
+        for layer, param in entry.kind.redirected(entry, steering.plan).items()
+    }
+
+
 def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
     """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
     reading = [entry.method.name for entry in decoding if "attention" in reads(entry.method)]
-    for entry in steering.entries if reading else ():
-        method = entry.vector.method
-        if (param := entry.kind.redirected(entry, steering.plan).get(last)) is not None:
-            raise BadRequest(
-                f"{method.name} changes what the last layer attends to, and {reading[0]} reads that; leave one out",
-                f"{entry.path}.{param.partition('.')[0]}",
-            )
+    if reading and (param := _redirected(steering).get(last)) is not None:
+        raise BadRequest(
+            f"this changes what the last layer attends to, and {reading[0]} reads that; leave one out", param
+        )

@@ -269,6 +269,8 @@ class Setup:
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
     capture_layers: EarlyLayers = None  # whose activations requests may read, at all sites: `worker.edits.captures`
     max_capture_bytes: int = CAPTURE_BYTES  # of activations that are read at once, counted as float32
+    attention_layers: Sequence[int] | Literal["all"] = ()
+    """Of which requests may be told what their heads look at: `worker.attention_rows`."""
     one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
@@ -312,8 +314,9 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
     _refuse_drafts(config, setup)
     if setup.lookahead:
         _refuse_lookahead(config)
-    if setup.attention_rows:
-        _refuse_attention_rows(config)
+    for flag, is_on in (("--attention-rows", setup.attention_rows), ("--attention-layers", setup.attention_layers)):
+        if is_on:
+            _refuse_attention_rows(config, flag)
     if setup.hidden_states:
         _refuse_hidden_states(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in setup.auxiliaries)
@@ -340,6 +343,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         looks_ahead=setup.lookahead,
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
+        attention_layers=_named_layers("--attention-layers", setup.attention_layers, shape.num_layers),
         num_hidden_states=setup.hidden_states,
         max_capture_bytes=setup.max_capture_bytes,
         has_plain_form=not setup.one_form,
@@ -382,9 +386,13 @@ def _capture_layers(wanted: EarlyLayers, config: VllmConfig, layout: Layout) -> 
     if wanted is None:
         of_one = max_tokens(config) * sum(map(layout.shape.width, layout.sites)) * config.model_config.dtype.itemsize
         return tuple(range(num)) if of_one * num <= EARLY_BUDGET else ()
+    return _named_layers("--capture-layers", wanted, num)
+
+
+def _named_layers(flag: str, wanted: Sequence[int] | Literal["all"], num: int) -> tuple[int, ...]:
     layers = tuple(range(num)) if wanted == "all" else tuple(sorted(set(wanted)))
     if outside := [layer for layer in layers if layer >= num]:
-        raise UnsupportedEngine(f"--capture-layers {outside[0]}: the served model has blocks 0 to {num - 1}")
+        raise UnsupportedEngine(f"{flag} {outside[0]}: the served model has blocks 0 to {num - 1}")
     return layers
 
 
@@ -473,14 +481,14 @@ def _refuse_lookahead(config: VllmConfig) -> None:
     _refuse("--lookahead", refused)
 
 
-def _refuse_attention_rows(config: VllmConfig) -> None:
+def _refuse_attention_rows(config: VllmConfig, flag: str) -> None:
     """Where one rank does not see all keys, or the layer not all tokens."""
     refused = {
         "a model with an encoder": config.model_config.is_encoder_decoder,
         "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
-    _refuse("--attention-rows", refused)
+    _refuse(flag, refused)
 
 
 def _refuse_hidden_states(config: VllmConfig) -> None:

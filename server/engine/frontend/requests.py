@@ -97,7 +97,9 @@ class Extras(BaseModel):
         None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
     )
     capture: Any = Field(
-        None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+        None,
+        description='[{"site": "resid_post", "layers": [l]}, {"probe": name}, {"attention": {"l": [heads]}}]: '
+        "read these; also where, reduce, edited, dtype",
     )
     capture_format: Any = Field(
         None, description='"base64" (default): what was read stands in the answer, or "download": in a file to fetch'

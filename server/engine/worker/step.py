@@ -98,7 +98,7 @@ class WorkerStep:
         for request, new in self.requests.take(arrivals):
             if request.placed.num_columns:
                 self.edits.histories.add(request)
-            if request.placed.captures:
+            if request.placed.captures or request.placed.attended:
                 self.edits.captures.add(request)
             self.pipeline.add(request, new)
 

@@ -208,3 +208,81 @@ def test_probes_that_cannot_be_read_are_refused(reading: Capabilities) -> None:
     with pytest.raises(WhipstaffError) as refused:
         place(nothing)
     assert refused.value.param == "capture[0].where"
+
+
+@pytest.fixture(scope="module")
+def looking(reading: Capabilities) -> Capabilities:
+    """A server that can tell what the heads of two layers look at."""
+    return replace(reading, attention_layers=frozenset({0, 2}))
+
+
+def test_what_heads_look_at_is_made_of_all_ranks_parts(looking: Capabilities) -> None:
+    """Heads come in the order that was asked for, as far as the sequence went."""
+    num = looking.model.num_heads
+    entries: list[dict[str, Any]] = [
+        {"attention": {"2": [num - 1, 0], "0": "all"}, "dtype": "float16"},
+        {"layers": [1], "where": "generation"},
+        {"attention": {"0": [0, num - 1]}, "where": {"prompt": [[8, None]]}, "reduce": "max"},
+        {"attention": {"0": [1]}, "reduce": "mean"},
+    ]
+    made = compiled(looking, capture=entries)
+    plan = RequestPlan.from_wire({PLAN_KEY: place(made).plan.to_wire()})
+    assert plan is not None and plan.captures_id
+    placed = PositionedPlan(plan, NUM_PROMPT)
+    assert [(one.layer, one.heads, one.intervals) for one in placed.attended] == [
+        (2, (num - 1, 0), ((10, 14),)),
+        (0, tuple(range(num)), ((10, 14),)),
+        (0, (0, num - 1), ((8, 10),)),
+        (0, (1,), ((10, 14),)),
+    ]
+    assert placed.needs_slots and placed.first_captured == 8
+    width = looking.model.hidden_size
+    assert placed.capture_bytes(looking.model) == 4 * (4 * width + 14 * (4 * 2 + 4 * num + 2 * 2 + 4))
+    stream, random = torch.randn(1, 4, width), torch.Generator().manual_seed(0)
+    seen = [torch.rand(4, num, 14, generator=random), torch.rand(2, num, 14, generator=random)]  # by all heads
+    halves = [range(num // 2), range(num // 2, num)]
+
+    def part(rows: torch.Tensor, heads: tuple[int, ...], own: range) -> dict[str, Any]:
+        mine = rows[:, [head for head in sorted(heads) if head in own]]
+        return told(mine.flatten(1)[None], [True] * len(rows))
+
+    ranks = [
+        {
+            "a": [
+                told(stream, [True] * 4),
+                *(part(seen[i == 2], one.heads, own) for i, one in enumerate(placed.attended)),
+            ]
+        }
+        for own in halves
+    ]
+    tensors = tensors_of(NamedSequence(0, "a", 12), placed, made.captures, looking.model, ranks)
+    assert tensors is not None
+    assert tensors["0.positions"].tolist() == [10, 11] and tensors["2.positions"].tolist() == [8, 9]
+    assert torch.equal(tensors["0.attention.2"], seen[0][:2, [num - 1, 0], :12].half())
+    assert torch.equal(tensors["0.attention.0"], seen[0][:2, :, :12].half())
+    assert torch.equal(tensors["1.resid_post.1"], stream[0, :2])
+    assert torch.equal(tensors["2.attention.0"], seen[1][:, [0, num - 1], :12].amax(1))
+    assert torch.equal(tensors["3.attention.0"], seen[0][:2, 1, :12])
+    assert len(in_base64(tensors)) * 3 / 4 <= most_file_bytes(placed, looking.model)
+
+
+def test_heads_that_cannot_be_told_of_are_refused(looking: Capabilities) -> None:
+    num = looking.model.num_heads
+    for entry, status, param in (
+        ({"attention": {"99": "all"}}, 400, "capture.attention.99"),
+        ({"attention": {"1": "all"}}, 422, "capture.attention.1"),
+        ({"attention": {"0": [num]}}, 400, "capture.attention.0[0]"),
+        ({"attention": {"0": [0, 1, 0]}}, 400, "capture.attention.0[2]"),
+        ({"attention": {}}, 400, "capture.attention"),
+        ({"attention": {"0": []}}, 400, "capture.attention.0"),
+        ({"attention": {"0": "some"}}, 400, "capture.attention.0"),
+        ({"attention": {"last": "all"}}, 400, "capture.attention.last"),
+        ({"attention": {"0": "all"}, "reduce": "last"}, 400, "capture.reduce"),
+        ({"attention": {"0": "all"}, "edited": True}, 400, "capture.edited"),
+        ({"attention": {"0": "all"}, "where": {"tokens": [3]}}, 400, "capture.where.tokens"),
+    ):
+        with pytest.raises(WhipstaffError) as refused:
+            compiled(looking, capture=entry)
+        assert (refused.value.status, refused.value.param) == (status, param), refused.value
+    with pytest.raises(WhipstaffError, match="--attention-layers 0,1,2"):
+        compiled(looking, capture={"attention": {"1": "all"}})

@@ -29,7 +29,8 @@ class Reference:
     """The served model in transformers, pushed or not."""
 
     def __init__(self, server: Server) -> None:
-        self.model = LlamaForCausalLM.from_pretrained(server.models["base"], dtype=torch.float32).eval()
+        own = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.model = LlamaForCausalLM.from_pretrained(server.models["base"], **own).eval()
         self.vectors = Path(server.models["base"]).parent / "vectors"
         self.push = vector_file.read(self.vectors / "push.safetensors")
 
@@ -196,6 +197,38 @@ def test_what_probes_read_comes_with_the_tokens(
     assert len(said["choices"][0]["explain"]) == len(said["choices"][0]["readings"]) == 1
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, "import os\n\n" * 40])
+def test_what_heads_look_at_is_what_transformers_says(
+    complete: Post, http: httpx.Client, reference: Reference, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    captures = [
+        {"attention": {"2": [3, 0], "0": "all"}},
+        {"attention": {"0": [1, 2]}, "where": {"prompt": [[-3, None]], "generation": [[1, 3]]}, "reduce": "mean"},
+        {"attention": {"2": "all"}, "where": "prompt", "reduce": "max", "dtype": "float16"},
+    ]
+    fields: dict[str, Any] = {"capture": captures, "ignore_eos": True, "n": 2, "temperature": 1.0, "seed": 4}
+    answer = ok(complete(prompt, **fields))
+    whole = fetched(http, ok(complete(prompt, stream=False, capture_format="download", **fields)))
+    start = len(tokenizer.encode(prompt))
+    for choice, found in enumerate(files(answer)):
+        ids = [*tokenizer.encode(prompt), *tokens(answer, choice)[:-1]]
+        with torch.inference_mode():
+            seen = [one[0] for one in reference.model(torch.tensor([ids]), output_attentions=True).attentions]
+        some = [*range(start - 3, start), start + 1, start + 2]
+        assert found["0.positions"].tolist() == list(range(start, len(ids)))
+        assert found["1.positions"].tolist() == some and found["2.positions"].tolist() == list(range(start))
+        expected = {
+            "0.attention.2": seen[2][[3, 0], start:].transpose(0, 1),
+            "0.attention.0": seen[0][:, start:].transpose(0, 1),
+            "1.attention.0": seen[0][[1, 2]][:, some].mean(0),
+            "2.attention.2": seen[2][:, :start].amax(0).half(),
+        }
+        assert {name for name in found if "positions" not in name} == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(whole[f"{choice}.{name}"], values, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_an_answer_ends_with_the_reading_that_ends_it(complete: Post) -> None:
     fields: dict[str, Any] = {"capture": {"probe": "probe", "where": "each_last"}, "ignore_eos": True, "max_tokens": 8}
     (found,) = files(ok(complete(**fields)))
@@ -263,6 +296,8 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "the best of": ({"capture": [{"layers": [1]}], "best_of": 3, "temperature": 1}, 400, "capture"),
     "no probe": ({"capture": [{"probe": "no-such"}]}, 404, "capture[0].probe"),
     "no probe of that layer": ({"capture": {"probe": "probe", "layer": 2}}, 400, "capture.layer"),
+    "heads that are not kept": ({"capture": {"attention": {"1": "all"}}}, 422, "capture.attention.1"),
+    "heads that are not there": ({"capture": [{"attention": {"0": [4]}}]}, 400, "capture[0].attention.0[0]"),
     "no format": ({"capture": [{"layers": [1]}], "capture_format": "file"}, 400, "capture_format"),
     "a file of nothing": ({"capture_format": "download"}, 400, "capture_format"),
     "a file too large": (
