@@ -22,7 +22,7 @@ from whipstaff.server.admission.captures import (
     admit_captures,
     check_attention,
     check_beside,
-    check_format,
+    check_download,
 )
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
@@ -172,7 +172,8 @@ def compile_extras(
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
     captures, plan = Admitted((), plan) if fields.get("capture") is None else admit_captures(fields, plan, caps)
-    check_format(options.capture_format, captures, caps)
+    if options.capture_format == "download":
+        check_download(captures, caps)
     if captures:
         check_beside(captures, decoding, entries)
         check_attention(captures, _redirected(steering))

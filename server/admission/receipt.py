@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from whipstaff.server.admission.captures import NamedSequence, Told, captured, in_base64, tensors_of
+from whipstaff.server.admission.captured import NamedSequence, Told, captured, in_base64, tensors_of
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import told
 from whipstaff.server.admission.steering import STOP_FIELD

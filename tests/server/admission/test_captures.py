@@ -9,14 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from whipstaff.server.admission.captures import (
-    AnyEntry,
-    NamedSequence,
-    admit_captures,
-    in_base64,
-    most_file_bytes,
-    tensors_of,
-)
+from whipstaff.server.admission.captured import NamedSequence, in_base64, tensors_of
+from whipstaff.server.admission.captures import AnyEntry, admit_captures, most_file_bytes
 from whipstaff.server.admission.prepare import compile_extras
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.errors import WhipstaffError

@@ -8,7 +8,7 @@ import torch
 from engines import Ask, edit
 from torch import Tensor
 
-from whipstaff.server.admission.captures import NamedSequence, attention_read
+from whipstaff.server.admission.captured import NamedSequence, attention_read
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.plan import PlannedAttention, SteeringPlan
 from whipstaff.steering.where import Where
