@@ -204,6 +204,13 @@ FILES: dict[str, File] = {
         SENTENCES | {"layers": "4", "features": 64},
         steering={"features": [{"feature": 0, "add": 8}]},
     ),
+    "moods_raised": File(
+        "lf_steering",
+        many_pairs,
+        "features of the same autoencoder that tell a cheerful mood, raised where they are active",
+        SENTENCES | {"layers": "4", "features": 64},
+        steering={"bias": 4},
+    ),
     "is_cheerful": File(
         "probe",
         moods,

@@ -7,6 +7,7 @@ transformer-circuits.pub/2023/monosemantic-features). Features are written in th
 differ between the classes, so feature 0 is the one to try first.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from whipstaff.steering.method import HookPoint
 
 TOKENS = 16  # of each text, its last ones
 LR, STEPS, L1, BATCH = 3e-3, 800, 6e-3, 1024
+CHOSEN = 4  # features that get a bias
 
 
 class Learned(NamedTuple):
@@ -71,6 +73,13 @@ def sae(job: Job) -> Fitted:
     usual = float(active[torch.from_numpy(labels == 1)][..., best].max(-1).values.mean())
     job.say(f"feature 0 reads {usual:.2f} at most in texts that show it, on average; steer it by about as much")
     return Fitted({name: tensor.contiguous() for name, tensor in tensors.items()}, score)
+
+
+def lf_steering(job: Job) -> Fitted:
+    """The same, with the features that `lf_steering` puts a bias on. Raises: SteeringError."""
+    found = sae(job)
+    chosen = list(range(min(job.options.num_features or CHOSEN, len(next(iter(found.tensors.values()))))))
+    return replace(found, defaults={"activation": "relu", "features": chosen})
 
 
 def _layer(job: Job) -> int:

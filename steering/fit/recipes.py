@@ -47,6 +47,12 @@ RECIPES: dict[str, Recipe] = {
             autoencoder.sae,
             *("features", "tokens", "steps", "lr", "l1"),
         ),
+        _contrast(
+            "lf_steering",
+            "the same features, those that tell the classes apart raised where they are active",
+            autoencoder.lf_steering,
+            *("features", "num_features", "tokens", "steps", "lr", "l1"),
+        ),
         Recipe(
             "iti",
             "heads that tell right answers from wrong ones",

@@ -16,6 +16,7 @@ from whipstaff.steering.fit.job import Job
 from whipstaff.steering.fit.local import LocalModel
 from whipstaff.steering.fit.options import Options
 from whipstaff.steering.method import HookPoint
+from whipstaff.steering.vector_file import packed, parse
 
 
 class Bare:
@@ -72,6 +73,19 @@ def test_the_first_feature_tells_what_it_was_not_learned_from(source: LocalModel
         again = active @ parts["decoder"] + parts["decoder_bias"]
         assert (again - rows[point]).norm() < 0.8 * (rows[point] - parts["decoder_bias"]).norm()
     assert not (tmp_path / "rows").exists()
+
+
+def test_the_features_that_are_raised_are_the_first(source: LocalModel, tmp_path: Path) -> None:
+    rows = fitted.pairs(world.build(3), Random(3), 60)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"features": 16, "num_features": 2, "steps": 20, "layers": "4", "template": "none"}
+    made = fitting.fit(
+        "lf_steering", fitting.prepared("lf_steering", source, [data], Options(**own), tmp_path / "rows")
+    )
+    assert made.header.known_defaults == {"activation": "relu", "features": [0, 1]}
+    vector = parse(packed(made.header, made.tensors))
+    vector.method.check_params(vector.method.params.model_validate(made.header.known_defaults), vector.tensors)
 
 
 @pytest.mark.parametrize(("said", "param"), [({"layers": "2,3"}, "layers"), ({"read": "last"}, "read")])
