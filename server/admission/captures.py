@@ -358,8 +358,8 @@ def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tok
     if (num := placed.capture_bytes(caps.model)) > caps.max_capture_bytes:
         raise Unavailable(
             f"with up to {placed.plan.max_fed} tokens these activations take up to {num} bytes as float32, and this "
-            f"server reads {caps.max_capture_bytes} at once; say less in `where`, `layers` or max_tokens, or start it "
-            "with a larger --max-capture-bytes",
+            f"server reads {caps.max_capture_bytes} at once; say less in `where`, `layers`, heads or max_tokens, or "
+            "start it with a larger --max-capture-bytes",
             FIELD,
         )
 
