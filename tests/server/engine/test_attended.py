@@ -57,7 +57,7 @@ def cases(num: int) -> list[Case]:
 
     starts = [tokens(40) for _ in range(2)]
     return [
-        Case(i, [*starts[i % 2], *tokens(3 + 11 * (i % 5))], LOOKS[i % 4], (0.0, 1.0)[i // 4 % 2], (20, 6)[i % 2])
+        Case(i, [*starts[i % 2], *tokens(3 + 11 * (i % 5))], LOOKS[i % 4], (0.0, 1.0)[i // 4 % 2], (40, 6)[i % 2])
         for i in range(num)
     ]
 
