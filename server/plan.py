@@ -237,10 +237,15 @@ class PositionedPlan:
         ]
 
     @property
+    def places(self) -> list[CapturedAt | AttendedAt]:
+        """Of all that is told of activations and attention, in the order in which workers keep it."""
+        return [*self.captures, *self.attended]
+
+    @property
     def first_captured(self) -> int | None:
         """The first position of which the client is told what was computed, which must be; None when none is."""
         told = self.plan.steering.told_intervals(self.prompt_len) if self.plan.steering else ()
-        starts = [start for one in (*self.captures, *self.attended) for start, _ in one.intervals]
+        starts = [start for one in self.places for start, _ in one.intervals]
         starts += [start for start, _ in told]
         return min(starts, default=None)
 

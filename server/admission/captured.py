@@ -113,7 +113,7 @@ def attention_read(sequence: NamedSequence, placed: PositionedPlan, ranks: Seque
     for number, at in enumerate(placed.attended, len(placed.captures)):
         parts = [told[sequence.name][number] for told in ranks]
         seen = np.frombuffer(parts[0]["seen"], np.bool_)
-        rows = torch.cat([_tensor(part)[0].unflatten(1, (part["shape"][2] // at.size, at.size)) for part in parts], 1)
+        rows = torch.cat([_tensor(part).view(len(seen), part["shape"][2] // at.size, at.size) for part in parts], 1)
         positions = _positions(at)[: len(seen)]
         chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
         order = torch.tensor([sorted(at.heads).index(head) for head in at.heads])

@@ -333,8 +333,13 @@ def reading_at_prompt(
     more = [
         PlannedProbe(one.probe, at_column[one.probe.condition_index]) for one in whole.probes[len(steering.probes) :]
     ]
-    read = {"captures": tuple(planned), "attention": tuple(looking), "told": whole.told}
-    return replace(steering, probes=(*steering.probes, *more), **read)
+    return replace(
+        steering,
+        probes=(*steering.probes, *more),
+        captures=tuple(planned),
+        attention=tuple(looking),
+        told=whole.told,
+    )
 
 
 def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities) -> None:

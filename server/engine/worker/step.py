@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.explanations import Explanations, attach
 from whipstaff.server.engine.patch import carry
 from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
@@ -141,7 +141,9 @@ class WorkerStep:
             output = attach_verdicts(output, verdicts)
         if output is not None and self.edits.histories.watched:
             output = carry(output, "whipstaff_stops", self.edits.histories.stops().on_host)
-        told = [found for found in (self.pipeline.take_explanations(),) if found is not None]
+        told: list[Explanations] = []
+        if (explanations := self.pipeline.take_explanations()) is not None:
+            told.append(explanations)
         if self.edits.histories.telling:
             told.append(self.edits.histories.take_told())
         return output if output is None or not told else attach(output, told)

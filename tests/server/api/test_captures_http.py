@@ -233,11 +233,14 @@ def test_an_answer_ends_with_the_reading_that_ends_it(complete: Post) -> None:
     fields: dict[str, Any] = {"capture": {"probe": "probe", "where": "each_last"}, "ignore_eos": True, "max_tokens": 8}
     (found,) = files(ok(complete(**fields)))
     values = found["0.probe.0"][1:].tolist()
-    limit = sorted(values)[len(values) // 2]
+    limit = sorted(values)[-2]  # the largest reading ends it
     stop = {"probe": "probe", "above": limit}
     chunks = [json.loads(event) for event in data_events(complete(stream=True, stop_when=stop, **fields))[:-1]]
     read = [one for chunk in chunks for c in chunk["choices"] for one in c.get("readings", ())]
-    assert read[-1]["values"]["0"] > limit >= max(one["values"]["0"] for one in read[1:-1])
+    assert [one["values"]["0"] for one in read[1:]] == pytest.approx(
+        values[: values.index(max(values)) + 1], abs=TOLERANCE, rel=TOLERANCE
+    )
+    assert chunks[-1]["choices"][0]["stop_reason"] == "stop_when"
 
 
 def test_validating_takes_no_room(http: httpx.Client) -> None:

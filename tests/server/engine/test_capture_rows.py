@@ -130,14 +130,14 @@ class Bench:
         """Take what a request has, and compare it."""
         (said,) = self.captures.take(f"id {name}").values()
         read = attention_read(NamedSequence(0, name, num_fed), placed, [{name: said}])
-        for at, found in zip(placed.attended, read, strict=True):
-            positions = [p for start, end in at.intervals for p in range(start, min(end, num_fed))]
-            assert found.positions.tolist() == positions
-            expected = torch.zeros(len(positions), len(at.heads), num_fed)
-            for row, p in zip(expected, positions, strict=True):
-                for own, head in zip(row, at.heads, strict=True):
-                    own[: p + 1] = looked(name, p, at.layer, head)
-            assert torch.equal(found.rows, expected)
+        for looking, found in zip(placed.attended, read, strict=True):
+            there = [p for start, end in looking.intervals for p in range(start, min(end, num_fed))]
+            assert found.positions.tolist() == there
+            seen_by = torch.zeros(len(there), len(looking.heads), num_fed)
+            for row, p in zip(seen_by, there, strict=True):
+                for own, head in zip(row, looking.heads, strict=True):
+                    own[: p + 1] = looked(name, p, looking.layer, head)
+            assert torch.equal(found.rows, seen_by)
         for one, at in zip(said, placed.captures, strict=False):
             positions = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
             seen = np.frombuffer(one["seen"], np.bool_)

@@ -126,7 +126,7 @@ class Captures:
     def add(self, request: PlannedRequest) -> None:
         """Find room for what a request asks for. One that comes again keeps what it has."""
         placed = request.placed
-        wanted = [one.num_positions for one in (*placed.captures, *placed.attended)]
+        wanted = [one.num_positions for one in placed.places]
         if [len(one.seen) for one in request.captured] == wanted:
             return
         self.num_asking += not request.captured
@@ -209,8 +209,7 @@ class Captures:
     def forget(self, request: PlannedRequest, position: int) -> None:
         """What stands from that position on, where drafts stood that were rejected. Waits for the device."""
         self._settle(most=0)
-        placed = request.placed
-        for one, into in zip((*placed.captures, *placed.attended), request.captured, strict=True):
+        for one, into in zip(request.placed.places, request.captured, strict=True):
             before = 0
             for start, end in one.intervals:
                 into.seen[before + min(max(position, start), end) - start : before + end - start] = False
