@@ -138,7 +138,8 @@ DOWNLOAD: dict[str, Any] = {"capture": {"layers": [1]}, "capture_format": "downl
 
 def test_what_was_read_is_its_keys_and_an_administrators(server: Server, root: Path) -> None:
     with as_(server, "all-key") as http, as_(server, "mild-key") as other, as_(server, "root-key") as admin:
-        urls = [ok(complete(http, **DOWNLOAD))["whipstaff"]["download"]["url"] for _ in range(NUM_FILES)]
+        answers = [ok(complete(http, **DOWNLOAD, max_tokens=3 + index)) for index in range(NUM_FILES)]
+        urls = [answer["whipstaff"]["download"]["url"] for answer in answers]
         full = complete(other, **DOWNLOAD)
         assert_refused(full, 429, None)
         assert int(full.headers["retry-after"]) > 60 and "capture_format" in full.json()["error"]["message"]
