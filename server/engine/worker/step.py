@@ -144,7 +144,7 @@ class WorkerStep:
         told: list[Explanations] = []
         if (explanations := self.pipeline.take_explanations()) is not None:
             told.append(explanations)
-        if self.edits.histories.telling:
+        if output is not None and self.edits.histories.telling:
             told.append(self.edits.histories.take_told())
         return output if output is None or not told else attach(output, told)
 
