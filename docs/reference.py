@@ -25,7 +25,7 @@ from pydantic import BaseModel, SecretStr
 
 from whipstaff.decoding.methods import METHODS as DECODING
 from whipstaff.server import demo, errors, metrics
-from whipstaff.server.api import admin, batch, fits, messages, responses
+from whipstaff.server.api import admin, batch, captures, fits, messages, responses
 from whipstaff.server.api import generate as routes
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.errors import WhipstaffError
@@ -37,7 +37,15 @@ from whipstaff.steering.methods import METHODS as STEERING
 from whipstaff.steering.planner import SteeringParams
 
 FOLDER = Path(__file__).parent
-ROUTERS = (routes.router, batch.router, messages.router, responses.router, admin.router, fits.router)
+ROUTERS = (
+    routes.router,
+    batch.router,
+    messages.router,
+    responses.router,
+    captures.router,
+    admin.router,
+    fits.router,
+)
 BEGIN, END = "<!-- written by docs/reference.py -->", "<!-- end of what is written -->"
 KEY = "secret"  # of the example's administrator
 MOST = 1000  # bytes that it takes

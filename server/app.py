@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -20,9 +21,10 @@ from whipstaff import cuda_ext
 from whipstaff.decoding.method import Depth
 from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
+from whipstaff.server.access.capture_files import CaptureFiles, folder_of_captures
 from whipstaff.server.access.keys import HOLDER, Keyring, read_keys
 from whipstaff.server.access.ledger import Ledger
-from whipstaff.server.api import admin, batch, fits, generate, lifecycle, messages, responses
+from whipstaff.server.api import admin, batch, captures, fits, generate, lifecycle, messages, responses
 from whipstaff.server.api.access import Access
 from whipstaff.server.api.admin import Admin
 from whipstaff.server.api.bounds import Bounds, Protocol
@@ -66,7 +68,8 @@ _NOT_GENERATING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 async def serve(args: Namespace, settings: Settings) -> int:
     """Run the server until it is told to stop; the exit status. Raises: EngineDied."""
-    with closing(openai.listen(args)[1]) as sock:
+    with closing(openai.listen(args)[1]) as sock, folder_of_captures(_keeps_captures(settings)) as folder:
+        args.whipstaff_captures = folder
         return await _serve(args, settings, sock)
 
 
@@ -77,7 +80,9 @@ def serve_several(args: Namespace, settings: Settings) -> int:
     def layout(config: Any) -> None:
         configure(config, _setup(settings, read_files(settings)[0].values()))
 
-    return multi_api_server.run(args, layout, serve_one, settings.drain_timeout)
+    with folder_of_captures(_keeps_captures(settings)) as folder:
+        args.whipstaff_captures = folder
+        return multi_api_server.run(args, layout, serve_one, settings.drain_timeout)
 
 
 def serve_one(sock: Any, args: Namespace, client: dict[str, Any]) -> int:
@@ -100,6 +105,7 @@ async def _serve(args: Namespace, settings: Settings, sock: Any, client: dict[st
         keyring = None if settings.keys is None else Keyring(settings.keys, ledger)
         life = Lifecycle(engine, settings.drain_timeout, FORWARDED if client else (signal.SIGTERM, signal.SIGINT))
         app = await extend(await _built(engine, args), engine, registry, settings, life, keyring)
+        keep_captures(app, settings, args.whipstaff_captures)
         told = greeting(place_of(args, engine), await registry.current(), openai.has_chat(engine, args))
 
         def greet() -> None:
@@ -160,6 +166,7 @@ def _setup(settings: Settings, files: Iterable[VectorFile]) -> Setup:
         settings.hidden_states,
         settings.capture_layers,
         settings.max_capture_bytes,
+        settings.attention_layers,
         settings.one_form,
     )
 
@@ -225,6 +232,8 @@ async def load(
         num_hidden_states=engine.layout.num_hidden_states,
         capture_layers=frozenset(engine.layout.capture_layers),
         max_capture_bytes=engine.layout.max_capture_bytes,
+        attention_layers=frozenset(engine.layout.attention_layers),
+        keeps_captures=_keeps_captures(settings),
         num_drafts=engine.layout.num_drafts,
         routing=abilities.routing,
     )
@@ -270,6 +279,7 @@ async def extend(
         app.include_router(router)
     app.include_router(admin.router)
     app.include_router(fits.router)
+    app.include_router(captures.router)
     app.include_router(lifecycle.router)
     guard.admit(app, admin_key.opens)
     if settings.playground:
@@ -290,6 +300,19 @@ async def extend(
         app.state.whipstaff_reloading = asyncio.create_task(_reload(keyring, audit))
     app.middleware_stack = Gate(metrics.Refusals(stack), life)
     return app
+
+
+def _keeps_captures(settings: Settings) -> bool:
+    return min(settings.max_downloads, settings.max_download_bytes) > 0
+
+
+def keep_captures(app: FastAPI, settings: Settings, folder: Path | None) -> None:
+    """Let requests have what they read as files in that folder."""
+    app.state.whipstaff_captures = None
+    if folder is not None:
+        bounds = settings.max_downloads, settings.max_download_bytes, settings.download_seconds
+        app.state.whipstaff_captures = files = CaptureFiles(folder, *bounds)
+        app.state.whipstaff_sweeping = asyncio.create_task(files.sweep_for_ever())
 
 
 async def _preset_names(registry: LiveRegistry) -> Iterable[str]:

@@ -41,7 +41,7 @@ Request = OfflineText | OfflineChat
 SETTINGS = (
     *("aux", "vectors", "presets", "registry", "steering_slots", "steering_sites", "max_dose", "dose_policy"),
     *("early_layers", "lookahead", "attention_rows", "capture_layers", "max_capture_bytes", "hidden_states"),
-    *("one_form", "max_search_seqs"),
+    *("attention_layers", "one_form", "max_search_seqs"),
 )
 _LISTS = ("vectors", "presets", "steering_sites")  # of those
 _PATIENCE = 30.0  # seconds for the engine's processes to end: vLLM takes ten, and kills what takes longer
@@ -232,7 +232,7 @@ def _settings(given: dict[str, Any]) -> Settings:
     if isinstance(aux := given.get("aux"), Mapping):
         given["aux"] = {name: str(path) for name, path in aux.items()}
     own: dict[str, Any] = {name: _listed(value) if name in _LISTS else value for name, value in given.items()}
-    return _Arguments(**own)
+    return _Arguments(**own, max_downloads=0)  # what was read is given at once, and never fetched
 
 
 def _listed(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ FIELDS = (
     "decoding",
     "explain",
     "capture",
+    "capture_format",
     "stop_when",
     "logprobs_source",
     "on_unavailable",

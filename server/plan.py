@@ -93,6 +93,8 @@ class RequestPlan:
             return "sequences"
         if steering is not None and steering.stop is not None:
             return "stop_when"
+        if steering is not None and (steering.told or steering.attention):
+            return "capture"
         if steering is not None and steering.entropy_column >= 0:
             return "steering.schedule"
         return "metering" if steering is not None and steering.is_metered else None
@@ -174,6 +176,19 @@ class CapturedAt(NamedTuple):
         return sum(end - start for start, end in self.intervals)
 
 
+class AttendedAt(NamedTuple):
+    """Heads of a layer, and the positions [start, end) of which it is told what they look at."""
+
+    layer: int
+    heads: tuple[int, ...]
+    intervals: tuple[tuple[int, int], ...]
+    size: int  # positions that can be looked at
+
+    @property
+    def num_positions(self) -> int:
+        return sum(end - start for start, end in self.intervals)
+
+
 def _bounded(intervals: Sequence[Interval], most: int) -> Iterator[tuple[int, int]]:
     for start, end in intervals:
         if start < (last := most if end is None else min(end, most)):
@@ -240,20 +255,38 @@ class PositionedPlan:
             for one in planned
         ]
 
+    @cached_property
+    def attended(self) -> list[AttendedAt]:
+        """What heads look at, which the client is told."""
+        most, planned = self.plan.max_fed, self.plan.steering.attention if self.plan.steering else ()
+        return [
+            AttendedAt(one.layer, one.heads, tuple(_bounded(one.where.intervals(self.prompt_len), most)), most)
+            for one in planned
+        ]
+
+    @property
+    def places(self) -> list[CapturedAt | AttendedAt]:
+        """Of all that is told of activations and attention, in the order in which workers keep it."""
+        return [*self.captures, *self.attended]
+
     @property
     def first_captured(self) -> int | None:
-        """The first position whose activations the client is told, and which must be computed; None when none is."""
-        return min((start for one in self.captures for start, _ in one.intervals), default=None)
+        """The first position of which the client is told what was computed, which must be; None when none is."""
+        told = self.plan.steering.told_intervals(self.prompt_len) if self.plan.steering else ()
+        starts = [start for one in self.places for start, _ in one.intervals]
+        starts += [start for start, _ in told]
+        return min(starts, default=None)
 
     def capture_bytes(self, shape: ModelShape) -> int:
         """What the client is told at most, as float32."""
         widths = (sum(shape.width(point.site) for point in one.points) for one in self.captures)
-        return sum(4 * one.num_positions * width for one, width in zip(self.captures, widths, strict=True))
+        captured = sum(4 * one.num_positions * width for one, width in zip(self.captures, widths, strict=True))
+        return captured + sum(4 * one.num_positions * len(one.heads) * one.size for one in self.attended)
 
     @property
     def needs_slots(self) -> bool:
         """Whether it may have to wait for room."""
-        return bool(self.rows) or self.keeps_hidden
+        return bool(self.rows) or self.keeps_hidden or bool(self.attended)
 
     @property
     def latched_columns(self) -> list[bool]:

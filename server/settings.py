@@ -99,6 +99,23 @@ class Settings(BaseSettings):
         ge=0,
         description=f"activations that requests read at once, all together, as float32; more wait ({1 << 28})",
     )
+    attention_layers: Annotated[list[int] | Literal["all"], NoDecode] = Field(
+        [],
+        description="layers of which `capture` may tell what their heads look at: comma-separated, or all, or none "
+        "(none)",
+    )
+    max_downloads: int = Field(
+        64,
+        ge=0,
+        description="files of activations that are kept at once for clients who want to fetch them: see "
+        "capture_format; 0: none (64)",
+    )
+    max_download_bytes: int = Field(
+        1 << 28, ge=0, description=f"their size, all together, among the machine's temporary files ({1 << 28})"
+    )
+    download_seconds: float = Field(
+        600, gt=0, allow_inf_nan=False, description="how long one is kept that nobody deletes (600)"
+    )
     hidden_states: int = Field(
         0,
         ge=0,
@@ -116,7 +133,7 @@ class Settings(BaseSettings):
         "(default: half of --max-num-seqs, but 5 where there are as many)",
     )
 
-    @field_validator("early_layers", "capture_layers", mode="before")
+    @field_validator("early_layers", "capture_layers", "attention_layers", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if not isinstance(value, str) or value in ("all", "none"):
@@ -201,6 +218,10 @@ class Settings(BaseSettings):
             ("early_layers", "store", "LAYERS"),
             ("capture_layers", "store", "LAYERS"),
             ("max_capture_bytes", "store", "N"),
+            ("attention_layers", "store", "LAYERS"),
+            ("max_downloads", "store", "N"),
+            ("max_download_bytes", "store", "N"),
+            ("download_seconds", "store", "SECONDS"),
             ("hidden_states", "store", "N"),
             ("max_search_seqs", "store", "N"),
         ):

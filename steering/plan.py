@@ -133,6 +133,14 @@ class PlannedCapture:
     where: Where
 
 
+class PlannedAttention(NamedTuple):
+    """How much some heads of a layer look at what is before each token, for the client to be told."""
+
+    layer: int
+    heads: tuple[int, ...]  # in the client's order
+    where: Where
+
+
 @dataclass(frozen=True)
 class SteeringPlan:
     """A request's edits, in the order given, and the conditions and schedules that their gates name by number."""
@@ -147,6 +155,8 @@ class SteeringPlan:
     keeps: tuple[int, ...] = ()  # early layers whose streams are kept, everywhere; see `StreamCopy`
     captures: tuple[PlannedCapture, ...] = ()  # activations that the client is told
     stop: Stop | None = None
+    told: tuple[int, ...] = ()  # conditions whose readings the client is told, as they come
+    attention: tuple[PlannedAttention, ...] = ()  # what heads look at, which the client is told
 
     @property
     def num_columns(self) -> int:
@@ -169,6 +179,12 @@ class SteeringPlan:
         return any(
             planned.edit.gate.on != planned.edit.gate.off and not planned.where.is_late for planned in self.edits
         )
+
+    def told_intervals(self, prompt_len: int) -> Iterator[Interval]:
+        """Positions whose readings the client is told."""
+        for one in self.probes:
+            if one.probe.condition_index in self.told:
+                yield from one.where.intervals(prompt_len)
 
     def segments(self, prompt_len: int) -> list[Segment]:
         """Disjoint stretches of positions, in order, each with what is active on it."""
@@ -211,6 +227,8 @@ class SteeringPlan:
                 for p in self.captures
             ],
             "stop": None if self.stop is None else list(self.stop),
+            "told": list(self.told),
+            "attention": [[one.layer, list(one.heads), _where(one.where)] for one in self.attention],
         }
 
     @staticmethod
@@ -229,6 +247,11 @@ class SteeringPlan:
                 for points, is_edited, where in wire["captures"]
             ),
             None if wire["stop"] is None else Stop(*wire["stop"]),
+            tuple(wire["told"]),
+            tuple(
+                PlannedAttention(layer, tuple(heads), Where.model_validate(where))
+                for layer, heads, where in wire["attention"]
+            ),
         )
 
 

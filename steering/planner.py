@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -118,7 +118,7 @@ class Planner:
 
     def end_at(self, threshold: Threshold, probe: Vector) -> None:
         """Let the generation end at its first token where the probe reads that. Raises: SteeringError."""
-        layer = _probe_layer(threshold, probe)
+        layer = _probe_layer(threshold.layer, probe)
         condition_index = self._condition_index((probe.digest, layer, "each_last"), "probe")
         self._read(PlannedProbe(ProbeRead(probe.digest, layer, condition_index, False), Where.of("each_last")))
         self.stop = Stop(condition_index, threshold.sign, threshold.on)
@@ -146,7 +146,7 @@ class Planner:
         if when is None:
             return Gate(schedule_index=schedule_index, ramp=ramp)
         assert probe is not None
-        layer = _probe_layer(when, probe, "when.")
+        layer = _probe_layer(when.layer, probe, "when.")
         chosen = [point.canonical.layer for point in vector.tensors if layers is None or point.layer in layers]
         if (early := min(chosen, default=layer + 1)) <= layer:
             raise SteeringError(
@@ -179,6 +179,25 @@ class Planner:
         return self.schedules.index(schedule)
 
 
+def reading_along(plan: SteeringPlan, probe: Vector, layer: int | None, where: Where) -> tuple[SteeringPlan, int]:
+    """A plan that reads one probe more, for the client to be told; and the number of the condition that it is.
+
+    Args:
+        layer: which of the probe's layers; None: it has one.
+
+    Raises: SteeringError naming the field.
+    """
+    layer = _probe_layer(layer, probe)
+    for one in plan.probes:
+        if (one.probe.digest, one.probe.layer, one.where) == (probe.digest, layer, where) and not one.probe.is_latched:
+            number = one.probe.condition_index
+            return replace(plan, told=tuple(dict.fromkeys((*plan.told, number)))), number
+    if (number := plan.num_columns) == MAX_CONDITIONS:
+        raise SteeringError(f"a request may depend on {MAX_CONDITIONS} different readings", "probe")
+    read = PlannedProbe(ProbeRead(probe.digest, layer, number, False), where)
+    return replace(plan, probes=(*plan.probes, read), told=(*plan.told, number)), number
+
+
 def _settings(vector: Vector, own: Mapping[str, Any]) -> EditParams:
     """A method's parameters: the request's, else the file's, else the method's. Raises: pydantic.ValidationError."""
     defaults = vector.header.known_defaults
@@ -198,12 +217,12 @@ def _layers(chosen: list[int] | None, vector: Vector) -> tuple[int, ...] | None:
     return None if layers == tuple(vector.layers) else layers
 
 
-def _probe_layer(threshold: Threshold, probe: Vector, path: str = "") -> int:
+def _probe_layer(layer: int | None, probe: Vector, path: str = "") -> int:
     if probe.method.kind.named_in != "when":
         raise SteeringError(
             f"its method is {probe.method.name}; a condition needs a vector that is a probe", f"{path}probe"
         )
-    layers, layer = probe.layers, threshold.layer
+    layers = probe.layers
     if layer is not None and layer not in layers:
         raise SteeringError(f"the probe has no direction at layer {layer}; it has {layers}", f"{path}layer")
     if layer is None and len(layers) != 1:

@@ -1,36 +1,33 @@
-"""Captures: activations that a request asks to be told: what it may say, and what came of it as safetensors."""
+"""Captures: activations, probes and attention that a request asks to be told: what it may say. `captured` has what came
+of it."""
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save
-from torch import Tensor
 
 from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.admission.decoding import DecodingEntry, ranking_of, search_of
 from whipstaff.server.admission.fields import entries_in
 from whipstaff.server.admission.positions import where_at_prompt
 from whipstaff.server.errors import BadRequest, Unavailable, parsed
-from whipstaff.server.plan import CapturedAt, PositionedPlan
+from whipstaff.server.plan import PositionedPlan
 from whipstaff.server.prompt.message_spans import Prompt
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.steering.errors import SteeringError
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Capture, Insert, PlannedCapture
+from whipstaff.steering.plan import Capture, PlannedAttention, PlannedCapture, PlannedProbe, SteeringPlan
+from whipstaff.steering.planner import reading_along
 from whipstaff.steering.shape import ModelShape, Site
+from whipstaff.steering.vector_file import Vector
 from whipstaff.steering.where import Clause, Where
 
-FIELD = "capture"
+FIELD, FORMAT_FIELD = "capture", "capture_format"
+Format = Literal["base64", "download"]
 MAX_CAPTURES = 16  # entries of a request
-Ints = NDArray[np.int64]
+_HEADER = 256  # bytes that a file says of a tensor, and of its positions, at most
 Layer = Annotated[int, Field(strict=True, ge=0)]
-Told = Mapping[str, Sequence[Mapping[str, Any]]]  # what a rank says: see `worker.whipstaff_captures`
 
 
 class CaptureParams(BaseModel):
@@ -76,19 +73,180 @@ class CaptureEntry:
         return {**said, "layers": list(self.layers), "where": self.where.model_dump(exclude_none=True)}
 
 
-class NamedSequence(NamedTuple):
-    """A finished sequence."""
+class ProbeParams(BaseModel):
+    """One entry of `capture`: what a probe reads."""
 
-    choice: int
-    name: str  # as the engine calls it
-    num_fed: int  # tokens that the model was given
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probe: str = Field(min_length=1, max_length=256, description="name of a loaded vector whose method is probe")
+    layer: Layer | None = Field(None, description="which of the probe's layers; needed where it has several")
+    where: Clause = Field("all", description="at which tokens", validate_default=True)
+    reduce: Literal["none", "mean", "last"] = Field("none", description="every token's, their mean, or the last one's")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-def captures_of(fields: Mapping[str, Any], caps: Capabilities) -> tuple[CaptureEntry, ...]:
-    """The entries of a request's `capture`. Raises: BadRequest, Unavailable."""
-    found = [_entry(entry, path, caps) for path, entry in entries_in(fields.get(FIELD), FIELD, MAX_CAPTURES)]
+@dataclass(frozen=True)
+class ProbeEntry:
+    """One entry of a request's `capture` that names a probe, checked."""
+
+    path: str
+    params: ProbeParams
+    probe: Vector
+    layer: int
+    column: int  # which of the request's conditions it is
+
+    @property
+    def where(self) -> Where:
+        return Where.of(self.params.where)
+
+    @property
+    def name(self) -> str:
+        """Of its tensor, after its number."""
+        return f"probe.{self.layer}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        said = self.params.model_dump(exclude={"where", "layer"})
+        where = self.where.model_dump(exclude_none=True)
+        return {**said, "digest": self.probe.digest, "layer": self.layer, "where": where}
+
+
+class AttentionParams(BaseModel):
+    """One entry of `capture`: how much heads look at what is before each token."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention: dict[Annotated[int, Field(ge=0)], Literal["all"] | Annotated[list[Layer], Field(min_length=1)]] = Field(
+        min_length=1, description="heads by 0-based block, or all of a block's"
+    )
+    where: Clause = Field("generation", description="of which tokens", validate_default=True)
+    reduce: Literal["none", "mean", "max"] = Field("none", description="every head's, or over the heads that are named")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """One entry of a request's `capture` that names heads, checked."""
+
+    path: str
+    params: AttentionParams
+    heads: Mapping[int, tuple[int, ...]]  # by layer
+
+    @property
+    def where(self) -> Where:
+        return Where.of(self.params.where)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as the receipt shows it."""
+        said = self.params.model_dump(exclude={"where", "attention"})
+        heads = {str(layer): list(some) for layer, some in self.heads.items()}
+        return {**said, "attention": heads, "where": self.where.model_dump(exclude_none=True)}
+
+    def planned(self, where: Where) -> list[PlannedAttention]:
+        return [PlannedAttention(layer, heads, where) for layer, heads in self.heads.items()]
+
+
+AnyEntry = CaptureEntry | ProbeEntry | AttentionEntry
+
+
+class Admitted(NamedTuple):
+    """The entries of a request's `capture`, and its plan with what they read."""
+
+    entries: tuple[AnyEntry, ...] = ()
+    plan: SteeringPlan | None = None
+
+
+def admit_captures(fields: Mapping[str, Any], plan: SteeringPlan | None, caps: Capabilities) -> Admitted:
+    """Raises: WhipstaffError naming the field."""
+    found: list[AnyEntry] = []
+    for path, entry in entries_in(fields.get(FIELD), FIELD, MAX_CAPTURES):
+        if isinstance(entry, dict) and "probe" in entry:
+            probing, plan = _probing(entry, path, plan or SteeringPlan(()), caps)
+            found.append(probing)
+        elif isinstance(entry, dict) and "attention" in entry:
+            found.append(_looking(entry, path, caps))
+        else:
+            found.append(_entry(entry, path, caps))
+    capturing = captures_among(found)
+    _check_one_way(capturing)
+    if capturing:
+        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in capturing))
+    if looking := tuple(one for entry in attention_among(found) for one in entry.planned(entry.where)):
+        plan = replace(plan or SteeringPlan(()), attention=looking)
+    return Admitted(tuple(found), plan)
+
+
+def captures_among(entries: Sequence[AnyEntry]) -> list[CaptureEntry]:
+    """Those that read activations."""
+    return [entry for entry in entries if isinstance(entry, CaptureEntry)]
+
+
+def probes_among(entries: Sequence[AnyEntry]) -> list[ProbeEntry]:
+    return [entry for entry in entries if isinstance(entry, ProbeEntry)]
+
+
+def attention_among(entries: Sequence[AnyEntry]) -> list[AttentionEntry]:
+    return [entry for entry in entries if isinstance(entry, AttentionEntry)]
+
+
+def _looking(entry: Any, path: str, caps: Capabilities) -> AttentionEntry:
+    params = parsed(AttentionParams, entry, path)
+    num, heads = caps.model.num_heads, dict[int, tuple[int, ...]]()
+    for layer, wanted in params.attention.items():
+        field = f"{path}.attention.{layer}"
+        if layer >= caps.num_layers:
+            raise BadRequest(f"the served model has layers 0 to {caps.num_layers - 1}", field)
+        if layer not in caps.attention_layers:
+            flag = ",".join(map(str, sorted({*caps.attention_layers, *params.attention})))
+            raise Unavailable(
+                f"what heads of layer {layer} look at is not known here; start the server with --attention-layers "
+                f"{flag}",
+                field,
+            )
+        heads[layer] = tuple(range(num)) if wanted == "all" else tuple(wanted)
+        for index, head in enumerate(heads[layer]):
+            if head >= num:
+                raise BadRequest(f"layer {layer} has heads 0 to {num - 1}", f"{field}[{index}]")
+            if head in heads[layer][:index]:
+                raise BadRequest(f"head {head} is named twice", f"{field}[{index}]")
+    found = AttentionEntry(path, params, heads)
+    _check_no_tokens(found.where, path)
+    return found
+
+
+def check_attention(entries: Sequence[AnyEntry], redirected: Mapping[int, str]) -> None:
+    """What a head looks at is computed from the model's own scores. Raises: BadRequest.
+
+    Args:
+        redirected: layers in which the request itself changes those, each with the field that does.
+    """
+    for entry in attention_among(entries):
+        for layer in entry.heads:
+            if (param := redirected.get(layer)) is not None:
+                raise BadRequest(
+                    f"{entry.path} reads what heads of layer {layer} look at, which this changes; leave one out", param
+                )
+
+
+def _probing(entry: Any, path: str, plan: SteeringPlan, caps: Capabilities) -> tuple[ProbeEntry, SteeringPlan]:
+    params = parsed(ProbeParams, entry, path)
+    probe = caps.registry.usable(params.probe, f"{path}.probe")
+    where = Where.of(params.where)
+    try:
+        plan, column = reading_along(plan, probe, params.layer, where)
+    except SteeringError as error:
+        raise BadRequest(str(error), f"{path}.{error.param}") from None
+    layer = probe.layers[0] if params.layer is None else params.layer
+    if (reason := probe.method.kind.lacking(probe, [layer], caps)) is not None:
+        raise Unavailable(reason, f"{path}.probe")
+    _check_no_tokens(where, path)
+    return ProbeEntry(path, params, probe, layer, column), plan
+
+
+def _check_one_way(entries: Sequence[CaptureEntry]) -> None:
+    """Raises: BadRequest."""
     seen: dict[HookPoint, CaptureEntry] = {}
-    for entry in found:
+    for entry in entries:
         for point in entry.points:
             if (other := seen.setdefault(point, entry)).params.edited != entry.params.edited:
                 raise BadRequest(
@@ -96,7 +254,6 @@ def captures_of(fields: Mapping[str, Any], caps: Capabilities) -> tuple[CaptureE
                     f"and this {_when(entry)} them; a request reads a place in one way",
                     f"{entry.path}.edited",
                 )
-    return tuple(found)
 
 
 def _when(entry: CaptureEntry) -> str:
@@ -126,18 +283,21 @@ def _entry(entry: Any, path: str, caps: Capabilities) -> CaptureEntry:
                 f"{flag}",
                 field,
             )
-    for name, region in (("tokens", found.where), ("exclude.tokens", found.where.exclude)):
+    _check_no_tokens(found.where, path)
+    return found
+
+
+def _check_no_tokens(where: Where, path: str) -> None:
+    """Raises: BadRequest."""
+    for name, region in (("tokens", where), ("exclude.tokens", where.exclude)):
         if region is not None and region.tokens:
             raise BadRequest(
                 "activations are read by position; say windows or messages, and choose tokens among what is told",
                 f"{path}.where.{name}",
             )
-    return found
 
 
-def check_beside(
-    captures: Sequence[CaptureEntry], decoding: DecodingPlan | None, entries: Sequence[DecodingEntry]
-) -> None:
+def check_beside(captures: Sequence[AnyEntry], decoding: DecodingPlan | None, entries: Sequence[DecodingEntry]) -> None:
     """Whether they go with what else the request says. Raises: BadRequest."""
     for entry in (search_of(entries), ranking_of(entries)):
         if entry is not None:
@@ -147,7 +307,7 @@ def check_beside(
                 FIELD,
             )
     early = {HookPoint.entering(layer) for layer in (decoding.early_layers if decoding else ())}
-    for one in captures:
+    for one in captures_among(captures):
         if not one.params.edited and early.intersection(one.points):
             raise BadRequest(
                 "a decoding method reads that stream after the request's edits, so it can be captured after them only",
@@ -155,103 +315,77 @@ def check_beside(
             )
 
 
-def captures_at_prompt(
-    captures: Sequence[CaptureEntry], prompt: Prompt, inserts: Sequence[Insert]
-) -> tuple[PlannedCapture, ...]:
-    """Captures with clauses in windows only. Raises: BadRequest."""
-    return tuple(
-        PlannedCapture(entry.planned.capture, where_at_prompt(entry.where, entry.path, prompt, inserts))
-        for entry in captures
+def reading_at_prompt(
+    captures: Sequence[AnyEntry], steering: SteeringPlan, whole: SteeringPlan, prompt: Prompt
+) -> SteeringPlan:
+    """A plan in a prompt with what the client is told, whose clauses are then in windows only.
+
+    Args:
+        steering: without that.
+        whole: with it, before any prompt is known.
+
+    Raises: BadRequest.
+    """
+    places = [(entry, where_at_prompt(entry.where, entry.path, prompt, steering.inserts)) for entry in captures]
+    planned = [PlannedCapture(one.planned.capture, where) for one, where in places if isinstance(one, CaptureEntry)]
+    at_column = {one.column: where for one, where in places if isinstance(one, ProbeEntry)}
+    looking = [each for one, where in places if isinstance(one, AttentionEntry) for each in one.planned(where)]
+    more = [
+        PlannedProbe(one.probe, at_column[one.probe.condition_index]) for one in whole.probes[len(steering.probes) :]
+    ]
+    return replace(
+        steering,
+        probes=(*steering.probes, *more),
+        captures=tuple(planned),
+        attention=tuple(looking),
+        told=whole.told,
     )
 
 
-def check_captures(
-    captures: Sequence[CaptureEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities
-) -> None:
+def check_captures(captures: Sequence[AnyEntry], placed: PositionedPlan, max_tokens: int, caps: Capabilities) -> None:
     """Checks that need the prompt. Raises: BadRequest where a clause selects nothing, Unavailable where it is too
     much."""
     assert placed.plan.steering is not None
-    for entry, planned in zip(captures, placed.plan.steering.captures, strict=True):
+    steering = placed.plan.steering
+    captured, looked = iter(steering.captures), iter(steering.attention)
+    at_column = {one.probe.condition_index: one.where for one in steering.probes}
+    for entry in captures:
+        if isinstance(entry, ProbeEntry):
+            clauses = [at_column[entry.column]]
+        elif isinstance(entry, AttentionEntry):
+            clauses = [next(looked).where for _ in entry.heads]
+        else:
+            clauses = [next(captured).where]
         try:
-            planned.where.check(placed.prompt_len, max_tokens)
+            clauses[0].check(placed.prompt_len, max_tokens)
         except SteeringError as error:
             raise BadRequest(str(error), f"{entry.path}.{error.param}") from None
     if (num := placed.capture_bytes(caps.model)) > caps.max_capture_bytes:
         raise Unavailable(
             f"with up to {placed.plan.max_fed} tokens these activations take up to {num} bytes as float32, and this "
-            f"server reads {caps.max_capture_bytes} at once; say less in `where`, `layers` or max_tokens, or start it "
-            "with a larger --max-capture-bytes",
+            f"server reads {caps.max_capture_bytes} at once; say less in `where`, `layers`, heads or max_tokens, or "
+            "start it with a larger --max-capture-bytes",
             FIELD,
         )
 
 
-def captured(
-    sequence: NamedSequence,
-    placed: PositionedPlan,
-    entries: Sequence[CaptureEntry],
-    shape: ModelShape,
-    ranks: Sequence[Told],
-) -> dict[str, Any]:
-    """What was read of one choice, as the receipt tells it: a file with the positions that each entry read and, for
-    each of its layers, (positions, width) of them, or (width,) of what they were reduced to.
-
-    Args:
-        ranks: what each rank says.
-    """
-    if any(sequence.name not in told for told in ranks):
-        return {"choice": sequence.choice, "problem": "others needed the room before they could be told"}
-    tensors: dict[str, Tensor] = {}
-    for number, (entry, read) in enumerate(zip(entries, rows_read(sequence, placed, ranks), strict=True)):
-        tensors[f"{number}.positions"] = torch.from_numpy(read.positions)
-        for layer, values in zip(entry.layers, read.rows, strict=True):
-            made = _reduced(values.float(), entry.params.reduce).to(getattr(torch, entry.params.dtype))
-            if entry.params.site == "attn_head":
-                made = made.view(*made.shape[:-1], shape.num_heads, shape.head_dim)
-            tensors[f"{number}.{entry.params.site}.{layer}"] = made.contiguous()
-    return {
-        "choice": sequence.choice,
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "safetensors": base64.b64encode(save(tensors, {"format": "pt"})).decode(),
-    }
+def check_download(captures: Sequence[AnyEntry], caps: Capabilities) -> None:
+    """Whether what is read can be had as a file. Raises: BadRequest, Unavailable."""
+    if not captures:
+        raise BadRequest("nothing is read: say what in `capture`", FORMAT_FIELD)
+    if not caps.keeps_captures:
+        raise Unavailable(
+            "this server keeps no files to fetch; start it with --max-downloads N and --max-download-bytes N",
+            FORMAT_FIELD,
+        )
 
 
-class Rows(NamedTuple):
-    """What was read by one capture."""
-
-    positions: Ints
-    rows: Tensor  # (points, positions, width) in the model's type
-
-
-def rows_read(sequence: NamedSequence, placed: PositionedPlan, ranks: Sequence[Told]) -> Iterator[Rows]:
-    """For each of a plan's captures; every rank tells of the sequence."""
-    for number, at in enumerate(placed.captures):
-        parts = [told[sequence.name][number] for told in ranks]
-        rows, seen = _rows(parts, at.points[0].site), np.frombuffer(parts[0]["seen"], np.bool_)
-        positions = _positions(at)[: len(seen)]
-        chosen = np.flatnonzero(seen & (positions < sequence.num_fed))
-        yield Rows(positions[chosen], rows[:, torch.from_numpy(chosen)])
-
-
-def _rows(parts: Sequence[Mapping[str, Any]], site: Site) -> Tensor:
-    """(layers, positions, width) of all ranks; at attn_head each has its own heads, elsewhere all have all."""
-    mine = parts if site == "attn_head" else parts[:1]
-    return torch.cat([_tensor(part) for part in mine], -1)
-
-
-def _tensor(part: Mapping[str, Any]) -> Tensor:
-    data, dtype = bytearray(part["data"]), getattr(torch, part["dtype"])
-    shape = part["shape"]
-    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
-
-
-def _positions(at: CapturedAt) -> Ints:
-    return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
-
-
-def _reduced(values: Tensor, how: Literal["none", "mean", "last"]) -> Tensor:
-    """(positions, width), or (width,) of them; NaN where there is no position."""
-    if how == "none":
-        return values
-    if not len(values):
-        return values.new_full(values.shape[1:], torch.nan)
-    return values.mean(0) if how == "mean" else values[-1]
+def most_file_bytes(placed: PositionedPlan, shape: ModelShape) -> int:
+    """How large a file can become with what was read of one choice."""
+    read = sum(
+        (8 + 4 * shape.width(point.site)) * max(one.num_positions, 1) + _HEADER
+        for one in placed.captures
+        for point in one.points
+    )
+    read += sum((8 + 4 * len(one.heads) * one.size) * one.num_positions + _HEADER for one in placed.attended)
+    return read + MAX_CAPTURES * ((8 + 4) * placed.plan.max_fed + _HEADER)  # whatever probes there are

@@ -10,7 +10,7 @@ from whipstaff.server.prompt.vocabulary import Vocabulary
 
 MAX_TOP = 20
 DISTRIBUTIONS = ("final", "base", "unsteered", "drawn")  # of a record
-EXPLAIN_FIELD = "explain"  # of a choice
+EXPLAIN_FIELD, READINGS_FIELD = "explain", "readings"  # of a choice
 LogprobsSource = Literal["final", "base", "both"]
 
 
@@ -30,11 +30,12 @@ class ExplainParams(BaseModel):
 
 
 class ChoiceExplanations:
-    """The records of one request's choices that have not been sent."""
+    """The records of one request's choices that have not been sent: of what was done to tokens, and read of them."""
 
     def __init__(self, words: Vocabulary | None) -> None:
         self._words = words
         self._records: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._readings: dict[int, list[dict[str, Any]]] = defaultdict(list)
 
     def note(self, choice: int, record: dict[str, Any]) -> None:
         """What the engine says of a choice's next token; of one that a search chose, it is facts alone."""
@@ -44,16 +45,22 @@ class ChoiceExplanations:
             token |= self._told(token["id"])
         self._records[choice].append(record)
 
+    def note_reading(self, choice: int, position: int, values: dict[str, float]) -> None:
+        """What probes read of a choice's token there, by the number of the entry that asks for it."""
+        if values:
+            self._readings[choice].append({"position": position, "values": values})
+
     def add_to(self, body: dict[str, Any]) -> None:
         """Put records into the choices of a response, or of a chunk of one."""
         for choice in body.get("choices", ()):
             is_opening = "role" in choice.get("delta", ()) and not choice.get("finish_reason")  # before any token
-            if not is_opening and (records := self._records.pop(choice["index"], None)):
-                choice[EXPLAIN_FIELD] = records
+            if not is_opening:
+                choice |= self.take(choice["index"])
 
-    def take(self) -> list[dict[str, Any]]:
-        """The records of the only choice, of an answer that has no list of them."""
-        return self._records.pop(0, [])
+    def take(self, choice: int = 0) -> dict[str, Any]:
+        """What is to be said of one choice, by field."""
+        found = {EXPLAIN_FIELD: self._records.pop(choice, []), READINGS_FIELD: self._readings.pop(choice, [])}
+        return {name: records for name, records in found.items() if records}
 
     def _told(self, token: int) -> dict[str, Any]:
         if self._words is None or token >= self._words.num_tokens:

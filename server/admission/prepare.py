@@ -15,7 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 from whipstaff.decoding.search.search import SearchMethod
-from whipstaff.server.admission.captures import captures_of, check_beside
+from whipstaff.server.admission.captures import (
+    FORMAT_FIELD,
+    Admitted,
+    Format,
+    admit_captures,
+    check_attention,
+    check_beside,
+    check_download,
+)
 from whipstaff.server.admission.decoding import (
     MAX_DECODING,
     NOTHING,
@@ -156,9 +164,6 @@ def compile_extras(
             raise BadRequest(f"{search.method.name} has several sequences at once, and ends them itself", STOP_FIELD)
         if options.explain is not None:
             check_explained(search, options.explain, "logprobs_source" if fields.get("explain") is None else "explain")
-    captures = () if fields.get("capture") is None else captures_of(fields, caps)
-    if captures:
-        check_beside(captures, decoding, entries)
     models = decoding.models if decoding else []
     _check_soft_prompts(models, steering, entries)
     _check_lookahead(steering.entries, entries)
@@ -166,15 +171,19 @@ def compile_extras(
     plan = steering.plan if steering.entries or steering.stop else None
     if decoding and decoding.early_layers:
         plan = replace(plan or SteeringPlan(()), keeps=decoding.early_layers)
+    captures, plan = Admitted((), plan) if fields.get("capture") is None else admit_captures(fields, plan, caps)
+    if options.capture_format == "download":
+        check_download(captures, caps)
     if captures:
-        plan = replace(plan or SteeringPlan(()), captures=tuple(entry.planned for entry in captures))
+        check_beside(captures, decoding, entries)
+        check_attention(captures, _redirected(steering))
     return CompiledRequest(
         caps,
         RequestPlan(
             plan,
             decoding,
             uuid4().hex if plan and plan.num_columns else "",
-            captures_id=uuid4().hex if captures else "",
+            captures_id=uuid4().hex if plan and (plan.captures or plan.attention) else "",
         ),
         steering,
         captures,
@@ -211,7 +220,8 @@ def _options(fields: Mapping[str, Any]) -> Options:
     if explain is not None or source == "both":
         told = parsed(ExplainParams, {} if explain is None else from_json(explain, "explain"), "explain").plan
     streams_retractions = flag(fields, "stream_retractions")
-    return Options(is_temperature_last, False, told, source, streams_retractions)
+    capture_format = one_of(Format, fields, FORMAT_FIELD, "base64")
+    return Options(is_temperature_last, False, told, source, streams_retractions, capture_format=capture_format)
 
 
 def _steering(fields: Mapping[str, Any], caps: Capabilities, left_out: LeftOut) -> SequenceSteering:
@@ -282,13 +292,19 @@ def _check_lookahead(steering: Sequence[SteeringEntry], decoding: Sequence[Decod
             )
 
 
+def _redirected(steering: SequenceSteering) -> dict[int, str]:
+    """Layers in which heads look elsewhere than the model's own scores say, each with the path of the field."""
+    return {
+        layer: f"{entry.path}.{param.partition('.')[0]}"
+        for entry in steering.entries
+        for layer, param in entry.kind.redirected(entry, steering.plan).items()
+    }
+
+
 def _check_attention(steering: SequenceSteering, decoding: Sequence[DecodingEntry], last: int) -> None:
     """What the last layer attends to is computed from the model's own scores. Raises: BadRequest."""
     reading = [entry.method.name for entry in decoding if "attention" in reads(entry.method)]
-    for entry in steering.entries if reading else ():
-        method = entry.vector.method
-        if (param := entry.kind.redirected(entry, steering.plan).get(last)) is not None:
-            raise BadRequest(
-                f"{method.name} changes what the last layer attends to, and {reading[0]} reads that; leave one out",
-                f"{entry.path}.{param.partition('.')[0]}",
-            )
+    if reading and (param := _redirected(steering).get(last)) is not None:
+        raise BadRequest(
+            f"this changes what the last layer attends to, and {reading[0]} reads that; leave one out", param
+        )

@@ -4,17 +4,21 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from whipstaff.server.admission.captures import NamedSequence, Told, captured
+from torch import Tensor
+
+from whipstaff.server.admission.captured import NamedSequence, Told, captured, in_base64, tensors_of
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import computed, told
 from whipstaff.server.admission.steering import STOP_FIELD
 from whipstaff.server.plan import PlacedRequest, PositionedPlan, RequestPlan
+from whipstaff.steering.conditions import Readings
 from whipstaff.steering.fed import Fed
 from whipstaff.steering.plan import SteeringPlan
 
 RECEIPT_FIELD = "whipstaff"  # of a response
-Readings = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
+ReadBy = Callable[[str], Awaitable[list[dict[str, Any]]]]  # what a request's conditions read, by its readings_id
 Captures = Callable[[str], Awaitable[Sequence[Told]]]  # what each rank says of a request's activations, by captures_id
+Keep = Callable[[Mapping[str, Tensor]], dict[str, Any]]  # activations as a file to fetch; says what is told of it
 
 
 class Tally:
@@ -122,27 +126,51 @@ async def final_receipt(
     compiled: CompiledRequest,
     placed: Sequence[PlacedRequest],
     tally: Tally,
-    readings: Readings,
+    readings: ReadBy,
     captures: Captures,
     num_answers: int,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """What was done, once everything is generated; every prompt has so many answers."""
+    """What was done, once everything is generated; every prompt has so many answers.
+
+    Args:
+        keep: for clients who fetch what was read; None: it stands in the receipt.
+    """
     fed = tally.fed()
     if readings_id := compiled.plan.readings_id:
         found = await readings(readings_id)
         names = tally.names(num_answers)
         fed = [one._replace(columns=_taken(found, one, name)) for one, name in zip(fed, names, strict=True)]
     made = receipt(compiled, placed, fed, tally.searches)
-    if captures_id := compiled.plan.captures_id:
-        ranks = await captures(captures_id)
-        plans = [PositionedPlan(one.plan, one.num_tokens) for one in placed]
-        made["captured"] = [
-            await asyncio.to_thread(  # they may be large
-                captured, one, plans[one.choice // num_answers], compiled.captures, compiled.caps.model, ranks
-            )
-            for one in tally.sequences(num_answers)
-        ]
+    if compiled.captures:
+        ranks = await captures(compiled.plan.captures_id) if compiled.plan.captures_id else ()
+        columns = dict(zip(tally.names(num_answers), (one.columns for one in fed), strict=True))
+        told = tally.sequences(num_answers), ranks, columns
+        made |= await asyncio.to_thread(_read, compiled, placed, *told, num_answers, keep)  # may be large
     return made
+
+
+def _read(
+    compiled: CompiledRequest,
+    placed: Sequence[PlacedRequest],
+    sequences: Sequence[NamedSequence],
+    ranks: Sequence[Told],
+    columns: Mapping[str, Sequence[Readings]],
+    num_answers: int,
+    keep: Keep | None,
+) -> dict[str, Any]:
+    """What the receipt says of activations: of every choice, and of the file that has them all."""
+    plans = [PositionedPlan(one.plan, one.num_tokens) for one in placed]
+    said, whole = list[dict[str, Any]](), dict[str, Tensor]()
+    for one in sequences:
+        plan = plans[one.choice // num_answers]
+        tensors = tensors_of(one, plan, compiled.captures, compiled.caps.model, ranks, columns[one.name])
+        said.append(captured(one.choice, tensors))
+        if tensors is not None and keep is None:
+            said[-1]["safetensors"] = in_base64(tensors)
+        elif tensors is not None:
+            whole |= {f"{one.choice}.{name}": tensor for name, tensor in tensors.items()}
+    return {"captured": said} | ({"download": keep(whole)} if keep is not None and whole else {})
 
 
 def _taken(found: list[dict[str, Any]], sequence: Fed, name: str) -> list[Any]:

@@ -11,7 +11,15 @@ from typing import Any
 
 from whipstaff.decoding.method import Candidate, LogitsRewriter, Ranker
 from whipstaff.decoding.plan import DecodingPlan, Explain
-from whipstaff.server.admission.captures import CaptureEntry, captures_at_prompt, check_captures
+from whipstaff.server.admission.captures import (
+    AnyEntry,
+    Format,
+    ProbeEntry,
+    check_captures,
+    most_file_bytes,
+    probes_among,
+    reading_at_prompt,
+)
 from whipstaff.server.admission.companions import (
     PlacedCompanion,
     check_number,
@@ -50,6 +58,7 @@ class Options:
     logprobs_source: LogprobsSource = "final"
     streams_retractions: bool = False  # whether a search may tell what it may take back
     is_dry: bool = False  # whether it is only looked at
+    capture_format: Format = "base64"  # how the client gets what was read
 
     def decoding_plan(self, entries: Sequence[DecodingEntry]) -> DecodingPlan | None:
         """The entries as one plan; None if decoding is vLLM's. Raises: BadRequest."""
@@ -73,7 +82,7 @@ class CompiledRequest:
     caps: Capabilities
     plan: RequestPlan = RequestPlan()  # noqa: RUF009 - frozen
     steering: SequenceSteering = SequenceSteering()  # noqa: RUF009 - a tuple
-    captures: tuple[CaptureEntry, ...] = ()
+    captures: tuple[AnyEntry, ...] = ()
     decoding: tuple[DecodingEntry, ...] = ()
     options: Options = Options()
     limits: Mapping[str, int] = field(default_factory=dict)  # of the auxiliary models that it needs
@@ -99,7 +108,8 @@ class CompiledRequest:
     @property
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
-        return [*self.steering.vectors, *(head for entry in self.decoding for head in entry.vectors)]
+        heads = (head for entry in self.decoding for head in entry.vectors)
+        return [*self.steering.vectors, *heads, *(entry.probe for entry in probes_among(self.captures))]
 
     @property
     def asked_for(self) -> dict[str, str]:
@@ -119,11 +129,39 @@ class CompiledRequest:
         return bool(self.captures) or (bool(self.plan.readings_id) and not self.num_candidates)
 
     @property
+    def downloads(self) -> bool:
+        """Whether its client fetches what was read."""
+        return self.options.capture_format == "download"
+
+    def most_file_bytes(self, placed: Sequence[PlacedRequest], num_answers: int) -> int:
+        """How large the file with it can become, of so many answers to each prompt."""
+        plans = [PositionedPlan(one.plan, one.num_tokens) for one in placed]
+        return num_answers * sum(most_file_bytes(plan, self.caps.model) for plan in plans)
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether its prompts must be told apart: messages, tokens by their text, room for rows, other prompts."""
         steering = self.steering.plan
         clauses = [one.where for some in (steering.edits, steering.module_edits, self.captures) for one in some]
         return bool(self.decoding or self.steering.soft) or any(where.needs_prompt for where in clauses)
+
+    @property
+    def reads_along(self) -> bool:
+        """Whether its client is told what probes read, as it comes."""
+        return self.plan.steering is not None and bool(self.plan.steering.told)
+
+    def readings_by_entry(self, values: Sequence[float | None]) -> dict[str, float]:
+        """What was read of one token, by the number of the entry of `capture` that asks for it.
+
+        Args:
+            values: of the plan's `told`, in order.
+        """
+        assert self.plan.steering is not None
+        at_column = dict(zip(self.plan.steering.told, values, strict=True))
+        read = (
+            (number, at_column[one.column]) for number, one in enumerate(self.captures) if isinstance(one, ProbeEntry)
+        )
+        return {str(number): value for number, value in read if value is not None}
 
     def dry(self) -> "CompiledRequest":
         """The same, to be looked at only."""
@@ -155,8 +193,9 @@ class CompiledRequest:
         if plan.steering is not None:
             shared = self.steering
             steering, ids = steering_at_prompt(shared.plan, shared.paths, shared.soft, prompt)
-            captures = captures_at_prompt(self.captures, prompt, steering.inserts) if self.captures else ()
-            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps, captures=captures))
+            if self.captures:
+                steering = reading_at_prompt(self.captures, steering, plan.steering, prompt)
+            plan = replace(plan, steering=replace(steering, keeps=plan.steering.keeps))
         if self.decoding:
             facts = expanded(prompt, plan.steering.inserts if plan.steering else (), ids)
             entries = [entry.at_prompt(facts, prompt.index, prompt.num) for entry in self.decoding]
@@ -263,7 +302,7 @@ class CompiledRequest:
             raise Unavailable(
                 f"the conditions of the request's {num * (1 + len(further))} sequences read {read} things, and this "
                 f"server keeps {self.caps.num_histories} at once",
-                "steering",
+                "steering" if self.steering.entries else "capture",
             )
         rows = PositionedPlan(plan, prompt_len).rows.union(*(companion.rows() for companion in companions))
         wanted = sum(num_slots(row, self.caps.num_layers) for row in rows)

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from whipstaff.server import metrics
 from whipstaff.server.access.audit import Audit
+from whipstaff.server.access.capture_files import ROOT as CAPTURES
 from whipstaff.server.access.keys import HOLDER, Holder, Keyring
 from whipstaff.server.errors import MESSAGES, Forbidden, RateLimited, Unauthorized, WhipstaffError
 
@@ -82,6 +83,8 @@ def _is_open(method: str, path: str, open_: Collection[str]) -> bool:
 
 
 def _is_users(method: str, path: str) -> bool:
+    if method == "DELETE":
+        return path.startswith(f"{CAPTURES}/")  # its own
     return path.startswith(SEEN) if method in _LOOKS else method == "POST" and path in POSTS
 
 

@@ -73,6 +73,12 @@ class Deleted(BaseModel):
     deleted: Literal[True]
 
 
+class CaptureDeleted(BaseModel):
+    id: str
+    object: Literal["steering.capture"]
+    deleted: Literal[True]
+
+
 class Fit(Described):
     """A job that makes a vector."""
 

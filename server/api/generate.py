@@ -4,9 +4,10 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from whipstaff.server import metrics
+from whipstaff.server.access.capture_files import Download
 from whipstaff.server.access.keys import HOLDER, Holder
 from whipstaff.server.access.ledger import Spending
 from whipstaff.server.access.policy import Policy
@@ -44,7 +46,7 @@ from whipstaff.server.errors import (
     calling,
 )
 from whipstaff.server.names import FIELDS, that_change
-from whipstaff.server.plan import PLAN_KEY
+from whipstaff.server.plan import PLAN_KEY, PlacedRequest
 from whipstaff.server.registry.capabilities import Capabilities
 from whipstaff.server.registry.live import LiveRegistry
 from whipstaff.server.registry.presets import Preset
@@ -197,7 +199,11 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         lease = at_end.enter_context(raw.app.state.whipstaff.hold(compiled.vectors))
         timed = None if compiled.preset is None else metrics.PresetTime(compiled.preset.name)
         tally, explains, retractions = Tally(), compiled.options.explain is not None, Retractions()
-        explained = ChoiceExplanations(compiled.caps.words) if explains else None
+        explained = ChoiceExplanations(compiled.caps.words) if explains or compiled.reads_along else None
+        download = None
+        if compiled.downloads:
+            download = Download(raw.app.state.whipstaff_captures)
+            at_end.callback(download.end)
         if not compiled.is_plain:
 
             def note_search(prompt: int, record: dict[str, Any]) -> None:
@@ -205,12 +211,19 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
                 if spending is not None and compiled.searches:
                     spending.note_search(prompt, record["counts"])
 
+            def reserve(placed: Sequence[PlacedRequest]) -> None:
+                assert download is not None
+                with compiled.origins.named():
+                    download.reserve(compiled.most_file_bytes(placed, request.num_answers))
+
             notes = Notes(
                 output=tally.note,
-                token=explained.note if explained else None,
+                token=explained.note if explained and explains else None,
                 search=note_search,
                 retract=retractions.note if compiled.retracts else None,
                 sequence=tally.name_sequence if compiled.tells_sequences else None,
+                reading=partial(_note_reading, compiled, explained) if explained and compiled.reads_along else None,
+                placed=None if download is None else reserve,
             )
             request.attach(compiled, notes, lease)
         result = await form.answer(request, raw)
@@ -219,7 +232,8 @@ async def generate(request: AnyRequest, raw: Request, at_end: AsyncExitStack, fo
         """What is said at the end, in a response or the last event of a stream."""
         engine = raw.app.state.engine_client
         told = openai.readings(engine), openai.captures(engine)
-        made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1)
+        keep = None if download is None else download.fill
+        made = await final_receipt(compiled, request.placed, tally, *told, request.n or 1, keep)
         metrics.note_steering(made["steering"])
         body[RECEIPT_FIELD] = made
         num_computed = tally.num_computed([one.plan for one in request.placed])
@@ -246,6 +260,12 @@ def _add_computed(usage: dict[str, Any], num_tokens: int) -> None:
     """Let `usage` say, beside the tokens of answers, how many were computed for them."""
     details = "output_tokens_details" if "output_tokens" in usage else "completion_tokens_details"
     usage[details] = (usage.get(details) or {}) | {"computed_tokens": num_tokens}
+
+
+def _note_reading(
+    compiled: CompiledRequest, explained: ChoiceExplanations, choice: int, told: Mapping[str, Any]
+) -> None:
+    explained.note_reading(choice, told["position"], compiled.readings_by_entry(told["values"]))
 
 
 def _spending(request: AnyRequest, compiled: CompiledRequest | None, holder: Holder) -> Spending:

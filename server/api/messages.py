@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from whipstaff.server.admission.explanations import EXPLAIN_FIELD, ChoiceExplanations
+from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.api.descriptions import Message, answers
 from whipstaff.server.api.generate import JSON, Form, exchange, generate
 from whipstaff.server.api.sse import event_of, read_event
@@ -32,8 +32,7 @@ async def create_message(
 
 def add_records(body: dict[str, Any], explained: ChoiceExplanations) -> None:
     """Put what is to be said of tokens into an answer, or an event of one."""
-    if records := explained.take():
-        body[EXPLAIN_FIELD] = records
+    body |= explained.take()
 
 
 async def with_extras(

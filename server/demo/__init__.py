@@ -20,6 +20,7 @@ ENGINE: dict[str, Any] = {
 SETTINGS: dict[str, Any] = {
     "lookahead": True,
     "attention_rows": True,
+    "attention_layers": "all",
     "hidden_states": 8,
     "steering_sites": "attention",
 }

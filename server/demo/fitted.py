@@ -55,6 +55,10 @@ def pairs(the_world: world.World, rng: Random, num: int = 240) -> Lines:
         yield {"positive": told["cheerful"], "negative": told["gloomy"]}
 
 
+def many_pairs(the_world: world.World, rng: Random) -> Lines:
+    yield from pairs(the_world, rng, 600)
+
+
 def moods(the_world: world.World, rng: Random) -> Lines:
     for pair in pairs(the_world, rng, 200):
         yield {"prompt": pair["positive"], "class": "cheerful"}
@@ -192,6 +196,20 @@ FILES: dict[str, File] = {
         "heads that tell the world's facts from what is not so",
         {"template": FORM, "num_heads": 6},
         QUESTION,
+    ),
+    "moods": File(
+        "sae",
+        many_pairs,
+        "features of a sparse autoencoder, the first of which is active where the mood is cheerful",
+        SENTENCES | {"layers": "4", "features": 64},
+        steering={"features": [{"feature": 0, "add": 8}]},
+    ),
+    "moods_raised": File(
+        "lf_steering",
+        many_pairs,
+        "features of the same autoencoder that tell a cheerful mood, raised where they are active",
+        SENTENCES | {"layers": "4", "features": 64},
+        steering={"bias": 4},
     ),
     "is_cheerful": File(
         "probe",

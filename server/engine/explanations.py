@@ -4,25 +4,36 @@ Worker: `attach` lets a step's output carry them. Scheduler: `relay` moves each 
 Front end: `launch.Listening` hands it to the request before vLLM turns the output into text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from whipstaff.server.engine.patch import carry
 from whipstaff.server.engine.searches import SEARCH_KEY
 
 EXPLAIN_KEY = "whipstaff"
+READINGS = "readings"  # of what is said of a token: what probes read of the one before it
 
 
 class Explanations(Protocol):
-    """Of one step; see `worker.logits.explain`."""
+    """Of one step; see `worker.logits.explain` and `worker.edits.histories`."""
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """By request. Waits for the device."""
 
 
-def attach(output: Any, explanations: Explanations) -> Any:
-    """Let a step's output carry its explanations to the scheduler."""
-    return carry(output, "whipstaff_explanations", explanations.to_json)
+def attach(output: Any, told: Sequence[Explanations]) -> Any:
+    """Let a step's output carry what is said of its tokens to the scheduler."""
+    return carry(output, "whipstaff_explanations", partial(_together, told))
+
+
+def _together(told: Sequence[Explanations]) -> dict[str, dict[str, Any]]:
+    """By request."""
+    found: dict[str, dict[str, Any]] = {}
+    for some in told:
+        for name, said in some.to_json().items():
+            found[name] = found.get(name, {}) | said
+    return found
 
 
 def relay(explained: Mapping[str, Any], by_client: Mapping[int, Any]) -> None:

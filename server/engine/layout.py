@@ -42,6 +42,7 @@ class Layout(BaseModel):
     looks_ahead: bool = False  # whether tokens can be tried before one is chosen; see `lookahead`
     reads_attention: bool = False  # whether what the last layer attends to can be read; see `last_attention`
     num_hidden_states: int = 0  # sequences whose hidden states are kept whole; see `hidden_histories`
+    attention_layers: tuple[int, ...] = ()  # of which it can be told what their heads look at
     capture_layers: tuple[int, ...] = ()  # whose activations can be captured, at all sites
     max_capture_bytes: int = 0  # of activations that are captured at once, counted as float32
     has_plain_form: bool = True  # whether steps without edits run the model without sites; see `forms`

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from whipstaff.server import metrics
-from whipstaff.server.admission.captures import NamedSequence, rows_read
+from whipstaff.server.admission.captured import NamedSequence, rows_read
 from whipstaff.server.engine.frontend.activations import Read, Told, read_activations
 from whipstaff.server.engine.frontend.launch import Engine
 from whipstaff.steering.errors import SteeringError

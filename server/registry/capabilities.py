@@ -33,6 +33,8 @@ class Capabilities(Served):
     num_hidden_states: int = 0  # requests whose hidden states are kept at once
     capture_layers: frozenset[int] = frozenset()  # whose activations can be captured
     max_capture_bytes: int = 0  # of activations that are captured at once, counted as float32
+    attention_layers: frozenset[int] = frozenset()  # of which it can be told what their heads look at
+    keeps_captures: bool = False  # whether what is captured can be had as a file to fetch
     max_search_seqs: int = 1 << 30  # sequences that all searches may have at once
     num_drafts: int = 0  # tokens that are drafted at once for a sequence
     presets: Mapping[str, Preset] = field(default_factory=dict)

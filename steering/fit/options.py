@@ -40,7 +40,10 @@ class Options(BaseModel):
     rows: int | None = Field(None, ge=1, le=1024, description="rows that are put before a prompt")
     text: str | None = Field(None, min_length=1, description="words whose embeddings the rows begin as")
     assistant: str | None = Field(None, description="the model that is deferred to, a folder or a name on the hub")
-    l1: float | None = Field(None, ge=0, description="how much the size of scalings costs, where heads are chosen")
+    l1: float | None = Field(None, ge=0, description="how much the size of scalings, or of features, costs")
+    features: int | None = Field(None, ge=2, le=1 << 20, description="features of an autoencoder")
+    num_features: int | None = Field(None, ge=1, le=64, description="how many features are chosen")
+    tokens: int | None = Field(None, ge=1, le=4096, description="last tokens of each text that it is learned from")
     scale: float | None = Field(None, description="the file's default strength")
 
     @field_validator("read")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from whipstaff.steering.fit import contrast, experts, icl, learned, learned_heads, refusal, truth
+from whipstaff.steering.fit import autoencoder, contrast, experts, icl, learned, learned_heads, refusal, truth
 from whipstaff.steering.fit.data import Item
 from whipstaff.steering.fit.job import Fitted, Job, Recipe
 from whipstaff.steering.fit.render import Rendered
@@ -40,6 +40,18 @@ RECIPES: dict[str, Recipe] = {
         ),
         _contrast(
             "mote", "experts of one class of prompts, switched off", experts.mote, "experts", example=_last_prompt
+        ),
+        _contrast(
+            "sae",
+            "features of one layer, first those that tell the classes apart",
+            autoencoder.sae,
+            *("features", "tokens", "steps", "lr", "l1"),
+        ),
+        _contrast(
+            "lf_steering",
+            "the same features, those that tell the classes apart raised where they are active",
+            autoencoder.lf_steering,
+            *("features", "num_features", "tokens", "steps", "lr", "l1"),
         ),
         Recipe(
             "iti",

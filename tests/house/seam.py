@@ -39,7 +39,7 @@ LAID_OVER: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),
-    "worker.logits.last_attention.WatchedAttention": (
+    "worker.attention_rows.WatchedAttention": (
         "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
     ),

@@ -55,6 +55,19 @@ def heaviest(found: list[psutil.Process]) -> psutil.Process:
     return max(found, key=lambda process: process.memory_info().rss)
 
 
+def files_of(server: Server) -> Path:
+    """The folder of what was read, in which there is a file."""
+    body = LONG | {"max_tokens": 2, "capture": {"layers": [1]}, "capture_format": "download"}
+    with server.client() as http:
+        answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    (alive,) = [
+        Path(one.path) for one in psutil.Process(server.process.pid).open_files() if one.path.endswith("/alive")
+    ]
+    assert (alive.parent / f"{answer.json()['whipstaff']['download']['id']}.safetensors").exists()
+    return alive.parent
+
+
 def until(what: Any) -> None:
     deadline = time.monotonic() + PATIENCE
     while not what():
@@ -119,11 +132,12 @@ def admitted(now: Samples) -> float:
 def test_two_api_servers_end_together_when_their_patience_does(tmp_path: Path) -> None:
     flags = ("--api-server-count", "2", "--drain-timeout", "0.3")
     with serving(tmp_path, *flags, *ROOM) as server, ExitStack() as stack:
+        files = files_of(server)
         running = [stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS) * 2]
         server.process.send_signal(signal.SIGTERM)
         for events in running:
             assert_broken_off(events, "the server is shutting down")
-        assert ended(server)[0] == 0
+        assert ended(server)[0] == 0 and not files.exists()
 
 
 @pytest.mark.parametrize(("count", "victim"), [("1", "Worker"), ("2", "EngineCore")])
@@ -132,7 +146,7 @@ def test_a_dead_process_of_the_engine_ends_the_server_and_everybody_is_told_why(
 ) -> None:
     flags = ("--api-server-count", count, *(("--distributed-executor-backend", "mp") if victim == "Worker" else ()))
     with serving(tmp_path, *flags, *ROOM) as server, ExitStack() as stack:
-        core = engine(server)
+        core, files = engine(server), files_of(server)
         process = core if victim == "EngineCore" else heaviest(core.children())
         running = [stack.enter_context(streaming(server, body)) for body in (ENDLESS, STEERED_ENDLESS)]
         os.kill(process.pid, signal.SIGKILL)
@@ -142,3 +156,4 @@ def test_a_dead_process_of_the_engine_ends_the_server_and_everybody_is_told_why(
         status, last = ended(server)
         assert status == ENGINE_DIED and time.monotonic() - killed < 30
         assert "whipstaff: the engine died: " in last and "signal 9" in last, last
+        assert not files.exists()

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -83,6 +83,7 @@ class EngineUnderTest:
         max_search_seqs: int | None = None,
         attention_rows: bool = False,
         hidden_states: int = 0,
+        attention_layers: Sequence[int] = (),
         **flags: Any,
     ):
         defaults = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
@@ -91,6 +92,7 @@ class EngineUnderTest:
         self._thread.start()
         args = AsyncEngineArgs(model=model, **defaults | flags)
         reads: dict[str, Any] = {"attention_rows": attention_rows, "hidden_states": hidden_states}
+        reads["attention_layers"] = attention_layers
         setup = Setup(aux, num_slots, vectors, sites, lookahead=lookahead, max_search_seqs=max_search_seqs, **reads)
         with warm_processes():
             self.engine: Engine = self.run(self._start(args, setup))

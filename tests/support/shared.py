@@ -44,7 +44,7 @@ def serving_all(folder: Path) -> Iterator[Server]:
     flags = [
         *("--vectors", str(folder / "heads"), "--vectors", str(folder / "soft")),
         *(word for name in PRESETS for word in ("--presets", str(folder / f"{name}.json"))),
-        *("--lookahead", "--attention-rows", "--hidden-states", "3"),
+        *("--lookahead", "--attention-rows", "--attention-layers", "0,2", "--hidden-states", "3"),
     ]
     with serving(folder, *flags) as running:
         yield running

@@ -26,7 +26,7 @@ from whipstaff.decoding.plan import Rewrite
 from whipstaff.server import plan as plans
 from whipstaff.server.engine import UnsupportedEngine, causes
 from whipstaff.server.engine.config import auxiliary_config, max_tokens, require_eager_attention
-from whipstaff.server.engine.explanations import EXPLAIN_KEY
+from whipstaff.server.engine.explanations import EXPLAIN_KEY, READINGS
 from whipstaff.server.engine.frontend import tracing
 from whipstaff.server.engine.frontend.answers import Answers
 from whipstaff.server.engine.layout import AuxiliarySpec, Layout
@@ -60,7 +60,8 @@ class PlanDict(dict[str, Any]):
     number of a sequence and what is said of its next token, where the plan asks for that; `lease` is of the vectors
     that the plan names; `answers` makes the request's answers of what the engine generates, where they are not just
     that; `asked` is what its span says where requests are traced; `named` is called with the number of each of its
-    sequences and the engine's name for it.
+    sequences and the engine's name for it; `read` with the number of a sequence and what probes read of its last token,
+    as it comes, where the plan asks for that.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class PlanDict(dict[str, Any]):
         answers: Answers | None = None,
         asked: Mapping[str, Any] | None = None,
         named: Callable[[int, str], None] | None = None,
+        read: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__(wire)
-        self.label, self.named = str(wire["label"]), named
+        self.label, self.named, self.read = str(wire["label"]), named, read
         self._generated: Counter[int] = Counter()  # tokens, by the number of the sequence
         self.note, self.explained, self.lease, self.answers = note, explained, lease, answers
         self.asked = asked or {}
@@ -228,6 +230,8 @@ class Listening(Swapped):
             plan.named(request_index, request.request_id)
         if plan.explained is not None:
             state.whipstaff_explained = partial(plan.explained, request_index)
+        if plan.read is not None:
+            state.whipstaff_read = partial(plan.read, request_index)
         if self.tracing_enabled:
             state.whipstaff_plan = plan
 
@@ -241,7 +245,10 @@ class Listening(Swapped):
             if output.kv_transfer_params and (told := output.kv_transfer_params.pop(EXPLAIN_KEY, None)) is not None:
                 output.kv_transfer_params = None
                 state = self.request_states.get(output.request_id)  # None: it was aborted just now
-                if (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
+                read = told.pop(READINGS, None)
+                if read is not None and (note := getattr(state, "whipstaff_read", None)) is not None:
+                    note(read)
+                if told and (hear := getattr(state, "whipstaff_explained", None)) is not None:  # searches tell unasked
                     hear(told)
                 if not (output.new_token_ids or output.finished or DRAFT_KEY in told):
                     heard.add(index)
@@ -273,6 +280,8 @@ class Setup:
     hidden_states: int = 0  # sequences whose hidden states can be kept whole: `hidden_histories`
     capture_layers: EarlyLayers = None  # whose activations requests may read, at all sites: `worker.edits.captures`
     max_capture_bytes: int = CAPTURE_BYTES  # of activations that are read at once, counted as float32
+    attention_layers: Sequence[int] | Literal["all"] = ()
+    """Of which requests may be told what their heads look at: `worker.attention_rows`."""
     one_form: bool = False  # whether steps in which nothing is edited go through the sites, too: `edits.forms`
 
 
@@ -316,8 +325,9 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
     _refuse_drafts(config, setup)
     if setup.lookahead:
         _refuse_lookahead(config)
-    if setup.attention_rows:
-        _refuse_attention_rows(config)
+    for flag, is_on in (("--attention-rows", setup.attention_rows), ("--attention-layers", setup.attention_layers)):
+        if is_on:
+            _refuse_attention_rows(config, flag)
     if setup.hidden_states:
         _refuse_hidden_states(config)
     specs = tuple(_auxiliary_spec(config, name, model) for name, model in setup.auxiliaries)
@@ -344,6 +354,7 @@ def configure(config: VllmConfig, setup: Setup = Setup()) -> Layout:
         looks_ahead=setup.lookahead,
         max_search_seqs=min(most, setup.max_search_seqs or max(most // 2, MIN_SEARCH_SEQS)),
         reads_attention=setup.attention_rows,
+        attention_layers=_named_layers("--attention-layers", setup.attention_layers, shape.num_layers),
         num_hidden_states=setup.hidden_states,
         max_capture_bytes=setup.max_capture_bytes,
         has_plain_form=not setup.one_form,
@@ -386,9 +397,13 @@ def _capture_layers(wanted: EarlyLayers, config: VllmConfig, layout: Layout) -> 
     if wanted is None:
         of_one = max_tokens(config) * sum(map(layout.shape.width, layout.sites)) * config.model_config.dtype.itemsize
         return tuple(range(num)) if of_one * num <= EARLY_BUDGET else ()
+    return _named_layers("--capture-layers", wanted, num)
+
+
+def _named_layers(flag: str, wanted: Sequence[int] | Literal["all"], num: int) -> tuple[int, ...]:
     layers = tuple(range(num)) if wanted == "all" else tuple(sorted(set(wanted)))
     if outside := [layer for layer in layers if layer >= num]:
-        raise UnsupportedEngine(f"--capture-layers {outside[0]}: the served model has blocks 0 to {num - 1}")
+        raise UnsupportedEngine(f"{flag} {outside[0]}: the served model has blocks 0 to {num - 1}")
     return layers
 
 
@@ -477,14 +492,14 @@ def _refuse_lookahead(config: VllmConfig) -> None:
     _refuse("--lookahead", refused)
 
 
-def _refuse_attention_rows(config: VllmConfig) -> None:
+def _refuse_attention_rows(config: VllmConfig, flag: str) -> None:
     """Where one rank does not see all keys, or the layer not all tokens."""
     refused = {
         "a model with an encoder": config.model_config.is_encoder_decoder,
         "--decode-context-parallel-size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
     }
-    _refuse("--attention-rows", refused)
+    _refuse(flag, refused)
 
 
 def _refuse_hidden_states(config: VllmConfig) -> None:

@@ -36,6 +36,7 @@ from whipstaff.server.plan import PlacedRequest, Scoring
 from whipstaff.server.prompt.message_spans import Chat, Prompt
 from whipstaff.server.prompt.prompt_source import LocateChat, PromptSource
 
+T = TypeVar("T")
 Render = Callable[[Sequence[Any], bool], str]  # of messages, as a prompt or as they stand in one
 NoteToken = Callable[[int, dict[str, Any]], None]
 Expect = Callable[[list[tuple[int, list[int], int]]], None]
@@ -51,6 +52,9 @@ class Notes(NamedTuple):
     retract: Callable[[int, int], None] | None = None
     """The number of a choice, how many of its last characters are taken back, before anything more is streamed."""
     sequence: Callable[[int, str], None] | None = None  # the number of a choice, the engine's name for its sequence
+    reading: NoteToken | None = None  # the number of a choice, what probes read of its last token
+    placed: Callable[[Sequence[PlacedRequest]], None] | None = None
+    """The request in its prompts, before anything is scheduled; may raise an exception that answers the client."""
 
 
 UNHEARD = Notes()
@@ -93,7 +97,12 @@ class Extras(BaseModel):
         None, description='{"top": k, "unsteered": false, "drawn": false}: say of each token what was done to it'
     )
     capture: Any = Field(
-        None, description='[{"site": "resid_post", "layers": [l]}]: read activations; also where, reduce, edited, dtype'
+        None,
+        description='[{"site": "resid_post", "layers": [l]}, {"probe": name}, {"attention": {"l": [heads]}}]: '
+        "read these; also where, reduce, edited, dtype",
+    )
+    capture_format: Any = Field(
+        None, description='"base64" (default): what was read stands in the answer, or "download": in a file to fetch'
     )
     stop_when: Any = Field(
         None, description='{"probe": name, "above": x} or "below": end at the first token where the probe reads that'
@@ -298,6 +307,8 @@ class Extras(BaseModel):
             if placed.ids is not None:
                 one["prompt_token_ids"] = placed.ids
             self._placed.append(placed)
+        if self._notes.placed is not None:
+            self._notes.placed(self._placed)
         is_capped = any(placed.max_tokens < most_tokens(placed.num_tokens) for placed in self._placed)
         return min(placed.max_tokens for placed in self._placed) if is_capped else None
 
@@ -341,16 +352,17 @@ class Extras(BaseModel):
             assert note_token is not None
             note_token(first + choice, placed.by_client_names(record))
 
-        def named(choice: int, name: str) -> None:
-            assert self._notes.sequence is not None
-            self._notes.sequence(first + choice, name)
-
         told = None if note_token is None else explained
         answers = self._answers(index, params, told)
         watching = told if answers is None else answers.explained
         compiled, note = self._compiled, None if self._notes.output is None else partial(self._notes.output, index)
         own = note, watching, self._lease, answers, compiled.asked
-        return PlanDict(placed.to_wire(params), *own, None if self._notes.sequence is None else named)
+        return PlanDict(
+            placed.to_wire(params),
+            *own,
+            _at_choice(self._notes.sequence, first),
+            _at_choice(self._notes.reading, first),
+        )
 
     def _answers(self, index: int, params: SamplingParams, told: NoteToken | None) -> Answers | None:
         """What makes the answers of a prompt; None where they are just what the engine generates."""
@@ -406,6 +418,11 @@ def _images(prompt: Any) -> list[list[tuple[int, int]]]:
     """[start, end) of the tokens of each image of one of vLLM's prompts."""
     places = prompt["mm_placeholders"].get("image", ())
     return [[(first, last + 1) for first, last in place.extract_embeds_range()] for place in places]
+
+
+def _at_choice(note: Callable[[int, T], None] | None, first: int) -> Callable[[int, T], None] | None:
+    """Takes the number of a prompt's answer, for what takes that of a choice."""
+    return None if note is None else lambda answer, said: note(first + answer, said)
 
 
 def blaming(body: Any, handler: Callable[[Any], Any]) -> Any:

@@ -18,9 +18,9 @@ from whipstaff.decoding.methods.opera_lite import OperaLiteParams, OperaLiteSett
 from whipstaff.decoding.mix import Mix
 from whipstaff.decoding.plan import DecodingPlan, Explain, Rewrite
 from whipstaff.server.engine.frontend.launch import Engine, PlanDict
-from whipstaff.server.plan import PLAN_KEY, RequestPlan
+from whipstaff.server.plan import PLAN_KEY, PositionedPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Edit, ModuleEdit, PlannedEdit, PlannedModuleEdit, SteeringPlan
+from whipstaff.steering.plan import Edit, ModuleEdit, PlannedAttention, PlannedEdit, PlannedModuleEdit, SteeringPlan
 from whipstaff.steering.served import ModuleAbilities
 from whipstaff.steering.shape import ModelShape, Site
 from whipstaff.steering.vector_file import Header, packed, without_file
@@ -104,6 +104,8 @@ async def self_test(engine: Engine, auxiliaries: list[str]) -> AsyncIterator[Fin
         yield await _try_ahead(engine, shape, plain)
     if engine.layout.reads_attention:
         yield await _try_attention(engine, plain)
+    async for finding in _try_attended(engine, shape, plain):
+        yield finding
     if engine.layout.looks_ahead and engine.layout.num_hidden_states:
         yield await _try_history(engine, plain)
     for name in auxiliaries:
@@ -155,6 +157,25 @@ async def _try_attention(engine: Engine, plain: list[dict[int, float]]) -> Findi
         read.append([fact["penalty"] for fact in facts])
     differs = all(one != other for one, other in zip(*read[:2], strict=True))
     return Finding("attention of the last layer", len(read[0]) == _NUM_TOKENS and differs, shown[2] == plain)
+
+
+async def _try_attended(engine: Engine, shape: ModelShape, plain: list[dict[int, float]]) -> AsyncIterator[Finding]:
+    """No head of a layer that can be told of may look at everything alike, as by a query of zeros; and telling must
+    change nothing."""
+    where, heads = Where(prompt=[(-1, None)]), tuple(range(shape.num_heads))
+    looks = tuple(PlannedAttention(layer, heads, where) for layer in engine.layout.attention_layers)
+    captures_id = f"self-test-{uuid4()}"
+    plan = RequestPlan(SteeringPlan((), attention=looks), captures_id=captures_id, max_fed=_PROMPT_LEN)
+    if not looks or PositionedPlan(plan, _PROMPT_LEN).capture_bytes(shape) > engine.layout.max_capture_bytes:
+        return
+    shown = await _log_probabilities(engine, plan)
+    told = await engine.collective_rpc("whipstaff_captures", args=(captures_id,))
+    for number, look in enumerate(looks):
+        parts = [part[number] for rank in told for part in rank.values()]
+        rows = [torch.frombuffer(bytearray(part["data"]), dtype=torch.float32) for part in parts]
+        heads_seen = torch.cat([row.view(-1, _PROMPT_LEN) for row in rows])
+        differs = len(heads_seen) == shape.num_heads and bool((heads_seen.amax(1) > heads_seen.amin(1)).all())
+        yield Finding(f"attention of layer {look.layer}", differs, shown == plain)
 
 
 async def _try_history(engine: Engine, plain: list[dict[int, float]]) -> Finding:

@@ -1,6 +1,6 @@
 """What a worker does in a step is built whole, once its model is loaded: from the parts that this server has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from whipstaff.server.engine.config import max_tokens
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.worker import runner_v1, runner_v2
+from whipstaff.server.engine.worker.attention_rows import AttentionRows, BlockTables, attention_of
 from whipstaff.server.engine.worker.auxiliary import Auxiliary
 from whipstaff.server.engine.worker.edits.captures import Captures
 from whipstaff.server.engine.worker.edits.forms import Forms, add_plain_form, classes_of
@@ -50,8 +51,9 @@ def build_step(
         settle_adapters(runner, model)
     auxiliaries = [Auxiliary(spec, config, runner.device) for spec in layout.auxiliaries]
     requests, adapters = Requests(), StepAdapters(runner)
-    edits = _edits(model, runner.device, config, layout, requests, vector_of)
     adapter = runner_v2 if is_v2(runner) else runner_v1
+    attended = {layer: _attention_rows(model, layer, runner, adapter.block_tables) for layer in layout.attention_layers}
+    edits = _edits(model, runner.device, config, layout, requests, vector_of, attended)
     attention = (
         LastAttention(model, runner, max_tokens(config), adapter.block_tables) if layout.reads_attention else None
     )
@@ -90,7 +92,23 @@ def _histories(layout: Layout, config: Any, device: Any) -> HiddenHistories | No
     return HiddenHistories(layout.num_hidden_states, layout.max_len, max_tokens(config), size, dtype, device)
 
 
-def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Requests, vector_of: VectorOf) -> StepEdits:
+def _attention_rows(model: Any, layer: int, runner: Any, block_tables: BlockTables) -> AttentionRows:
+    """Raises: UnsupportedEngine."""
+    config = runner.vllm_config
+    flag = f"--attention-layers {layer}"
+    attention = attention_of(model, layer, config.model_config.max_model_len, config.model_config.dtype, flag)
+    return AttentionRows(attention, f"layer {layer}", runner, max_tokens(config), block_tables)
+
+
+def _edits(
+    model: Any,
+    device: Any,
+    config: Any,
+    layout: Layout,
+    requests: Requests,
+    vector_of: VectorOf,
+    attended: Mapping[int, AttentionRows],
+) -> StepEdits:
     num_tokens, model_config, forms = max_tokens(config), config.model_config, Forms()
     classes = classes_of(model)
     token_table = TokenTable(num_tokens, device)
@@ -101,7 +119,7 @@ def _edits(model: Any, device: Any, config: Any, layout: Layout, requests: Reque
         token_table,
         histories,
         sites,
-        captures=Captures(requests, sites.arenas, layout.max_capture_bytes),
+        captures=Captures(requests, sites.arenas, layout.max_capture_bytes, attended),
         soft_rows=install_soft_rows(model, model_config, num_tokens, device, vector_of),
         module_edits=ModuleEdits(
             model,

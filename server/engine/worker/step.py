@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whipstaff.server.engine.explanations import attach
+from whipstaff.server.engine.explanations import Explanations, attach
 from whipstaff.server.engine.patch import carry
 from whipstaff.server.engine.searches import attach_verdicts
 from whipstaff.server.engine.step_notes import CacheUse, GroupUse, SlotUse, StepNotes
@@ -96,7 +96,7 @@ class WorkerStep:
         for request, new in self.requests.take(arrivals):
             if request.placed.num_columns:
                 self.edits.histories.add(request)
-            if request.placed.captures:
+            if request.placed.captures or request.placed.attended:
                 self.edits.captures.add(request)
             self.pipeline.add(request, new)
 
@@ -107,6 +107,7 @@ class WorkerStep:
         if not self.is_plain:
             self.pipeline.begin_step(view, input_ids)
             self.edits.begin_step(view, input_ids)
+            self.edits.captures.begin_step()
 
     def end_forward(self) -> None:
         self.is_in_forward = False
@@ -139,8 +140,12 @@ class WorkerStep:
             output = attach_verdicts(output, verdicts)
         if output is not None and self.edits.histories.watched:
             output = carry(output, "whipstaff_stops", self.edits.histories.stops().on_host)
-        explanations = self.pipeline.take_explanations()
-        return output if output is None or explanations is None else attach(output, explanations)
+        told: list[Explanations] = []
+        if (explanations := self.pipeline.take_explanations()) is not None:
+            told.append(explanations)
+        if output is not None and self.edits.histories.telling:
+            told.append(self.edits.histories.take_told())
+        return output if output is None or not told else attach(output, told)
 
     def _forget_rejected(self, num_drafts: Ints, output: Any) -> None:
         """What was read or captured of drafts that are no tokens of their requests. Where these go on, the tokens that

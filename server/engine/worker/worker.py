@@ -47,6 +47,8 @@ class SteeredWorker:
             self._step.edits.module_edits.attention.learn_layouts()
         if self._step.pipeline.attention is not None:
             self._step.pipeline.attention.learn_layout()
+        for attention in self._step.edits.captures.attention.values():
+            attention.learn_layout()
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         took = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
@@ -129,8 +131,9 @@ class SteeredWorker:
     def whipstaff_captures(self, captures_id: str) -> dict[str, list[dict[str, Any]]]:
         """The activations that a request asked for, by the engine's name of each of its sequences, for each of its
         entries: {"data": the bytes of (points, positions, width), "shape", "dtype", "seen": a byte for each position,
-        whether it was computed}. At sites whose heads are sharded it is this rank's part. They are told once; empty
-        when nobody has that id, or not any more."""
+        whether it was computed}; then likewise for each layer whose attention is told, its width being heads times the
+        positions that can be looked at. Where heads are sharded it is this rank's part. They are told once; empty when
+        nobody has that id, or not any more."""
         return self._step.edits.captures.take(captures_id)
 
     def whipstaff_note_proven(self, facts: Any) -> None:

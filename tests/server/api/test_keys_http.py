@@ -30,6 +30,7 @@ ASK: dict[str, Any] = {"model": MODEL, "prompt": "def main(", "max_tokens": 8, "
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 8}
 NUM_BODIES, NUM_EXAMPLES, PHASES = (10_000, 200, "coverage,fuzzing") if SOAK else (500, 10, "fuzzing")
 NUM_FLOOD = 300
+NUM_FILES = 2  # --max-downloads
 PATIENCE = 60.0  # seconds
 GONE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,6 +77,7 @@ def server(root: Path) -> Iterator[Server]:
     presets = ("--presets", str(root / "quiet.json"), "--presets", str(root / "loud.json"))
     own = ("--keys", str(root / "keys.json"), "--audit-log", str(root / "audit.jsonl"), "--registry", str(root / "r"))
     reads = ("--lookahead", "--attention-rows", "--hidden-states", "1")
+    reads = (*reads, "--max-downloads", str(NUM_FILES), "--download-seconds", "3600")
     with serving(root / "served", *presets, *own, *reads, has_key=False) as running:
         yield running
 
@@ -144,6 +146,45 @@ def test_a_policy_is_all_that_its_key_sees(server: Server) -> None:
             assert_refused(http.request(method, path), 403, None)
     with as_(server, "mild-key") as http:
         assert_refused(complete(http, steering=PUSH), 400, "steering.scale")
+
+
+DOWNLOAD: dict[str, Any] = {"capture": {"layers": [1]}, "capture_format": "download"}
+
+
+def test_what_was_read_is_its_keys_and_an_administrators(server: Server, root: Path) -> None:
+    with as_(server, "all-key") as http, as_(server, "mild-key") as other, as_(server, "root-key") as admin:
+        answers = [ok(complete(http, **DOWNLOAD, max_tokens=3 + index)) for index in range(NUM_FILES)]
+        urls = [answer["whipstaff"]["download"]["url"] for answer in answers]
+        full = complete(other, **DOWNLOAD)
+        assert_refused(full, 429, None)
+        assert int(full.headers["retry-after"]) > 60 and "capture_format" in full.json()["error"]["message"]
+        for method in ("GET", "DELETE"):
+            assert_refused(other.request(method, urls[0]), 403, "id")
+        assert http.get(urls[0]).content == admin.get(urls[0]).content != http.get(urls[1]).content
+        ok(http.delete(urls[0]))
+        ok(admin.delete(urls[1]))
+        assert_refused(other.get(urls[0]), 404, "id")
+        ok(other.delete(ok(complete(other, **DOWNLOAD))["whipstaff"]["download"]["url"]))
+    said = [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()]
+    told = [(one["key"], one.get("object"), one["status"]) for one in said if one.get("method") == "DELETE"]
+    names = [url.rpartition("/")[2] for url in urls]
+    assert ("all", names[0], 200) in told and ("root", names[1], 200) in told
+    assert any(one["key"] == "mild" and one["status"] == 403 and one.get("method") == "GET" for one in said)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_leaves_no_room_taken(server: Server, stream: bool) -> None:
+    with as_(server, "root-key") as http:
+        for _ in range(NUM_FILES + 1):
+            with server.held(), pytest.raises(httpx.ReadTimeout):
+                body = ASK | DOWNLOAD | {"stream": stream, "max_tokens": 400, "ignore_eos": True}
+                with http.stream("POST", "/v1/completions", json=body, timeout=2) as answer:
+                    answer.read()
+        deadline = time.monotonic() + PATIENCE
+        while (answer := complete(http, **DOWNLOAD)).status_code == 429:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ok(http.delete(ok(answer)["whipstaff"]["download"]["url"]))
 
 
 def test_a_forced_preset_holds_by_whatever_name(server: Server) -> None:

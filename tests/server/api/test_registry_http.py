@@ -89,6 +89,18 @@ def process_behind(client: httpx.Client, server: Server) -> int:
     raise AssertionError("no process has that connection")
 
 
+def test_what_was_read_is_fetched_from_any_process(clients: list[httpx.Client], server: Server) -> None:
+    first, second = clients
+    body = {"model": MODEL, "prompt": "def main(", "max_tokens": 4, "capture": {"layers": [1]}}
+    said = ok(first.post("/v1/completions", json=body | {"capture_format": "download"}))["whipstaff"]["download"]
+    assert len(second.get(said["url"]).content) == said["bytes"]
+    by_admin = httpx.get(f"{server.url}{said['url']}", headers=BEARER)
+    assert by_admin.status_code == 200 and len(by_admin.content) == said["bytes"]
+    assert ok(second.delete(said["url"]))["deleted"]
+    for client in clients:
+        assert_refused(client.get(said["url"]), 404, "id")
+
+
 class Reference:
     """What steering by an uploaded vector should come to, in plain transformers."""
 

@@ -112,6 +112,10 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert not own.attention_rows and own.hidden_states == 0
     _, own = cli.parse("serve", ["some/model", "--attention-rows", "--hidden-states", "3"])
     assert own.attention_rows and own.hidden_states == 3
+    assert own.attention_layers == [] and (own.max_downloads, own.download_seconds) == (64, 600)
+    reads = ("--attention-layers", "2,0", "--max-downloads", "0", "--download-seconds", "1.5")
+    _, own = cli.parse("serve", ["some/model", *reads])
+    assert own.attention_layers == [0, 2] and (own.max_downloads, own.download_seconds) == (0, 1.5)
 
 
 def test_the_admin_key_is_nowhere_that_vllm_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 MAX_LEN = 128  # that the engine of `ahead` takes
+ATTENDED = (0, 1, 2)  # layers of which it can tell what their heads look at; the last is read by methods, too
 
 
 @dataclass
@@ -108,6 +109,7 @@ def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         [("other", other)],
         lookahead=True,
         attention_rows=True,
+        attention_layers=ATTENDED,
         hidden_states=2,
         skip_tokenizer_init=True,
         max_model_len=MAX_LEN,

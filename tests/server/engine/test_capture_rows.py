@@ -1,8 +1,8 @@
 """Captured rows are put where their positions are, however a step's tokens come; nothing is left behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from soak import tries
 from torch import Tensor
 
-from whipstaff.server.engine.worker.batch import BatchView
+from whipstaff.server.admission.captured import NamedSequence, attention_read
+from whipstaff.server.engine.worker.batch import BatchView, Ints
+from whipstaff.server.engine.worker.edits import captures
 from whipstaff.server.engine.worker.edits.captures import Captures, arenas_of
 from whipstaff.server.engine.worker.requests import Arrival, Requests
 from whipstaff.server.plan import PositionedPlan, RequestPlan
 from whipstaff.steering.method import HookPoint
-from whipstaff.steering.plan import Capture, PlannedCapture, SteeringPlan
+from whipstaff.steering.plan import Capture, PlannedAttention, PlannedCapture, SteeringPlan
 from whipstaff.steering.tables import SiteSpec
 from whipstaff.steering.where import Where
 
@@ -34,6 +36,45 @@ READS = [
 ]
 
 
+LOOKS = [
+    (),
+    (PlannedAttention(1, (2, 0), Where.of("all")),),
+    (
+        PlannedAttention(0, (1,), Where(prompt=[(1, 3), (-1, None)], generation=[(1, None)])),
+        PlannedAttention(1, (0, 1, 2), Where.of("generation")),
+    ),
+]
+NUM_HEADS = 3
+
+
+class Attended:
+    """A layer whose heads look at known numbers."""
+
+    num_heads = NUM_HEADS
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.names: list[str] = []  # of the step's rows
+        self.most = 0  # probabilities at once
+
+    def own(self, heads: Sequence[int]) -> list[int]:
+        return sorted(heads)
+
+    def of_tokens(self, tokens: Ints, rows: Ints, positions: Ints) -> Tensor:
+        assert len(set(tokens.tolist())) == len(tokens)
+        found = torch.zeros(len(rows), NUM_HEADS, int(positions.max()) + 1)
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            for head in range(NUM_HEADS):
+                found[index, head, : position + 1] = looked(self.names[row], int(position), self.layer, head)
+        self.most = max(self.most, found.numel())
+        return found
+
+
+def looked(name: str, position: int, layer: int, head: int) -> Tensor:
+    """(position + 1,) how much a head looks at what there is."""
+    return 1 + 1000 * int(name) + 100 * position + 10 * layer + head + torch.arange(position + 1) / 32
+
+
 def value(name: str, position: int, point: HookPoint) -> Tensor:
     """What stands there at that position of a request."""
     number = 1000 * int(name) + 10 * position + point.layer
@@ -47,12 +88,21 @@ class Bench:
         self.requests = Requests()
         specs = [SiteSpec(point, 0, width) for point, width in WIDTHS.items()]
         self.arenas = arenas_of(specs, ROOM, torch.float32, CPU)
-        self.captures = Captures(self.requests, self.arenas, max_bytes)
+        self.attended = {layer: Attended(layer) for layer in range(2)}
+        self.captures = Captures(self.requests, self.arenas, max_bytes, cast(Any, self.attended))
 
-    def arrive(self, name: str, reads: tuple[PlannedCapture, ...], num_prompt: int, max_fed: int) -> None:
-        plan = RequestPlan(SteeringPlan((), captures=reads), captures_id=f"id {name}", max_fed=max_fed)
+    def arrive(
+        self,
+        name: str,
+        reads: tuple[PlannedCapture, ...],
+        num_prompt: int,
+        max_fed: int,
+        looks: tuple[PlannedAttention, ...] = (),
+    ) -> None:
+        steering = SteeringPlan((), captures=reads, attention=looks)
+        plan = RequestPlan(steering, captures_id=f"id {name}", max_fed=max_fed)
         for request, _ in self.requests.take([Arrival(name, PositionedPlan(plan, num_prompt))]):
-            if reads:
+            if reads or looks:
                 self.captures.add(request)
 
     def step(self, *fed: tuple[str, int, int]) -> None:
@@ -65,6 +115,8 @@ class Bench:
                     for offset in range(num):
                         rows[first + offset] = value(name, position + offset, point)
         names = [name for name, _, _ in fed]
+        for attended in self.attended.values():
+            attended.names = names
         plans = [self.requests[name].placed for name in names]
         positions = np.array([position for _, position, _ in fed])
         self.captures.note(BatchView(plans, starts.astype(np.int32), positions, names))
@@ -77,7 +129,16 @@ class Bench:
     def told(self, name: str, placed: PositionedPlan, num_fed: int) -> None:
         """Take what a request has, and compare it."""
         (said,) = self.captures.take(f"id {name}").values()
-        for one, at in zip(said, placed.captures, strict=True):
+        read = attention_read(NamedSequence(0, name, num_fed), placed, [{name: said}])
+        for looking, found in zip(placed.attended, read, strict=True):
+            there = [p for start, end in looking.intervals for p in range(start, min(end, num_fed))]
+            assert found.positions.tolist() == there
+            seen_by = torch.zeros(len(there), len(looking.heads), num_fed)
+            for row, p in zip(seen_by, there, strict=True):
+                for own, head in zip(row, looking.heads, strict=True):
+                    own[: p + 1] = looked(name, p, looking.layer, head)
+            assert torch.equal(found.rows, seen_by)
+        for one, at in zip(said, placed.captures, strict=False):
             positions = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in at.intervals)])
             seen = np.frombuffer(one["seen"], np.bool_)
             assert seen.all() and (positions[: len(seen)] < num_fed).all()
@@ -109,7 +170,7 @@ def test_rows_go_where_their_positions_are(seed: int) -> None:
         name, num_prompt = str(number), random.randint(1, 9)
         num_fed[name] = num_prompt + random.randint(0, 5)
         reads = random.choice([*READS, ()])
-        bench.arrive(name, reads, num_prompt, num_fed[name] + random.randint(0, 3))
+        bench.arrive(name, reads, num_prompt, num_fed[name] + random.randint(0, 3), random.choice(LOOKS))
         sizes = iter(lambda: random.randint(1, 4), None)
         steps = list(chunks(num_fed[name], sizes))
         lost = random.randint(0, len(steps))
@@ -120,17 +181,31 @@ def test_rows_go_where_their_positions_are(seed: int) -> None:
         fed = [(name, *going[name].pop(0), random.choice((0, 0, 1, 3))) for name in here]
         bench.step(*((name, position, num + num_rejected) for name, position, num, num_rejected in fed))
         for name, position, num, num_rejected in fed:
-            if num_rejected and placed[name].captures:
+            if num_rejected and bench.requests[name].captured:
                 bench.captures.forget(bench.requests[name], position + num)
     for name, num in num_fed.items():
         is_known = random.random() < 0.5  # whether the worker has heard of its end
         if is_known:
             bench.finish(name)
-        if placed[name].captures:
+        if placed[name].captures or placed[name].attended:
             bench.told(name, placed[name], num)
         if not is_known:
             bench.finish(name)
     assert bench.captures.num_held == 0 and not bench.captures._taken and bench.captures.num_asking == 0
+
+
+def test_a_long_prompt_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captures, "_MOST", 4 * NUM_HEADS * 12)
+    bench = Bench()
+    for name in "12":
+        bench.arrive(name, (), 12, 12, LOOKS[1])
+    bench.step(("1", 0, 12), ("2", 0, 3))
+    bench.step(("2", 3, 9))
+    for name in "12":
+        placed = bench.requests.plan_of(name)
+        assert placed is not None
+        bench.told(name, placed, 12)
+    assert 0 < bench.attended[1].most <= 4 * NUM_HEADS * 12
 
 
 def test_what_nobody_takes_makes_room() -> None:

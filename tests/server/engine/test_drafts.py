@@ -82,6 +82,7 @@ def test_of_rejected_drafts_no_reading_counts_and_nothing_is_captured() -> None:
         request.num_read = 13
     edits = Mock()
     edits.histories.watched = []
+    edits.histories.telling = []
     pipeline = Mock()
     pipeline.take_explanations.return_value = None
     step = WorkerStep(requests, edits, pipeline)

@@ -67,8 +67,11 @@ def test_other_distributions_are_said_of_the_rows_that_ask() -> None:
 class Told:
     """What is said of a step."""
 
+    def __init__(self, **said: dict[str, Any]) -> None:
+        self.said = said
+
     def to_json(self) -> dict[str, dict[str, Any]]:
-        return {"a": {"id": 3}}
+        return self.said
 
 
 @pytest.mark.parametrize("cls", [AsyncGPUModelRunnerOutput, AsyncOutput])
@@ -77,5 +80,7 @@ def test_an_output_still_on_its_way_carries_them(cls: type, monkeypatch: pytest.
     ready = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     monkeypatch.setattr(cls, "get_output", lambda self: ready)
     output: Any = object.__new__(cls)
-    assert attach(output, Told()) is output and isinstance(output, AsyncModelRunnerOutput)
-    assert output.get_output() is ready and ready.whipstaff_explanations == {"a": {"id": 3}}
+    told = [Told(a={"id": 3}), Told(a={"readings": 1}, b={"readings": 2})]
+    assert attach(output, told) is output and isinstance(output, AsyncModelRunnerOutput)
+    assert output.get_output() is ready
+    assert ready.whipstaff_explanations == {"a": {"id": 3, "readings": 1}, "b": {"readings": 2}}

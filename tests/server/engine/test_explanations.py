@@ -8,7 +8,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from whipstaff.decoding.plan import DecodingPlan, Rewrite, SearchPlan
-from whipstaff.server.engine.explanations import EXPLAIN_KEY, relay
+from whipstaff.server.engine.explanations import EXPLAIN_KEY, READINGS, relay
 from whipstaff.server.engine.frontend.launch import Listening, PlanDict
 from whipstaff.server.engine.patch import swap
 from whipstaff.server.engine.searches import DRAFT_KEY, SEARCH_KEY
@@ -51,6 +51,25 @@ def test_each_goes_to_the_sequence_that_it_is_of() -> None:
     made.abort_requests(["b"], internal=True)
     step(output("a", 1), output("b", 2), a="1", b="2")  # on their way when it was over
     assert told == [("a", 1, "5"), ("b", 0, "6"), ("a", 1, "9"), ("a", 1, "3")]
+
+
+def test_readings_go_to_who_asked_for_those() -> None:
+    read: list[Any] = []
+    explained: list[Any] = []
+    made: Any = OutputProcessor(None, log_stats=False)
+    swap(made, Listening)
+    wire = RequestPlan().to_wire()
+    both = PlanDict(
+        wire,
+        explained=lambda _, record: explained.append(record),
+        read=lambda index, record: read.append((index, record)),
+    )
+    for name, its in (("a", both), ("alone", PlanDict(wire, read=lambda index, record: read.append((index, record))))):
+        made.add_request(request(name, its), None, None, 2, RequestOutputCollector(SamplingParams().output_kind, name))
+    outputs = [output("a", 5), output("alone", 6)]
+    relay({"a": {"id": 5, READINGS: "x"}, "alone": {READINGS: "y"}}, {0: _Outputs(outputs)})
+    made.process_outputs(outputs)
+    assert read == [(2, "x"), (2, "y")] and explained == [{"id": 5}]
 
 
 def test_what_a_search_has_computed_is_heard_and_is_no_output() -> None:

@@ -14,6 +14,7 @@ from whipstaff.decoding.plan import DecodingPlan
 from whipstaff.server.engine import UnsupportedEngine
 from whipstaff.server.engine.layout import Layout
 from whipstaff.server.engine.scheduler.scheduler import Slots
+from whipstaff.server.engine.worker.attention_rows import attention_of, why_inexact
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.kv_cache import CacheLayout
 from whipstaff.server.engine.worker.logits import last_attention
@@ -71,7 +72,7 @@ class Bench:
             kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["other"]), group]),
             device=CPU,
         )
-        monkeypatch.setattr(last_attention, "last_attention", lambda model, max_len, dtype: self.layer)
+        monkeypatch.setattr(last_attention, "attention_of", lambda *_: self.layer)
         monkeypatch.setattr(last_attention, "get_tensor_model_parallel_world_size", lambda: 1)
         other = torch.zeros(2, 6, dtype=torch.int32), 16
         self.attention = LastAttention(nn.Module(), runner, 64, lambda runner: [other, (self.table, BLOCK)])
@@ -150,13 +151,13 @@ def test_strides_say_where_keys_lie(order: tuple[int, int, int]) -> None:
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused(own: dict[str, Any], reason: str) -> None:
-    assert last_attention._why_inexact(attention(sliding_window=96), 96, torch.float32) == ""
-    assert reason in last_attention._why_inexact(attention(**{"sliding_window": 96} | own), 96, torch.float32)
+    assert why_inexact(attention(sliding_window=96), 96, torch.float32) == ""
+    assert reason in why_inexact(attention(**{"sliding_window": 96} | own), 96, torch.float32)
 
 
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(UnsupportedEngine, match="--attention-rows: Linear shows no attention"):
-        last_attention.last_attention(nn.Linear(2, 2), 8, torch.float32)
+        attention_of(nn.Linear(2, 2), None, 8, torch.float32, "--attention-rows")
 
 
 def test_hidden_states_stand_where_their_positions_are() -> None:

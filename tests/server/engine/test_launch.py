@@ -127,13 +127,16 @@ def test_lookahead_is_refused_where_it_would_be_wrong(model: str, flags: dict[st
 def test_what_methods_read_is_in_the_layout(model: str) -> None:
     layout = configure(config_of(model), Setup(attention_rows=True, hidden_states=3))
     assert layout.reads_attention and layout.num_hidden_states == 3
+    assert configure(config_of(model), Setup(attention_layers=[2, 0])).attention_layers == (0, 2)
+    with pytest.raises(UnsupportedEngine, match="--attention-layers 3: the served model has blocks 0 to 2"):
+        configure(config_of(model), Setup(attention_layers=[1, 3]))
     plain = configure(config_of(model))
-    assert not plain.reads_attention and plain.num_hidden_states == 0
+    assert plain.attention_layers == () and not plain.reads_attention and plain.num_hidden_states == 0
 
 
-@pytest.mark.parametrize("flag", ["--attention-rows", "--hidden-states"])
+@pytest.mark.parametrize("flag", ["--attention-rows", "--attention-layers", "--hidden-states"])
 def test_what_cannot_be_read_is_refused(model: str, flag: str) -> None:
-    asked: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): 1}
+    asked: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): "all" if flag.endswith("layers") else 1}
     with pytest.raises(UnsupportedEngine, match=f"{flag} is not supported together with --kv-sharing-fast-prefill"):
         configure(config_of(model, kv_sharing_fast_prefill=True), Setup(**asked))
 

@@ -91,7 +91,15 @@ def test_a_plain_step_asks_nothing_of_any_part_once_what_was_before_is_cleared()
         assert output is None
         return [name for part in (edits, pipeline) for name, *_ in part.method_calls]
 
-    everything = ["begin_step", "end_step", "captures.note", "begin_step", "end_forward", "take_explanations"]
+    everything = [
+        "begin_step",
+        "captures.begin_step",
+        "end_step",
+        "captures.note",
+        "begin_step",
+        "end_forward",
+        "take_explanations",
+    ]
     assert [calls_of(view) for view in (NOBODY, NOBODY, rows(PROMPT, 1, "a"), NOBODY, NOBODY)] == [
         *(everything, []),  # in the first step every part learns that nobody asks
         *(everything, everything),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whipstaff.cuda_ext import explain_rows
+from whipstaff.server.engine.explanations import READINGS
 from whipstaff.server.engine.worker.batch import BatchView
 from whipstaff.server.engine.worker.edits.token_table import EditedSpan
 from whipstaff.server.engine.worker.requests import PlannedRequest, Requests
@@ -61,6 +62,31 @@ class ToldStops(NamedTuple):
         return frozenset(name for name, holds in zip(self.requests, self.holds.tolist(), strict=True) if holds)
 
 
+class ToldReadings(NamedTuple):
+    """What was read of the last tokens of sequences whose clients are told as it comes; still on the device."""
+
+    requests: Sequence[str]
+    positions: Sequence[int]
+    nums: Sequence[int]  # readings of each
+    values: Tensor  # (sum of nums,)
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """By request. Waits for the device."""
+        values = iter([None if math.isnan(value) else value for value in self.values.tolist()])
+        return {
+            name: {READINGS: {"position": position, "values": [next(values) for _ in range(num)]}}
+            for name, position, num in zip(self.requests, self.positions, self.nums, strict=True)
+        }
+
+
+class Telling(NamedTuple):
+    """The last token of a sequence whose client is told what is read of it."""
+
+    request_id: str
+    position: int
+    histories: Sequence[int]  # rows of `Histories.values`
+
+
 class Watched(NamedTuple):
     """The last token of a sequence that may end there."""
 
@@ -82,6 +108,7 @@ class Histories:
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # by finished sequence, the oldest first
         self.awaited: AwaitedEntropies | None = None  # for which the step's logits are to be noted
         self.watched: list[Watched] = []  # of this step
+        self.telling: list[Telling] = []  # likewise
 
     @property
     def num_used(self) -> int:
@@ -133,7 +160,7 @@ class Histories:
 
     def begin_step(self, view: BatchView, spans: Iterable[EditedSpan]) -> None:
         """Count the positions that are fed, and await the entropies that schedules follow."""
-        self.awaited, self.watched = None, list(self._ending(view))
+        self.awaited, self.watched, self.telling = None, list(self._ending(view)), list(self._telling(view))
         for span in spans:
             if span.request.histories:
                 span.request.num_read = max(span.request.num_read, span.position + span.last - span.first)
@@ -147,6 +174,27 @@ class Histories:
         at = torch.tensor([histories, positions], device=self.values.device)
         limits = torch.tensor([signs, on], dtype=torch.float32, device=self.values.device)
         return ToldStops(requests, self.values[at[0], at[1]] * limits[0] > limits[1])
+
+    def take_told(self) -> ToldReadings:
+        """What clients are told of this step, once it has run."""
+        told, self.telling = self.telling, []
+        cells = [(row, one.position) for one in told for row in one.histories]
+        rows, positions = torch.tensor(cells, device=self.values.device).unbind(1)
+        return ToldReadings(
+            [one.request_id for one in told],
+            [one.position for one in told],
+            [len(one.histories) for one in told],
+            self.values[rows, positions],
+        )
+
+    def _telling(self, view: BatchView) -> Iterator[Telling]:
+        """Each position that is fed before a token is drawn comes by once; the prompt's others are told at the end."""
+        for row, placed in view.planned():
+            plan = placed.plan.steering
+            if plan is not None and plan.told and view.draws[row]:
+                last = int(view.positions[row] + view.starts[row + 1] - view.starts[row]) - 1
+                histories = self._requests[view.requests[row]].histories
+                yield Telling(view.requests[row], last, [histories[column] for column in plan.told])
 
     def _ending(self, view: BatchView) -> Iterator[Watched]:
         """Sequences whose last generated token is read in this step; a prompt's tokens end nothing."""

@@ -20,9 +20,10 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from whipstaff.decoding.search.search import Tried
+from whipstaff.server.engine.worker.attention_rows import BlockTables
 from whipstaff.server.engine.worker.batch import BatchView, Ints
 from whipstaff.server.engine.worker.edits.step_edits import StepEdits
-from whipstaff.server.engine.worker.logits.last_attention import BlockTables, LastAttention
+from whipstaff.server.engine.worker.logits.last_attention import LastAttention
 from whipstaff.server.engine.worker.logits.metadata import sent
 from whipstaff.server.engine.worker.lora import StepAdapters
 
