@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 
 from whipstaff.server.access.keys import HOLDER
-from whipstaff.server.admission.explanations import EXPLAIN_FIELD, ChoiceExplanations
+from whipstaff.server.admission.explanations import ChoiceExplanations
 from whipstaff.server.api.descriptions import ResponseAnswer, answers
 from whipstaff.server.api.generate import JSON, Form, exchange, generate
 from whipstaff.server.api.messages import add_records
@@ -61,19 +61,20 @@ async def with_extras(
 ) -> AsyncGenerator[str, None]:
     """Events with explanations in those of pieces, and with the receipt and all explanations in the response that the
     last one has. Closing this closes `events`."""
-    records: list[dict[str, Any]] = []
+    all_records: dict[str, list[Any]] = {}  # by field
     async with aclosing(events):
         async for event in events:
             name, read = read_event(event)
             if name == _END or (explained is not None and name.endswith(_PIECE)):
                 body = read()
-                new = [] if explained is None else explained.take()
-                records += new
+                new = {} if explained is None else explained.take()
+                for field, records in new.items():
+                    all_records.setdefault(field, []).extend(records)
                 if name == _END:
                     await finish(body["response"])
-                told = body["response"] if name == _END else body
-                if wanted := records if name == _END else new:
-                    told[EXPLAIN_FIELD] = wanted
+                    body["response"] |= all_records
+                else:
+                    body |= new
                 event = event_of(name, body)
             yield event
 

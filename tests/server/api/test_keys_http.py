@@ -77,8 +77,8 @@ def server(root: Path) -> Iterator[Server]:
     presets = ("--presets", str(root / "quiet.json"), "--presets", str(root / "loud.json"))
     own = ("--keys", str(root / "keys.json"), "--audit-log", str(root / "audit.jsonl"), "--registry", str(root / "r"))
     reads = ("--lookahead", "--attention-rows", "--hidden-states", "1")
-    reads = (*reads, "--max-downloads", str(NUM_FILES), "--download-seconds", "3600")
-    with serving(root / "served", *presets, *own, *reads, has_key=False) as running:
+    files = ("--max-downloads", str(NUM_FILES), "--download-seconds", "3600")
+    with serving(root / "served", *presets, *own, *reads, *files, has_key=False) as running:
         yield running
 
 

@@ -202,7 +202,7 @@ def test_a_long_prompt_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     bench.step(("1", 0, 12), ("2", 0, 3))
     bench.step(("2", 3, 9))
     for name in "12":
-        placed = bench.requests.plan_of(name)
+        placed = bench.requests[name].placed
         assert placed is not None
         bench.told(name, placed, 12)
     assert 0 < bench.attended[1].most <= 4 * NUM_HEADS * 12
