@@ -47,6 +47,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(autouse=True)
+def nobody_after() -> Iterator[None]:
+    """Whose request it is goes no further than a test."""
+    token = HOLDER.set(None)
+    yield
+    HOLDER.reset(token)
+
+
 def files_in(folder: Path, most: int = 3, most_bytes: int = 10_000) -> CaptureFiles:
     return CaptureFiles(folder, most, most_bytes, SECONDS)
 
