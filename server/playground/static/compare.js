@@ -8,6 +8,7 @@ import { examples, setupOf } from "./examples.js";
 import { nearest } from "./form.js";
 import { Inside } from "./inside.js";
 import { addPane, Pane } from "./pane.js";
+import { Reading } from "./reading.js";
 import { rerunChanged, run, runs, stopAll } from "./run.js";
 import { edit, MOST_PANES, pathOf, requestOf, setup, view } from "./setup.js";
 
@@ -147,6 +148,7 @@ function Ask({ now, shared, onCode }) {
         onChange=${(event) => sampling("stop")(event.target.value.split(" | ").filter(Boolean))} />${wrong("stop")}</label>
       <label class="field" data-path="explain">explain <${NumberBox} value=${now.top} min="0" max="20" step="1" onChange=${(top) => edit({ top: top ?? 0 })} /> likeliest ${wrong("explain")}</label>
     </div>
+    <div class="line sampling reading"><${Reading} now=${now} wrong=${wrong} /></div>
   </section>`;
 }
 

@@ -234,7 +234,7 @@ function Layers({ value, onChange, at, label, hints }) {
 }
 
 /** `8-12, 20` as numbers. */
-function LayerText({ value, onChange, hints }) {
+export function LayerText({ value, onChange, hints }) {
   const read = (text) => {
     const found = text.split(",").flatMap((part) => {
       const [first, last = first] = part.split("-").map((word) => Number.parseInt(word, 10));
@@ -242,7 +242,7 @@ function LayerText({ value, onChange, hints }) {
     });
     onChange(found.length ? found : undefined);
   };
-  return html`<input type="text" placeholder="such as 8-12, 20" value=${(value ?? []).join(", ")} onChange=${(event) => read(event.target.value)} ...${hints} />`;
+  return html`<input type="text" placeholder="such as 8-12, 20" value=${(value ?? []).join(", ")} ...${hints} onChange=${(event) => read(event.target.value)} />`;
 }
 
 /** Anything, as JSON. What is no JSON yet is said, and not sent. */

@@ -4,6 +4,7 @@ import { post } from "./api.js";
 import { isPossible, reference } from "./colour.js";
 import { MOST_PANES, setup } from "./setup.js";
 import { addPane, titleOf } from "./pane.js";
+import { Lengths } from "./reading.js";
 import { run } from "./run.js";
 
 const visible = (token) => (token ?? "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
@@ -46,6 +47,7 @@ export function Inside({ run: own, pane, cell: index, onMove, onClose }) {
     <${Figures} record=${record} pane=${pane} />
     <${Distributions} record=${record} onFork=${(choice) => fork(own, pane, at, choice)} />
     <${Facts} record=${record} run=${own} />
+    <${Lengths} lengths=${own.lengths} at=${at} />
     <${Typed} onFork=${(choice) => fork(own, pane, at, choice)} />
   </aside>`;
 }
@@ -99,6 +101,7 @@ function Bar({ logprob }) {
 /** What methods, gates and probes did. */
 function Facts({ record, run: own }) {
   const facts = Object.entries(record.facts ?? {});
+  if (record.reading !== undefined) facts.push([`${own.request.stop_when.probe} reads`, record.reading]);
   const gates = own.receipt?.steering?.filter((one) => one.fired || one.schedule || one.when) ?? [];
   if (!facts.length && !gates.length) return null;
   return html`<dl class="facts">

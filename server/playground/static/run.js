@@ -2,6 +2,7 @@
 import { announce, Store } from "./ui.js";
 import { Gone, Refusal, stream } from "./api.js";
 import { Cells } from "./cells.js";
+import { lengthsOf } from "./reading.js";
 import { pathOf, setup, streamedRequest } from "./setup.js";
 
 /** pane's id -> its latest run */
@@ -21,6 +22,8 @@ export class Run {
     this.numTokens = 0;
     this.finish = null;
     this.receipt = null;
+    this.readings = []; // what a probe read after each token
+    this.lengths = null; // of activations
     this.error = null;
     this.started = performance.now();
     this.first = this.ended = null; // milliseconds from the start
@@ -74,8 +77,16 @@ export class Run {
     this.numTokens = event.usage?.completion_tokens ?? this.cells.records.length;
     const { retracted, ...receipt } = event.whipstaff ?? {};
     for (const { index, characters } of retracted ?? []) if (index === 0) this.cells.retract(characters);
-    if (Object.keys(receipt).length) this.receipt = receipt;
+    if (Object.keys(receipt).length) this.#conclude(receipt);
     this.#changed();
+  }
+
+  /** What the receipt says. Activations are large: their lengths are all that stays. */
+  #conclude({ captured, ...receipt }) {
+    this.receipt = receipt;
+    this.readings = receipt.stop_when?.readings[0] ?? [];
+    this.lengths = captured ? lengthsOf(captured[0], this.request.capture[0].layers) : null;
+    if (this.readings.length) this.cells.note("reading", this.readings);
   }
 
   stop() {
