@@ -4,6 +4,7 @@ must never do."""
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,10 +102,20 @@ FIREFOX = Engine(  # a stock one, by WebDriver BiDi
 )
 
 
+def relayed(firefox: Path) -> Path:
+    """A program that runs that Firefox, with `bidi_relay.py` before it."""
+    program = FIREFOX.folder / "relayed"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    words = (sys.executable, str(Path(__file__).with_name("bidi_relay.py")), str(firefox))
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
 @contextmanager
 def browsing(engine: Engine = CHROMIUM) -> Iterator[Browser]:
     """A browser without a window."""
-    path = engine.path()
+    path = engine.path() if engine is CHROMIUM else relayed(engine.path())
     with sync_playwright() as playwright:
         kind = getattr(playwright, engine.name)
         found: Browser = kind.launch(executable_path=path, env=engine.environment(), **engine.launch)

@@ -2,8 +2,8 @@
 import { figure, html, useEffect, useReducer, useRef, useState, Wrong } from "./ui.js";
 import { post } from "./api.js";
 import { isPossible, reference } from "./colour.js";
-import { MOST_PANES, setup } from "./setup.js";
-import { addPane, titleOf } from "./pane.js";
+import { MOST_PANES, setup, titleOf } from "./setup.js";
+import { addPane } from "./pane.js";
 import { Lengths } from "./reading.js";
 import { run } from "./run.js";
 
@@ -101,10 +101,11 @@ function Bar({ logprob }) {
 /** What methods, gates and probes did. */
 function Facts({ record, run: own }) {
   const facts = Object.entries(record.facts ?? {});
-  if (record.reading !== undefined) facts.push([`${own.request.stop_when.probe} reads`, record.reading]);
   const gates = own.receipt?.steering?.filter((one) => one.fired || one.schedule || one.when) ?? [];
-  if (!facts.length && !gates.length) return null;
+  const isRead = record.reading !== undefined;
+  if (!facts.length && !gates.length && !isRead) return null;
   return html`<dl class="facts">
+    ${isRead && html`<div><dt><bdi>${own.request.stop_when.probe}</bdi> reads</dt><dd>${figure(record.reading)}</dd></div>`}
     ${facts.map(([name, value]) => html`<div key=${name}><dt>${name.replaceAll("_", " ")}</dt><dd>${Array.isArray(value) ? value.map((one) => figure(Number(one))).join(", ") : figure(Number(value))}</dd></div>`)}
     ${gates.map((one) => html`<div key=${one.vector}><dt>gate of <bdi>${one.vector ?? one.method}</bdi></dt><dd>${gateOf(one)}</dd></div>`)}
   </dl>`;

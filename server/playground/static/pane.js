@@ -5,15 +5,8 @@ import { catalogue, isSteering, methodOf, offers, vectorOf } from "./catalogue.j
 import { Field, Fields, Json, range } from "./form.js";
 import { Slider } from "./ui.js";
 import { Strip } from "./reading.js";
-import { edit, editPane, emptySetup, isPlain, newId, setup } from "./setup.js";
+import { edit, editPane, emptySetup, isPlain, newId, setup, titleOf } from "./setup.js";
 import { run, runs } from "./run.js";
-
-/** What a pane is called: as its owner said, or by what it does. */
-export function titleOf(pane) {
-  if (pane.label) return pane.label;
-  if (isPlain(pane)) return "Plain";
-  return [pane.steering.length && "Steered", pane.decoding.length && "Decoded"].filter(Boolean).join(", ");
-}
 
 export const kindOf = (pane) => (isPlain(pane) ? "plain" : pane.steering.length ? (pane.decoding.length ? "both" : "steered") : "decoded");
 

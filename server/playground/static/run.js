@@ -3,7 +3,7 @@ import { announce, Store } from "./ui.js";
 import { Gone, Refusal, stream } from "./api.js";
 import { Cells } from "./cells.js";
 import { lengthsOf } from "./reading.js";
-import { pathOf, setup, streamedRequest } from "./setup.js";
+import { pathOf, setup, streamedRequest, titleOf } from "./setup.js";
 
 /** pane's id -> its latest run */
 export const runs = new Store(new Map());
@@ -15,6 +15,7 @@ export class Run {
 
   constructor(pane, now) {
     this.pane = pane;
+    this.title = titleOf(pane);
     this.setup = now;
     this.request = streamedRequest(now, pane);
     this.state = "waiting"; // streaming, done, stopped, refused or cut
@@ -48,7 +49,7 @@ export class Run {
   }
 
   async start() {
-    announce(`${this.pane.label}: started`);
+    announce(`${this.title}: started`);
     try {
       for await (const event of stream(pathOf(this.setup), this.request, this.#abort.signal)) this.#take(event);
       this.state = "done";
@@ -60,7 +61,7 @@ export class Run {
       this.ended = performance.now() - this.started;
       this.cells.close();
       this.#changed();
-      announce(`${this.pane.label}: ${this.summary()}`);
+      announce(`${this.title}: ${this.summary()}`);
     }
   }
 

@@ -36,6 +36,19 @@ export const editPane = (id, change) =>
   edit({ panes: setup.value.panes.map((pane) => (pane.id === id ? { ...pane, ...change } : pane)) });
 export const isPlain = (pane) => !pane.steering.length && !pane.decoding.length;
 
+/** What a pane is called: as its owner said, or by what it does; with a number if one before it is called so. */
+export function titleOf(pane) {
+  const same = setup.value.panes.filter((one) => saidOf(one) === saidOf(pane));
+  const number = same.findIndex((one) => one.id === pane.id) + 1;
+  return number > 1 ? `${saidOf(pane)} ${number}` : saidOf(pane);
+}
+
+function saidOf(pane) {
+  if (pane.label) return pane.label;
+  if (isPlain(pane)) return "Plain";
+  return [pane.steering.length && "Steered", pane.decoding.length && "Decoded"].filter(Boolean).join(", ");
+}
+
 // ---- requests
 
 export const pathOf = (setup) => (setup.kind === "chat" ? "v1/chat/completions" : "v1/completions");
