@@ -266,6 +266,7 @@ async def extend(
 ) -> FastAPI:
     """Put our routes, errors and metrics into vLLM's application. Raises: BadPreset."""
     app.state.whipstaff, app.state.whipstaff_life = registry, life
+    app.state.whipstaff_links = {"grafana": settings.grafana_url}
     app.state.whipstaff_admin = admin_key = Admin.of(settings.admin_key, settings.max_upload_bytes)
     engine.watch = metrics.watch
     routers = (generate.router, batch.router, messages.router, responses.router)

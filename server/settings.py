@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -78,6 +79,11 @@ class Settings(BaseSettings):
     )
 
     playground: bool = Field(True, description="serve the page at /, where requests can be tried in a browser")
+    grafana_url: str | None = Field(
+        None,
+        max_length=2048,
+        description="where Grafana shows this server, for a link among what the page says of health",
+    )
 
     lookahead: bool = Field(
         False,
@@ -172,6 +178,19 @@ class Settings(BaseSettings):
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(HOOKS)}")
         return names
 
+    @field_validator("grafana_url")
+    @classmethod
+    def _leads_somewhere(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        is_web = parts.scheme in ("http", "https") and bool(parts.hostname)
+        if not is_web or parts.port == 0 or not url.isprintable() or " " in url:  # `port` raises where it is no number
+            raise ValueError(f"{url!r} is no address that begins with http:// or https://")
+        if "@" in parts.netloc:
+            raise ValueError("it is told to everybody who may look at the server; leave the name and the password out")
+        return url
+
     @field_validator("vectors", "presets")
     @classmethod
     def _exist(cls, paths: list[Path]) -> list[Path]:
@@ -215,6 +234,7 @@ class Settings(BaseSettings):
             ("max_upload_bytes", "store", "N"),
             ("presets", "append", "PATH"),
             ("drain_timeout", "store", "SECONDS"),
+            ("grafana_url", "store", "URL"),
             ("early_layers", "store", "LAYERS"),
             ("capture_layers", "store", "LAYERS"),
             ("max_capture_bytes", "store", "N"),

@@ -67,6 +67,10 @@ class Methods(BaseModel):
     data: list[Method]
 
 
+class Links(BaseModel):
+    grafana: str | None
+
+
 class Deleted(BaseModel):
     id: str
     object: Literal["steering.vector", "steering.preset"]

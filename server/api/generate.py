@@ -27,7 +27,7 @@ from whipstaff.server.admission.receipt import RECEIPT_FIELD, Tally, final_recei
 from whipstaff.server.admission.request import CompiledRequest
 from whipstaff.server.admission.search import effort
 from whipstaff.server.api.access import headers_of
-from whipstaff.server.api.descriptions import Answer, Methods, Model, Presets, Valid, Vector, Vectors, answers
+from whipstaff.server.api.descriptions import Answer, Links, Methods, Model, Presets, Valid, Vector, Vectors, answers
 from whipstaff.server.api.descriptions import Preset as PresetAnswer
 from whipstaff.server.api.method_table import method_table
 from whipstaff.server.api.sse import JsonAnswer, Retractions, header_of, with_extras
@@ -395,6 +395,13 @@ async def presets(caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
 async def preset(name: str, caps: Capabilities = Depends(capabilities)) -> dict[str, Any]:
     """One preset."""
     return preset_to_json(caps.preset(name))
+
+
+@router.get("/v1/steering/links", responses=answers(Links))
+async def links(raw: Request) -> dict[str, str | None]:
+    """Where else this server is shown: `grafana`, as --grafana-url says, or null."""
+    found: dict[str, str | None] = raw.app.state.whipstaff_links
+    return found
 
 
 def preset_to_json(preset: Preset) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""A real browser for tests: Debian's chromium, driven by Playwright, with a look at what pages must never do."""
+"""Real browsers for tests, driven by Playwright: Debian's chromium and Firefox as they are, with a look at what pages
+must never do."""
 
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,79 +12,113 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import axe_playwright_python
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
-UNPACKED = Path(sys.prefix) / "share" / "chromium"
-PACKAGE, FONTS = "chromium-headless-shell", ("fonts-inter", "fonts-noto-core")
+FONTS = ("fonts-inter", "fonts-noto-core")
 PATIENCE = 300  # seconds, for 120 MB of packages
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 SLOW = 60_000  # milliseconds that a page may take on a loaded machine
 
 
-def program() -> Path:
-    """The program: on PATH, or Debian's package with what it lacks here, unpacked beside the environment. Where neither
-    can be had the test is skipped, with the reason."""
-    for name in (PACKAGE, "chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return Path(found)
-    UNPACKED.mkdir(parents=True, exist_ok=True)
-    with (UNPACKED / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        unpacked = UNPACKED / "usr" / "lib" / "chromium" / PACKAGE
-        if not unpacked.exists():
-            _unpack(UNPACKED)
-    return unpacked
+class Engine(NamedTuple):
+    """A browser, and where it comes from."""
 
+    name: str  # Playwright's
+    names: tuple[str, ...]  # of the program, on PATH
+    package: str  # Debian's
+    program: str  # in the package
+    launch: dict[str, Any]
 
-def _unpack(folder: Path) -> None:
-    """The packages that installing it would bring, without installing them."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        pytest.skip("NO BROWSER: none is on PATH, and this is no Debian whose package could be unpacked")
-    wanted = ["apt-get", "install", "--simulate", "--no-install-recommends", PACKAGE, *FONTS]
-    said = ""
-    for first in ([], ["apt-get", "update"]):  # a new machine has no lists yet
-        plan = _run(first, folder) + _run(wanted, folder) if first else _run(wanted, folder)
-        names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
-        said = plan
-        if PACKAGE in names:
-            said = _run(["apt-get", "download", *names], folder)
-            break
-    packages = sorted(folder.glob("*.deb"))
-    if not any(path.name.startswith(f"{PACKAGE}_") for path in packages):
-        pytest.skip(f"NO BROWSER: none is on PATH, and its package cannot be downloaded: {said[-500:]}")
-    # the program last: it is what says that all is there
-    for path in sorted(packages, key=lambda path: path.name.startswith(f"{PACKAGE}_")):
-        subprocess.run(["dpkg-deb", "-x", str(path), str(folder)], check=True)
-        path.unlink()
+    @property
+    def folder(self) -> Path:
+        """Where the package is unpacked, beside the environment, if it is not installed."""
+        return Path(sys.prefix) / "share" / self.name
 
+    def path(self) -> Path:
+        """The program: on PATH, or Debian's package with what it lacks here, unpacked. Where neither can be had the
+        test is skipped, with the reason."""
+        for name in self.names:
+            if found := shutil.which(name):
+                return Path(found)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unpacked = self.folder / self.program
+            if not unpacked.exists():
+                self._unpack()
+        return unpacked
 
-def _run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
-    return done.stdout + done.stderr
+    def _unpack(self) -> None:
+        """The packages that installing it would bring, without installing them."""
+        if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+            pytest.skip(f"NO {self.package}: none is on PATH, and this is no Debian whose package could be unpacked")
+        wanted = ["apt-get", "install", "--simulate", "--no-install-recommends", self.package, *FONTS]
+        said = ""
+        for first in ([], ["apt-get", "update"]):  # a new machine has no lists yet
+            plan = self._run(first) + self._run(wanted) if first else self._run(wanted)
+            names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
+            said = plan
+            if self.package in names:
+                said = self._run(["apt-get", "download", *names])
+                break
+        packages = sorted(self.folder.glob("*.deb"))
+        if not any(path.name.startswith(f"{self.package}_") for path in packages):
+            pytest.skip(f"NO {self.package}: none is on PATH, and it cannot be downloaded: {said[-500:]}")
+        # the program last: it is what says that all is there
+        for path in sorted(packages, key=lambda path: path.name.startswith(f"{self.package}_")):
+            subprocess.run(["dpkg-deb", "-x", str(path), str(self.folder)], check=True)
+            path.unlink()
 
+    def _run(self, command: list[str]) -> str:
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE)
+        return done.stdout + done.stderr
 
-def _environment() -> dict[str, str | float | bool]:
-    """Where the unpacked libraries and fonts are."""
-    folders = sorted({str(path.parent) for path in (UNPACKED / "usr" / "lib").rglob("*.so*")})
-    config = UNPACKED / "fonts.conf"
-    if UNPACKED.exists():
-        places = "".join(f"<dir>{place}</dir>" for place in (UNPACKED / "usr" / "share" / "fonts", "/usr/share/fonts"))
-        cache = f"<cachedir>{UNPACKED / 'fontconfig'}</cachedir>"
+    def environment(self) -> dict[str, str | float | bool]:
+        """Where the unpacked libraries and fonts are."""
+        folders = sorted({str(path.parent) for path in (self.folder / "usr" / "lib").rglob("*.so*")})
+        if not folders:
+            return {**os.environ}
+        config = self.folder / "fonts.conf"
+        fonts = (self.folder / "usr" / "share" / "fonts", "/usr/share/fonts")
+        places = "".join(f"<dir>{place}</dir>" for place in fonts)
+        cache = f"<cachedir>{self.folder / 'fontconfig'}</cachedir>"
         config.write_text(f'<?xml version="1.0"?><fontconfig>{places}{cache}</fontconfig>')
-    more = {"LD_LIBRARY_PATH": ":".join(folders), "FONTCONFIG_FILE": str(config)} if folders else {}
-    return {**os.environ, **more}
+        return {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "FONTCONFIG_FILE": str(config)}
+
+
+CHROMIUM = Engine(
+    "chromium",
+    ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"),
+    "chromium-headless-shell",
+    "usr/lib/chromium/chromium-headless-shell",
+    {"args": ["--no-sandbox"]},
+)
+FIREFOX = Engine(  # a stock one, by WebDriver BiDi
+    "firefox", ("firefox-esr", "firefox"), "firefox-esr", "usr/lib/firefox-esr/firefox-esr", {"channel": "moz-firefox"}
+)
+
+
+def relayed(firefox: Path) -> Path:
+    """A program that runs that Firefox, with `bidi_relay.py` before it."""
+    program = FIREFOX.folder / "relayed"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    words = (sys.executable, str(Path(__file__).with_name("bidi_relay.py")), str(firefox))
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 @contextmanager
-def browsing() -> Iterator[Browser]:
+def browsing(engine: Engine = CHROMIUM) -> Iterator[Browser]:
     """A browser without a window."""
-    path = program()
+    path = engine.path() if engine is CHROMIUM else relayed(engine.path())
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, env=_environment(), args=["--no-sandbox"])
+        kind = getattr(playwright, engine.name)
+        found: Browser = kind.launch(executable_path=path, env=engine.environment(), **engine.launch)
         yield found
         found.close()
 
@@ -95,7 +131,8 @@ class Visit:
         self.url, self.wrong, self.urls = url, list[str](), list[str]()
         self.context = browser.new_context(base_url=url, **{"viewport": {"width": 1280, "height": 860}} | settings)
         self.context.set_default_timeout(SLOW)
-        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        if browser.browser_type.name == CHROMIUM.name:  # others have no such permissions
+            self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.watch(self.page)
 

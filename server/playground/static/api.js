@@ -43,8 +43,7 @@ export class Gone extends Error {}
 async function ask(path, options = {}) {
   for (;;) {
     const headers = new Headers(options.headers);
-    if (keys.value.user) headers.set("Authorization", `Bearer ${keys.value.user}`);
-    if (options.admin && keys.value.admin) headers.set("X-Whipstaff-Admin-Key", keys.value.admin);
+    if (keys.value.user && !headers.has("Authorization")) headers.set("Authorization", `Bearer ${keys.value.user}`);
     let answer;
     try {
       answer = await fetch(path, { ...options, headers });
@@ -90,7 +89,27 @@ export async function post(path, body, options = {}) {
   return (await ask(path, { method: "POST", headers, body: JSON.stringify(body), ...options })).json();
 }
 
-export const change = async (path, options) => (await ask(path, { ...options, admin: true })).json();
+/** Ask as an administrator: with that key beside the user's, or, where the server has a file of keys, in its place.
+ * `attempt` gets the headers. */
+export async function asAdministrator(attempt) {
+  const { admin } = keys.value;
+  const isRefused = (error) => error instanceof Refusal && [401, 403].includes(error.status);
+  try {
+    return await attempt(admin ? { "X-Whipstaff-Admin-Key": admin } : {});
+  } catch (error) {
+    if (!admin || !isRefused(error)) throw error;
+    try {
+      return await attempt({ Authorization: `Bearer ${admin}` });
+    } catch (second) {
+      throw isRefused(second) ? error : second;
+    }
+  }
+}
+
+const asked = (path, options) => asAdministrator((more) => ask(path, { ...options, headers: { ...options.headers, ...more }, admin: true }));
+
+export const change = async (path, options) => (await asked(path, options)).json();
+export const metrics = async () => (await asked("metrics", {})).text();
 
 /** The data of a generation's events, as they come. Throws Gone if they end before [DONE]. */
 export async function* stream(path, body, signal) {

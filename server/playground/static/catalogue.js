@@ -2,13 +2,13 @@
 import { Store } from "./ui.js";
 import { get } from "./api.js";
 
-export const catalogue = new Store({ isLoaded: false, models: [], methods: [], vectors: [], presets: [], error: null });
+export const catalogue = new Store({ isLoaded: false, models: [], methods: [], vectors: [], presets: [], links: {}, error: null });
 
 /** Ask for all of it. */
 export async function load() {
   try {
-    const [models, methods, vectors, presets] = await Promise.all(
-      ["v1/models", "v1/steering/methods", "v1/steering/vectors", "v1/steering/presets"].map((path) => get(path)),
+    const [models, methods, vectors, presets, links] = await Promise.all(
+      ["v1/models", "v1/steering/methods", "v1/steering/vectors", "v1/steering/presets", "v1/steering/links"].map((path) => get(path)),
     );
     const details = await Promise.all(vectors.data.map((one) => get(`v1/steering/vectors/${encodeURIComponent(one.id)}`)));
     catalogue.set({
@@ -18,6 +18,7 @@ export async function load() {
       methods: methods.data,
       vectors: details,
       presets: presets.data,
+      links,
     });
   } catch (error) {
     catalogue.set((now) => ({ ...now, error }));
@@ -34,12 +35,15 @@ export function methodOf(entry) {
 
 export const isSteering = (method) => method.kind === "edit";
 
+/** Probes change nothing: conditions read them, and the page does. */
+export const isProbe = (vector) => vector.method === "probe";
+
 /** What there is for one side: vectors that fit, then methods that need none. */
 export function offers(side) {
   const { methods, vectors } = catalogue.value;
   if (side === "decoding") return methods.filter((one) => !isSteering(one)).map((one) => offer(one, beginningOf(one)));
   const loaded = vectors
-    .filter((one) => one.fits && methods.some((method) => method.name === one.method))
+    .filter((one) => one.fits && !isProbe(one) && methods.some((method) => method.name === one.method))
     .map((one) => ({ name: one.id, about: one.method, entry: { vector: one.id }, isAvailable: true }));
   const bare = methods.filter((one) => isSteering(one) && "method" in one.schema.properties);
   return [...loaded, ...bare.map((one) => offer(one, beginningOf(one)))];

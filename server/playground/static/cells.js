@@ -19,6 +19,12 @@ export class Cells {
     this.#match(false);
   }
 
+  /** What came to be known of the tokens later, first to first. */
+  note(name, values) {
+    for (const [index, record] of this.records.entries()) if (index < values.length) record[name] = values[index];
+    for (const cell of this.cells) cell.isChanged = true;
+  }
+
   /** The last characters (code points) hold no longer: they stay as struck cells. Only where there are no records. */
   retract(characters) {
     for (let left = characters, index = this.cells.length - 1; left > 0 && index >= 0; index--) {

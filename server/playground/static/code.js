@@ -1,8 +1,7 @@
 // A pane's request as a program would send it.
 import { announce, html, Segments, useState } from "./ui.js";
 import { keys } from "./api.js";
-import { pathOf, requestOf } from "./setup.js";
-import { titleOf } from "./pane.js";
+import { pathOf, requestOf, titleOf } from "./setup.js";
 
 const BY_CLIENT = new Set(["model", "messages", "prompt", "temperature", "max_tokens", "seed", "stop"]); // OpenAI's own
 

@@ -13,28 +13,34 @@ export const MEASURES = {
     about: "how far down the token stood in the plain model's list",
     of: (record) => (reference(record) && record.final ? reference(record).rank - record.final.rank : NaN),
     share: (value) => Math.log2(1 + Math.max(value, 0)) / 3,
-    shown: (value) => `${value > 0 ? "+" : ""}${value}`,
   },
   gain: {
     name: "log-probability gained",
     about: "nats by which the token became likelier than in the plain model",
     of: (record) => (reference(record) && record.final ? bounded(record.final.logprob) - bounded(reference(record).logprob) : NaN),
     share: (value) => Math.max(value, 0) / 5,
-    shown: (value) => `${value.toFixed(2)} nats`,
   },
   kl: {
     name: "KL",
     about: "nats between what was decoded and the plain model",
     of: (record) => record.unsteered?.kl ?? record.kl ?? NaN,
     share: (value) => Math.sqrt(Math.max(value, 0) / 4),
-    shown: (value) => `${value.toFixed(2)} nats`,
   },
   layer: {
     name: "DoLa's layer",
     about: "which early layer the token was contrasted with",
     of: (record) => record.facts?.layer ?? NaN,
     share: (value, records) => (value + 1) / (1 + Math.max(...records.map((one) => one.facts?.layer ?? 0))),
-    shown: (value) => `layer ${value}`,
+  },
+  reading: {
+    name: "probe",
+    about: "what the probe that is read along read after the token, between its least and its most",
+    of: (record) => record.reading ?? NaN,
+    share: (value, records) => {
+      const all = records.map((one) => one.reading).filter(Number.isFinite);
+      const least = Math.min(...all);
+      return (value - least) / (Math.max(...all) - least || 1);
+    },
   },
 };
 

@@ -1,5 +1,5 @@
 // One prompt, plain beside steered beside decoded.
-import { Dialog, html, NumberBox, Segments, Slider, useDebounced, useEffect, useRef, useState, useStore, Wrong } from "./ui.js";
+import { Dialog, html, LateText, NumberBox, Segments, Slider, useDebounced, useEffect, useRef, useState, useStore, Wrong } from "./ui.js";
 import { Gone, post, Refusal } from "./api.js";
 import { catalogue } from "./catalogue.js";
 import { Code } from "./code.js";
@@ -8,6 +8,7 @@ import { examples, setupOf } from "./examples.js";
 import { nearest } from "./form.js";
 import { Inside } from "./inside.js";
 import { addPane, Pane } from "./pane.js";
+import { Reading } from "./reading.js";
 import { rerunChanged, run, runs, stopAll } from "./run.js";
 import { edit, MOST_PANES, pathOf, requestOf, setup, view } from "./setup.js";
 
@@ -143,10 +144,11 @@ function Ask({ now, shared, onCode }) {
         <${Slider} value=${now.sampling.temperature} fallback=${1} min="0" max="2" step="0.05" label="temperature" onChange=${sampling("temperature")} />${wrong("temperature")}</div>
       <label class="field" data-path="max_tokens">at most <${NumberBox} value=${now.sampling.max_tokens} min="1" step="1" onChange=${sampling("max_tokens")} /> tokens ${wrong("max_tokens")}</label>
       <label class="field" data-path="seed">seed <${NumberBox} value=${now.sampling.seed} step="1" disabled=${!now.sampling.temperature} onChange=${sampling("seed")} />${wrong("seed")}</label>
-      <label class="field" data-path="stop">stop at <input type="text" class="short" value=${now.sampling.stop.join(" | ")} placeholder="nothing"
-        onChange=${(event) => sampling("stop")(event.target.value.split(" | ").filter(Boolean))} />${wrong("stop")}</label>
+      <label class="field" data-path="stop">stop at <${LateText} class="short" value=${now.sampling.stop.join(" | ")} placeholder="nothing"
+        onChange=${(text) => sampling("stop")(text.split(" | ").filter(Boolean))} />${wrong("stop")}</label>
       <label class="field" data-path="explain">explain <${NumberBox} value=${now.top} min="0" max="20" step="1" onChange=${(top) => edit({ top: top ?? 0 })} /> likeliest ${wrong("explain")}</label>
     </div>
+    <div class="line sampling reading"><${Reading} now=${now} wrong=${wrong} /></div>
   </section>`;
 }
 

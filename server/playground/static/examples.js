@@ -40,6 +40,14 @@ const OF_THE_DEMO = [
     },
   },
   {
+    name: "Only where it is merry",
+    about: "a probe reads every token; gloom is added where it reads more than the threshold",
+    setup: {
+      prompt: "The sun shone and Mara sang a merry song.",
+      panes: [pane("Plain"), pane("Steered", [GLOOMY]), pane("Held back", [{ ...GLOOMY, when: { probe: "is_cheerful", above: 0, decide: "step" } }])],
+    },
+  },
+  {
     name: "Beams",
     about: "a search looks further than the next token",
     setup: { prompt: MORNING, sampling: { stop: ["."] }, panes: [pane("Plain"), pane("Searched", [], [{ method: "beam_search", num_beams: 4 }])] },
@@ -55,7 +63,7 @@ export function examples() {
   const runs = (one) =>
     one.setup.panes.every(
       (each) =>
-        each.steering.every((entry) => names.has(entry.vector)) &&
+        each.steering.every((entry) => names.has(entry.vector) && (!entry.when || names.has(entry.when.probe))) &&
         each.decoding.every((entry) => available.has(entry.method) && (!entry.expert || auxiliaries.has(entry.expert))),
     );
   const found = models[0] === "demo" ? OF_THE_DEMO.filter(runs) : [];

@@ -1,7 +1,7 @@
 // A JSON schema becomes controls. Editors hang on what a schema says, never on which method it is of, so that a method
 // that the server gains tomorrow has a form. What this does not know becomes a box of JSON: nothing is out of reach.
 // Absent, null and a default are three things: only what somebody touched is in the value.
-import { html, NumberBox, Segments, Slider, useId, useState, Wrong } from "./ui.js";
+import { html, LateText, NumberBox, Segments, Slider, useId, useState, Wrong } from "./ui.js";
 
 const LONG = 1000; // characters, from which on a text gets an area
 const FEW = 4; // choices that are shown side by side
@@ -234,7 +234,7 @@ function Layers({ value, onChange, at, label, hints }) {
 }
 
 /** `8-12, 20` as numbers. */
-function LayerText({ value, onChange, hints }) {
+export function LayerText({ value, onChange, hints }) {
   const read = (text) => {
     const found = text.split(",").flatMap((part) => {
       const [first, last = first] = part.split("-").map((word) => Number.parseInt(word, 10));
@@ -242,7 +242,7 @@ function LayerText({ value, onChange, hints }) {
     });
     onChange(found.length ? found : undefined);
   };
-  return html`<input type="text" placeholder="such as 8-12, 20" value=${(value ?? []).join(", ")} onChange=${(event) => read(event.target.value)} ...${hints} />`;
+  return html`<${LateText} placeholder="such as 8-12, 20" value=${(value ?? []).join(", ")} ...${hints} onChange=${read} />`;
 }
 
 /** Anything, as JSON. What is no JSON yet is said, and not sent. */

@@ -1,5 +1,8 @@
 // How the server is doing: what /metrics says, every two seconds while somebody looks.
-import { figure, html, useEffect, useRef, useState } from "./ui.js";
+import { figure, html, useEffect, useRef, useState, useStore, Wrong } from "./ui.js";
+import { metrics, Refusal } from "./api.js";
+import { catalogue } from "./catalogue.js";
+import { AdminKey } from "./library.js";
 import uPlot from "./vendor/uplot.js";
 
 const EVERY = 2000; // milliseconds
@@ -54,22 +57,27 @@ const LATENCIES = {
 
 export function Health() {
   const [points, setPoints] = useState([]);
-  const [wrong, setWrong] = useState("");
+  const [wrong, setWrong] = useState(null);
+  const { grafana } = useStore(catalogue).links;
   useEffect(() => {
     let isOn = true;
+    let isBusy = false;
     let before = null;
     const look = async () => {
-      if (document.hidden) return;
+      if (document.hidden || isBusy) return;
+      isBusy = true;
       try {
-        const series = parsed(await (await fetch("metrics")).text());
+        const series = parsed(await metrics());
         if (!isOn) return;
         const at = Date.now() / 1000;
         const last = before;
         before = { at, series };
-        setWrong("");
+        setWrong(null);
         setPoints((now) => [...now, pointOf(last, before)].slice(-KEPT));
-      } catch {
-        setWrong("The server cannot be reached.");
+      } catch (error) {
+        setWrong(error);
+      } finally {
+        isBusy = false;
       }
     };
     look();
@@ -81,14 +89,15 @@ export function Health() {
   }, []);
   const last = points.at(-1);
   return html`<main class="health" id="main"><h1 class="unseen">Health</h1>
-    ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+    ${wrong && html`<${Wrong}>${wrong instanceof Refusal ? `/metrics: ${wrong.message}` : "The server cannot be reached."}<//>`}
+    ${wrong instanceof Refusal && html`<${AdminKey} />`}
     ${last && html`<div class="tiles">${Object.entries(last.now).map(([name, value]) => html`<div class="tile" key=${name}><small>${name}</small><b>${value === null ? "–" : figure(value)}</b></div>`)}</div>`}
     <div class="charts">
       <${Chart} title="tokens per second" points=${points} of=${(point) => point.tokens} />
       <${Chart} title="running and waiting" points=${points} of=${(point) => point.queue} />
       ${Object.keys(LATENCIES).map((name) => html`<${Chart} key=${name} title=${name} points=${points} of=${(point) => point.latency[name]} />`)}
     </div>
-    <p class="about">From <a href="metrics">/metrics</a>, every two seconds while this is visible. Dashboards for Grafana are in the repository, below docker/grafana.</p>
+    <p class="about">From <a href="metrics">/metrics</a>, every two seconds while this is visible. ${/^https?:/.test(grafana) ? html`<a href=${grafana} target="_blank" rel="noopener noreferrer">Grafana</a> has more.` : "Dashboards for Grafana are in the repository, below docker/grafana; --grafana-url puts a link here."}</p>
   </main>`;
 }
 

@@ -2,8 +2,9 @@
 import { figure, html, useEffect, useReducer, useRef, useState, Wrong } from "./ui.js";
 import { post } from "./api.js";
 import { isPossible, reference } from "./colour.js";
-import { MOST_PANES, setup } from "./setup.js";
-import { addPane, titleOf } from "./pane.js";
+import { MOST_PANES, setup, titleOf } from "./setup.js";
+import { addPane } from "./pane.js";
+import { Lengths } from "./reading.js";
 import { run } from "./run.js";
 
 const visible = (token) => (token ?? "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
@@ -46,6 +47,7 @@ export function Inside({ run: own, pane, cell: index, onMove, onClose }) {
     <${Figures} record=${record} pane=${pane} />
     <${Distributions} record=${record} onFork=${(choice) => fork(own, pane, at, choice)} />
     <${Facts} record=${record} run=${own} />
+    <${Lengths} lengths=${own.lengths} at=${at} />
     <${Typed} onFork=${(choice) => fork(own, pane, at, choice)} />
   </aside>`;
 }
@@ -100,8 +102,10 @@ function Bar({ logprob }) {
 function Facts({ record, run: own }) {
   const facts = Object.entries(record.facts ?? {});
   const gates = own.receipt?.steering?.filter((one) => one.fired || one.schedule || one.when) ?? [];
-  if (!facts.length && !gates.length) return null;
+  const isRead = record.reading !== undefined;
+  if (!facts.length && !gates.length && !isRead) return null;
   return html`<dl class="facts">
+    ${isRead && html`<div><dt><bdi>${own.request.stop_when.probe}</bdi> reads</dt><dd>${figure(record.reading)}</dd></div>`}
     ${facts.map(([name, value]) => html`<div key=${name}><dt>${name.replaceAll("_", " ")}</dt><dd>${Array.isArray(value) ? value.map((one) => figure(Number(one))).join(", ") : figure(Number(value))}</dd></div>`)}
     ${gates.map((one) => html`<div key=${one.vector}><dt>gate of <bdi>${one.vector ?? one.method}</bdi></dt><dd>${gateOf(one)}</dd></div>`)}
   </dl>`;

@@ -1,10 +1,10 @@
 // What this server can be asked for by name: vectors, learned heads and presets; and, with the administrator's key, changing them.
 import { announce, figure, html, Segments, useRef, useState, useStore, Wrong } from "./ui.js";
-import { change, keys, Refusal } from "./api.js";
-import { catalogue, load } from "./catalogue.js";
+import { asAdministrator, change, keys, Refusal } from "./api.js";
+import { catalogue, isProbe, load } from "./catalogue.js";
 import { Fit } from "./fit.js";
 import { addPane } from "./pane.js";
-import { MOST_PANES, setup } from "./setup.js";
+import { edit, MOST_PANES, setup } from "./setup.js";
 
 const NEAREST = 6; // cosines that are shown of a vector
 
@@ -45,11 +45,11 @@ export function Library() {
   </main>`;
 }
 
-function AdminKey() {
+export function AdminKey() {
   const { admin } = useStore(keys);
   return html`<section class="card" aria-label="administrator's key"><div class="line">
     <label>administrator's key <input type="password" autocomplete="off" value=${admin} onInput=${(event) => keys.set((now) => ({ ...now, admin: event.target.value }))} /></label>
-    <small>needed to upload, fit, replace, rename and remove; kept in this page's memory only, gone when it is loaded again</small>
+    <small>needed to upload, fit, replace, rename and remove, and on servers with a file of keys to see their health; kept in this page's memory only, gone when it is loaded again</small>
   </div></section>`;
 }
 
@@ -87,12 +87,13 @@ function Vector({ vector, ...removal }) {
   const near = Object.entries(vector.cosines ?? {}).sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).slice(0, NEAREST);
   const dose = vector.doses?.[0];
   const use = () => {
-    if (setup.value.panes.length < MOST_PANES) addPane({ steering: [{ vector: vector.id }] });
+    if (isProbe(vector)) edit({ probe: { name: vector.id, ...(vector.layers.length > 1 ? { layer: vector.layers.at(-1) } : {}) } });
+    else if (setup.value.panes.length < MOST_PANES) addPane({ steering: [{ vector: vector.id }] });
     location.hash = "#/compare";
   };
   return html`<article class="entry steering" aria-label=${vector.id}>
     <div class="title"><strong><bdi>${vector.id}</bdi></strong><small>${vector.method}</small>
-      ${vector.fits && html`<button class="small" disabled=${setup.value.panes.length >= MOST_PANES} onClick=${use}>try it</button>`}
+      ${vector.fits && html`<button class="small" disabled=${!isProbe(vector) && setup.value.panes.length >= MOST_PANES} onClick=${use}>${isProbe(vector) ? "read it along" : "try it"}</button>`}
       ${!vector.read_only && html`<button class="quiet" aria-label=${`rename ${vector.id}`} aria-expanded=${isNaming ? "true" : "false"} onClick=${() => setNaming(!isNaming)}>rename</button>
       <${Removal} what=${{ kind: "vector", id: vector.id }} ...${removal} />`}
     </div>
@@ -158,7 +159,8 @@ function Upload() {
     setProgress(0);
     try {
       const said = Object.entries(hints).filter(([, value]) => value !== "");
-      const made = await upload(file, new URLSearchParams({ name, filename: file.name, ...Object.fromEntries(said) }), setProgress);
+      const parameters = new URLSearchParams({ name, filename: file.name, ...Object.fromEntries(said) });
+      const made = await asAdministrator((headers) => upload(file, parameters, headers, setProgress));
       announce(`${made.id} uploaded`);
       setFile(null);
       await load();
@@ -187,12 +189,12 @@ function Upload() {
 }
 
 /** fetch tells nothing of a body's progress; XMLHttpRequest does. */
-function upload(file, parameters, onProgress) {
+function upload(file, parameters, headers, onProgress) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", `v1/steering/vectors?${parameters}`);
-    if (keys.value.user) request.setRequestHeader("Authorization", `Bearer ${keys.value.user}`);
-    request.setRequestHeader("X-Whipstaff-Admin-Key", keys.value.admin);
+    const user = keys.value.user && { Authorization: `Bearer ${keys.value.user}` };
+    for (const [name, value] of Object.entries({ ...user, ...headers })) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onerror = () => reject(new Refusal(0, { message: "the server cannot be reached" }));
     request.onload = () => {

@@ -4,15 +4,9 @@ import { Answer } from "./answer.js";
 import { catalogue, isSteering, methodOf, offers, vectorOf } from "./catalogue.js";
 import { Field, Fields, Json, range } from "./form.js";
 import { Slider } from "./ui.js";
-import { edit, editPane, isPlain, newId, setup } from "./setup.js";
+import { Strip } from "./reading.js";
+import { edit, editPane, emptySetup, isPlain, newId, setup, titleOf } from "./setup.js";
 import { run, runs } from "./run.js";
-
-/** What a pane is called: as its owner said, or by what it does. */
-export function titleOf(pane) {
-  if (pane.label) return pane.label;
-  if (isPlain(pane)) return "Plain";
-  return [pane.steering.length && "Steered", pane.decoding.length && "Decoded"].filter(Boolean).join(", ");
-}
 
 export const kindOf = (pane) => (isPlain(pane) ? "plain" : pane.steering.length ? (pane.decoding.length ? "both" : "steered") : "decoded");
 
@@ -32,14 +26,16 @@ export function Pane({ pane, isFirst, error, errorAt, opened, onOpen }) {
     <div class="entries">
       ${["steering", "decoding"].map((side) =>
         pane[side].map(
-          (entry, index) => html`<${Entry} key=${`${side}${index}`} side=${side} entry=${entry} at=${{ ...at, path: `${side}[${index}]` }}
+          (entry, index) => html`<${Entry} key=${`${side}${index}`} side=${side} entry=${entry} onExample=${(example) => showExample(pane, side, index, example)} at=${{ ...at, path: `${side}[${index}]` }}
             onChange=${(next) => change(side, next ? pane[side].map((one, number) => (number === index ? next : one)) : pane[side].filter((_, number) => number !== index))} />`,
         ),
       )}
+      ${pane.more && html`<${More} more=${pane.more} onChange=${(more) => editPane(pane.id, { more })} />`}
       ${isPlain(pane) && html`<p class="nothing">the model as it is</p>`}
       <div class="adders">
         <${Adder} side="steering" label="+ steer" onAdd=${(entry) => change("steering", [...pane.steering, entry])} />
         <${Adder} side="decoding" label="+ decode" onAdd=${(entry) => change("decoding", [...pane.decoding, entry])} />
+        ${!pane.more && html`<button class="quiet" onClick=${() => editPane(pane.id, { more: {} })}>+ fields</button>`}
       </div>
       ${error && errorAt === "" && html`<${Wrong}>${error.param ? html`<code>${error.param}</code>: ` : ""}${error.message}<//>`}
     </div>
@@ -60,7 +56,7 @@ export function addPane(from = {}) {
 }
 
 /** One entry of `steering` or `decoding`: its main number at hand, the rest one click away. */
-function Entry({ side, entry, at, onChange }) {
+function Entry({ side, entry, at, onChange, onExample }) {
   useStore(catalogue);
   const [isJson, setJson] = useState(false);
   const method = methodOf(entry);
@@ -73,6 +69,7 @@ function Entry({ side, entry, at, onChange }) {
     <div class="title">
       <strong><bdi>${name}</bdi></strong>
       <small>${method ? (entry.vector ? method.name : method.kind) : ""}</small>
+      ${method?.example && html`<button class="quiet" title="a request that shows ${method.name}: its prompt is for all panes" aria-label=${`example of ${name}`} onClick=${() => onExample(method.example)}>example</button>`}
       <button class="quiet" aria-pressed=${isJson ? "true" : "false"} onClick=${() => setJson(!isJson)}>JSON</button>
       <button class="quiet" aria-label=${`remove ${name}`} onClick=${() => onChange(null)}>✕</button>
     </div>
@@ -86,6 +83,31 @@ function Entry({ side, entry, at, onChange }) {
           </details>`}
     ${at.error && at.errorAt === at.path && html`<${Wrong}>${at.error.message}<//>`}
   </article>`;
+}
+
+/** Further fields of the request, whatever the server takes. */
+function More({ more, onChange }) {
+  return html`<article class="entry" aria-label="further fields">
+    <div class="title"><strong>further fields</strong><small></small><button class="quiet" aria-label="remove further fields" onClick=${() => onChange(undefined)}>✕</button></div>
+    <${Json} rows="3" value=${more} hints=${{ "aria-label": "further fields as JSON" }} onChange=${(next) => typeof next === "object" && !Array.isArray(next) && onChange(next ?? {})} />
+  </article>`;
+}
+
+/** Put the request that shows a method into the place of an entry: its prompt and sampling are for all panes. */
+function showExample(pane, side, index, example) {
+  const { model, prompt, messages, steering, decoding, temperature, max_tokens, seed, stop, ...more } = example;
+  const own = { steering: pane.steering, decoding: pane.decoding };
+  own[side] = own[side].toSpliced(index, 1, ...[{ steering, decoding }[side]].flat());
+  const other = side === "steering" ? "decoding" : "steering";
+  own[other] = [{ steering, decoding }[other] ?? own[other]].flat();
+  const base = emptySetup();
+  const said = Object.entries({ temperature, max_tokens, seed, stop: stop && [stop].flat() }).filter(([, value]) => value !== undefined);
+  edit({
+    ...(messages ? { kind: "chat", messages } : { kind: "completion", prompt: prompt ?? setup.value.prompt }),
+    sampling: { ...base.sampling, ...Object.fromEntries(said) },
+    panes: setup.value.panes.map((one) => (one.id === pane.id ? { ...one, ...own, label: "", more: Object.keys(more).length ? more : one.more } : one)),
+  });
+  run(setup.value.panes);
 }
 
 const MAIN = ["scale", "alpha"]; // of the numbers of a method, the one that people move
@@ -172,7 +194,8 @@ function Result({ run: own, pane, title, opened, onOpen }) {
   const dose = own.receipt?.steering?.map((one) => one.dose?.relative).find((one) => one !== undefined);
   const edited = own.receipt?.steering?.map((one) => one.edited_tokens).find((one) => one !== undefined);
   const search = own.receipt?.search?.[0];
-  return html`<${Answer} run=${own} label=${title} opened=${opened} onOpen=${onOpen} />
+  return html`<${Strip} run=${own} opened=${opened} onOpen=${onOpen} />
+    <${Answer} run=${own} label=${title} opened=${opened} onOpen=${onOpen} />
     <footer class="figures">
       <span class="state ${own.state}">${own.summary()}</span>
       ${own.first !== null && html`<span title="time to the first token">${Math.round(own.first)} ms</span>`}

@@ -2,7 +2,8 @@
 import { announce, Store } from "./ui.js";
 import { Gone, Refusal, stream } from "./api.js";
 import { Cells } from "./cells.js";
-import { pathOf, setup, streamedRequest } from "./setup.js";
+import { lengthsOf } from "./reading.js";
+import { pathOf, setup, streamedRequest, titleOf } from "./setup.js";
 
 /** pane's id -> its latest run */
 export const runs = new Store(new Map());
@@ -14,6 +15,7 @@ export class Run {
 
   constructor(pane, now) {
     this.pane = pane;
+    this.title = titleOf(pane);
     this.setup = now;
     this.request = streamedRequest(now, pane);
     this.state = "waiting"; // streaming, done, stopped, refused or cut
@@ -21,6 +23,8 @@ export class Run {
     this.numTokens = 0;
     this.finish = null;
     this.receipt = null;
+    this.readings = []; // what a probe read after each token
+    this.lengths = null; // of activations
     this.error = null;
     this.started = performance.now();
     this.first = this.ended = null; // milliseconds from the start
@@ -45,7 +49,7 @@ export class Run {
   }
 
   async start() {
-    announce(`${this.pane.label}: started`);
+    announce(`${this.title}: started`);
     try {
       for await (const event of stream(pathOf(this.setup), this.request, this.#abort.signal)) this.#take(event);
       this.state = "done";
@@ -57,7 +61,7 @@ export class Run {
       this.ended = performance.now() - this.started;
       this.cells.close();
       this.#changed();
-      announce(`${this.pane.label}: ${this.summary()}`);
+      announce(`${this.title}: ${this.summary()}`);
     }
   }
 
@@ -74,8 +78,16 @@ export class Run {
     this.numTokens = event.usage?.completion_tokens ?? this.cells.records.length;
     const { retracted, ...receipt } = event.whipstaff ?? {};
     for (const { index, characters } of retracted ?? []) if (index === 0) this.cells.retract(characters);
-    if (Object.keys(receipt).length) this.receipt = receipt;
+    if (Object.keys(receipt).length) this.#conclude(receipt);
     this.#changed();
+  }
+
+  /** What the receipt says. Activations are large: their lengths are all that stays. */
+  #conclude({ captured, ...receipt }) {
+    this.receipt = receipt;
+    this.readings = receipt.stop_when?.readings[0] ?? [];
+    this.lengths = captured ? lengthsOf(captured[0], this.request.capture[0].layers) : null;
+    if (this.readings.length) this.cells.note("reading", this.readings);
   }
 
   stop() {

@@ -4,7 +4,11 @@ import { methodOf } from "./catalogue.js";
 
 const PLACE = "whipstaff.playground";
 const VERSION = 1;
+export const SITE = "resid_post"; // whose activations are read
 export const MOST_PANES = 4; // browsers open six connections to a server, for all tabs together
+
+export const BY_CONDITION = "*"; // in a probe's place: whatever a pane's own condition reads
+const NEVER = 1e30; // no probe reads as much, so the answer goes on
 
 let numbers = 0;
 export const newId = () => `p${Date.now().toString(36)}${(numbers += 1)}`;
@@ -17,6 +21,8 @@ export function emptySetup() {
     model: "",
     sampling: { temperature: 0, max_tokens: 48, seed: 7, stop: [] },
     top: 5,
+    probe: { name: BY_CONDITION },
+    capture: [],
     panes: [{ id: newId(), label: "Plain", steering: [], decoding: [] }],
   };
 }
@@ -29,6 +35,19 @@ export const edit = (change) => setup.set((now) => ({ ...now, ...change }));
 export const editPane = (id, change) =>
   edit({ panes: setup.value.panes.map((pane) => (pane.id === id ? { ...pane, ...change } : pane)) });
 export const isPlain = (pane) => !pane.steering.length && !pane.decoding.length;
+
+/** What a pane is called: as its owner said, or by what it does; with a number if one before it is called so. */
+export function titleOf(pane) {
+  const same = setup.value.panes.filter((one) => saidOf(one) === saidOf(pane));
+  const number = same.findIndex((one) => one.id === pane.id) + 1;
+  return number > 1 ? `${saidOf(pane)} ${number}` : saidOf(pane);
+}
+
+function saidOf(pane) {
+  if (pane.label) return pane.label;
+  if (isPlain(pane)) return "Plain";
+  return [pane.steering.length && "Steered", pane.decoding.length && "Decoded"].filter(Boolean).join(", ");
+}
 
 // ---- requests
 
@@ -44,17 +63,40 @@ export function requestOf(setup, pane) {
     ...(max_tokens === undefined ? {} : { max_tokens }),
     ...(temperature > 0 && seed !== undefined ? { seed } : {}),
     ...(stop.length ? { stop } : {}),
+    ...pane.more,
     ...(pane.steering.length ? { steering: pane.steering } : {}),
     ...(pane.decoding.length ? { decoding: pane.decoding } : {}),
+    ...(limitOf(setup.probe) ? { stop_when: { ...probeOf(setup, pane), ...limitOf(setup.probe) } } : {}),
   };
 }
 
-/** The same as the page sends it: streamed, with a record of every token. A search draws none, of which there could be
- * records; it says what it takes back. */
+/** The same as the page sends it: streamed, with a record of every token and what is to be read of the model. A search
+ * draws no token, of which there could be records; it says what it takes back. */
 export function streamedRequest(setup, pane) {
   const streamed = { ...requestOf(setup, pane), stream: true, stream_options: { include_usage: true } };
   if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { ...streamed, stream_retractions: true };
-  return setup.top > 0 ? { ...streamed, explain: explained(setup, pane) } : streamed;
+  const probe = probeOf(setup, pane);
+  return {
+    ...(probe ? { stop_when: { ...probe, above: NEVER } } : {}), // its readings are told, and end nothing
+    ...streamed,
+    ...(setup.capture.length ? { capture: [{ site: SITE, layers: setup.capture, where: "generation" }] } : {}),
+    ...(setup.top > 0 ? { explain: explained(setup, pane) } : {}),
+  };
+}
+
+/** The probe that is read at every token of a pane's answer: the one that was chosen, or what its condition reads. */
+function probeOf({ probe: { name, layer } }, pane) {
+  if (name !== BY_CONDITION) return name ? withLayer(name, layer) : null;
+  const when = pane.steering.map((entry) => entry.when).find((one) => typeof one?.probe === "string");
+  return when ? withLayer(when.probe, when.layer) : null;
+}
+
+const withLayer = (probe, layer) => (Number.isInteger(layer) ? { probe, layer } : { probe });
+
+/** Where a chosen probe ends an answer, if anywhere. */
+function limitOf({ name, above, below }) {
+  if (name === BY_CONDITION || !name) return null;
+  return above !== undefined ? { above } : below !== undefined ? { below } : null;
 }
 
 /** What to say of every token. */
@@ -65,10 +107,12 @@ function explained({ top, sampling }, pane) {
 
 // ---- what is kept, and what a link says
 
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+
 /** The parts that a stored or shared setup may have, and nothing else; throws what is wrong with it. */
 export function checkedSetup(said) {
   const base = emptySetup();
-  if (typeof said !== "object" || said === null || !Array.isArray(said.panes)) throw new Error("it holds no panes");
+  if (!isObject(said) || !Array.isArray(said.panes)) throw new Error("it holds no panes");
   const text = (value, otherwise) => (typeof value === "string" ? value : otherwise);
   const list = (value) => (Array.isArray(value) ? value.filter((one) => one && typeof one === "object") : []);
   const panes = said.panes.slice(0, MOST_PANES).map((pane) => ({
@@ -77,6 +121,7 @@ export function checkedSetup(said) {
     steering: list(pane?.steering),
     decoding: list(pane?.decoding),
     ...(typeof pane?.model === "string" && pane.model ? { model: pane.model } : {}),
+    ...(isObject(pane?.more) ? { more: pane.more } : {}),
   }));
   const messages = list(said.messages).map(({ role, content }) => ({ role: text(role, "user"), content: text(content, "") }));
   const sampling = { ...base.sampling };
@@ -92,8 +137,16 @@ export function checkedSetup(said) {
     model: text(said.model, ""),
     sampling,
     top: Number.isInteger(said.top) ? Math.min(Math.max(said.top, 0), 20) : base.top,
+    probe: checkedProbe(said.probe) ?? base.probe,
+    capture: Array.isArray(said.capture) ? said.capture.filter(Number.isInteger) : base.capture,
     panes: panes.length ? panes : base.panes,
   };
+}
+
+function checkedProbe(said) {
+  if (typeof said?.name !== "string") return null;
+  const numbers = ["layer", "above", "below"].filter((name) => Number.isFinite(said[name]));
+  return { name: said.name, ...Object.fromEntries(numbers.map((name) => [name, said[name]])) };
 }
 
 /** Told once, where the browser keeps nothing. */

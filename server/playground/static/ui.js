@@ -75,6 +75,16 @@ export function NumberBox({ value, onChange, ...more }) {
   return html`<input type="number" class="number" value=${value ?? ""} onInput=${read} ...${more} />`;
 }
 
+/** A text that counts once it is left or Enter is pressed; what is typed stays until then, whatever is drawn anew. */
+export function LateText({ value, onChange, ...more }) {
+  const [draft, setDraft] = useState(null);
+  const take = (event) => {
+    setDraft(null);
+    onChange(event.target.value);
+  };
+  return html`<input type="text" value=${draft ?? value} ...${more} onInput=${(event) => setDraft(event.target.value)} onChange=${take} />`;
+}
+
 /** A slider beside the exact number, which may lie beyond the slider's ends. */
 export function Slider({ value, fallback, min, max, step, onChange, label, ...more }) {
   const shown = value ?? fallback ?? min;

@@ -107,6 +107,8 @@ def test_sites_and_doses_come_from_flags_and_the_environment_too(monkeypatch: py
     assert cli.parse("serve", ["some/model", "--lookahead"])[1].lookahead
     assert not cli.parse("serve", ["some/model", "--lookahead", "--no-lookahead"])[1].lookahead
     assert not cli.parse("serve", ["some/model", "--no-playground"])[1].playground
+    monkeypatch.setenv("WHIPSTAFF_GRAFANA_URL", "http://localhost:3000")
+    assert cli.parse("serve", ["some/model"])[1].grafana_url == "http://localhost:3000"
     monkeypatch.setenv("WHIPSTAFF_LOOKAHEAD", "1")
     assert cli.parse("doctor", ["some/model"])[1].lookahead
     assert not own.attention_rows and own.hidden_states == 0
@@ -158,6 +160,10 @@ def test_without_a_model_the_demo_is_served_and_flags_still_count() -> None:
         (["--admin-key", "secret"], "say where it is kept with --registry DIR"),
         (["--registry", "/proc/nowhere"], "--registry /proc/nowhere: "),
         (["--presets", "/no/such/place"], "--presets: /no/such/place: no such file or folder"),
+        (["--grafana-url", "javascript:alert(1)"], "--grafana-url: 'javascript:alert(1)' is no address"),
+        (["--grafana-url", "https://"], "--grafana-url: 'https://' is no address"),
+        (["--grafana-url", "http://host:port"], "--grafana-url: Port could not be cast"),
+        (["--grafana-url", "https://me:secret@host/d"], "--grafana-url: it is told to everybody"),
         (["--max-upload-bytes", "0"], "--max-upload-bytes: Input should be greater than 0"),
     ],
 )

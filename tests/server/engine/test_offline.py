@@ -150,7 +150,7 @@ def test_settings_are_arguments_and_no_environment(monkeypatch: pytest.MonkeyPat
 
 def test_the_settings_that_are_left_out_are_about_serving() -> None:
     about_serving = {"admin_key", "keys", "open_metrics", "audit_log", "max_upload_bytes", "drain_timeout"}
-    about_serving |= {"playground", "max_downloads", "max_download_bytes", "download_seconds"}
+    about_serving |= {"playground", "grafana_url", "max_downloads", "max_download_bytes", "download_seconds"}
     assert Settings.model_fields.keys() - set(SETTINGS) == about_serving
 
 

@@ -1,21 +1,23 @@
 """What people do on the page, in a real browser, before the embedded demo: no story breaks the page's policy, asks
 another host, or leaves an error behind."""
 
+import base64
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from browser import SLOW, Visit, violations
-from playwright.sync_api import Locator, Page, expect
+import safetensors.numpy
+from browser import CHROMIUM, violations
+from compare_screen import MORNING, Compare, answer
+from playwright.sync_api import Locator, Page, Route, expect
 from serving import Server
 
 from .conftest import Visiting
@@ -23,66 +25,7 @@ from .conftest import Visiting
 pytestmark = pytest.mark.engine
 
 PICTURES = os.environ.get("WHIPSTAFF_PICTURES")  # a folder, such as docs: the README's pictures go there
-MORNING = "In the morning Mara opened the door, and"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'`${alert(3)}"
-expect.set_options(timeout=SLOW)
-
-
-class Compare:
-    """The first screen, as somebody uses it."""
-
-    def __init__(self, visit: Visit, fragment: str = "") -> None:
-        self.visit, self.page = visit, visit.page
-        self.page.goto(f"/{fragment}")
-        expect(self.page.get_by_role("button", name="Code", exact=True)).to_be_visible()
-
-    def pane(self, name: str) -> Locator:
-        return self.page.get_by_role("region", name=name, exact=True)
-
-    def wait_until_done(self, *names: str) -> None:
-        for name in names:
-            expect(self.pane(name).locator(".figures .state")).to_have_class("state done")
-
-    def text(self, name: str) -> str:
-        """The answer, without what ended it or was taken back."""
-        spans = self.pane(name).locator(".text [data-cell]:not(.withheld, .struck)")
-        return "".join(spans.all_text_contents())
-
-    def tokens(self, name: str) -> Locator:
-        return self.pane(name).locator(".text [data-cell]")
-
-    @contextmanager
-    def asking_anew(self) -> Iterator[None]:
-        """Leaves once the answers that were there are gone, so that nobody takes their end for the new ones'."""
-        self.page.evaluate("document.querySelectorAll('.figures').forEach(one => one.classList.add('before'))")
-        yield
-        expect(self.page.locator(".figures.before")).to_have_count(0)
-
-    def run(self) -> None:
-        with self.asking_anew():
-            self.page.get_by_role("button", name="Run").click()
-
-    def example(self, name: str) -> None:
-        self.page.get_by_role("button", name=name, exact=True).click()
-
-    def drawer(self) -> Locator:
-        return self.page.get_by_role("complementary", name="inside this token")
-
-    def request(self, pane: str) -> dict[str, Any]:
-        """What the page says that it sends, without streaming and records."""
-        self.page.get_by_role("button", name="Code", exact=True).click()
-        dialog = self.page.get_by_role("dialog")
-        dialog.get_by_role("radio", name=pane, exact=True).check()
-        dialog.get_by_role("radio", name="JSON").check()
-        said: dict[str, Any] = json.loads(dialog.locator("pre").inner_text())
-        self.page.keyboard.press("Escape")
-        expect(dialog).to_have_count(0)  # it gives the focus back as it closes
-        return said
-
-
-def answer(server: Server, path: str, **fields: Any) -> Any:
-    with server.client() as client:
-        return client.post(path, json={"model": "demo", "temperature": 0, "max_tokens": 22} | fields).json()
 
 
 @pytest.fixture
@@ -92,6 +35,10 @@ def compare(demo_server: Server, visiting: Visiting) -> Compare:
 
 
 def picture(page: Page, name: str, tmp_path: Path) -> None:
+    browser = page.context.browser
+    assert browser is not None
+    if browser.browser_type.name != CHROMIUM.name:
+        return  # elsewhere, to take one puts a style into the page, which its policy forbids
     path = Path(PICTURES or tmp_path) / f"{name}.png"
     page.set_viewport_size({"width": 1280, "height": 720})
     page.screenshot(path=path, full_page=True)
@@ -235,6 +182,181 @@ def test_a_steered_answer_is_seen_by_the_unsteered_model(compare: Compare, demo_
     record = plain["choices"][0]["explain"][1]
     assert record["base"]["rank"] > 1
     assert drawer.locator(".four dd").all_text_contents()[2] == str(record["base"]["rank"])
+
+
+def readings(label: str) -> tuple[float, float]:
+    """The least and the most of a strip, as it says them."""
+    found = re.search(r"reads (\S+) to (\S+), most", label)
+    assert found is not None, label
+    return float(found[1]), float(found[2])
+
+
+def test_what_is_read_of_the_model_is_what_the_api_tells(compare: Compare, demo_server: Server) -> None:
+    """A probe at every token, as a strip, a colour and a number; and how long activations are."""
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    page, steered = compare.page, compare.pane("Steered")
+    assert page.locator(".strip").count() == 0
+    with compare.asking_anew():
+        page.get_by_label("read along").select_option(label="is_cheerful")
+    with compare.asking_anew():
+        page.get_by_label("activations of layers").fill("2-3, 5")
+        page.get_by_label("activations of layers").blur()
+    expect(page.locator(".strip svg")).to_have_count(3)
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    steering = {"vector": "cheerful", "scale": -8}
+    capture = {"layers": [2, 3, 5], "where": "generation"}
+    along: dict[str, Any] = {"stop_when": {"probe": "is_cheerful", "above": 1e6}, "capture": capture}
+    told = answer(demo_server, "/v1/completions", prompt=MORNING, steering=steering, **along)["whipstaff"]
+    (read,) = told["stop_when"]["readings"]
+    tensors = safetensors.numpy.load(base64.b64decode(told["captured"][0]["safetensors"]))
+    label = steered.locator(".strip svg").get_attribute("aria-label") or ""
+    assert readings(label) == pytest.approx((min(read), max(read)), rel=0.01)
+    compare.tokens("Steered").nth(3).click()
+    drawer = compare.drawer()
+    said = drawer.locator(".facts > div").filter(has_text="is_cheerful reads").locator("dd")
+    assert float(said.inner_text()) == pytest.approx(read[3], rel=0.01)
+    lengths = [float(one) for one in drawer.locator(".lengths .bar > span").all_text_contents()]
+    rows = [float(np.linalg.norm(tensors[f"0.resid_post.{layer}"][3])) for layer in (2, 3, 5)]
+    assert lengths == pytest.approx(rows, rel=0.01)
+    page.get_by_role("radio", name="probe").check()
+    colours = [one.get_attribute("class") for one in compare.tokens("Steered").all()[: len(read)]]
+    assert colours[read.index(max(read))] == "b8" and colours[read.index(min(read))] == "b0"
+    box = steered.locator(".strip svg").bounding_box()
+    assert box is not None
+    steered.locator(".strip svg").click(position={"x": box["width"] * 5.5 / len(read), "y": 5})
+    expect(drawer).to_contain_text("token 6 of")
+    assert violations(page) == []
+    assert "capture" not in compare.request("Steered") and "stop_when" not in compare.request("Steered")
+
+
+def test_a_reading_ends_an_answer(compare: Compare, demo_server: Server) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    along = {"stop_when": {"probe": "is_cheerful", "above": 1e6}}
+    (read,) = answer(demo_server, "/v1/completions", prompt=MORNING, **along)["whipstaff"]["stop_when"]["readings"]
+    limit = round((min(read) + max(read)) / 2, 1)
+    first = next(index for index, reading in enumerate(read) if reading > limit)
+    compare.page.get_by_label("read along").select_option(label="is_cheerful")
+    compare.page.get_by_label("reading that ends the answer").fill(str(limit))
+    expect(compare.pane("Plain").locator(".figures .state")).to_have_text(f"done, {first + 1} tokens")
+    assert compare.request("Plain")["stop_when"] == {"probe": "is_cheerful", "above": limit}
+    expect(compare.pane("Plain").locator(".strip .limit")).to_have_count(1)
+    compare.example("Beams")
+    expect(compare.pane("Searched").locator(".figures .state")).to_have_class("state done")
+
+
+def test_what_a_condition_reads_is_read_along(compare: Compare) -> None:
+    compare.example("Only where it is merry")
+    pane = compare.pane("Held back")
+    expect(pane.locator(".strip svg")).to_have_attribute("aria-label", re.compile("is_cheerful reads"))
+    expect(pane.locator(".strip .limit")).to_have_count(1)
+    assert compare.pane("Plain").locator(".strip").count() == 0
+    compare.wait_until_done("Held back")
+    expect(pane.locator(".figures")).to_contain_text("open at")
+
+
+def test_editors_say_where_when_and_how(compare: Compare) -> None:
+    """Layers, a condition and a schedule by their forms: the request has what was touched, and the server takes it."""
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    pane = compare.pane("Steered")
+    pane.get_by_text("where, when, how").click()
+    pane.get_by_role("group", name="layers").get_by_role("button", name="3").click()
+    pane.get_by_role("button", name="set when").click()
+    pane.get_by_role("textbox", name="probe").fill("is_cheerful")
+    pane.get_by_role("spinbutton", name="above").fill("-2.5")
+    pane.get_by_role("radio", name="step").check()
+    pane.get_by_role("button", name="set schedule").click()
+    pane.get_by_role("combobox", name="shape").select_option("linear")
+    pane.get_by_role("spinbutton", name="to, exactly").fill("0.5")
+    pane.get_by_role("spinbutton", name="tokens").fill("9")
+    expect(pane.locator(".figures")).to_contain_text("open at")
+    expect(pane.locator(".wrong")).to_have_count(0)
+    when = {"probe": "is_cheerful", "above": -2.5, "decide": "step"}
+    schedule = {"shape": "linear", "to": 0.5, "tokens": 9}
+    wanted = [{"vector": "cheerful", "scale": -8, "layers": [4], "when": when, "schedule": schedule}]
+    assert compare.request("Steered")["steering"] == wanted
+
+
+MADE_UP: dict[str, Any] = {
+    "name": "made_up",
+    "kind": "truncation",
+    "available": True,
+    "reason": None,
+    "paper": None,
+    "defaults": {},
+    "shorthands": {},
+    "schema": {
+        "type": "object",
+        "required": ["method", "share"],
+        "$defs": {"Row": {"type": "object", "properties": {"weight": {"type": "number", "default": 1.0}}}},
+        "properties": {
+            "method": {"const": "made_up"},
+            "share": {"type": "number", "minimum": 0, "maximum": 1},
+            "many": {"type": "integer", "default": 3},
+            "which": {"enum": ["a", "b", "c", "d", "e"]},
+            "is_on": {"type": "boolean", "default": False},
+            "text": {"anyOf": [{"type": "string", "maxLength": 5000}, {"type": "null"}], "default": None},
+            "rows": {"type": "array", "items": {"$ref": "#/$defs/Row"}},
+            "weights": {"type": "object", "additionalProperties": {"type": "number"}},
+            "window": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "integer"}]},
+            "either": {"anyOf": [{"enum": ["all"]}, {"type": "array", "items": {"type": "integer"}}]},
+            "strange": {"not": {"type": "string"}},
+        },
+    },
+    "example": {
+        "model": "demo",
+        "prompt": "Once",
+        "max_tokens": 5,
+        "temperature": 0,
+        "min_tokens": 2,
+        "decoding": {"method": "made_up", "share": 0.5, "rows": [{"weight": 2}], "strange": [1]},
+    },
+}
+
+
+def test_a_new_method_needs_no_page_code(demo_server: Server, visiting: Visiting) -> None:
+    """One that nobody has heard of, of every keyword: it is offered, has a form and an example, and what is wrong with
+    it stands there."""
+    visit = visiting(demo_server.url)
+    table = httpx.get(f"{demo_server.url}/v1/steering/methods").json()
+    table["data"].append(MADE_UP)
+    visit.page.route("**/v1/steering/methods", lambda route: route.fulfill(json=table))
+    compare = Compare(visit)
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    pane = compare.pane("Plain")
+    pane.get_by_role("combobox", name="add decoding").select_option(label="made_up (truncation)")
+    pane = compare.pane("Decoded")
+    entry = pane.get_by_role("article", name="decoding: made_up")
+    entry.locator("summary").click()
+    assert entry.locator(".fields").first.locator(":scope > .field").count() == 9
+    assert violations(visit.page) == []
+    entry.get_by_role("button", name="example of made_up").click()
+    expect(visit.page.get_by_role("textbox", name="prompt", exact=True)).to_have_value("Once")
+    expect(pane.locator(".wrong").first).to_contain_text("made_up")
+    entry.get_by_role("button", name="JSON").click()
+    assert json.loads(entry.get_by_role("textbox").input_value()) == MADE_UP["example"]["decoding"]
+    more = pane.get_by_role("textbox", name="further fields as JSON")
+    assert json.loads(more.input_value()) == {"min_tokens": 2}
+    entry.get_by_role("button", name="remove made_up").click()
+    compare.run()
+    compare.wait_until_done("Plain")
+    more = compare.pane("Plain").get_by_role("textbox", name="further fields as JSON")
+    more.fill('{"max_tokens": 2, "echo": true}')
+    expect(compare.pane("Plain").locator(".figures .state")).to_have_text("done, 2 tokens")
+    assert compare.text("Plain").startswith("Once")
+
+
+def test_examples_of_methods_run_as_they_stand(compare: Compare, demo_server: Server) -> None:
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+    methods = {one["name"]: one for one in httpx.get(f"{demo_server.url}/v1/steering/methods").json()["data"]}
+    for pane, name in (("Steered", "caa"), ("Decoded", "dola")):
+        example = methods[name]["example"]
+        with compare.asking_anew():
+            compare.pane(pane).get_by_role("button", name="example of").click()
+        compare.wait_until_done(pane)
+        said = compare.request(pane)
+        assert said["prompt"] == example["prompt"] and said["max_tokens"] == example["max_tokens"]
+        wanted = httpx.post(f"{demo_server.url}/v1/completions", json=example, timeout=120).json()
+        assert compare.text(pane) == wanted["choices"][0]["text"]
 
 
 def test_errors_stand_beside_the_field_that_the_server_names(compare: Compare) -> None:
@@ -448,6 +570,29 @@ def test_health_shows_what_happens(compare: Compare) -> None:
     )
     expect(page.get_by_role("figure", name="first token, p50 (s)").get_by_role("row", name="plain")).to_be_visible()
     assert "NaN" not in page.locator("main").inner_text()
+
+
+def test_health_is_no_row_of_zeros_where_it_may_not_be_seen(compare: Compare) -> None:
+    """As on a server with a file of keys: the administrator's opens it, in the user's place."""
+    page = compare.page
+    compare.wait_until_done("Plain", "Steered", "Decoded")
+
+    def guard(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer root":
+            route.continue_()
+        else:
+            route.fulfill(status=403, json={"error": {"message": "this key does not open that", "param": None}})
+
+    page.route("**/metrics", guard)
+    page.get_by_role("link", name="Health").click()
+    expect(page.locator(".wrong")).to_contain_text("/metrics: this key does not open that")
+    assert page.locator(".tile").count() == 0 and violations(page) == []
+    page.get_by_label("administrator's key").get_by_role("textbox").fill("root")
+    expect(page.locator(".tile").filter(has_text="slots").first).to_be_visible()
+    expect(page.locator(".wrong")).to_have_count(0)
+    assert (
+        page.get_by_role("link", name="Grafana").count() == 0 and "--grafana-url" in page.locator("main").inner_text()
+    )
 
 
 def test_the_library_shows_what_there_is(compare: Compare) -> None:

@@ -23,6 +23,7 @@ from .conftest import Visiting
 pytestmark = pytest.mark.engine
 
 ADMIN = "admin-secret"
+GRAFANA = "https://grafana.test:3000/d/whipstaff?orgId=1&kiosk"
 TOKENS = 900  # in each of three panes; the model's rotations end at 1,024
 FITTING = 300  # seconds that a loaded machine may take for a fit
 STREAMING = 600  # seconds that a loaded machine may take for a third of them
@@ -36,6 +37,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
     flags = ["--api-key", API_KEY, "--admin-key", ADMIN, "--registry", str(folder / "registry")]
     flags += ["--kv-cache-memory-bytes", "256M"]  # for four long sequences at once
+    flags += ["--grafana-url", GRAFANA]
     with serving_demo(folder, *flags) as running:
         yield running
 
@@ -78,6 +80,16 @@ def test_the_key_is_asked_for_and_told_to_nobody(guarded: Server, visiting: Visi
     assert API_KEY not in stores and not any(API_KEY in url for url in visit.urls)
     page.reload()
     expect(page.get_by_text("This server asks for its API key")).to_be_visible()
+
+
+def test_health_links_to_grafana_where_that_is_configured(visit: Visit, guarded: Server) -> None:
+    visit.page.get_by_role("link", name="Health").click()
+    link = visit.page.get_by_role("link", name="Grafana")
+    expect(link).to_have_attribute("href", GRAFANA)
+    assert link.get_attribute("rel") == "noopener noreferrer" and violations(visit.page) == []
+    with guarded.client() as client:
+        assert client.get("/v1/steering/links").json() == {"grafana": GRAFANA}
+        assert client.get("/v1/steering/links", headers={"Authorization": "Bearer x"}).status_code == 401
 
 
 def library(page: Page, key: str = ADMIN) -> None:
