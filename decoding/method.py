@@ -357,7 +357,7 @@ class Candidate(NamedTuple):
     """An answer that was drawn, to be ranked among others; it has at least one token."""
 
     num_tokens: int
-    log_probability: float  # of all of it, where its tokens were drawn from, before temperature and truncation
+    log_probability: float  # of all of it, where its tokens were drawn from, before penalties, temperature, truncation
     explained: Sequence[Mapping[str, Any]]  # what is said of each of its tokens, where the method reads rows
 
 

@@ -2,10 +2,10 @@
 
     score = sum over the answer's tokens of log p(token) / length ** length_penalty
 
-p is what the request itself draws from, before temperature and truncation, or the distribution of an auxiliary model,
-as where a smaller model proposes and a larger one judges. A prefix_classifier judges the answer instead, by the last
-hidden state that was computed of it, which is that before its last token (for an answer that ended: the token that
-ended it): score = log softmax(W h + bias)[1].
+p is what log-probabilities are told of: what the request itself draws from, before penalties, temperature and
+truncation; or it is the distribution of an auxiliary model, as where a smaller model proposes and a larger one judges.
+A prefix_classifier judges the answer instead, by the last hidden state that was computed of it, which is that before
+its last token (for an answer that ended: the token that ended it): score = log softmax(W h + bias)[1].
 
 Candidates are drawn as the request draws any answer, so that everything else goes together with it. OpenAI's `best_of`
 is the mean per token, `length_penalty` 1. Generative re-scoring: Adiwardana et al. 2020, arXiv:2001.09977.

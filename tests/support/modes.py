@@ -71,7 +71,8 @@ def v2_on_cpu() -> Iterator[None]:
 
 @contextmanager
 def without_inductor() -> Iterator[None]:
-    """As vLLM tests its own CPU backend; graphs are traced in the first step, since nothing warms them up."""
+    """As vLLM tests its own CPU backend; graphs are traced in the first step, since nothing warms them up. That must
+    have more than one token: a graph that is traced over one writes beyond its memory in any longer step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_CI_ENV", "1")
         yield
