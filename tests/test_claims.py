@@ -173,7 +173,7 @@ def test_endpoints() -> None:
         if isinstance(route, APIRoute) and route.path.startswith("/v1/steering")
         for method in route.methods
     }
-    assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets", "fits"}
+    assert {path.split("/")[3] for _, path in ours} == {"methods", "vectors", "validate", "presets", "fits", "links"}
     for method, path in ours:
         tail = path.removeprefix("/v1/steering/").split("/")[0]
         assert re.search(rf"`?{method} (?:/v1/steering|\.\.\.)/(?:{tail}|\{{name\}})", words("docs/requests.md")), (
