@@ -83,7 +83,7 @@ class CacheLayout:
 
 def copy_blocks(caches: Iterable[Tensor], num_blocks: int, pairs: Sequence[tuple[int, int]]) -> None:
     """Copy blocks of KV caches, (source, target) each, as vLLM does before a step: a source is held until it is copied,
-    so none is a target. vLLM's own way indexes single bytes, which takes a CPU some twenty times as long."""
+    so none is a target. vLLM's own way indexes single bytes, where layers' blocks lie together."""
     seen = set[int]()
     for cache in caches:
         if cache.data_ptr() in seen:  # layers may share theirs
