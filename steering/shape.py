@@ -1,5 +1,6 @@
 """The shape of a model as steering sees it: its sites and how wide they are."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -98,10 +99,19 @@ def _blocks(text: Any) -> Iterable[Any]:
     return getattr(text, "block_configs", None) or ()
 
 
+def _usual(config: Any, name: str) -> Any:
+    """What a config says, if it says anything; where transformers only says it of each layer, what most layers have."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError
+        ((value, _),) = Counter(getattr(layer, name) for layer in config.per_layer_config).most_common(1)
+        return value
+
+
 def _first(config: Any, names: Iterable[str]) -> int:
     """The first number above 0 under one of these names; 0 where there is none."""
     for name in names:
-        value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        value = config.get(name) if isinstance(config, dict) else _usual(config, name)
         number = value[0] if isinstance(value, list) and value else value
         if isinstance(number, int) and number > 0:
             return number

@@ -169,9 +169,20 @@ def _site(name: str) -> dict[str, Patch]:
             swap(module, "routing_of", lambda routing_of: lambda *args: {})
 
     def sites(module: ModuleType) -> None:
-        def skipping(run: Any) -> Any:
-            return lambda owner, site, *args: None if site == name else run(owner, site, *args)
+        names: list[str] = []
 
-        swap(module, "_run", skipping)
+        def noting(install: Any) -> Any:
+            def installed(*args: Any, **more: Any) -> Any:
+                found = install(*args, **more)
+                names[:] = [point.site for point in found.tables.hook_points]
+                return found
+
+            return installed
+
+        def skipping(run: Any) -> Any:
+            return lambda x, residual, bound, site: None if names[site] == name else run(x, residual, bound, site)
+
+        swap(module, "install_sites", noting)
+        swap(module, "run_bound_edits_", skipping)
 
     return {"server.engine.worker.edits.sites": sites, "server.engine.worker.edits.module_edits": module_edits}

@@ -84,6 +84,14 @@ def test_the_shape_is_what_the_engine_reads(name: str) -> None:
     assert (shape["hidden_size"], shape["num_layers"], shape["num_heads"]) == (64, 4, 4)
 
 
+def test_where_layers_have_heads_of_their_own_the_shape_has_the_usual_ones() -> None:
+    config = AutoConfig.for_model(
+        "gemma4_text", **GROUPED, head_dim=24, layer_types=["sliding_attention"] * 3 + ["full_attention"]
+    )
+    assert {layer.head_dim for layer in config.per_layer_config} == {24, config.per_layer_config[3].head_dim} != {24}
+    assert config_shape(config).head_dim == 24
+
+
 @pytest.mark.parametrize("name", ("gpt2", "deepseek_v2", "mixtral"))
 def test_a_folder_has_the_shape_of_its_config(name: str, tmp_path: Path) -> None:
     config = config_of(name)
