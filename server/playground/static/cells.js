@@ -19,9 +19,16 @@ export class Cells {
     this.#match(false);
   }
 
-  /** What came to be known of the tokens later, first to first. */
-  note(name, values) {
-    for (const [index, record] of this.records.entries()) if (index < values.length) record[name] = values[index];
+  /** What came to be known of a token later, if there is a record of it. */
+  note(index, name, value) {
+    if (!this.records[index]) return;
+    this.records[index][name] = value;
+    const cell = this.cells.findLast((one) => one.records.includes(index));
+    if (cell) cell.isChanged = true;
+  }
+
+  /** What a cell looks like may depend on all of them. */
+  repaint() {
     for (const cell of this.cells) cell.isChanged = true;
   }
 

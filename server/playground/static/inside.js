@@ -2,7 +2,7 @@
 import { figure, html, useEffect, useReducer, useRef, useState, Wrong } from "./ui.js";
 import { post } from "./api.js";
 import { isPossible, reference } from "./colour.js";
-import { MOST_PANES, setup, titleOf } from "./setup.js";
+import { MOST_PANES, readBy, setup, titleOf } from "./setup.js";
 import { addPane } from "./pane.js";
 import { Lengths } from "./reading.js";
 import { run } from "./run.js";
@@ -105,7 +105,7 @@ function Facts({ record, run: own }) {
   const isRead = record.reading !== undefined;
   if (!facts.length && !gates.length && !isRead) return null;
   return html`<dl class="facts">
-    ${isRead && html`<div><dt><bdi>${own.request.stop_when.probe}</bdi> reads</dt><dd>${figure(record.reading)}</dd></div>`}
+    ${isRead && html`<div><dt><bdi>${own.request.capture[readBy(own.request).probe].probe}</bdi> reads</dt><dd>${figure(record.reading)}</dd></div>`}
     ${facts.map(([name, value]) => html`<div key=${name}><dt>${name.replaceAll("_", " ")}</dt><dd>${Array.isArray(value) ? value.map((one) => figure(Number(one))).join(", ") : figure(Number(value))}</dd></div>`)}
     ${gates.map((one) => html`<div key=${one.vector}><dt>gate of <bdi>${one.vector ?? one.method}</bdi></dt><dd>${gateOf(one)}</dd></div>`)}
   </dl>`;

@@ -2,7 +2,7 @@
 import { figure, html, NumberBox, useStore } from "./ui.js";
 import { catalogue, isProbe } from "./catalogue.js";
 import { LayerText } from "./form.js";
-import { BY_CONDITION, edit, SITE } from "./setup.js";
+import { BY_CONDITION, edit, readBy, SITE } from "./setup.js";
 
 const HEIGHT = 40; // of a strip, in its own units; a token is one wide
 const BYTES = { F32: Float32Array, I64: BigInt64Array };
@@ -39,14 +39,14 @@ export function Reading({ now, wrong }) {
 
 // ---- what is told
 
-/** How long the activations of each generated token are, of a receipt's `captured`: {layers, rows}, a row of lengths for
- * each token that the model was given; or {problem}. */
-export function lengthsOf(captured, layers) {
+/** How long the activations of each generated token are, of a receipt's `captured` and the number of what asked for them:
+ * {layers, rows}, a row of lengths for each token that the model was given; or {problem}. */
+export function lengthsOf(captured, number, layers) {
   if (!captured) return null;
   if (captured.problem) return { problem: captured.problem };
   const tensors = tensorsOf(captured.safetensors);
-  const positions = Array.from(tensors["0.positions"].values, Number);
-  const rows = positions.map((_, row) => layers.map((layer) => lengthOf(tensors[`0.${SITE}.${layer}`], row)));
+  const positions = Array.from(tensors[`${number}.positions`].values, Number);
+  const rows = positions.map((_, row) => layers.map((layer) => lengthOf(tensors[`${number}.${SITE}.${layer}`], row)));
   return { layers, rows };
 }
 
@@ -68,16 +68,16 @@ function tensorsOf(text) {
 /** Where conditions of a pane change their mind about what a probe reads. */
 const limitsOf = (pane, { probe, above, below }) => [
   ...pane.steering.flatMap(({ when }) => (when?.probe === probe ? [when.above, when.below, when.release] : [])),
-  ...(Math.abs(above ?? below) < 1e9 ? [above ?? below] : []),
+  above ?? below,
 ].filter(Number.isFinite);
 
 /** What a probe read after every token, as bars above the text; thresholds are lines. A click opens the token. */
 export function Strip({ run: own, opened, onOpen }) {
-  const asked = own.request.stop_when;
+  const asked = own.request.capture?.[readBy(own.request).probe];
   if (!asked) return null;
   const { readings } = own;
-  if (!readings.length) return html`<p class="strip about">${own.isLive ? `what ${asked.probe} reads is told at the end` : `nothing was told of ${asked.probe}`}</p>`;
-  const limits = limitsOf(own.pane, asked);
+  if (!readings.length) return html`<p class="strip about">${own.isLive ? "" : `nothing was told of ${asked.probe}`}</p>`;
+  const limits = limitsOf(own.pane, { ...own.request.stop_when, probe: asked.probe });
   const low = Math.min(0, ...readings, ...limits);
   const high = Math.max(0, ...readings, ...limits);
   const y = (value) => (HEIGHT * (high - value)) / (high - low || 1);

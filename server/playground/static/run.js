@@ -3,7 +3,7 @@ import { announce, Store } from "./ui.js";
 import { Gone, Refusal, stream } from "./api.js";
 import { Cells } from "./cells.js";
 import { lengthsOf } from "./reading.js";
-import { pathOf, setup, streamedRequest, titleOf } from "./setup.js";
+import { pathOf, readBy, setup, streamedRequest, titleOf } from "./setup.js";
 
 /** pane's id -> its latest run */
 export const runs = new Store(new Map());
@@ -73,6 +73,7 @@ export class Run {
       if ((text || records.length) && this.first === null) this.first = performance.now() - this.started;
       if (this.first !== null) this.state = "streaming";
       this.cells.add(text, records);
+      for (const { values } of choice.readings ?? []) this.#read(values[readBy(this.request).probe]);
       this.finish = choice.finish_reason ?? this.finish;
     }
     this.numTokens = event.usage?.completion_tokens ?? this.cells.records.length;
@@ -82,12 +83,19 @@ export class Run {
     this.#changed();
   }
 
+  /** What the probe read after the next token. */
+  #read(value) {
+    if (value === undefined) return;
+    this.cells.note(this.readings.length, "reading", value);
+    this.readings.push(value);
+  }
+
   /** What the receipt says. Activations are large: their lengths are all that stays. */
   #conclude({ captured, ...receipt }) {
     this.receipt = receipt;
-    this.readings = receipt.stop_when?.readings[0] ?? [];
-    this.lengths = captured ? lengthsOf(captured[0], this.request.capture[0].layers) : null;
-    if (this.readings.length) this.cells.note("reading", this.readings);
+    const { site } = readBy(this.request);
+    this.lengths = captured && site >= 0 ? lengthsOf(captured[0], site, this.request.capture[site].layers) : null;
+    if (this.readings.length) this.cells.repaint(); // colours are between the least and the most
   }
 
   stop() {

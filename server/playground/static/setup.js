@@ -8,7 +8,6 @@ export const SITE = "resid_post"; // whose activations are read
 export const MOST_PANES = 4; // browsers open six connections to a server, for all tabs together
 
 export const BY_CONDITION = "*"; // in a probe's place: whatever a pane's own condition reads
-const NEVER = 1e30; // no probe reads as much, so the answer goes on
 
 let numbers = 0;
 export const newId = () => `p${Date.now().toString(36)}${(numbers += 1)}`;
@@ -76,12 +75,20 @@ export function streamedRequest(setup, pane) {
   const streamed = { ...requestOf(setup, pane), stream: true, stream_options: { include_usage: true } };
   if (pane.decoding.some((entry) => methodOf(entry)?.kind === "search")) return { ...streamed, stream_retractions: true };
   const probe = probeOf(setup, pane);
+  const capture = [
+    ...(probe ? [{ ...probe, where: "generation" }] : []),
+    ...(setup.capture.length ? [{ site: SITE, layers: setup.capture, where: "generation" }] : []),
+  ];
   return {
-    ...(probe ? { stop_when: { ...probe, above: NEVER } } : {}), // its readings are told, and end nothing
     ...streamed,
-    ...(setup.capture.length ? { capture: [{ site: SITE, layers: setup.capture, where: "generation" }] } : {}),
+    ...(capture.length ? { capture } : {}),
     ...(setup.top > 0 ? { explain: explained(setup, pane) } : {}),
   };
+}
+
+/** What a request reads along: {probe: its number in `capture`, or -1, and the same of `site`}. */
+export function readBy({ capture = [] }) {
+  return { probe: capture.findIndex((one) => one.probe), site: capture.findIndex((one) => one.site) };
 }
 
 /** The probe that is read at every token of a pane's answer: the one that was chosen, or what its condition reads. */

@@ -273,7 +273,8 @@ def test_the_demo_is_measured_without_a_word(demo_server: Server, tmp_path: Path
     for name, one in found["methods"].items():
         assert one["tokens"] == 32 * one["requests"], name
         assert all(time >= 0 for time in times(found, name)), name  # two tokens may be read at once
-    assert found["methods"]["plain"]["of_plain"] == {"ttft": 1, "itl": 1, "e2e": 1}
+    beside_itself = found["methods"]["plain"]["of_plain"]  # without "itl" where most tokens are read at once
+    assert beside_itself == {"ttft": 1, "e2e": 1} | ({"itl": 1} if "itl" in beside_itself else {})
     assert (tmp_path / "found.png").stat().st_size > 10_000
 
 

@@ -210,7 +210,6 @@ def test_the_self_test_tries_both(bench: Bench) -> None:
     async def findings() -> list[Finding]:
         return [finding async for finding in self_test(bench.engine.engine, [])]
 
-    assert bench.engine.run(findings())[-2:] == [
-        Finding("attention of the last layer", True, True),
-        Finding("hidden states that are kept", True, True),
-    ]
+    found = bench.engine.run(findings())
+    assert found[-1] == Finding("hidden states that are kept", True, True)
+    assert Finding("attention of the last layer", True, True) in found

@@ -461,6 +461,8 @@ def test_nothing_is_lost_on_reload_and_all_can_be_cleared(compare: Compare) -> N
 def test_a_stopped_pane_keeps_its_text_and_the_others_go_on(compare: Compare, demo_server: Server) -> None:
     compare.wait_until_done("Plain", "Steered", "Decoded")
     page = compare.page
+    with compare.asking_anew():
+        page.get_by_label("read along").select_option(label="is_cheerful")
     before = aborted(demo_server)
     compare.visit.make_endless()
     page.get_by_label("at most").fill("900")
@@ -469,6 +471,7 @@ def test_a_stopped_pane_keeps_its_text_and_the_others_go_on(compare: Compare, de
         while compare.tokens("Steered").count() < 4:
             go_on()
             page.wait_for_timeout(100)
+        expect(compare.pane("Steered").locator(".strip svg")).to_have_count(1)  # it grows with the answer
         page.get_by_role("button", name="stop Steered").click()
         expect(compare.pane("Steered").locator(".figures")).to_contain_text("stopped after")
         kept = compare.text("Steered")

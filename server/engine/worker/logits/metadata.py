@@ -6,7 +6,7 @@ device, once.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from whipstaff.decoding.method import LogitsRewriter, Stage
 from whipstaff.decoding.methods import METHODS
 from whipstaff.decoding.mix import MixedRow
 from whipstaff.decoding.plan import DecodingPlan, SamplerSettings
+from whipstaff.decoding.search.search import SearchMethod
 from whipstaff.server.engine.worker.batch import ABSENT, Ints
 
 _ORDER = {name: index for index, name in enumerate(METHODS)}
@@ -56,8 +57,12 @@ class RequestState:
     def tells_scores(self) -> bool:
         return any(one.method.tells_scores(one.setting) for one in self.bound)
 
-    @property
+    @cached_property
     def reads_attention(self) -> bool:
+        """Whether its methods or its search ask what the last layer looks at."""
+        search = None if self.plan.search is None else METHODS[self.plan.search.method]
+        if isinstance(search, SearchMethod) and "attention" in search.needs:
+            return True
         return any("attention" in one.method.needs for one in self.bound)
 
     @property
