@@ -270,7 +270,7 @@ class Captures:
             begin = 0
             for into, first, num in taken:
                 end = begin + into.rows.shape[0] * num
-                into.rows[:, first : first + num] = rows[begin:end].view(-1, num, rows.shape[1])
+                into.rows[:, first : first + num] = rows[begin:end].view(len(into.rows), num, rows.shape[1])
                 into.seen[first : first + num] = True
                 begin = end
 
