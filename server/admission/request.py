@@ -109,7 +109,8 @@ class CompiledRequest:
     def vectors(self) -> list[Vector]:
         """Those of the registry that the engine will look up: kept until it is done with them."""
         heads = (head for entry in self.decoding for head in entry.vectors)
-        return [*self.steering.vectors, *heads, *(entry.probe for entry in probes_among(self.captures))]
+        probes = [entry.probe for entry in probes_among(self.captures)] if self.captures else []
+        return [*self.steering.vectors, *heads, *probes]
 
     @property
     def asked_for(self) -> dict[str, str]:

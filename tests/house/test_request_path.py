@@ -25,7 +25,7 @@ MOST = {
     "plain": Most(13, 15),
     "steered": Most(46, 49),
     "proxy-tuned": Most(44, 47),
-    "cfg": Most(49, 51),
+    "cfg": Most(48, 50),
 }
 
 

@@ -107,7 +107,8 @@ class WorkerStep:
         if not self.is_plain:
             self.pipeline.begin_step(view, input_ids)
             self.edits.begin_step(view, input_ids)
-            self.edits.captures.begin_step()
+            if self.edits.captures.attention:
+                self.edits.captures.begin_step()
 
     def end_forward(self) -> None:
         self.is_in_forward = False
