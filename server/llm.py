@@ -9,7 +9,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -323,11 +323,22 @@ class _Loop:
         if self._loop.is_closed():
             work.close()
             raise RuntimeError("this LLM was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        tasks: list[asyncio.Task[Any] | None] = []
+        is_over = threading.Event()
+
+        async def interruptible() -> R:
+            tasks.append(asyncio.current_task())
+            if is_over.is_set():
+                work.close()
+                raise asyncio.CancelledError
+            return await work
+
         try:
-            return future.result()
-        except BaseException:
-            future.cancel()
+            return asyncio.run_coroutine_threadsafe(interruptible(), self._loop).result()
+        except BaseException:  # also where it comes as the work begins, before there is anything to wait for
+            is_over.set()
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks if task is not None])
             raise
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import re
 import runpy
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from vllm import SamplingParams
 from warm import warm_processes
 
 from whipstaff.server import LLM, InvalidRequest
+from whipstaff.server.llm import _Loop
 
 pytestmark = pytest.mark.engine
 
@@ -208,6 +210,25 @@ def test_who_interrupts_the_wait_interrupts_the_work(llm: LLM) -> None:
         llm.generate([PROMPT] * 3, SamplingParams(max_tokens=900, ignore_eos=True), use_tqdm=interrupt)
     assert llm.generate(PROMPT, SamplingParams(**GREEDY), use_tqdm=False)[0].finished
     assert llm._served.engine.num_generating == 0
+
+
+def test_who_interrupts_as_the_work_begins_interrupts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come between the work's start and the wait for it."""
+    loop, begin = _Loop(), asyncio.run_coroutine_threadsafe
+
+    def interrupted(*arguments: Any) -> None:
+        begin(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        loop.run(asyncio.sleep(3600))
+    loop.run(asyncio.sleep(0))  # after which the loop has heard of both
+    deadline = time.monotonic() + 20
+    while asyncio.all_tasks(loop._loop):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    loop.close()
 
 
 def test_its_bar_counts_answers(llm: LLM) -> None:
