@@ -43,7 +43,8 @@ export class Gone extends Error {}
 async function ask(path, options = {}) {
   for (;;) {
     const headers = new Headers(options.headers);
-    if (keys.value.user && !headers.has("Authorization")) headers.set("Authorization", `Bearer ${keys.value.user}`);
+    const { user } = keys.value;
+    if (user && !headers.has("Authorization")) headers.set("Authorization", `Bearer ${user}`);
     let answer;
     try {
       answer = await fetch(path, { ...options, headers });
@@ -54,7 +55,7 @@ async function ask(path, options = {}) {
     if (answer.ok) return answer;
     const refusal = await refusalOf(answer);
     if (answer.status !== 401 || options.admin) throw refusal;
-    await granted(refusal, options.signal);
+    if (user === keys.value.user) await granted(refusal, options.signal); // else there is another key meanwhile
   }
 }
 
