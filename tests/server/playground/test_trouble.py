@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 from browser import SLOW, Visit, violations
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from serving import API_KEY, Server, serving_demo
 
 from whipstaff.server import demo
@@ -80,6 +80,26 @@ def test_the_key_is_asked_for_and_told_to_nobody(guarded: Server, visiting: Visi
     assert API_KEY not in stores and not any(API_KEY in url for url in visit.urls)
     page.reload()
     expect(page.get_by_text("This server asks for its API key")).to_be_visible()
+
+
+def test_a_refusal_that_comes_after_the_key_asks_for_nothing(guarded: Server, visiting: Visiting) -> None:
+    """What was asked without a key goes on with the one that was given meanwhile."""
+    page, late = visiting(guarded.url).page, list[Route]()
+
+    def hold(route: Route) -> None:
+        if late:
+            route.continue_()
+        else:
+            late.append(route)
+
+    page.route("**/v1/steering/links", hold)
+    page.goto("/")
+    give_key(page)
+    expect(page.get_by_role("form", name="API key")).to_have_count(0)
+    (held,) = late
+    held.fulfill(status=401, json={"error": {"message": "a key is wanted"}})
+    expect(page.locator(".state.done")).to_have_count(3)
+    assert page.get_by_role("form", name="API key").count() == 0
 
 
 def test_health_links_to_grafana_where_that_is_configured(visit: Visit, guarded: Server) -> None:
